@@ -1,0 +1,13 @@
+"""Qwen2.5 on Megatron-Core: from jsonl to safetensors.
+
+jsonl --preprocess--> .bin/.idx --train--> checkpoint --convert--> safetensors
+
+Imports point one way (tests/unit/test_layers.py):
+
+    commands    preprocess  convert  train  demo
+    training    the loop
+    checkpoint  weights on disk
+    model, data what is trained, and on what
+    settings  log  parallel  platforms  mcore
+    errors
+"""

@@ -1,0 +1,1 @@
+"""Text to batches: jsonl to `.bin`/`.idx`, and those to this rank's micro-batches."""

@@ -1,0 +1,1 @@
+"""The quickstart's own data, tiny model and questions."""

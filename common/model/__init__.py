@@ -1,0 +1,1 @@
+"""What is trained: Qwen's shape, its layer, this pipeline stage's model."""

@@ -1,0 +1,140 @@
+"""QwenConfig: a model's shape and mathematics, read from its `config.json` and nowhere else."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import KitError
+
+MODEL_TYPES = ("qwen2",)
+
+
+@dataclass(frozen=True)
+class QwenConfig:
+    """The fields of a Qwen2 `config.json` that decide shapes and mathematics, under Hugging Face's names.
+
+    Source: `transformers` models/qwen2/configuration_qwen2.py.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    head_dim: int
+    dtype: str
+    rope_scaling: dict[str, Any] | None = None
+    unsupported: tuple[str, ...] = ()
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the fused query, key and value weight: (heads + 2 groups) x head_dim."""
+        return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """Rows of the embedding at this TP: `vocab_size`, rounded up only where TP does not divide it."""
+        return -(-self.vocab_size // tp) * tp
+
+    def check_tensor_parallel(self, tp: int) -> None:
+        """Raises KitError unless TP divides the heads, the key-value groups and the MLP."""
+        rules = {
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "intermediate_size": self.intermediate_size,
+        }
+        for name, value in rules.items():
+            if value % tp:
+                allowed = [n for n in (1, 2, 4, 8) if all(size % n == 0 for size in rules.values())]
+                raise KitError(f"TP={tp} does not divide {name}={value} of this model: use TP in {allowed}")
+
+    def check_pipeline(self, pp: int, vpp: int = 1) -> None:
+        """Raises KitError unless the layers split evenly over PP stages of VPP chunks."""
+        if self.num_hidden_layers % (pp * vpp):
+            raise KitError(
+                f"{self.num_hidden_layers} layers cannot be divided by PP={pp} x VPP={vpp} = {pp * vpp}:"
+                " choose PP and VPP whose product divides the layers"
+            )
+
+    def check_trainable(self) -> None:
+        """Raises KitError naming each field of `config.json` that changes the mathematics and is not built."""
+        if self.unsupported:
+            raise KitError(
+                f"config.json asks for {', '.join(self.unsupported)}, which this kit does not train:"
+                " remove the field if the model was trained without it, else use another model"
+            )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a Hugging Face or checkpoint folder; raises KitError when it is missing or no JSON."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise KitError(f"{folder} has no config.json: give a folder with the Hugging Face model's config.json")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise KitError(f"{path} is no JSON ({error}): copy it again from the model") from error
+    if not isinstance(values, dict):
+        raise KitError(f"{path} holds no JSON object: copy it again from the model")
+    return values
+
+
+def load_config(folder: Path) -> QwenConfig:
+    """The QwenConfig of `folder`; raises KitError when a field is missing or the model is no Qwen2."""
+    return parse_config(read_config(folder), folder / "config.json")
+
+
+def parse_config(values: dict[str, Any], source: Path) -> QwenConfig:
+    """The QwenConfig that `values` hold, in the layout of transformers 4 or 5; `source` is named in errors."""
+    if values.get("model_type") not in MODEL_TYPES:
+        raise KitError(f"{source}: model_type={values.get('model_type')!r} is not known; known: {list(MODEL_TYPES)}")
+    rope = values.get("rope_parameters") or {}
+    theta = values.get("rope_theta", rope.get("rope_theta"))
+    scaling = values.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
+    heads = _need(values, "num_attention_heads", source)
+    hidden = _need(values, "hidden_size", source)
+    if theta is None:
+        raise KitError(f"{source} has no rope_theta: add it from the model's own config.json")
+    return QwenConfig(
+        hidden_size=hidden,
+        intermediate_size=_need(values, "intermediate_size", source),
+        num_hidden_layers=_need(values, "num_hidden_layers", source),
+        num_attention_heads=heads,
+        num_key_value_heads=values.get("num_key_value_heads") or heads,
+        vocab_size=_need(values, "vocab_size", source),
+        rms_norm_eps=_need(values, "rms_norm_eps", source),
+        rope_theta=float(theta),
+        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        max_position_embeddings=_need(values, "max_position_embeddings", source),
+        head_dim=values.get("head_dim") or hidden // heads,
+        dtype=values.get("torch_dtype") or values.get("dtype") or "float32",
+        rope_scaling=scaling,
+        unsupported=tuple(_unsupported(values, scaling)),
+    )
+
+
+def _need(values: dict[str, Any], name: str, source: Path) -> Any:
+    if values.get(name) is None:
+        raise KitError(f"{source} has no {name}: add it from the model's own config.json")
+    return values[name]
+
+
+def _unsupported(values: dict[str, Any], scaling: dict[str, Any] | None) -> list[str]:
+    """The fields, with their values, whose mathematics is not built here."""
+    found = []
+    if scaling:
+        found.append(f"rope_scaling={scaling}")
+    if values.get("use_sliding_window"):
+        found.append("use_sliding_window=true")
+    if any(kind != "full_attention" for kind in values.get("layer_types") or []):
+        found.append("layer_types other than full_attention")
+    if values.get("hidden_act", "silu") != "silu":
+        found.append(f"hidden_act={values['hidden_act']}")
+    if values.get("attention_dropout"):
+        found.append(f"attention_dropout={values['attention_dropout']}")
+    return found

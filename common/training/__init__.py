@@ -1,0 +1,1 @@
+"""The loop: settings, optimizer, step, metrics, resume."""
