@@ -1,0 +1,72 @@
+"""Samples of unequal length into rows of one length: best-fit decreasing, planned from the lengths alone."""
+
+from bisect import bisect_left, insort
+
+import numpy as np
+
+
+class _OpenRows:
+    """Rows that are not full, by the room left in them."""
+
+    def __init__(self) -> None:
+        self.rooms: list[int] = []
+        self.rows: dict[int, list[np.ndarray]] = {}
+
+    def add(self, room: int, rows: np.ndarray) -> None:
+        """Puts `rows` among those with `room` left."""
+        if room and rows.size:
+            if room not in self.rows:
+                insort(self.rooms, room)
+            self.rows.setdefault(room, []).append(rows)
+
+    def take(self, length: int) -> tuple[int, np.ndarray] | None:
+        """(room, rows) of the least room that `length` fits in, taken out; None where there is none."""
+        at = bisect_left(self.rooms, length)
+        if at == len(self.rooms):
+            return None
+        room = self.rooms.pop(at)
+        return room, np.concatenate(self.rows.pop(room))
+
+
+def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(order, starts): row r holds the samples order[starts[r]:starts[r + 1]], together `row_length` at most.
+
+    Best-fit decreasing. Samples of one length are placed together: the row with the least room that fits takes
+    room // length of them, so the work is in the different lengths and rooms, beside one sort of the samples.
+    Each length must lie between 1 and `row_length`.
+    """
+    assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= row_length)
+    longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
+    row_of = np.empty(lengths.size, np.int64)
+    open_rows, num_rows = _OpenRows(), 0
+    sizes, counts = np.unique(lengths, return_counts=True)
+    done = 0
+    for length, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        end = done + count
+        while done < end:
+            found = open_rows.take(length)
+            if found:
+                room, rows = found
+            else:
+                room, rows = row_length, num_rows + np.arange(-(-(end - done) // (row_length // length)))
+                num_rows += rows.size
+            done = _fill(open_rows, rows, room, length, row_of[done:end]) + done
+    placed = np.empty(lengths.size, np.int64)
+    placed[longest_first] = row_of
+    order = longest_first[np.argsort(row_of, kind="stable")]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(placed, minlength=num_rows))]).astype(np.int64)
+    return order, starts
+
+
+def _fill(open_rows: _OpenRows, rows: np.ndarray, room: int, length: int, row_of: np.ndarray) -> int:
+    """Puts samples of `length` into `rows` one row after the other, writes their rows, and returns how many."""
+    fit = room // length
+    number = min(row_of.size, fit * rows.size)
+    row_of[:number] = np.repeat(rows, fit)[:number]
+    full, rest = divmod(number, fit)
+    open_rows.add(room - fit * length, rows[:full])
+    if rest:
+        open_rows.add(room - rest * length, rows[full : full + 1])
+        full += 1
+    open_rows.add(room, rows[full:])
+    return number

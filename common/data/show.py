@@ -1,0 +1,46 @@
+"""Documents on disk as text, with what is learned marked."""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import numpy as np
+
+from common.data.indexed import IndexedReader
+from common.data.manifest import DataFiles
+from common.data.tokenizer import TextTokenizer
+from common.errors import KitError
+
+GREEN_BOLD, PLAIN = "\x1b[1;32m", "\x1b[0m"
+
+
+def show(files: DataFiles, tokenizer: TextTokenizer, first: int, count: int, colour: bool) -> Iterator[str]:
+    """A heading and a text for each of `count` documents from number `first` on.
+
+    What fine-tuning learns is green and bold with `colour`, else between brackets. Raises KitError when there is no
+    such document, or the tokenizer is not that of the data.
+    """
+    known = (files.manifest or {}).get("tokenizer", {}).get("tokenizer_sha256")
+    if known and known != tokenizer.sha256:
+        raise KitError(
+            f"{files.tokens} was made with another tokenizer than {tokenizer.folder}: give that one's folder"
+        )
+    tokens = IndexedReader(files.tokens)
+    mask = IndexedReader(files.loss_mask) if files.loss_mask else None
+    if not 0 <= first < len(tokens):
+        raise KitError(f"INDEX={first}: {files.tokens} holds documents 0 to {len(tokens) - 1}")
+    before, after = (GREEN_BOLD, PLAIN) if colour else ("⟦", "⟧")
+    for number in range(first, min(first + count, len(tokens))):
+        ids = tokens[number]
+        learned = mask[number] > 0 if mask else np.zeros(ids.size, bool)
+        told = f", {int(learned.sum())} learned" if mask else ""
+        yield f"--- document {number} of {len(tokens)}: {ids.size} tokens{told}"
+        yield mark(tokenizer, ids, learned, before, after)
+
+
+def mark(tokenizer: TextTokenizer, ids: np.ndarray, learned: np.ndarray, before: str, after: str) -> str:
+    """The text of `ids`; stretches where `learned` is true stand between `before` and `after`."""
+    text = ""
+    for is_learned, stretch in groupby(zip(ids.tolist(), learned.tolist(), strict=True), key=lambda pair: pair[1]):
+        piece = tokenizer.decode([number for number, _ in stretch])
+        text += f"{before}{piece}{after}" if is_learned else piece
+    return text

@@ -1,0 +1,135 @@
+"""A Hugging Face folder's `tokenizer.json`: text to ids and back, and its end-of-document token."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from common.errors import KitError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class EndToken:
+    """The end-of-document token and, for the log, where it is from."""
+
+    id: int
+    token: str
+    source: str
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` without padding or truncation, that adds no tokens of its own."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, sha256: str) -> None:
+        self.folder, self.sha256 = folder, sha256
+        self._tokenizer = tokenizer
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        added = tokenizer.get_added_tokens_decoder().values()
+        # Longest first: where one token begins with another, the longer is meant.
+        self.special_tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
+        # encode_batch_fast leaves out offsets, which nobody asks for; tokenizers before 0.20 lack it.
+        self._encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
+
+    def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
+        """The ids of each text; special tokens spelled in a text are ordinary text unless `parse_special`."""
+        self._tokenizer.encode_special_tokens = not parse_special
+        return [encoding.ids for encoding in self._encode(list(texts), add_special_tokens=False)]
+
+    def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each list of ids, special tokens spelled out."""
+        return self._tokenizer.decode_batch([list(row) for row in ids], skip_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens spelled out."""
+        return self.decode_batch([ids])[0]
+
+    def normalize(self, text: str) -> str:
+        """`text` as its tokens will decode: NFC for Qwen2.5."""
+        normalizer = self._tokenizer.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
+
+    def token_id(self, token: str) -> int | None:
+        """The id of `token`, None where the vocabulary has none."""
+        return self._tokenizer.token_to_id(token)
+
+    def special_at(self, text: str, position: int) -> str | None:
+        """The special token that `text` spells at `position`."""
+        found = self._special.match(text, position)
+        return found.group() if found else None
+
+    def count_special(self, text: str) -> int:
+        """How often `text` spells a special token."""
+        return sum(1 for _ in self._special.finditer(text))
+
+
+def load_tokenizer(folder: Path) -> TextTokenizer:
+    """The tokenizer of `folder`; raises KitError when its tokenizer.json is missing or not readable.
+
+    Its own threads are off unless TOKENIZERS_PARALLELISM says otherwise: WORKERS counts processes, and those are
+    forked.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    path = folder / "tokenizer.json"
+    if not folder.is_dir():
+        raise KitError(f"TOKENIZER_PATH={folder} is no folder: give the Hugging Face model's folder")
+    if not path.is_file():
+        raise KitError(
+            f"{folder} has no tokenizer.json: give the Hugging Face model's folder; if that has only vocab.json and"
+            ' merges.txt, make it with python -c "from transformers import AutoTokenizer as T;'
+            f" T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    data = path.read_bytes()
+    try:
+        tokenizer = Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises nothing narrower
+        raise KitError(f"{path} is no tokenizer ({error}): copy it again from the model") from error
+    return TextTokenizer(folder, tokenizer, hashlib.sha256(data).hexdigest())
+
+
+def find_eod(tokenizer: TextTokenizer, wanted: str) -> EndToken:
+    """The token that ends a document; `wanted` is its text, or "auto". Raises KitError when it is not one id.
+
+    auto: <|endoftext|>, also for Instruct models, whose own end token ends a turn; where the tokenizer has none, the
+    end-of-text token that the folder's tokenizer_config.json or generation_config.json names.
+    """
+    if wanted != "auto":
+        number = tokenizer.token_id(wanted)
+        if number is None:
+            ids = tokenizer.encode_batch([wanted], parse_special=True)[0]
+            if len(ids) != 1:
+                raise KitError(f"EOD_TOKEN={wanted} is {len(ids)} tokens of this tokenizer: give one that is one token")
+            number = ids[0]
+        return EndToken(number, wanted, "EOD_TOKEN")
+    number = tokenizer.token_id(END_OF_TEXT)
+    if number is not None:
+        return EndToken(number, END_OF_TEXT, "the tokenizer")
+    named = _read(tokenizer.folder / "tokenizer_config.json").get("eos_token")
+    token = named.get("content") if isinstance(named, dict) else named
+    if token and (number := tokenizer.token_id(token)) is not None:
+        return EndToken(number, token, "tokenizer_config.json")
+    ends = _read(tokenizer.folder / "generation_config.json").get("eos_token_id")
+    first = ends[0] if isinstance(ends, list) and ends else ends
+    if isinstance(first, int):
+        return EndToken(first, tokenizer.decode([first]), "generation_config.json")
+    raise KitError(
+        f"{tokenizer.folder}: the tokenizer has no {END_OF_TEXT}, and neither tokenizer_config.json nor"
+        " generation_config.json names an end-of-text token: set EOD_TOKEN to one"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise KitError(f"{path} is no JSON ({error}): copy it again from the model") from error

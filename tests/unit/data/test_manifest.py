@@ -1,0 +1,80 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.data import manifest
+from common.data.indexed import IndexedWriter
+from common.data.manifest import DataFiles, resolve
+from common.errors import KitError
+
+
+def files(*prefixes: Path) -> None:
+    for prefix in prefixes:
+        with IndexedWriter(prefix, "u1") as writer:
+            writer.add_document([1])
+
+
+def content(kind: str, **names: str) -> dict[str, Any]:
+    return {"kind": kind, "files": names, "documents": {"read": 3, "kept": 1, "dropped": {"no text": 2}}}
+
+
+@pytest.mark.parametrize("key", ["text", "my_long_key"])
+def test_pretraining_data_by_prefix_and_by_full_name(tmp_path: Path, key: str) -> None:
+    prefix = tmp_path / "a_b.c"
+    tokens = Path(f"{prefix}_{key}_document")
+    files(tokens)
+    manifest.write(prefix, content("pretrain", tokens=tokens.name))
+    for given in (prefix, tokens):
+        found = resolve(str(given))
+        assert (found.kind, found.tokens, found.loss_mask) == ("pretrain", tokens, None)
+        assert found.manifest and found.manifest["documents"]["kept"] == 1
+
+
+def test_fine_tuning_data_and_a_folder_that_was_moved(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    prefix = tmp_path / "old" / "chat"
+    files(Path(f"{prefix}_text_document"), Path(f"{prefix}_loss_mask_document"))
+    manifest.write(prefix, content("sft", tokens="chat_text_document", loss_mask="chat_loss_mask_document"))
+    (tmp_path / "old").rename(tmp_path / "new")
+    for given in ("chat", "chat_text_document"):
+        found = resolve(str(tmp_path / "new" / given))
+        assert found.kind == "sft" and found.loss_mask == tmp_path / "new" / "chat_loss_mask_document"
+
+
+def test_data_without_a_manifest(tmp_path: Path) -> None:
+    plain, tuned = tmp_path / "plain_text_document", tmp_path / "tuned_text_document"
+    mask, other = tmp_path / "tuned_loss_mask_document", tmp_path / "other_content_document"
+    files(plain, tuned, mask, other)
+    assert resolve(str(plain)) == resolve(str(tmp_path / "plain")) == DataFiles("pretrain", plain)
+    assert resolve(str(tuned)) == resolve(str(tmp_path / "tuned")) == DataFiles("sft", tuned, mask)
+    assert resolve(str(other)) == DataFiles("pretrain", other)
+
+
+def test_a_json_of_someone_else_is_no_manifest(tmp_path: Path) -> None:
+    files(tmp_path / "a_text_document")
+    (tmp_path / "a.json").write_text('{"kind": "sft"}')
+    assert resolve(str(tmp_path / "a")).manifest is None
+
+
+def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
+    with pytest.raises(KitError, match=r"DATASET_PATH=.*none is no dataset: neither .*none\.json nor .*none\.idx"):
+        resolve(str(tmp_path / "none"))
+    files(tmp_path / "a_text_document", tmp_path / "a_loss_mask_document")
+    with pytest.raises(KitError, match=r"a_loss_mask_document is a loss mask: give the .*/a$"):
+        resolve(str(tmp_path / "a_loss_mask_document"))
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(KitError, match=r"a\.json is no JSON"):
+        resolve(str(tmp_path / "a"))
+    (tmp_path / "a.json").write_text(json.dumps({"format": manifest.FORMAT, "version": manifest.VERSION + 1}))
+    with pytest.raises(KitError, match="version 2, this kit reads 1"):
+        resolve(str(tmp_path / "a"))
+
+
+def test_counts_that_do_not_reconcile_are_our_own_mistake(tmp_path: Path) -> None:
+    wrong = content("pretrain", tokens="a")
+    wrong["documents"]["dropped"] = {"no text": 1}
+    with pytest.raises(AssertionError):
+        manifest.write(tmp_path / "a", wrong)
+    assert not list(tmp_path.iterdir())

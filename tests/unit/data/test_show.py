@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import pytest
+
+from common.data import manifest
+from common.data.indexed import IndexedWriter
+from common.data.manifest import resolve
+from common.data.show import GREEN_BOLD, PLAIN, show
+from common.data.tokenizer import TextTokenizer, load_tokenizer
+from common.errors import KitError
+
+
+@pytest.fixture
+def tokenizer(qwen: Path) -> TextTokenizer:
+    return load_tokenizer(qwen)
+
+
+@pytest.fixture
+def data(tmp_path: Path, tokenizer: TextTokenizer) -> Path:
+    """Two conversations whose answers are learned."""
+    with (
+        IndexedWriter(tmp_path / "a_text_document", "<u2") as tokens,
+        IndexedWriter(tmp_path / "a_loss_mask_document", "u1") as mask,
+    ):
+        for question, answer in (("12?", "yes<|im_end|>"), ("今天天气", "好<|im_end|>")):
+            before, after = tokenizer.encode_batch([question, answer], parse_special=True)
+            tokens.add_document(before + after)
+            mask.add_document([0] * len(before) + [1] * len(after))
+    documents = {"read": 2, "kept": 2, "dropped": {}}
+    described = {"kind": "sft", "tokenizer": {"tokenizer_sha256": tokenizer.sha256}, "documents": documents}
+    files = {"tokens": "a_text_document", "loss_mask": "a_loss_mask_document"}
+    manifest.write(tmp_path / "a", {**described, "files": files})
+    return tmp_path / "a"
+
+
+def test_what_is_learned_is_marked(data: Path, tokenizer: TextTokenizer) -> None:
+    lines = list(show(resolve(str(data)), tokenizer, 0, 9, colour=False))
+    assert lines[1::2] == ["12?⟦yes<|im_end|>⟧", "今天天气⟦好<|im_end|>⟧"]
+    sizes = [len(tokenizer.encode_batch([text], parse_special=True)[0]) for text in ("12?", "yes<|im_end|>")]
+    assert lines[0] == f"--- document 0 of 2: {sum(sizes)} tokens, {sizes[1]} learned"
+    coloured = list(show(resolve(str(data)), tokenizer, 1, 1, colour=True))
+    assert coloured[1:] == [f"今天天气{GREEN_BOLD}好<|im_end|>{PLAIN}"]
+
+
+def test_pretraining_data_has_no_marks(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    with IndexedWriter(tmp_path / "a_text_document", "<u2") as tokens:
+        tokens.add_document(tokenizer.encode_batch(["12 今天"])[0])
+    lines = list(show(resolve(str(tmp_path / "a")), tokenizer, 0, 1, colour=False))
+    assert lines[1] == "12 今天" and "learned" not in lines[0]
+
+
+def test_another_tokenizer_and_a_number_too_high_are_told(
+    data: Path, tokenizer: TextTokenizer, tmp_path: Path, qwen: Path
+) -> None:
+    with pytest.raises(KitError, match="INDEX=2: .* holds documents 0 to 1"):
+        list(show(resolve(str(data)), tokenizer, 2, 1, colour=False))
+    (tmp_path / "tokenizer.json").write_text((qwen / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(KitError, match="was made with another tokenizer"):
+        list(show(resolve(str(data)), load_tokenizer(tmp_path), 0, 1, colour=False))
