@@ -1,0 +1,274 @@
+"""torch's zip archives, written and read one tensor at a time.
+
+`torch.save` holds a whole file's tensors in memory. Here a `LazyTensor` stands for a tensor in the object that is saved
+and is made when its record is written; reading maps the file, so a tensor takes memory when its pages are looked at.
+An archive may lie anywhere in a file: a `.distcp` file is a row of them.
+
+Layout (caffe2/serialize/inline_container.h): `archive/data.pkl`, in which storages are persistent ids;
+`archive/data/0`, ... their bytes, at multiples of 64; `archive/byteorder`, `archive/version`.
+"""
+
+import collections
+import io
+import mmap
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from common.checkpoint.unpickle import RestrictedUnpickler
+from common.errors import KitError
+
+ALIGNMENT = 64
+_MAX32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of known shape and dtype that `produce` makes when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    produce: Callable[[], Tensor]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data."""
+        return self.numel * self.dtype.itemsize
+
+    def bytes(self) -> memoryview:
+        """Its data, made now."""
+        tensor = self.produce()
+        assert tuple(tensor.shape) == self.shape and tensor.dtype == self.dtype, (tensor.shape, tensor.dtype, self)
+        return tensor_bytes(tensor)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of `tensor` in row-major order; no copy where it lies so already."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Stands in the pickle for the bytes of one record."""
+
+    tensor: LazyTensor
+    key: str
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles an object as torch does; `tensors` are, in order, the records data/0, data/1, ..."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__(stream, protocol=2)
+        self.tensors: list[LazyTensor] = []
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            contiguous = value.detach()
+            value = LazyTensor(tuple(value.shape), value.dtype, lambda: contiguous)
+        if not isinstance(value, LazyTensor):
+            return NotImplemented
+        storage = _Storage(value, str(len(self.tensors)))
+        self.tensors.append(value)
+        stride = torch.empty(value.shape, device="meta").stride()
+        hooks: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        arguments = (storage, 0, value.shape, stride, False, hooks)
+        return torch._utils._rebuild_tensor_v2, arguments
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _Storage):
+            return None
+        kind = getattr(torch, _storage_name(value.tensor.dtype))
+        return ("storage", kind, value.key, "cpu", value.tensor.numel)
+
+
+def _storage_name(dtype: torch.dtype) -> str:
+    """`BFloat16Storage` for torch.bfloat16."""
+    empty = torch.storage.TypedStorage(wrap_storage=torch.UntypedStorage(0), dtype=dtype, _internal=True)
+    return str(empty._pickle_storage_type())
+
+
+def write_archive(stream: IO[bytes], value: Any) -> int:
+    """Writes `value`, whose tensors may be LazyTensors, where `stream` stands; the number of bytes written."""
+    pickled = io.BytesIO()
+    pickler = _Pickler(pickled)
+    pickler.dump(value)
+    archive = _ZipWriter(stream)
+    archive.write("archive/data.pkl", pickled.getbuffer())
+    archive.write("archive/byteorder", memoryview(b"little"))
+    for index, tensor in enumerate(pickler.tensors):
+        archive.write(f"archive/data/{index}", tensor.bytes())
+    archive.write("archive/version", memoryview(b"3\n"))
+    return archive.close()
+
+
+class _ZipWriter:
+    """Writes a zip of stored records, each at a multiple of 64 bytes from its start; zip64 where sizes need it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream = stream
+        self.position = 0
+        self.directory = bytearray()
+        self.count = 0
+
+    def _put(self, data: bytes | bytearray | memoryview) -> None:
+        self.stream.write(data)
+        self.position += len(data)
+
+    def write(self, name: str, data: memoryview) -> None:
+        encoded, size, start = name.encode(), data.nbytes, self.position
+        checksum = zlib.crc32(data)
+        wide = struct.pack("<HHQQ", 1, 16, size, size) if size >= _MAX32 else b""
+        padding = -(start + 30 + len(encoded) + len(wide) + 4) % ALIGNMENT
+        extra = wide + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        version, shown = (45, _MAX32) if wide else (20, size)
+        fixed = (0x800, 0, 0, 0x21, checksum, shown, shown, len(encoded))  # UTF-8 name, stored, 1980-01-01
+        self._put(struct.pack("<4s5H3I2H", b"PK\3\4", version, *fixed, len(extra)) + encoded + extra)
+        self._put(data)
+        far = [size, size] if wide else []
+        far += [start] if start >= _MAX32 else []
+        extra = struct.pack(f"<HH{len(far)}Q", 1, 8 * len(far), *far) if far else b""
+        tail = (len(extra), 0, 0, 0, 0, min(start, _MAX32))
+        self.directory += struct.pack("<4s6H3I5H2I", b"PK\1\2", 45, 45 if far else version, *fixed, *tail)
+        self.directory += encoded + extra
+        self.count += 1
+
+    def close(self) -> int:
+        start, size = self.position, len(self.directory)
+        self._put(self.directory)
+        counts = (self.count, self.count)
+        if start >= _MAX32 or self.count >= 0xFFFF:
+            end = self.position
+            self._put(struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, *counts, size, start))
+            self._put(struct.pack("<4sIQI", b"PK\6\7", 0, end, 1))
+            counts = (min(self.count, 0xFFFF),) * 2
+        self._put(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *counts, size, min(start, _MAX32), 0))
+        return self.position
+
+
+class MappedFile:
+    """A file mapped copy-on-write: tensors share its pages, and writing to them does not reach the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.size = path.stat().st_size
+            if not self.size:
+                raise KitError(f"{path} is empty: copy it again from where it came")
+            with path.open("rb") as stream:
+                self.map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise KitError(f"{path} cannot be read ({error.strerror}): give it back, or give the right path") from error
+        self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+
+    def read(self, offset: int = 0, length: int | None = None) -> Any:
+        """The object in the archive of `length` bytes at `offset`; its tensors lie in the mapped file.
+
+        Raises KitError when it is cut short or damaged, or asks for a global that is not known to be harmless.
+        """
+        length = self.size - offset if length is None else length
+        try:
+            with zipfile.ZipFile(_Window(self.map, offset, length)) as archive:
+                records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+                pickled = archive.read(records["data.pkl"])
+                order = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
+        except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
+            raise KitError(f"{self.path} is no whole file of torch.save ({error}): copy it again") from error
+        if order != b"little":
+            raise KitError(f"{self.path} was written big-endian: convert it on the machine that wrote it")
+        unpickler = _ArchiveUnpickler(self, offset, records, pickled)
+        try:
+            return unpickler.load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise KitError(f"{self.path} is damaged ({error}): copy it again from where it came") from error
+
+    def record(self, offset: int, info: zipfile.ZipInfo) -> Tensor:
+        """The bytes of a record, [n] uint8; copied only where they lie at an odd place."""
+        start = offset + info.header_offset
+        names = struct.unpack_from("<2H", self.map, start + 26)
+        start += 30 + sum(names)
+        if info.compress_type != zipfile.ZIP_STORED or start + info.file_size > self.size:
+            raise KitError(f"{self.path}: record {info.filename} is compressed or cut short: copy the file again")
+        data = self.bytes[start : start + info.file_size]
+        return data if not start % 16 else data.clone()
+
+    def check(self) -> None:
+        """Raises KitError when a record of this archive does not have the checksum stored with it."""
+        with zipfile.ZipFile(_Window(self.map, 0, self.size)) as archive:
+            for info in archive.infolist():
+                if info.CRC and zlib.crc32(tensor_bytes(self.record(0, info))) != info.CRC:
+                    raise KitError(f"{self.path}: record {info.filename} is damaged: copy the file again")
+
+
+class _Window(io.RawIOBase):
+    """A part of a mapped file as a file of its own."""
+
+    def __init__(self, data: mmap.mmap, offset: int, length: int) -> None:
+        super().__init__()
+        self.data, self.offset, self.length, self.position = data, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        if base + offset < 0:
+            raise ValueError("seek before the beginning")
+        self.position = base + offset
+        return self.position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(self.length - self.position, 0)
+        size = left if size is None or size < 0 else min(size, left)
+        start = self.offset + self.position
+        self.position += size
+        return self.data[start : start + size]
+
+
+class _ArchiveUnpickler(RestrictedUnpickler):
+    """Gives each storage the bytes of its record."""
+
+    def __init__(self, file: MappedFile, offset: int, records: dict[str, zipfile.ZipInfo], pickled: bytes) -> None:
+        super().__init__(io.BytesIO(pickled), file.path)
+        self.file, self.offset, self.records = file, offset, records
+        self.storages: dict[str, Any] = {}
+
+    def persistent_load(self, pid: Sequence[Any]) -> Any:
+        kind, storage_type, key, _, count = pid
+        if kind != "storage" or f"data/{key}" not in self.records:
+            raise pickle.UnpicklingError(f"record data/{key} is missing")
+        if key not in self.storages:
+            untyped = storage_type is torch.UntypedStorage or storage_type is torch.storage.UntypedStorage
+            dtype = torch.uint8 if untyped else storage_type.dtype
+            data = self.file.record(self.offset, self.records[f"data/{key}"])
+            if data.numel() < count * dtype.itemsize:
+                raise pickle.UnpicklingError(f"record data/{key} is too short")
+            self.storages[key] = _typed_storage(data, dtype)
+        return self.storages[key]
+
+
+def _typed_storage(data: Tensor, dtype: torch.dtype) -> Any:
+    """A storage of `dtype` that begins where `data` does."""
+    start = data.storage_offset()
+    storage = data.untyped_storage()[start : start + data.numel()]
+    return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)

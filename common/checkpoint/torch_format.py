@@ -1,0 +1,37 @@
+"""Megatron-LM's torch format: one `model_optim_rng.pt` for each tensor and pipeline rank."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint.archive import MappedFile, write_archive
+from common.errors import KitError
+
+
+def save_rank_file(path: Path, state: dict[str, Any]) -> int:
+    """Writes `state`, whose tensors may be LazyTensors, as `torch.save` would, a tensor at a time; its bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb", buffering=0) as stream:
+        written = write_archive(stream, state)
+        os.fsync(stream.fileno())
+    return written
+
+
+def load_rank_file(path: Path, mmap: bool = True) -> dict[str, Any]:
+    """What `torch.save` wrote, read without running code of the file.
+
+    With `mmap` its tensors lie in the mapped file, copied on writing; else they are copies in memory.
+    Raises KitError when the file is missing, cut short, or names a global that could run code.
+    """
+    state = MappedFile(path).read()
+    if not isinstance(state, dict):
+        raise KitError(f"{path} holds no dict: it is no file of a Megatron checkpoint")
+    return state if mmap else _copied(state)
+
+
+def _copied(value: Any) -> Any:
+    if hasattr(value, "untyped_storage"):
+        return value.clone()
+    if isinstance(value, dict):
+        return type(value)((key, _copied(part)) for key, part in value.items())
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
