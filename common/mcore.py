@@ -1,0 +1,67 @@
+"""The one place that knows Megatron-Core's versions: what is supported, and what each of them needs mended."""
+
+from importlib import metadata
+from typing import Any
+
+from common.errors import KitError
+
+OLDEST, NEWEST = (0, 11), (0, 16)
+RANGE = "0.11 to 0.16"
+
+
+def version() -> tuple[int, int]:
+    """Major and minor of the installed megatron-core; raises KitError when it is missing or out of range."""
+    try:
+        text = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError as error:
+        raise KitError("megatron-core is not installed: pip install megatron-core==0.16.1") from error
+    major, minor = (int(part) for part in text.split(".")[:2])
+    if not OLDEST <= (major, minor) <= NEWEST:
+        raise KitError(
+            f"megatron-core {text} is installed, and this kit works with {RANGE}:"
+            " pip install the version that requirements/ names for this machine"
+        )
+    return major, minor
+
+
+def optimizer_sharding() -> str:
+    """The layout in which this version saves the distributed optimizer to torch_dist.
+
+    `fully_reshardable` (0.15 on) can be loaded at another TP, PP or DP; `fully_sharded_model_space` is the like of 0.13
+    and 0.14; before, only `dp_zero_gather_scatter` loads without apex or Transformer Engine, at the same TP and PP.
+    """
+    if version() >= (0, 15):
+        return "fully_reshardable"
+    return "fully_sharded_model_space" if version() >= (0, 13) else "dp_zero_gather_scatter"
+
+
+def mend_torch_adam_step() -> None:
+    """Lets the distributed optimizer load its state when the inner optimizer is torch's Adam (0.11 to 0.16).
+
+    torch's Adam keeps a `step` tensor beside each parameter's moments; apex's and Transformer Engine's keep none.
+    (1) The loader copies every entry the optimizer has and fails with KeyError 'step': the entry is passed through,
+    since Megatron restores the step before, from the parameter groups. (2) It gives all parameters one and the same
+    step tensor, which then counts once a parameter instead of once a step: each gets its own.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load = DistributedOptimizer.load_state_dict
+    if getattr(load, "mended", False):
+        return
+
+    def set_states_and_keep_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state.get(self.optimizer.param_groups[group_index]["params"][group_order], {})
+        own = {"step": state["step"]} if "step" in state else {}
+        set_states(self, model_param, {**own, **tensors})
+
+    def load_and_part_steps(self: Any, state_dict: dict[str, Any]) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+    load_and_part_steps.mended = True  # type: ignore[attr-defined]
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_and_keep_step
+    DistributedOptimizer.load_state_dict = load_and_part_steps

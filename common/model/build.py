@@ -1,0 +1,126 @@
+"""This rank's part of the model: Megatron-Core's GPTModel in Qwen's shape, one for each virtual pipeline chunk."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from common.model.config import QwenConfig
+from common.model.layer_spec import block_spec
+from common.parallel import ParallelSizes
+from common.platforms.base import Platform
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the model runs, beside what it is."""
+
+    precision: str  # bf16 or fp32
+    transformer_impl: str  # transformer_engine or local
+    recompute: str  # none, selective or full
+    init_std: float = 0.02
+    seed: int = 1234
+
+
+def transformer_config(
+    qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform
+) -> TransformerConfig:
+    """Megatron-Core's configuration of `qwen` under these sizes."""
+    dtype = DTYPES[options.precision]
+    fused = platform.fused_kernels
+    engine = options.transformer_impl == "transformer_engine"
+    return TransformerConfig(
+        num_layers=qwen.num_hidden_layers,
+        hidden_size=qwen.hidden_size,
+        ffn_hidden_size=qwen.intermediate_size,
+        num_attention_heads=qwen.num_attention_heads,
+        num_query_groups=qwen.num_key_value_heads,
+        kv_channels=qwen.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=qwen.rms_norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=options.init_std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
+        context_parallel_size=sizes.cp,
+        sequence_parallel=sizes.tp > 1,
+        # With VPP, batched sends at PP=2 swap the two neighbours' tensors and train on them without an error.
+        overlap_p2p_comm=sizes.vpp > 1,
+        batch_p2p_comm=sizes.vpp == 1,
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=platform.device == "cpu",
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        persist_layer_norm=engine,
+        apply_rope_fusion=engine,
+        gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=fused,
+        cross_entropy_fusion_impl="te" if engine else "native",
+        **_recompute(options.recompute, qwen.num_hidden_layers // (sizes.pp * sizes.vpp)),
+    )
+
+
+def _recompute(kind: str, num_layers: int) -> dict[str, Any]:
+    """Recompute nothing, each layer's core attention (selective) or each whole layer (full)."""
+    if kind == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective"} if kind == "selective" else {}
+
+
+def build_model(
+    qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform, seq_length: int
+) -> list[torch.nn.Module]:
+    """The chunks that this rank holds, on its device, with random weights; bf16 ones wrapped in Float16Module."""
+    config = transformer_config(qwen, sizes, options, platform)
+    chunks = [_chunk(config, qwen, sizes, options, seq_length, index) for index in range(sizes.vpp)]
+    if platform.device == "cuda":
+        chunks = [chunk.cuda(torch.cuda.current_device()) for chunk in chunks]
+    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
+
+
+def _chunk(
+    config: TransformerConfig,
+    qwen: QwenConfig,
+    sizes: ParallelSizes,
+    options: ModelOptions,
+    seq_length: int,
+    index: int,
+) -> torch.nn.Module:
+    where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": index} if sizes.vpp > 1 else {}
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(options.transformer_impl, config.num_layers // (sizes.pp * sizes.vpp)),
+        vocab_size=qwen.padded_vocab_size(sizes.tp),
+        max_sequence_length=seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        share_embeddings_and_output_weights=qwen.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=qwen.rope_theta,
+        **({"vp_stage": index} if sizes.vpp > 1 else {}),
+    )
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside the wrappers of data parallelism and precision."""
+    while hasattr(module, "module"):
+        module = module.module  # type: ignore[assignment]
+    return module

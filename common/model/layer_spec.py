@@ -1,0 +1,24 @@
+"""Qwen's transformer block as a Megatron-Core spec: Transformer Engine's layers, or the local ones with our norm."""
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from common.model.attention import SdpaAttention
+from common.model.norm import RMSNorm
+
+
+def block_spec(transformer_impl: str, num_layers: int) -> Any:
+    """The spec of a pipeline stage with `num_layers` layers; `transformer_impl` is transformer_engine or local."""
+    if transformer_impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_local_spec()
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.self_attention.submodules.core_attention = SdpaAttention
+    # The final norm too: Megatron-Core's fallback for it refuses sequence parallelism.
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

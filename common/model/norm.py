@@ -1,0 +1,28 @@
+"""RMSNorm for Megatron-Core's local layers: its own fallback refuses sequence parallelism and needs torch 2.4."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+class RMSNorm(torch.nn.Module):
+    """x [..., h] -> x / sqrt(mean(x^2) + eps) * weight, in x's dtype, reduced in float32 (arXiv 1910.07467).
+
+    The weight carries `sequence_parallel`: with it, Megatron-Core all-reduces the weight's gradient over the tensor
+    parallel ranks, each of which saw its own part of the sequence. Without it the copies drift apart.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  a Parameter has no such field
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The normalized x, of the same shape and dtype."""
+        if hasattr(F, "rms_norm"):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return wide.to(x.dtype) * self.weight

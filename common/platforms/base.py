@@ -1,0 +1,23 @@
+"""Platform: the facts of a kind of machine, which the rest of the kit reads instead of asking which vendor it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+def nothing_to_prepare() -> None:
+    """Returns at once: the machine's torch works as it is."""
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What holds on a machine whatever the run; each field's value carries its reason where it is set."""
+
+    name: str
+    device: str  # torch's device type
+    backend: str  # torch.distributed's backend
+    transformer_impl: str  # the layers a run uses unless told otherwise: transformer_engine or local
+    checkpoint_format: str  # what a run saves unless told otherwise: torch_dist or torch
+    fused_kernels: bool  # Megatron-Core's fused SwiGLU, bias-dropout and cross-entropy work here
+    ran_on_hardware: bool
+    prepare: Callable[[], None] = nothing_to_prepare  # called before Megatron-Core is imported
+    peak_tflops: dict[str, float] = field(default_factory=dict)  # part of the device's name -> dense bf16 TFLOP/s

@@ -1,0 +1,21 @@
+"""A machine without a GPU: Megatron-Core runs as it is, on gloo, over a stand-in for `torch.cuda`."""
+
+from common.platforms.base import Platform
+
+
+def _prepare() -> None:
+    from common.platforms.cuda_stand_in import install  # imports torch, which reading a platform's facts must not
+
+    install()
+
+
+CPU = Platform(
+    name="cpu",
+    device="cpu",
+    backend="gloo",
+    transformer_impl="local",  # Transformer Engine has no CPU kernels
+    checkpoint_format="torch_dist",
+    fused_kernels=False,  # they are torch.compile'd: minutes of compilation for no gain here
+    ran_on_hardware=True,
+    prepare=_prepare,
+)

@@ -1,0 +1,13 @@
+"""MetaX C500/C550 GPUs (maca 2.27): CUDA's names over MACA, MCCL behind the name nccl. Not run on hardware."""
+
+from common.platforms.base import Platform
+
+METAX = Platform(
+    name="metax",
+    device="cuda",  # mcPytorch keeps torch.cuda's names
+    backend="nccl",  # MCCL answers to this name
+    transformer_impl="local",  # no Transformer Engine exists for maca 2.27
+    checkpoint_format="torch",  # torch_dist was never seen to work in the vendor's image
+    fused_kernels=False,  # they need torch.compile and Triton, which abort there on some shapes
+    ran_on_hardware=False,
+)

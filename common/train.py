@@ -1,0 +1,65 @@
+"""Step 3: `python -m common.train` checks a run in one process, then starts its processes with torchrun.
+
+Each of those runs this module again, finds torchrun's variables in its environment and trains.
+"""
+
+import argparse
+import os
+
+from common import errors, log
+from common.errors import KitError
+from common.platforms import current
+from common.settings import add_options, from_namespace, to_flags
+from common.training.config import TrainSettings
+from common.training.plan import describe, plan_run
+from common.training.tracking import check_tracking
+
+
+def main() -> None:
+    """Checks, launches or trains, whichever this process is for."""
+    parser = argparse.ArgumentParser(prog="python -m common.train", description=(__doc__ or "").split("\n")[0])
+    add_options(parser, TrainSettings)
+    parser.add_argument("--check", action="store_true", help="check the settings, the model and the data, and stop")
+    arguments = parser.parse_args()
+    log.setup()
+    settings = from_namespace(TrainSettings, arguments)
+    platform = current()
+    worker = "TORCHELASTIC_RUN_ID" in os.environ
+    if worker:
+        platform.prepare()
+    plan = plan_run(settings, platform)
+    check_tracking(settings)
+    if worker:
+        from common.training.loop import run_plan  # imports Megatron-Core, which the check does not need
+
+        run_plan(plan)
+        return
+    describe(plan)
+    if arguments.check:
+        print("ok: the run can start")
+        return
+    launch(settings)
+
+
+def launch(settings: TrainSettings) -> None:
+    """Runs this module under torchrun on this node; exits with the first failed process's code."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    words = [
+        *("--nproc-per-node", str(settings.gpus)),
+        *("--nnodes", str(settings.nnodes), "--node-rank", str(settings.node_rank)),
+        *("--master-addr", settings.master_addr, "--master-port", str(settings.master_port)),
+        *("-m", "common.train"),
+    ]
+    try:
+        run(parse_args([*words, *to_flags(settings)]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from KitError(
+            f"process {rank} ended with exit code {failure.exitcode}"
+        )
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,107 @@
+"""TrainSettings: every setting of step 3, declared once; the command line is made from it."""
+
+from dataclasses import dataclass
+
+from common.errors import KitError
+from common.parallel import ParallelSizes
+from common.settings import option
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The settings of a run; raises KitError for values that contradict each other."""
+
+    save_checkpoint_path: str = option(help="where checkpoints go, and where a run resumes from")
+    train_or_convert_ckpt: str = option(
+        "train", "train, or turn the newest distributed checkpoint into torch format", ("train", "convert")
+    )
+    train_mode: str = option(
+        "pretrain", "pretrain: every token is learned; finetune: the answers", ("pretrain", "finetune")
+    )
+    dataset_path: str | None = option(None, "what step 1 wrote (its OUTPUT_PREFIX)")
+    valid_dataset_path: str | None = option(None, "validation data of its own; then SPLIT is not used")
+    split: str = option("98,2,0", "shares of the documents for training, validation and nothing")
+    load_checkpoint_path: str | None = option(None, "weights to start from: what step 2 wrote, or another run")
+    hf_model_path: str | None = option(None, "only to train from scratch: folder with config.json and tokenizer")
+    is_initial_run: str = option("auto", "auto: resume if there is what to resume", ("auto", "true", "false"))
+    tp: int = option(1, "tensor parallel size; above 1, sequence parallel too")
+    pp: int = option(1, "pipeline parallel size")
+    vpp: int = option(1, "virtual pipeline chunks a rank")
+    cp: int = option(1, "context parallel size")
+    gpus: int = option(1, "processes on this node, one a GPU")
+    nnodes: int = option(1, "number of nodes")
+    node_rank: int = option(0, "this node's number, from 0")
+    master_addr: str = option("localhost", "address of node 0")
+    master_port: int = option(29500, "a free port on node 0")
+    seq_length: int = option(2048, "tokens in a sample")
+    micro_batch_size: int = option(2, "samples a GPU runs at once")
+    global_batch_size: int = option(16, "samples in one step over all GPUs")
+    epochs: float | None = option(None, "passes over the training data; this or TRAIN_ITERS")
+    train_iters: int | None = option(None, "steps; this or EPOCHS")
+    seed: int = option(1234, "of random weights and of the order of samples")
+    precision: str = option("bf16", "bf16 has float32 master weights and gradients", ("bf16", "fp32"))
+    lr: float = option(6.5e-5, "highest learning rate")
+    min_lr: float = option(2.5e-6, "learning rate at the end")
+    lr_warmup_iters: int = option(0, "steps of linear warm-up from 0")
+    lr_decay_style: str = option("cosine", "", ("cosine", "linear", "constant"))
+    weight_decay: float = option(0.01, "not applied to norms and biases")
+    adam_beta1: float = option(0.9)
+    adam_beta2: float = option(0.999)
+    clip_grad: float = option(1.0, "largest gradient norm; 0: no clipping")
+    save_interval: int = option(100, "steps between checkpoints; the last step is always saved")
+    keep_checkpoints: int = option(3, "newest checkpoints to keep; 0: all")
+    async_save: bool = option(False, "torch_dist only: write checkpoints while training goes on")
+    eval_interval: int = option(100, "steps between evaluations; 0: none")
+    eval_iters: int = option(50, "global batches in one evaluation")
+    log_interval: int = option(10, "steps between log lines")
+    exit_interval: int | None = option(None, "save and stop at a step this divides")
+    recompute: str = option("none", "activations computed again in backward", ("none", "selective", "full"))
+    packing: bool = option(False, "finetune: several samples a row, kept apart")
+    truncate: str = option("error", "finetune samples over SEQ_LENGTH", ("error", "drop", "left", "right"))
+    reset_attention: bool = option(False, "pretrain: keep the documents of one sample apart")
+    wandb_project: str | None = option(None, "log to Weights & Biases under this project")
+    wandb_exp_name: str | None = option(None, "name of the run there")
+    wandb_mode: str = option("online", "", ("online", "offline", "disabled"))
+    wandb_save_path: str | None = option(None, "folder for its files")
+    ckpt_format: str | None = option(None, "torch_dist or torch; default: the platform's", ("torch_dist", "torch"))
+    transformer_impl: str | None = option(None, "layers; default: the platform's", ("transformer_engine", "local"))
+    num_workers: int = option(2, "processes that read batches ahead; 0: none")
+    distributed_timeout_min: int = option(10, "minutes after which a rank that waits gives up")
+
+    def __post_init__(self) -> None:
+        positive = ("seq_length", "micro_batch_size", "global_batch_size", "save_interval", "log_interval", "gpus")
+        for name in (*positive, "nnodes", "distributed_timeout_min"):
+            self._need(getattr(self, name) >= 1, name, "it must be at least 1")
+        for name in ("keep_checkpoints", "eval_interval", "eval_iters", "lr_warmup_iters", "num_workers", "clip_grad"):
+            self._need(getattr(self, name) >= 0, name, "it must not be negative")
+        self._need(self.exit_interval is None or self.exit_interval >= 1, "exit_interval", "it must be at least 1")
+        self._need(self.epochs is None or self.epochs > 0, "epochs", "it must be more than 0")
+        self._need(self.train_iters is None or self.train_iters >= 1, "train_iters", "it must be at least 1")
+        self._need(0 <= self.min_lr <= self.lr, "min_lr", f"it must lie between 0 and LR={self.lr}")
+        self._need(0 <= self.node_rank < self.nnodes, "node_rank", f"it must be below NNODES={self.nnodes}")
+        if self.train_or_convert_ckpt == "train":
+            self._need(bool(self.dataset_path), "dataset_path", "training needs what step 1 wrote: set DATASET_PATH")
+            if (self.epochs is None) == (self.train_iters is None):
+                raise KitError(f"EPOCHS={self.epochs} and TRAIN_ITERS={self.train_iters}: set one of them")
+        elif not self.load_checkpoint_path:
+            raise KitError("LOAD_CHECKPOINT_PATH is not set: convert reads the distributed checkpoint there")
+        if self.seq_length % self.tp:
+            raise KitError(
+                f"SEQ_LENGTH={self.seq_length} cannot be divided by TP={self.tp}: sequence parallel needs it"
+            )
+        if self.async_save and self.ckpt_format == "torch":
+            raise KitError("ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false")
+        if self.packing and self.train_mode == "pretrain":
+            raise KitError("PACKING=true is for TRAIN_MODE=finetune; pretraining samples are always full")
+        if self.reset_attention and self.train_mode == "finetune":
+            raise KitError("RESET_ATTENTION=true is for TRAIN_MODE=pretrain; packed samples are always kept apart")
+        self.sizes.num_microbatches(self.global_batch_size, self.micro_batch_size)
+
+    def _need(self, holds: bool, name: str, rule: str) -> None:
+        if not holds:
+            raise KitError(f"{name.upper()}={getattr(self, name)}: {rule}")
+
+    @property
+    def sizes(self) -> ParallelSizes:
+        """The parallel sizes over all nodes."""
+        return ParallelSizes(self.gpus * self.nnodes, tp=self.tp, pp=self.pp, vpp=self.vpp, cp=self.cp)

@@ -1,0 +1,85 @@
+"""The process group of a run: started, agreed over, ended."""
+
+import datetime
+import os
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from common.parallel import ParallelSizes
+from common.platforms.base import Platform
+
+
+@contextmanager
+def process_group(platform: Platform, sizes: ParallelSizes, seed: int, timeout_min: int) -> Iterator[None]:
+    """Megatron-Core's groups and random states, for as long as the block lasts."""
+    if platform.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(platform.backend, timeout=datetime.timedelta(minutes=timeout_min))
+    try:
+        parallel_state.initialize_model_parallel(
+            sizes.tp,
+            sizes.pp,
+            virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
+            context_parallel_size=sizes.cp,
+            distributed_timeout_minutes=timeout_min,
+        )
+        seed_everything(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every random generator; pipeline stages differ, as in Megatron-LM's training/initialize.py."""
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator of this rank, as `restore_random_state` takes it."""
+    return {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state(),
+        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Puts the generators where `random_state` found them."""
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    torch.cuda.set_rng_state(state["cuda_rng_state"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
+
+
+class StopSignal:
+    """Whether any rank was asked to stop (SIGTERM): all ranks learn of it at the same step."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.group = dist.new_group(backend="gloo")
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def everywhere(self) -> bool:
+        """True on every rank as soon as one was asked; a collective call."""
+        flag = torch.tensor([self.asked], dtype=torch.int32, device="cpu")
+        dist.all_reduce(flag, group=self.group)
+        return bool(flag.item())

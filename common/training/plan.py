@@ -1,0 +1,205 @@
+"""What a run will do, settled and checked in one process before any other starts."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.checkpoint.layout import Checkpoint, find_checkpoint
+from common.data.indexed import IndexedReader
+from common.data.manifest import DataFiles, resolve
+from common.data.samples import Samples, open_samples, split_documents
+from common.errors import KitError
+from common.log import logger
+from common.model.config import QwenConfig, load_config
+from common.parallel import ParallelSizes
+from common.platforms.base import Platform
+from common.training.config import TrainSettings
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run's weights come from, and the folder whose config.json and tokenizer it carries along.
+
+    kind: "resume" (weights, optimizer, schedule, random state, position), "weights" (iteration 0) or "random".
+    """
+
+    kind: str
+    model_folder: Path
+    checkpoint: Checkpoint | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's settings with all that follows from them."""
+
+    settings: TrainSettings
+    platform: Platform
+    sizes: ParallelSizes
+    qwen: QwenConfig
+    start: Start
+    transformer_impl: str
+    ckpt_format: str
+    train: Samples | None
+    valid: Samples | None
+    train_iters: int
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches a replica runs in one step."""
+        return self.sizes.num_microbatches(self.settings.global_batch_size, self.settings.micro_batch_size)
+
+    @property
+    def data_identity(self) -> dict[str, int | str | bool]:
+        """What a position in the data means: a run resumes only where all of it is the same."""
+        chosen = self.settings
+        assert self.train is not None
+        return {
+            "train_mode": chosen.train_mode,
+            "samples_per_epoch": self.train.samples_per_epoch,
+            "seq_length": chosen.seq_length,
+            "seed": chosen.seed,
+        }
+
+
+def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
+    """The plan of `settings` on `platform`; raises KitError for all that can be known to be wrong beforehand."""
+    start = find_start(settings)
+    qwen = load_config(start.model_folder)
+    qwen.check_trainable()
+    qwen.check_tensor_parallel(settings.tp)
+    qwen.check_pipeline(settings.pp, settings.vpp)
+    transformer_impl = settings.transformer_impl or platform.transformer_impl
+    if settings.cp > 1 and transformer_impl == "local":
+        raise KitError(f"CP={settings.cp}: the local layers' attention has no context parallelism: set CP=1")
+    if settings.seq_length > qwen.max_position_embeddings:
+        raise KitError(
+            f"SEQ_LENGTH={settings.seq_length} is over max_position_embeddings={qwen.max_position_embeddings}"
+            " of config.json: use a shorter SEQ_LENGTH"
+        )
+    train = valid = None
+    if settings.train_or_convert_ckpt == "train":
+        train, valid = open_data(settings)
+    return Plan(
+        settings=settings,
+        platform=platform,
+        sizes=settings.sizes,
+        qwen=qwen,
+        start=start,
+        transformer_impl=transformer_impl,
+        ckpt_format=settings.ckpt_format or platform.checkpoint_format,
+        train=train,
+        valid=valid,
+        train_iters=count_iterations(settings, train.samples_per_epoch) if train else 0,
+    )
+
+
+def find_start(settings: TrainSettings) -> Start:
+    """Where the run starts, by IS_INITIAL_RUN and by what lies in the two checkpoint folders."""
+    if settings.train_or_convert_ckpt == "convert":
+        return _start_of_conversion(settings)
+    saved = _whole_iteration(Path(settings.save_checkpoint_path))
+    if saved and settings.is_initial_run == "true":
+        raise KitError(
+            f"IS_INITIAL_RUN=true, but {saved.folder} holds iteration {saved.iteration}:"
+            " set IS_INITIAL_RUN=auto to resume it, or another SAVE_CHECKPOINT_PATH"
+        )
+    if saved:
+        return Start("resume", saved.folder, saved)
+    if settings.is_initial_run == "false":
+        raise KitError(f"IS_INITIAL_RUN=false, but {settings.save_checkpoint_path} holds no iteration to resume from")
+    if settings.load_checkpoint_path:
+        loaded = _need_checkpoint(settings.load_checkpoint_path)
+        return Start("weights", loaded.folder, loaded)
+    if settings.hf_model_path:
+        return Start("random", Path(settings.hf_model_path), None)
+    raise KitError(
+        "no weights to start from: set LOAD_CHECKPOINT_PATH to what step 2 wrote,"
+        " or HF_MODEL_PATH to train a model from scratch"
+    )
+
+
+def _start_of_conversion(settings: TrainSettings) -> Start:
+    assert settings.load_checkpoint_path
+    if Path(settings.load_checkpoint_path).resolve() == Path(settings.save_checkpoint_path).resolve():
+        raise KitError(
+            f"SAVE_CHECKPOINT_PATH={settings.save_checkpoint_path} is the folder that is read: choose another folder"
+        )
+    loaded = _need_checkpoint(settings.load_checkpoint_path)
+    if loaded.format != "torch_dist":
+        raise KitError(f"{loaded.path} is in {loaded.format} format already: step 2 reads it as it is")
+    return Start("resume" if isinstance(loaded.iteration, int) else "weights", loaded.folder, loaded)
+
+
+def _whole_iteration(folder: Path) -> Checkpoint | None:
+    found = find_checkpoint(folder) if folder.is_dir() else None
+    return found if found and isinstance(found.iteration, int) else None
+
+
+def _need_checkpoint(path: str) -> Checkpoint:
+    if not Path(path).is_dir():
+        raise KitError(f"LOAD_CHECKPOINT_PATH={path} is no folder: give what step 2 wrote, or a run's checkpoints")
+    found = find_checkpoint(Path(path))
+    if found is None:
+        raise KitError(
+            f"LOAD_CHECKPOINT_PATH={path} holds no checkpoint: give what step 2 wrote, or a run's checkpoints"
+        )
+    return found
+
+
+def open_data(settings: TrainSettings) -> tuple[Samples, Samples | None]:
+    """The samples of training and of validation; None where a split holds none."""
+    assert settings.dataset_path
+    files = resolve(settings.dataset_path)
+    if settings.valid_dataset_path:
+        return _open(settings, files, None), _open(settings, resolve(settings.valid_dataset_path), None)
+    train_range, valid_range = split_documents(len(IndexedReader(files.tokens)), settings.split)
+    valid = None
+    if settings.eval_interval and len(valid_range):
+        try:
+            valid = _open(settings, files, valid_range)
+        except KitError as error:
+            logger.info("no validation: the split's second part is too small (%s)", error)
+    return _open(settings, files, train_range), valid
+
+
+def _open(settings: TrainSettings, files: DataFiles, documents: range | None) -> Samples:
+    return open_samples(
+        files,
+        train_mode=settings.train_mode,
+        seq_length=settings.seq_length,
+        seed=settings.seed,
+        documents=documents,
+        packing=settings.packing,
+        truncate=settings.truncate,
+        reset_attention=settings.reset_attention,
+        pad_id=0,
+    )
+
+
+def count_iterations(settings: TrainSettings, samples_per_epoch: int) -> int:
+    """TRAIN_ITERS, or the steps that EPOCHS passes over the data take, rounded up."""
+    if settings.train_iters is not None:
+        return settings.train_iters
+    assert settings.epochs is not None
+    return math.ceil(samples_per_epoch * settings.epochs / settings.global_batch_size)
+
+
+def describe(plan: Plan) -> None:
+    """Logs what the run will do, a line a subject."""
+    sizes, chosen, start = plan.sizes, plan.settings, plan.start
+    logger.info(
+        "%s: %d processes = TP %d x PP %d x CP %d x DP %d, %s layers, %s",
+        plan.platform.name, sizes.world_size, sizes.tp, sizes.pp, sizes.cp, sizes.dp, plan.transformer_impl,
+        chosen.precision,
+    )  # fmt: skip
+    if not plan.platform.ran_on_hardware:
+        logger.info("note: this kit was not run on %s hardware", plan.platform.name)
+    source = start.checkpoint.path if start.checkpoint else start.model_folder
+    logger.info("start: %s from %s", start.kind, source)
+    if plan.train:
+        logger.info(
+            "data: %d samples of %d tokens an epoch; %d steps of %d samples = %.2f epochs; validation: %s",
+            plan.train.samples_per_epoch, chosen.seq_length, plan.train_iters, chosen.global_batch_size,
+            plan.train_iters * chosen.global_batch_size / plan.train.samples_per_epoch,
+            f"{plan.valid.samples_per_epoch} samples" if plan.valid else "none",
+        )  # fmt: skip

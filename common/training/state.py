@@ -1,0 +1,144 @@
+"""What a run saves and goes on from: weights, optimizer, schedule, random state and the position in the data."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from common.errors import KitError
+from common.log import logger
+from common.mcore import optimizer_sharding
+from common.model.build import unwrap
+from common.training.distributed import random_state, restore_random_state
+from common.training.optimizer import Trainee
+from common.training.plan import Plan
+
+LAYOUT = ("tp", "pp", "vpp", "cp", "dp")
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+def chunk_names(num_chunks: int) -> list[str]:
+    """The keys of a rank's chunks in a checkpoint, as Megatron-LM names them: `model`, or `model0`, `model1`, ..."""
+    return ["model"] if num_chunks == 1 else [f"model{index}" for index in range(num_chunks)]
+
+
+def describe_run(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """What a checkpoint says of the run that wrote it; plain values, so that it loads with `weights_only`."""
+    layout = {name: getattr(plan.sizes, name) for name in LAYOUT}
+    data = plan.data_identity if plan.train else None
+    return {
+        "progress": asdict(progress),
+        "layout": layout,
+        "optimizer_sharding": optimizer_sharding(),
+        "data": data,
+        "precision": plan.settings.precision,
+    }
+
+
+def model_shards(trainee: Trainee) -> dict[str, Any]:
+    """Megatron-Core's sharded state dict of each chunk; `_extra_state` (FP8 scales) is left out."""
+    names = chunk_names(len(trainee.model))
+    shards = [unwrap(chunk).sharded_state_dict(metadata=content_metadata()) for chunk in trainee.model]  # type: ignore[operator]
+    return {
+        name: {key: value for key, value in shard.items() if not key.endswith("_extra_state")}
+        for name, shard in zip(names, shards, strict=True)
+    }
+
+
+def content_metadata() -> dict[str, Any]:
+    """What decides the layout inside torch_dist, stored with it."""
+    return {"distrib_optim_sharding_type": optimizer_sharding(), "non_homogeneous_layers": False}
+
+
+def sharded_state(trainee: Trainee, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
+    """The whole state as Megatron-Core's dist_checkpointing saves and loads it."""
+    if loading:
+        initialise_optimizer(trainee)
+    state = model_shards(trainee)
+    state["optimizer"] = trainee.optimizer.sharded_state_dict(state, is_loading=loading, metadata=content_metadata())
+    if with_rng:
+        state["rng_state"] = _sharded_random_state()
+    if not loading:
+        state["opt_param_scheduler"] = trainee.scheduler.state_dict()
+    return state
+
+
+def initialise_optimizer(trainee: Trainee) -> None:
+    """Gives the optimizer the moments it makes at its first step, so that they can be loaded into.
+
+    A step on zero gradients with learning rate and weight decay 0 moves no weight.
+    """
+    for part in optimizer_parts(trainee.optimizer):
+        groups = part.optimizer.param_groups
+        kept = [(group["lr"], group["weight_decay"]) for group in groups]
+        for group in groups:
+            group["lr"] = group["weight_decay"] = 0.0
+        part._init_optimizer_states_with_dummy_values()
+        for group, (lr, weight_decay) in zip(groups, kept, strict=True):
+            group["lr"], group["weight_decay"] = lr, weight_decay
+
+
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """The distributed optimizers inside Megatron-Core's chained one."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _sharded_random_state() -> ShardedObject:
+    """Each pipeline and tensor rank's random state; data-parallel replicas draw alike, so the first one's is kept."""
+    pp, tp = (
+        (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()),
+        (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()),
+    )
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return ShardedObject("rng_state", [random_state()], (pp[1], tp[1]), (pp[0], tp[0]), replica_id=replica)
+
+
+def check_position(plan: Plan, run: dict[str, Any]) -> None:
+    """Raises KitError when the data is not what the saved position counts in."""
+    saved, now = run.get("data") or {}, plan.data_identity
+    different = [name for name in now if saved and saved.get(name) != now[name]]
+    if different:
+        values = ", ".join(f"{name} {saved[name]} -> {now[name]}" for name in different)
+        raise KitError(
+            f"{plan.start.model_folder} was trained on other samples ({values}), so its position in the data has no"
+            " meaning here: use the same settings and data, or start a new SAVE_CHECKPOINT_PATH with"
+            " LOAD_CHECKPOINT_PATH set to this one"
+        )
+
+
+def same_layout(plan: Plan, run: dict[str, Any]) -> bool:
+    """Whether the checkpoint was written at this run's parallel sizes."""
+    return all(run["layout"].get(name) == getattr(plan.sizes, name) for name in LAYOUT)
+
+
+def finish_loading(trainee: Trainee, state: dict[str, Any], plan: Plan) -> None:
+    """Puts schedule and random state back; the random state only where the layout is the same."""
+    trainee.scheduler.load_state_dict(dict(state["opt_param_scheduler"]))
+    rng = state.get("rng_state")
+    if rng is None:
+        logger.info("random state not restored: the checkpoint was written at other parallel sizes")
+    else:
+        restore_random_state(rng[0] if isinstance(rng, list) else rng)
+
+
+def load_chunks(trainee: Trainee, state: dict[str, Any]) -> None:
+    """Loads each chunk's weights, strictly: only Transformer Engine's `_extra_state` may be absent or left over."""
+    for name, chunk in zip(chunk_names(len(trainee.model)), trainee.model, strict=True):
+        missing, unexpected = unwrap(chunk).load_state_dict(state[name], strict=False)
+        wrong = [key for key in (*missing, *unexpected) if not key.endswith("_extra_state")]
+        if wrong:
+            raise KitError(
+                f"the checkpoint's {name} does not fit this model at {', '.join(wrong[:5])}"
+                " (missing or left over): check config.json, TP, PP, VPP and TRANSFORMER_IMPL"
+            )
+    if torch.distributed.is_initialized():
+        trainee.optimizer.reload_model_params()  # the float32 master weights are copies
