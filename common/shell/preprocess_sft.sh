@@ -1,0 +1,9 @@
+# shellcheck shell=bash
+# Step 1 for fine-tuning: the settings become one `python -m common.preprocess sft`.
+# shellcheck source=lib.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+begin "$@"
+
+need INPUT OUTPUT_PREFIX TOKENIZER_PATH
+flags "${SETTINGS[@]}"
+run common.preprocess sft

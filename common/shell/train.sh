@@ -1,0 +1,27 @@
+# shellcheck shell=bash
+# Step 3: the settings become one `python -m common.train`, which checks them and then starts one process a GPU.
+# shellcheck source=lib.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+begin "$@"
+
+one_of TRAIN_OR_CONVERT_CKPT train convert
+if [[ $TRAIN_OR_CONVERT_CKPT == train ]]; then
+  if [[ -n ${SAVE_DIST_CHECKPOINT_PATH:-} ]]; then
+    old_name SAVE_CHECKPOINT_PATH SAVE_DIST_CHECKPOINT_PATH
+  else
+    old_name SAVE_CHECKPOINT_PATH SAVE_TORCH_CHECKPOINT_PATH
+  fi
+  start='LOAD_CHECKPOINT_PATH|HF_MODEL_PATH'
+  # A run that can be resumed needs no other start.
+  [[ ! -e $SAVE_CHECKPOINT_PATH/latest_checkpointed_iteration.txt ]] || start=SAVE_CHECKPOINT_PATH
+  need DATASET_PATH SAVE_CHECKPOINT_PATH "$start"
+  [[ -n $TRAIN_ITERS ]] || : "${EPOCHS:=3}"
+else
+  old_name LOAD_CHECKPOINT_PATH SAVE_DIST_CHECKPOINT_PATH
+  old_name SAVE_CHECKPOINT_PATH SAVE_TORCH_CHECKPOINT_PATH
+  need LOAD_CHECKPOINT_PATH SAVE_CHECKPOINT_PATH
+  [[ $(realpath -m -- "$LOAD_CHECKPOINT_PATH") != $(realpath -m -- "$SAVE_CHECKPOINT_PATH") ]] ||
+    die "LOAD_CHECKPOINT_PATH and SAVE_CHECKPOINT_PATH are both $LOAD_CHECKPOINT_PATH: convert writes to another folder"
+fi
+flags "${SETTINGS[@]}"
+run common.train

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Step 3 on a CPU: train Qwen2.5, or turn a distributed checkpoint into torch format.
+# 第 3 步（CPU）：训练 Qwen2.5，或把分布式检查点转换为 torch 格式。
+set -euo pipefail
+VENDOR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+
+# Needed / 必填
+: "${DATASET_PATH:=}"         # OUTPUT_PREFIX of step 1 (training only) / 第 1 步的 OUTPUT_PREFIX（仅训练）
+: "${LOAD_CHECKPOINT_PATH:=}" # weights to start from: step 2's or a run's / 起始权重：第 2 步或某次训练的目录
+: "${SAVE_CHECKPOINT_PATH:=}" # where checkpoints go; the same again resumes / 检查点目录；再次运行即续训
+
+# What to do / 任务
+: "${TRAIN_OR_CONVERT_CKPT:=train}" # train, or convert: newest checkpoint to torch format / 训练或转换
+: "${TRAIN_MODE:=pretrain}"         # pretrain: every token is learned; finetune: the answers / 预训练或微调
+: "${IS_INITIAL_RUN:=auto}"         # auto resumes if it can; true: weights alone; false: resume / 首次运行
+: "${HF_MODEL_PATH:=}"              # instead of LOAD_CHECKPOINT_PATH: random weights / 随机初始化时的模型目录
+
+# Data / 数据
+: "${SPLIT:=98,2,0}"          # shares for training, validation and nothing / 训练、验证、不用的比例
+: "${VALID_DATASET_PATH:=}"   # validation data of its own, instead of SPLIT / 单独的验证集，代替 SPLIT
+: "${SEQ_LENGTH:=2048}"       # tokens in a sample / 样本长度
+: "${TRUNCATE:=error}"        # samples over SEQ_LENGTH: error, drop, left or right / 超长样本
+: "${PACKING:=false}"         # finetune: several samples in one row / 微调：多个样本拼成一行
+: "${RESET_ATTENTION:=false}" # pretrain: documents in a sample stay apart / 预训练：同一样本内文档互不可见
+
+# Parallelism / 并行
+: "${TP:=1}"                  # tensor parallel size; above 1, sequence parallel too / 张量并行，大于 1 时含序列并行
+: "${PP:=1}"                  # pipeline parallel size / 流水线并行
+: "${VPP:=1}"                 # virtual pipeline chunks a rank / 每个 rank 的虚拟流水线块数
+: "${CP:=1}"                  # context parallel size / 上下文并行
+: "${GPUS:=1}"                # processes on this node, in place of GPUs / 本节点进程数（代替 GPU）
+: "${NNODES:=1}"              # nodes / 节点数
+: "${NODE_RANK:=0}"           # this node's number, from 0 / 本节点编号，从 0 开始
+: "${MASTER_ADDR:=localhost}" # node 0's address / 0 号节点地址
+: "${MASTER_PORT:=29500}"     # a free port there / 0 号节点的空闲端口
+
+# Length of the run / 训练长度
+: "${MICRO_BATCH_SIZE:=2}"   # samples a process runs at once / 每个进程一次计算的样本数
+: "${GLOBAL_BATCH_SIZE:=16}" # samples of one step / 每步的样本总数
+: "${EPOCHS:=}"              # passes over the data; 3 unless TRAIN_ITERS is set / 轮数；未设 TRAIN_ITERS 时为 3
+: "${TRAIN_ITERS:=}"         # steps, instead of EPOCHS / 步数，代替 EPOCHS
+: "${EXIT_INTERVAL:=}"       # save and stop at each multiple of it / 到该步数的倍数时保存并退出
+: "${SEED:=1234}"            # random weights and the order of samples / 随机种子
+
+# Optimizer / 优化器
+: "${PRECISION:=fp32}"        # bf16 or fp32; master weights are fp32 / 计算精度；主权重为 fp32
+: "${LR:=6.5e-5}"             # highest learning rate / 最高学习率
+: "${MIN_LR:=2.5e-6}"         # learning rate at the end / 最低学习率
+: "${LR_WARMUP_ITERS:=0}"     # steps of warm-up / 预热步数
+: "${LR_DECAY_STYLE:=cosine}" # cosine, linear or constant / 学习率曲线
+: "${WEIGHT_DECAY:=0.01}"     # not on norms and biases / 权重衰减，不作用于 norm 和 bias
+: "${ADAM_BETA1:=0.9}"        # Adam / Adam 参数
+: "${ADAM_BETA2:=0.999}"      # Adam / Adam 参数
+: "${CLIP_GRAD:=1.0}"         # largest gradient norm / 梯度裁剪
+
+# Checkpoints, evaluation, log / 保存、验证、日志
+: "${SAVE_INTERVAL:=100}"      # steps between checkpoints / 保存间隔（步）
+: "${KEEP_CHECKPOINTS:=3}"     # newest ones kept; 0: all / 保留最新几个；0：全部
+: "${ASYNC_SAVE:=false}"       # write while training goes on (torch_dist) / 异步保存（torch_dist）
+: "${CKPT_FORMAT:=torch_dist}" # torch_dist or torch / 检查点格式
+: "${EVAL_INTERVAL:=100}"      # steps between evaluations; 0: none / 验证间隔（步）；0：不验证
+: "${EVAL_ITERS:=50}"          # global batches of one evaluation / 每次验证的批数
+: "${LOG_INTERVAL:=10}"        # steps between log lines / 日志间隔（步）
+
+# Memory and kernels / 显存与算子
+: "${RECOMPUTE:=none}"         # none, selective or full / 激活重计算
+: "${TRANSFORMER_IMPL:=local}" # transformer_engine or local / 层的实现
+
+# Weights & Biases (off without WANDB_PROJECT / 未设 WANDB_PROJECT 时关闭)
+: "${WANDB_PROJECT:=}"    # project / 项目
+: "${WANDB_EXP_NAME:=}"   # the run's name / 实验名
+: "${WANDB_MODE:=online}" # online, offline or disabled / 模式
+: "${WANDB_SAVE_PATH:=}"  # folder of its files / 本地目录
+
+# shellcheck source=env.sh
+source "$VENDOR/env.sh"
+# shellcheck source=../common/shell/train.sh
+source "$VENDOR/../common/shell/train.sh" "$@"

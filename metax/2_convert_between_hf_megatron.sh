@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Step 2 on MetaX: a Hugging Face model to a Megatron checkpoint, or back to safetensors. Needs no GPU.
+# 第 2 步（MetaX）：Hugging Face 模型与 Megatron 检查点互相转换。不需要 GPU。
+# Not run on hardware / 未在硬件上运行
+set -euo pipefail
+VENDOR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+
+# Needed / 必填
+: "${CONVERT_TYPE:=}"         # huggingface-to-megatron or megatron-to-huggingface / 转换方向
+: "${LOAD_CHECKPOINT_PATH:=}" # folder that is read / 读取的目录
+: "${SAVE_CHECKPOINT_PATH:=}" # folder that is written / 写入的目录
+
+# Either way / 两个方向
+: "${DTYPE:=}" # of the written weights: bf16, fp16 or fp32; empty: as they are / 写出权重的类型；空：不变
+
+# huggingface-to-megatron / 转为 Megatron
+: "${TP:=2}"                   # tensor parallel size, as in step 3 / 张量并行，与第 3 步一致
+: "${PP:=2}"                   # pipeline parallel size, as in step 3 / 流水线并行，与第 3 步一致
+: "${VPP:=1}"                  # virtual pipeline chunks a rank / 每个 rank 的虚拟流水线块数
+: "${CKPT_FORMAT:=torch}"      # torch or torch_dist / 检查点格式
+: "${TRANSFORMER_IMPL:=local}" # names of the weights: transformer_engine or local / 权重命名
+
+# megatron-to-huggingface / 转为 Hugging Face
+: "${HF_MODEL_PATH:=}"     # config.json and tokenizer; empty: what the checkpoint carries / 空：取检查点自带的文件
+: "${MAX_SHARD_SIZE:=5GB}" # largest safetensors file / 单个 safetensors 文件上限
+
+# shellcheck source=env.sh
+source "$VENDOR/env.sh"
+# shellcheck source=../common/shell/convert.sh
+source "$VENDOR/../common/shell/convert.sh" "$@"
