@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 
 logger = logging.getLogger("kit")
 
@@ -16,3 +17,14 @@ def setup() -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.WARNING if rank else logging.INFO)
+
+
+def quiet_libraries() -> None:
+    """Drops the warnings that torch and Megatron-Core give at every start and that no user can act on.
+
+    PYTHONWARNINGS brings them back: what it says is left as it is.
+    """
+    if not os.environ.get("PYTHONWARNINGS"):
+        warnings.filterwarnings("ignore", module=r"(torch|megatron|apex|transformer_engine)(\.|$)")
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+        warnings.filterwarnings("ignore", message="Please use DTensor instead")

@@ -4,11 +4,13 @@ Each of those runs this module again, finds torchrun's variables in its environm
 """
 
 import argparse
+import logging
 import os
 
 from common import errors, log
-from common.errors import KitError
+from common.log import logger
 from common.platforms import current
+from common.platforms.base import Platform
 from common.settings import add_options, from_namespace, to_flags
 from common.training.config import TrainSettings
 from common.training.plan import describe, plan_run
@@ -26,10 +28,13 @@ def main() -> None:
     platform = current()
     worker = "TORCHELASTIC_RUN_ID" in os.environ
     if worker:
+        log.quiet_libraries()
         platform.prepare()
+        logger.setLevel(logging.WARNING)  # the process that started this one has told what the plan is
     plan = plan_run(settings, platform)
     check_tracking(settings)
     if worker:
+        log.setup()
         from common.training.loop import run_plan  # imports Megatron-Core, which the check does not need
 
         run_plan(plan)
@@ -38,14 +43,17 @@ def main() -> None:
     if arguments.check:
         print("ok: the run can start")
         return
-    launch(settings)
+    launch(settings, platform)
 
 
-def launch(settings: TrainSettings) -> None:
+def launch(settings: TrainSettings, platform: Platform) -> None:
     """Runs this module under torchrun on this node; exits with the first failed process's code."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    # torchrun's own default is 1, said in a warning: right beside a GPU, too few where the processor does the work.
+    threads = len(os.sched_getaffinity(0)) // settings.gpus if platform.device == "cpu" else 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     words = [
         *("--nproc-per-node", str(settings.gpus)),
         *("--nnodes", str(settings.nnodes), "--node-rank", str(settings.node_rank)),
@@ -56,9 +64,8 @@ def launch(settings: TrainSettings) -> None:
         run(parse_args([*words, *to_flags(settings)]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from KitError(
-            f"process {rank} ended with exit code {failure.exitcode}"
-        )
+        logger.error("process %d ended with exit code %d", rank, failure.exitcode)
+        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
 
 
 if __name__ == "__main__":

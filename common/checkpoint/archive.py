@@ -29,6 +29,7 @@ from common.errors import KitError
 
 ALIGNMENT = 64
 _MAX32 = 0xFFFFFFFF
+_STORAGE_DTYPES = torch.storage._storage_type_to_dtype_map()
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ class LazyTensor:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of `tensor` in row-major order; no copy where it lies so already."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_all(stream: IO[bytes], data: bytes | bytearray | memoryview) -> None:
+    """Writes all of `data`: an unbuffered file takes less than 2 GiB at once, and may take a part."""
+    rest = memoryview(data)
+    while rest.nbytes:
+        rest = rest[stream.write(rest) :]
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,11 @@ def _storage_name(dtype: torch.dtype) -> str:
     return str(empty._pickle_storage_type())
 
 
-def write_archive(stream: IO[bytes], value: Any) -> int:
-    """Writes `value`, whose tensors may be LazyTensors, where `stream` stands; the number of bytes written."""
+def write_archive(stream: IO[bytes], value: Any, done: Callable[[int], None] = lambda size: None) -> int:
+    """The number of bytes written: `value`, whose tensors may be LazyTensors, where `stream` stands.
+
+    `done` is told the bytes of each tensor when it is written.
+    """
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
     pickler.dump(value)
@@ -112,6 +123,7 @@ def write_archive(stream: IO[bytes], value: Any) -> int:
     archive.write("archive/byteorder", memoryview(b"little"))
     for index, tensor in enumerate(pickler.tensors):
         archive.write(f"archive/data/{index}", tensor.bytes())
+        done(tensor.num_bytes)
     archive.write("archive/version", memoryview(b"3\n"))
     return archive.close()
 
@@ -126,7 +138,7 @@ class _ZipWriter:
         self.count = 0
 
     def _put(self, data: bytes | bytearray | memoryview) -> None:
-        self.stream.write(data)
+        write_all(self.stream, data)
         self.position += len(data)
 
     def write(self, name: str, data: memoryview) -> None:
@@ -258,8 +270,7 @@ class _ArchiveUnpickler(RestrictedUnpickler):
         if kind != "storage" or f"data/{key}" not in self.records:
             raise pickle.UnpicklingError(f"record data/{key} is missing")
         if key not in self.storages:
-            untyped = storage_type is torch.UntypedStorage or storage_type is torch.storage.UntypedStorage
-            dtype = torch.uint8 if untyped else storage_type.dtype
+            dtype = _STORAGE_DTYPES.get(storage_type.__name__, torch.uint8)  # not there: UntypedStorage
             data = self.file.record(self.offset, self.records[f"data/{key}"])
             if data.numel() < count * dtype.itemsize:
                 raise pickle.UnpicklingError(f"record data/{key} is too short")

@@ -1,6 +1,7 @@
 """Megatron-LM's torch format: one `model_optim_rng.pt` for each tensor and pipeline rank."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ from common.checkpoint.archive import MappedFile, write_archive
 from common.errors import KitError
 
 
-def save_rank_file(path: Path, state: dict[str, Any]) -> int:
-    """Writes `state`, whose tensors may be LazyTensors, as `torch.save` would, a tensor at a time; its bytes."""
+def save_rank_file(path: Path, state: dict[str, Any], done: Callable[[int], None]) -> None:
+    """Writes `state`, whose tensors may be LazyTensors, as `torch.save` would, a tensor at a time.
+
+    `done` is told the bytes of each tensor when it is written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb", buffering=0) as stream:
-        written = write_archive(stream, state)
+        write_archive(stream, state, done)
         os.fsync(stream.fileno())
-    return written
 
 
 def load_rank_file(path: Path, mmap: bool = True) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """TrainSettings: every setting of step 3, declared once; the command line is made from it."""
 
+import math
 from dataclasses import dataclass
 
 from common.errors import KitError
@@ -72,10 +73,13 @@ class TrainSettings:
         positive = ("seq_length", "micro_batch_size", "global_batch_size", "save_interval", "log_interval", "gpus")
         for name in (*positive, "nnodes", "distributed_timeout_min"):
             self._need(getattr(self, name) >= 1, name, "it must be at least 1")
-        for name in ("keep_checkpoints", "eval_interval", "eval_iters", "lr_warmup_iters", "num_workers", "clip_grad"):
+        not_negative = ("keep_checkpoints", "eval_interval", "eval_iters", "lr_warmup_iters", "weight_decay")
+        for name in (*not_negative, "clip_grad", "num_workers"):
             self._need(getattr(self, name) >= 0, name, "it must not be negative")
+        for name in ("adam_beta1", "adam_beta2"):
+            self._need(0 <= getattr(self, name) < 1, name, "it must be at least 0 and below 1")
         self._need(self.exit_interval is None or self.exit_interval >= 1, "exit_interval", "it must be at least 1")
-        self._need(self.epochs is None or self.epochs > 0, "epochs", "it must be more than 0")
+        self._need(self.epochs is None or 0 < self.epochs < math.inf, "epochs", "it must be a number above 0")
         self._need(self.train_iters is None or self.train_iters >= 1, "train_iters", "it must be at least 1")
         self._need(0 <= self.min_lr <= self.lr, "min_lr", f"it must lie between 0 and LR={self.lr}")
         self._need(0 <= self.node_rank < self.nnodes, "node_rank", f"it must be below NNODES={self.nnodes}")
@@ -85,17 +89,16 @@ class TrainSettings:
                 raise KitError(f"EPOCHS={self.epochs} and TRAIN_ITERS={self.train_iters}: set one of them")
         elif not self.load_checkpoint_path:
             raise KitError("LOAD_CHECKPOINT_PATH is not set: convert reads the distributed checkpoint there")
+        sizes = self.sizes
         if self.seq_length % self.tp:
             raise KitError(
                 f"SEQ_LENGTH={self.seq_length} cannot be divided by TP={self.tp}: sequence parallel needs it"
             )
-        if self.async_save and self.ckpt_format == "torch":
-            raise KitError("ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false")
         if self.packing and self.train_mode == "pretrain":
             raise KitError("PACKING=true is for TRAIN_MODE=finetune; pretraining samples are always full")
         if self.reset_attention and self.train_mode == "finetune":
             raise KitError("RESET_ATTENTION=true is for TRAIN_MODE=pretrain; packed samples are always kept apart")
-        self.sizes.num_microbatches(self.global_batch_size, self.micro_batch_size)
+        sizes.num_microbatches(self.global_batch_size, self.micro_batch_size)
 
     def _need(self, holds: bool, name: str, rule: str) -> None:
         if not holds:

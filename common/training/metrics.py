@@ -60,7 +60,7 @@ class Meter:
     def line(self, iteration: int, consumed_samples: int, interval: Interval) -> str:
         """The log line of an interval that ends with `iteration`."""
         rates = self.rates(interval)
-        flops = f"{rates['tflops_per_gpu']:.1f} TFLOP/s/GPU"
+        flops = f"{rates['tflops_per_gpu']:#.3g} TFLOP/s/GPU"
         if self.peak_tflops:
             share = 100 * rates["tflops_per_gpu"] / self.peak_tflops
             flops += f" ({share:.1f}% of {self.peak_tflops:.0f} dense bf16)"

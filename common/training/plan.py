@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from common.checkpoint.layout import Checkpoint, find_checkpoint
@@ -68,9 +69,11 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     qwen.check_trainable()
     qwen.check_tensor_parallel(settings.tp)
     qwen.check_pipeline(settings.pp, settings.vpp)
-    transformer_impl = settings.transformer_impl or platform.transformer_impl
-    if settings.cp > 1 and transformer_impl == "local":
-        raise KitError(f"CP={settings.cp}: the local layers' attention has no context parallelism: set CP=1")
+    ckpt_format = settings.ckpt_format or platform.checkpoint_format
+    if settings.async_save and ckpt_format == "torch":
+        raise KitError("ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false")
+    if settings.cp > 1:
+        raise KitError(f"CP={settings.cp}: samples are not divided over context-parallel ranks here: set CP=1")
     if settings.seq_length > qwen.max_position_embeddings:
         raise KitError(
             f"SEQ_LENGTH={settings.seq_length} is over max_position_embeddings={qwen.max_position_embeddings}"
@@ -85,8 +88,8 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         sizes=settings.sizes,
         qwen=qwen,
         start=start,
-        transformer_impl=transformer_impl,
-        ckpt_format=settings.ckpt_format or platform.checkpoint_format,
+        transformer_impl=settings.transformer_impl or platform.transformer_impl,
+        ckpt_format=ckpt_format,
         train=train,
         valid=valid,
         train_iters=count_iterations(settings, train.samples_per_epoch) if train else 0,
@@ -181,7 +184,8 @@ def count_iterations(settings: TrainSettings, samples_per_epoch: int) -> int:
     if settings.train_iters is not None:
         return settings.train_iters
     assert settings.epochs is not None
-    return math.ceil(samples_per_epoch * settings.epochs / settings.global_batch_size)
+    epochs = Fraction(str(settings.epochs))  # as it is written: 100 x 1.1 in floats is over 110
+    return math.ceil(samples_per_epoch * epochs / settings.global_batch_size)
 
 
 def describe(plan: Plan) -> None:

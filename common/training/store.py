@@ -4,7 +4,6 @@ Nothing half-written bears its final name: a checkpoint is written to `iter_….
 done, and named in `latest_checkpointed_iteration.txt` last.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from common.checkpoint.arguments import megatron_arguments
 from common.checkpoint.layout import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
     Checkpoint,
     copy_model_files,
     iteration_dir,
@@ -23,6 +25,7 @@ from common.checkpoint.layout import (
     write_tracker,
 )
 from common.checkpoint.mapping import rename_parameters
+from common.checkpoint.pipeline import Layout
 from common.checkpoint.torch_format import load_rank_file
 from common.log import logger
 from common.model.build import unwrap
@@ -42,8 +45,6 @@ from common.training.state import (
     same_layout,
     sharded_state,
 )
-
-MODEL_FILE, OPTIMIZER_FILE = "model_optim_rng.pt", "distrib_optim.pt"
 
 
 class Store:
@@ -135,8 +136,9 @@ def save_torch(plan: Plan, trainee: Trainee, progress: Progress, folder: Path, w
     first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     if first:
         target.mkdir(parents=True, exist_ok=True)
+    layout = Layout(plan.sizes.tp, plan.sizes.pp, plan.sizes.vpp, plan.transformer_impl)
     state: dict[str, Any] = {
-        "args": argparse.Namespace(**megatron_arguments(plan)),
+        "args": megatron_arguments(plan.qwen, layout),
         "checkpoint_version": 3.0,
         "iteration": progress.iteration,
         "run": describe_run(plan, progress),
@@ -153,27 +155,6 @@ def save_torch(plan: Plan, trainee: Trainee, progress: Progress, folder: Path, w
         trainee.optimizer.save_parameter_state(str(target / OPTIMIZER_FILE))  # gathers: every replica takes part
     if first:
         torch.save(state, target / MODEL_FILE)
-
-
-def megatron_arguments(plan: Plan) -> dict[str, Any]:
-    """The arguments that Megatron-LM's loader compares, under its names (megatron/training/checkpointing.py)."""
-    qwen, sizes = plan.qwen, plan.sizes
-    return {
-        "num_layers": qwen.num_hidden_layers,
-        "hidden_size": qwen.hidden_size,
-        "ffn_hidden_size": qwen.intermediate_size,
-        "num_attention_heads": qwen.num_attention_heads,
-        "num_query_groups": qwen.num_key_value_heads,
-        "kv_channels": qwen.head_dim,
-        "padded_vocab_size": qwen.padded_vocab_size(sizes.tp),
-        "tensor_model_parallel_size": sizes.tp,
-        "pipeline_model_parallel_size": sizes.pp,
-        "virtual_pipeline_model_parallel_size": sizes.vpp if sizes.vpp > 1 else None,
-        "transformer_impl": plan.transformer_impl,
-        "untie_embeddings_and_output_weights": not qwen.tie_word_embeddings,
-        "consumed_train_samples": 0,
-        "consumed_valid_samples": 0,
-    }
 
 
 def load_weights(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> None:

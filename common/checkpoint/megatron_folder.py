@@ -1,0 +1,237 @@
+"""A Megatron checkpoint's weights, whichever its format and layout, as Hugging Face tensors."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from common.checkpoint.layout import MODEL_FILE, Checkpoint, rank_dir_name
+from common.checkpoint.mapping import (
+    EMBEDDING,
+    LAYERS,
+    OUTPUT,
+    Row,
+    canonical_name,
+    check_names,
+    implementation_of,
+    is_skipped,
+    megatron_shape,
+    rows_of,
+    split,
+    unshard,
+)
+from common.checkpoint.torch_dist import DistReader
+from common.checkpoint.torch_format import load_rank_file
+from common.errors import KitError
+from common.log import logger
+from common.model.config import QwenConfig
+
+_RANK_DIR = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(_\d{3})?")
+_LAYER_KEY = re.compile(re.escape(LAYERS) + r"(\d+)\.")
+
+
+class MegatronReader(Protocol):
+    """The weights of a checkpoint; raises KitError when one is missing, unknown or of another shape."""
+
+    description: str
+
+    def dtype(self, row: Row, layer: int | None) -> torch.dtype:
+        """The stored dtype."""
+        ...
+
+    def hf_tensor(self, row: Row, layer: int | None, part: int) -> Tensor:
+        """Hugging Face tensor number `part` of `row`, padded vocabulary rows cut off."""
+        ...
+
+
+def open_megatron(checkpoint: Checkpoint, qwen: QwenConfig) -> MegatronReader:
+    """The weights of `checkpoint`, checked against `qwen`."""
+    return (DistWeights if checkpoint.format == "torch_dist" else RankWeights)(checkpoint.path, qwen)
+
+
+class DistWeights:
+    """Weights in torch_dist format: whole tensors, layers stacked or numbered."""
+
+    def __init__(self, path: Path, qwen: QwenConfig) -> None:
+        self._reader, self._qwen = DistReader(path), qwen
+        self.description = "torch_dist"
+        stored = {key: tensor for key, tensor in self._reader.tensors.items() if _is_weight(key)}
+        self._stacked = not any(_LAYER_KEY.match(key) for key in stored)
+        layers = range(qwen.num_hidden_layers)
+        places = {self._key(row, i): row for row in rows_of(qwen) for i in (layers if row.stage == "layer" else [None])}
+        tied_copy = {OUTPUT.te} if qwen.tie_word_embeddings else set()
+        check_names(set(stored) - tied_copy, places, str(path))
+        for key, row in places.items():
+            shape = stored[key].shape
+            expected = megatron_shape(row, qwen, vocabulary_rows=shape[0])
+            if row.stage == "layer" and self._stacked:
+                expected = (qwen.num_hidden_layers, *megatron_shape(row, qwen))
+            if shape != expected or (row.vocabulary and shape[0] < qwen.vocab_size):
+                raise _wrong_shape(path, key, shape, expected)
+        self._read = lru_cache(maxsize=1)(self._reader.read)  # the parts of one row are asked for in turn
+
+    def _key(self, row: Row, layer: int | None) -> str:
+        return row.te.replace("{i}.", "") if self._stacked else row.megatron_name("transformer_engine", layer)
+
+    def dtype(self, row: Row, layer: int | None) -> torch.dtype:
+        """The stored dtype."""
+        return self._reader.tensors[self._key(row, layer)].dtype
+
+    def hf_tensor(self, row: Row, layer: int | None, part: int) -> Tensor:
+        """Hugging Face tensor number `part` of `row`, padded vocabulary rows cut off."""
+        whole = self._read(self._key(row, layer), layer if self._stacked else None)
+        tensor = split(row, whole, self._qwen)[part]
+        return tensor[: self._qwen.vocab_size] if row.vocabulary else tensor
+
+
+def _is_weight(key: str) -> bool:
+    """Whether a torch_dist key is the model's, not the optimizer's, the random state's or a buffer."""
+    return key.startswith(("embedding.", "decoder.", "output_layer.")) and not is_skipped(key)
+
+
+def _wrong_shape(path: Path, key: str, shape: Sequence[int], expected: Sequence[int]) -> KitError:
+    return KitError(
+        f"{path}: {key} has shape {list(shape)}, config.json asks for {list(expected)}:"
+        " its config.json belongs to another model"
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is: the pipeline rank, the key of the chunk in its file, the name there."""
+
+    pp_rank: int
+    chunk: str
+    name: str
+
+
+class RankWeights:
+    """Weights in torch format: a file for each tensor and pipeline rank, virtual chunks within it."""
+
+    def __init__(self, path: Path, qwen: QwenConfig) -> None:
+        self._path, self._qwen = path, qwen
+        self._files = _rank_files(path)
+        self.tp = 1 + max(tp for _, tp in self._files)
+        self.pp = 1 + max(pp for pp, _ in self._files)
+        chunks = sorted(_chunks(self._files[0, 0], path))
+        self.vpp = len(chunks)
+        self._places = self._find(chunks)
+        names = [place.name for place in self._places.values()]
+        self.description = f"torch, TP={self.tp} PP={self.pp} VPP={self.vpp}, {implementation_of(names)} names"
+        self._check_shapes()
+        self._check_copies()
+
+    def _find(self, chunks: list[str]) -> dict[tuple[str, int | None], _Place]:
+        """(row's Megatron name, layer) to place; layers are counted over the chunks in the model's order."""
+        places: dict[tuple[str, int | None], _Place] = {}
+        first_layer = 0
+        for chunk in chunks:  # chunk c lies on stage c % PP
+            for pp_rank in range(self.pp):
+                num_layers = 0
+                for name in self._chunk(pp_rank, 0, chunk):
+                    generic, layer = _generic(canonical_name(name))
+                    num_layers = max(num_layers, 0 if layer is None else layer + 1)
+                    where = (generic, None if layer is None else first_layer + layer)
+                    if not is_skipped(name) and (generic != OUTPUT.te or not self._qwen.tie_word_embeddings):
+                        places[where] = _Place(pp_rank, chunk, name)
+                first_layer += num_layers
+        layers = range(self._qwen.num_hidden_layers)
+        rows = rows_of(self._qwen)
+        wanted = [(row.te, i) for row in rows for i in (layers if row.stage == "layer" else [None])]
+        spelled = {(name, layer): name.replace("{i}", str(layer)) for name, layer in [*places, *wanted]}
+        check_names([spelled[key] for key in places], [spelled[key] for key in wanted], str(self._path))
+        return places
+
+    def _chunk(self, pp_rank: int, tp_rank: int, chunk: str) -> dict[str, Any]:
+        state = self._files[pp_rank, tp_rank].get(chunk)
+        if not isinstance(state, dict):
+            raise KitError(f"{self._path}: the file of pipeline rank {pp_rank} has no '{chunk}': copy it again")
+        return state
+
+    def _shards(self, row: Row, layer: int | None) -> list[Tensor]:
+        place = self._places[row.te, layer]
+        shards = []
+        for tp_rank in range(self.tp):
+            shard = self._chunk(place.pp_rank, tp_rank, place.chunk).get(place.name)
+            if not isinstance(shard, Tensor):
+                raise KitError(f"{self._path}: tensor rank {tp_rank} lacks {place.name}: the checkpoint is not whole")
+            shards.append(shard)
+        return shards
+
+    def _check_shapes(self) -> None:
+        for row in rows_of(self._qwen):
+            for layer in range(self._qwen.num_hidden_layers) if row.stage == "layer" else [None]:
+                for shard in self._shards(row, layer):
+                    shape = tuple(shard.shape)
+                    rows = shape[0] * self.tp if row.vocabulary else None
+                    expected = megatron_shape(row, self._qwen, self.tp, rows)
+                    if shape != expected or (rows and rows < self._qwen.vocab_size):
+                        raise _wrong_shape(self._path, self._places[row.te, layer].name, shape, expected)
+
+    def _check_copies(self) -> None:
+        """Warns where tensor ranks hold different copies of what they should share; refuses an untied tied model."""
+        differing = [
+            self._places[row.te, layer].name
+            for row in rows_of(self._qwen)
+            if row.axis is None
+            for layer in (range(self._qwen.num_hidden_layers) if row.stage == "layer" else [None])
+            if any(not torch.equal(shard, self._shards(row, layer)[0]) for shard in self._shards(row, layer)[1:])
+        ]
+        if differing:
+            logger.warning(
+                "%s: the tensor ranks' copies of %d norms differ (%s, ...): rank 0's are taken; whatever trained this"
+                " did not reduce their gradients", self._path, len(differing), differing[0],
+            )  # fmt: skip
+        if not self._qwen.tie_word_embeddings:
+            return
+        last = sorted(_chunks(self._files[0, 0], self._path))[-1]
+        for tp_rank, embedding in enumerate(self._shards(EMBEDDING, None)):
+            copy = self._chunk(self.pp - 1, tp_rank, last).get(OUTPUT.te)
+            if copy is not None and not torch.equal(copy, embedding):
+                raise KitError(
+                    f"{self._path}: config.json ties the embeddings, but {OUTPUT.te} of the last stage differs from"
+                    " the embedding: set tie_word_embeddings to false in config.json if the model has both"
+                )
+
+    def dtype(self, row: Row, layer: int | None) -> torch.dtype:
+        """The stored dtype."""
+        return self._shards(row, layer)[0].dtype
+
+    def hf_tensor(self, row: Row, layer: int | None, part: int) -> Tensor:
+        """Hugging Face tensor number `part` of `row`, padded vocabulary rows cut off."""
+        return unshard(row, self._shards(row, layer), part, self._qwen)
+
+
+def _rank_files(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    """(pipeline rank, tensor rank) to the content of its file; raises KitError unless every rank is there."""
+    files = {}
+    for folder in sorted(path.glob("mp_rank_*")):
+        found = _RANK_DIR.fullmatch(folder.name)
+        if found is None or found[3]:
+            raise KitError(f"{folder}: expert parallel or unknown folders are not read: only mp_rank_TT[_PPP] are")
+        files[int(found[2] or 0), int(found[1])] = load_rank_file(folder / MODEL_FILE)
+    pp, tp = (1 + max(ranks) for ranks in zip(*files, strict=True))
+    missing = [(p, t) for p in range(pp) for t in range(tp) if (p, t) not in files]
+    if missing:
+        name = rank_dir_name(missing[0][1], missing[0][0], pp)
+        raise KitError(f"{path} has TP={tp} and PP={pp}, but lacks {name}: the checkpoint is not whole; copy it again")
+    return files
+
+
+def _chunks(state: dict[str, Any], path: Path) -> list[str]:
+    """The keys of a file's chunks: model, or model0, model1, ..."""
+    names = [key for key in state if re.fullmatch(r"model\d*", key)]
+    if not names or ("model" in names and len(names) > 1):
+        raise KitError(f"{path}: a rank's file holds no 'model': it is no checkpoint of Megatron-Core's models")
+    return names
+
+
+def _generic(name: str) -> tuple[str, int | None]:
+    """`decoder.layers.3.x` -> (`decoder.layers.{i}.x`, 3)."""
+    found = _LAYER_KEY.match(name)
+    return (name, None) if found is None else (f"{LAYERS}{{i}}.{name[found.end() :]}", int(found[1]))

@@ -1,0 +1,88 @@
+"""The tensors of either side, each made from the other's when it is written."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from common.checkpoint.archive import LazyTensor
+from common.checkpoint.hf_folder import HfReader
+from common.checkpoint.mapping import Row, hf_shape, megatron_shape, merge, shard
+from common.checkpoint.megatron_folder import MegatronReader
+from common.checkpoint.pipeline import Layout, chunks_of, tensors_of, whole_model
+from common.checkpoint.torch_dist import Block
+from common.model.config import QwenConfig
+
+
+def hf_shapes(qwen: QwenConfig) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every tensor that a Hugging Face folder of this model holds, in the model's order."""
+    names = [name for row, layer in whole_model(qwen) for name in row.hf_names(layer)]
+    return {name: hf_shape(name, qwen) for name in names}
+
+
+def hf_tensors(reader: MegatronReader, qwen: QwenConfig, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
+    """Every Hugging Face tensor, made from a Megatron checkpoint; `dtype` None keeps the stored one."""
+    tensors = {}
+    for row, layer in whole_model(qwen):
+        stored = reader.dtype(row, layer)
+        for part, name in enumerate(row.hf_names(layer)):
+            produce = partial(_exported, reader, row, layer, part, dtype or stored)
+            tensors[name] = LazyTensor(hf_shape(name, qwen), dtype or stored, produce)
+    return tensors
+
+
+def _exported(reader: MegatronReader, row: Row, layer: int | None, part: int, dtype: torch.dtype) -> Tensor:
+    return reader.hf_tensor(row, layer, part).to(dtype)
+
+
+class Source:
+    """A Hugging Face folder's tensors as one rank's, or the whole model's, Megatron tensors."""
+
+    def __init__(self, reader: HfReader, qwen: QwenConfig, dtype: torch.dtype | None) -> None:
+        self.reader, self.qwen, self._dtype = reader, qwen, dtype
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the tensor `name` is written."""
+        return self._dtype or self.reader.dtype(name)
+
+    def megatron(self, row: Row, layer: int | None, tp_rank: int, tp: int) -> LazyTensor:
+        """Tensor rank `tp_rank`'s part of `row`."""
+        names = row.hf_names(layer)
+        shape = megatron_shape(row, self.qwen, tp)
+        return LazyTensor(shape, self.dtype(names[0]), partial(self._make, row, names, tp_rank, tp))
+
+    def _make(self, row: Row, names: tuple[str, ...], tp_rank: int, tp: int) -> Tensor:
+        rows = self.qwen.padded_vocab_size(tp)
+        parts = [shard(row, self.reader.tensor(name), tp_rank, tp, rows) for name in names]
+        return merge(row, [part.to(self.dtype(names[0])) for part in parts], self.qwen)
+
+
+def rank_chunks(source: Source, layout: Layout, pp_rank: int, tp_rank: int) -> dict[str, dict[str, LazyTensor]]:
+    """The chunks of one rank's file in torch format."""
+    return {
+        chunk.key: {
+            placed.name: source.megatron(placed.row, placed.layer, tp_rank, layout.tp)
+            for placed in tensors_of(source.qwen, layout, chunk)
+        }
+        for chunk in chunks_of(source.qwen, layout)
+        if chunk.pp_rank == pp_rank
+    }
+
+
+def dist_blocks(source: Source) -> Iterator[Block]:
+    """The blocks of a torch_dist checkpoint: whole tensors, those of the layers stacked, a block a layer."""
+    num_layers = source.qwen.num_hidden_layers
+    for row, layer in whole_model(source.qwen):
+        tensor = source.megatron(row, layer, 0, 1)
+        if layer is None:
+            yield Block(row.te, tensor.shape, (0,) * len(tensor.shape), tensor)
+        else:
+            block = LazyTensor((1, *tensor.shape), tensor.dtype, partial(_stacked, tensor))
+            yield Block(
+                row.te.replace("{i}.", ""), (num_layers, *tensor.shape), (layer, *(0,) * len(tensor.shape)), block
+            )
+
+
+def _stacked(tensor: LazyTensor) -> Tensor:
+    return tensor.produce()[None]

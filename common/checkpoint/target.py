@@ -1,0 +1,57 @@
+"""A folder that is written as a whole: everything lies in `.unfinished` inside it until all of it is there."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from common.checkpoint.layout import RELEASE, TRACKER, model_files
+from common.errors import KitError
+
+UNFINISHED = ".unfinished"
+# Those by which a folder is known: they get their final place after all others, in this order.
+LAST = ("config.json", TRACKER)
+
+
+def check_target(folder: Path, source: Path) -> None:
+    """Raises KitError unless `folder` is new, empty, or left unfinished by a run that was killed."""
+    if folder.resolve() == source.resolve():
+        raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is the folder that is read: choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is a file: choose a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / UNFINISHED).is_dir():
+        raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is not empty: choose another folder, or remove what is in it")
+
+
+def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with an empty folder and gives what it wrote its final place in `folder`.
+
+    When `write` fails, what it wrote is removed. Raises KitError when the disk refuses.
+    """
+    unfinished = folder / UNFINISHED
+    try:
+        if unfinished.is_dir():
+            _remove_remains(folder)
+        unfinished.mkdir(parents=True)
+        try:
+            write(unfinished)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        _publish(unfinished, folder)
+    except OSError as error:
+        raise KitError(f"{folder} cannot be written: {error}: mend it and run the same command again") from error
+
+
+def _remove_remains(folder: Path) -> None:
+    """Removes what a killed run left, and nothing that it did not write."""
+    shutil.rmtree(folder / UNFINISHED)
+    shutil.rmtree(folder / RELEASE, ignore_errors=True)
+    for path in [*folder.glob("model*.safetensors*"), *model_files(folder)]:
+        path.unlink()
+
+
+def _publish(unfinished: Path, folder: Path) -> None:
+    names = sorted(path.name for path in unfinished.iterdir())
+    for name in [name for name in names if name not in LAST] + [name for name in LAST if name in names]:
+        (unfinished / name).replace(folder / name)
+    unfinished.rmdir()

@@ -1,0 +1,229 @@
+"""Step 2: `python -m common.convert` turns a Hugging Face model into a Megatron checkpoint, and back.
+
+It needs no GPU, no Megatron-Core and no model in memory: tensors go from file to file, one at a time.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from common import errors, log
+from common.checkpoint.arguments import megatron_arguments
+from common.checkpoint.hf_folder import HfReader, check_weights, parse_size, write_safetensors
+from common.checkpoint.layout import (
+    MODEL_FILE,
+    RELEASE,
+    Checkpoint,
+    copy_model_files,
+    find_checkpoint,
+    rank_dir_name,
+    write_tracker,
+)
+from common.checkpoint.mapping import IMPLEMENTATIONS
+from common.checkpoint.megatron_folder import open_megatron
+from common.checkpoint.pipeline import Layout
+from common.checkpoint.streams import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
+from common.checkpoint.target import check_target, write_whole
+from common.checkpoint.torch_dist import write_dist
+from common.checkpoint.torch_format import save_rank_file
+from common.checkpoint.verify import verify
+from common.errors import KitError
+from common.log import logger
+from common.model.config import QwenConfig, load_config
+from common.settings import add_options, from_namespace, option
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HF_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
+HELP_DTYPE = "of the written weights; default: as they are"
+
+
+@dataclass(frozen=True)
+class ToMegatron:
+    """A Hugging Face folder to a Megatron checkpoint: weights only, under `release`."""
+
+    load_checkpoint_path: str = option(help="Hugging Face folder: config.json, safetensors, tokenizer")
+    save_checkpoint_path: str = option(help="new folder for the Megatron checkpoint")
+    tp: int = option(1, "tensor parallel size")
+    pp: int = option(1, "pipeline parallel size")
+    vpp: int = option(1, "virtual pipeline chunks a rank")
+    ckpt_format: str = option("torch", "torch: a file a rank; torch_dist: any parallel sizes", ("torch", "torch_dist"))
+    transformer_impl: str = option("transformer_engine", "whose parameter names", IMPLEMENTATIONS)
+    dtype: str | None = option(None, HELP_DTYPE, tuple(DTYPES))
+
+
+@dataclass(frozen=True)
+class ToHuggingFace:
+    """A Megatron checkpoint to a Hugging Face folder that `transformers` loads."""
+
+    load_checkpoint_path: str = option(help="Megatron checkpoint: its folder, or one iteration's")
+    save_checkpoint_path: str = option(help="new folder for config.json, safetensors and tokenizer")
+    hf_model_path: str | None = option(None, "config.json and tokenizer; default: what the checkpoint carries")
+    dtype: str | None = option(None, HELP_DTYPE, tuple(DTYPES))
+    max_shard_size: str = option("5GB", "largest safetensors file, unless one tensor is larger")
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compares a Hugging Face folder with a Megatron checkpoint, bit for bit."""
+
+    hf_model_path: str = option(help="Hugging Face folder")
+    load_checkpoint_path: str = option(help="Megatron checkpoint: its folder, or one iteration's")
+    dtype: str | None = option(None, "compare after casting both to it", tuple(DTYPES))
+
+
+def to_megatron(settings: ToMegatron, check: bool) -> None:
+    """Writes the Megatron checkpoint, or with `check` only looks whether it can be written."""
+    source_folder, target = Path(settings.load_checkpoint_path), Path(settings.save_checkpoint_path)
+    check_target(target, source_folder)
+    qwen = load_config(source_folder)
+    layout = Layout(settings.tp, settings.pp, settings.vpp, settings.transformer_impl)
+    if settings.ckpt_format == "torch_dist":
+        layout = Layout(1, 1, 1, "transformer_engine")
+        logger.info("torch_dist holds whole tensors: TP, PP, VPP and TRANSFORMER_IMPL are training's to choose")
+    layout.check(qwen)
+    reader = HfReader(source_folder)
+    check_weights(reader, hf_shapes(qwen), qwen)
+    dtype = DTYPES[settings.dtype] if settings.dtype else None
+    if check:
+        print(f"ok: {len(reader.names)} tensors can be converted to {target}")
+        return
+    source = Source(reader, qwen, dtype)
+
+    def write(folder: Path) -> None:
+        copy_model_files(source_folder, folder)
+        if settings.ckpt_format == "torch_dist":
+            _write_torch_dist(source, folder / RELEASE)
+        else:
+            _write_ranks(source, layout, folder / RELEASE)
+        write_tracker(folder, RELEASE)
+        prove(source_folder, folder, qwen, dtype)
+
+    write_whole(target, write)
+    logger.info("LOAD_CHECKPOINT_PATH=%s", target)
+
+
+def _write_torch_dist(source: Source, folder: Path) -> None:
+    blocks = list(dist_blocks(source))
+    with progress(sum(block.tensor.num_bytes for block in blocks)) as done:
+        write_dist(folder, blocks, {"checkpoint_version": 3.0, "iteration": 0}, done)
+
+
+def _write_ranks(source: Source, layout: Layout, folder: Path) -> None:
+    arguments = megatron_arguments(source.qwen, layout)
+    ranks = [(pp_rank, tp_rank) for pp_rank in range(layout.pp) for tp_rank in range(layout.tp)]
+    states: dict[tuple[int, int], dict[str, Any]] = {rank: dict(rank_chunks(source, layout, *rank)) for rank in ranks}
+    sizes = [tensor.num_bytes for state in states.values() for chunk in state.values() for tensor in chunk.values()]
+    with progress(sum(sizes)) as done:
+        for (pp_rank, tp_rank), chunks in states.items():
+            path = folder / rank_dir_name(tp_rank, pp_rank, layout.pp) / MODEL_FILE
+            save_rank_file(path, {"args": arguments, "checkpoint_version": 3.0, "iteration": 0, **chunks}, done)
+
+
+def to_hf(settings: ToHuggingFace, check: bool) -> None:
+    """Writes the Hugging Face folder, or with `check` only looks whether it can be written."""
+    target = Path(settings.save_checkpoint_path)
+    checkpoint = need_checkpoint(settings.load_checkpoint_path)
+    check_target(target, checkpoint.folder)
+    max_shard_bytes = parse_size(settings.max_shard_size)
+    model_folder = Path(settings.hf_model_path) if settings.hf_model_path else checkpoint.folder
+    if not settings.hf_model_path and not (checkpoint.folder / "config.json").is_file():
+        raise KitError(f"{checkpoint.folder} carries no config.json: set HF_MODEL_PATH to the model it came from")
+    qwen = load_config(model_folder)
+    reader = open_megatron(checkpoint, qwen)
+    tensors = hf_tensors(reader, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+    if check:
+        print(f"ok: {len(tensors)} tensors of {checkpoint.path} can be converted to {target}")
+        return
+    logger.info("reading %s: %s", checkpoint.path, reader.description)
+
+    def write(folder: Path) -> None:
+        copy_model_files(model_folder, folder)
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        if len(dtypes) == 1:
+            set_dtype(folder / "config.json", HF_DTYPES[dtypes.pop()])
+        with progress(sum(tensor.num_bytes for tensor in tensors.values())) as done:
+            names = write_safetensors(folder, tensors, max_shard_bytes, done)
+        logger.info("%d tensors in %d files", len(tensors), len(names) - (len(names) > 1))
+        prove(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+
+    write_whole(target, write)
+    logger.info("written: %s", target)
+
+
+def set_dtype(path: Path, dtype: str) -> None:
+    """Makes config.json tell the dtype of the weights beside it; a file that does so already stays as it is."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    name = "dtype" if "dtype" in values else "torch_dtype"
+    if values.get(name) != dtype:
+        logger.info("config.json: %s %s -> %s, as the weights are", name, values.get(name), dtype)
+        values[name] = dtype
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def prove(hf_folder: Path, megatron: Path | Checkpoint, qwen: QwenConfig, dtype: torch.dtype | None) -> None:
+    """Raises KitError unless both sides hold the same bits."""
+    checkpoint = megatron if isinstance(megatron, Checkpoint) else need_checkpoint(str(megatron))
+    report = verify(hf_folder, checkpoint, qwen, dtype)
+    if report.errors:
+        raise KitError("the proof failed: " + "; ".join(report.errors[:5]) + ": copy the source again, and report this")
+    logger.info("proof: %s", report.line())
+
+
+def compare(settings: Verify, check: bool) -> None:
+    """Compares the two sides; with `check` only looks whether they can be compared."""
+    folder, checkpoint = Path(settings.hf_model_path), need_checkpoint(settings.load_checkpoint_path)
+    qwen = load_config(folder)
+    check_weights(HfReader(folder), hf_shapes(qwen), qwen)
+    open_megatron(checkpoint, qwen)
+    if check:
+        print(f"ok: {folder} and {checkpoint.path} can be compared")
+        return
+    prove(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+
+
+def need_checkpoint(path: str) -> Checkpoint:
+    """The newest checkpoint of `path`; raises KitError where there is none."""
+    found = find_checkpoint(Path(path)) if Path(path).is_dir() else None
+    if found is None:
+        raise KitError(f"LOAD_CHECKPOINT_PATH={path} holds no Megatron checkpoint: give step 2's or a run's folder")
+    return found
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], Any]]:
+    """The function that is told of bytes, over which a bar runs when a person watches."""
+    with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+        yield bar.update
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any, bool], None]]] = {
+    "hf-to-megatron": (ToMegatron, to_megatron),
+    "megatron-to-hf": (ToHuggingFace, to_hf),
+    "verify": (Verify, compare),
+}
+
+
+def main() -> None:
+    """Runs the command that the arguments name."""
+    parser = argparse.ArgumentParser(prog="python -m common.convert", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name, (settings, _) in COMMANDS.items():
+        command = commands.add_parser(name, help=settings.__doc__, description=settings.__doc__)
+        add_options(command, settings)
+        command.add_argument("--check", action="store_true", help="look whether it can be done, and stop")
+    arguments = parser.parse_args()
+    log.setup()
+    settings_type, run = COMMANDS[arguments.command]
+    run(from_namespace(settings_type, arguments), arguments.check)
+
+
+if __name__ == "__main__":
+    errors.run(main)
