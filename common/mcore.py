@@ -1,5 +1,7 @@
 """The one place that knows Megatron-Core's versions: what is supported, and what each of them needs mended."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -33,6 +35,27 @@ def optimizer_sharding() -> str:
     if version() >= (0, 15):
         return "fully_reshardable"
     return "fully_sharded_model_space" if version() >= (0, 13) else "dp_zero_gather_scatter"
+
+
+@contextmanager
+def weight_gradient_fusion(model: list[Any]) -> Iterator[None]:
+    """Lets `model`, empty at first, be built with gradient_accumulation_fusion where apex is missing (0.11 to 0.16).
+
+    Transformer Engine's layers add their weight gradients to the float32 buffer by themselves. Only Megatron-Core's own
+    output layer asks for apex's kernel, and refuses to be built without: it goes without the fusion then.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    available = layers._grad_accum_fusion_available
+    layers._grad_accum_fusion_available = True
+    try:
+        yield
+    finally:
+        layers._grad_accum_fusion_available = available
+    for chunk in model:
+        for module in chunk.modules():
+            if isinstance(module, layers.ColumnParallelLinear):
+                module.gradient_accumulation_fusion = available
 
 
 def mend_torch_adam_step() -> None:

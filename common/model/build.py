@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from common.mcore import weight_gradient_fusion
 from common.model.config import QwenConfig
 from common.model.layer_spec import block_spec
 from common.parallel import ParallelSizes
@@ -25,8 +26,7 @@ class ModelOptions:
     precision: str  # bf16 or fp32
     transformer_impl: str  # transformer_engine or local
     recompute: str  # none, selective or full
-    init_std: float = 0.02
-    seed: int = 1234
+    sequence_parallel: bool = True  # with TP above 1
 
 
 def transformer_config(
@@ -51,7 +51,7 @@ def transformer_config(
         activation_func=F.silu,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        init_method_std=options.init_std,
+        init_method_std=qwen.initializer_range,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -59,7 +59,7 @@ def transformer_config(
         pipeline_model_parallel_size=sizes.pp,
         virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
         context_parallel_size=sizes.cp,
-        sequence_parallel=sizes.tp > 1,
+        sequence_parallel=options.sequence_parallel and sizes.tp > 1,
         # With VPP, batched sends at PP=2 swap the two neighbours' tensors and train on them without an error.
         overlap_p2p_comm=sizes.vpp > 1,
         batch_p2p_comm=sizes.vpp == 1,
@@ -71,7 +71,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=engine,
         apply_rope_fusion=engine,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=engine,
         cross_entropy_loss_fusion=fused,
         cross_entropy_fusion_impl="te" if engine else "native",
         **_recompute(options.recompute, qwen.num_hidden_layers // (sizes.pp * sizes.vpp)),
@@ -90,7 +90,9 @@ def build_model(
 ) -> list[torch.nn.Module]:
     """The chunks that this rank holds, on its device, with random weights; bf16 ones wrapped in Float16Module."""
     config = transformer_config(qwen, sizes, options, platform)
-    chunks = [_chunk(config, qwen, sizes, options, seq_length, index) for index in range(sizes.vpp)]
+    chunks: list[torch.nn.Module] = []
+    with weight_gradient_fusion(chunks):
+        chunks += [_chunk(config, qwen, sizes, options, seq_length, index) for index in range(sizes.vpp)]
     if platform.device == "cuda":
         chunks = [chunk.cuda(torch.cuda.current_device()) for chunk in chunks]
     return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks

@@ -29,6 +29,7 @@ class QwenConfig:
     max_position_embeddings: int
     head_dim: int
     dtype: str
+    initializer_range: float = 0.02
     rope_scaling: dict[str, Any] | None = None
     unsupported: tuple[str, ...] = ()
 
@@ -113,6 +114,7 @@ def parse_config(values: dict[str, Any], source: Path) -> QwenConfig:
         max_position_embeddings=_need(values, "max_position_embeddings", source),
         head_dim=values.get("head_dim") or hidden // heads,
         dtype=values.get("torch_dtype") or values.get("dtype") or "float32",
+        initializer_range=float(values.get("initializer_range", 0.02)),
         rope_scaling=scaling,
         unsupported=tuple(_unsupported(values, scaling)),
     )

@@ -66,6 +66,7 @@ class TrainSettings:
     wandb_save_path: str | None = option(None, "folder for its files")
     ckpt_format: str | None = option(None, "torch_dist or torch; default: the platform's", ("torch_dist", "torch"))
     transformer_impl: str | None = option(None, "layers; default: the platform's", ("transformer_engine", "local"))
+    sequence_parallel: bool = option(True, "with TP above 1: split activations over the sequence too")
     num_workers: int = option(2, "processes that read batches ahead; 0: none")
     distributed_timeout_min: int = option(10, "minutes after which a rank that waits gives up")
 
@@ -90,9 +91,10 @@ class TrainSettings:
         elif not self.load_checkpoint_path:
             raise KitError("LOAD_CHECKPOINT_PATH is not set: convert reads the distributed checkpoint there")
         sizes = self.sizes
-        if self.seq_length % self.tp:
+        if self.sequence_parallel and self.seq_length % self.tp:
             raise KitError(
-                f"SEQ_LENGTH={self.seq_length} cannot be divided by TP={self.tp}: sequence parallel needs it"
+                f"SEQ_LENGTH={self.seq_length} cannot be divided by TP={self.tp}, which sequence parallelism needs:"
+                f" use a multiple of {self.tp}"
             )
         if self.packing and self.train_mode == "pretrain":
             raise KitError("PACKING=true is for TRAIN_MODE=finetune; pretraining samples are always full")

@@ -12,7 +12,7 @@ from common.data.batches import batches
 from common.data.samples import Samples
 from common.errors import KitError
 from common.log import logger
-from common.training.distributed import StopSignal, process_group
+from common.training.distributed import StopSignal, end_with_launcher, process_group
 from common.training.metrics import Interval, Meter, Stopwatch, flops_per_token, peak_tflops
 from common.training.optimizer import Trainee, build_trainee
 from common.training.plan import Plan
@@ -25,6 +25,7 @@ from common.training.tracking import Tracking
 def run_plan(plan: Plan) -> None:
     """Trains, or converts the newest distributed checkpoint to torch format, as `plan` says."""
     settings = plan.settings
+    end_with_launcher()
     with process_group(plan.platform, plan.sizes, settings.seed, settings.distributed_timeout_min):
         trainee = build_trainee(plan)
         progress = begin(plan, trainee)

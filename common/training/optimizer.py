@@ -39,7 +39,7 @@ def build_trainee(plan: Plan) -> Trainee:
         precision=chosen.precision,
         transformer_impl=plan.transformer_impl,
         recompute=chosen.recompute,
-        seed=chosen.seed,
+        sequence_parallel=chosen.sequence_parallel,
     )
     chunks = build_model(plan.qwen, plan.sizes, options, plan.platform, chosen.seq_length)
     model = wrap(chunks, overlap=plan.platform.device == "cuda" and plan.sizes.dp > 1)

@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from common.checkpoint.layout import Checkpoint, find_checkpoint
+from common.checkpoint.origin import check_ranks, description_of
 from common.data.indexed import IndexedReader
 from common.data.manifest import DataFiles, resolve
 from common.data.samples import Samples, open_samples, split_documents
@@ -79,10 +80,12 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
             f"SEQ_LENGTH={settings.seq_length} is over max_position_embeddings={qwen.max_position_embeddings}"
             " of config.json: use a shorter SEQ_LENGTH"
         )
+    if start.checkpoint:
+        check_ranks(start.checkpoint, settings.sizes)
     train = valid = None
     if settings.train_or_convert_ckpt == "train":
         train, valid = open_data(settings)
-    return Plan(
+    plan = Plan(
         settings=settings,
         platform=platform,
         sizes=settings.sizes,
@@ -94,6 +97,35 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         valid=valid,
         train_iters=count_iterations(settings, train.samples_per_epoch) if train else 0,
     )
+    if start.kind == "resume":
+        check_resume(plan)
+    return plan
+
+
+def check_resume(plan: Plan) -> None:
+    """Raises KitError unless the run can go on from where the checkpoint's was."""
+    checkpoint = plan.start.checkpoint
+    assert checkpoint
+    run = description_of(checkpoint)
+    if not run:
+        raise KitError(
+            f"{checkpoint.path} was not written by this kit's training, so there is no run to resume: set"
+            " LOAD_CHECKPOINT_PATH to it for its weights alone, and SAVE_CHECKPOINT_PATH to a new folder"
+        )
+    if plan.train:
+        saved, now = run.get("data") or {}, plan.data_identity
+        different = [f"{name} {saved[name]} -> {now[name]}" for name in now if saved and saved.get(name) != now[name]]
+        if different:
+            raise KitError(
+                f"{checkpoint.path} was trained on other samples ({', '.join(different)}), so its position in the data"
+                " has no meaning here: use the same settings and data, or start a new SAVE_CHECKPOINT_PATH with"
+                " LOAD_CHECKPOINT_PATH set to this one"
+            )
+    if checkpoint.format == "torch" and run["layout"]["dp"] != plan.sizes.dp:
+        raise KitError(
+            f"{checkpoint.path} is in torch format with the optimizer of {run['layout']['dp']} data-parallel replicas,"
+            f" this run has {plan.sizes.dp}: use as many GPUs as before, or CKPT_FORMAT=torch_dist from the start"
+        )
 
 
 def find_start(settings: TrainSettings) -> Start:

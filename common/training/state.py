@@ -102,21 +102,8 @@ def _sharded_random_state() -> ShardedObject:
     return ShardedObject("rng_state", [random_state()], (pp[1], tp[1]), (pp[0], tp[0]), replica_id=replica)
 
 
-def check_position(plan: Plan, run: dict[str, Any]) -> None:
-    """Raises KitError when the data is not what the saved position counts in."""
-    saved, now = run.get("data") or {}, plan.data_identity
-    different = [name for name in now if saved and saved.get(name) != now[name]]
-    if different:
-        values = ", ".join(f"{name} {saved[name]} -> {now[name]}" for name in different)
-        raise KitError(
-            f"{plan.start.model_folder} was trained on other samples ({values}), so its position in the data has no"
-            " meaning here: use the same settings and data, or start a new SAVE_CHECKPOINT_PATH with"
-            " LOAD_CHECKPOINT_PATH set to this one"
-        )
-
-
 def same_layout(plan: Plan, run: dict[str, Any]) -> bool:
-    """Whether the checkpoint was written at this run's parallel sizes."""
+    """Whether `run`, as a checkpoint describes it, had this run's parallel sizes."""
     return all(run["layout"].get(name) == getattr(plan.sizes, name) for name in LAYOUT)
 
 

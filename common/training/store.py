@@ -34,7 +34,6 @@ from common.training.optimizer import Trainee
 from common.training.plan import Plan
 from common.training.state import (
     Progress,
-    check_position,
     chunk_names,
     content_metadata,
     describe_run,
@@ -177,8 +176,6 @@ def resume(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> Progress:
         state = _load_rank(plan, checkpoint)
         run = state["run"]
         initialise_optimizer(trainee)
-    if plan.train:
-        check_position(plan, run)
     load_chunks(trainee, state)
     trainee.optimizer.load_state_dict(state["optimizer"])
     if checkpoint.format == "torch":

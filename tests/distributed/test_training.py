@@ -1,0 +1,213 @@
+"""Training in real gloo processes: every layout the same, a stopped run the same as an unbroken one."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen2ForCausalLM
+
+from common.data.manifest import resolve
+from common.data.samples import open_samples
+from tests.distributed.launch import convert, environment, export, free_port, run, steps, train, words
+from tests.tiny import TEXTS, tiny_qwen
+
+COMMON = {
+    "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 8, "precision": "fp32", "log_interval": 1,
+    "lr": 1e-3, "min_lr": 1e-4, "split": "100,0,0", "num_workers": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its checkpoint in torch_dist, data of both kinds."""
+    folder = tmp_path_factory.mktemp("training")
+    qwen = tiny_qwen(folder / "qwen", std=0.05, spread=0.05)
+    texts = [{"text": f"{i} " + TEXTS[i % 4] * (1 + i % 3)} for i in range(200)]
+    chats = [
+        {"instruction": "Be brief." * (i % 2), "input": f"What is {i}+1?", "output": f"{i + 1}" * (1 + i % 3)}
+        for i in range(200)
+    ]
+    for kind, rows in (("pretrain", texts), ("sft", chats)):
+        path = folder / f"{kind}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        run("-m", "common.preprocess", kind, *words(
+            {"input": path, "output_prefix": folder / kind, "tokenizer_path": qwen, "workers": 1}
+        ))  # fmt: skip
+    convert(qwen, folder / "start", ckpt_format="torch_dist")
+    return folder
+
+
+def settings(work: Path, mode: str, **more: Any) -> dict[str, Any]:
+    data = work / ("sft" if mode == "finetune" else "pretrain")
+    length = {"seq_length": 96} if mode == "finetune" else {}
+    return {
+        **COMMON,
+        "train_mode": mode,
+        "dataset_path": data,
+        "load_checkpoint_path": work / "start",
+        **length,
+        **more,
+    }
+
+
+def weights(work: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
+    target = work / f"exported_{checkpoint.name}_{time.monotonic_ns()}"
+    return load_file(export(checkpoint, target) / "model.safetensors")
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tp": 2, "gpus": 2, "sequence_parallel": False},
+    "tp2_sequence_parallel": {"tp": 2, "gpus": 2},
+    "pp2": {"pp": 2, "gpus": 2},
+    "dp2": {"gpus": 2},
+    "tp2_pp2": {"tp": 2, "pp": 2, "gpus": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(work: Path) -> list[tuple[int, float, float]]:
+    log = train(**settings(work, "finetune", save_checkpoint_path=work / "one", train_iters=20))
+    found = steps(log)
+    assert [i for i, _, _ in found] == list(range(1, 21))
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_follows_one_process(work: Path, one_process: list[tuple[int, float, float]], name: str) -> None:
+    log = train(**settings(work, "finetune", save_checkpoint_path=work / name, train_iters=20, **LAYOUTS[name]))
+    found = steps(log)
+    assert len(found) == 20
+    for (i, loss, norm), (_, expected_loss, expected_norm) in zip(found, one_process, strict=True):
+        assert abs(loss - expected_loss) <= 1e-4, i
+        assert abs(norm - expected_norm) <= 1e-3 * expected_norm, i
+
+
+def test_the_first_loss_is_hugging_faces_over_the_supervised_tokens(
+    work: Path, one_process: list[tuple[int, float, float]]
+) -> None:
+    data = resolve(str(work / "sft"))
+    samples = open_samples(data, train_mode="finetune", seq_length=96, seed=1234, documents=range(200))
+    rows = [samples[i] for i in range(8)]
+    names = ("tokens", "labels", "loss_mask")
+    tokens, labels, mask = (torch.stack([torch.from_numpy(row[name]) for row in rows]) for name in names)
+    with torch.no_grad():
+        logits = Qwen2ForCausalLM.from_pretrained(work / "qwen", dtype=torch.float32)(tokens).logits
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    expected = float((losses * mask.flatten()).sum() / mask.sum())
+    assert abs(one_process[0][1] - expected) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("ckpt_format", "layout"), [("torch_dist", {"gpus": 2}), ("torch", {"tp": 2, "pp": 2, "gpus": 4})], ids=str
+)
+def test_ten_and_ten_steps_are_twenty(work: Path, ckpt_format: str, layout: dict[str, int]) -> None:
+    name = f"resumed_{ckpt_format}"
+    if ckpt_format == "torch":
+        convert(work / "qwen", work / "start_ranks", tp=2, pp=2, transformer_impl="local")
+        layout = {**layout, "load_checkpoint_path": work / "start_ranks"}
+    same = {**settings(work, "pretrain"), "train_iters": 20, "ckpt_format": ckpt_format, **layout}
+    unbroken = steps(train(**same, save_checkpoint_path=work / f"{name}_unbroken"))
+    halves = [steps(train(**same, save_checkpoint_path=work / name, exit_interval=10)) for _ in range(2)]
+    assert [i for i, _, _ in halves[0]] == list(range(1, 11)) and [i for i, _, _ in halves[1]] == list(range(11, 21))
+    assert halves[0] + halves[1] == unbroken
+    expected, found = (weights(work, work / folder) for folder in (f"{name}_unbroken", name))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[tensor], found[tensor]) for tensor in expected)
+
+
+def test_a_learning_rate_of_zero_changes_no_bit_and_both_ways_out_agree(work: Path) -> None:
+    still = {"lr": 0, "min_lr": 0, "train_iters": 3, "tp": 2, "pp": 2, "gpus": 4}
+    source = load_file(work / "qwen" / "model.safetensors")
+    train(**{**settings(work, "pretrain", save_checkpoint_path=work / "still"), **still})
+    assert all(torch.equal(source[name], tensor) for name, tensor in weights(work, work / "still").items())
+    log = train(
+        train_or_convert_ckpt="convert", load_checkpoint_path=work / "still", save_checkpoint_path=work / "still_torch",
+        tp=2, pp=2, gpus=4, **COMMON,
+    )  # fmt: skip
+    ranks = sorted(path.name for path in (work / "still_torch" / "iter_0000003").iterdir())
+    assert ranks == ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"], log
+    assert all((work / "still_torch" / "iter_0000003" / rank / "distrib_optim.pt").is_file() for rank in ranks)
+    direct, around = (weights(work, work / name) for name in ("still", "still_torch"))
+    assert direct.keys() == around.keys() == source.keys()
+    assert all(torch.equal(direct[name], around[name]) for name in source)
+
+
+def test_a_distributed_checkpoint_goes_on_at_another_layout(
+    work: Path, one_process: list[tuple[int, float, float]]
+) -> None:
+    flags = settings(work, "finetune", save_checkpoint_path=work / "moved", train_iters=20)
+    train(**flags, tp=2, gpus=2, exit_interval=10)
+    rest = steps(train(**flags, pp=2, gpus=2, exit_interval=15))
+    assert [i for i, _, _ in rest] == list(range(11, 16))
+    for (_, loss, norm), (_, expected_loss, expected_norm) in zip(rest, one_process[10:15], strict=True):
+        assert abs(loss - expected_loss) <= 1e-4
+        assert abs(norm - expected_norm) <= 1e-3 * expected_norm
+
+
+def test_bf16_recompute_evaluation_and_asynchronous_saving_work_together(work: Path) -> None:
+    flags = settings(work, "pretrain", train_iters=4, tp=2, gpus=2, precision="bf16")
+    flags |= {"split": "80,20,0", "eval_interval": 2, "eval_iters": 2}
+    plain = train(**flags, save_checkpoint_path=work / "plain")
+    full = train(**flags, save_checkpoint_path=work / "full", recompute="full", async_save=True, save_interval=2)
+    selective = train(**flags, save_checkpoint_path=work / "selective", recompute="selective")
+    assert steps(plain) == steps(full) == steps(selective)
+    assert full.count("validation at iteration") == 2
+    expected, found = (weights(work, work / name) for name in ("plain", "full"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+
+
+def test_a_torch_checkpoint_of_other_sizes_is_refused_before_any_process_starts(work: Path) -> None:
+    start = convert(work / "qwen", work / "other_sizes", tp=2, pp=1, transformer_impl="local")
+    flags = settings(work, "pretrain", save_checkpoint_path=work / "refused", train_iters=1)
+    log = train(**{**flags, "load_checkpoint_path": start}, expect=2)
+    assert "TP=2 PP=1 VPP=1" in log and "TP=1 PP=1 VPP=1" in log and "step 2" in log
+    assert not (work / "refused").exists()
+
+
+def test_more_epochs_on_resume_change_nothing_that_was(work: Path) -> None:
+    flags = {
+        **settings(work, "finetune"),
+        "global_batch_size": 100,
+        "micro_batch_size": 50,
+        "lr_decay_style": "constant",
+    }
+    first = steps(train(**flags, save_checkpoint_path=work / "epochs", epochs=1))
+    rest = steps(train(**flags, save_checkpoint_path=work / "epochs", epochs=2))
+    whole = steps(train(**flags, save_checkpoint_path=work / "epochs_whole", epochs=2))
+    assert [len(first), len(rest), len(whole)] == [2, 2, 4]
+    assert first + rest == whole
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_goes_on_by_the_same_command(work: Path, how: signal.Signals) -> None:
+    folder = work / f"ended_{how.name}"
+    flags = settings(work, "pretrain", save_checkpoint_path=folder, train_iters=4000, save_interval=5, gpus=2)
+    command = [sys.executable, "-m", "common.train", *words({**flags, "master_port": free_port()})]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "saved" in line and "iter_0000005" in line:
+            break
+    else:
+        pytest.fail("".join(lines))
+    if how is signal.SIGTERM:
+        process.send_signal(how)
+    else:
+        subprocess.run(["kill", "-9", f"-{process.pid}"], check=True)
+    lines += process.communicate(timeout=120)[1].splitlines(keepends=True)
+    done = int((folder / "latest_checkpointed_iteration.txt").read_text())
+    assert done >= 5
+    if how is signal.SIGTERM:
+        assert any("asked to stop" in line for line in lines), "".join(lines)
+    again = steps(train(**{**flags, "exit_interval": 1}))
+    assert [i for i, _, _ in again] == [done + 1]
