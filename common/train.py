@@ -19,7 +19,11 @@ from common.training.tracking import check_tracking
 
 def main() -> None:
     """Checks, launches or trains, whichever this process is for."""
-    parser = argparse.ArgumentParser(prog="python -m common.train", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m common.train",
+        usage="%(prog)s --flag value ...",  # there are many
+        description=(__doc__ or "").split("\n")[0],
+    )
     add_options(parser, TrainSettings)
     parser.add_argument("--check", action="store_true", help="check the settings, the model and the data, and stop")
     arguments = parser.parse_args()

@@ -63,7 +63,9 @@ def transformer_config(
         # With VPP, batched sends at PP=2 swap the two neighbours' tensors and train on them without an error.
         overlap_p2p_comm=sizes.vpp > 1,
         batch_p2p_comm=sizes.vpp == 1,
-        deallocate_pipeline_outputs=True,
+        # With VPP, Megatron-Core frees an output whose send is still under way: on gloo the neighbour was seen to train
+        # on what had overwritten it (first loss 5.998 for 5.979).
+        deallocate_pipeline_outputs=sizes.vpp == 1,
         calculate_per_token_loss=True,
         use_cpu_initialization=platform.device == "cpu",
         bias_activation_fusion=fused,

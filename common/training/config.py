@@ -100,7 +100,12 @@ class TrainSettings:
             raise KitError("PACKING=true is for TRAIN_MODE=finetune; pretraining samples are always full")
         if self.reset_attention and self.train_mode == "finetune":
             raise KitError("RESET_ATTENTION=true is for TRAIN_MODE=pretrain; packed samples are always kept apart")
-        sizes.num_microbatches(self.global_batch_size, self.micro_batch_size)
+        num_microbatches = sizes.num_microbatches(self.global_batch_size, self.micro_batch_size)
+        if self.vpp > 1 and num_microbatches % self.pp:
+            raise KitError(
+                f"VPP={self.vpp} needs micro-batches a step in multiples of PP={self.pp}, and GLOBAL_BATCH_SIZE="
+                f"{self.global_batch_size} gives {num_microbatches}: change GLOBAL_BATCH_SIZE or MICRO_BATCH_SIZE"
+            )
 
     def _need(self, holds: bool, name: str, rule: str) -> None:
         if not holds:

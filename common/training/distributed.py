@@ -17,7 +17,6 @@ from megatron.core import parallel_state, tensor_parallel
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
 
-
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from common.checkpoint.layout import Checkpoint, find_checkpoint
 from common.checkpoint.origin import check_ranks, description_of
-from common.data.indexed import IndexedReader
-from common.data.manifest import DataFiles, resolve
-from common.data.samples import Samples, open_samples, split_documents
+from common.data.blend import BlendedSamples
+from common.data.samples import Samples
 from common.errors import KitError
 from common.log import logger
 from common.model.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
 from common.training.config import TrainSettings
+from common.training.datasets import open_data
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,13 @@ class Plan:
         """What a position in the data means: a run resumes only where all of it is the same."""
         chosen = self.settings
         assert self.train is not None
+        blend = {"blend": self.train.description} if isinstance(self.train, BlendedSamples) else {}
         return {
             "train_mode": chosen.train_mode,
             "samples_per_epoch": self.train.samples_per_epoch,
             "seq_length": chosen.seq_length,
             "seed": chosen.seed,
+            **blend,
         }
 
 
@@ -84,7 +86,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         check_ranks(start.checkpoint, settings.sizes)
     train = valid = None
     if settings.train_or_convert_ckpt == "train":
-        train, valid = open_data(settings)
+        train, valid = open_data(settings, start.model_folder)
     plan = Plan(
         settings=settings,
         platform=platform,
@@ -114,7 +116,9 @@ def check_resume(plan: Plan) -> None:
         )
     if plan.train:
         saved, now = run.get("data") or {}, plan.data_identity
-        different = [f"{name} {saved[name]} -> {now[name]}" for name in now if saved and saved.get(name) != now[name]]
+        different = [
+            f"{name} {saved.get(name)} -> {now[name]}" for name in now if saved and saved.get(name) != now[name]
+        ]
         if different:
             raise KitError(
                 f"{checkpoint.path} was trained on other samples ({', '.join(different)}), so its position in the data"
@@ -179,36 +183,6 @@ def _need_checkpoint(path: str) -> Checkpoint:
             f"LOAD_CHECKPOINT_PATH={path} holds no checkpoint: give what step 2 wrote, or a run's checkpoints"
         )
     return found
-
-
-def open_data(settings: TrainSettings) -> tuple[Samples, Samples | None]:
-    """The samples of training and of validation; None where a split holds none."""
-    assert settings.dataset_path
-    files = resolve(settings.dataset_path)
-    if settings.valid_dataset_path:
-        return _open(settings, files, None), _open(settings, resolve(settings.valid_dataset_path), None)
-    train_range, valid_range = split_documents(len(IndexedReader(files.tokens)), settings.split)
-    valid = None
-    if settings.eval_interval and len(valid_range):
-        try:
-            valid = _open(settings, files, valid_range)
-        except KitError as error:
-            logger.info("no validation: the split's second part is too small (%s)", error)
-    return _open(settings, files, train_range), valid
-
-
-def _open(settings: TrainSettings, files: DataFiles, documents: range | None) -> Samples:
-    return open_samples(
-        files,
-        train_mode=settings.train_mode,
-        seq_length=settings.seq_length,
-        seed=settings.seed,
-        documents=documents,
-        packing=settings.packing,
-        truncate=settings.truncate,
-        reset_attention=settings.reset_attention,
-        pad_id=0,
-    )
 
 
 def count_iterations(settings: TrainSettings, samples_per_epoch: int) -> int:

@@ -69,6 +69,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pp": 2, "gpus": 2},
     "dp2": {"gpus": 2},
     "tp2_pp2": {"tp": 2, "pp": 2, "gpus": 4},
+    "pp2_vpp2": {"pp": 2, "vpp": 2, "gpus": 2},
 }
 
 

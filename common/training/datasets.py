@@ -1,0 +1,70 @@
+"""What a run trains on and is validated with: the datasets of DATASET_PATH, each fit for the model and the mode."""
+
+import hashlib
+from pathlib import Path
+
+from common.data.blend import Blend, blend_samples, read_blend
+from common.data.indexed import IndexedReader
+from common.data.manifest import DataFiles
+from common.data.samples import Samples, open_samples, split_documents
+from common.errors import KitError
+from common.log import logger
+from common.training.config import TrainSettings
+
+
+def open_data(settings: TrainSettings, model_folder: Path) -> tuple[Samples, Samples | None]:
+    """The samples of training and of validation; None where a split holds none.
+
+    Raises KitError for data of another kind or tokenizer, or too little of it.
+    """
+    assert settings.dataset_path
+    blend = read_blend(settings.dataset_path)
+    check_tokenizer(blend, model_folder)
+    if settings.valid_dataset_path:
+        apart = read_blend(settings.valid_dataset_path, "VALID_DATASET_PATH")
+        check_tokenizer(apart, model_folder)
+        whole = [(weight, files.tokens.name, _open(settings, files, None)) for weight, files in blend]
+        return blend_samples(whole), blend_samples(
+            [(weight, files.tokens.name, _open(settings, files, None)) for weight, files in apart]
+        )
+    train, valid = [], []
+    for weight, files in blend:
+        name = files.tokens.name
+        train_range, valid_range = split_documents(len(IndexedReader(files.tokens)), settings.split)
+        if settings.eval_interval and len(valid_range):
+            try:
+                valid.append((weight, name, _open(settings, files, valid_range)))
+            except KitError as error:
+                logger.info("no validation on %s: the split's second part is too small (%s)", name, error)
+        train.append((weight, name, _open(settings, files, train_range)))
+    return blend_samples(train), blend_samples(valid) if valid else None
+
+
+def check_tokenizer(blend: Blend, model_folder: Path) -> None:
+    """Raises KitError when the data was made with another tokenizer than the model folder's."""
+    path = model_folder / "tokenizer.json"
+    own = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    for _, files in blend:
+        made_with = (files.manifest or {}).get("tokenizer", {}).get("tokenizer_sha256")
+        if own is None or made_with is None:
+            missing = f"{path} is not there" if own is None else f"{files.tokens} has no manifest"
+            logger.info("whether the data is of the model's tokenizer is not known: %s", missing)
+        elif made_with != own:
+            raise KitError(
+                f"{files.tokens} was made with another tokenizer than {path}: its ids would mean other words to the"
+                " model; run step 1 with TOKENIZER_PATH set to that folder, or train the model that the data is for"
+            )
+
+
+def _open(settings: TrainSettings, files: DataFiles, documents: range | None) -> Samples:
+    return open_samples(
+        files,
+        train_mode=settings.train_mode,
+        seq_length=settings.seq_length,
+        seed=settings.seed,
+        documents=documents,
+        packing=settings.packing,
+        truncate=settings.truncate,
+        reset_attention=settings.reset_attention,
+        pad_id=0,
+    )
