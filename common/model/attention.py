@@ -17,6 +17,7 @@ class SdpaAttention(torch.nn.Module):
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any) -> None:
         super().__init__()
+        self.scale = config.softmax_scale  # None: 1 / sqrt(d)
         assert config.context_parallel_size == 1, "context parallelism needs Transformer Engine's attention"
 
     def forward(
@@ -33,7 +34,7 @@ class SdpaAttention(torch.nn.Module):
         assert attention_bias is None and packed_seq_params is None
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"scale": self.scale}
         if grouped and TORCH >= (2, 5):
             options["enable_gqa"] = True
         elif grouped:

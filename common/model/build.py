@@ -1,5 +1,6 @@
 """This rank's part of the model: Megatron-Core's GPTModel in Qwen's shape, one for each virtual pipeline chunk."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from common.mcore import weight_gradient_fusion
 from common.model.config import QwenConfig
 from common.model.layer_spec import block_spec
+from common.model.rope import yarn_frequencies
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
 
@@ -49,6 +51,7 @@ def transformer_config(
         add_qkv_bias=True,
         gated_linear_unit=True,
         activation_func=F.silu,
+        softmax_scale=qwen.yarn.softmax_factor / math.sqrt(qwen.head_dim) if qwen.yarn else None,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         init_method_std=qwen.initializer_range,
@@ -109,7 +112,7 @@ def _chunk(
     index: int,
 ) -> torch.nn.Module:
     where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": index} if sizes.vpp > 1 else {}
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=block_spec(options.transformer_impl, config.num_layers // (sizes.pp * sizes.vpp)),
         vocab_size=qwen.padded_vocab_size(sizes.tp),
@@ -121,6 +124,10 @@ def _chunk(
         rotary_base=qwen.rope_theta,
         **({"vp_stage": index} if sizes.vpp > 1 else {}),
     )
+    if qwen.yarn:
+        frequencies = yarn_frequencies(qwen.yarn, qwen.head_dim, qwen.rope_theta)
+        model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
+    return model
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:

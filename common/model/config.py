@@ -1,11 +1,13 @@
 """QwenConfig: a model's shape and mathematics, read from its `config.json` and nowhere else."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import KitError
+from common.model.rope import Yarn
 
 MODEL_TYPES = ("qwen2",)
 
@@ -30,7 +32,7 @@ class QwenConfig:
     head_dim: int
     dtype: str
     initializer_range: float = 0.02
-    rope_scaling: dict[str, Any] | None = None
+    yarn: Yarn | None = None
     unsupported: tuple[str, ...] = ()
 
     @property
@@ -41,6 +43,11 @@ class QwenConfig:
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embedding at this TP: `vocab_size`, rounded up only where TP does not divide it."""
         return -(-self.vocab_size // tp) * tp
+
+    @property
+    def longest_sequence(self) -> int:
+        """Positions that the model can tell apart: `max_position_embeddings`, or what YaRN makes of them."""
+        return max(self.max_position_embeddings, self.yarn.max_position_embeddings if self.yarn else 0)
 
     def check_tensor_parallel(self, tp: int) -> None:
         """Raises KitError unless TP divides the heads, the key-value groups and the MLP."""
@@ -97,6 +104,7 @@ def parse_config(values: dict[str, Any], source: Path) -> QwenConfig:
     rope = values.get("rope_parameters") or {}
     theta = values.get("rope_theta", rope.get("rope_theta"))
     scaling = values.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
+    yarn = _yarn(scaling)
     heads = _need(values, "num_attention_heads", source)
     hidden = _need(values, "hidden_size", source)
     if theta is None:
@@ -115,9 +123,19 @@ def parse_config(values: dict[str, Any], source: Path) -> QwenConfig:
         head_dim=values.get("head_dim") or hidden // heads,
         dtype=values.get("torch_dtype") or values.get("dtype") or "float32",
         initializer_range=float(values.get("initializer_range", 0.02)),
-        rope_scaling=scaling,
-        unsupported=tuple(_unsupported(values, scaling)),
+        yarn=yarn,
+        unsupported=tuple(_unsupported(values, None if yarn else scaling)),
     )
+
+
+def _yarn(scaling: dict[str, Any] | None) -> Yarn | None:
+    """The YaRN that `scaling` asks for; None where it asks for something else, or more than is built here."""
+    fields = {name: value for name, value in (scaling or {}).items() if name not in ("type", "rope_type", "rope_theta")}
+    known = {field.name for field in dataclasses.fields(Yarn)}
+    kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type")
+    if kind != "yarn" or not {"factor", "original_max_position_embeddings"} <= fields.keys() <= known:
+        return None
+    return Yarn(**fields)
 
 
 def _need(values: dict[str, Any], name: str, source: Path) -> Any:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,16 @@ def test_every_layout_gives_hugging_faces_logits(work: Path, tp: int, pp: int) -
         assert difference(mine, expected[model]) <= BOUND, path.name
 
 
+def test_yarn_gives_hugging_faces_logits(work: Path) -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    folder = mutate(work / "untied", work / "hf_yarn", None, {"rope_scaling": scaling, "max_position_embeddings": 64})
+    tokens = torch.load(work / "batch.pt")["tokens"]
+    expected = hugging_face_logits(folder, tokens)
+    assert difference(hugging_face_logits(work / "untied", tokens), expected) > 100 * BOUND
+    (mine,) = megatron_logits(work, 2, 1, [convert(folder, work / "yarn", tp=2, transformer_impl="local")])
+    assert difference(mine, expected) <= BOUND
+
+
 def swap_heads(weights: Weights) -> None:
     q = weights["model.layers.1.self_attn.q_proj.weight"].unflatten(0, (4, 16))
     q[[0, 2]] = q[[2, 0]].clone()
@@ -99,7 +110,7 @@ WEIGHT_MUTANTS: list[Callable[[Weights], None]] = [
 CONFIG_MUTANTS = {"wrong RoPE base": {"rope_theta": 10000.0}, "wrong epsilon": {"rms_norm_eps": 1e-5}}
 
 
-def mutate(source: Path, target: Path, weights: Callable[[Weights], None] | None, config: dict[str, float]) -> Path:
+def mutate(source: Path, target: Path, weights: Callable[[Weights], None] | None, config: dict[str, Any]) -> Path:
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
     if weights:
