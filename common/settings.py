@@ -46,8 +46,8 @@ def from_namespace(settings: type[T], namespace: argparse.Namespace) -> T:
 def to_flags(settings: Any) -> list[str]:
     """The command line that gives `settings` again; fields that are None are left out."""
     values = ((field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings))
-    pairs = (("--" + name.replace("_", "-"), _shown(value)) for name, value in values if value is not None)
-    return [word for pair in pairs for word in pair]
+    # NAME=VALUE in one word: a value may begin with a dash.
+    return [f"--{name.replace('_', '-')}={_shown(value)}" for name, value in values if value is not None]
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,7 @@ import logging
 import os
 
 from common import errors, log
+from common.errors import KitError
 from common.log import logger
 from common.platforms import current
 from common.platforms.base import Platform
@@ -52,6 +53,7 @@ def main() -> None:
 
 def launch(settings: TrainSettings, platform: Platform) -> None:
     """Runs this module under torchrun on this node; exits with the first failed process's code."""
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -66,6 +68,11 @@ def launch(settings: TrainSettings, platform: Platform) -> None:
     ]
     try:
         run(parse_args([*words, *to_flags(settings)]))
+    except DistNetworkError as error:
+        raise KitError(
+            f"MASTER_ADDR={settings.master_addr} MASTER_PORT={settings.master_port}: {str(error).splitlines()[0]}:"
+            " is the port taken by another run? Set MASTER_PORT to a free one"
+        ) from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         logger.error("process %d ended with exit code %d", rank, failure.exitcode)

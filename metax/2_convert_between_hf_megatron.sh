@@ -3,7 +3,7 @@
 # 第 2 步（MetaX）：Hugging Face 模型与 Megatron 检查点互相转换。不需要 GPU。
 # Not run on hardware / 未在硬件上运行
 set -euo pipefail
-VENDOR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Needed / 必填
 : "${CONVERT_TYPE:=}"         # huggingface-to-megatron or megatron-to-huggingface / 转换方向

@@ -3,7 +3,7 @@
 # 第 3 步（MetaX）：训练 Qwen2.5，或把分布式检查点转换为 torch 格式。
 # Not run on hardware / 未在硬件上运行
 set -euo pipefail
-VENDOR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Needed / 必填
 : "${DATASET_PATH:=}"         # OUTPUT_PREFIX of step 1 (training only) / 第 1 步的 OUTPUT_PREFIX（仅训练）

@@ -2,7 +2,7 @@
 # Step 2 on NVIDIA: a Hugging Face model to a Megatron checkpoint, or back to safetensors. Needs no GPU.
 # 第 2 步（NVIDIA）：Hugging Face 模型与 Megatron 检查点互相转换。不需要 GPU。
 set -euo pipefail
-VENDOR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Needed / 必填
 : "${CONVERT_TYPE:=}"         # huggingface-to-megatron or megatron-to-huggingface / 转换方向

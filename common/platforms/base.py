@@ -16,6 +16,7 @@ class Platform:
     device: str  # torch's device type
     backend: str  # torch.distributed's backend
     transformer_impl: str  # the layers a run uses unless told otherwise: transformer_engine or local
+    transformer_engine: bool  # whether its layers can be used at all
     checkpoint_format: str  # what a run saves unless told otherwise: torch_dist or torch
     fused_kernels: bool  # Megatron-Core's fused SwiGLU, bias-dropout and cross-entropy work here
     ran_on_hardware: bool

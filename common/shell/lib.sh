@@ -3,7 +3,8 @@
 # What the steps share: the settings' help, required settings, and one way to run a command.
 # Sourced by the body of a step, after the vendor's script has its settings and VENDOR, its folder.
 
-STEP=$VENDOR/${BASH_SOURCE[-1]##*/}
+STEP=$(realpath -- "${BASH_SOURCE[-1]}")
+BODY=${BASH_SOURCE[1]}
 KIT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 
 # For every step / 所有步骤通用
@@ -38,6 +39,7 @@ help() {
   printf 'Usage: [NAME=value ...] %s [-h|--help] [-n|--dry-run] [-- FLAG ...]\n\n' "$0"
   sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$STEP"
   describe "$STEP"
+  describe "$BODY"
   describe "$VENDOR/env.sh"
   describe "${BASH_SOURCE[0]}"
   printf '\n-n prints the command and stops. What follows -- reaches Python last.\n'

@@ -4,10 +4,15 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 begin "$@"
 
+# Names of before, still understood / 仍可使用的旧名
+: "${SAVE_DIST_CHECKPOINT_PATH:=}"  # what training writes and convert reads / 训练写入、转换读取的目录
+: "${SAVE_TORCH_CHECKPOINT_PATH:=}" # what convert writes, or training without the other / 转换写入的目录
+
 one_of TRAIN_OR_CONVERT_CKPT train convert
 if [[ $TRAIN_OR_CONVERT_CKPT == train ]]; then
-  if [[ -n ${SAVE_DIST_CHECKPOINT_PATH:-} ]]; then
+  if [[ -n $SAVE_DIST_CHECKPOINT_PATH ]]; then
     old_name SAVE_CHECKPOINT_PATH SAVE_DIST_CHECKPOINT_PATH
+    [[ -z $SAVE_TORCH_CHECKPOINT_PATH ]] || say "SAVE_TORCH_CHECKPOINT_PATH is not used: this run does not convert"
   else
     old_name SAVE_CHECKPOINT_PATH SAVE_TORCH_CHECKPOINT_PATH
   fi

@@ -69,19 +69,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     """The plan of `settings` on `platform`; raises KitError for all that can be known to be wrong beforehand."""
     start = find_start(settings)
     qwen = load_config(start.model_folder)
-    qwen.check_trainable()
-    qwen.check_tensor_parallel(settings.tp)
-    qwen.check_pipeline(settings.pp, settings.vpp)
-    ckpt_format = settings.ckpt_format or platform.checkpoint_format
-    if settings.async_save and ckpt_format == "torch":
-        raise KitError("ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false")
-    if settings.cp > 1:
-        raise KitError(f"CP={settings.cp}: samples are not divided over context-parallel ranks here: set CP=1")
-    if settings.seq_length > qwen.max_position_embeddings:
-        raise KitError(
-            f"SEQ_LENGTH={settings.seq_length} is over max_position_embeddings={qwen.max_position_embeddings}"
-            " of config.json: use a shorter SEQ_LENGTH"
-        )
+    check_fit(settings, platform, qwen)
     if start.checkpoint:
         check_ranks(start.checkpoint, settings.sizes)
     train = valid = None
@@ -94,7 +82,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         qwen=qwen,
         start=start,
         transformer_impl=settings.transformer_impl or platform.transformer_impl,
-        ckpt_format=ckpt_format,
+        ckpt_format=settings.ckpt_format or platform.checkpoint_format,
         train=train,
         valid=valid,
         train_iters=count_iterations(settings, train.samples_per_epoch) if train else 0,
@@ -102,6 +90,26 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     if start.kind == "resume":
         check_resume(plan)
     return plan
+
+
+def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> None:
+    """Raises KitError where the settings ask for what this model or this platform does not have."""
+    qwen.check_trainable()
+    qwen.check_tensor_parallel(settings.tp)
+    qwen.check_pipeline(settings.pp, settings.vpp)
+    if settings.async_save and (settings.ckpt_format or platform.checkpoint_format) == "torch":
+        raise KitError("ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false")
+    if settings.cp > 1:
+        raise KitError(f"CP={settings.cp}: samples are not divided over context-parallel ranks here: set CP=1")
+    if settings.seq_length > qwen.longest_sequence:
+        raise KitError(
+            f"SEQ_LENGTH={settings.seq_length} is over max_position_embeddings={qwen.longest_sequence}"
+            " of config.json: use a shorter SEQ_LENGTH, or give the model YaRN (rope_scaling) as its card says"
+        )
+    if settings.transformer_impl == "transformer_engine" and not platform.transformer_engine:
+        raise KitError(
+            f"TRANSFORMER_IMPL=transformer_engine, and {platform.name} has no Transformer Engine: set it to local"
+        )
 
 
 def check_resume(plan: Plan) -> None:
@@ -171,6 +179,8 @@ def _start_of_conversion(settings: TrainSettings) -> Start:
 
 def _whole_iteration(folder: Path) -> Checkpoint | None:
     found = find_checkpoint(folder) if folder.is_dir() else None
+    if found and found.path == folder.absolute():
+        raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is one checkpoint: give the folder it lies in, {found.folder}")
     return found if found and isinstance(found.iteration, int) else None
 
 

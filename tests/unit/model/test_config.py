@@ -1,0 +1,163 @@
+"""What is read from a config.json, compared with transformers' own reading, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, Qwen2Config
+
+from common.errors import KitError
+from common.model.config import QwenConfig, load_config, parse_config
+from common.model.rope import Yarn
+from tests.tiny import tiny_qwen
+
+# Qwen2.5-7B-Instruct's config.json, in the layout of transformers 4.
+QWEN_7B: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+    "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 152064,
+}  # fmt: skip
+SOURCE = Path("model/config.json")
+
+
+def parse(**changes: Any) -> QwenConfig:
+    """QWEN_7B with `changes`; a value of ... leaves the field out."""
+    return parse_config({name: value for name, value in {**QWEN_7B, **changes}.items() if value is not ...}, SOURCE)
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_published_config_is_read() -> None:
+    qwen = parse()
+    assert (qwen.hidden_size, qwen.intermediate_size, qwen.num_hidden_layers) == (3584, 18944, 28)
+    assert (qwen.num_attention_heads, qwen.num_key_value_heads, qwen.head_dim) == (28, 4, 128)
+    assert (qwen.vocab_size, qwen.tie_word_embeddings, qwen.max_position_embeddings) == (152064, False, 32768)
+    assert (qwen.rms_norm_eps, qwen.rope_theta, qwen.dtype) == (1e-6, 1e6, "bfloat16")
+    assert qwen.qkv_rows == 3584 + 2 * 512
+    qwen.check_trainable()
+
+
+def test_what_transformers_writes_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    Qwen2Config(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+        vocab_size=300, rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=640, dtype="bfloat16",
+        rope_parameters={"rope_type": "default", "rope_theta": 12345.0},
+    ).save_pretrained(tmp_path)  # fmt: skip
+    qwen, theirs = load_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        assert getattr(qwen, name) == getattr(theirs, name)
+    for name in ("vocab_size", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings"):
+        assert getattr(qwen, name) == getattr(theirs, name)
+    assert qwen.rope_theta == theirs.rope_parameters["rope_theta"] == 12345.0
+    assert (qwen.head_dim, qwen.dtype) == (8, "bfloat16")
+    qwen.check_trainable()
+
+
+def test_the_tests_own_model_is_read(tmp_path: Path) -> None:
+    qwen = load_config(tiny_qwen(tmp_path, num_hidden_layers=2, tie_word_embeddings=False))
+    assert (qwen.num_hidden_layers, qwen.tie_word_embeddings) == (2, False)
+
+
+def test_fields_that_may_be_left_out_have_transformers_meaning() -> None:
+    qwen = parse(num_key_value_heads=..., tie_word_embeddings=..., torch_dtype=..., head_dim=64)
+    assert (qwen.num_key_value_heads, qwen.tie_word_embeddings, qwen.dtype) == (28, False, "float32")
+    assert qwen.head_dim == 64 and qwen.qkv_rows == 3 * 28 * 64
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}  # as the model's card says for 128K
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "yarn", **YARN}},
+        {"rope_scaling": {"rope_type": "yarn", **YARN}},
+        {"rope_theta": ..., "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN}},
+    ],
+    ids=["card", "transformers 4", "transformers 5"],
+)
+def test_yarn_is_read_in_every_layout(changes: dict[str, Any]) -> None:
+    qwen = parse(**changes)
+    assert (qwen.yarn, qwen.rope_theta) == (Yarn(4.0, 32768), 1e6)
+    qwen.check_trainable()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rms_norm_eps",
+     "max_position_embeddings", "rope_theta"],
+)  # fmt: skip
+def test_a_missing_field_is_named_and_never_guessed(name: str) -> None:
+    with pytest.raises(KitError, match=f"model/config.json has no {name}: add it from the model's own config.json"):
+        parse(**{name: ...})
+
+
+@pytest.mark.parametrize("kind", [..., "llama", "qwen3"])
+def test_another_model_type_is_refused_with_the_known_ones(kind: Any) -> None:
+    with pytest.raises(KitError, match=r"model_type=.* is not known; known: \['qwen2'\]"):
+        parse(model_type=kind)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling={'type': 'yarn', 'factor': 4.0}"),
+        ({"rope_scaling": {"type": "yarn", "mscale": 2.0, **YARN}}, "'mscale': 2.0"),
+        ({"rope_theta": ..., "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}}, "'rope_type': 'linear'"),
+        ({"use_sliding_window": True}, "use_sliding_window=true"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types other than full_attention"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+    ],
+)
+def test_mathematics_that_is_not_built_is_refused_by_name(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(KitError, match=re.escape(said)) as raised:
+        parse(**changes).check_trainable()
+    assert "remove the field" in str(raised.value)
+
+
+def test_all_unsupported_fields_are_said_at_once() -> None:
+    with pytest.raises(KitError, match="use_sliding_window=true, hidden_act=gelu"):
+        parse(use_sliding_window=True, hidden_act="gelu").check_trainable()
+
+
+def test_a_folder_without_a_usable_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KitError, match="has no config.json: give a folder"):
+        load_config(tmp_path)
+    with pytest.raises(KitError, match=r"is no JSON \(.*\): copy it again"):
+        load_config(write(tmp_path, '{"model_type": '))
+    with pytest.raises(KitError, match="holds no JSON object"):
+        load_config(write(tmp_path, "[1]"))
+    assert load_config(write(tmp_path, json.dumps(QWEN_7B))) == parse()
+
+
+@pytest.mark.parametrize("tp, rows", [(1, 152064), (2, 152064), (8, 152064), (5, 152065), (7, 152068)])
+def test_the_embedding_is_padded_only_where_tp_does_not_divide_it(tp: int, rows: int) -> None:
+    assert parse().padded_vocab_size(tp) == rows
+    assert rows % tp == 0
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_tp_that_divides_everything_is_taken(tp: int) -> None:
+    parse().check_tensor_parallel(tp)
+
+
+@pytest.mark.parametrize("tp, said", [(8, "num_attention_heads=28"), (7, "num_key_value_heads=4")])
+def test_tp_that_divides_not_is_refused_with_those_that_do(tp: int, said: str) -> None:
+    with pytest.raises(KitError, match=re.escape(f"TP={tp} does not divide {said} of this model: use TP in [1, 2, 4]")):
+        parse().check_tensor_parallel(tp)
+
+
+def test_layers_must_divide_over_stages_and_chunks() -> None:
+    parse().check_pipeline(4)
+    parse().check_pipeline(2, 7)
+    with pytest.raises(KitError, match="28 layers cannot be divided by PP=4 x VPP=2 = 8: choose PP and VPP"):
+        parse().check_pipeline(4, 2)

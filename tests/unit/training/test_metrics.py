@@ -1,0 +1,109 @@
+"""The printed numbers: operations, rates, the time left."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from common.model.config import load_config
+from common.platforms.cpu import CPU
+from common.platforms.nvidia import NVIDIA
+from common.training.metrics import Interval, Meter, Stopwatch, clock, flops_per_token, peak_tflops
+from tests.tiny import tiny_qwen
+
+
+def test_flops_of_a_token_are_those_counted_by_hand(tmp_path: Path) -> None:
+    # h 64, 4 heads and 2 groups of 16, f 128, 4 layers, 512 rows of vocabulary; multiply-adds of one token at s = 32:
+    qkv = 64 * (64 + 32 + 32)
+    output = 64 * 64
+    mlp = 3 * 64 * 128
+    attention = 2 * 16 * 64  # scores and their sum, over the 16 keys that a query sees on average
+    head = 64 * 512
+    forward = 2 * (4 * (qkv + output + mlp + attention) + head)
+    qwen = load_config(tiny_qwen(tmp_path, num_hidden_layers=4, vocab_size=512))
+    assert flops_per_token(qwen, 32) == 3 * forward == 3 * 376832
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_flops_are_those_that_torch_counts_in_the_original_model(tie: bool, tmp_path: Path) -> None:
+    seq_length = 64
+    folder = tiny_qwen(tmp_path, num_hidden_layers=2, tie_word_embeddings=tie)
+    qwen = load_config(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, seq_length, dtype=torch.long))
+    # There the whole square of scores is multiplied; ours is its causal half.
+    half = 2 * qwen.num_hidden_layers * seq_length * qwen.num_attention_heads * qwen.head_dim
+    assert seq_length * (flops_per_token(qwen, seq_length) / 3 + half) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "device, expected",
+    [
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_devices_peak_is_found_by_the_longest_name(device: str, expected: float | None) -> None:
+    assert peak_tflops(NVIDIA, device) == expected
+    assert peak_tflops(CPU, device) is None
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0:00:00"),
+        (59.9, "0:00:59"),
+        (3723, "1:02:03"),
+        (86399, "23:59:59"),
+        (86400, "1 d 0:00:00"),
+        (2 * 86400 + 3723, "2 d 1:02:03"),
+    ],
+)
+def test_seconds_are_shown_as_a_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+# 10 steps of 16 samples of 1000 tokens in 4 s on 8 devices: 40,000 tokens/s, 5 GFLOP a token: 25 TFLOP/s a device.
+METER = Meter(
+    train_iters=1210, global_batch_size=16, seq_length=1000, world_size=8, flops_per_token=5e9, peak_tflops=100.0
+)
+INTERVAL = Interval(loss=2.5, grad_norm=0.75, learning_rate=1.5e-5, iterations=10, seconds=4.0)
+
+
+def test_rates_are_of_all_devices_of_one_device_and_of_one_step() -> None:
+    assert METER.rates(INTERVAL) == {"tokens_per_s": 40000.0, "tflops_per_gpu": 25.0, "ms_per_iteration": 400.0}
+
+
+def test_a_log_line_holds_every_number() -> None:
+    assert METER.line(110, 1760, INTERVAL) == (
+        "iteration 110/1210 | consumed samples 1760 | loss 2.500000 | lr 1.500e-05 | grad norm 0.7500"
+        " | tokens/s 40,000 | 25.0 TFLOP/s/GPU (25.0% of 100 dense bf16) | 400.0 ms/iteration | 0:07:20 left"
+    )
+
+
+def test_no_share_is_printed_of_a_peak_that_is_not_known() -> None:
+    meter = Meter(**{**vars(METER), "peak_tflops": None})
+    assert re.search(r"\| 25\.0 TFLOP/s/GPU \|", meter.line(1210, 0, INTERVAL))
+    assert meter.line(1210, 0, INTERVAL).endswith("0:00:00 left")
+
+
+def test_a_lap_leaves_out_what_ran_while_the_watch_was_paused() -> None:
+    watch = Stopwatch()
+    began = time.perf_counter()
+    time.sleep(0.02)
+    watch.pause()
+    time.sleep(0.3)
+    watch.go_on()
+    watch.go_on()  # not paused: nothing changes
+    first = watch.lap()
+    total = time.perf_counter() - began
+    assert 0.02 <= first <= total - 0.3
+    assert watch.lap() < first

@@ -1,0 +1,335 @@
+"""What a run will do: where it starts, how long it is, and what is refused before any process starts."""
+
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.checkpoint.layout import RELEASE, iteration_dir, write_tracker
+from common.data.indexed import IndexedWriter
+from common.errors import KitError
+from common.model.config import load_config
+from common.platforms import PLATFORMS
+from common.platforms.base import Platform
+from common.platforms.cpu import CPU
+from common.platforms.metax import METAX
+from common.platforms.nvidia import NVIDIA
+from common.training.config import TrainSettings
+from common.training.plan import Plan, count_iterations, describe, find_start, plan_run
+from tests.tiny import tiny_qwen
+
+ROOT = Path(__file__).parents[3]
+TOKENS_OF_A_DOCUMENT, DOCUMENTS = 17, 100
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prefix of 100 documents of 17 tokens, as Megatron-LM's own tool would write them."""
+    prefix = tmp_path_factory.mktemp("data") / "a_text_document"
+    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
+        for start in range(DOCUMENTS):
+            writer.add_document(np.arange(start, start + TOKENS_OF_A_DOCUMENT, dtype=np.uint16))
+    return prefix
+
+
+def settings(**changes: Any) -> TrainSettings:
+    return TrainSettings(**{"save_checkpoint_path": "/nowhere", "dataset_path": "d", "epochs": 1.0, **changes})
+
+
+def write_checkpoint(folder: Path, iteration: int | str, kind: str = "torch", tracked: bool = True) -> Path:
+    """`folder`, holding the files by which a checkpoint is known."""
+    path = iteration_dir(folder, iteration)
+    if kind == "torch":
+        (path / "mp_rank_00").mkdir(parents=True)
+        (path / "mp_rank_00" / "model_optim_rng.pt").touch()
+    else:
+        path.mkdir(parents=True)
+        (path / ".metadata").touch()
+        (path / "metadata.json").touch()
+    if tracked:
+        write_tracker(folder, iteration)
+    return folder
+
+
+@pytest.mark.parametrize("initial", ["auto", "false"])
+@pytest.mark.parametrize("kind", ["torch", "torch_dist"])
+def test_a_run_resumes_its_newest_iteration_whatever_it_first_started_from(
+    initial: str, kind: str, tmp_path: Path
+) -> None:
+    save = write_checkpoint(tmp_path / "save", 5, kind)
+    write_checkpoint(save, 10, kind)
+    load = write_checkpoint(tmp_path / "load", RELEASE)
+    start = find_start(settings(save_checkpoint_path=str(save), load_checkpoint_path=str(load), is_initial_run=initial))
+    assert (start.kind, start.model_folder) == ("resume", save)
+    assert start.checkpoint is not None
+    assert (start.checkpoint.iteration, start.checkpoint.format) == (10, kind)
+
+
+@pytest.mark.parametrize("initial", ["auto", "true"])
+@pytest.mark.parametrize("iteration", [RELEASE, 40])
+def test_a_first_run_takes_the_weights_alone(initial: str, iteration: int | str, tmp_path: Path) -> None:
+    load = write_checkpoint(tmp_path / "load", iteration)
+    save = tmp_path / "save"
+    for made in (False, True):  # there is no folder, and then an empty one
+        if made:
+            save.mkdir()
+        start = find_start(
+            settings(save_checkpoint_path=str(save), load_checkpoint_path=str(load), is_initial_run=initial)
+        )
+        assert (start.kind, start.model_folder) == ("weights", load)
+        assert start.checkpoint is not None and start.checkpoint.iteration == iteration
+
+
+def test_a_run_that_loads_from_where_it_saves_resumes(tmp_path: Path) -> None:
+    save = write_checkpoint(tmp_path / "save", 5)
+    assert find_start(settings(save_checkpoint_path=str(save), load_checkpoint_path=str(save))).kind == "resume"
+
+
+def test_weights_that_are_there_win_over_random_ones(qwen: Path, tmp_path: Path) -> None:
+    load = write_checkpoint(tmp_path / "load", RELEASE)
+    assert find_start(settings(load_checkpoint_path=str(load), hf_model_path=str(qwen))).kind == "weights"
+
+
+def test_weights_can_come_from_the_folder_of_one_iteration(tmp_path: Path) -> None:
+    load = write_checkpoint(write_checkpoint(tmp_path / "load", 5), 10)
+    start = find_start(settings(load_checkpoint_path=str(load / "iter_0000005")))
+    assert start.kind == "weights" and start.checkpoint is not None
+    assert (start.checkpoint.iteration, start.model_folder) == (5, load)
+
+
+def test_converted_weights_in_the_save_folder_are_nothing_to_resume(tmp_path: Path) -> None:
+    save = write_checkpoint(tmp_path / "save", RELEASE)
+    start = find_start(settings(save_checkpoint_path=str(save), load_checkpoint_path=str(save)))
+    assert start.kind == "weights"
+
+
+def test_without_weights_a_model_folder_starts_from_random_ones(qwen: Path, tmp_path: Path) -> None:
+    start = find_start(settings(save_checkpoint_path=str(tmp_path), hf_model_path=str(qwen)))
+    assert (start.kind, start.model_folder, start.checkpoint) == ("random", qwen, None)
+
+
+def test_a_killed_save_is_not_resumed_from(tmp_path: Path) -> None:
+    save = write_checkpoint(tmp_path / "save", 5)
+    write_checkpoint(save, 10, tracked=False)  # whole, but the tracker does not name it yet
+    (save / "iter_0000015.partial").mkdir()
+    start = find_start(settings(save_checkpoint_path=str(save)))
+    assert start.checkpoint is not None and start.checkpoint.iteration == 5
+
+
+def test_a_conversion_reads_the_newest_distributed_checkpoint(tmp_path: Path) -> None:
+    load = write_checkpoint(tmp_path / "load", 10, "torch_dist")
+    convert = {"train_or_convert_ckpt": "convert", "load_checkpoint_path": str(load)}
+    start = find_start(settings(save_checkpoint_path=str(tmp_path / "save"), **convert))
+    assert start.kind == "resume" and start.checkpoint is not None and start.checkpoint.iteration == 10
+    write_checkpoint(load, RELEASE, "torch_dist")
+    assert find_start(settings(save_checkpoint_path=str(tmp_path / "save"), **convert)).kind == "weights"
+
+
+REFUSED_STARTS = [
+    # what SAVE and LOAD hold, the settings, what is said
+    (5, None, {"is_initial_run": "true"}, "holds iteration 5: set IS_INITIAL_RUN=auto to resume it, or another SAVE_"),
+    (None, 5, {"is_initial_run": "false"}, "IS_INITIAL_RUN=false, but {save} holds no iteration to resume from"),
+    (RELEASE, None, {"is_initial_run": "false"}, "IS_INITIAL_RUN=false, but {save} holds no iteration to resume from"),
+    (None, None, {}, "no weights to start from: set LOAD_CHECKPOINT_PATH to what step 2 wrote, or HF_MODEL_PATH"),
+    (None, None, {"load_checkpoint_path": "{load}"}, "LOAD_CHECKPOINT_PATH={load} holds no checkpoint: give what step"),
+    (None, None, {"load_checkpoint_path": "{load}/no"}, "LOAD_CHECKPOINT_PATH={load}/no is no folder: give what step"),
+    (None, 5, {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "{load}"}, "is in torch format already:"),
+    (
+        None,
+        5,
+        {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "{save}/../save"},
+        "SAVE_CHECKPOINT_PATH={save} is the folder that is read: choose another folder",
+    ),
+]
+
+
+@pytest.mark.parametrize("saved, loaded, changes, said", REFUSED_STARTS, ids=[case[3][:40] for case in REFUSED_STARTS])
+def test_an_impossible_start_is_refused(
+    saved: int | str | None, loaded: int | str | None, changes: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    folders = {"save": tmp_path / "save", "load": tmp_path / "load"}
+    for folder, iteration in zip(folders.values(), (saved, loaded), strict=True):
+        folder.mkdir()
+        if iteration is not None:
+            write_checkpoint(folder, iteration)
+    changes = {name: text.format(**folders) for name, text in changes.items()}
+    with pytest.raises(KitError, match=re.escape(said.format(**folders))):
+        find_start(settings(save_checkpoint_path=str(folders["save"]), **changes))
+
+
+@pytest.mark.parametrize(
+    "samples, epochs, batch, iterations",
+    [
+        (160, 1.0, 16, 10),
+        (161, 1.0, 16, 11),
+        (1, 0.001, 16, 1),
+        (160, 0.5, 16, 5),
+        (160, 3.0, 16, 30),
+        (100, 1.1, 10, 11),  # in floats 100 x 1.1 is a little over 110
+        (30, 0.1, 1, 3),
+    ],
+)
+def test_epochs_are_rounded_up_to_whole_steps(samples: int, epochs: float, batch: int, iterations: int) -> None:
+    chosen = settings(epochs=epochs, global_batch_size=batch, micro_batch_size=1)
+    assert count_iterations(chosen, samples) == iterations
+
+
+def test_train_iters_is_the_number_of_steps_whatever_the_data() -> None:
+    assert count_iterations(settings(epochs=None, train_iters=7), 1) == 7
+
+
+def plan(data: Path, qwen: Path, platform: Platform = CPU, **changes: Any) -> Plan:
+    chosen = {"dataset_path": str(data), "hf_model_path": str(qwen), "seq_length": 16, "global_batch_size": 4}
+    return plan_run(settings(**{**chosen, **changes}), platform)
+
+
+def test_a_plan_follows_from_settings_data_and_model(data: Path, qwen: Path) -> None:
+    made = plan(data, qwen, gpus=2, tp=2, split="90,10,0", epochs=2.0)
+    assert made.qwen == load_config(qwen)
+    assert made.train is not None and made.valid is not None
+    # n tokens, back to back, make (n - 1) // 16 samples
+    assert made.train.samples_per_epoch == (90 * TOKENS_OF_A_DOCUMENT - 1) // 16 == 95
+    assert made.valid.samples_per_epoch == (10 * TOKENS_OF_A_DOCUMENT - 1) // 16 == 10
+    assert made.train_iters == 48  # 190 samples by 4
+    assert made.num_microbatches == 2
+    assert made.data_identity == {"train_mode": "pretrain", "samples_per_epoch": 95, "seq_length": 16, "seed": 1234}
+
+
+def test_the_platform_decides_what_is_not_set(data: Path, qwen: Path) -> None:
+    for platform in (CPU, METAX, NVIDIA):
+        made = plan(data, qwen, platform)
+        assert made.transformer_impl == platform.transformer_impl
+        assert made.ckpt_format == platform.checkpoint_format
+    made = plan(data, qwen, NVIDIA, transformer_impl="local", ckpt_format="torch")
+    assert (made.transformer_impl, made.ckpt_format) == ("local", "torch")
+
+
+def test_validation_data_of_its_own_leaves_the_training_data_whole(data: Path, qwen: Path) -> None:
+    made = plan(data, qwen, valid_dataset_path=str(data), split="50,50,0")
+    assert made.train is not None and made.valid is not None
+    assert made.train.samples_per_epoch == made.valid.samples_per_epoch == (1700 - 1) // 16
+
+
+@pytest.mark.parametrize("changes", [{"split": "100,0,0"}, {"eval_interval": 0, "split": "50,50,0"}], ids=str)
+def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen: Path) -> None:
+    assert plan(data, qwen, **changes).valid is None
+
+
+@pytest.mark.parametrize(
+    "platform, changes, said",
+    [
+        ("cpu", {"gpus": 4, "tp": 4}, "TP=4 does not divide num_key_value_heads=2 of this model: use TP in [1, 2]"),
+        ("cpu", {"gpus": 3, "pp": 3, "global_batch_size": 2}, "4 layers cannot be divided by PP=3 x VPP=1 = 3"),
+        (
+            "cpu",
+            {"seq_length": 1024},
+            "SEQ_LENGTH=1024 is over max_position_embeddings=512 of config.json: use a",
+        ),
+        ("nvidia", {"gpus": 2, "cp": 2}, "CP=2: "),
+        ("cpu", {"gpus": 2, "cp": 2}, "CP=2: "),
+        ("metax", {"async_save": True}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false"),
+        ("cpu", {"async_save": True, "ckpt_format": "torch"}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only"),
+        (
+            "cpu",
+            {"train_mode": "finetune"},
+            'TRAIN_MODE=finetune learns "sft" data: change TRAIN_MODE',
+        ),
+        ("cpu", {"dataset_path": "/nowhere/a"}, "DATASET_PATH=/nowhere/a is no dataset"),
+        ("cpu", {"valid_dataset_path": "/nowhere/b"}, "/nowhere/b is no dataset"),
+        ("cpu", {"split": "1,99,0"}, "use more data, another SPLIT or a smaller SEQ_LENGTH"),
+        ("cpu", {"split": "x"}, "SPLIT=x: give one to three numbers"),
+        ("cpu", {"hf_model_path": "/nowhere/c"}, "/nowhere/c has no config.json: give a folder"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_refused_before_it_starts(
+    platform: str, changes: dict[str, Any], said: str, data: Path, qwen: Path
+) -> None:
+    with pytest.raises(KitError, match=re.escape(said)):
+        plan(data, qwen, PLATFORMS[platform], **{"seq_length": 32, **changes})
+
+
+RUN = {
+    "layout": {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1},
+    "data": {"train_mode": "pretrain", "samples_per_epoch": 104, "seq_length": 16, "seed": 1234},
+}
+
+
+def write_run(folder: Path, qwen: Path, run: dict[str, Any]) -> Path:
+    """A checkpoint in torch format of iteration 5 with what training notes in it, and no weights."""
+    write_checkpoint(folder, 5)
+    torch.save({"model": {}, **run}, folder / "iter_0000005" / "mp_rank_00" / "model_optim_rng.pt")
+    shutil.copy(qwen / "config.json", folder)
+    return folder
+
+
+def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, tmp_path: Path) -> None:
+    save = write_run(tmp_path / "save", qwen, {"run": RUN})
+    made = plan(data, qwen, save_checkpoint_path=str(save), hf_model_path=None, epochs=7.0)
+    assert made.start.kind == "resume"
+    assert made.data_identity == RUN["data"]
+
+
+@pytest.mark.parametrize(
+    "run, changes, said",
+    [
+        ({"run": RUN}, {"seq_length": 8}, "(samples_per_epoch 104 -> 208, seq_length 16 -> 8)"),
+        ({"run": RUN}, {"seed": 1}, "(seed 1234 -> 1), so its position in the data has no meaning here: use the same"),
+        ({"run": RUN}, {"gpus": 2}, "the optimizer of 1 data-parallel replicas, this run has 2: use as many GPUs"),
+        (
+            {"run": RUN},
+            {"gpus": 2, "tp": 2},
+            "is in torch format at TP=1 PP=1 VPP=1, this run has TP=2 PP=1 VPP=1:",
+        ),
+        ({}, {}, "was not written by this kit's training, so there is no run to resume: set LOAD_CHECKPOINT_PATH"),
+    ],
+    ids=str,
+)
+def test_a_run_that_cannot_go_on_is_refused(
+    run: dict[str, Any], changes: dict[str, Any], said: str, data: Path, qwen: Path, tmp_path: Path
+) -> None:
+    save = write_run(tmp_path / "save", qwen, run)
+    with pytest.raises(KitError, match=re.escape(said)):
+        plan(data, qwen, save_checkpoint_path=str(save), **changes)
+
+
+def test_the_plan_is_told_a_line_a_subject(data: Path, qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
+    parallel = {"gpus": 8, "tp": 2, "pp": 2, "global_batch_size": 16}
+    made = plan(data, qwen, METAX, split="90,10,0", train_iters=12, epochs=None, **parallel)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="kit"):
+        describe(made)
+    assert caplog.messages == [
+        "metax: 8 processes = TP 2 x PP 2 x CP 1 x DP 2, local layers, bf16",
+        "note: this kit was not run on metax hardware",
+        f"start: random from {qwen}",
+        "data: 95 samples of 16 tokens an epoch; 12 steps of 16 samples = 2.02 epochs; validation: 10 samples",
+    ]
+
+
+def test_checking_a_run_loads_no_megatron(data: Path, qwen: Path) -> None:
+    program = f"""
+import sys
+from common import train
+sys.argv[1:] = {["--save-checkpoint-path=/nowhere", f"--dataset-path={data}", f"--hf-model-path={qwen}", "--check",
+                 "--epochs=1", "--seq-length=16"]}
+train.main()
+print(*(name for name in ("megatron", "transformers") if name in sys.modules))
+"""  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": str(ROOT), "KIT_PLATFORM": "nvidia"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "ok: the run can start\n\n"), done.stderr
