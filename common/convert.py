@@ -92,10 +92,10 @@ def to_megatron(settings: ToMegatron, check: bool) -> None:
     reader = HfReader(source_folder)
     check_weights(reader, hf_shapes(qwen), qwen)
     dtype = DTYPES[settings.dtype] if settings.dtype else None
+    source = Source(reader, qwen, dtype)
     if check:
         print(f"ok: {len(reader.names)} tensors can be converted to {target}")
         return
-    source = Source(reader, qwen, dtype)
 
     def write(folder: Path) -> None:
         copy_model_files(source_folder, folder)

@@ -36,6 +36,8 @@ class HfReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         index = folder / INDEX
+        if index.is_file() and (folder / SINGLE).is_file():
+            raise KitError(f"{folder} holds both {INDEX} and {SINGLE}: remove the one that is not the model's")
         if index.is_file():
             listed = _read_index(index)
         elif (folder / SINGLE).is_file():
@@ -81,9 +83,9 @@ class HfReader:
 def _read_index(path: Path) -> dict[str, str]:
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        return {str(tensor): str(file) for tensor, file in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise KitError(f"{path} is no index of safetensors ({error!r}): copy it again from the model") from error
-    return {str(tensor): str(file) for tensor, file in listed.items()}
 
 
 def _open(path: Path) -> Any:

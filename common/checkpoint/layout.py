@@ -59,7 +59,7 @@ def read_tracker(folder: Path) -> int | Literal["release"] | None:
     path = folder / TRACKER
     if not path.is_file():
         return None
-    text = path.read_text(encoding="utf-8").strip()
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
     if text == RELEASE:
         return RELEASE
     if not text.isdecimal():

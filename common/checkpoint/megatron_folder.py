@@ -66,12 +66,14 @@ class DistWeights:
         places = {self._key(row, i): row for row in rows_of(qwen) for i in (layers if row.stage == "layer" else [None])}
         tied_copy = {OUTPUT.te} if qwen.tie_word_embeddings else set()
         check_names(set(stored) - tied_copy, places, str(path))
+        if tied_copy & set(stored) and not torch.equal(self._reader.read(OUTPUT.te), self._reader.read(EMBEDDING.te)):
+            raise _differing_copy(path)
         for key, row in places.items():
             shape = stored[key].shape
-            expected = megatron_shape(row, qwen, vocabulary_rows=shape[0])
+            expected = megatron_shape(row, qwen, vocabulary_rows=max((*shape[:1], qwen.vocab_size)))
             if row.stage == "layer" and self._stacked:
                 expected = (qwen.num_hidden_layers, *megatron_shape(row, qwen))
-            if shape != expected or (row.vocabulary and shape[0] < qwen.vocab_size):
+            if shape != expected:
                 raise _wrong_shape(path, key, shape, expected)
         self._read = lru_cache(maxsize=1)(self._reader.read)  # the parts of one row are asked for in turn
 
@@ -92,6 +94,13 @@ class DistWeights:
 def _is_weight(key: str) -> bool:
     """Whether a torch_dist key is the model's, not the optimizer's, the random state's or a buffer."""
     return key.startswith(("embedding.", "decoder.", "output_layer.")) and not is_skipped(key)
+
+
+def _differing_copy(path: Path) -> KitError:
+    return KitError(
+        f"{path}: config.json ties the embeddings, but {OUTPUT.te} differs from the embedding:"
+        " set tie_word_embeddings to false in config.json if the model has both"
+    )
 
 
 def _wrong_shape(path: Path, key: str, shape: Sequence[int], expected: Sequence[int]) -> KitError:
@@ -118,7 +127,7 @@ class RankWeights:
         self._files = _rank_files(path)
         self.tp = 1 + max(tp for _, tp in self._files)
         self.pp = 1 + max(pp for pp, _ in self._files)
-        chunks = sorted(_chunks(self._files[0, 0], path))
+        chunks = _chunks(self._files[0, 0], path)
         self.vpp = len(chunks)
         self._places = self._find(chunks)
         names = [place.name for place in self._places.values()]
@@ -140,6 +149,9 @@ class RankWeights:
                     if not is_skipped(name) and (generic != OUTPUT.te or not self._qwen.tie_word_embeddings):
                         places[where] = _Place(pp_rank, chunk, name)
                 first_layer += num_layers
+                for tp_rank in range(1, self.tp):
+                    names = [name for name in self._chunk(pp_rank, 0, chunk) if not is_skipped(name)]
+                    check_names(self._chunk(pp_rank, tp_rank, chunk), names, f"{self._path}: tensor rank {tp_rank}")
         layers = range(self._qwen.num_hidden_layers)
         rows = rows_of(self._qwen)
         wanted = [(row.te, i) for row in rows for i in (layers if row.stage == "layer" else [None])]
@@ -168,9 +180,9 @@ class RankWeights:
             for layer in range(self._qwen.num_hidden_layers) if row.stage == "layer" else [None]:
                 for shard in self._shards(row, layer):
                     shape = tuple(shard.shape)
-                    rows = shape[0] * self.tp if row.vocabulary else None
+                    rows = max(sum(shape[:1]) * self.tp, self._qwen.padded_vocab_size(self.tp))
                     expected = megatron_shape(row, self._qwen, self.tp, rows)
-                    if shape != expected or (rows and rows < self._qwen.vocab_size):
+                    if shape != expected:
                         raise _wrong_shape(self._path, self._places[row.te, layer].name, shape, expected)
 
     def _check_copies(self) -> None:
@@ -189,14 +201,11 @@ class RankWeights:
             )  # fmt: skip
         if not self._qwen.tie_word_embeddings:
             return
-        last = sorted(_chunks(self._files[0, 0], self._path))[-1]
+        last = _chunks(self._files[0, 0], self._path)[-1]
         for tp_rank, embedding in enumerate(self._shards(EMBEDDING, None)):
             copy = self._chunk(self.pp - 1, tp_rank, last).get(OUTPUT.te)
             if copy is not None and not torch.equal(copy, embedding):
-                raise KitError(
-                    f"{self._path}: config.json ties the embeddings, but {OUTPUT.te} of the last stage differs from"
-                    " the embedding: set tie_word_embeddings to false in config.json if the model has both"
-                )
+                raise _differing_copy(self._path)
 
     def dtype(self, row: Row, layer: int | None) -> torch.dtype:
         """The stored dtype."""
@@ -214,7 +223,10 @@ def _rank_files(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
         found = _RANK_DIR.fullmatch(folder.name)
         if found is None or found[3]:
             raise KitError(f"{folder}: expert parallel or unknown folders are not read: only mp_rank_TT[_PPP] are")
-        files[int(found[2] or 0), int(found[1])] = load_rank_file(folder / MODEL_FILE)
+        rank = int(found[2] or 0), int(found[1])
+        if rank in files:
+            raise KitError(f"{path} holds {folder.name} beside mp_rank_{found[1]}: remove that of an older checkpoint")
+        files[rank] = load_rank_file(folder / MODEL_FILE)
     pp, tp = (1 + max(ranks) for ranks in zip(*files, strict=True))
     missing = [(p, t) for p in range(pp) for t in range(tp) if (p, t) not in files]
     if missing:
@@ -224,11 +236,11 @@ def _rank_files(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
 
 
 def _chunks(state: dict[str, Any], path: Path) -> list[str]:
-    """The keys of a file's chunks: model, or model0, model1, ..."""
+    """The keys of a file's chunks in the order of their layers: model, or model0, model1, ..."""
     names = [key for key in state if re.fullmatch(r"model\d*", key)]
     if not names or ("model" in names and len(names) > 1):
         raise KitError(f"{path}: a rank's file holds no 'model': it is no checkpoint of Megatron-Core's models")
-    return names
+    return sorted(names, key=lambda name: (len(name), name))  # model2 before model10
 
 
 def _generic(name: str) -> tuple[str, int | None]:

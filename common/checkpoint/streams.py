@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from common.checkpoint.archive import LazyTensor
-from common.checkpoint.hf_folder import HfReader
+from common.checkpoint.hf_folder import CODES, HfReader
 from common.checkpoint.mapping import Row, hf_shape, megatron_shape, merge, shard
 from common.checkpoint.megatron_folder import MegatronReader
 from common.checkpoint.pipeline import Layout, chunks_of, tensors_of, whole_model
 from common.checkpoint.torch_dist import Block
+from common.errors import KitError
 from common.model.config import QwenConfig
 
 
@@ -26,6 +27,8 @@ def hf_tensors(reader: MegatronReader, qwen: QwenConfig, dtype: torch.dtype | No
     tensors = {}
     for row, layer in whole_model(qwen):
         stored = reader.dtype(row, layer)
+        if (dtype or stored) not in CODES:
+            raise KitError(f"{row.megatron_name('local', layer)} is of {stored}: set DTYPE to bf16, fp16 or fp32")
         for part, name in enumerate(row.hf_names(layer)):
             produce = partial(_exported, reader, row, layer, part, dtype or stored)
             tensors[name] = LazyTensor(hf_shape(name, qwen), dtype or stored, produce)
@@ -37,10 +40,20 @@ def _exported(reader: MegatronReader, row: Row, layer: int | None, part: int, dt
 
 
 class Source:
-    """A Hugging Face folder's tensors as one rank's, or the whole model's, Megatron tensors."""
+    """A Hugging Face folder's tensors as one rank's, or the whole model's, Megatron tensors.
+
+    Raises KitError where Megatron has one tensor, or one for all layers, of parts that are of several dtypes.
+    """
 
     def __init__(self, reader: HfReader, qwen: QwenConfig, dtype: torch.dtype | None) -> None:
         self.reader, self.qwen, self._dtype = reader, qwen, dtype
+        first: dict[str, str] = {}
+        for row, layer in whole_model(qwen):
+            for name in row.hf_names(layer):
+                other = first.setdefault(row.te, name)
+                if self.dtype(name) != self.dtype(other):
+                    kinds = f"{name} is of {self.dtype(name)} and {other} of {self.dtype(other)}"
+                    raise KitError(f"{reader.folder}: {kinds}, which one tensor cannot hold: set DTYPE")
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which the tensor `name` is written."""

@@ -10,6 +10,7 @@ from common.errors import KitError
 UNFINISHED = ".unfinished"
 # Those by which a folder is known: they get their final place after all others, in this order.
 LAST = ("config.json", TRACKER)
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", RELEASE)
 
 
 def check_target(folder: Path, source: Path) -> None:
@@ -18,8 +19,11 @@ def check_target(folder: Path, source: Path) -> None:
         raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is the folder that is read: choose another folder")
     if folder.exists() and not folder.is_dir():
         raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is a file: choose a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / UNFINISHED).is_dir():
-        raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is not empty: choose another folder, or remove what is in it")
+    if folder.is_dir() and (foreign := sorted(set(folder.iterdir()) - set(_remains(folder)))):
+        raise KitError(
+            f"SAVE_CHECKPOINT_PATH={folder} is not empty, it holds {foreign[0].name}:"
+            " choose another folder, or remove what is in it"
+        )
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
@@ -29,8 +33,8 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     """
     unfinished = folder / UNFINISHED
     try:
-        if unfinished.is_dir():
-            _remove_remains(folder)
+        for path in _remains(folder):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         unfinished.mkdir(parents=True)
         try:
             write(unfinished)
@@ -42,12 +46,13 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         raise KitError(f"{folder} cannot be written: {error}: mend it and run the same command again") from error
 
 
-def _remove_remains(folder: Path) -> None:
-    """Removes what a killed run left, and nothing that it did not write."""
-    shutil.rmtree(folder / UNFINISHED)
-    shutil.rmtree(folder / RELEASE, ignore_errors=True)
-    for path in [*folder.glob("model*.safetensors*"), *model_files(folder)]:
-        path.unlink()
+def _remains(folder: Path) -> list[Path]:
+    """What a killed run left: that by which `folder` would be known is the first, the mark of the kill the last."""
+    if not (folder / UNFINISHED).is_dir():
+        return []
+    known = [folder / name for name in reversed(LAST) if (folder / name).exists()]
+    others = [*model_files(folder), *(path for pattern in WEIGHTS for path in folder.glob(pattern))]
+    return [*known, *(path for path in others if path not in known), folder / UNFINISHED]
 
 
 def _publish(unfinished: Path, folder: Path) -> None:

@@ -55,13 +55,22 @@ class DistReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        metadata = _load_metadata(path / ".metadata")
-        where = {(index.fqn, _tuple(index.offset)): info for index, info in metadata.storage_data.items()}
-        self.tensors: dict[str, StoredTensor] = {}
-        for key, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, dcp.TensorStorageMetadata):
-                self.tensors[key] = self._stored(key, entry, where)
+        try:
+            self.tensors = self._stored_tensors(_load_metadata(path / ".metadata"))
+        except KitError:
+            raise
+        except Exception as error:  # pickle lets out whatever its objects raise
+            raise KitError(f"{path / '.metadata'} cannot be read ({error!r}): copy the checkpoint again") from error
         self._file = cache(lambda name: MappedFile(path / name))
+
+    def _stored_tensors(self, metadata: dcp.Metadata) -> dict[str, StoredTensor]:
+        where = {(index.fqn, _tuple(index.offset)): info for index, info in metadata.storage_data.items()}
+        entries = metadata.state_dict_metadata.items()
+        return {
+            key: self._stored(key, entry, where)
+            for key, entry in entries
+            if isinstance(entry, dcp.TensorStorageMetadata)
+        }
 
     def _stored(self, key: str, entry: dcp.TensorStorageMetadata, where: dict[Any, Any]) -> StoredTensor:
         chunks = []
@@ -75,12 +84,12 @@ class DistReader:
             chunks.append(StoredChunk(_tuple(chunk.offsets), _tuple(chunk.sizes), *place))
         return StoredTensor(_tuple(entry.size), entry.properties.dtype, tuple(chunks))
 
-    def chunk(self, chunk: StoredChunk) -> Tensor:
-        """The stored block itself."""
+    def _part(self, stored: StoredTensor, chunk: StoredChunk, layer: int | None) -> Tensor:
+        """The stored block itself, or the layer of it."""
         value = self._file(chunk.file).read(chunk.start, chunk.length)
-        if not isinstance(value, Tensor) or tuple(value.shape) != chunk.sizes:
+        if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != (chunk.sizes, stored.dtype):
             raise KitError(f"{self.path / chunk.file}: what lies at byte {chunk.start} is not the block of .metadata")
-        return value
+        return value if layer is None else value[layer - chunk.offsets[0]]
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
         """The whole tensor `key`, or the part of a stacked one that is `layer`'s.
@@ -91,27 +100,17 @@ class DistReader:
         shape = stored.shape if layer is None else stored.shape[1:]
         blocks = [chunk for chunk in stored.chunks if layer is None or _holds(chunk, layer)]
         if len(blocks) == 1 and (blocks[0].sizes if layer is None else blocks[0].sizes[1:]) == shape:
-            return self._part(blocks[0], layer)
+            return self._part(stored, blocks[0], layer)
+        sizes = [torch.Size(block.sizes if layer is None else block.sizes[1:]) for block in blocks]
+        filled, numel = sum(size.numel() for size in sizes), torch.Size(shape).numel()
+        if filled != numel:
+            raise KitError(f"{self.path}: {key} has {filled} of {numel} elements: the checkpoint is not whole")
         whole = torch.empty(shape, dtype=stored.dtype)
-        filled = 0
         for block in blocks:
-            part = self._part(block, layer)
+            part = self._part(stored, block, layer)
             at = block.offsets if layer is None else block.offsets[1:]
             whole[tuple(slice(start, start + size) for start, size in zip(at, part.shape, strict=True))] = part
-            filled += part.numel()
-        if filled != whole.numel():
-            raise KitError(f"{self.path}: {key} has {filled} of {whole.numel()} elements: the checkpoint is not whole")
         return whole
-
-    def _part(self, block: StoredChunk, layer: int | None) -> Tensor:
-        tensor = self.chunk(block)
-        return tensor if layer is None else tensor[layer - block.offsets[0]]
-
-    def common_state(self) -> dict[str, Any]:
-        """What `common.pt` holds: iteration, schedule, what the run says of itself; empty where it is missing."""
-        path = self.path / "common.pt"
-        state = MappedFile(path).read() if path.is_file() else {}
-        return state if isinstance(state, dict) else {}
 
 
 def _holds(chunk: StoredChunk, layer: int) -> bool:
@@ -123,10 +122,7 @@ def _tuple(size: Any) -> tuple[int, ...]:
 
 
 def _load_metadata(path: Path) -> dcp.Metadata:
-    try:
-        metadata = RestrictedUnpickler(io.BytesIO(path.read_bytes()), path).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError) as error:
-        raise KitError(f"{path} cannot be read ({error}): copy the checkpoint again") from error
+    metadata = RestrictedUnpickler(io.BytesIO(path.read_bytes()), path).load()
     if not isinstance(metadata, dcp.Metadata) or metadata.storage_data is None:
         raise KitError(f"{path} holds no metadata of torch.distributed.checkpoint: the checkpoint is not whole")
     return metadata
@@ -159,7 +155,8 @@ def write_dist(path: Path, blocks: Iterable[Block], common: dict[str, Any], done
             _note(tensors, storage, block, position + padding, length)
             position += padding + length
         os.fsync(stream.fileno())
-    torch.save(common, path / "common.pt")
+    with (path / "common.pt").open("wb", buffering=0) as stream:
+        write_archive(stream, common)
     (path / "metadata.json").write_text(json.dumps(BACKEND | COMMON))
     # The last: without it the folder is no checkpoint.
     (path / ".metadata").write_bytes(pickle.dumps(dcp.Metadata(tensors, None, storage)))

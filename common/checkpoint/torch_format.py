@@ -20,21 +20,12 @@ def save_rank_file(path: Path, state: dict[str, Any], done: Callable[[int], None
         os.fsync(stream.fileno())
 
 
-def load_rank_file(path: Path, mmap: bool = True) -> dict[str, Any]:
-    """What `torch.save` wrote, read without running code of the file.
+def load_rank_file(path: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, read without running code of the file; its tensors lie in the mapped file.
 
-    With `mmap` its tensors lie in the mapped file, copied on writing; else they are copies in memory.
     Raises KitError when the file is missing, cut short, or names a global that could run code.
     """
     state = MappedFile(path).read()
     if not isinstance(state, dict):
         raise KitError(f"{path} holds no dict: it is no file of a Megatron checkpoint")
-    return state if mmap else _copied(state)
-
-
-def _copied(value: Any) -> Any:
-    if hasattr(value, "untyped_storage"):
-        return value.clone()
-    if isinstance(value, dict):
-        return type(value)((key, _copied(part)) for key, part in value.items())
-    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
+    return state

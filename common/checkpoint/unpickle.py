@@ -46,6 +46,7 @@ _PLAIN: dict[tuple[str, str], Any] = {
     **{(module, name): kind for module in ("builtins", "__builtin__") for name, kind in {
         "set": set, "frozenset": frozenset, "slice": slice, "range": range, "complex": complex, "bytearray": bytearray,
         "int": int, "float": float, "bool": bool, "str": str, "list": list, "tuple": tuple, "dict": dict,
+        "bytes": bytes, "xrange": range,
     }.items()},
 }  # fmt: skip
 # Whose enums, dataclasses and functions stand in a checkpoint beside its tensors, as in Megatron-LM's arguments.
@@ -65,6 +66,8 @@ _INERT = (
 
 class Inert:
     """Stands where a file names a class that is not wanted: keeps what it was made of, does nothing."""
+
+    args: tuple[Any, ...] = ()  # of one that was made without a call, as dataclasses are
 
     def __init__(self, *args: Any, **_: Any) -> None:
         self.args = args
@@ -118,7 +121,7 @@ class RestrictedUnpickler(pickle.Unpickler):
             return getattr(importlib.import_module(module), name)
         if module == "torch":
             found = getattr(torch, name, None)
-            if isinstance(found, torch.dtype) or name.endswith("Storage"):
+            if isinstance(found, torch.dtype) or (isinstance(found, type) and name.endswith("Storage")):
                 return found
         if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray"):
             return self._numpy(module, name)

@@ -78,14 +78,19 @@ def verify(folder: Path, checkpoint: Checkpoint, qwen: QwenConfig, dtype: torch.
     report, hf = Report(), HfReader(folder)
     met: Counter[str] = Counter()
     shards = _dist_shards if checkpoint.format == "torch_dist" else _rank_shards
+    tp = 1
     for shard in shards(checkpoint.path, qwen):
         _compare(shard, hf, qwen, dtype, met, report)
+        tp = shard.tp
     tied_head = {"lm_head.weight"} if qwen.tie_word_embeddings else set()
-    for name in set(hf.names) - tied_head:
+    for name in sorted(set(hf.names) - tied_head):
         size = hf.tensor(name).numel()
         report.num_tensors += 1
         report.num_bytes += size * hf.dtype(name).itemsize
-        if not met[name] or met[name] % size:
+        wanted = {tp * size} if name.endswith("norm.weight") else {size}  # every tensor rank holds the norms
+        if name == "model.embed_tokens.weight" and qwen.tie_word_embeddings:
+            wanted.add(2 * size)  # the last stage's copy
+        if met[name] not in wanted:
             report.errors.append(f"{name}: {met[name]} of its {size} elements are in {checkpoint.path}")
     return report
 
@@ -101,7 +106,7 @@ def _compare(
         mine = shard.tensor[piece.row : piece.row + len(piece.rows)]
         if mine.shape != source.shape or not _same_bits(mine, source, dtype):
             report.errors.append(f"{shard.name} of tensor rank {shard.tp_rank} differs from {piece.name}")
-        report.non_finite += int((~torch.isfinite(source)).sum())
+        report.non_finite += int((~torch.isfinite(mine if dtype is None else mine.to(dtype))).sum())
         met[piece.name] += source.numel()
         covered += len(piece.rows)
     padding = shard.tensor[covered:]
@@ -160,13 +165,15 @@ def _attention(prefix: str, kind: str, tp_rank: int, tp: int, qwen: QwenConfig) 
 
 def _rank_shards(path: Path, qwen: QwenConfig) -> Iterator[Shard]:
     """Every tensor of every rank's file, its layer numbered over the whole model."""
-    folders = {folder.name: folder for folder in path.glob("mp_rank_*")}
-    ranks = {tuple(int(word) for word in name.split("_")[2:]): folder for name, folder in folders.items()}
-    tp = 1 + max(rank[0] for rank in ranks)
-    pp = 1 + max(rank[1] if len(rank) > 1 else 0 for rank in ranks)
+    ranks = {}
+    for folder in path.glob("mp_rank_*"):
+        tp_rank, stage = (int(word) for word in f"{folder.name}_0".split("_")[2:4])
+        ranks[tp_rank, stage] = folder
+    tp, pp = (1 + max(numbers) for numbers in zip(*ranks, strict=True))
     for tp_rank in range(tp):
-        files = [load_rank_file(ranks[(tp_rank, stage) if pp > 1 else (tp_rank,)] / MODEL_FILE) for stage in range(pp)]
-        chunks = sorted(key for key in files[0] if re.fullmatch(r"model\d*", key))
+        files = [load_rank_file(ranks[tp_rank, stage] / MODEL_FILE) for stage in range(pp)]
+        names = [key for key in files[0] if re.fullmatch(r"model\d*", key)]
+        chunks = sorted(names, key=lambda name: (len(name), name))  # model2 before model10
         before = 0
         for chunk in chunks:
             for file in files:

@@ -48,7 +48,8 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=qwen.rms_norm_eps,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=qwen.qkv_bias,
+        qk_layernorm=qwen.qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
         softmax_scale=qwen.yarn.softmax_factor / math.sqrt(qwen.head_dim) if qwen.yarn else None,
@@ -112,9 +113,10 @@ def _chunk(
     index: int,
 ) -> torch.nn.Module:
     where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": index} if sizes.vpp > 1 else {}
+    num_layers = config.num_layers // (sizes.pp * sizes.vpp)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(options.transformer_impl, config.num_layers // (sizes.pp * sizes.vpp)),
+        transformer_layer_spec=block_spec(options.transformer_impl, num_layers, qwen.qk_norm),
         vocab_size=qwen.padded_vocab_size(sizes.tp),
         max_sequence_length=seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**where),

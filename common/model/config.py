@@ -9,14 +9,15 @@ from typing import Any
 from common.errors import KitError
 from common.model.rope import Yarn
 
-MODEL_TYPES = ("qwen2",)
+MODEL_TYPES = ("qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
 class QwenConfig:
-    """The fields of a Qwen2 `config.json` that decide shapes and mathematics, under Hugging Face's names.
+    """The fields of a `config.json` that decide shapes and mathematics, under Hugging Face's names.
 
-    Source: `transformers` models/qwen2/configuration_qwen2.py.
+    Qwen2's query, key and value have biases; Qwen3's have none, and each head of query and key is normalized.
+    Source: `transformers` models/qwen2/configuration_qwen2.py and models/qwen3/.
     """
 
     hidden_size: int
@@ -33,6 +34,8 @@ class QwenConfig:
     dtype: str
     initializer_range: float = 0.02
     yarn: Yarn | None = None
+    qkv_bias: bool = True
+    qk_norm: bool = False
     unsupported: tuple[str, ...] = ()
 
     @property
@@ -93,7 +96,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path) -> QwenConfig:
-    """The QwenConfig of `folder`; raises KitError when a field is missing or the model is no Qwen2."""
+    """The QwenConfig of `folder`; raises KitError when a field is missing or the model unknown."""
     return parse_config(read_config(folder), folder / "config.json")
 
 
@@ -124,6 +127,8 @@ def parse_config(values: dict[str, Any], source: Path) -> QwenConfig:
         dtype=values.get("torch_dtype") or values.get("dtype") or "float32",
         initializer_range=float(values.get("initializer_range", 0.02)),
         yarn=yarn,
+        qkv_bias=values["model_type"] == "qwen2",
+        qk_norm=values["model_type"] == "qwen3",
         unsupported=tuple(_unsupported(values, None if yarn else scaling)),
     )
 
@@ -155,6 +160,8 @@ def _unsupported(values: dict[str, Any], scaling: dict[str, Any] | None) -> list
         found.append("layer_types other than full_attention")
     if values.get("hidden_act", "silu") != "silu":
         found.append(f"hidden_act={values['hidden_act']}")
+    if values["model_type"] == "qwen3" and values.get("attention_bias"):
+        found.append("attention_bias=true")
     if values.get("attention_dropout"):
         found.append(f"attention_dropout={values['attention_dropout']}")
     return found

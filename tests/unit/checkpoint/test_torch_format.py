@@ -1,0 +1,42 @@
+"""A rank's file is what `torch.save` makes of the same state, and is read without running code."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.checkpoint.archive import LazyTensor
+from common.checkpoint.torch_format import load_rank_file, save_rank_file
+from common.errors import KitError
+from tests.unit.checkpoint.small import same_bits
+
+
+def test_torch_loads_a_ranks_file(tmp_path: Path) -> None:
+    path, told = tmp_path / "mp_rank_00" / "model_optim_rng.pt", []
+    weight = torch.randn(3, 2).bfloat16()
+    model = {"w": LazyTensor((3, 2), torch.bfloat16, lambda: weight), "v": torch.ones(2)}
+    save_rank_file(path, {"args": Namespace(a=1), "iteration": 0, "model": model}, told.append)
+    loaded = torch.load(path, weights_only=False)
+    assert list(loaded) == ["args", "iteration", "model"] and loaded["args"] == Namespace(a=1)
+    assert same_bits(loaded["model"]["w"], weight) and told == [12, 8]
+    assert same_bits(load_rank_file(path)["model"]["w"], weight)
+
+
+def test_what_torch_saves_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "model_optim_rng.pt"
+    state: dict[str, Any] = {"model": {"w": torch.randn(3)}, "optimizer": {0: torch.tensor(3.0)}, "iteration": 5}
+    torch.save(state, path)
+    loaded = load_rank_file(path)
+    assert same_bits(loaded["model"]["w"], state["model"]["w"]) and loaded["iteration"] == 5
+    assert loaded["optimizer"][0] == 3
+
+
+def test_a_file_of_something_else_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "model_optim_rng.pt"
+    with pytest.raises(KitError, match=r"model_optim_rng\.pt cannot be read \(No such file"):
+        load_rank_file(path)
+    torch.save([1], path)
+    with pytest.raises(KitError, match=r"model_optim_rng\.pt holds no dict: it is no file of a Megatron checkpoint"):
+        load_rank_file(path)
