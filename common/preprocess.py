@@ -1,192 +1,77 @@
-"""Step 1: `python -m common.preprocess pretrain|sft` turns jsonl into Megatron's .bin and .idx; `show` prints them."""
+"""Step 1: `python -m common.preprocess pretrain|sft` turns jsonl into Megatron's .bin and .idx.
+
+`merge` joins parts that were written apart, `show` prints documents, `stats` counts them, `import-legacy` reads the
+old kit's fine-tuning data.
+"""
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common import errors, log
-from common.data import engine
-from common.data.chat import ChatTemplate
-from common.data.indexed import IndexedReader, token_dtype
-from common.data.inputs import find_inputs
-from common.data.jsonl import BadRowError, first_row
+from common.data import engine, stats
+from common.data.indexed import IndexedReader
+from common.data.job import Job
+from common.data.jobs import HELP_TOKENIZER, PretrainSettings, SftSettings, at_least_one, check_output
+from common.data.jsonl import first_row
+from common.data.legacy import import_legacy
 from common.data.manifest import resolve
-from common.data.pretrain import PretrainEncoder
-from common.data.rows import FORMATS, format_of
-from common.data.sft import SftEncoder
 from common.data.show import show
-from common.data.tokenizer import EndToken, TextTokenizer, find_eod, load_tokenizer
-from common.data.workers import count_workers
+from common.data.tokenizer import load_tokenizer
 from common.errors import KitError
 from common.log import logger
 from common.settings import add_options, from_namespace, option
 
-HELP_INPUT = "a .jsonl or .jsonl.gz file, a folder or a glob of them, or several of these"
-HELP_TOKENIZER = "Hugging Face folder with tokenizer.json"
-HELP_EOD = "auto: <|endoftext|>, or the tokenizer's own end of text; else a token's text"
+HELP_DATA = "OUTPUT_PREFIX of step 1, or the full ..._document prefix"
 
 
 @dataclass(frozen=True)
-class PretrainSettings:
-    """The settings of step 1 for pretraining."""
+class MergeSettings:
+    """The settings of `merge`."""
 
-    input: str = option(help=HELP_INPUT)
-    output_prefix: str = option(help="writes {OUTPUT_PREFIX}_{JSON_KEY}_document.bin/.idx and {OUTPUT_PREFIX}.json")
-    tokenizer_path: str = option(help=HELP_TOKENIZER)
-    json_key: str = option("text", "the field that holds the text")
-    append_eod: bool = option(True, "end each document with EOD_TOKEN")
-    eod_token: str = option("auto", HELP_EOD)
-    workers: int | None = option(None, "processes; default: one a core")
-    partitions: int = option(1, "parts that are written apart, then joined; a run taken up again keeps finished ones")
-
-    def job(self) -> engine.Job:
-        """What is to be done; raises KitError for all that can be known to be wrong beforehand."""
-        check_output(self.output_prefix)
-        tokenizer = load_tokenizer(Path(self.tokenizer_path))
-        eod = chosen_eod(tokenizer, self.append_eod, self.eod_token)
-        return engine.Job(
-            kind="pretrain",
-            output_prefix=Path(self.output_prefix),
-            inputs=find_inputs(self.input),
-            streams={"tokens": (f"{self.json_key}_document", token_dtype(tokenizer.vocab_size))},
-            encode=PretrainEncoder(tokenizer, self.json_key, eod),
-            described={
-                "tokenizer": describe_tokenizer(tokenizer, eod),
-                "settings": {"json_key": self.json_key, "append_eod": self.append_eod},
-            },
-            workers=count_workers(self.workers),
-            partitions=at_least_one("PARTITIONS", self.partitions),
-        )
-
-
-@dataclass(frozen=True)
-class SftSettings:
-    """The settings of step 1 for fine-tuning."""
-
-    input: str = option(help=HELP_INPUT)
-    output_prefix: str = option(help="writes {OUTPUT_PREFIX}_text_document and _loss_mask_document (.bin/.idx)")
-    tokenizer_path: str = option(help=HELP_TOKENIZER + ", and chat template")
-    format: str = option("auto", "what a row is; auto: told from the first", ("auto", *FORMATS))
-    roles: str = option("system", "instruction is the system's turn, or alpaca: the user's", ("system", "alpaca"))
-    loss_on: str = option("answer", "answer: its text and end token; turn: its header too", ("answer", "turn"))
-    loss_turns: str = option("all", "which answers are learned", ("all", "last"))
-    seq_length: int | None = option(None, "only to report what would be too long")
-    append_eod: bool = option(False, "end each conversation with EOD_TOKEN, which is not learned")
-    eod_token: str = option("auto", HELP_EOD)
-    workers: int | None = option(None, "processes; default: one a core")
-    partitions: int = option(1, "parts that are written apart, then joined; a run taken up again keeps finished ones")
-
-    def job(self) -> engine.Job:
-        """What is to be done; raises KitError for all that can be known to be wrong beforehand."""
-        check_output(self.output_prefix)
-        if self.seq_length is not None:
-            at_least_one("SEQ_LENGTH", self.seq_length)
-        tokenizer = load_tokenizer(Path(self.tokenizer_path))
-        eod = chosen_eod(tokenizer, self.append_eod, self.eod_token)
-        inputs = find_inputs(self.input)
-        kind = detect_format(inputs) if self.format == "auto" else self.format
-        template = ChatTemplate(tokenizer)
-        encoder = SftEncoder(
-            tokenizer, template, kind, self.roles, self.loss_on, self.loss_turns, eod, self.format == "auto"
-        )
-        return engine.Job(
-            kind="sft",
-            output_prefix=Path(self.output_prefix),
-            inputs=inputs,
-            # The mask first: tokens alone under their final name would pass for pretraining data.
-            streams={
-                "loss_mask": ("loss_mask_document", np.dtype(np.uint8)),
-                "tokens": ("text_document", token_dtype(tokenizer.vocab_size)),
-            },
-            encode=encoder,
-            described={
-                "tokenizer": describe_tokenizer(tokenizer, eod),
-                "chat_template": {"chat_template_sha256": template.sha256, "in_tokenizer": template.own},
-                "settings": {
-                    "format": kind,
-                    "roles": self.roles,
-                    "loss_on": self.loss_on,
-                    "loss_turns": self.loss_turns,
-                    "append_eod": self.append_eod,
-                },
-            },
-            workers=count_workers(self.workers),
-            partitions=at_least_one("PARTITIONS", self.partitions),
-        )
+    output_prefix: str = option(help="OUTPUT_PREFIX of the parts, which PARTITION_INDEX wrote")
 
 
 @dataclass(frozen=True)
 class ShowSettings:
     """The settings of `show`."""
 
-    data: str = option(help="OUTPUT_PREFIX of step 1, or the full ..._document prefix")
+    data: str = option(help=HELP_DATA)
     tokenizer_path: str = option(help=HELP_TOKENIZER)
     count: int = option(3, "documents to print")
-    index: int = option(0, "number of the first one")
+    index: int | None = option(None, "number of the first one; default: any, by SEED")
+    seed: int = option(0, "which ones, without INDEX")
+    ids: bool = option(False, "print their ids too")
 
 
-def at_least_one(name: str, value: int) -> int:
-    """`value`; raises KitError when it is under 1."""
-    if value < 1:
-        raise KitError(f"{name}={value}: it must be at least 1")
-    return value
+@dataclass(frozen=True)
+class StatsSettings:
+    """The settings of `stats`."""
+
+    data: str = option(help=HELP_DATA)
+    seq_lengths: str = option("1024,2048,4096,8192", "sequence lengths to tell the rows of, by commas")
+    global_batch_size: int | None = option(None, "samples in one step, to tell the steps an epoch")
+    png: str | None = option(None, "draw the lengths into this file too")
 
 
-def check_output(output_prefix: str) -> None:
-    """Raises KitError unless files can be made at `output_prefix`."""
-    if output_prefix.endswith("/") or Path(output_prefix).is_dir():
-        raise KitError(
-            f"OUTPUT_PREFIX={output_prefix} is a folder: add the beginning of a file name, as {{folder}}/data"
-        )
-    folder = Path(output_prefix).absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise KitError(f"OUTPUT_PREFIX={output_prefix}: nothing can be written to {folder}: choose another place")
+@dataclass(frozen=True)
+class LegacySettings:
+    """The settings of `import-legacy`."""
+
+    input: str = option(help="the old kit's fine-tuning data, without .bin or .idx")
+    output_prefix: str = option(help="writes {OUTPUT_PREFIX}_text_document and _loss_mask_document (.bin/.idx)")
+    tokenizer_path: str = option(help="Hugging Face folder with the tokenizer that the data was made with")
 
 
-def chosen_eod(tokenizer: TextTokenizer, append_eod: bool, eod_token: str) -> EndToken | None:
-    """The end-of-document token, said in the log; None when none is to be appended."""
-    if not append_eod:
-        return None
-    eod = find_eod(tokenizer, eod_token)
-    logger.info("end of document: %s, id %d, from %s", eod.token, eod.id, eod.source)
-    return eod
-
-
-def describe_tokenizer(tokenizer: TextTokenizer, eod: EndToken | None) -> dict[str, Any]:
-    """The manifest's section on the tokenizer."""
-    return {
-        "tokenizer_sha256": tokenizer.sha256,
-        "vocab_size": tokenizer.vocab_size,
-        "eod_id": eod.id if eod else None,
-        "eod_token": eod.token if eod else None,
-    }
-
-
-def detect_format(inputs: list[Path]) -> str:
-    """The format of the first row, said in the log; raises KitError when it is of none."""
-    chunk, offset, row = first_row(inputs)
-    try:
-        kind = format_of(row)
-    except BadRowError as error:
-        raise chunk.error(offset, error) from None
-    logger.info("rows are of format %s, as the first of %s", kind, chunk.path)
-    return kind
-
-
-def check_first_row(job: engine.Job) -> None:
+def check_first_row(job: Job) -> None:
     """Raises KitError when the first row cannot be encoded as `job` asks."""
-    chunk, _, _ = first_row(job.inputs)
+    chunk, _, _ = first_row(job.inputs, job.skip_bad_rows)
     job.encode(chunk)
 
 
-def report_too_long(job: engine.Job, seq_length: int) -> None:
+def report_too_long(job: Job, seq_length: int) -> None:
     """Logs how many samples training at `seq_length` would have to drop or cut."""
     lengths = IndexedReader(job.final("tokens")).lengths
     logger.info(
@@ -203,12 +88,21 @@ def write(settings: PretrainSettings | SftSettings, check: bool) -> None:
         print(f"ok: {len(job.inputs)} input files can be read and written to {job.output_prefix}")
         return
     logger.info(
-        "%d input files, %d workers, %d parts, vocabulary of %d tokens",
-        len(job.inputs), job.workers, job.partitions, job.described["tokenizer"]["vocab_size"],
+        "%d input files, %d workers, %s, vocabulary of %d tokens",
+        len(job.inputs), job.workers,
+        f"{job.partitions} parts" if job.partition_index is None else f"part {job.partition_index} of {job.partitions}",
+        job.described["tokenizer"]["vocab_size"],
     )  # fmt: skip
-    engine.run(job)
-    if isinstance(settings, SftSettings) and settings.seq_length:
+    written = engine.run(job)
+    if written and isinstance(settings, SftSettings) and settings.seq_length:
         report_too_long(job, settings.seq_length)
+
+
+def join_parts(settings: MergeSettings, check: bool) -> None:
+    """Joins the parts, or with `check` only looks whether all are there."""
+    engine.merge(Path(settings.output_prefix), check)
+    if check:
+        print(f"ok: the parts of {settings.output_prefix} can be joined")
 
 
 def print_documents(settings: ShowSettings, check: bool) -> None:
@@ -219,6 +113,8 @@ def print_documents(settings: ShowSettings, check: bool) -> None:
         settings.index,
         at_least_one("COUNT", settings.count),
         sys.stdout.isatty(),
+        settings.ids,
+        settings.seed,
     )
     if check:
         next(lines)
@@ -228,22 +124,64 @@ def print_documents(settings: ShowSettings, check: bool) -> None:
         print(line)
 
 
+def print_stats(settings: StatsSettings, check: bool) -> None:
+    """Prints what the data amounts to, or with `check` only looks whether it can be read."""
+    files = resolve(settings.data)
+    try:
+        seq_lengths = [at_least_one("SEQ_LENGTHS", int(word)) for word in settings.seq_lengths.split(",")]
+    except ValueError as error:
+        raise KitError(f"SEQ_LENGTHS={settings.seq_lengths}: give whole numbers, by commas") from error
+    if settings.global_batch_size is not None:
+        at_least_one("GLOBAL_BATCH_SIZE", settings.global_batch_size)
+    lines = stats.report(files, seq_lengths, settings.global_batch_size)
+    if check:
+        next(lines)
+        print("ok: the data can be read")
+        return
+    for line in lines:
+        print(line)
+    if settings.png:
+        stats.write_png(IndexedReader(files.tokens).lengths, files.tokens.name, Path(settings.png))
+
+
+def take_over(settings: LegacySettings, check: bool) -> None:
+    """Imports the old kit's data, or with `check` only looks whether it can be read."""
+    check_output(settings.output_prefix)
+    tokenizer = load_tokenizer(Path(settings.tokenizer_path))
+    if check:
+        print(f"ok: {len(IndexedReader(Path(settings.input)))} rows can be read")
+        return
+    content = import_legacy(Path(settings.input), Path(settings.output_prefix), tokenizer)
+    logger.info(
+        "%d rows were %d conversations of %d tokens, %d of them learned",
+        content["notes"]["rows of the old kit"], content["documents"]["kept"], content["tokens"],
+        content["supervised_tokens"],
+    )  # fmt: skip
+    logger.info("DATASET_PATH=%s", settings.output_prefix)
+
+
+COMMANDS: dict[str, tuple[Any, Any]] = {
+    "pretrain": (PretrainSettings, write),
+    "sft": (SftSettings, write),
+    "merge": (MergeSettings, join_parts),
+    "show": (ShowSettings, print_documents),
+    "stats": (StatsSettings, print_stats),
+    "import-legacy": (LegacySettings, take_over),
+}
+
+
 def main() -> None:
     """Runs the command that the arguments name."""
     parser = argparse.ArgumentParser(prog="python -m common.preprocess", description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain|sft|show")
-    kinds: dict[str, Any] = {"pretrain": PretrainSettings, "sft": SftSettings, "show": ShowSettings}
-    for name, kind in kinds.items():
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name, (kind, _) in COMMANDS.items():
         command = commands.add_parser(name, help=kind.__doc__, description=kind.__doc__)
         add_options(command, kind)
-        command.add_argument("--check", action="store_true", help="check the settings and the first row, and stop")
+        command.add_argument("--check", action="store_true", help="check the settings and the data, and stop")
     arguments = parser.parse_args()
     log.setup()
-    settings = from_namespace(kinds[arguments.command], arguments)
-    if isinstance(settings, ShowSettings):
-        print_documents(settings, arguments.check)
-    else:
-        write(settings, arguments.check)
+    kind, do = COMMANDS[arguments.command]
+    do(from_namespace(kind, arguments), arguments.check)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,25 @@
 # 第 1 步（MetaX，预训练）：把 jsonl 文本转换为 Megatron 的 .bin 和 .idx。
 # Not run on hardware / 未在硬件上运行
 set -euo pipefail
-VENDOR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Needed / 必填
-: "${INPUT:=}"          # a .jsonl file, a folder of them or a glob / jsonl 文件、目录或通配符
+: "${INPUT:=}"          # .jsonl, plain, .gz or .zst, or a JSON array; a folder, a glob or a list / 文件、目录、通配符或列表
 : "${OUTPUT_PREFIX:=}"  # writes {OUTPUT_PREFIX}_{JSON_KEY}_document.bin and .idx / 输出文件的前缀
 : "${TOKENIZER_PATH:=}" # Hugging Face folder with tokenizer.json / 含 tokenizer.json 的目录
 
-# Optional / 可选
-: "${JSON_KEY:=text}"   # the field that holds the text / 文本所在的字段
-: "${APPEND_EOD:=true}" # end each document with EOD_TOKEN / 每篇文档末尾加 EOD_TOKEN
-: "${EOD_TOKEN:=auto}"  # auto: <|endoftext|>; or a token's text / auto 为 <|endoftext|>，或填写某个 token
-: "${WORKERS:=}"        # processes; empty: one a core / 进程数；空：每核一个
-: "${PARTITIONS:=1}"    # parts that are written apart, then joined / 分几份处理后合并
+# Documents / 文档
+: "${JSON_KEY:=text}"       # the field that holds the text / 文本所在的字段
+: "${APPEND_EOD:=true}"     # end each document with EOD_TOKEN / 每篇文档末尾加 EOD_TOKEN
+: "${EOD_TOKEN:=auto}"      # auto: <|endoftext|>; or a token's text / auto 为 <|endoftext|>，或填写某个 token
+: "${SPECIAL_TOKENS:=text}" # spelled in a document: text, error or parse / 文中的特殊 token：当作文本、报错或解析
+: "${ON_ERROR:=stop}"       # stop at a bad row, or skip: to {OUTPUT_PREFIX}.rejects / 遇坏行停止，或跳过并写入 .rejects
+
+# Work / 运行
+: "${TOKENIZER_ENGINE:=auto}" # auto: gigatoken where it is exact; or gigatoken, tokenizers / 分词引擎
+: "${WORKERS:=}"              # processes; empty: one a core / 进程数；空：每核一个
+: "${PARTITIONS:=1}"          # parts that are written apart, then joined / 分几份处理后合并
+: "${PARTITION_INDEX:=}"      # this part alone, from 0; then: python -m common.preprocess merge / 只处理这一份，之后合并
 
 # shellcheck source=env.sh
 source "$VENDOR/env.sh"

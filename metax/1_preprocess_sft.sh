@@ -3,25 +3,29 @@
 # 第 1 步（MetaX，微调）：把 jsonl 对话转换为 Megatron 的 .bin 和 .idx，并另存损失掩码。
 # Not run on hardware / 未在硬件上运行
 set -euo pipefail
-VENDOR=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Needed / 必填
-: "${INPUT:=}"          # a .jsonl file, a folder of them or a glob / jsonl 文件、目录或通配符
+: "${INPUT:=}"          # .jsonl, plain, .gz or .zst, or a JSON array; a folder, a glob or a list / 文件、目录、通配符或列表
 : "${OUTPUT_PREFIX:=}"  # writes {OUTPUT_PREFIX}_text_document and _loss_mask_document / 输出文件的前缀
 : "${TOKENIZER_PATH:=}" # Hugging Face folder with tokenizer.json and chat template / 含分词器和对话模板的目录
 
 # Samples / 样本
-: "${FORMAT:=auto}"    # what a row looks like; auto: told from the first rows / 行的格式；auto：由开头几行判断
-: "${ROLES:=system}"   # instruction is the system's turn, or alpaca: the user's / instruction 属于 system 还是用户
-: "${LOSS_ON:=answer}" # answer: its text and <|im_end|>; turn: the header too / 只对答案，或对整轮计损失
-: "${LOSS_TURNS:=all}" # all or last: which answers are learned / 学习所有回答，或只学最后一轮
-: "${SEQ_LENGTH:=}"    # only to report what would be too long / 仅用于报告超长样本
+: "${FORMAT:=auto}"       # what a row looks like; auto: told from the first rows / 行的格式；auto：由开头几行判断
+: "${ROLES:=system}"      # instruction is the system's turn, or alpaca: the user's / instruction 属于 system 还是用户
+: "${LOSS_ON:=answer}"    # answer: its text and <|im_end|>; turn: the header too / 只对答案，或对整轮计损失
+: "${LOSS_TURNS:=all}"    # all or last: which answers are learned / 学习所有回答，或只学最后一轮
+: "${LOSS_WEIGHTS:=auto}" # a turn's loss may be any weight; auto: by the first rows / 每轮的 loss 可为任意权重
+: "${SEQ_LENGTH:=}"       # only to report what would be too long / 仅用于报告超长样本
+: "${APPEND_EOD:=false}"  # end each conversation with EOD_TOKEN / 每段对话末尾加 EOD_TOKEN
+: "${EOD_TOKEN:=auto}"    # auto: <|endoftext|>; or a token's text / auto 为 <|endoftext|>，或填写某个 token
+: "${ON_ERROR:=stop}"     # stop at a bad row, or skip: to {OUTPUT_PREFIX}.rejects / 遇坏行停止，或跳过并写入 .rejects
 
-# Optional / 可选
-: "${APPEND_EOD:=false}" # end each conversation with EOD_TOKEN / 每段对话末尾加 EOD_TOKEN
-: "${EOD_TOKEN:=auto}"   # auto: <|endoftext|>; or a token's text / auto 为 <|endoftext|>，或填写某个 token
-: "${WORKERS:=}"         # processes; empty: one a core / 进程数；空：每核一个
-: "${PARTITIONS:=1}"     # parts that are written apart, then joined / 分几份处理后合并
+# Work / 运行
+: "${TOKENIZER_ENGINE:=auto}" # auto: gigatoken where it is exact; or gigatoken, tokenizers / 分词引擎
+: "${WORKERS:=}"              # processes; empty: one a core / 进程数；空：每核一个
+: "${PARTITIONS:=1}"          # parts that are written apart, then joined / 分几份处理后合并
+: "${PARTITION_INDEX:=}"      # this part alone, from 0; then: python -m common.preprocess merge / 只处理这一份，之后合并
 
 # shellcheck source=env.sh
 source "$VENDOR/env.sh"

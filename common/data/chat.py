@@ -38,7 +38,12 @@ class ChatTemplate:
                     )
             logger.info("%s has no chat template: ChatML is used", tokenizer.folder)
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
         """The text of `messages`, and with `add_generation_prompt` the header of an answer after it.
 
         Raises BadRowError with the template's own message when it refuses them.
@@ -47,7 +52,11 @@ class ChatTemplate:
 
         try:
             return self._tokenizer.apply_chat_template(
-                messages, chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                tools=tools,
+                chat_template=self.text,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except TemplateError as error:
             raise BadRowError(f"the chat template refuses it: {error}") from error

@@ -1,42 +1,64 @@
-"""INPUT to chunks of whole lines: which files it names, and where they are cut."""
+"""INPUT to chunks of whole rows: which files it names, and where they are cut."""
 
 import glob
-import gzip
 import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from common.data.files import ENDINGS, decompressed, layout_of
+from common.data.json_array import ArrayError, elements
 from common.errors import KitError
+
+KINDS_OF_FILES = ".jsonl, plain, .gz or .zst, or a JSON array"
 
 
 @dataclass(frozen=True)
 class Span:
-    """The bytes [start, end) of a file, which begin and end with a line; a .gz file is always whole (end None)."""
+    """The bytes [start, end) of a file, which begin and end with a line; end None: a file that is read whole."""
 
     path: Path
     start: int
     end: int | None
 
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return (self.path.stat().st_size if self.end is None else self.end) - self.start
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole lines of a file, as bytes; `start` counts uncompressed bytes, `size` those read from the disk."""
+    """Whole rows of a file, a line each, as bytes; `start` counts uncompressed bytes, `size` those on the disk.
+
+    first_element: the number of the first row in a file that is one JSON array; there `start` is not known.
+    """
 
     path: Path
     start: int
     data: bytes
     size: int
+    first_element: int | None = None
 
     def error(self, offset: int, cause: object) -> KitError:
         """The KitError for the row at `offset` of this chunk: file, line and cause."""
-        return KitError(f"{self.path}, line {_line_number(self.path, self.start + offset)}: {cause}")
+        return KitError(f"{self.path}, {self.place(offset)}: {cause}")
+
+    def place(self, offset: int) -> str:
+        """Which row begins at `offset`, as "line 5", or "element 5" of an array."""
+        if self.first_element is not None:
+            return f"element {self.first_element + self.data.count(NEWLINE, 0, offset)}"
+        return f"line {Lines(self.path).number_at(self.start + offset)}"
+
+
+NEWLINE = b"\n"
+Task = Span | Chunk
 
 
 def find_inputs(text: str) -> list[Path]:
-    """The files that INPUT names: a path as it stands, or words of paths and globs; a folder gives its jsonl files.
+    """The files that INPUT names, in its order: a path as it stands, or words of paths, globs and folders.
 
     Raises KitError when a word names nothing, or a file is empty or cannot be read.
     """
@@ -49,7 +71,7 @@ def find_inputs(text: str) -> list[Path]:
             raise KitError(f"INPUT={text}: {error}: quote paths that hold spaces, or escape the quote") from error
     files = [file for word in words for file in _files_of(word)]
     if not files:
-        raise KitError("INPUT is empty: give a .jsonl file, a folder or a glob of them")
+        raise KitError(f"INPUT is empty: give a file ({KINDS_OF_FILES}), a folder or a glob of them")
     for file in files:
         _check_readable(file)
     return files
@@ -65,13 +87,13 @@ def _files_of(word: str) -> list[Path]:
     names = [word] if _exists(word) else sorted(glob.glob(word, recursive=True))  # noqa: PTH207
     found = [Path(name) for name in names]
     if not found:
-        raise KitError(f"INPUT: {word} does not exist: give a .jsonl file, a folder or a glob of them")
+        raise KitError(f"INPUT: {word} does not exist: give a file ({KINDS_OF_FILES}), a folder or a glob of them")
     files = []
     for path in found:
         if path.is_dir():
-            inside = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
+            inside = sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS))
             if not inside:
-                raise KitError(f"INPUT: the folder {path} holds no .jsonl or .jsonl.gz file")
+                raise KitError(f"INPUT: the folder {path} holds no .jsonl, .jsonl.gz or .jsonl.zst file")
             files += inside
         else:
             files.append(path)
@@ -88,26 +110,29 @@ def _check_readable(path: Path) -> None:
 
 
 def cut(files: list[Path], parts: int) -> list[list[Span]]:
-    """`parts` lists of spans that together are all files in order, about equal in bytes; a .gz file is not cut."""
+    """`parts` lists of spans that together are all files in order, about equal in bytes; some files are not cut."""
     sizes = [file.stat().st_size for file in files]
     bounds = [sum(sizes) * i // parts for i in range(parts + 1)]
     spans: list[list[Span]] = [[] for _ in range(parts)]
     before = 0
     for file, size in zip(files, sizes, strict=True):
+        whole = layout_of(file).whole
         for part in range(parts):
             low, high = bounds[part] - before, bounds[part + 1] - before
-            if file.suffix == ".gz":
-                if low <= 0 < high:
+            if high <= 0 or low >= size:
+                continue
+            if whole:
+                if low <= 0:
                     spans[part].append(Span(file, 0, None))
                 continue
-            start, end = (_line_start(file, min(max(bound, 0), size)) for bound in (low, high))
+            start, end = (line_start(file, min(max(bound, 0), size)) for bound in (low, high))
             if start < end:
                 spans[part].append(Span(file, start, end))
         before += size
     return spans
 
 
-def _line_start(path: Path, offset: int) -> int:
+def line_start(path: Path, offset: int) -> int:
     """The first line start at or after `offset`."""
     if offset == 0:
         return 0
@@ -117,34 +142,94 @@ def _line_start(path: Path, offset: int) -> int:
         return stream.tell()
 
 
+def tasks(span: Span, size: int) -> Iterator[Task]:
+    """The rows of `span` in pieces of about `size` bytes: spans that a worker reads itself, or what is read here."""
+    if span.end is None:
+        yield from read_chunks(span, size)
+        return
+    start = span.start
+    while start < span.end:
+        end = span.end if span.end - start <= size else min(span.end, line_start(span.path, start + size))
+        yield Span(span.path, start, end)
+        start = end
+
+
+def load(task: Task) -> Chunk:
+    """The rows of `task`; raises KitError when the file cannot be read, or is shorter than it was."""
+    if isinstance(task, Chunk):
+        return task
+    assert task.end is not None
+    try:
+        with task.path.open("rb", buffering=0) as stream:
+            stream.seek(task.start)
+            data = stream.read(task.size)
+            while len(data) < task.size and (more := stream.read(task.size - len(data))):
+                data += more
+    except OSError as error:
+        raise KitError(f"{task.path} cannot be read: {error}") from error
+    if len(data) < task.size:
+        raise KitError(f"{task.path} was changed while it was read: run the same command again")
+    return Chunk(task.path, task.start, data, task.size)
+
+
 def read_chunks(span: Span, size: int) -> Iterator[Chunk]:
-    """The lines of `span` in chunks of about `size` bytes; raises KitError when the file cannot be read."""
+    """The rows of `span` in chunks of about `size` bytes; raises KitError when the file cannot be read."""
+    if span.end is not None:
+        yield from map(load, tasks(span, size))
+        return
+    layout = layout_of(span.path)
     try:
         with span.path.open("rb") as raw:
-            stream: Any = gzip.GzipFile(fileobj=raw) if span.end is None else raw
-            stream.seek(span.start)
-            yield from _read(span, raw, stream, size)
+            stream = decompressed(raw, layout.compression)
+            blocks = _elements(stream, size) if layout.array else _lines(stream, size)
+            at = disk = rows = 0
+            for data in blocks:
+                now = raw.tell()
+                yield Chunk(span.path, at, data, now - disk, rows + 1 if layout.array else None)
+                at, disk, rows = at + len(data), now, rows + (data.count(NEWLINE) if layout.array else 0)
+    except ArrayError as error:
+        raise KitError(f"{span.path} is one JSON array, but {error}") from error
     except (OSError, EOFError) as error:
         raise KitError(f"{span.path} cannot be read: {error}") from error
 
 
-def _read(span: Span, raw: BinaryIO, stream: BinaryIO, size: int) -> Iterator[Chunk]:
-    at, disk = span.start, raw.tell()
-    while span.end is None or at < span.end:
-        data = stream.read(size if span.end is None else min(size, span.end - at))
-        if not data:
-            return
-        if not data.endswith(b"\n"):
+def _lines(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    while data := stream.read(size):
+        if not data.endswith(NEWLINE):
             data += stream.readline()
-        yield Chunk(span.path, at, data, raw.tell() - disk)
-        at, disk = at + len(data), raw.tell()
+        yield data
 
 
-def _line_number(path: Path, offset: int) -> int:
-    """The number of the line that begins at uncompressed byte `offset`; read only when an error is told."""
-    count = 1
-    for chunk in read_chunks(Span(path, 0, None if path.suffix == ".gz" else offset), 1 << 20):
-        if chunk.start + len(chunk.data) >= offset:
-            return count + chunk.data[: offset - chunk.start].count(b"\n")
-        count += chunk.data.count(b"\n")
-    return count
+def _elements(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    lines, length = [], 0
+    for element in elements(stream):
+        # A lone surrogate cannot be there: the text was decoded from UTF-8.
+        lines.append(element.encode() + NEWLINE)
+        length += len(lines[-1])
+        if length >= size:
+            yield b"".join(lines)
+            lines, length = [], 0
+    if lines:
+        yield b"".join(lines)
+
+
+class Lines:
+    """The numbers of the lines of a file, asked for in rising order; read only when a row is to be told."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._chunks: Iterator[Chunk] | None = None
+        self._data, self._start, self._at, self._number = b"", 0, 0, 1
+
+    def number_at(self, offset: int) -> int:
+        """The number of the line that begins at uncompressed byte `offset`."""
+        if self._chunks is None:
+            whole = layout_of(self._path).whole
+            self._chunks = read_chunks(Span(self._path, 0, None if whole else self._path.stat().st_size), 1 << 20)
+        while self._start + len(self._data) < offset:
+            self._number += self._data.count(NEWLINE, self._at - self._start)
+            chunk = next(self._chunks)
+            self._data, self._start, self._at = chunk.data, chunk.start, chunk.start
+        self._number += self._data.count(NEWLINE, self._at - self._start, offset - self._start)
+        self._at = offset
+        return self._number

@@ -5,9 +5,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from common.data.inputs import Chunk, Span, read_chunks
+import jsonlines
+
+from common.data.files import BOM, layout_of
+from common.data.inputs import NEWLINE, Chunk, Span, read_chunks
 from common.errors import KitError
 
 try:
@@ -15,7 +18,6 @@ try:
 except ModuleNotFoundError:  # the same records come out, slower
     orjson = None  # type: ignore[assignment]
 
-BOM = b"\xef\xbb\xbf"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -23,32 +25,88 @@ class BadRowError(Exception):
     """What is wrong with one row; whoever knows its place makes a KitError of it."""
 
 
-def records(chunk: Chunk, counts: Counter[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset in the chunk, record) of each line; blank lines are counted. Raises KitError for a line that is none."""
+class Reject(NamedTuple):
+    """A row that was not used: where it begins in its chunk, its bytes, and why."""
+
+    offset: int
+    row: bytes
+    cause: str
+
+
+class BadRows:
+    """What is done with a chunk's rows that cannot be used: the first is an error, or with `skip` all are kept."""
+
+    def __init__(self, chunk: Chunk, skip: bool = False) -> None:
+        self._chunk, self._skip = chunk, skip
+        self.rows: list[Reject] = []
+
+    def add(self, offset: int, error: BadRowError) -> None:
+        """Notes the row at `offset`; raises KitError with file, line and cause unless bad rows are skipped."""
+        if not self._skip:
+            raise self._chunk.error(offset, error) from None
+        end = self._chunk.data.find(NEWLINE, offset)
+        row = self._chunk.data[offset : end if end >= 0 else len(self._chunk.data)]
+        self.rows.append(Reject(offset, row, str(error)))
+
+
+def records(chunk: Chunk, counts: Counter[str], bad: BadRows | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset in the chunk, record) of each line; blank lines are counted. Raises KitError for a line that is none.
+
+    With `bad` it is noted there instead.
+    """
+    bad = bad or BadRows(chunk)
     offset = 0
-    lines = chunk.data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()  # what follows the last newline is no line
-    for line in lines:
+    for line in _lines(chunk.data):
         content = line.removeprefix(BOM) if chunk.start + offset == 0 else line
         if content.strip():
             try:
                 record = parse(content)
             except BadRowError as error:
-                raise chunk.error(offset, error) from None
-            yield offset, record
+                bad.add(offset, error)
+            else:
+                yield offset, record
         else:
             counts["blank lines"] += 1
         offset += len(line) + 1
 
 
-def first_row(files: list[Path]) -> tuple[Chunk, int, dict[str, Any]]:
-    """(a chunk of one line, offset in it, record) of the first row that `files` hold; raises KitError without any."""
+def _lines(data: bytes) -> list[bytes]:
+    lines = data.split(NEWLINE)
+    if not lines[-1]:
+        lines.pop()  # what follows the last newline is no line
+    return lines
+
+
+def strings_at_once(chunk: Chunk, name: str) -> list[str] | None:
+    """The string in field `name` of each row, fast; None when any row is not plainly that: `records` then tells."""
+    if orjson is None:
+        return None
+    # Views, not `split`: no line is copied.
+    data, view, start, texts = chunk.data, memoryview(chunk.data), 0, []
+    try:
+        while start < len(data):
+            end = data.find(NEWLINE, start)
+            end = end if end >= 0 else len(data)
+            texts.append(orjson.loads(view[start:end])[name])
+            start = end + 1
+    except (ValueError, KeyError, TypeError):
+        return None
+    return texts if set(map(type, texts)) <= {str} else None
+
+
+def first_rows(files: list[Path], skip: bool = False) -> Iterator[tuple[Chunk, int, dict[str, Any]]]:
+    """(a chunk of one row, offset in it, record) of each row of `files`; with `skip` bad rows are passed over."""
     for file in files:
-        whole = Span(file, 0, None if file.suffix == ".gz" else file.stat().st_size)
+        whole = Span(file, 0, None if layout_of(file).whole else file.stat().st_size)
         for chunk in read_chunks(whole, 1):
-            for offset, row in records(chunk, Counter()):
-                return chunk, offset, row
+            for offset, row in records(chunk, Counter(), BadRows(chunk, skip)):
+                yield chunk, offset, row
+
+
+def first_row(files: list[Path], skip: bool = False) -> tuple[Chunk, int, dict[str, Any]]:
+    """The first of `first_rows`; raises KitError without any."""
+    for found in first_rows(files, skip):
+        return found
     raise KitError(f"INPUT holds no row: {', '.join(map(str, files))} are blank")
 
 
@@ -74,7 +132,7 @@ def _load_slowly(line: bytes) -> Any:
             f"byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8: convert the file to UTF-8"
         ) from None
     try:
-        record = json.loads(text)
+        record = json.loads(text) if orjson else _read_by_jsonlines(text)
     except RecursionError:
         raise BadRowError("its JSON is nested too deeply") from None
     except ValueError as error:
@@ -87,6 +145,16 @@ def _load_slowly(line: bytes) -> Any:
     return record
 
 
+def _read_by_jsonlines(text: str) -> Any:
+    if text[0] in jsonlines.jsonlines.SKIPPABLE_SINGLE_INITIAL_CHARS:
+        return json.loads(text)  # which refuses what jsonlines passes over
+    try:
+        return jsonlines.Reader([text], loads=json.loads).read(allow_none=True)
+    except jsonlines.InvalidLineError as error:
+        assert isinstance(error.__cause__, ValueError)
+        raise error.__cause__ from None
+
+
 def _why_no_json(text: str, error: ValueError) -> str:
     row = text.strip()
     if row.endswith(","):
@@ -97,7 +165,7 @@ def _why_no_json(text: str, error: ValueError) -> str:
         else:
             return "a comma follows the object: in jsonl rows are parted by newlines alone; remove the comma"
     if row in ("[", "]"):
-        return "the file is one JSON array: write one object a line, without brackets and commas"
+        return "a JSON array is read only where the file is one array from its first character on"
     return f"it is no JSON ({error})"
 
 
@@ -114,7 +182,3 @@ def string_field(record: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise BadRowError(f"field '{name}' holds a JSON {_kind(value)}, not a string")
     return value
-
-
-def _kind_name(value: Any) -> str:
-    return "object" if isinstance(value, dict) else _kind(value)

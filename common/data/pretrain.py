@@ -3,36 +3,71 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from common.data.encoded import Encoded, join, sizes
+import numpy as np
+
+from common.data.encoded import BAD_ROWS, Encoded
+from common.data.indexed import token_dtype
 from common.data.inputs import Chunk
-from common.data.jsonl import BadRowError, records, string_field
+from common.data.jsonl import BadRowError, BadRows, records, string_field, strings_at_once
 from common.data.tokenizer import EndToken, TextTokenizer
+
+SPECIAL_TOKENS = ("text", "error", "parse")
 
 
 @dataclass(frozen=True)
 class PretrainEncoder:
-    """Encodes the field `json_key` of each row, special tokens spelled in it as ordinary text."""
+    """Encodes the field `json_key` of each row.
+
+    special_tokens: those spelled in a document are ordinary "text", an "error", or "parse"d to their ids.
+    skip_bad_rows: a row that cannot be used is counted and kept aside, and is no error.
+    """
 
     tokenizer: TextTokenizer
     json_key: str
     eod: EndToken | None
+    special_tokens: str = "text"
+    skip_bad_rows: bool = False
 
     def __call__(self, chunk: Chunk) -> Encoded:
         """The documents of `chunk`; those of no tokens are dropped, as Megatron-LM's tool does."""
         counts: Counter[str] = Counter()
-        texts = []
-        for offset, row in records(chunk, counts):
-            try:
-                texts.append(string_field(row, self.json_key))
-            except BadRowError as error:
-                raise chunk.error(offset, error) from None
-        counts["read"] = len(texts)
-        counts["special tokens spelled in documents, kept as ordinary text"] = sum(
-            map(self.tokenizer.count_special, texts)
-        )
-        documents = [ids for ids in self.tokenizer.encode_batch(texts) if ids]
-        counts["dropped: no text"] = len(texts) - len(documents)
+        bad = BadRows(chunk, self.skip_bad_rows)
+        texts = self._texts(chunk, counts, bad)
+        ids, lengths = self.tokenizer.encode_flat(texts, self.special_tokens == "parse")
+        kept = lengths[lengths > 0]
+        counts["read"] = len(texts) + len(bad.rows)
+        counts[BAD_ROWS] = len(bad.rows)
+        counts["dropped: no text"] = lengths.size - kept.size
         if self.eod:
-            for ids in documents:
-                ids.append(self.eod.id)
-        return Encoded({"tokens": join(documents, self.tokenizer.vocab_size)}, sizes(documents), counts)
+            ids = np.insert(ids, np.cumsum(kept), self.eod.id)
+            kept = kept + 1
+        tokens = ids.view(np.int32).astype(token_dtype(self.tokenizer.vocab_size), copy=False)
+        return Encoded({"tokens": tokens}, kept.astype(np.int32), counts, bad.rows)
+
+    def _texts(self, chunk: Chunk, counts: Counter[str], bad: BadRows) -> list[str]:
+        """The documents of the rows that can be used."""
+        spelled = "special tokens spelled in documents, " + {"parse": "parsed"}.get(
+            self.special_tokens, "kept as ordinary text"
+        )
+        texts = strings_at_once(chunk, self.json_key)
+        if texts is not None:
+            number = sum(map(self.tokenizer.count_special, texts))
+            if self.special_tokens != "error" or not number:
+                counts[spelled] = number
+                return texts
+        texts = []
+        for offset, row in records(chunk, counts, bad):
+            try:
+                text = string_field(row, self.json_key)
+                number = self.tokenizer.count_special(text)
+                if number and self.special_tokens == "error":
+                    raise BadRowError(
+                        f"it spells the special token {self.tokenizer.first_special(text)}: take it out, or set"
+                        " SPECIAL_TOKENS=text or parse"
+                    )
+            except BadRowError as error:
+                bad.add(offset, error)
+                continue
+            texts.append(text)
+            counts[spelled] += number
+        return texts

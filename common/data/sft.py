@@ -8,24 +8,24 @@ so a prompt's ids are those that the model sees at inference, whatever the answe
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.data.chat import ChatTemplate
-from common.data.encoded import Encoded, join, sizes
+from common.data.encoded import BAD_ROWS, Encoded
+from common.data.indexed import token_dtype
 from common.data.inputs import Chunk
-from common.data.jsonl import BadRowError, records
-from common.data.rows import Message, format_of, to_messages
+from common.data.jsonl import BadRowError, BadRows, records
+from common.data.rows import Conversation, format_of, is_weighted, to_conversation
 from common.data.tokenizer import EndToken, TextTokenizer
 
 
 class Piece(NamedTuple):
-    """A stretch of a rendered conversation, and whether it is learned."""
+    """A stretch of a rendered conversation, and the weight of its loss: 0 is not learned."""
 
     text: str
-    learned: bool
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,10 @@ class SftEncoder:
     """Encodes rows of one format by the chat template.
 
     loss_on: "answer" learns the answer and the end token right after it, "turn" its header too.
-    loss_turns: "all" answers, or the "last".
+    loss_turns: "all" answers, or the "last", where a row's own `loss` says nothing.
     same_format: a row whose fields tell another format is an error.
+    weighted: the mask is float32 and a row's `loss` may be any weight; else it is uint8.
+    skip_bad_rows: a row that cannot be used is counted and kept aside, and is no error.
     """
 
     tokenizer: TextTokenizer
@@ -45,96 +47,180 @@ class SftEncoder:
     loss_turns: str
     eod: EndToken | None
     same_format: bool = True
+    weighted: bool = False
+    skip_bad_rows: bool = False
+
+    @property
+    def mask_dtype(self) -> np.dtype[Any]:
+        """The loss mask's type on disk."""
+        return np.dtype(np.float32 if self.weighted else np.uint8)
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        """The conversations of `chunk`: tokens, and a uint8 mask that is 1 for what is learned."""
+        """The conversations of `chunk`: tokens, and a mask that holds the weight of what is learned, 0 elsewhere."""
         counts: Counter[str] = Counter()
+        bad = BadRows(chunk, self.skip_bad_rows)
         conversations, offsets = [], []
-        for offset, row in records(chunk, counts):
+        for offset, row in records(chunk, counts, bad):
             try:
-                conversations.append(self._pieces_of(row, counts))
+                conversations.append(self.pieces_of_row(row, counts))
+                offsets.append(offset)
             except BadRowError as error:
-                raise chunk.error(offset, error) from None
-            offsets.append(offset)
-        counts["read"] = len(conversations)
-        documents, masks = self._encode(conversations)
-        for offset, ids, mask, pieces in zip(offsets, documents, masks, conversations, strict=True):
-            self._check(chunk, offset, (ids, mask), pieces)
-        if self.eod:
-            for ids, mask in zip(documents, masks, strict=True):
-                ids.append(self.eod.id)
-                mask.append(0)
-        loss_mask = np.fromiter(chain.from_iterable(masks), np.uint8)
-        counts["supervised"] = int(loss_mask.sum())
-        streams = {"tokens": join(documents, self.tokenizer.vocab_size), "loss_mask": loss_mask}
-        return Encoded(streams, sizes(documents), counts)
+                bad.add(offset, error)
+        samples = []
+        for offset, pieces, sample in zip(offsets, conversations, self._encode(conversations), strict=True):
+            try:
+                self._check(sample, pieces)
+                samples.append(sample)
+            except BadRowError as error:
+                bad.add(offset, error)
+        counts["read"] = len(samples) + len(bad.rows)
+        counts[BAD_ROWS] = len(bad.rows)
+        return self._encoded(samples, counts, bad)
 
-    def _pieces_of(self, row: dict[str, Any], counts: Counter[str]) -> list[Piece]:
+    def _encoded(self, samples: list[tuple[np.ndarray, np.ndarray]], counts: Counter[str], bad: BadRows) -> Encoded:
+        tokens = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in samples)])
+        loss_mask = np.concatenate([np.empty(0, self.mask_dtype), *(mask for _, mask in samples)])
+        lengths = np.fromiter((ids.size for ids, _ in samples), np.int64, len(samples))
+        if self.eod:
+            ends = np.cumsum(lengths)
+            tokens, loss_mask = np.insert(tokens, ends, self.eod.id), np.insert(loss_mask, ends, 0)
+            lengths += 1
+        counts["supervised"] = int(np.count_nonzero(loss_mask))
+        tokens = tokens.astype(token_dtype(self.tokenizer.vocab_size), copy=False)
+        streams = {"tokens": tokens, "loss_mask": loss_mask}
+        return Encoded(streams, lengths.astype(np.int32), counts, sorted(bad.rows))
+
+    def pieces_of_row(self, row: dict[str, Any], counts: Counter[str]) -> list[Piece]:
+        """The rendered pieces of `row`; raises BadRowError."""
         if self.same_format and (kind := format_of(row)) != self.format:
             raise BadRowError(f"it is of format {kind}, the first row of {self.format}: make data of its own of each")
-        messages = to_messages(row, self.format, self.roles)
+        talk = to_conversation(row, self.format, self.roles)
+        if not self.weighted and is_weighted(talk):
+            raise BadRowError("its field 'loss' is a weight, and LOSS_WEIGHTS is false: set LOSS_WEIGHTS=true")
+        pieces = list(self.pieces(talk))
         counts["special tokens spelled in the rows' own text, kept as special tokens"] += sum(
-            self.tokenizer.count_special(message["content"]) for message in messages
+            self.tokenizer.count_special(message["content"]) for message in talk.messages
         )
-        counts["empty answers"] += sum(not m["content"] for m in messages if m["role"] == "assistant")
-        return list(self.pieces(messages))
+        counts["empty answers"] += sum(
+            not m["content"] and "tool_calls" not in m for m in talk.messages if m["role"] == "assistant"
+        )
+        return pieces
 
-    def pieces(self, messages: list[Message]) -> Iterator[Piece]:
+    def pieces(self, talk: Conversation) -> Iterator[Piece]:
         """The rendered conversation in pieces; raises BadRowError when the template's renderings disagree."""
-        whole = self.template.render(messages)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        whole = self._render(talk, len(talk.messages))
+        self._check_tools(talk)
         at = 0
-        for i in answers if self.loss_turns == "all" else answers[-1:]:
-            prompt = self.template.render(messages[:i], add_generation_prompt=True)
-            end = self._end_of_answer(whole, prompt, messages[i]["content"], i + 1)
+        for i, loss in self._learned(talk):
+            prompt = self._render(talk, i, True)
+            end = self._end_of_answer(talk, i, whole, prompt)
             header = len(prompt)
             if self.loss_on == "turn":
-                header = len(self.template.render(messages[:i]))
-            yield Piece(whole[at:header], False)
+                header = len(self._render(talk, i))
+            yield Piece(whole[at:header], 0)
             if header < len(prompt):
-                yield Piece(whole[header : len(prompt)], True)
-            yield Piece(whole[len(prompt) : end], True)
+                yield Piece(whole[header : len(prompt)], loss)
+            yield Piece(whole[len(prompt) : end], loss)
             at = end
         if at < len(whole):
-            yield Piece(whole[at:], False)
+            yield Piece(whole[at:], 0)
 
-    def _end_of_answer(self, whole: str, prompt: str, answer: str, turn: int) -> int:
-        """Where the end token after `answer` ends in `whole`."""
+    def _check_tools(self, talk: Conversation) -> None:
+        """Raises BadRowError unless the template shows the row's tools before the first answer."""
+        calls = any("tool_calls" in message for message in talk.messages)
+        if (talk.tools or calls) and not self.template.own:
+            raise BadRowError(
+                "it has tools, which ChatML does not show: the tokenizer's folder needs its chat template"
+            )
+        first = next(i for i, message in enumerate(talk.messages) if message["role"] == "assistant")
+        shown = self._render(talk, first) if talk.tools else ""
+        for tool in talk.tools or []:
+            name = tool.get("function", tool).get("name")
+            if not isinstance(name, str) or name not in shown:
+                raise BadRowError(f"the chat template does not show the tool {name!r} of field 'tools'")
+
+    def _render(self, talk: Conversation, turns: int, add_generation_prompt: bool = False) -> str:
+        return self.template.render(talk.messages[:turns], add_generation_prompt, talk.tools)
+
+    def _learned(self, talk: Conversation) -> Iterator[tuple[int, float]]:
+        """(number of the message, weight) of each answer that is learned."""
+        answers = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        for i in answers:
+            own = talk.losses[i]
+            loss = float(self.loss_turns == "all" or i == answers[-1]) if own is None else own
+            if loss:
+                yield i, loss
+
+    def _end_of_answer(self, talk: Conversation, i: int, whole: str, prompt: str) -> int:
+        """Where the end token after the answer, message `i`, ends in `whole`."""
         if not whole.startswith(prompt):
             raise BadRowError(
-                f"the chat template renders what comes before turn {turn} otherwise once more turns follow:"
+                f"the chat template renders what comes before turn {i + 1} otherwise once more turns follow:"
                 " set LOSS_TURNS=last, or give the turns as rows of their own"
             )
+        message = talk.messages[i]
+        if "tool_calls" in message:
+            return self._end_of_calls(talk, i, whole, prompt)
+        answer = message["content"]
         shown = answer if whole.startswith(answer, len(prompt)) else answer.strip()
         if not whole.startswith(shown, len(prompt)):
-            raise BadRowError(f"the chat template changes the text of turn {turn}: what is learned cannot be told")
+            raise BadRowError(f"the chat template changes the text of turn {i + 1}: what is learned cannot be told")
         end = len(prompt) + len(shown)
         token = self.tokenizer.special_at(whole, end)
         if not token:
-            raise BadRowError(f"the chat template puts no special token after turn {turn}: an answer would never end")
+            raise BadRowError(f"the chat template puts no special token after turn {i + 1}: an answer would never end")
         return end + len(token)
 
-    def _encode(self, conversations: list[list[Piece]]) -> tuple[list[list[int]], list[list[int]]]:
-        texts = [piece.text for pieces in conversations for piece in pieces]
-        encoded = iter(self.tokenizer.encode_batch(texts, parse_special=True))
-        documents, masks = [], []
-        for pieces in conversations:
-            ids: list[int] = []
-            mask: list[int] = []
-            for piece in pieces:
-                part = next(encoded)
-                ids += part
-                mask += [int(piece.learned)] * len(part)
-            documents.append(ids)
-            masks.append(mask)
-        return documents, masks
+    def _end_of_calls(self, talk: Conversation, i: int, whole: str, prompt: str) -> int:
+        """As `_end_of_answer` for a turn that calls tools, whose text is the template's own."""
+        through = self._render(talk, i + 1)
+        end = self.tokenizer.last_special_end(through)
+        if end <= len(prompt) or through[end:].strip():
+            raise BadRowError(f"the chat template puts no special token after turn {i + 1}: an answer would never end")
+        if not through.startswith(prompt) or not whole.startswith(through[:end]):
+            raise BadRowError(f"the chat template renders the calls of turn {i + 1} otherwise once more turns follow")
+        names = [call.get("function", call)["name"] for call in talk.messages[i]["tool_calls"]]
+        if any(name not in whole[len(prompt) : end] for name in names):
+            raise BadRowError(f"the chat template does not show the calls of turn {i + 1}")
+        return end
 
-    def _check(self, chunk: Chunk, offset: int, sample: tuple[list[int], list[int]], pieces: list[Piece]) -> None:
-        """Raises KitError unless what is learned decodes to the pieces that are to be learned."""
+    def _encode(self, conversations: list[list[Piece]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids int32, loss mask) of each conversation."""
+        pieces = [piece for talk in conversations for piece in talk]
+        ids, lengths = self.tokenizer.encode_flat([piece.text for piece in pieces], parse_special=True)
+        mask = np.repeat(np.array([piece.loss for piece in pieces], self.mask_dtype), lengths)
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        bounds = ends[np.cumsum([0, *map(len, conversations)])].tolist()
+        spans = zip(bounds[:-1], bounds[1:], strict=True)
+        return [(ids[start:end].view(np.int32), mask[start:end]) for start, end in spans]
+
+    def _check(self, sample: tuple[np.ndarray, np.ndarray], pieces: list[Piece]) -> None:
+        """Raises BadRowError unless what is learned decodes to the pieces that are to be learned."""
         ids, mask = sample
-        decoded = self.tokenizer.decode([i for i, learned in zip(ids, mask, strict=True) if learned])
-        expected = "".join(self.tokenizer.normalize(piece.text) for piece in pieces if piece.learned)
+        decoded = self.tokenizer.decode(ids[mask > 0].tolist())
+        expected = "".join(self.tokenizer.normalize(piece.text) for piece in pieces if piece.loss)
         if decoded != expected:
-            raise chunk.error(
-                offset, f"what is learned decodes to {decoded[:80]!r}, not {expected[:80]!r}: the tokenizer loses text"
+            raise BadRowError(
+                f"what is learned decodes to {decoded[:80]!r}, not {expected[:80]!r}: the tokenizer loses text"
             )
+
+
+def sample_pieces(
+    encoder: SftEncoder, rows: list[tuple[str, dict[str, Any]]], limit_bytes: int
+) -> list[tuple[str, str]]:
+    """(place, text) of the pieces of the first `rows`, about `limit_bytes` of them.
+
+    Rows that cannot be used are passed over: their own turn comes.
+    """
+    found: list[tuple[str, str]] = []
+    left = limit_bytes
+    for place, row in rows:
+        try:
+            texts = [piece.text for piece in encoder.pieces_of_row(row, Counter())]
+        except BadRowError:
+            continue
+        found += [(place, text[:limit_bytes]) for text in texts]
+        left -= sum(map(len, texts))
+        if left <= 0:
+            break
+    return found

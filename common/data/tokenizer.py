@@ -4,15 +4,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from common.errors import KitError
 
+EncodeFlat = Callable[[Sequence[str], bool], tuple[np.ndarray, np.ndarray]]
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -40,6 +43,21 @@ class TextTokenizer:
         self._special = re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
         # encode_batch_fast leaves out offsets, which nobody asks for; tokenizers before 0.20 lack it.
         self._encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
+        self.engine = "tokenizers"
+        self._flat: EncodeFlat = self._encode_flat
+
+    def use(self, encode_flat: EncodeFlat, engine: str) -> None:
+        """Lets `encode_flat` do what the method of that name does, in the name of `engine`."""
+        self.engine, self._flat = engine, encode_flat
+
+    def encode_flat(self, texts: Sequence[str], parse_special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all texts back to back, int64 [texts] ids of each) as `encode_batch` gives them, by the engine."""
+        return self._flat(texts, parse_special)
+
+    def _encode_flat(self, texts: Sequence[str], parse_special: bool) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.encode_batch(texts, parse_special)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        return np.fromiter(chain.from_iterable(rows), np.uint32, int(lengths.sum())), lengths
 
     def encode_batch(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
         """The ids of each text; special tokens spelled in a text are ordinary text unless `parse_special`."""
@@ -68,6 +86,15 @@ class TextTokenizer:
         found = self._special.match(text, position)
         return found.group() if found else None
 
+    def first_special(self, text: str) -> str | None:
+        """The first special token that `text` spells."""
+        found = self._special.search(text)
+        return found.group() if found else None
+
+    def last_special_end(self, text: str) -> int:
+        """Where the last special token that `text` spells ends; 0 without one."""
+        return max((found.end() for found in self._special.finditer(text)), default=0)
+
     def count_special(self, text: str) -> int:
         """How often `text` spells a special token."""
         return sum(1 for _ in self._special.finditer(text))
@@ -76,10 +103,9 @@ class TextTokenizer:
 def load_tokenizer(folder: Path) -> TextTokenizer:
     """The tokenizer of `folder`; raises KitError when its tokenizer.json is missing or not readable.
 
-    Its own threads are off unless TOKENIZERS_PARALLELISM says otherwise: WORKERS counts processes, and those are
-    forked.
+    Its own threads are off: WORKERS counts processes, and those are forked.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # whatever it was: a fork of a process whose threads ran hangs
     path = folder / "tokenizer.json"
     if not folder.is_dir():
         raise KitError(f"TOKENIZER_PATH={folder} is no folder: give the Hugging Face model's folder")

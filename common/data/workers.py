@@ -1,5 +1,10 @@
-"""Chunks through an encoder, in order, in this process or in several."""
+"""Pieces of the input through an encoder, in order, in this process or in several.
 
+A worker reads its piece itself where it can, and puts its arrays into memory that it shares with the caller: what
+goes through pipes is small.
+"""
+
+import mmap
 import multiprocessing
 import os
 import signal
@@ -8,17 +13,55 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from types import TracebackType
+from typing import Any
+
+import numpy as np
 
 from common.data.encoded import Encoded
-from common.data.inputs import Chunk
+from common.data.inputs import Chunk, Task, load
 from common.errors import KitError
 
 Encoder = Callable[[Chunk], Encoded]
-AHEAD = 3  # chunks in flight for each worker: none waits, and memory stays bounded
+AHEAD = 3  # pieces in flight for each worker: none waits, and memory stays bounded
+SLOT_BYTES = 12 << 20  # of a worker's arrays for one piece; pages that are not used take no memory
 
 _encode: Encoder
+_slots: list[mmap.mmap]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An Encoded whose arrays lie in a slot: (dtype, number, byte offset) each."""
+
+    rest: Encoded
+    lengths: tuple[Any, int, int]
+    streams: dict[str, tuple[Any, int, int]]
+
+
+def _pack(encoded: Encoded, slot: mmap.mmap) -> Packed | Encoded:
+    """`encoded` with its arrays moved to `slot`, or as it is where they do not fit."""
+    arrays = {"": encoded.lengths, **encoded.streams}
+    starts, at = {}, 0
+    for name, array in arrays.items():
+        starts[name] = at
+        at += -(-array.nbytes // 64) * 64
+    if at > len(slot):
+        return encoded
+    for name, array in arrays.items():
+        np.frombuffer(slot, array.dtype, array.size, starts[name])[:] = array
+    places = {name: (array.dtype, array.size, starts[name]) for name, array in arrays.items()}
+    return Packed(replace(encoded, streams={}, lengths=np.empty(0, np.int32)), places.pop(""), places)
+
+
+def _unpack(result: Packed | Encoded, slot: mmap.mmap) -> Encoded:
+    """The Encoded again; its arrays are views of `slot`."""
+    if not isinstance(result, Packed):
+        return result
+    streams = {name: np.frombuffer(slot, *place) for name, place in result.streams.items()}
+    return replace(result.rest, streams=streams, lengths=np.frombuffer(slot, *result.lengths))
 
 
 def count_workers(workers: int | None) -> int:
@@ -30,10 +73,10 @@ def count_workers(workers: int | None) -> int:
     return workers
 
 
-def _start(encode: Encoder) -> None:
+def _start(encode: Encoder, slots: list[mmap.mmap]) -> None:
     """Makes this process a worker: Ctrl-C is the parent's, and a parent that is gone ends it."""
-    global _encode
-    _encode = encode
+    global _encode, _slots
+    _encode, _slots = encode, slots
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent
@@ -46,39 +89,47 @@ def _start(encode: Encoder) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(chunk: Chunk) -> Encoded:
-    return _encode(chunk)
+def _work(task: Task, slot: int) -> Packed | Encoded:
+    encoded = _encode(load(task))
+    return _pack(encoded, _slots[slot]) if isinstance(encoded, Encoded) else encoded
 
 
 class Workers:
     """`number` processes that encode; with 1 it is done in the caller's. A context manager."""
 
     def __init__(self, encode: Encoder, number: int) -> None:
-        self._here, self._ahead = encode, AHEAD * number
+        self._here = encode
         self._pool: ProcessPoolExecutor | None = None
+        self._slots: list[mmap.mmap] = []
         if number > 1:
             # Forked, so that the tokenizer is loaded once; no thread of it has run yet.
             context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(number, context, _start, (encode,))
+            self._slots = [mmap.mmap(-1, SLOT_BYTES) for _ in range(AHEAD * number)]
+            self._pool = ProcessPoolExecutor(number, context, _start, (encode, self._slots))
+            # All are started now: later, threads of this process would be copied in the middle of what they do.
+            self._pool.submit(os.getpid).result()
 
-    def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Encoded]]:
-        """Each chunk with what it encodes to, in order.
+    def encode(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Encoded]]:
+        """Each piece with what it encodes to, in order; the arrays hold until the next one is asked for.
 
         Raises what an encoder raises, and KitError when a worker died.
         """
         if self._pool is None:
-            yield from ((chunk, self._here(chunk)) for chunk in chunks)
+            yield from ((task, self._here(load(task))) for task in tasks)
             return
-        waiting: deque[tuple[Chunk, Future[Encoded]]] = deque()
+        free = deque(range(len(self._slots)))
+        waiting: deque[tuple[Task, int, Future[Packed | Encoded]]] = deque()
+        more = iter(tasks)
         try:
-            for chunk in chunks:
-                waiting.append((chunk, self._pool.submit(_work, chunk)))
-                if len(waiting) >= self._ahead:
-                    first, result = waiting.popleft()
-                    yield first, result.result()
-            while waiting:
-                first, result = waiting.popleft()
-                yield first, result.result()
+            while True:
+                while free and (task := next(more, None)) is not None:
+                    slot = free.popleft()
+                    waiting.append((task, slot, self._pool.submit(_work, task, slot)))
+                if not waiting:
+                    return
+                first, slot, result = waiting.popleft()
+                yield first, _unpack(result.result(), self._slots[slot])
+                free.append(slot)
         except BrokenProcessPool as error:
             raise KitError(
                 "a worker process was ended from outside, perhaps for lack of memory: set a smaller WORKERS and run"

@@ -1,18 +1,21 @@
 """`python -m common.preprocess` as users run it, judged by Megatron-Core's reader and by the tokenizer."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
-import time
+import unicodedata
 from pathlib import Path
-from typing import Any
 
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
-from tests.tiny import TEXTS, tiny_qwen
+from common.data.indexed import IndexedWriter
+from common.data.tokenizer import load_tokenizer
+from tests.end_to_end.steps import chats, files, run, texts, write_rows
+from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,45 +23,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen(tmp_path_factory.mktemp("qwen"))
-
-
-def start(command: str, **flags: Any) -> subprocess.Popen[str]:
-    words = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), str(value))]
-    check = ["--check"] if flags.get("check") else []
-    words = [word for word in words if word not in ("--check", "True")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "common.preprocess", command, *words, *check],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def run(command: str, expect: int = 0, **flags: Any) -> tuple[str, str]:
-    """(stdout, stderr) of the command, which must exit with `expect`."""
-    process = start(command, **flags)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == expect, err
-    return out, err
-
-
-def write_rows(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def texts(count: int) -> list[str]:
-    return [f"{i} {TEXTS[i % 4]} <|im_end|>" * (i % 4) for i in range(count)]
-
-
-def chats(count: int) -> list[dict[str, str]]:
-    return [
-        {"instruction": "Be brief." * (i % 2), "input": f"What is {i}+1?", "output": f"It is {i + 1}。"}
-        for i in range(count)
-    ]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_pretraining_data_is_what_the_tokenizer_gives(tmp_path: Path, qwen: Path) -> None:
@@ -85,6 +49,20 @@ def test_pretraining_data_is_what_the_tokenizer_gives(tmp_path: Path, qwen: Path
     assert [each["path"] for each in content["inputs"]] == [str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl")]
     assert f"kept as ordinary text: {sum(i % 4 for i in range(60))}\n" in err
     assert "dropped, no text: 15 documents" in err and "MB/s" in err and "\r" not in err
+
+
+def test_documents_of_any_size_and_content_come_back(tmp_path: Path, qwen: Path) -> None:
+    """Empty ones, one that fits no memory that workers share, NUL, line ends, marks of order, four-byte characters."""
+    odd = ["", "\x00", "\r\n\r", "\ufeffa\ufeff", "e\u0301", "\U0001f469\u200d\U0001f469", " " * 1000, "\u2028\x85"]
+    documents = [*odd, "ab 12 你好\n" * 1_000_000, *odd, "last"]
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=bool(i % 2)) for i, text in enumerate(documents)]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    run("pretrain", input=path, output_prefix=tmp_path / "a", tokenizer_path=qwen, workers=2)
+    tokenizer = load_tokenizer(qwen)
+    theirs = IndexedDataset(str(tmp_path / "a_text_document"))
+    found = [tokenizer.decode(theirs[i][:-1].tolist()) for i in range(len(theirs))]
+    assert found == [unicodedata.normalize("NFC", text) for text in documents if text]
 
 
 def test_without_end_of_document(tmp_path: Path, qwen: Path) -> None:
@@ -120,25 +98,52 @@ def test_fine_tuning_data_supervises_answers_alone(tmp_path: Path, qwen: Path) -
     assert "Be brief.<|im_end|>" in out and "⟦It is 2。<|im_end|>⟧" in out
 
 
-def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path: Path, qwen: Path) -> None:
-    rows = [{"text": f"{i} " + TEXTS[i % 4] * (i % 9)} for i in range(12000)]
-    path = write_rows(tmp_path / "a.jsonl", rows)
-    flags = {"input": path, "tokenizer_path": qwen, "workers": 2, "partitions": 6}
-    started = time.monotonic()
+def test_parts_on_machines_of_their_own_and_merge(tmp_path: Path, qwen: Path) -> None:
+    rows = [{"text": text} for text in texts(300)]
+    write_rows(tmp_path / "b.jsonl", rows[:200])
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows[200:])
+    flags = {"input": f"{tmp_path}/b.jsonl {tmp_path}/a.jsonl.gz", "tokenizer_path": qwen, "workers": 1}
     run("pretrain", output_prefix=tmp_path / "whole" / "a", **flags)
-    seconds = time.monotonic() - started
-    kills = taken_up = 0
-    for share in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9):
-        process = start("pretrain", output_prefix=tmp_path / "broken" / "a", **flags)
-        time.sleep(seconds * share)
-        kills += process.poll() is None
-        process.kill()
-        taken_up += "is there from an earlier run" in process.communicate()[1]
-        finals = list((tmp_path / "broken").glob("a_*")) if (tmp_path / "broken").exists() else []
-        assert not finals or {path.suffix for path in finals} >= {".bin"}
-    assert kills >= 2 and taken_up >= 1
-    run("pretrain", output_prefix=tmp_path / "broken" / "a", **flags)
-    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+    out = tmp_path / "out" / "a"
+    for index in (2, 0):
+        _, err = run("pretrain", output_prefix=out, partitions=3, partition_index=index, **flags)
+        assert f"part {index + 1} of 3 is written: " in err and "common.preprocess merge" in err
+    _, err = run("merge", expect=2, output_prefix=out)
+    assert "1 of 3 parts are not finished in " in err and "run PARTITION_INDEX=1" in err
+    run("pretrain", output_prefix=out, partitions=3, partition_index=1, **flags)
+    assert "ok: the parts of" in run("merge", output_prefix=out, check=True)[0]
+    assert "300 documents" not in run("merge", output_prefix=out)[1]
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    _, err = run("pretrain", expect=2, output_prefix=out, partitions=3, partition_index=3, **flags)
+    assert "PARTITION_INDEX=3: it must lie between 0 and PARTITIONS - 1 = 2" in err
+
+
+def test_show_stats_and_the_old_kits_data(tmp_path: Path, qwen: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", chats(40))
+    run("sft", input=path, output_prefix=tmp_path / "a", tokenizer_path=qwen, workers=1)
+    data = {"data": tmp_path / "a"}
+    first, _ = run("show", **data, tokenizer_path=qwen, count=5)
+    again, _ = run("show", **data, tokenizer_path=qwen, count=5, seed=0)
+    other, _ = run("show", **data, tokenizer_path=qwen, count=5, seed=1, ids="true")
+    assert first == again and first.count("--- document") == 5
+    assert [line for line in other.splitlines() if line.startswith("---")] != first.splitlines()[::5]
+    tokens, mask = (
+        IndexedDataset(str(tmp_path / "a_text_document")),
+        IndexedDataset(str(tmp_path / "a_loss_mask_document")),
+    )
+    number = int(other.split()[2])
+    ids = " ".join(f"⟦{i}⟧" if m else str(i) for i, m in zip(tokens[number], mask[number], strict=True))
+    assert ids in other.splitlines()
+    told, _ = run("stats", **data, seq_lengths="64,256", global_batch_size=4)
+    assert '"sft" data, 40 documents' in told and "learned: " in told and "SEQ_LENGTH=256: 0 too long" in told
+    _, err = run("stats", **data, expect=2, seq_lengths="64,x")
+    assert "SEQ_LENGTHS=64,x: give whole numbers, by commas" in err
+    with IndexedWriter(tmp_path / "old", "<i4") as writer:
+        writer.add_document([5, 6, -8, 0, -100, 7, -100, -100])
+    run("import-legacy", input=tmp_path / "old", output_prefix=tmp_path / "new", tokenizer_path=qwen)
+    out, _ = run("show", data=tmp_path / "new", tokenizer_path=qwen, index=0, ids="true")
+    assert out.splitlines()[-1] == "5 6 ⟦7⟧"
 
 
 def test_a_second_run_reuses_what_is_done(tmp_path: Path, qwen: Path) -> None:
@@ -150,17 +155,6 @@ def test_a_second_run_reuses_what_is_done(tmp_path: Path, qwen: Path) -> None:
     assert "is finished already" in err and files(tmp_path / "out") == before
     _, err = run("sft", expect=2, loss_on="turn", **flags)
     assert "tells of other input, tokenizer or settings (loss_on): remove it" in err
-
-
-def test_a_full_disk_is_told_and_nothing_has_a_final_name(tmp_path: Path, qwen: Path) -> None:
-    path = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts(4000)])
-    limited = 'ulimit -f 100; exec "$0" -m common.preprocess pretrain "$@"'  # KiB a file, as if no more were free
-    words = ["--input", path, "--output-prefix", tmp_path / "out" / "a", "--tokenizer-path", qwen, "--workers", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = ["bash", "-c", limited, sys.executable, *map(str, words)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "cannot be written: [Errno 27] File too large" in done.stderr
-    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["a.parts", "lock"]
 
 
 def test_the_command_loads_no_model_library() -> None:

@@ -168,3 +168,15 @@ def test_memory_does_not_grow_with_documents(tmp_path: Path) -> None:
 
     # 9 million more documents: 36 MB of lengths and 72 MB of offsets, were they kept.
     assert peak_kib(60) - peak_kib(15) < 24 * 1024
+
+
+def test_what_the_disk_is_told_meanwhile_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small documents and those larger than the buffer, with the disk told to begin after each few bytes, or never."""
+    written = []
+    for name, size in (("often", 10), ("never", 1 << 40)):
+        monkeypatch.setattr(indexed, "WRITEBACK_BYTES", size)
+        with IndexedWriter(tmp_path / name, "<i4") as writer:
+            for length in (1, 3, 400_000, 2, 300_000, 1):
+                writer.add_document(np.arange(length))
+        written.append([Path(f"{tmp_path / name}{end}").read_bytes() for end in (".bin", ".idx")])
+    assert written[0] == written[1] and len(written[0][0]) == 4 * 700_007

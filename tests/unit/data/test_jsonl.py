@@ -99,7 +99,7 @@ BAD_LINES = {
     "number": (b"1", "JSON number, not an object"),
     "null": (b"null", "JSON null, not an object"),
     "comma": (b'{"text": "a"},', "a comma follows the object"),
-    "json array file": (b"[", "one JSON array: write one object a line"),
+    "json array file": (b"[", "a JSON array is read only where the file is one array"),
     "latin-1": (b'{"text": "caf\xe9"}', r"byte 0xe9 at column 14 is not UTF-8"),
     "utf-16": ('{"text": "a"}'.encode("utf-16"), r"byte 0xff at column 1 is not UTF-8"),
     "half a pair": (rb'{"text": "\ud800"}', "half of a surrogate pair"),

@@ -1,0 +1,152 @@
+"""Runs under torchrun: packed rows against each of their samples in a row of its own, in one and the same layout.
+
+    python -m tests.distributed.packing_worker '{"settings": {...}, "load": DIR, "batch": FILE, "out": FILE}'
+
+FILE of `batch` holds tokens, labels, loss_mask and segment_ids [rows, s]. Rank 0 writes to `out` the losses of both
+and, over all ranks, the largest difference of logits and of gradients as a share of the largest; "without" is the
+same for packed rows that are not kept apart.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from common import log
+from common.platforms.cpu import CPU
+from common.training.plan import Plan
+from tests.distributed.worker import plan_of
+
+Batch = dict[str, torch.Tensor]
+
+
+def alone(packed: Batch) -> Batch:
+    """Each segment of `packed` in a row of its own, padded with zeros; in order."""
+    rows: list[Batch] = []
+    for row in range(packed["tokens"].shape[0]):
+        segments = packed["segment_ids"][row]
+        for number in segments.unique().tolist():
+            there = segments == number
+            size = int(there.sum())
+            values = {name: torch.zeros_like(x[row]) for name, x in packed.items() if name != "segment_ids"}
+            for name, value in values.items():
+                value[:size] = packed[name][row][there]
+            rows.append(values)
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def regroup(logits: torch.Tensor, packed: Batch) -> torch.Tensor:
+    """The logits of `alone`'s rows back at their places in `packed`'s: [rows, s, v]."""
+    places = torch.zeros(*packed["tokens"].shape, logits.shape[-1])
+    at = 0
+    for row in range(places.shape[0]):
+        segments = packed["segment_ids"][row]
+        for number in segments.unique().tolist():
+            there = segments == number
+            places[row][there] = logits[at, : int(there.sum())]
+            at += 1
+    return places
+
+
+def of_size(plan: Plan, rows: int) -> Plan:
+    return replace(plan, settings=replace(plan.settings, global_batch_size=rows, micro_batch_size=1))
+
+
+def gradients(plan: Plan, batch: Batch) -> tuple[float, list[torch.Tensor]]:
+    """The mean loss of `batch` and this rank's gradients."""
+    from common.training.optimizer import build_trainee
+    from common.training.step import mean_loss, run_microbatches
+    from common.training.store import load_weights
+
+    plan = of_size(plan, len(batch["tokens"]))
+    trainee = build_trainee(plan)
+    assert plan.start.checkpoint
+    load_weights(plan, trainee, plan.start.checkpoint)
+    parts = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(len(batch["tokens"]))]
+    report = run_microbatches(plan, trainee, [iter(parts)], forward_only=False)
+    found = [p.main_grad.clone() for chunk in trainee.model for p in chunk.parameters()]
+    return mean_loss(report), found
+
+
+def logits(plan: Plan, batch: Batch) -> torch.Tensor | None:
+    """This rank's part of the logits [rows, s, v / tp]; None but on the last stage."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from common.model.attention import block_causal_mask
+    from common.training.optimizer import build_trainee
+    from common.training.store import load_weights
+
+    trainee = build_trainee(plan)
+    assert plan.start.checkpoint
+    load_weights(plan, trainee, plan.start.checkpoint)
+    size = batch["tokens"].shape[1]
+    parts = iter([{name: x[i : i + 1] for name, x in batch.items()} for i in range(len(batch["tokens"]))])
+
+    def forward_step(_: Any, model: Any) -> Any:
+        part = next(parts)
+        mask = block_causal_mask(part["segment_ids"]) if "segment_ids" in part else None
+        output = model(part["tokens"], torch.arange(size)[None], mask)
+        return output, lambda output, non_loss_data: output
+
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=iter([]), model=trainee.model,
+            num_microbatches=len(batch["tokens"]), seq_length=size, micro_batch_size=1, forward_only=True,
+            collect_non_loss_data=True,
+        )  # fmt: skip
+    return torch.cat(outputs).float() if outputs else None
+
+
+def difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return float((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
+
+
+def largest(value: float) -> float:
+    """The largest of all ranks' values."""
+    box = torch.tensor([value])
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return float(box)
+
+
+def compare(plan: Plan, packed: Batch, apart: Batch, reference: Batch) -> dict[str, Any]:
+    """How `packed` differs from `apart`; `reference` has the segments."""
+    loss, grads = gradients(plan, packed)
+    loss_alone, grads_alone = gradients(plan, apart)
+    mine, theirs = logits(plan, packed), logits(plan, apart)
+    used = reference["loss_mask"].sum(1).bool()
+    apart_logits = 0.0
+    if mine is not None and theirs is not None:
+        apart_logits = difference(mine[used], regroup(theirs, reference)[used])
+    return {
+        "loss": loss,
+        "loss_alone": loss_alone,
+        "gradients": largest(max(map(difference, grads, grads_alone))),
+        "logits": largest(apart_logits),
+        "num_gradients": len(grads),
+    }
+
+
+def main() -> None:
+    log.quiet_libraries()
+    CPU.prepare()
+    from common.training.distributed import process_group
+
+    task = json.loads(sys.argv[1])
+    packed = torch.load(task["batch"])
+    plan = plan_of(task["settings"], Path(task["load"]))
+    with process_group(CPU, plan.sizes, 1234, 5):
+        apart = alone(packed)
+        kept = compare(plan, packed, apart, packed)
+        open_rows = {name: x for name, x in packed.items() if name != "segment_ids"}
+        result = {"kept": kept, "without": compare(plan, open_rows, apart, packed), "rows": len(apart["tokens"])}
+        if dist.get_rank() == 0:
+            Path(task["out"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

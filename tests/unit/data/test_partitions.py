@@ -1,0 +1,243 @@
+"""Parts that are written by runs of their own, and what rows that are left out come to."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.data import engine, fingerprint
+from common.data.encoded import BAD_ROWS, Encoded
+from common.data.inputs import Chunk
+from common.data.job import Job
+from common.data.jsonl import BadRowError, BadRows
+from common.data.rejects import rejects_path
+from common.errors import KitError
+
+
+def encode(chunk: Chunk, skip: bool = True) -> Encoded:
+    """A line of n bytes is the document [n] * n; a line that begins with "bad" is no row."""
+    bad, kept, offset = BadRows(chunk, skip), [], 0
+    lines = chunk.data.split(b"\n")[:-1]
+    for line in lines:
+        if line.startswith(b"bad"):
+            bad.add(offset, BadRowError(f"{len(line)} bytes"))
+        else:
+            kept.append(len(line))
+        offset += len(line) + 1
+    counts = Counter({"read": len(lines), BAD_ROWS: len(bad.rows), "note": len(kept)})
+    tokens = np.repeat(np.array(kept, np.uint16), kept)
+    return Encoded({"tokens": tokens}, np.array(kept, np.int32), counts, bad.rows)
+
+
+def strict(chunk: Chunk) -> Encoded:
+    return encode(chunk, skip=False)
+
+
+def job(folder: Path, partitions: int = 1, index: int | None = None, workers: int = 1, **changes: object) -> Job:
+    inputs = [folder / "b.txt", folder / "a.txt"]
+    for number, path in enumerate(inputs):
+        if not path.exists():
+            lines = (b"bad" if i % 997 == 5 else b"" for i in range(9000))
+            path.write_bytes(b"".join(line + b"x" * (i * 7 % 40 + number) + b"\n" for i, line in enumerate(lines)))
+    values: dict[str, object] = {
+        "kind": "pretrain", "output_prefix": folder / "out" / "data", "inputs": inputs,
+        "streams": {"tokens": ("text_document", np.dtype("<u2"))}, "encode": encode, "described": {"settings": {}},
+        "workers": workers, "partitions": partitions, "partition_index": index, "skip_bad_rows": True,
+    }  # fmt: skip
+    return Job(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "out").iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def unbroken(tmp_path: Path) -> dict[str, bytes]:
+    engine.run(job(tmp_path))
+    found = written(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    assert set(found) == {"data.json", "data_text_document.bin", "data_text_document.idx", "data.rejects"}
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("partitions", [1, 2, 5])
+def test_parts_in_any_order_joined_are_the_unbroken_run(
+    tmp_path: Path, unbroken: dict[str, bytes], partitions: int, workers: int
+) -> None:
+    for index in reversed(range(partitions)):
+        assert engine.run(job(tmp_path, partitions, index, workers)) is None
+        assert written(tmp_path) == {}
+    content = engine.merge(tmp_path / "out" / "data")
+    assert written(tmp_path) == unbroken and not (tmp_path / "out" / "data.parts").exists()
+    assert content["documents"] == {"read": 18000, "kept": 17980, "dropped": {BAD_ROWS[9:]: 20}}
+
+
+def test_a_run_of_all_takes_up_the_parts_of_others(tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+    engine.run(job(tmp_path, 3, 1))
+    seen = []
+
+    def watched(chunk: Chunk) -> Encoded:
+        seen.append((chunk.path.name, chunk.start))
+        return encode(chunk)
+
+    engine.run(job(tmp_path, 3, encode=watched))
+    assert written(tmp_path) == unbroken
+    size = (tmp_path / "b.txt").stat().st_size
+    assert not [start for name, start in seen if name == "b.txt" and size * 0.7 < start < size]
+
+
+def test_merge_tells_what_is_missing_and_what_does_not_fit(tmp_path: Path) -> None:
+    prefix = tmp_path / "out" / "data"
+    with pytest.raises(KitError, match=r"has no parts .*: run its parts first"):
+        engine.merge(prefix)
+    for index in (0, 2):
+        engine.run(job(tmp_path, 4, index))
+    with pytest.raises(KitError, match=r"2 of 4 parts are not finished .*: run PARTITION_INDEX=1, 3"):
+        engine.merge(prefix)
+    engine.run(job(tmp_path, 4, 1, described={"settings": {"other": True}}))
+    engine.run(job(tmp_path, 4, 3))
+    with pytest.raises(KitError, match=r"part 1 in .* is of other input, tokenizer or settings than part 0"):
+        engine.merge(prefix)
+    engine.run(job(tmp_path, 4, 1))
+    engine.merge(prefix, check=True)
+    assert not list((tmp_path / "out").glob("data_*"))
+    engine.merge(prefix)
+    with pytest.raises(KitError, match="is finished: there is nothing to merge"):
+        engine.merge(prefix)
+
+
+def test_an_input_that_changed_between_two_parts_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "BLOCK_BYTES", 1 << 30)  # both parts lie in one block
+    engine.run(job(tmp_path, 4, 0))
+    data = (tmp_path / "b.txt").read_bytes()
+    (tmp_path / "b.txt").write_bytes(data[:-2] + b"y\n")
+    for index in (1, 2, 3):
+        engine.run(job(tmp_path, 4, index))
+    with pytest.raises(KitError, match=r"b\.txt was changed between two parts"):
+        engine.merge(tmp_path / "out" / "data")
+
+
+def test_a_part_knows_its_own_share_of_the_input_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "BLOCK_BYTES", 1000)
+    hashed: list[tuple[str, int]] = []
+    real = fingerprint.hash_block
+    monkeypatch.setattr(
+        fingerprint, "hash_block", lambda path, number: hashed.append((path.name, number)) or real(path, number)
+    )
+    engine.run(job(tmp_path, 4, 3))
+    size = (tmp_path / "a.txt").stat().st_size
+    assert {name for name, _ in hashed} == {"a.txt"} and min(number for _, number in hashed) >= size // 2000 - 1
+    assert len(hashed) == len(set(hashed)), "no block is read twice"
+    first = json.loads((tmp_path / "out" / "data.parts" / "part_00003.json").read_text())
+    data = bytearray((tmp_path / "b.txt").read_bytes())
+    data[100] ^= 1
+    (tmp_path / "b.txt").write_bytes(data)
+    hashed.clear()
+    engine.run(job(tmp_path, 4, 3, encode=never))  # another file's change is nothing to this part
+    assert json.loads((tmp_path / "out" / "data.parts" / "part_00003.json").read_text()) == first
+
+
+def never(chunk: Chunk) -> Encoded:
+    raise AssertionError
+
+
+def test_the_hash_of_a_file_is_of_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    monkeypatch.setattr(fingerprint, "BLOCK_BYTES", 10)
+    path = tmp_path / "a"
+    path.write_bytes(bytes(range(25)))
+    blocks = [hashlib.sha256(bytes(range(a, b))).digest() for a, b in ((0, 10), (10, 20), (20, 25))]
+    assert fingerprint.Fingerprints([path], 2).whole(0, 25) == hashlib.sha256(b"".join(blocks)).hexdigest()
+    assert fingerprint.Fingerprints([path], 2).blocks(0, 9, 11) == {0: blocks[0].hex(), 1: blocks[1].hex()}
+    assert fingerprint.hash_of_blocks({0: blocks[0].hex(), 2: blocks[2].hex()}, 25) is None
+
+
+def test_two_runs_of_one_part_and_a_run_of_all_are_kept_apart(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    made = job(tmp_path, 2, 0)
+    made.folder.mkdir(parents=True)
+    program = (
+        "import sys; from pathlib import Path; from common.data.engine import locked\n"
+        "with locked(Path(sys.argv[1]), 0):\n    print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, str(made.folder)]
+    root = str(Path(__file__).parents[3])
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PYTHONPATH": root}) as other:
+        assert other.stdout and other.stdout.readline()
+        for refused in (made, job(tmp_path, 2)):
+            with pytest.raises(KitError, match="another run writes"):
+                engine.run(refused)
+        with pytest.raises(KitError, match="another run writes"):
+            engine.merge(made.output_prefix)
+        engine.run(job(tmp_path, 2, 1))
+        other.communicate(b"\n")
+    engine.run(job(tmp_path, 2))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_rejects_file_tells_file_line_cause_and_row(tmp_path: Path, workers: int) -> None:
+    engine.run(job(tmp_path, 3, workers=workers))
+    found = [json.loads(line) for line in rejects_path(tmp_path / "out" / "data").read_text().splitlines()]
+    expected = []
+    for path in (tmp_path / "b.txt", tmp_path / "a.txt"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if line.startswith("bad"):
+                expected.append({"file": str(path), "line": number, "cause": f"{len(line)} bytes", "row": line})
+    assert found == expected and len(found) == 20
+
+
+def test_a_row_that_is_no_text_is_kept_in_base64_and_an_element_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "b.txt"
+    path.write_bytes(b"good\nbad\xff\n")
+    other = tmp_path / "a.txt"
+    other.write_text('["good",\n "x"]')
+    engine.run(job(tmp_path, encode=all_bad_but_first))
+    found = [json.loads(line) for line in rejects_path(tmp_path / "out" / "data").read_text().splitlines()]
+    assert found == [
+        {"file": str(path), "line": 2, "cause": "no", "row_base64": "YmFk/w=="},
+        {"file": str(other), "element": 2, "cause": "no", "row": '"x"'},
+    ]
+
+
+def all_bad_but_first(chunk: Chunk) -> Encoded:
+    bad, first = BadRows(chunk, True), chunk.data.index(b"\n") + 1
+    bad.add(first, BadRowError("no"))
+    counts = Counter({"read": 2, BAD_ROWS: 1})
+    return Encoded({"tokens": np.array([1], np.uint16)}, np.array([1], np.int32), counts, bad.rows)
+
+
+def test_a_run_that_a_bad_row_stopped_goes_on_with_skip_and_not_the_other_way(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes(b"x" * 20 + b"\n" + b"x" * 20 + b"\n")
+    (tmp_path / "a.txt").write_bytes(b"x" * 20 + b"\nbad\n")
+    with pytest.raises(KitError, match=r"a\.txt, line 2: 3 bytes"):
+        engine.run(job(tmp_path, 2, encode=strict, skip_bad_rows=False))
+    seen = []
+
+    def watched(chunk: Chunk) -> Encoded:
+        seen.append(chunk.path.name)
+        return encode(chunk)
+
+    engine.run(job(tmp_path, 2, 1))
+    with pytest.raises(KitError, match=r"a\.txt, line 2"):  # the part with a row left out is not taken up
+        engine.run(job(tmp_path, 2, encode=strict, skip_bad_rows=False))
+    content = engine.run(job(tmp_path, 2, encode=watched))
+    assert seen == ["a.txt"] and content and content["documents"]["kept"] == 3
+    with pytest.raises(KitError, match="ON_ERROR=skip left rows out"):
+        engine.run(job(tmp_path, 2, encode=strict, skip_bad_rows=False))
+    assert engine.run(job(tmp_path, 2, encode=never)) is not None
+
+
+def test_a_file_that_is_named_twice_is_read_twice(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes(b"xx\n")
+    (tmp_path / "a.txt").write_bytes(b"x\n")
+    twice = [tmp_path / "b.txt", tmp_path / "a.txt", tmp_path / "b.txt"]
+    content = engine.run(job(tmp_path, 2, inputs=twice))
+    assert content and content["tokens"] == 5 and len(content["inputs"]) == 3
+    assert content["inputs"][0] == content["inputs"][2]
