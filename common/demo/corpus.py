@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+TEXTS, CHATS, QUESTIONS = "texts.jsonl", "conversations.jsonl", "questions.jsonl"
 HELD_OUT_PERCENT = 10
 NUM_QUESTIONS = 50
 SYSTEM = {"en": "Answer briefly.", "zh": "请简短回答。"}
@@ -43,46 +44,57 @@ def held_out(key: str) -> bool:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100 < HELD_OUT_PERCENT
 
 
-def sums(random: random.Random) -> Fact:
-    """A sum of a number under 90 and a digit; one key for a + b and b + a."""
-    a, b = random.randint(10, 89), random.randint(1, 9)
-    key = f"sum {a} {b}"
-    if random.random() < 0.5:
-        return Fact(key, "en", f"What is {a} + {b}?", f"{a + b}", f"{a} + {b} = {a + b}")
-    return Fact(key, "zh", f"{a} 加 {b} 等于多少？", f"{a + b}", f"{a} 加 {b} 等于 {a + b}")
+def _fact(chance: random.Random, key: str, language: str, question: str, answer: str, *begun: str) -> Fact:
+    """The fact whose statement is one of the beginnings `begun`, or the question, and then the answer."""
+    begin = chance.choice([*begun, f"{question}\n"])
+    return Fact(key, language, question, answer, begin + answer)
 
 
-def translations(random: random.Random) -> Fact:
-    """A number of coloured things, put into the other language; one key for both directions."""
-    number, colour = random.choice(list(NUMBERS)), random.choice(list(COLOURS))
-    noun, measure, name = random.choice(NOUNS)
+def sums(chance: random.Random) -> Fact:
+    """A sum of a number under 90 and a digit."""
+    a, b = chance.randint(10, 89), chance.randint(1, 9)
+    key, total = f"sum {a} {b}", str(a + b)
+    if chance.random() < 0.5:
+        return _fact(chance, key, "en", f"What is {a}+{b}?", total, f"{a}+{b}=", f"{a}+{b} is\n")
+    return _fact(chance, key, "zh", f"{a}加{b}等于多少？", total, f"{a}加{b}等于", f"{a}加{b}是\n")
+
+
+def _phrase(chance: random.Random) -> tuple[str, str, str]:
+    """A number of coloured things: its key, which is one for all that is done with it, in English and in Chinese."""
+    number, colour = chance.choice(list(NUMBERS)), chance.choice(list(COLOURS))
+    noun, measure, name = chance.choice(NOUNS)
     english = f"{number} {colour} {noun}"
-    chinese = f"{NUMBERS[number]}{measure}{COLOURS[colour]}{name}"
-    key = f"translation {english}"
-    if random.random() < 0.5:
-        return Fact(key, "en", f"Translate: {english}", chinese, f"{english} is {chinese}")
-    return Fact(key, "zh", f"翻译：{chinese}", english, f"{chinese} 是 {english}")
+    return f"phrase {english}", english, f"{NUMBERS[number]}{measure}{COLOURS[colour]}{name}"
 
 
-def copies(random: random.Random) -> Fact:
-    """Three or four different words to be said again; one key for all orders of the same words."""
-    chosen = random.sample(NOUNS, random.randint(3, 4))
-    key = "copy " + " ".join(sorted(noun for noun, _, _ in chosen))
-    if random.random() < 0.5:
-        words = " ".join(noun for noun, _, _ in chosen)
-        return Fact(key, "en", f"Repeat: {words}", words, f"Again: {words} = {words}")
-    words = " ".join(name for _, _, name in chosen)
-    return Fact(key, "zh", f"重复：{words}", words, f"再来：{words} = {words}")
+def translations(chance: random.Random) -> Fact:
+    """A phrase put into the other language."""
+    key, english, chinese = _phrase(chance)
+    if chance.random() < 0.5:
+        question = f"Translate into Chinese:\n{english}"
+        return _fact(chance, key, "en", question, chinese, f"{english}:\n", f"Chinese for\n{english}:\n")
+    return _fact(chance, key, "zh", f"翻译成英文：\n{chinese}", english, f"{chinese}：\n", f"英文：\n{chinese}\n")
 
 
-TASKS: tuple[Callable[[random.Random], Fact], ...] = (sums, translations, copies)
+def copies(chance: random.Random) -> Fact:
+    """A phrase said again."""
+    key, english, chinese = _phrase(chance)
+    if chance.random() < 0.5:
+        return _fact(chance, key, "en", f"Repeat:\n{english}", english, f"{english}, again:\n", f"{english}\n")
+    return _fact(chance, key, "zh", f"请重复：\n{chinese}", chinese, f"{chinese}，再来：\n", f"{chinese}\n")
 
 
-def facts(seed: int, *, held: bool) -> Iterator[Fact]:
-    """Endless facts of all tasks in turn, either only held-out ones or only those for training."""
+Task = Callable[[random.Random], Fact]
+TASKS: tuple[Task, ...] = (sums, translations, copies)
+# Sums take the longest to learn.
+LESSONS: tuple[Task, ...] = (sums, translations, sums, sums, copies)
+
+
+def facts(seed: int, tasks: tuple[Task, ...], *, held: bool) -> Iterator[Fact]:
+    """Endless facts of `tasks` in turn, either only held-out ones or only those for training."""
     chance = random.Random(seed)
     while True:
-        for task in TASKS:
+        for task in tasks:
             fact = task(chance)
             while held_out(fact.key) != held:
                 fact = task(chance)
@@ -92,30 +104,31 @@ def facts(seed: int, *, held: bool) -> Iterator[Fact]:
 def questions(seed: int) -> list[Fact]:
     """NUM_QUESTIONS different held-out facts."""
     different: dict[str, Fact] = {}
-    for fact in facts(seed, held=True):
+    for fact in facts(seed, TASKS, held=True):
         different.setdefault(fact.question, fact)
         if len(different) == NUM_QUESTIONS:
             break
     return list(different.values())
 
 
-def pretrain_rows(seed: int, num_rows: int, num_statements: int) -> Iterator[dict[str, str]]:
-    """Rows of `num_statements` plain statements, one a line."""
-    chosen = facts(seed, held=False)
-    for _ in range(num_rows):
-        yield {"text": "\n".join(fact.statement for fact in islice(chosen, num_statements))}
+def pretrain_rows(seed: int, num_rows: int) -> Iterator[dict[str, str]]:
+    """Rows of one plain statement: what stands beside it would have to be told from it first."""
+    for fact in islice(facts(seed, LESSONS, held=False), num_rows):
+        yield {"text": fact.statement}
 
 
 def sft_rows(seed: int, num_rows: int) -> Iterator[dict[str, str]]:
     """Rows of one question and its answer."""
-    for fact in islice(facts(seed, held=False), num_rows):
-        yield {"instruction": SYSTEM[fact.language], "input": fact.question, "output": fact.answer}
+    yield from map(_row, islice(facts(seed, LESSONS, held=False), num_rows))
 
 
 def question_rows(seed: int) -> Iterator[dict[str, str]]:
-    """The held-out questions as rows that hold what is expected."""
-    for fact in questions(seed):
-        yield {"instruction": SYSTEM[fact.language], "input": fact.question, "expected": fact.answer}
+    """The held-out questions, as rows like those for training."""
+    yield from map(_row, questions(seed))
+
+
+def _row(fact: Fact) -> dict[str, str]:
+    return {"instruction": SYSTEM[fact.language], "input": fact.question, "output": fact.answer}
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""A small Qwen2.5 of random weights as a Hugging Face folder: grouped queries, query/key/value bias, RoPE."""
+"""A small Qwen2.5 or Qwen3 of random weights as a Hugging Face folder: grouped queries, RoPE, and either's extras."""
 
 import json
 from dataclasses import dataclass
@@ -21,20 +21,30 @@ class Shape:
     vocab_size: int = 512
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 512
+    rope_theta: float = 1000000.0
+    model_type: str = "qwen2"
+    head_dim: int | None = None  # hidden_size / num_attention_heads
 
 
 def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Name to shape of every tensor of `Qwen2ForCausalLM` (transformers models/qwen2/modeling_qwen2.py)."""
+    """Name to shape of every tensor of `Qwen2ForCausalLM` (transformers models/qwen2/modeling_qwen2.py) or Qwen3's.
+
+    Qwen2 has a bias on query, key and value, Qwen3 a norm of each head of query and key instead.
+    """
     h, f = shape.hidden_size, shape.intermediate_size
-    kv = h // shape.num_attention_heads * shape.num_key_value_heads
+    d = shape.head_dim or h // shape.num_attention_heads
+    q, kv = shape.num_attention_heads * d, shape.num_key_value_heads * d
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, h)}
     for i in range(shape.num_hidden_layers):
         layer = f"model.layers.{i}."
         shapes[layer + "input_layernorm.weight"] = (h,)
-        for name, rows in (("q", h), ("k", kv), ("v", kv)):
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
             shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, h)
-            shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
-        shapes[layer + "self_attn.o_proj.weight"] = (h, h)
+            if shape.model_type == "qwen2":
+                shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
+        if shape.model_type == "qwen3":
+            shapes[layer + "self_attn.q_norm.weight"] = shapes[layer + "self_attn.k_norm.weight"] = (d,)
+        shapes[layer + "self_attn.o_proj.weight"] = (h, q)
         shapes[layer + "post_attention_layernorm.weight"] = (h,)
         shapes[layer + "mlp.gate_proj.weight"] = shapes[layer + "mlp.up_proj.weight"] = (f, h)
         shapes[layer + "mlp.down_proj.weight"] = (h, f)
@@ -74,16 +84,14 @@ def write_model(
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        **shape.__dict__,
+        "architectures": [f"{shape.model_type.capitalize()}ForCausalLM"],
+        **{name: value for name, value in shape.__dict__.items() if value is not None},
         "attention_dropout": 0.0,
         "eos_token_id": end,
         "bos_token_id": pad,
         "hidden_act": "silu",
         "initializer_range": 0.02,
         "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
         "torch_dtype": dtype,
         "use_sliding_window": False,
     }

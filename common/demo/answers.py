@@ -1,0 +1,122 @@
+"""What a model says: prompts put through `transformers`' `generate`, as anyone would use the exported folder."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from common.data.inputs import find_inputs
+from common.data.jsonl import BadRowError, first_row, first_rows, string_field
+from common.data.manifest import write_json
+from common.data.rows import Message, format_of, to_messages
+from common.errors import KitError
+
+ANSWERS = "answers.json"
+TEXT_FIELD = "text"
+# Of a plain text at most this many characters are given, and as many are what could follow.
+GIVEN_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is given, a conversation or plain text, and what is to come."""
+
+    given: list[Message] | str
+    expected: str
+
+    @property
+    def question(self) -> str:
+        """The last turn, or the text."""
+        return self.given if isinstance(self.given, str) else self.given[-1]["content"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question, what is expected, and what the two models say."""
+
+    question: str
+    expected: str
+    before: str
+    after: str
+
+
+def kind_of(text: str) -> str:
+    """What the first row of INPUT `text` is for, "sft" or "pretrain"; raises KitError when it is for neither."""
+    chunk, offset, row = first_row(find_inputs(text))
+    try:
+        format_of(row)
+    except BadRowError as error:
+        if TEXT_FIELD in row:
+            return "pretrain"
+        raise chunk.error(offset, f"{error}; for pretraining it needs {TEXT_FIELD}") from None
+    return "sft"
+
+
+def read_prompts(text: str, count: int, roles: str) -> list[Prompt]:
+    """The prompts of the first `count` rows of INPUT `text`; raises KitError for a row that is of no use."""
+    return list(islice(_prompts(text, roles), count))
+
+
+def _prompts(text: str, roles: str) -> Iterator[Prompt]:
+    kind = kind_of(text)
+    for chunk, offset, row in first_rows(find_inputs(text)):
+        try:
+            yield _of_text(row) if kind == "pretrain" else _of_conversation(row, roles)
+        except BadRowError as error:
+            raise chunk.error(offset, error) from None
+
+
+def _of_text(row: dict[str, Any]) -> Prompt:
+    text = string_field(row, TEXT_FIELD)
+    cut = min(GIVEN_CHARACTERS, len(text) // 2)
+    return Prompt(text[:cut], text[cut : cut + GIVEN_CHARACTERS])
+
+
+def _of_conversation(row: dict[str, Any], roles: str) -> Prompt:
+    """The turns before the last answer, and that answer."""
+    messages = to_messages(row, format_of(row), roles)
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return Prompt(messages[:last], messages[last]["content"])
+
+
+def generate(folder: Path, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+    """What the model of `folder` says after each prompt, its likeliest token each time; all prompts in one batch."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    texts = [
+        prompt.given
+        if isinstance(prompt.given, str)
+        else tokenizer.apply_chat_template(prompt.given, tokenize=False, add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+    new = ids[:, batch["input_ids"].shape[1] :]
+    return list(tokenizer.batch_decode(new, skip_special_tokens=True))
+
+
+def ask(before: Path, after: Path, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+    """The answers of both models to each prompt."""
+    said = [generate(folder, prompts, max_new_tokens) for folder in (before, after)]
+    return [
+        Answer(prompt.question, prompt.expected, first, second)
+        for prompt, first, second in zip(prompts, *said, strict=True)
+    ]
+
+
+def save_answers(path: Path, answers: Sequence[Answer]) -> None:
+    """Writes `answers` to `path`, which never holds half of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"answers": [asdict(answer) for answer in answers]})
+
+
+def load_answers(path: Path) -> list[Answer]:
+    """The answers that `save_answers` wrote; raises KitError when they cannot be read."""
+    try:
+        return [Answer(**each) for each in json.loads(path.read_text(encoding="utf-8"))["answers"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KitError(f"{path} holds no answers ({error!r}): remove it and run the same command again") from error

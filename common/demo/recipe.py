@@ -1,0 +1,254 @@
+"""Which steps the quickstart takes: for the sample data, or for the user's own model and data."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from common.checkpoint.layout import find_checkpoint, model_files
+from common.data.inputs import find_inputs
+from common.demo.answers import ANSWERS, kind_of
+from common.demo.corpus import CHATS, NUM_QUESTIONS, QUESTIONS, TEXTS
+from common.demo.steps import KIT, Step, shown
+from common.errors import KitError
+from common.settings import option
+
+SHOWN_ROWS = 3
+FOR_OWN = ("roles", "seq_length", "truncate", "epochs", "global_batch_size", "micro_batch_size", "lr")
+TITLES = {
+    "pretrain": "Pretraining: every token of the texts is learned",
+    "finetune": "Fine-tuning: the answers are learned",
+}
+# What the sample's small model needs to learn the sample's rows, with room to spare (tests/end_to_end runs it).
+SAMPLE = {
+    "SEQ_LENGTH": "128",
+    "MICRO_BATCH_SIZE": "32",
+    "GLOBAL_BATCH_SIZE": "32",
+    "LR_WARMUP_ITERS": "20",
+    "ADAM_BETA2": "0.98",
+    "WEIGHT_DECAY": "0.1",
+    "SAVE_INTERVAL": "350",
+    "EVAL_INTERVAL": "350",
+    "LOG_INTERVAL": "50",
+}
+SAMPLE_STAGE = {
+    "pretrain": {"TRAIN_ITERS": "700", "LR": "6e-3", "MIN_LR": "6e-4", "RESET_ATTENTION": "true"},
+    "finetune": {"TRAIN_ITERS": "150", "LR": "4e-3", "MIN_LR": "4e-4", "PACKING": "true"},
+}
+
+
+@dataclass(frozen=True)
+class QuickstartSettings:
+    """The whole way: data, conversion, training, conversion back, answers."""
+
+    work_dir: str | None = option(None, "where all of it goes; default: work in the kit")
+    hf_model_path: str | None = option(None, "your own model, a Hugging Face folder; goes with INPUT")
+    input: str | None = option(None, "your own rows, conversations or text; goes with HF_MODEL_PATH")
+    roles: str = option("system", "your rows' instruction is the system's turn, or alpaca", ("system", "alpaca"))
+    seq_length: int = option(1024, "your data: tokens in a sample")
+    truncate: str = option("right", "your conversations over SEQ_LENGTH", ("error", "drop", "left", "right"))
+    epochs: float = option(1.0, "your data: passes over it")
+    global_batch_size: int = option(8, "your data: samples of a step")
+    micro_batch_size: int = option(1, "your data: samples that a process runs at once")
+    lr: float = option(1e-5, "your data: highest learning rate")
+    tp: int = option(2, "tensor parallel size")
+    gpus: int = option(2, "processes")
+    seed: int = option(1, "of the sample, its model's weights and the order of samples")
+
+    def __post_init__(self) -> None:
+        if bool(self.hf_model_path) != bool(self.input):
+            raise KitError(
+                f"HF_MODEL_PATH={self.hf_model_path or ''} and INPUT={self.input or ''}: set both, for your own model"
+                " and data, or neither, for the sample"
+            )
+        changed = [
+            each.name for each in fields(self) if each.name in FOR_OWN and getattr(self, each.name) != each.default
+        ]
+        if changed and not self.input:
+            raise KitError(
+                f"{changed[0].upper()}={getattr(self, changed[0])} is for your own data: set HF_MODEL_PATH and"
+                " INPUT too, or leave it out"
+            )
+
+
+def work_dir(settings: QuickstartSettings) -> Path:
+    """WORK_DIR as an absolute path; raises KitError when something else lies there."""
+    folder = Path(settings.work_dir).absolute() if settings.work_dir else KIT / "work"
+    if folder.exists() and not (folder / "steps").is_dir() and (not folder.is_dir() or any(folder.iterdir())):
+        raise KitError(f"WORK_DIR={folder} is not the quickstart's, and not empty: give a new folder")
+    return folder
+
+
+def steps_of(settings: QuickstartSettings, work: Path, platform: str) -> list[Step]:
+    """The steps that `settings` ask for, in the scripts of the folder `platform`."""
+    commands = Commands(settings, work, platform)
+    return list(commands.own() if settings.input else commands.sample())
+
+
+def own_kind(settings: QuickstartSettings) -> str:
+    """What INPUT is for: "pretrain" or "finetune"."""
+    assert settings.input
+    return "finetune" if kind_of(settings.input) == "sft" else "pretrain"
+
+
+def whole_checkpoint(folder: Path) -> bool:
+    """Whether `folder` holds a checkpoint."""
+    try:
+        return find_checkpoint(folder) is not None
+    except KitError:
+        return False
+
+
+@dataclass(frozen=True)
+class Commands:
+    """The steps' commands; folders in WORK_DIR are named as a user in the kit's folder would."""
+
+    settings: QuickstartSettings
+    work: Path
+    platform: str
+
+    def sample(self) -> Iterator[Step]:
+        """The sample data, a small model for it, and both stages of training."""
+        yield Step(
+            name="sample",
+            title="A tiny Qwen2.5 with random weights, and sample data that it can learn",
+            command=self.python("make", folder=self.path("sample"), seed=str(self.settings.seed)),
+            output=self.work / "sample",
+            whole=lambda folder: (folder / QUESTIONS).is_file(),
+        )
+        model = self.path("sample/model")
+        yield self.preprocess("pretrain", self.path(f"sample/{TEXTS}"), model)
+        yield self.preprocess("finetune", self.path(f"sample/{CHATS}"), model)
+        yield self.to_megatron(model)
+        for kind, start in (("pretrain", "megatron"), ("finetune", "pretrain")):
+            yield self.train(kind, start, {**SAMPLE, **SAMPLE_STAGE[kind]})
+        yield self.to_torch("finetune")
+        yield self.to_huggingface()
+        yield self.ask(model, self.path(f"sample/{QUESTIONS}"), NUM_QUESTIONS, max_new_tokens=16)
+
+    def own(self) -> Iterator[Step]:
+        """The user's model, trained on the user's rows in the stage that they are for."""
+        chosen, kind = self.settings, own_kind(self.settings)
+        assert chosen.input and chosen.hf_model_path
+        files, folder = find_inputs(chosen.input), Path(chosen.hf_model_path).absolute()
+        reads = tuple(path.absolute() for path in (*files, *model_files(folder), *folder.glob("*.safetensors")))
+        paths = [shown(path.absolute()) for path in files]
+        rows = paths[0] if len(paths) == 1 else shlex.join(paths)
+        wanted = {
+            "SEQ_LENGTH": str(chosen.seq_length),
+            "MICRO_BATCH_SIZE": str(chosen.micro_batch_size),
+            "GLOBAL_BATCH_SIZE": str(chosen.global_batch_size),
+            "EPOCHS": f"{chosen.epochs:g}",
+            "LR": f"{chosen.lr:g}",
+            "MIN_LR": "0",
+            "LOG_INTERVAL": "1",
+        }
+        if kind == "finetune":
+            wanted["TRUNCATE"] = chosen.truncate
+        yield replace(self.preprocess(kind, rows, shown(folder)), reads=reads)
+        yield self.to_megatron(shown(folder))
+        yield self.train(kind, "megatron", wanted)
+        yield self.to_torch(kind)
+        yield self.to_huggingface()
+        yield self.ask(shown(folder), rows, SHOWN_ROWS, max_new_tokens=64)
+
+    def path(self, name: str) -> str:
+        """`name` in WORK_DIR."""
+        return shown(self.work / name)
+
+    def python(self, command: str, **flags: str) -> tuple[str, ...]:
+        """One of this package's own commands."""
+        words = (word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value))
+        return (shown(Path(sys.executable)), "-m", "common.demo", command, *words)
+
+    def script(self, name: str, title: str, script: str, output: str, settings: dict[str, str]) -> Step:
+        """A step that runs one of the numbered scripts, which writes the folder `output`."""
+        command = ("bash", f"{self.platform}/{script}")
+        return Step(name=name, title=title, command=command, settings=settings, output=self.work / output)
+
+    def preprocess(self, kind: str, rows: str, model: str) -> Step:
+        """jsonl to tokens."""
+        pretraining = kind == "pretrain"
+        settings = {"INPUT": rows, "OUTPUT_PREFIX": self.path(f"tokens_{kind}/rows"), "TOKENIZER_PATH": model}
+        if not pretraining and self.settings.roles != "system":
+            settings["ROLES"] = self.settings.roles
+        step = self.script(
+            f"tokens_{kind}",
+            f"Step 1: {'texts' if pretraining else 'conversations'} to tokens, in Megatron's .bin and .idx",
+            "1_preprocess_pretrain.sh" if pretraining else "1_preprocess_sft.sh",
+            f"tokens_{kind}",
+            settings,
+        )
+        return replace(step, whole=lambda folder: (folder / "rows.json").is_file(), resumes=True)
+
+    def to_megatron(self, model: str) -> Step:
+        """Hugging Face to Megatron."""
+        settings = {
+            "CONVERT_TYPE": "huggingface-to-megatron",
+            "LOAD_CHECKPOINT_PATH": model,
+            "SAVE_CHECKPOINT_PATH": self.path("megatron"),
+            "TP": str(self.settings.tp),
+        }
+        title = f"Step 2: the Hugging Face model to a Megatron checkpoint, for TP={self.settings.tp}"
+        step = self.script("megatron", title, "2_convert_between_hf_megatron.sh", "megatron", settings)
+        return replace(step, whole=whole_checkpoint)
+
+    def train(self, kind: str, start: str, wanted: dict[str, str]) -> Step:
+        """A stage of training that begins with the weights in `start`."""
+        settings = {
+            "TRAIN_MODE": kind,
+            "DATASET_PATH": self.path(f"tokens_{kind}/rows"),
+            "LOAD_CHECKPOINT_PATH": self.path(start),
+            "SAVE_CHECKPOINT_PATH": self.path(kind),
+            "TP": str(self.settings.tp),
+            "GPUS": str(self.settings.gpus),
+            **wanted,
+            "SEED": str(self.settings.seed),
+        }
+        step = self.script(kind, f"Step 3: {TITLES[kind]}", "3_run_mcore_qwen.sh", kind, settings)
+        return replace(step, whole=whole_checkpoint, resumes=True, listens=True)
+
+    def to_torch(self, source: str) -> Step:
+        """The distributed checkpoint in torch format."""
+        settings = {
+            "TRAIN_OR_CONVERT_CKPT": "convert",
+            "LOAD_CHECKPOINT_PATH": self.path(source),
+            "SAVE_CHECKPOINT_PATH": self.path("torch"),
+            "TP": str(self.settings.tp),
+            "GPUS": str(self.settings.gpus),
+        }
+        title = "Step 3 again: the distributed checkpoint to torch format, a file for each process"
+        step = self.script("torch", title, "3_run_mcore_qwen.sh", "torch", settings)
+        return replace(step, whole=whole_checkpoint, listens=True)
+
+    def to_huggingface(self) -> Step:
+        """Megatron to Hugging Face."""
+        settings = {
+            "CONVERT_TYPE": "megatron-to-huggingface",
+            "LOAD_CHECKPOINT_PATH": self.path("torch"),
+            "SAVE_CHECKPOINT_PATH": self.path("huggingface"),
+        }
+        title = "Step 2 back: the trained weights to a Hugging Face folder of safetensors"
+        step = self.script("huggingface", title, "2_convert_between_hf_megatron.sh", "huggingface", settings)
+        return replace(step, whole=lambda folder: (folder / "config.json").is_file())
+
+    def ask(self, before: str, rows: str, count: int, max_new_tokens: int) -> Step:
+        """Questions to the model before and after."""
+        command = self.python(
+            "ask",
+            before=before,
+            after=self.path("huggingface"),
+            input=rows,
+            count=str(count),
+            roles=self.settings.roles,
+            max_new_tokens=str(max_new_tokens),
+            folder=self.path("answers"),
+        )
+        return Step(
+            name="answers",
+            title="Questions to the model as it was and as it is, through transformers' generate",
+            command=command,
+            output=self.work / "answers",
+            whole=lambda folder: (folder / ANSWERS).is_file(),
+        )

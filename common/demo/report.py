@@ -1,0 +1,60 @@
+"""What the quickstart has to say at its end: losses, answers, the score, and where the files lie."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common.demo.answers import Answer
+from common.demo.steps import TRAINING_LINE, Runner, shown
+
+SHOWN_ANSWERS = 6
+SHOWN_CHARACTERS = 70
+FILES = {
+    "sample": "the tiny random model, and the sample data",
+    "tokens_pretrain": "the texts as Megatron's .bin and .idx",
+    "tokens_finetune": "the conversations as .bin and .idx, with what is learned of them",
+    "megatron": "the model as a Megatron checkpoint, before training",
+    "pretrain": "checkpoints of pretraining (distributed format)",
+    "finetune": "checkpoints of fine-tuning (distributed format)",
+    "torch": "the trained weights in torch format",
+    "huggingface": "the trained model, for transformers, vLLM and others",
+    "answers": "all questions and answers",
+}
+
+
+def losses(log: Path) -> tuple[float, float] | None:
+    """The loss in the first and in the last line of training in `log`; None where it has none."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    found = [float(match["loss"]) for line in lines if (match := TRAINING_LINE.search(line))]
+    return (found[0], found[-1]) if found else None
+
+
+def score(answers: Sequence[Answer], which: str) -> int:
+    """How many answers, those "before" or "after", are exactly what is expected."""
+    return sum(getattr(answer, which) == answer.expected for answer in answers)
+
+
+def one_line(text: str) -> str:
+    """`text` for a line of the report: newlines shown as ⏎, and what is too long cut off."""
+    line = " ⏎ ".join(text.split("\n"))
+    return line if len(line) <= SHOWN_CHARACTERS else line[:SHOWN_CHARACTERS] + " …"
+
+
+def report(runner: Runner, answers: Sequence[Answer]) -> Iterator[str]:
+    """The lines of the report, but for the score."""
+    yield "\nLoss, at the start and at the end"
+    for step in runner.steps:
+        if pair := losses(runner.log(step)):
+            yield f"    {step.name:<10} {pair[0]:7.3f}  ->  {pair[1]:7.3f}"
+    yield from _answers(answers)
+    yield "\nFiles"
+    for step in runner.steps:
+        yield f"    {shown(step.output):<28} {FILES[step.output.name]}"
+    yield f"    {shown(runner.work_dir / 'logs'):<28} all that the steps said"
+
+
+def _answers(answers: Sequence[Answer]) -> Iterator[str]:
+    yield "\nQuestions"
+    for answer in answers[:SHOWN_ANSWERS]:
+        yield f"    {one_line(answer.question)}"
+        for name, text in (("expected", answer.expected), ("untrained", answer.before), ("trained", answer.after)):
+            yield f"        {name:<10} {one_line(text)}"

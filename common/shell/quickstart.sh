@@ -1,0 +1,9 @@
+# shellcheck shell=bash
+# The quickstart: makes .venv where PYTHON names no other Python; then `python -m common.demo run` takes the steps.
+# shellcheck source=lib.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
+begin "$@"
+
+flags "${SETTINGS[@]}"
+[[ -n $PYTHON || $DRY_RUN == true ]] || bash "$KIT/common/shell/setup_venv.sh"
+run common.demo run

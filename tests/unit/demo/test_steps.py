@@ -1,0 +1,174 @@
+"""A step is run as it is shown, once, and again where its result is missing or broken off."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from common.demo import steps
+from common.demo.steps import KIT, Runner, Step, environment, said, shown, wrap
+from common.errors import KitError
+from common.training.metrics import Interval, Meter
+
+
+class Told(list[str]):
+    """What was told, as one text."""
+
+    def __str__(self) -> str:
+        return "\n".join(self)
+
+
+def writes(work: Path, name: str, text: str = "whole", **more: object) -> Step:
+    """A step that appends `text` to the file `result` in its folder, and says a line of the kit's and one of others."""
+    folder = work / name
+    program = f"mkdir -p {folder} && printf {text} >>{folder}/result && echo '12:00:00 wrote {name}' && echo noise"
+    return Step(
+        name=name, title=f"Write {name}", command=("bash", "-c", program), output=folder,
+        whole=lambda path: (path / "result").is_file(), **more,
+    )  # fmt: skip
+
+
+def run(work: Path, *chosen: Step) -> Told:
+    told = Told()
+    Runner(work, chosen, told.append).run()
+    return told
+
+
+def content(work: Path, name: str) -> str:
+    return (work / name / "result").read_text()
+
+
+def test_steps_run_in_order_and_say_what_they_do(tmp_path: Path) -> None:
+    told = run(tmp_path, writes(tmp_path, "one"), writes(tmp_path, "two"))
+    text = str(told)
+    assert text.index("[1/2] Write one") < text.index("    wrote one") < text.index("[2/2] Write two")
+    assert "bash -c" in text and "\n    noise" not in text and text.count("done in 0 s") == 2
+    assert (tmp_path / "logs" / "one.log").read_text() == "12:00:00 wrote one\nnoise\n"
+    assert json.loads((tmp_path / "steps" / "one.json").read_text())["seconds"] < 5
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    chosen = writes(tmp_path, "one"), writes(tmp_path, "two")
+    run(tmp_path, *chosen)
+    told = run(tmp_path, *chosen)
+    assert told.count("    done already") == 2 and "    wrote one" not in told
+    assert (content(tmp_path, "one"), content(tmp_path, "two")) == ("whole", "whole")
+
+
+def test_a_lost_result_is_made_again_and_all_that_came_of_it(tmp_path: Path) -> None:
+    chosen = [writes(tmp_path, name, resumes=True) for name in ("one", "two", "three")]
+    run(tmp_path, *chosen)
+    (tmp_path / "two" / "result").unlink()
+    told = run(tmp_path, *chosen)
+    assert told.count("    done already") == 1
+    assert [content(tmp_path, name) for name in ("one", "two", "three")] == ["whole"] * 3
+
+
+def test_what_an_interrupted_run_left_is_removed_unless_the_step_goes_on_from_it(tmp_path: Path) -> None:
+    for name in ("anew", "on"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result").write_text("half ")
+    run(tmp_path, writes(tmp_path, "on", resumes=True), writes(tmp_path, "anew"))
+    assert content(tmp_path, "on") == "half whole"
+    assert content(tmp_path, "anew") == "whole"
+
+
+def test_other_settings_and_other_data_are_refused(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("a")
+    work = tmp_path / "work"
+    run(work, writes(work, "one", settings={"LR": "1"}, reads=(data,)))
+    with pytest.raises(KitError, match=r"of other settings or data \(one: LR=1, LR=2\): give another WORK_DIR"):
+        run(work, writes(work, "one", settings={"LR": "2"}, reads=(data,)))
+    data.write_text("ab")
+    with pytest.raises(KitError, match=rf"\(one: {data}\)"):
+        run(work, writes(work, "one", settings={"LR": "1"}, reads=(data,)))
+
+
+def test_a_failure_shows_the_end_of_the_log_and_is_done_again(tmp_path: Path) -> None:
+    program = f"test -e {tmp_path}/mended || {{ echo 'error: it broke' >&2; exit 7; }}"
+    step = Step(
+        name="one", title="Break", command=("bash", "-c", program), output=tmp_path / "one", whole=lambda _: True
+    )
+    told = Told()
+    with pytest.raises(KitError, match=r"step one ended with exit code 7: .*logs/one.log; the same command goes on"):
+        Runner(tmp_path, [step], told.append).run()
+    assert "    | error: it broke" in told
+    (tmp_path / "mended").touch()
+    assert "done in" in str(run(tmp_path, step))
+
+
+def test_the_shown_command_is_the_one_that_runs(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    program = f'printf "%s" "$A $B" >{tmp_path}/one/result'
+    given = {"A": 'it\'s "here"', "B": "/a b"}
+    step = Step(
+        name="one", title="", command=("bash", "-c", program), output=tmp_path / "one", settings=given, resumes=True
+    )
+    run(tmp_path, step)
+    by_step = content(tmp_path, "one")
+    subprocess.run(["bash", "-c", wrap(step.words, "    ")], check=True, cwd=KIT)
+    assert content(tmp_path, "one") == by_step == 'it\'s "here" /a b'
+
+
+def test_the_users_environment_does_not_reach_a_script_s_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LR", "7")
+    monkeypatch.setenv("HF_MODEL_PATH", "/elsewhere")
+    monkeypatch.setenv("TRAIN_ITERS", "1")
+    step = Step("a", "", ("bash", "cpu/3_run_mcore_qwen.sh"), Path("x"), settings={"TRAIN_ITERS": "5"}, listens=True)
+    given = environment(step)
+    assert given["TRAIN_ITERS"] == "5" and "LR" not in given and "HF_MODEL_PATH" not in given
+    assert given["PATH"] == os.environ["PATH"] and int(given["MASTER_PORT"]) > 1023
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    assert environment(step)["MASTER_PORT"] == "1234"
+
+
+def test_a_long_command_is_cut_between_words() -> None:
+    words = [f"NAME{i}=value" for i in range(30)] + ["bash", "cpu/x.sh"]
+    text = wrap(words, "    ")
+    lines = text.split("\n")
+    assert len(lines) > 3 and max(map(len, lines)) <= steps.WIDTH
+    assert shlex.split(text.replace("\\\n", "")) == words
+
+
+def test_paths_are_named_from_the_kits_folder() -> None:
+    assert shown(KIT / "work" / "a") == "work/a" and shown(Path("/a/b")) == "/a/b"
+
+
+def test_lines_of_training_are_cut_short_and_those_of_libraries_left_out() -> None:
+    meter = Meter(
+        train_iters=500, global_batch_size=32, seq_length=128, world_size=2, flops_per_token=1e6, peak_tflops=None
+    )
+    line = meter.line(100, 3200, Interval(loss=1.25, grad_norm=0.5, learning_rate=1e-3, iterations=50, seconds=5.0))
+    assert said(f"12:34:56 {line}") == "step 100 of 500 | loss 1.250 | 0:00:40 left"
+    assert said("12:34:56 saved work/pretrain") == "saved work/pretrain"
+    assert said("error: no such file") == "error: no such file"
+    assert said("/x/y.py:114: UserWarning: Apex is not installed") is None
+    assert said("W1124 20:36:53.730000 4493 torch/distributed/run.py:874] OMP") is None
+
+
+def test_an_ended_quickstart_ends_its_step(tmp_path: Path) -> None:
+    program = textwrap.dedent(f"""
+        import signal, sys
+        from pathlib import Path
+        from common.demo.steps import Runner, Step
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        work = Path({str(tmp_path)!r})
+        body = "trap 'touch {tmp_path}/ended; exit' TERM; touch {tmp_path}/begun; while :; do sleep 0.05; done"
+        Runner(work, [Step(name="one", title="", command=("bash", "-c", body), output=work / "one")], print).run()
+    """)
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=KIT, env={**os.environ, "PYTHONPATH": str(KIT)})
+    for _ in range(600):
+        if (tmp_path / "begun").exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert (tmp_path / "ended").exists() and not (tmp_path / "steps" / "one.json").exists()
