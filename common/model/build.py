@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common.mcore import weight_gradient_fusion
+from common.mcore import first_and_last_differ, weight_gradient_fusion
 from common.model.config import QwenConfig
+from common.model.gpt import QwenModel
 from common.model.layer_spec import block_spec
 from common.model.rope import yarn_frequencies
 from common.parallel import ParallelSizes
@@ -78,13 +78,30 @@ def transformer_config(
         persist_layer_norm=engine,
         apply_rope_fusion=engine,
         gradient_accumulation_fusion=engine,
-        cross_entropy_loss_fusion=fused,
-        cross_entropy_fusion_impl="te" if engine else "native",
-        **_recompute(options.recompute, qwen.num_hidden_layers // (sizes.pp * sizes.vpp)),
+        **pipeline_options(qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers), sizes.vpp),
+        **_recompute(options.recompute),
     )
 
 
-def _recompute(kind: str, num_layers: int) -> dict[str, Any]:
+def pipeline_options(chunk_layers: tuple[int, ...], vpp: int) -> dict[str, Any]:
+    """What tells Megatron-Core these numbers of layers, one a chunk in the model's order; nothing where they are even.
+
+    Every version has a number of its own for the first and the last stage; from 0.13 on any chunk may have its own.
+    """
+    if len(set(chunk_layers)) == 1:
+        return {}
+    if first_and_last_differ(chunk_layers, vpp):
+        return {
+            "num_layers_in_first_pipeline_stage": chunk_layers[0],
+            "num_layers_in_last_pipeline_stage": chunk_layers[-1],
+        }
+    stages = [["decoder"] * num_layers for num_layers in chunk_layers]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return {"pipeline_model_parallel_layout": stages}
+
+
+def _recompute(kind: str) -> dict[str, Any]:
     """Recompute nothing, each layer's core attention (selective) or each whole layer (full)."""
     if kind == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -98,7 +115,7 @@ def build_model(
     config = transformer_config(qwen, sizes, options, platform)
     chunks: list[torch.nn.Module] = []
     with weight_gradient_fusion(chunks):
-        chunks += [_chunk(config, qwen, sizes, options, seq_length, index) for index in range(sizes.vpp)]
+        chunks += [_chunk(config, qwen, sizes, options, platform, seq_length, index) for index in range(sizes.vpp)]
     if platform.device == "cuda":
         chunks = [chunk.cuda(torch.cuda.current_device()) for chunk in chunks]
     return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
@@ -109,12 +126,16 @@ def _chunk(
     qwen: QwenConfig,
     sizes: ParallelSizes,
     options: ModelOptions,
+    platform: Platform,
     seq_length: int,
     index: int,
 ) -> torch.nn.Module:
     where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": index} if sizes.vpp > 1 else {}
-    num_layers = config.num_layers // (sizes.pp * sizes.vpp)
-    model = GPTModel(
+    chunk = index * sizes.pp + parallel_state.get_pipeline_model_parallel_rank()
+    num_layers = qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers)[chunk]
+    model = QwenModel(
+        num_tokens=qwen.vocab_size,
+        triton=platform.fused_kernels,
         config=config,
         transformer_layer_spec=block_spec(options.transformer_impl, num_layers, qwen.qk_norm),
         vocab_size=qwen.padded_vocab_size(sizes.tp),

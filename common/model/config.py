@@ -64,13 +64,26 @@ class QwenConfig:
                 allowed = [n for n in (1, 2, 4, 8) if all(size % n == 0 for size in rules.values())]
                 raise KitError(f"TP={tp} does not divide {name}={value} of this model: use TP in {allowed}")
 
-    def check_pipeline(self, pp: int, vpp: int = 1) -> None:
-        """Raises KitError unless the layers split evenly over PP stages of VPP chunks."""
-        if self.num_hidden_layers % (pp * vpp):
+    def chunk_layers(self, pp: int, vpp: int = 1, pipeline_layers: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """Layers of each of the PP x VPP chunks, in the model's order: `pipeline_layers`, or as many each.
+
+        Raises KitError where the layers cannot be divided so, or `pipeline_layers` are too many, few or other layers.
+        """
+        count, layers = pp * vpp, self.num_hidden_layers
+        if not pipeline_layers and layers % count:
+            even = [layers // count + (index < layers % count) for index in range(count)]
+            remedy = f"or give each its number, as PIPELINE_LAYERS={','.join(map(str, even))}" if all(even) else ""
             raise KitError(
-                f"{self.num_hidden_layers} layers cannot be divided by PP={pp} x VPP={vpp} = {pp * vpp}:"
-                " choose PP and VPP whose product divides the layers"
+                f"{layers} layers cannot be divided by PP={pp} x VPP={vpp} = {count}:"
+                f" choose PP and VPP whose product divides the layers{', ' if remedy else ''}{remedy}"
             )
+        chosen = pipeline_layers or (layers // count,) * count
+        if len(chosen) != count or sum(chosen) != layers:
+            raise KitError(
+                f"PIPELINE_LAYERS={','.join(map(str, chosen))} are {len(chosen)} numbers of {sum(chosen)} layers:"
+                f" PP={pp} x VPP={vpp} needs {count} numbers, of {layers} layers together"
+            )
+        return chosen
 
     def check_trainable(self) -> None:
         """Raises KitError naming each field of `config.json` that changes the mathematics and is not built."""

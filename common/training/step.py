@@ -23,9 +23,9 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tenso
 
     Megatron-Core divides the summed gradients by the number over the global batch (calculate_per_token_loss), so the
     loss is the mean over its supervised tokens whatever TP, PP, DP and the micro-batch are.
-    losses and loss_mask are [b, s] float32.
+    losses, multiplied by loss_mask already, and loss_mask are [b, s] float32.
     """
-    total = (losses.float() * loss_mask).sum()
+    total = losses.sum()
     number = loss_mask.sum()
     # A copy: the schedule scales the first value in place.
     report = torch.stack([total.detach(), number]).clone()
@@ -42,7 +42,7 @@ def forward_step(plan: Plan) -> Callable[[Iterator[Batch], Any], tuple[torch.Ten
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data).items()}
         segments = batch.get("segment_ids")
         mask = None if segments is None else block_causal_mask(segments)
-        output = model(batch["tokens"], position_ids, mask, labels=batch["labels"])
+        output = model(batch["tokens"], position_ids, mask, labels=batch["labels"], loss_mask=batch["loss_mask"])
         return output, lambda losses: sum_loss(batch["loss_mask"], losses)
 
     return run

@@ -1,0 +1,132 @@
+"""The output layer and its cross-entropy in one: the logits exist a chunk of tokens at a time.
+
+Letters: n tokens of a micro-batch, c of a chunk, h hidden_size, v this rank's rows of the vocabulary.
+
+Of each chunk the logits [c, v] are made, turned into the loss and, in place, into their own gradient, and multiplied
+with the weight and the hidden states; then they are gone. The gradient of a token is that of its loss times its weight,
+so what comes from above must be the same for all tokens, as under a sum. Over tensor-parallel ranks the softmax is put
+together from each rank's largest logit and sum (arXiv 1909.08053, section 3). The chunk-wise gradient in the forward
+pass is that of Liger Kernel (arXiv 2410.10989, section 3).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from common.model.attention import TORCH
+
+MAX_LOGITS_BYTES = 1 << 30
+CHUNK_MULTIPLE = 256
+
+
+class Vocabulary(NamedTuple):
+    """This tensor-parallel rank's rows of the output layer, and how many of them are tokens and not padding."""
+
+    group: Any
+    first: int
+    num_tokens: int
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """hidden [n, h], weight [v, h], labels int64 [n], weights float32 [n] -> float32 [n]: each token's weighted loss.
+
+    Where the weight has a `main_grad`, its gradient is added there, and what autograd gets for it is empty.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        vocabulary: Vocabulary,
+        kernels: Any,
+        with_gradients: bool,
+    ) -> torch.Tensor:
+        """The losses; with gradients, those of hidden and weight are kept for the backward pass."""
+        local = labels - vocabulary.first
+        local = torch.where((local >= 0) & (local < vocabulary.num_tokens), local, -1)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if with_gradients else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients else None
+        size = max(CHUNK_MULTIPLE, MAX_LOGITS_BYTES // (weight.numel() // weight.shape[1] * weight.element_size()))
+        size -= size % CHUNK_MULTIPLE
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits = hidden[part] @ weight.t()
+            logits[:, vocabulary.num_tokens :] = float("-inf")  # rows that pad the vocabulary
+            largest, total, target = kernels.statistics(logits, local[part])
+            largest, total, target = reduce_over_ranks(largest, total, target, vocabulary.group)
+            losses[part] = (total.log() + largest - target) * weights[part]
+            if d_hidden is not None and d_weight is not None:
+                gradient = kernels.gradients(logits, local[part], largest, total, weights[part])
+                torch.mm(gradient, weight, out=d_hidden[part])
+                add_product(d_weight, gradient, hidden[part])
+        ctx.save_for_backward(weight)
+        ctx.gradients = d_hidden, d_weight
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The kept gradients times the one factor from above."""
+        (weight,) = ctx.saved_tensors
+        d_hidden, d_weight = ctx.gradients
+        ctx.gradients = None
+        scale = upstream[0].reshape(-1)[0]
+        if hasattr(weight, "main_grad"):
+            weight.main_grad.addcmul_(d_weight, scale)
+            weight.grad_added_to_main_grad = True
+            # As Megatron-Core's own layers: zeros where another gradient of this weight is still to be added to it.
+            empty = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+            gradient = empty(weight)
+        else:
+            gradient = d_weight.mul_(scale).to(weight.dtype)
+        return d_hidden.mul_(scale.to(d_hidden.dtype)), gradient, None, None, None, None, None
+
+
+def reduce_over_ranks(
+    largest: torch.Tensor, total: torch.Tensor, target: torch.Tensor, group: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(largest logit, sum of exp(logit - largest), label's logit), float32 [c] each, over the whole vocabulary."""
+    if group is None or dist.get_world_size(group) == 1:
+        return largest, total, target
+    everywhere = largest.clone()
+    dist.all_reduce(everywhere, dist.ReduceOp.MAX, group)
+    both = torch.stack([total * (largest - everywhere).exp(), target])
+    dist.all_reduce(both, dist.ReduceOp.SUM, group)
+    return everywhere, both[0], both[1]
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds left^T [v, c] x right [c, h] to the float32 `total` [v, h]."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.t(), right)
+    elif left.is_cuda and TORCH >= (2, 9):
+        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
+    else:
+        total += left.t() @ right
+
+
+class TorchKernels:
+    """The two steps on a chunk's logits by plain PyTorch."""
+
+    @staticmethod
+    def statistics(logits: torch.Tensor, local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(largest logit, sum of exp(logit - largest), the label's logit or 0 where it is another rank's) of [c, v]."""
+        wide = logits.float()
+        largest = wide.max(dim=1).values
+        total = (wide - largest[:, None]).exp_().sum(dim=1)
+        target = wide.gather(1, local.clamp(min=0)[:, None])[:, 0]
+        return largest, total, torch.where(local >= 0, target, 0.0)
+
+    @staticmethod
+    def gradients(
+        logits: torch.Tensor, local: torch.Tensor, largest: torch.Tensor, total: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """weight x (softmax - one at the label) of [c, v], in the dtype of the logits."""
+        wide = (logits.float() - largest[:, None]).exp_().mul_((weights / total)[:, None])
+        mine = (local >= 0).nonzero()[:, 0]
+        wide[mine, local[mine]] -= weights[mine]
+        return wide.to(logits.dtype)

@@ -1,0 +1,98 @@
+"""Training on the GPU as users start it: Transformer Engine and local layers against Hugging Face on the same batch."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.convert import ToMegatron, to_megatron
+from common.data.manifest import resolve
+from common.data.samples import open_samples
+from tests.tiny import TEXTS, tiny_qwen
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+ROOT = Path(__file__).parents[2]
+STEP = re.compile(r"iteration (\d+)/\d+ .*? loss ([\d.]+) .*? grad norm ([\d.]+)")
+
+
+def run(*words: str) -> str:
+    environment = {**os.environ, "KIT_PLATFORM": "nvidia", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, "-m", *words], env=environment, text=True, timeout=300, check=False, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with the head size of Qwen2.5-0.5B, in bfloat16 on both sides, and pretraining data."""
+    folder = tmp_path_factory.mktemp("gpu")
+    shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512}
+    qwen = tiny_qwen(folder / "qwen", std=0.05, spread=0.05, **shape)
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": TEXTS[i % 4] * 40}) + "\n" for i in range(400)))
+    words = ["pretrain", f"--input={rows}", f"--output-prefix={folder / 'data'}", f"--tokenizer-path={qwen}"]
+    run("common.preprocess", *words, "--workers=1")
+    for impl in ("local", "transformer_engine"):
+        settings = ToMegatron(str(qwen), str(folder / impl), dtype="bf16", transformer_impl=impl)
+        to_megatron(settings, check=False)
+    return folder
+
+
+def train(work: Path, impl: str, **flags: Any) -> list[tuple[int, float, float]]:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    settings = {
+        "dataset-path": work / "data", "load-checkpoint-path": work / impl, "transformer-impl": impl, "seq-length": 256,
+        "micro-batch-size": 4, "global-batch-size": 8, "log-interval": 1, "split": "100,0,0", "master-port": port,
+        "lr": 1e-3, "min-lr": 1e-4, "save-interval": 1000, **flags,
+    }  # fmt: skip
+    log = run("common.train", *[f"--{name}={value}" for name, value in settings.items()])
+    return [(int(i), float(loss), float(norm)) for i, loss, norm in STEP.findall(log)]
+
+
+@pytest.mark.parametrize("impl", ["transformer_engine", "local"])
+def test_the_first_step_is_hugging_faces(work: Path, impl: str) -> None:
+    pytest.importorskip("transformer_engine.pytorch") if impl == "transformer_engine" else None
+    from transformers import Qwen2ForCausalLM
+
+    data = resolve(str(work / "data"))
+    samples = open_samples(data, train_mode="pretrain", seq_length=256, seed=1234)
+    rows = [samples[i] for i in range(8)]
+    tokens, labels = (
+        torch.stack([torch.from_numpy(row[name]) for row in rows]).cuda() for name in ("tokens", "labels")
+    )
+    model = Qwen2ForCausalLM.from_pretrained(work / "qwen", dtype=torch.bfloat16).float().cuda()
+    loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten())
+    loss.backward()
+    expected = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    (found,) = train(work, impl, **{"train-iters": 1, "save-checkpoint-path": work / f"one_{impl}"})
+    # bfloat16 keeps 8 bits; over 2048 tokens the errors of the loss average out, those of the gradient less so.
+    assert abs(found[1] - loss.item()) < 5e-3 * loss.item()
+    assert abs(found[2] - expected.item()) < 3e-2 * expected.item()
+
+
+def test_both_layers_learn_alike_and_a_stopped_run_goes_on(work: Path) -> None:
+    pytest.importorskip("transformer_engine.pytorch")
+    engine, local = (
+        train(work, impl, **{"train-iters": 30, "save-checkpoint-path": work / f"thirty_{impl}"})
+        for impl in ("transformer_engine", "local")
+    )
+    assert len(engine) == len(local) == 30 and engine[-1][1] < 0.7 * engine[0][1]
+    assert all(abs(a[1] - b[1]) < 0.02 * b[1] for a, b in zip(engine, local, strict=True))
+    flags = {"train-iters": 30, "save-checkpoint-path": work / "halves", "exit-interval": 15}
+    halves = train(work, "transformer_engine", **flags) + train(work, "transformer_engine", **flags)
+    assert [i for i, _, _ in halves] == list(range(1, 31))
+    assert all(abs(a[1] - b[1]) < 0.01 * b[1] for a, b in zip(halves, engine, strict=True))
