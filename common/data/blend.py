@@ -86,6 +86,7 @@ class BlendedSamples:
         shares = [weight / sum(weights[i:]) for i, weight in enumerate(weights)]
         self._shares = [(share.numerator, share.denominator) for share in shares]
         self.samples_per_epoch = sum(samples.samples_per_epoch for samples in self.members)
+        self.weighted = any(samples.weighted for samples in self.members)
         self.description = ", ".join(
             f"{weight} of {samples.samples_per_epoch}" for weight, samples in zip(weights, self.members, strict=True)
         )

@@ -24,9 +24,11 @@ class Samples(Protocol):
     """Numbered samples: tokens and labels int64 [s], loss_mask float32 [s].
 
     `segment_ids` int32 [s] is there only when attention is to be kept within runs of equal numbers.
+    weighted: whether loss_mask may hold other values than 0 and 1.
     """
 
     samples_per_epoch: int
+    weighted: bool
 
     def __getitem__(self, global_index: int) -> dict[str, np.ndarray]:
         """The sample, whichever epoch it is of."""
@@ -102,6 +104,7 @@ class PretrainSamples:
                 f" SEQ_LENGTH + 1 = {seq_length + 1}: use more data, another SPLIT or a smaller SEQ_LENGTH"
             )
         self.samples_per_epoch = (total - 1) // seq_length
+        self.weighted = False
         logger.info(
             "%s: %d tokens make %d samples an epoch, %d at its end are left out",
             tokens.prefix.name, total, self.samples_per_epoch, total - 1 - self.samples_per_epoch * seq_length,
@@ -208,6 +211,7 @@ class SftSamples:
         if packing:
             self._members, self._starts = pack(parts[:, 2] - 1, seq_length)
         self.samples_per_epoch = self._starts.size - 1
+        self.weighted = mask.dtype.kind == "f"
         used = int((parts[:, 2] - 1).sum())
         logger.info(
             "%s: %d samples in %d rows of %d, %.1f%% full",

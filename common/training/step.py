@@ -18,23 +18,30 @@ from common.training.plan import Plan
 Batch = dict[str, torch.Tensor]
 
 
-def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+WEIGHT_UNITS = 256  # of a weight of 1, where weights are not whole: Megatron-Core counts in int32
+
+
+def sum_loss(
+    loss_mask: torch.Tensor, losses: torch.Tensor, units: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(sum of the supervised tokens' losses, their number as int32, [sum, number] for the log) of one micro-batch.
 
     Megatron-Core divides the summed gradients by the number over the global batch (calculate_per_token_loss), so the
-    loss is the mean over its supervised tokens whatever TP, PP, DP and the micro-batch are.
+    loss is the mean over its supervised tokens whatever TP, PP, DP and the micro-batch are. The first two are `units`
+    times what they say; with weights the number is their sum, to 1 / `units`.
     losses, multiplied by loss_mask already, and loss_mask are [b, s] float32.
     """
     total = losses.sum()
     number = loss_mask.sum()
     # A copy: the schedule scales the first value in place.
     report = torch.stack([total.detach(), number]).clone()
-    return total, number.to(torch.int32), report
+    return total * units, (number * units).round().to(torch.int32), report
 
 
 def forward_step(plan: Plan) -> Callable[[Iterator[Batch], Any], tuple[torch.Tensor, Callable[..., Any]]]:
     """The function that Megatron-Core's schedule calls for each micro-batch."""
     device = torch.device(plan.platform.device)
+    units = WEIGHT_UNITS if plan.train and plan.train.weighted else 1
     seq_length = plan.settings.seq_length
     position_ids = torch.arange(seq_length, device=device).expand(plan.settings.micro_batch_size, -1)
 
@@ -43,7 +50,7 @@ def forward_step(plan: Plan) -> Callable[[Iterator[Batch], Any], tuple[torch.Ten
         segments = batch.get("segment_ids")
         mask = None if segments is None else block_causal_mask(segments)
         output = model(batch["tokens"], position_ids, mask, labels=batch["labels"], loss_mask=batch["loss_mask"])
-        return output, lambda losses: sum_loss(batch["loss_mask"], losses)
+        return output, lambda losses: sum_loss(batch["loss_mask"], losses, units)
 
     return run
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from tests.distributed.launch import convert, worker
 from tests.tiny import tiny_qwen
@@ -31,7 +31,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hugging_face_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model(tokens).logits
 
@@ -42,10 +42,10 @@ def difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((mine - theirs).abs().max() / theirs.abs().max())
 
 
-def megatron_logits(work: Path, tp: int, pp: int, checkpoints: list[Path]) -> list[torch.Tensor]:
+def megatron_logits(work: Path, tp: int, pp: int, checkpoints: list[Path], **more: Any) -> list[torch.Tensor]:
     runs = [{"load": str(path), "out": str(work / f"{path.name}.pt")} for path in checkpoints]
-    settings = {"tp": tp, "pp": pp, "gpus": tp * pp, "seq_length": 64, "micro_batch_size": 2, "global_batch_size": 2}
-    settings["precision"] = "fp32"
+    settings: dict[str, Any] = {"tp": tp, "pp": pp, "gpus": tp * pp, "seq_length": 64, "micro_batch_size": 2}
+    settings |= {"global_batch_size": 2, "precision": "fp32", **more}
     worker(tp * pp, {"settings": settings, "batch": str(work / "batch.pt"), "runs": runs})
     return [torch.load(run["out"]) for run in runs]
 
@@ -64,6 +64,32 @@ def test_every_layout_gives_hugging_faces_logits(work: Path, tp: int, pp: int) -
     expected = {model: hugging_face_logits(work / model, tokens) for model in ("tied", "untied")}
     for model, path, mine in zip(models, checkpoints, megatron_logits(work, tp, pp, checkpoints), strict=True):
         assert difference(mine, expected[model]) <= BOUND, path.name
+
+
+def test_qwen3_gives_hugging_faces_logits(work: Path) -> None:
+    folder = tiny_qwen(work / "hf_qwen3", std=0.1, spread=0.1, model_type="qwen3", head_dim=32)
+    tokens = torch.load(work / "batch.pt")["tokens"]
+    (mine,) = megatron_logits(work, 2, 1, [convert(folder, work / "qwen3", tp=2, transformer_impl="local")])
+    assert difference(mine, hugging_face_logits(folder, tokens)) <= BOUND
+
+
+@pytest.mark.parametrize(
+    ("pp", "vpp", "layers"),
+    [(3, 1, "1,2,1"), (3, 1, "2,1,1"), (2, 1, "1,3"), (2, 2, "2,1,1,2")],  # Megatron-Core's two ways to have them
+)
+def test_stages_of_other_sizes_give_the_same_logits(work: Path, pp: int, vpp: int, layers: str) -> None:
+    model = work / "untied"
+    if vpp > 1:
+        model = tiny_qwen(work / "hf_six", std=0.1, spread=0.1, tie_word_embeddings=False, num_hidden_layers=6)
+    checkpoints = []
+    for ckpt_format in ("torch", "torch_dist"):
+        target = work / f"{ckpt_format}_{layers}"
+        options = {"pp": pp, "vpp": vpp, "pipeline_layers": layers, "transformer_impl": "local"}
+        checkpoints.append(convert(model, target, ckpt_format=ckpt_format, **options))
+    expected = hugging_face_logits(model, torch.load(work / "batch.pt")["tokens"])
+    batch = {"global_batch_size": 2 * pp} if vpp > 1 else {}
+    for mine in megatron_logits(work, 1, pp, checkpoints, vpp=vpp, pipeline_layers=layers, **batch):
+        assert difference(mine, expected) <= BOUND
 
 
 def test_yarn_gives_hugging_faces_logits(work: Path) -> None:

@@ -106,6 +106,34 @@ def test_the_first_loss_is_hugging_faces_over_the_supervised_tokens(
     assert abs(one_process[0][1] - expected) <= 2e-6
 
 
+def test_weights_weigh_the_loss_and_its_gradient(work: Path) -> None:
+    turns = [("assistant", f"{i}{i}", weight) for i, weight in enumerate((0.3, 1.0, 2.5, 0.7))]
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": role, "content": text * (n + 1), "loss": weight}]}
+        for n, (role, text, weight) in enumerate(turns * 2)
+    ]
+    (work / "weighted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"input": work / "weighted.jsonl", "output_prefix": work / "weighted", "tokenizer_path": work / "qwen"}
+    run("-m", "common.preprocess", "sft", *words({**flags, "workers": 1}))
+    flags = settings(work, "finetune", save_checkpoint_path=work / "by_weight", train_iters=1)
+    ((_, loss, norm),) = steps(train(**{**flags, "dataset_path": work / "weighted"}, gpus=2))
+
+    data = resolve(str(work / "weighted"))
+    samples = open_samples(data, train_mode="finetune", seq_length=96, seed=1234, documents=range(8))
+    batch = [samples[i] for i in range(8)]
+    tokens, labels, mask = (
+        torch.stack([torch.from_numpy(row[name]) for row in batch]) for name in ("tokens", "labels", "loss_mask")
+    )
+    assert {0.3, 0.7, 1.0, 2.5} == {round(weight, 4) for weight in mask.unique().tolist()} - {0.0}
+    model = Qwen2ForCausalLM.from_pretrained(work / "qwen", dtype=torch.float32)
+    losses = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten(), reduction="none")
+    expected = (losses * mask.flatten()).sum() / mask.sum()
+    expected.backward()
+    theirs = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    assert abs(loss - expected.item()) <= 1e-5
+    assert abs(norm - theirs.item()) <= 1e-3 * theirs.item()
+
+
 @pytest.mark.parametrize(
     ("ckpt_format", "layout"), [("torch_dist", {"gpus": 2}), ("torch", {"tp": 2, "pp": 2, "gpus": 4})], ids=str
 )

@@ -53,7 +53,8 @@ def logits_of(plan: Plan, tokens: torch.Tensor) -> torch.Tensor | None:
 
     with torch.no_grad():
         outputs = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter([]), model=trainee.model, num_microbatches=1,
+            forward_step_func=forward_step, data_iterator=[iter([]) for _ in trainee.model], model=trainee.model,
+            num_microbatches=plan.sizes.pp if plan.sizes.vpp > 1 else 1,  # interleaving needs as many
             seq_length=tokens.shape[1], micro_batch_size=tokens.shape[0], forward_only=True, collect_non_loss_data=True,
         )  # fmt: skip
     box: list[Any] = [None]
