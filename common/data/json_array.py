@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 BLOCK = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
+_NUMBER = re.compile(r"[-+.eE0-9]+\Z")
 _DECODER = json.JSONDecoder()
 
 
@@ -101,8 +102,7 @@ class _Text:
             failure = None
             try:
                 _, end = _DECODER.raw_decode(self._text, self._at)
-                # A number may go on in what is not read yet.
-                if end < len(self._text) or self._ended:
+                if self._ended or not self._may_go_on(end):
                     break
             except RecursionError:
                 raise ArrayError(f"element {number} is nested too deeply") from None
@@ -115,6 +115,12 @@ class _Text:
             size *= 2  # a long element is tried again a few times, not once a block
         start, self._at = self._at, end
         return self._text[start:end]
+
+    def _may_go_on(self, end: int) -> bool:
+        """Whether the value that ends at `end` may be the beginning of a longer one: a number at the text's end."""
+        return end == len(self._text) or (
+            self._text[self._at] in "-0123456789" and _NUMBER.match(self._text, end) is not None
+        )
 
     def _is_final(self, error: json.JSONDecodeError) -> bool:
         """Whether no further text can mend `error`: it is not at the text's end, where a word may be cut in two."""

@@ -11,6 +11,7 @@ from common.data.blend import BlendedSamples
 from common.data.samples import Samples
 from common.errors import KitError
 from common.log import logger
+from common.mcore import check_pipeline_layers
 from common.model.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
@@ -71,7 +72,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     qwen = load_config(start.model_folder)
     check_fit(settings, platform, qwen)
     if start.checkpoint:
-        check_ranks(start.checkpoint, settings.sizes)
+        check_ranks(start.checkpoint, settings.sizes, qwen)
     train = valid = None
     if settings.train_or_convert_ckpt == "train":
         train, valid = open_data(settings, start.model_folder)
@@ -96,15 +97,21 @@ def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> 
     """Raises KitError where the settings ask for what this model or this platform does not have."""
     qwen.check_trainable()
     qwen.check_tensor_parallel(settings.tp)
-    qwen.check_pipeline(settings.pp, settings.vpp)
+    check_pipeline_layers(qwen.chunk_layers(settings.pp, settings.vpp, settings.sizes.pipeline_layers), settings.vpp)
     if settings.async_save and (settings.ckpt_format or platform.checkpoint_format) == "torch":
         raise KitError("ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false")
     if settings.cp > 1:
         raise KitError(f"CP={settings.cp}: samples are not divided over context-parallel ranks here: set CP=1")
-    if settings.seq_length > qwen.longest_sequence:
+    if settings.train_or_convert_ckpt == "train" and settings.seq_length > qwen.longest_sequence:
         raise KitError(
             f"SEQ_LENGTH={settings.seq_length} is over max_position_embeddings={qwen.longest_sequence}"
             " of config.json: use a shorter SEQ_LENGTH, or give the model YaRN (rope_scaling) as its card says"
+        )
+    apart = [name for name in ("packing", "reset_attention") if getattr(settings, name)]
+    if apart and (settings.transformer_impl or platform.transformer_impl) == "transformer_engine":
+        raise KitError(
+            f"{apart[0].upper()}=true is built for local layers only: Transformer Engine's would let the samples of a"
+            f" row see each other; set TRANSFORMER_IMPL=local, or {apart[0].upper()}=false"
         )
     if settings.transformer_impl == "transformer_engine" and not platform.transformer_engine:
         raise KitError(

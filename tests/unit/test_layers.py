@@ -26,7 +26,7 @@ LAYERS = [
     {"model", "data"},
     {"checkpoint"},
     {"training", "demo"},
-    {"preprocess", "convert", "train", "doctor", "estimate"},
+    {"preprocess", "convert", "logits", "train", "doctor", "estimate"},
 ]
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 
@@ -189,7 +189,11 @@ class Blocker:
             raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
 sys.meta_path.insert(0, Blocker())
 for name in sys.argv[1:]:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (name, error.name) != ("common.model.loss_kernels", "triton"):  # imported where a GPU is
+            raise
 assert sys.modules["torch"].cuda.is_initialized() is False
 print(*(name for name in {OPTIONAL} if name in sys.modules))
 """
@@ -209,5 +213,7 @@ def test_functions_are_short() -> None:
 
 
 def test_every_function_has_a_return_type_and_every_public_one_a_docstring() -> None:
-    assert not [where for where, node, _ in functions() if node.returns is None]
+    kernel = "triton.jit"  # a language of its own, in which arguments have no types
+    named = [(where, node) for where, node, _ in functions() if kernel not in map(ast.unparse, node.decorator_list)]
+    assert not [where for where, node in named if node.returns is None]
     assert not [where for where, node, public in functions() if public and not ast.get_docstring(node)]

@@ -23,9 +23,9 @@ SHAPE = {
 }
 
 
-def write_hf(folder: Path, seed: int = 0, **shape: int | bool) -> tuple[QwenConfig, dict[str, Tensor]]:
+def write_hf(folder: Path, seed: int = 0, **shape: int | bool | str) -> tuple[QwenConfig, dict[str, Tensor]]:
     """A Hugging Face folder of random numbers: config.json and model.safetensors; its config and its tensors."""
-    values = {**SHAPE, **shape, "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    values = {**SHAPE, "model_type": "qwen2", **shape, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
     folder.mkdir(parents=True, exist_ok=True)
     config = {**values, "max_position_embeddings": 16, "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -48,6 +48,10 @@ def hf_sizes(qwen: QwenConfig) -> dict[str, tuple[int, ...]]:
             "self_attn.o_proj.weight": (h, q),
             "mlp.gate_proj.weight": (f, h), "mlp.up_proj.weight": (f, h), "mlp.down_proj.weight": (h, f),
         }  # fmt: skip
+        if qwen.qk_norm:
+            layer |= {"self_attn.q_norm.weight": (qwen.head_dim,), "self_attn.k_norm.weight": (qwen.head_dim,)}
+        if not qwen.qkv_bias:
+            layer = {name: size for name, size in layer.items() if not name.endswith("bias")}
         sizes |= {f"model.layers.{i}.{name}": size for name, size in layer.items()}
     if not qwen.tie_word_embeddings:
         sizes["lm_head.weight"] = (v, h)
@@ -82,7 +86,7 @@ def layer_state(
     d, heads_a_group = qwen.head_dim, qwen.num_attention_heads // qwen.num_key_value_heads
     hf = {name.split(".", 3)[3]: tensor for name, tensor in weights.items() if name.startswith(f"model.layers.{i}.")}
     groups = qwen.num_key_value_heads // tp
-    fused: dict[str, list[Tensor]] = {"weight": [], "bias": []}
+    fused: dict[str, list[Tensor]] = {"weight": [], "bias": []} if qwen.qkv_bias else {"weight": []}
     for kind, rows in fused.items():
         for group in range(tp_rank * groups, (tp_rank + 1) * groups):
             for head in range(group * heads_a_group, (group + 1) * heads_a_group):
@@ -92,10 +96,13 @@ def layer_state(
     f, q = qwen.intermediate_size // tp, qwen.num_attention_heads * d // tp
     mine = slice(tp_rank * f, (tp_rank + 1) * f)
     te = impl == "transformer_engine"
+    extras = {"self_attention.linear_qkv.bias": torch.cat(fused["bias"])} if qwen.qkv_bias else {}
+    if qwen.qk_norm:
+        extras |= {f"self_attention.{part}_layernorm.weight": hf[f"self_attn.{part}_norm.weight"] for part in "qk"}
     return {
         "self_attention.linear_qkv.layer_norm_weight" if te else "input_layernorm.weight": hf["input_layernorm.weight"],
         "self_attention.linear_qkv.weight": torch.cat(fused["weight"]),
-        "self_attention.linear_qkv.bias": torch.cat(fused["bias"]),
+        **extras,
         "self_attention.linear_proj.weight": hf["self_attn.o_proj.weight"][:, tp_rank * q : (tp_rank + 1) * q],
         "mlp.linear_fc1.layer_norm_weight" if te else "pre_mlp_layernorm.weight": hf["post_attention_layernorm.weight"],
         "mlp.linear_fc1.weight": torch.cat([hf["mlp.gate_proj.weight"][mine], hf["mlp.up_proj.weight"][mine]]),

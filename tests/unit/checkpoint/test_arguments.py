@@ -29,6 +29,7 @@ def test_arguments_are_those_of_the_model_and_the_layout(tmp_path: Path, tied: b
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": True,
+        "qk_layernorm": False,
         "untie_embeddings_and_output_weights": not tied,
         "vocab_size": 11,
         "padded_vocab_size": 12,

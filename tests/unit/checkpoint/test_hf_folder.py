@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from common.checkpoint.archive import LazyTensor
 from common.checkpoint.hf_folder import (
     INDEX,
     SINGLE,
@@ -24,6 +23,7 @@ from common.checkpoint.hf_folder import (
     plan_shards,
     write_safetensors,
 )
+from common.checkpoint.lazy import LazyTensor
 from common.errors import KitError
 from common.model.config import load_config
 from tests.tiny import tiny_qwen

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from common.checkpoint.mapping import (
     EMBEDDING,
@@ -58,6 +58,8 @@ NAMES = {
     "model.layers.3.self_attn.q_proj.bias": ("decoder.layers.3.self_attention.linear_qkv.bias",) * 2,
     "model.layers.3.self_attn.k_proj.bias": ("decoder.layers.3.self_attention.linear_qkv.bias",) * 2,
     "model.layers.3.self_attn.v_proj.bias": ("decoder.layers.3.self_attention.linear_qkv.bias",) * 2,
+    "model.layers.3.self_attn.q_norm.weight": ("decoder.layers.3.self_attention.q_layernorm.weight",) * 2,
+    "model.layers.3.self_attn.k_norm.weight": ("decoder.layers.3.self_attention.k_layernorm.weight",) * 2,
     "model.layers.3.self_attn.o_proj.weight": ("decoder.layers.3.self_attention.linear_proj.weight",) * 2,
     "model.layers.3.post_attention_layernorm.weight": (
         "decoder.layers.3.mlp.linear_fc1.layer_norm_weight",
@@ -196,19 +198,23 @@ def test_dividing_and_joining_give_back_every_tensor(
         assert torch.equal(unshard(part, shards, index, qwen), tensor)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_hugging_face_shapes_are_those_of_transformers(tied: bool) -> None:
+def test_hugging_face_shapes_are_those_of_transformers(tied: bool, family: str) -> None:
     qwen = replace(
         QWEN, hidden_size=12, intermediate_size=10, num_attention_heads=6, head_dim=2, vocab_size=7,
         tie_word_embeddings=tied,
     )  # fmt: skip
+    shape = {
+        "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 2, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "vocab_size": 7, "tie_word_embeddings": tied,
+    }  # fmt: skip
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(
-            Qwen2Config(
-                hidden_size=12, intermediate_size=10, num_hidden_layers=2, num_attention_heads=6,
-                num_key_value_heads=2, vocab_size=7, tie_word_embeddings=tied,
-            )
-        )  # fmt: skip
+        if family == "qwen2":
+            model = Qwen2ForCausalLM(Qwen2Config(**shape))
+        else:
+            qwen = replace(qwen, head_dim=8, qkv_bias=False, qk_norm=True)
+            model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8))
     theirs = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     layers = {row: range(2) if row.stage == "layer" else [None] for row in rows_of(qwen)}
     ours = {name: hf_shape(name, qwen) for row, found in layers.items() for i in found for name in row.hf_names(i)}
@@ -223,6 +229,8 @@ def test_megatron_shapes() -> None:
         "self_attention.linear_qkv.layer_norm_weight": ((12,), (12,)),
         "self_attention.linear_qkv.weight": ((20, 12), (10, 12)),  # 6 queries, 2 keys, 2 values of 2 rows
         "self_attention.linear_qkv.bias": ((20,), (10,)),
+        "self_attention.q_layernorm.weight": ((2,), (2,)),
+        "self_attention.k_layernorm.weight": ((2,), (2,)),
         "self_attention.linear_proj.weight": ((12, 12), (12, 6)),
         "mlp.linear_fc1.layer_norm_weight": ((12,), (12,)),
         "mlp.linear_fc1.weight": ((20, 12), (10, 12)),

@@ -25,6 +25,7 @@ QWEN = QwenConfig(
     dtype="float32",
 )
 TIED = replace(QWEN, tie_word_embeddings=True)
+QWEN3 = replace(QWEN, head_dim=4, qkv_bias=False, qk_norm=True)
 LAYER = [
     "self_attention.linear_qkv.layer_norm_weight",
     "self_attention.linear_qkv.weight",
@@ -36,9 +37,9 @@ LAYER = [
 ]
 
 
-def drawn(pp: int, vpp: int, layers: int = 8) -> dict[tuple[int, str], list[int]]:
+def drawn(pp: int, vpp: int, layers: int = 8, each: tuple[int, ...] = ()) -> dict[tuple[int, str], list[int]]:
     """(pipeline rank, chunk's key) to its layers."""
-    found = chunks_of(replace(QWEN, num_hidden_layers=layers), Layout(1, pp, vpp, "local"))
+    found = chunks_of(replace(QWEN, num_hidden_layers=layers), Layout(1, pp, vpp, "local", each))
     return {(chunk.pp_rank, chunk.key): list(chunk.layers) for chunk in found}
 
 
@@ -98,10 +99,23 @@ def test_a_tied_model_has_a_copy_of_its_embedding_on_another_last_stage() -> Non
     assert all(each.name != "output_layer.weight" for each in tensors_of(TIED, Layout(1, 1, 1, "local"), only))
 
 
-@pytest.mark.parametrize("qwen", [QWEN, TIED])
-@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (2, 4), (8, 1)])
-def test_every_tensor_lies_in_one_place(qwen: QwenConfig, pp: int, vpp: int) -> None:
-    layout = Layout(1, pp, vpp, "local")
+def test_each_chunk_may_have_a_number_of_layers_of_its_own() -> None:
+    assert drawn(3, 1, each=(2, 5, 1)) == {
+        (0, "model"): [0, 1], (1, "model"): [2, 3, 4, 5, 6], (2, "model"): [7],
+    }  # fmt: skip
+    assert drawn(2, 2, each=(1, 3, 3, 1)) == {
+        (0, "model0"): [0], (1, "model0"): [1, 2, 3],
+        (0, "model1"): [4, 5, 6], (1, "model1"): [7],
+    }  # fmt: skip
+    assert drawn(2, 1, each=(4, 4)) == drawn(2, 1)
+
+
+@pytest.mark.parametrize("qwen", [QWEN, TIED, QWEN3])
+@pytest.mark.parametrize(
+    ("pp", "vpp", "each"), [(1, 1, ()), (2, 1, ()), (2, 4, ()), (8, 1, ()), (3, 1, (3, 3, 2)), (2, 2, (1, 2, 4, 1))]
+)
+def test_every_tensor_lies_in_one_place(qwen: QwenConfig, pp: int, vpp: int, each: tuple[int, ...]) -> None:
+    layout = Layout(1, pp, vpp, "local", each)
     counted = Counter(
         (each.row, each.layer)
         for chunk in chunks_of(qwen, layout)
@@ -133,8 +147,8 @@ def test_the_whole_model_in_its_order() -> None:
         ((1, 1, 2), "VPP=2 needs pipeline stages, but PP=1: set PP to 2 or more, or VPP=1"),
         ((3, 1, 1), r"TP=3 does not divide num_attention_heads=4 .*: use TP in \[1, 2\]"),
         ((4, 1, 1), r"TP=4 does not divide num_key_value_heads=2 .*: use TP in \[1, 2\]"),
-        ((1, 3, 1), "8 layers cannot be divided by PP=3 x VPP=1 = 3: choose"),
-        ((1, 4, 3), "8 layers cannot be divided by PP=4 x VPP=3 = 12: choose"),
+        ((1, 3, 1), "8 layers cannot be divided by PP=3 .*, or give each its number, as PIPELINE_LAYERS=3,3,2"),
+        ((1, 4, 3), "8 layers cannot be divided by PP=4 x VPP=3 = 12: choose PP and VPP whose .* the layers$"),
     ],
 )
 def test_sizes_that_cannot_be_are_told(sizes: tuple[int, int, int], told: str) -> None:
@@ -142,6 +156,19 @@ def test_sizes_that_cannot_be_are_told(sizes: tuple[int, int, int], told: str) -
         Layout(*sizes, "local").check(QWEN)
 
 
+@pytest.mark.parametrize(
+    ("each", "told"),
+    [
+        ((4, 4, 1), r"PIPELINE_LAYERS=4,4,1 are 3 numbers of 9 layers: PP=3 x VPP=1 needs 3 numbers, of 8 layers"),
+        ((4, 4), r"PIPELINE_LAYERS=4,4 are 2 numbers of 8 layers: PP=3 x VPP=1 needs 3 numbers, of 8 layers together"),
+    ],
+)
+def test_layers_that_are_not_the_models_are_told(each: tuple[int, ...], told: str) -> None:
+    with pytest.raises(KitError, match=told):
+        Layout(1, 3, 1, "local", each).check(QWEN)
+
+
 def test_sizes_that_can_be_pass() -> None:
+    Layout(1, 3, 1, "local", (3, 2, 3)).check(QWEN)
     for sizes in ((1, 1, 1), (2, 8, 1), (2, 2, 4), (1, 4, 2)):
         Layout(*sizes, "local").check(QWEN)

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
-from common.checkpoint.archive import LazyTensor
+from common.checkpoint.lazy import LazyTensor
 from common.checkpoint.torch_dist import Block, DistReader, write_dist
 from common.errors import KitError
 from tests.unit.checkpoint.small import same_bits

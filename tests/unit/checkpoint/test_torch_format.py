@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.checkpoint.archive import LazyTensor
+from common.checkpoint.lazy import LazyTensor
 from common.checkpoint.torch_format import load_rank_file, save_rank_file
 from common.errors import KitError
 from tests.unit.checkpoint.small import same_bits

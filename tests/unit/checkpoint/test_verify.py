@@ -30,6 +30,7 @@ QWEN = QwenConfig(
     head_dim=1,
     dtype="float32",
 )
+QWEN3 = {"model_type": "qwen3", "head_dim": 4}
 TWO = [[range(2)], [range(2, 4)]]
 STAGES = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]
 QKV, FC1 = "decoder.layers.0.self_attention.linear_qkv.", "decoder.layers.0.mlp.linear_fc1."
@@ -104,10 +105,17 @@ def test_slices_of_the_vocabulary_leave_padding_out() -> None:
     assert drawn("output_layer.weight", 0, 2, 3, tied) == ["embed_tokens0", "embed_tokens1", "embed_tokens2"]
 
 
+@pytest.mark.parametrize("part", ["q", "k"])
+def test_slices_of_qwen3s_head_norms_are_whole(part: str) -> None:
+    qwen3 = replace(QWEN, head_dim=3, qkv_bias=False, qk_norm=True)
+    (piece,) = slices(f"decoder.layers.8.self_attention.{part}_layernorm.weight", 1, 2, qwen3, 3)
+    assert piece == (f"model.layers.8.self_attn.{part}_norm.weight", range(3), None, 0)
+
+
 class Pair:
     """A Hugging Face folder and a Megatron checkpoint of the same weights."""
 
-    def __init__(self, root: Path, *, dist: bool = False, tp: int = 2, **shape: int | bool) -> None:
+    def __init__(self, root: Path, *, dist: bool = False, tp: int = 2, **shape: int | bool | str) -> None:
         self.folder, self.path = root / "hf", root / "release"
         self.qwen, self.weights = write_hf(self.folder, **shape)
         if dist:
@@ -139,8 +147,9 @@ class Pair:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dist", [True, False])
-def test_the_same_weights_agree(tmp_path: Path, tied: bool, dist: bool) -> None:
-    pair = Pair(tmp_path, dist=dist, tie_word_embeddings=tied)
+@pytest.mark.parametrize("family", [{}, QWEN3])
+def test_the_same_weights_agree(tmp_path: Path, tied: bool, dist: bool, family: dict[str, Any]) -> None:
+    pair = Pair(tmp_path, dist=dist, tie_word_embeddings=tied, **family)
     report = pair.report()
     num_bytes = sum(tensor.nbytes for tensor in pair.weights.values())
     assert (report.errors, report.num_tensors, report.num_bytes) == ([], len(pair.weights), num_bytes)
@@ -231,6 +240,16 @@ def test_mutants_across_layers_and_stages_are_found(tmp_path: Path, rank: str) -
         state["model0"][name], state["model1"][name] = state["model1"][name], state["model0"][name]
     torch.save(state, path)
     assert len(pair.report().errors) >= 14
+
+
+@pytest.mark.parametrize("part", ["q", "k"])
+def test_a_head_norm_of_qwen3_that_differs_is_found(tmp_path: Path, part: str) -> None:
+    pair = Pair(tmp_path, **QWEN3)
+    name = f"decoder.layers.0.self_attention.{part}_layernorm.weight"
+    pair.change_rank("01_000", lambda state: flip(state[name], 3))
+    assert pair.report().errors == [f"{name} of tensor rank 1 differs from model.layers.0.self_attn.{part}_norm.weight"]
+    pair.change_rank("01_000", lambda state: state.pop(name))
+    assert len(pair.report().errors) == 1
 
 
 def test_a_tied_copy_that_differs_is_found(tmp_path: Path) -> None:

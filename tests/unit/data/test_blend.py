@@ -21,6 +21,8 @@ from common.log import logger
 class Numbered:
     """Samples that say whose they are and which."""
 
+    weighted = False
+
     def __init__(self, name: int, samples_per_epoch: int) -> None:
         self.name, self.samples_per_epoch = name, samples_per_epoch
 

@@ -115,6 +115,16 @@ def test_a_json_array_gives_its_elements_however_it_is_written(
     assert [json.loads(line) for line in lines] == rows
 
 
+@pytest.mark.parametrize("number", ["0.5", "-1.25e+10", "12345", "1E5"])
+@pytest.mark.parametrize("after", [b",2]", b"]", b" \n]"])
+def test_a_number_is_whole_wherever_a_read_ends(tmp_path: Path, number: str, after: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b"[" + number.encode() + after)
+    for block in range(1, 12):
+        with patch.object(json_array, "BLOCK", block):
+            assert lines_of(path).split(b"\n")[0].decode() == number
+
+
 def test_elements_are_numbered_over_chunks_and_the_array_stays_in_one_part(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": f"{i}"} for i in range(100)], indent=1))

@@ -1,0 +1,107 @@
+"""Checkpoints that others wrote, by their own libraries in another process: what they are, and their weights."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.checkpoint.inspection import inspect_folder
+from common.checkpoint.layout import find_checkpoint
+from common.checkpoint.megatron_folder import open_megatron
+from common.checkpoint.pipeline import whole_model
+from common.checkpoint.verify import verify
+from common.errors import KitError
+from common.model.config import load_config
+from tests.unit.checkpoint.small import same_bits, write_hf, write_ranks
+
+ROOT = Path(__file__).parents[3]
+KINDS = ("megatron-lm", "pai", "stacked", "numbered")
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model in `hf`, and a checkpoint of each kind."""
+    root = tmp_path_factory.mktemp("foreign")
+    write_hf(root / "hf")
+
+    def write(kind: str) -> None:
+        command = [sys.executable, "-m", "tests.unit.checkpoint.foreign", kind, str(root / "hf"), str(root / kind)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, KINDS))
+    return root
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_others_checkpoints_give_their_weights(foreign: Path, kind: str) -> None:
+    qwen, checkpoint = load_config(foreign / "hf"), find_checkpoint(foreign / kind)
+    assert checkpoint
+    reader = open_megatron(checkpoint, qwen)
+    expected = load_file(foreign / "hf" / "model.safetensors")
+    found = {
+        name: reader.hf_tensor(row, layer, part)
+        for row, layer in whole_model(qwen)
+        for part, name in enumerate(row.hf_names(layer))
+    }
+    assert set(found) == set(expected) and all(same_bits(found[name], expected[name]) for name in found)
+    report = verify(foreign / "hf", checkpoint, qwen)
+    assert (report.errors, report.num_tensors) == ([], len(expected))
+
+
+def test_what_they_are_is_told(foreign: Path) -> None:
+    told = {kind: inspect_folder(foreign / kind) for kind in KINDS}
+    assert [told[kind]["format"] for kind in KINDS] == ["Megatron, torch"] * 2 + ["Megatron, torch_dist"] * 2
+    assert [told[kind]["optimizer"] for kind in KINDS] == ["yes", "no", "yes", "yes"]
+    assert [told[kind]["iteration"] for kind in KINDS] == ["20", "release (weights alone)", "20", "20"]
+    assert told["pai"]["layout"] == "TP=2 PP=2 VPP=1, layers a chunk 2,2"
+    assert "layers stacked" in told["stacked"]["layout"] and "layers numbered" in told["numbered"]["layout"]
+    assert told["pai"]["written by"].startswith("the converter of Pai-Megatron-Patch or of the kit before this one (")
+    for kind in ("megatron-lm", "stacked", "numbered"):
+        assert told[kind]["written by"].startswith("Megatron-LM or the like (num_layers 4, hidden_size 8,")
+    numel = sum(tensor.numel() for tensor in load_file(foreign / "hf" / "model.safetensors").values())
+    padded = numel + 2 * (128 - 11) * 8
+    assert all(told[kind]["weights"].startswith(f"{padded:,} parameters in ") for kind in KINDS)
+    assert all(told[kind]["config.json"].startswith("not there") for kind in KINDS)
+
+
+def test_a_hugging_face_folder_is_told(foreign: Path) -> None:
+    told = inspect_folder(foreign / "hf")
+    numel = sum(tensor.numel() for tensor in load_file(foreign / "hf" / "model.safetensors").values())
+    assert told["format"] == "Hugging Face, safetensors" and told["files"] == "1"
+    assert told["weights"] == f"{numel:,} parameters in 51 tensors, 0.00 GB ({numel * 4:,} bytes) (float32 x 51)"
+    assert told["model"].startswith("qwen2, num_hidden_layers 4, hidden_size 8,") and "not tied" in told["model"]
+
+
+def test_virtual_chunks_and_local_names_are_told(tmp_path: Path) -> None:
+    qwen, weights = write_hf(tmp_path / "hf", tie_word_embeddings=True)
+    stages = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]
+    write_ranks(tmp_path / "release", weights, qwen, stages, impl="local")
+    told = inspect_folder(tmp_path / "release")
+    assert told["layout"] == "TP=1 PP=2 VPP=2, layers a chunk 1,1,1,1" and told["names"] == "local"
+    assert told["written by"] == "not told: it holds no arguments"
+
+
+def test_what_is_nothing_known_is_told(tmp_path: Path) -> None:
+    with pytest.raises(KitError, match="is neither a Hugging Face folder .* nor a Megatron checkpoint"):
+        inspect_folder(tmp_path)
+    with pytest.raises(KitError, match="nowhere is no folder: give that of a model or of a checkpoint"):
+        inspect_folder(tmp_path / "nowhere")
+
+
+def test_legacy_models_are_refused_by_name(tmp_path: Path) -> None:
+    qwen, _ = write_hf(tmp_path / "hf")
+    (tmp_path / "release" / "mp_rank_00").mkdir(parents=True)
+    state = {"model": {"language_model": {"encoder": {"layers.0.x": torch.ones(1)}}}, "checkpoint_version": 3.0}
+    torch.save(state, tmp_path / "release" / "mp_rank_00" / "model_optim_rng.pt")
+    checkpoint = find_checkpoint(tmp_path / "release")
+    assert checkpoint
+    with pytest.raises(KitError, match="holds a 'language_model': it is of Megatron-LM's legacy models"):
+        open_megatron(checkpoint, qwen)
