@@ -4,11 +4,15 @@ It needs no GPU, no Megatron-Core and no model in memory: tensors go from file t
 """
 
 import argparse
+import dataclasses
 import json
+import platform
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from tqdm import tqdm
 from common import errors, log
 from common.checkpoint.arguments import megatron_arguments
 from common.checkpoint.hf_folder import HfReader, check_weights, parse_size, write_safetensors
+from common.checkpoint.inspection import WRITTEN_BY, inspect_folder
 from common.checkpoint.layout import (
     MODEL_FILE,
     RELEASE,
@@ -30,14 +35,16 @@ from common.checkpoint.layout import (
 from common.checkpoint.mapping import IMPLEMENTATIONS
 from common.checkpoint.megatron_folder import open_megatron
 from common.checkpoint.pipeline import Layout
+from common.checkpoint.planning import ExpectedFolder, plan_dist, plan_hf, plan_ranks
 from common.checkpoint.streams import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
-from common.checkpoint.target import check_target, write_whole
+from common.checkpoint.target import REPORT, check_target, write_whole
 from common.checkpoint.torch_dist import write_dist
 from common.checkpoint.torch_format import save_rank_file
-from common.checkpoint.verify import verify
+from common.checkpoint.verify import Report, verify
 from common.errors import KitError
 from common.log import logger
 from common.model.config import QwenConfig, load_config
+from common.parallel import parse_pipeline_layers
 from common.settings import add_options, from_namespace, option
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -54,6 +61,7 @@ class ToMegatron:
     tp: int = option(1, "tensor parallel size")
     pp: int = option(1, "pipeline parallel size")
     vpp: int = option(1, "virtual pipeline chunks a rank")
+    pipeline_layers: str | None = option(None, "layers of each stage (with VPP of each chunk), as 7,7,8,6")
     ckpt_format: str = option("torch", "torch: a file a rank; torch_dist: any parallel sizes", ("torch", "torch_dist"))
     transformer_impl: str = option("transformer_engine", "whose parameter names", IMPLEMENTATIONS)
     dtype: str | None = option(None, HELP_DTYPE, tuple(DTYPES))
@@ -77,21 +85,38 @@ class Verify:
     hf_model_path: str = option(help="Hugging Face folder")
     load_checkpoint_path: str = option(help="Megatron checkpoint: its folder, or one iteration's")
     dtype: str | None = option(None, "compare after casting both to it", tuple(DTYPES))
+    report: str | None = option(None, "file for every tensor's shape, dtype, bytes and checksum, as JSON")
+    logits: bool = option(False, "run both models in float32 too, in 8 bytes a parameter")
+    text: str | None = option(None, "what they read with --logits; default: a few lines")
 
 
-def to_megatron(settings: ToMegatron, check: bool) -> None:
-    """Writes the Megatron checkpoint, or with `check` only looks whether it can be written."""
+@dataclass(frozen=True)
+class Inspect:
+    """Tells what a folder is: its format, layout, sizes, and what wrote it."""
+
+    path: str = option(help="Hugging Face folder, or Megatron checkpoint")
+
+
+def to_megatron(settings: ToMegatron, check: bool, plan: bool = False) -> None:
+    """Writes the Megatron checkpoint; with `check` only looks whether it can be written, with `plan` tells how."""
     source_folder, target = Path(settings.load_checkpoint_path), Path(settings.save_checkpoint_path)
     check_target(target, source_folder)
     qwen = load_config(source_folder)
-    layout = Layout(settings.tp, settings.pp, settings.vpp, settings.transformer_impl)
+    pipeline_layers = parse_pipeline_layers(settings.pipeline_layers)
+    layout = Layout(settings.tp, settings.pp, settings.vpp, settings.transformer_impl, pipeline_layers)
     if settings.ckpt_format == "torch_dist":
         layout = Layout(1, 1, 1, "transformer_engine")
-        logger.info("torch_dist holds whole tensors: TP, PP, VPP and TRANSFORMER_IMPL are training's to choose")
+        logger.info(
+            "torch_dist holds whole tensors: TP, PP, VPP, PIPELINE_LAYERS and TRANSFORMER_IMPL are training's to choose"
+        )
     layout.check(qwen)
+    dtype = DTYPES[settings.dtype] if settings.dtype else None
+    if plan:
+        expected = Source(ExpectedFolder(source_folder, qwen, getattr(torch, qwen.dtype)), qwen, dtype)
+        print(*(plan_ranks(expected, layout) if settings.ckpt_format == "torch" else plan_dist(expected)), sep="\n")
+        return
     reader = HfReader(source_folder)
     check_weights(reader, hf_shapes(qwen), qwen)
-    dtype = DTYPES[settings.dtype] if settings.dtype else None
     source = Source(reader, qwen, dtype)
     if check:
         print(f"ok: {len(reader.names)} tensors can be converted to {target}")
@@ -104,7 +129,8 @@ def to_megatron(settings: ToMegatron, check: bool) -> None:
         else:
             _write_ranks(source, layout, folder / RELEASE)
         write_tracker(folder, RELEASE)
-        prove(source_folder, folder, qwen, dtype)
+        report = prove(source_folder, need_checkpoint(str(folder)), qwen, dtype)
+        write_report(folder / REPORT, report, settings)
 
     write_whole(target, write)
     logger.info("LOAD_CHECKPOINT_PATH=%s", target)
@@ -113,7 +139,7 @@ def to_megatron(settings: ToMegatron, check: bool) -> None:
 def _write_torch_dist(source: Source, folder: Path) -> None:
     blocks = list(dist_blocks(source))
     with progress(sum(block.tensor.num_bytes for block in blocks)) as done:
-        write_dist(folder, blocks, {"checkpoint_version": 3.0, "iteration": 0}, done)
+        write_dist(folder, blocks, {"checkpoint_version": 3.0, "iteration": 0, **WRITTEN_BY}, done)
 
 
 def _write_ranks(source: Source, layout: Layout, folder: Path) -> None:
@@ -124,11 +150,12 @@ def _write_ranks(source: Source, layout: Layout, folder: Path) -> None:
     with progress(sum(sizes)) as done:
         for (pp_rank, tp_rank), chunks in states.items():
             path = folder / rank_dir_name(tp_rank, pp_rank, layout.pp) / MODEL_FILE
-            save_rank_file(path, {"args": arguments, "checkpoint_version": 3.0, "iteration": 0, **chunks}, done)
+            beside = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0, **WRITTEN_BY}
+            save_rank_file(path, {**beside, **chunks}, done)
 
 
-def to_hf(settings: ToHuggingFace, check: bool) -> None:
-    """Writes the Hugging Face folder, or with `check` only looks whether it can be written."""
+def to_hf(settings: ToHuggingFace, check: bool, plan: bool = False) -> None:
+    """Writes the Hugging Face folder; with `check` only looks whether it can be written, with `plan` tells how."""
     target = Path(settings.save_checkpoint_path)
     checkpoint = need_checkpoint(settings.load_checkpoint_path)
     check_target(target, checkpoint.folder)
@@ -139,6 +166,9 @@ def to_hf(settings: ToHuggingFace, check: bool) -> None:
     qwen = load_config(model_folder)
     reader = open_megatron(checkpoint, qwen)
     tensors = hf_tensors(reader, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+    if plan:
+        print(*plan_hf(tensors, max_shard_bytes), sep="\n")
+        return
     if check:
         print(f"ok: {len(tensors)} tensors of {checkpoint.path} can be converted to {target}")
         return
@@ -152,7 +182,8 @@ def to_hf(settings: ToHuggingFace, check: bool) -> None:
         with progress(sum(tensor.num_bytes for tensor in tensors.values())) as done:
             names = write_safetensors(folder, tensors, max_shard_bytes, done)
         logger.info("%d tensors in %d files", len(tensors), len(names) - (len(names) > 1))
-        prove(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+        report = prove(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+        write_report(folder / REPORT, report, settings)
 
     write_whole(target, write)
     logger.info("written: %s", target)
@@ -168,13 +199,32 @@ def set_dtype(path: Path, dtype: str) -> None:
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def prove(hf_folder: Path, megatron: Path | Checkpoint, qwen: QwenConfig, dtype: torch.dtype | None) -> None:
-    """Raises KitError unless both sides hold the same bits."""
-    checkpoint = megatron if isinstance(megatron, Checkpoint) else need_checkpoint(str(megatron))
+def prove(hf_folder: Path, checkpoint: Checkpoint, qwen: QwenConfig, dtype: torch.dtype | None) -> Report:
+    """What was compared; raises KitError unless both sides hold the same bits."""
     report = verify(hf_folder, checkpoint, qwen, dtype)
     if report.errors:
         raise KitError("the proof failed: " + "; ".join(report.errors[:5]) + ": copy the source again, and report this")
     logger.info("proof: %s", report.line())
+    if report.non_finite:
+        logger.warning("%d values are NaN or infinite: they are written as they are", report.non_finite)
+    return report
+
+
+def write_report(path: Path, report: Report, settings: Any) -> None:
+    """Writes what was compared as JSON: every tensor of both sides, totals, settings and versions."""
+    content = {
+        "settings": dataclasses.asdict(settings),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "safetensors": version("safetensors"),
+        },
+        "totals": {"tensors": report.num_tensors, "bytes": report.num_bytes, "non_finite": report.non_finite},
+        "result": report.line(),
+        "hugging_face": report.hugging_face,
+        "megatron": report.megatron,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def compare(settings: Verify, check: bool) -> None:
@@ -186,7 +236,20 @@ def compare(settings: Verify, check: bool) -> None:
     if check:
         print(f"ok: {folder} and {checkpoint.path} can be compared")
         return
-    prove(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+    report = prove(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+    if settings.report:
+        write_report(Path(settings.report), report, settings)
+    if settings.logits:  # in a process of its own: this command does without Megatron-Core
+        flags = [f"--hf-model-path={folder}", f"--load-checkpoint-path={settings.load_checkpoint_path}"]
+        flags += [f"--text={settings.text}"] if settings.text else []
+        done = subprocess.run([sys.executable, "-m", "common.logits", *flags], check=False)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+
+
+def tell(settings: Inspect, check: bool) -> None:
+    """Prints what the folder is."""
+    print(*(f"{name}: {value}" for name, value in inspect_folder(Path(settings.path)).items()), sep="\n")
 
 
 def need_checkpoint(path: str) -> Checkpoint:
@@ -204,10 +267,11 @@ def progress(total: int) -> Iterator[Callable[[int], Any]]:
         yield bar.update
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any, bool], None]]] = {
+COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "hf-to-megatron": (ToMegatron, to_megatron),
     "megatron-to-hf": (ToHuggingFace, to_hf),
     "verify": (Verify, compare),
+    "inspect": (Inspect, tell),
 }
 
 
@@ -217,12 +281,18 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, (settings, _) in COMMANDS.items():
         command = commands.add_parser(name, help=settings.__doc__, description=settings.__doc__)
-        add_options(command, settings)
+        if settings is Inspect:
+            command.add_argument("path", help="Hugging Face folder, or Megatron checkpoint")
+        else:
+            add_options(command, settings)
+        if settings in (ToMegatron, ToHuggingFace):
+            command.add_argument("--plan", action="store_true", help="print where every tensor would go, and stop")
         command.add_argument("--check", action="store_true", help="look whether it can be done, and stop")
     arguments = parser.parse_args()
     log.setup()
     settings_type, run = COMMANDS[arguments.command]
-    run(from_namespace(settings_type, arguments), arguments.check)
+    plan = {"plan": True} if getattr(arguments, "plan", False) else {}
+    run(from_namespace(settings_type, arguments), arguments.check, **plan)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The one place that knows Megatron-Core's versions: what is supported, and what each of them needs mended."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
@@ -35,6 +35,23 @@ def optimizer_sharding() -> str:
     if version() >= (0, 15):
         return "fully_reshardable"
     return "fully_sharded_model_space" if version() >= (0, 13) else "dp_zero_gather_scatter"
+
+
+def first_and_last_differ(chunk_layers: Sequence[int], vpp: int) -> bool:
+    """Whether these layers a chunk differ in the first and last stage alone, as every version can build them."""
+    return vpp == 1 and len(set(chunk_layers[1:-1])) <= 1
+
+
+def check_pipeline_layers(chunk_layers: Sequence[int], vpp: int) -> None:
+    """Raises KitError unless the installed version trains with these layers a chunk: before 0.13 not any will do."""
+    even = len(set(chunk_layers)) == 1
+    if even or first_and_last_differ(chunk_layers, vpp) or version() >= (0, 13):
+        return
+    major, minor = version()
+    raise KitError(
+        f"PIPELINE_LAYERS={','.join(map(str, chunk_layers))} with VPP={vpp} needs megatron-core 0.13 or later, and"
+        f" {major}.{minor} is installed: let only the first and the last stage differ, at VPP=1, or install a later one"
+    )
 
 
 @contextmanager

@@ -5,11 +5,20 @@ from dataclasses import dataclass
 from common.errors import KitError
 
 
+def parse_pipeline_layers(text: str | None) -> tuple[int, ...]:
+    """(7, 7, 8, 6) for "7,7,8,6", nothing for nothing; raises KitError unless each is a number above 0."""
+    words = text.split(",") if text else []
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise KitError(f"PIPELINE_LAYERS={text}: give the layers of each pipeline stage with commas, as 7,7,8,6")
+    return tuple(int(word) for word in words)
+
+
 @dataclass(frozen=True)
 class ParallelSizes:
     """The sizes of a run; `world_size` = tp x pp x cp x dp ranks.
 
     Raises KitError when `world_size` is no multiple of tp x pp x cp, or VPP is asked for without pipeline stages.
+    Whether `pipeline_layers` are those of a model, QwenConfig.chunk_layers tells.
     """
 
     world_size: int
@@ -17,6 +26,7 @@ class ParallelSizes:
     pp: int = 1
     vpp: int = 1
     cp: int = 1
+    pipeline_layers: tuple[int, ...] = ()  # of each chunk in the model's order; empty: as many each
 
     def __post_init__(self) -> None:
         for name in ("world_size", "tp", "pp", "vpp", "cp"):

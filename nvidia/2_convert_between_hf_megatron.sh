@@ -16,6 +16,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${TP:=2}"                                # tensor parallel size, as in step 3 / 张量并行，与第 3 步一致
 : "${PP:=2}"                                # pipeline parallel size, as in step 3 / 流水线并行，与第 3 步一致
 : "${VPP:=1}"                               # virtual pipeline chunks a rank / 每个 rank 的虚拟流水线块数
+: "${PIPELINE_LAYERS:=}"                    # layers of each stage, as 7,7,8,6; empty: even / 各阶段的层数，如 7,7,8,6；空：均分
 : "${CKPT_FORMAT:=torch}"                   # torch or torch_dist / 检查点格式
 : "${TRANSFORMER_IMPL:=transformer_engine}" # names of the weights: transformer_engine or local / 权重命名
 

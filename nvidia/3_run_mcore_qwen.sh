@@ -5,7 +5,7 @@ set -euo pipefail
 VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Needed / 必填
-: "${DATASET_PATH:=}"         # OUTPUT_PREFIX of step 1 (training only) / 第 1 步的 OUTPUT_PREFIX（仅训练）
+: "${DATASET_PATH:=}"         # OUTPUT_PREFIX of step 1, or by weight: 0.7 a 0.3 b / 第 1 步的 OUTPUT_PREFIX，或按权重混合
 : "${LOAD_CHECKPOINT_PATH:=}" # weights to start from: step 2's or a run's / 起始权重：第 2 步或某次训练的目录
 : "${SAVE_CHECKPOINT_PATH:=}" # where checkpoints go; the same again resumes / 检查点目录；再次运行即续训
 
@@ -27,6 +27,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${TP:=2}"                  # tensor parallel size; above 1, sequence parallel too / 张量并行，大于 1 时含序列并行
 : "${PP:=2}"                  # pipeline parallel size / 流水线并行
 : "${VPP:=1}"                 # virtual pipeline chunks a rank / 每个 rank 的虚拟流水线块数
+: "${PIPELINE_LAYERS:=}"      # layers of each stage, as 7,7,8,6; empty: even / 各阶段的层数，如 7,7,8,6；空：均分
 : "${CP:=1}"                  # context parallel size / 上下文并行
 : "${GPUS:=8}"                # GPUs of this node / 本节点 GPU 数
 : "${NNODES:=1}"              # nodes / 节点数

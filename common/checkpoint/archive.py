@@ -16,7 +16,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,49 +24,14 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from common.checkpoint.ahead import MadeTensor, made_ahead, write_all
+from common.checkpoint.lazy import LazyTensor
 from common.checkpoint.unpickle import RestrictedUnpickler
 from common.errors import KitError
 
 ALIGNMENT = 64
 _MAX32 = 0xFFFFFFFF
 _STORAGE_DTYPES = torch.storage._storage_type_to_dtype_map()
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor of known shape and dtype that `produce` makes when it is written."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    produce: Callable[[], Tensor]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return int(torch.Size(self.shape).numel())
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of its data."""
-        return self.numel * self.dtype.itemsize
-
-    def bytes(self) -> memoryview:
-        """Its data, made now."""
-        tensor = self.produce()
-        assert tuple(tensor.shape) == self.shape and tensor.dtype == self.dtype, (tensor.shape, tensor.dtype, self)
-        return tensor_bytes(tensor)
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of `tensor` in row-major order; no copy where it lies so already."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def write_all(stream: IO[bytes], data: bytes | bytearray | memoryview) -> None:
-    """Writes all of `data`: an unbuffered file takes less than 2 GiB at once, and may take a part."""
-    rest = memoryview(data)
-    while rest.nbytes:
-        rest = rest[stream.write(rest) :]
 
 
 @dataclass(frozen=True)
@@ -110,10 +75,15 @@ def _storage_name(dtype: torch.dtype) -> str:
     return str(empty._pickle_storage_type())
 
 
-def write_archive(stream: IO[bytes], value: Any, done: Callable[[int], None] = lambda size: None) -> int:
+def write_archive(
+    stream: IO[bytes],
+    value: Any,
+    done: Callable[[int], None] = lambda size: None,
+    made: Iterator[MadeTensor] | None = None,
+) -> int:
     """The number of bytes written: `value`, whose tensors may be LazyTensors, where `stream` stands.
 
-    `done` is told the bytes of each tensor when it is written.
+    `done` is told the bytes of each tensor when it is written; `made` gives them with their checksums, made elsewhere.
     """
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
@@ -121,9 +91,11 @@ def write_archive(stream: IO[bytes], value: Any, done: Callable[[int], None] = l
     archive = _ZipWriter(stream)
     archive.write("archive/data.pkl", pickled.getbuffer())
     archive.write("archive/byteorder", memoryview(b"little"))
-    for index, tensor in enumerate(pickler.tensors):
-        archive.write(f"archive/data/{index}", tensor.bytes())
-        done(tensor.num_bytes)
+    made = made or made_ahead(pickler.tensors, checksum=True)
+    for index in range(len(pickler.tensors)):
+        tensor = next(made)
+        archive.write(f"archive/data/{index}", tensor.data, tensor.checksum)
+        done(tensor.data.nbytes)
     archive.write("archive/version", memoryview(b"3\n"))
     return archive.close()
 
@@ -141,9 +113,9 @@ class _ZipWriter:
         write_all(self.stream, data)
         self.position += len(data)
 
-    def write(self, name: str, data: memoryview) -> None:
+    def write(self, name: str, data: memoryview, checksum: int | None = None) -> None:
         encoded, size, start = name.encode(), data.nbytes, self.position
-        checksum = zlib.crc32(data)
+        checksum = zlib.crc32(data) if checksum is None else checksum
         wide = struct.pack("<HHQQ", 1, 16, size, size) if size >= _MAX32 else b""
         padding = -(start + 30 + len(encoded) + len(wide) + 4) % ALIGNMENT
         extra = wide + struct.pack("<2sH", b"FB", padding) + b"Z" * padding

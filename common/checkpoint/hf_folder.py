@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.checkpoint.archive import LazyTensor, write_all
+from common.checkpoint.ahead import made_ahead, write_all
+from common.checkpoint.lazy import LazyTensor
 from common.checkpoint.mapping import check_names
 from common.errors import KitError
 from common.model.config import QwenConfig
@@ -39,7 +40,7 @@ class HfReader:
         if index.is_file() and (folder / SINGLE).is_file():
             raise KitError(f"{folder} holds both {INDEX} and {SINGLE}: remove the one that is not the model's")
         if index.is_file():
-            listed = _read_index(index)
+            listed = read_index(index)
         elif (folder / SINGLE).is_file():
             listed = None
         else:
@@ -80,7 +81,8 @@ class HfReader:
         return self._files[self._file_of[name]].get_slice(name)
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor to file, as an index of safetensors tells it."""
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         return {str(tensor): str(file) for tensor, file in listed.items()}
@@ -114,8 +116,7 @@ def write_safetensors(
     `done` is told the bytes of each tensor when it is written.
     """
     shards = plan_shards(tensors, max_shard_bytes)
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else [SINGLE]
+    names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
         _write_file(folder / name, {tensor: tensors[tensor] for tensor in shard}, done)
     if len(shards) == 1:
@@ -128,6 +129,11 @@ def write_safetensors(
     index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [*names, INDEX]
+
+
+def shard_names(count: int) -> list[str]:
+    """The names of a model's safetensors files, as many as `count`."""
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
 
 
 def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> list[list[str]]:
@@ -153,9 +159,9 @@ def _write_file(path: Path, tensors: Mapping[str, LazyTensor], done: Callable[[i
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
     with path.open("wb", buffering=0) as stream:
         write_all(stream, struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            write_all(stream, tensor.bytes())
-            done(tensor.num_bytes)
+        for made in made_ahead(tensors.values(), checksum=False):
+            write_all(stream, made.data)
+            done(made.data.nbytes)
         os.fsync(stream.fileno())
 
 

@@ -59,6 +59,10 @@ _QKV = tuple(f"{_H}self_attn.{part}_proj." for part in "qkv")
 EMBEDDING = Row(
     "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), axis=0, stage="first", vocabulary=True
 )
+QKV_BIAS = Row(_M + "self_attention.linear_qkv.bias", tuple(name + "bias" for name in _QKV), "qkv", axis=0)
+QK_NORMS = tuple(
+    Row(f"{_M}self_attention.{part}_layernorm.weight", (f"{_H}self_attn.{part}_norm.weight",)) for part in "qk"
+)
 OUTPUT = Row("output_layer.weight", ("lm_head.weight",), axis=0, stage="last", vocabulary=True)
 TABLE = (
     EMBEDDING,
@@ -68,7 +72,8 @@ TABLE = (
         local=_M + "input_layernorm.weight",
     ),
     Row(_M + "self_attention.linear_qkv.weight", tuple(name + "weight" for name in _QKV), "qkv", axis=0),
-    Row(_M + "self_attention.linear_qkv.bias", tuple(name + "bias" for name in _QKV), "qkv", axis=0),
+    QKV_BIAS,
+    *QK_NORMS,
     Row(_M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), axis=1),
     Row(
         _M + "mlp.linear_fc1.layer_norm_weight",
@@ -90,8 +95,11 @@ def is_skipped(name: str) -> bool:
 
 
 def rows_of(qwen: QwenConfig) -> tuple[Row, ...]:
-    """The rows that a model of this config has: a tied one has no output layer of its own."""
-    return tuple(row for row in TABLE if not (row is OUTPUT and qwen.tie_word_embeddings))
+    """The rows that a model of this config has: a tied one has no output layer of its own, Qwen3 norms for a bias."""
+    absent = {OUTPUT} if qwen.tie_word_embeddings else set()
+    absent |= set() if qwen.qkv_bias else {QKV_BIAS}
+    absent |= set() if qwen.qk_norm else set(QK_NORMS)
+    return tuple(row for row in TABLE if row not in absent)
 
 
 def hf_shape(name: str, qwen: QwenConfig) -> tuple[int, ...]:
@@ -110,7 +118,7 @@ def hf_shape(name: str, qwen: QwenConfig) -> tuple[int, ...]:
     }
     module, kind = name.rsplit(".", 2)[-2:]
     if module not in rows:
-        return (h,)
+        return (d,) if module in ("q_norm", "k_norm") else (h,)
     columns = {"o_proj": qwen.num_attention_heads * d, "down_proj": f}.get(module, h)
     return (rows[module],) if kind == "bias" else (rows[module], columns)
 
@@ -198,6 +206,12 @@ def rename_parameters(state: Mapping[str, T], transformer_impl: str) -> dict[str
 def implementation_of(names: Iterable[str]) -> str:
     """`transformer_engine` or `local`: whose names these Megatron parameters bear."""
     return "transformer_engine" if all(canonical_name(name) == name for name in names) else "local"
+
+
+def num_layers(names: Iterable[str]) -> int:
+    """Layers of the chunk whose parameters bear these names."""
+    found = (re.match(re.escape(LAYERS) + r"(\d+)\.", name) for name in names)
+    return 1 + max((int(layer[1]) for layer in found if layer), default=-1)
 
 
 def check_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:

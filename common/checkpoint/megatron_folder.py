@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from common.checkpoint.ahead import will_need
 from common.checkpoint.layout import MODEL_FILE, Checkpoint, rank_dir_name
 from common.checkpoint.mapping import (
     EMBEDDING,
@@ -60,7 +61,7 @@ class DistWeights:
     def __init__(self, path: Path, qwen: QwenConfig) -> None:
         self._reader, self._qwen = DistReader(path), qwen
         self.description = "torch_dist"
-        stored = {key: tensor for key, tensor in self._reader.tensors.items() if _is_weight(key)}
+        stored = {key: tensor for key, tensor in self._reader.tensors.items() if is_weight(key)}
         self._stacked = not any(_LAYER_KEY.match(key) for key in stored)
         layers = range(qwen.num_hidden_layers)
         places = {self._key(row, i): row for row in rows_of(qwen) for i in (layers if row.stage == "layer" else [None])}
@@ -91,7 +92,7 @@ class DistWeights:
         return tensor[: self._qwen.vocab_size] if row.vocabulary else tensor
 
 
-def _is_weight(key: str) -> bool:
+def is_weight(key: str) -> bool:
     """Whether a torch_dist key is the model's, not the optimizer's, the random state's or a buffer."""
     return key.startswith(("embedding.", "decoder.", "output_layer.")) and not is_skipped(key)
 
@@ -124,10 +125,10 @@ class RankWeights:
 
     def __init__(self, path: Path, qwen: QwenConfig) -> None:
         self._path, self._qwen = path, qwen
-        self._files = _rank_files(path)
+        self._files = rank_files(path)
         self.tp = 1 + max(tp for _, tp in self._files)
         self.pp = 1 + max(pp for pp, _ in self._files)
-        chunks = _chunks(self._files[0, 0], path)
+        chunks = chunk_keys(self._files[0, 0], path)
         self.vpp = len(chunks)
         self._places = self._find(chunks)
         names = [place.name for place in self._places.values()]
@@ -143,7 +144,7 @@ class RankWeights:
             for pp_rank in range(self.pp):
                 num_layers = 0
                 for name in self._chunk(pp_rank, 0, chunk):
-                    generic, layer = _generic(canonical_name(name))
+                    generic, layer = generic_name(canonical_name(name))
                     num_layers = max(num_layers, 0 if layer is None else layer + 1)
                     where = (generic, None if layer is None else first_layer + layer)
                     if not is_skipped(name) and (generic != OUTPUT.te or not self._qwen.tie_word_embeddings):
@@ -201,7 +202,7 @@ class RankWeights:
             )  # fmt: skip
         if not self._qwen.tie_word_embeddings:
             return
-        last = _chunks(self._files[0, 0], self._path)[-1]
+        last = chunk_keys(self._files[0, 0], self._path)[-1]
         for tp_rank, embedding in enumerate(self._shards(EMBEDDING, None)):
             copy = self._chunk(self.pp - 1, tp_rank, last).get(OUTPUT.te)
             if copy is not None and not torch.equal(copy, embedding):
@@ -213,10 +214,10 @@ class RankWeights:
 
     def hf_tensor(self, row: Row, layer: int | None, part: int) -> Tensor:
         """Hugging Face tensor number `part` of `row`, padded vocabulary rows cut off."""
-        return unshard(row, self._shards(row, layer), part, self._qwen)
+        return unshard(row, [will_need(shard) for shard in self._shards(row, layer)], part, self._qwen)
 
 
-def _rank_files(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
+def rank_files(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
     """(pipeline rank, tensor rank) to the content of its file; raises KitError unless every rank is there."""
     files = {}
     for folder in sorted(path.glob("mp_rank_*")):
@@ -235,15 +236,20 @@ def _rank_files(path: Path) -> dict[tuple[int, int], dict[str, Any]]:
     return files
 
 
-def _chunks(state: dict[str, Any], path: Path) -> list[str]:
+def chunk_keys(state: dict[str, Any], path: Path) -> list[str]:
     """The keys of a file's chunks in the order of their layers: model, or model0, model1, ..."""
     names = [key for key in state if re.fullmatch(r"model\d*", key)]
     if not names or ("model" in names and len(names) > 1):
         raise KitError(f"{path}: a rank's file holds no 'model': it is no checkpoint of Megatron-Core's models")
+    if any("language_model" in state[name] for name in names if isinstance(state[name], dict)):
+        raise KitError(
+            f"{path} holds a 'language_model': it is of Megatron-LM's legacy models, before Megatron-Core's: convert it"
+            " there first, by tools/checkpoint/convert.py with --saver core (or mcore)"
+        )
     return sorted(names, key=lambda name: (len(name), name))  # model2 before model10
 
 
-def _generic(name: str) -> tuple[str, int | None]:
+def generic_name(name: str) -> tuple[str, int | None]:
     """`decoder.layers.3.x` -> (`decoder.layers.{i}.x`, 3)."""
     found = _LAYER_KEY.match(name)
     return (name, None) if found is None else (f"{LAYERS}{{i}}.{name[found.end() :]}", int(found[1]))

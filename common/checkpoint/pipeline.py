@@ -4,8 +4,11 @@
 
     layers   0 1   2 3   4 5   6 7        stage 0: model0 = 0 1, model1 = 4 5
     chunk     0     1     2     3         stage 1: model0 = 2 3, model1 = 6 7
+
+PIPELINE_LAYERS=1,3,3,1 gives the chunks other sizes: 0 | 1 2 3 | 4 5 6 | 7.
 """
 
+import itertools
 from dataclasses import dataclass
 
 from common.checkpoint.mapping import EMBEDDING, OUTPUT, Row, rows_of
@@ -15,12 +18,16 @@ from common.model.config import QwenConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """The parallel sizes of a checkpoint in torch format; `transformer_impl` decides the parameters' names."""
+    """The parallel sizes of a checkpoint in torch format; `transformer_impl` decides the parameters' names.
+
+    `pipeline_layers`: the layers of each chunk in the model's order; empty: as many each.
+    """
 
     tp: int
     pp: int
     vpp: int
     transformer_impl: str
+    pipeline_layers: tuple[int, ...] = ()
 
     def check(self, qwen: QwenConfig) -> None:
         """Raises KitError unless a model of this shape can be divided so."""
@@ -30,7 +37,7 @@ class Layout:
         if self.vpp > 1 and self.pp == 1:
             raise KitError(f"VPP={self.vpp} needs pipeline stages, but PP=1: set PP to 2 or more, or VPP=1")
         qwen.check_tensor_parallel(self.tp)
-        qwen.check_pipeline(self.pp, self.vpp)
+        qwen.chunk_layers(self.pp, self.vpp, self.pipeline_layers)
 
 
 @dataclass(frozen=True)
@@ -55,17 +62,17 @@ class Chunk:
 
 def chunks_of(qwen: QwenConfig, layout: Layout) -> list[Chunk]:
     """The chunks in the order of their layers; chunk c lies on stage c % PP."""
-    count = layout.pp * layout.vpp
-    size = qwen.num_hidden_layers // count
+    sizes = qwen.chunk_layers(layout.pp, layout.vpp, layout.pipeline_layers)
+    ends = list(itertools.accumulate(sizes))
     return [
         Chunk(
             key="model" if layout.vpp == 1 else f"model{index // layout.pp}",
             pp_rank=index % layout.pp,
-            layers=range(index * size, (index + 1) * size),
+            layers=range(end - size, end),
             first=index == 0,
-            last=index == count - 1,
+            last=index == len(sizes) - 1,
         )
-        for index in range(count)
+        for index, (size, end) in enumerate(zip(sizes, ends, strict=True))
     ]
 
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from common.checkpoint.archive import LazyTensor
-from common.checkpoint.hf_folder import CODES, HfReader
+from common.checkpoint.ahead import will_need
+from common.checkpoint.hf_folder import CODES
+from common.checkpoint.lazy import LazyTensor
 from common.checkpoint.mapping import Row, hf_shape, megatron_shape, merge, shard
 from common.checkpoint.megatron_folder import MegatronReader
 from common.checkpoint.pipeline import Layout, chunks_of, tensors_of, whole_model
@@ -39,13 +42,27 @@ def _exported(reader: MegatronReader, row: Row, layer: int | None, part: int, dt
     return reader.hf_tensor(row, layer, part).to(dtype)
 
 
+class HfTensors(Protocol):
+    """The tensors of a Hugging Face folder by name."""
+
+    folder: Path
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of `name`."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor `name`."""
+        ...
+
+
 class Source:
     """A Hugging Face folder's tensors as one rank's, or the whole model's, Megatron tensors.
 
     Raises KitError where Megatron has one tensor, or one for all layers, of parts that are of several dtypes.
     """
 
-    def __init__(self, reader: HfReader, qwen: QwenConfig, dtype: torch.dtype | None) -> None:
+    def __init__(self, reader: HfTensors, qwen: QwenConfig, dtype: torch.dtype | None) -> None:
         self.reader, self.qwen, self._dtype = reader, qwen, dtype
         first: dict[str, str] = {}
         for row, layer in whole_model(qwen):
@@ -67,7 +84,7 @@ class Source:
 
     def _make(self, row: Row, names: tuple[str, ...], tp_rank: int, tp: int) -> Tensor:
         rows = self.qwen.padded_vocab_size(tp)
-        parts = [shard(row, self.reader.tensor(name), tp_rank, tp, rows) for name in names]
+        parts = [shard(row, will_need(self.reader.tensor(name)), tp_rank, tp, rows) for name in names]
         return merge(row, [part.to(self.dtype(names[0])) for part in parts], self.qwen)
 
 

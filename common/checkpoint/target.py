@@ -1,16 +1,20 @@
 """A folder that is written as a whole: everything lies in `.unfinished` inside it until all of it is there."""
 
+import fcntl
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.checkpoint.layout import RELEASE, TRACKER, model_files
 from common.errors import KitError
 
 UNFINISHED = ".unfinished"
+REPORT = "conversion_report.json"
 # Those by which a folder is known: they get their final place after all others, in this order.
 LAST = ("config.json", TRACKER)
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", RELEASE)
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", RELEASE, REPORT)
 
 
 def check_target(folder: Path, source: Path) -> None:
@@ -19,7 +23,12 @@ def check_target(folder: Path, source: Path) -> None:
         raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is the folder that is read: choose another folder")
     if folder.exists() and not folder.is_dir():
         raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is a file: choose a folder")
-    if folder.is_dir() and (foreign := sorted(set(folder.iterdir()) - set(_remains(folder)))):
+    if folder.is_dir():
+        _check_empty(folder)
+
+
+def _check_empty(folder: Path) -> None:
+    if foreign := sorted(set(folder.iterdir()) - set(_remains(folder))):
         raise KitError(
             f"SAVE_CHECKPOINT_PATH={folder} is not empty, it holds {foreign[0].name}:"
             " choose another folder, or remove what is in it"
@@ -29,21 +38,42 @@ def check_target(folder: Path, source: Path) -> None:
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with an empty folder and gives what it wrote its final place in `folder`.
 
-    When `write` fails, what it wrote is removed. Raises KitError when the disk refuses.
+    When `write` fails, what it wrote is removed. Raises KitError when the disk refuses or another run writes there.
     """
     unfinished = folder / UNFINISHED
     try:
-        for path in _remains(folder):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        unfinished.mkdir(parents=True)
-        try:
-            write(unfinished)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        _publish(unfinished, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            _check_empty(folder)
+            for path in _remains(folder):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            unfinished.mkdir()
+            try:
+                write(unfinished)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+            _publish(unfinished, folder)
     except OSError as error:
         raise KitError(f"{folder} cannot be written: {error}: mend it and run the same command again") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other conversions out of `folder`; the system lets it go when the process ends, however it does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise KitError(
+                f"SAVE_CHECKPOINT_PATH={folder} is being written by another conversion: wait for it, or choose another"
+            ) from error
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(handle)
 
 
 def _remains(folder: Path) -> list[Path]:

@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from common.checkpoint.archive import ALIGNMENT, LazyTensor, MappedFile, write_all, write_archive
+from common.checkpoint.ahead import made_ahead, will_need, write_all
+from common.checkpoint.archive import ALIGNMENT, MappedFile, write_archive
+from common.checkpoint.lazy import LazyTensor
 from common.checkpoint.unpickle import RestrictedUnpickler
 from common.errors import KitError
 
@@ -89,7 +91,7 @@ class DistReader:
         value = self._file(chunk.file).read(chunk.start, chunk.length)
         if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != (chunk.sizes, stored.dtype):
             raise KitError(f"{self.path / chunk.file}: what lies at byte {chunk.start} is not the block of .metadata")
-        return value if layer is None else value[layer - chunk.offsets[0]]
+        return will_need(value if layer is None else value[layer - chunk.offsets[0]])
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
         """The whole tensor `key`, or the part of a stacked one that is `layer`'s.
@@ -148,10 +150,12 @@ def write_dist(path: Path, blocks: Iterable[Block], common: dict[str, Any], done
     storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
     with (path / DATA_FILE).open("wb", buffering=0) as stream:
         position = 0
+        blocks = list(blocks)
+        made = made_ahead((block.tensor for block in blocks), checksum=True)
         for block in blocks:
             padding = -position % ALIGNMENT  # so that a mapped block can be used where it lies
             write_all(stream, bytes(padding))
-            length = write_archive(stream, block.tensor, done)
+            length = write_archive(stream, block.tensor, done, made)
             _note(tensors, storage, block, position + padding, length)
             position += padding + length
         os.fsync(stream.fileno())

@@ -101,6 +101,7 @@ _OURS = {
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_without_attributes,
     ("torch", "Tensor"): Inert,  # only ever the `kind` above
     ("torch.nn.parameter", "Parameter"): Inert,
+    ("_io", "BytesIO"): Inert,  # Transformer Engine's `_extra_state`
 }
 
 

@@ -6,11 +6,12 @@ Megatron side, and every element of the Megatron side must be one of them, or in
 """
 
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ class Report:
     num_bytes: int = 0
     non_finite: int = 0
     errors: list[str] = field(default_factory=list)
+    hugging_face: list[dict[str, Any]] = field(default_factory=list)  # every tensor, with its checksum
+    megatron: list[dict[str, Any]] = field(default_factory=list)
 
     def line(self) -> str:
         """The report in one line."""
@@ -63,7 +66,10 @@ HF_LAYER = {
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
 }
+HEAD_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")  # of one head's size
 COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")  # divided by columns
 OUTSIDE = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
@@ -81,9 +87,11 @@ def verify(folder: Path, checkpoint: Checkpoint, qwen: QwenConfig, dtype: torch.
     tp = 1
     for shard in shards(checkpoint.path, qwen):
         _compare(shard, hf, qwen, dtype, met, report)
+        report.megatron.append({"name": shard.name, "tensor_rank": shard.tp_rank, **_noted(shard.tensor)})
         tp = shard.tp
     tied_head = {"lm_head.weight"} if qwen.tie_word_embeddings else set()
     for name in sorted(set(hf.names) - tied_head):
+        report.hugging_face.append({"name": name, **_noted(hf.tensor(name))})
         size = hf.tensor(name).numel()
         report.num_tensors += 1
         report.num_bytes += size * hf.dtype(name).itemsize
@@ -106,7 +114,7 @@ def _compare(
         mine = shard.tensor[piece.row : piece.row + len(piece.rows)]
         if mine.shape != source.shape or not _same_bits(mine, source, dtype):
             report.errors.append(f"{shard.name} of tensor rank {shard.tp_rank} differs from {piece.name}")
-        report.non_finite += int((~torch.isfinite(mine if dtype is None else mine.to(dtype))).sum())
+        report.non_finite += _non_finite(mine if dtype is None else mine.to(dtype))
         met[piece.name] += source.numel()
         covered += len(piece.rows)
     padding = shard.tensor[covered:]
@@ -121,6 +129,19 @@ def _same_bits(mine: Tensor, source: Tensor, dtype: torch.dtype | None) -> bool:
         return False
     words = torch.int32 if mine.dtype == torch.float32 else torch.int16
     return torch.equal(mine.view(words), source.view(words))
+
+
+def _noted(tensor: Tensor) -> dict[str, Any]:
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    told = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "bytes": data.nbytes}
+    return {**told, "crc32": f"{zlib.crc32(data):08x}"}
+
+
+def _non_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite; aminmax, which passes NaN on, sees none far faster than they are counted."""
+    if not tensor.numel() or all(torch.isfinite(end) for end in torch.aminmax(tensor)):
+        return 0
+    return int((~torch.isfinite(tensor)).sum())
 
 
 def slices(name: str, tp_rank: int, tp: int, qwen: QwenConfig, num_rows: int) -> Iterator[Slice]:
@@ -148,7 +169,8 @@ def slices(name: str, tp_rank: int, tp: int, qwen: QwenConfig, num_rows: int) ->
         columns = range(tp_rank * width // tp, (tp_rank + 1) * width // tp)
         yield Slice(prefix + HF_LAYER[kind], range(qwen.hidden_size), columns, 0)
     else:
-        yield Slice(prefix + HF_LAYER[kind], range(qwen.hidden_size), None, 0)
+        size = qwen.head_dim if kind in HEAD_NORMS else qwen.hidden_size
+        yield Slice(prefix + HF_LAYER[kind], range(size), None, 0)
 
 
 def _attention(prefix: str, kind: str, tp_rank: int, tp: int, qwen: QwenConfig) -> Iterator[Slice]:

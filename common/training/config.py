@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from common.errors import KitError
-from common.parallel import ParallelSizes
+from common.parallel import ParallelSizes, parse_pipeline_layers
 from common.settings import option
 
 
@@ -28,6 +28,7 @@ class TrainSettings:
     tp: int = option(1, "tensor parallel size; above 1, sequence parallel too")
     pp: int = option(1, "pipeline parallel size")
     vpp: int = option(1, "virtual pipeline chunks a rank")
+    pipeline_layers: str | None = option(None, "layers of each stage (with VPP of each chunk), as 7,7,8,6")
     cp: int = option(1, "context parallel size")
     gpus: int = option(1, "processes on this node, one a GPU")
     nnodes: int = option(1, "number of nodes")
@@ -114,4 +115,5 @@ class TrainSettings:
     @property
     def sizes(self) -> ParallelSizes:
         """The parallel sizes over all nodes."""
-        return ParallelSizes(self.gpus * self.nnodes, tp=self.tp, pp=self.pp, vpp=self.vpp, cp=self.cp)
+        layers = parse_pipeline_layers(self.pipeline_layers)
+        return ParallelSizes(self.gpus * self.nnodes, self.tp, self.pp, self.vpp, self.cp, layers)

@@ -135,7 +135,8 @@ def save_torch(plan: Plan, trainee: Trainee, progress: Progress, folder: Path, w
     first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     if first:
         target.mkdir(parents=True, exist_ok=True)
-    layout = Layout(plan.sizes.tp, plan.sizes.pp, plan.sizes.vpp, plan.transformer_impl)
+    sizes = plan.sizes
+    layout = Layout(sizes.tp, sizes.pp, sizes.vpp, plan.transformer_impl, sizes.pipeline_layers)
     state: dict[str, Any] = {
         "args": megatron_arguments(plan.qwen, layout),
         "checkpoint_version": 3.0,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from common import convert
 from common.checkpoint.layout import find_checkpoint
+from common.checkpoint.target import REPORT
 from common.errors import KitError
 from common.log import logger
 from tests.end_to_end.converting import TRACKER, run_main, same, to_hf, to_megatron, tree, weights, words
@@ -51,7 +53,7 @@ def test_there_and_back_gives_the_same_bits(
     megatron = to_megatron(source, tmp_path / "megatron", **options)
     back = to_hf(megatron, tmp_path / "hf")
     assert same(weights(back), weights(source))
-    assert sorted(path.name for path in back.iterdir()) == sorted([*MODEL_FILES, "model.safetensors"])
+    assert sorted(path.name for path in back.iterdir()) == sorted([*MODEL_FILES, REPORT, "model.safetensors"])
     for folder in (megatron, back):
         assert all((folder / name).read_bytes() == (source / name).read_bytes() for name in MODEL_FILES)
     found = find_checkpoint(megatron)
@@ -64,6 +66,57 @@ def test_there_and_back_gives_the_same_bits(
     }[tp, pp]
     dist = [".metadata", "__0_0.distcp", "common.pt", "metadata.json"]
     assert sorted(path.name for path in found.path.iterdir()) == (ranks if ckpt_format == "torch" else dist)
+
+
+@pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_qwen3_there_and_back(tmp_path: Path, ckpt_format: str, tied: bool, impl: str) -> None:
+    source = tiny_qwen(tmp_path / "qwen3", model_type="qwen3", head_dim=32, tie_word_embeddings=tied)
+    options = {"tp": 2, "pp": 2, "ckpt_format": ckpt_format, "transformer_impl": impl}
+    back = to_hf(to_megatron(source, tmp_path / "megatron", **options), tmp_path / "hf")
+    assert same(weights(back), weights(source)) and len(weights(back)) == 4 * 11 + 2 + (not tied)
+    assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+# Heads, groups, head size, tied; the MLP is as much wider than the model as theirs, to what TP divides.
+FAMILIES = {
+    "0.5B": (14, 2, 8, 5.43, True), "1.5B": (12, 2, 8, 5.83, True), "R1 1.5B": (12, 2, 8, 5.83, False),
+    "3B": (16, 2, 8, 5.375, True), "7B": (28, 4, 4, 5.29, False), "14B": (40, 8, 4, 2.7, False),
+    "32B": (40, 8, 4, 5.4, False), "72B": (64, 8, 4, 3.61, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_familys_proportions_there_and_back(tmp_path: Path, name: str) -> None:
+    heads, groups, head_dim, wider, tied = FAMILIES[name]
+    shape = {"hidden_size": heads * head_dim, "num_attention_heads": heads, "num_key_value_heads": groups}
+    width = int(wider * heads * head_dim) // groups * groups
+    source = tiny_qwen(tmp_path / "hf", **shape, intermediate_size=width, tie_word_embeddings=tied, num_hidden_layers=3)
+    for options in (
+        {"tp": groups, "pp": 3},
+        {"tp": 2, "pp": 2, "pipeline_layers": "2,1"},
+        {"ckpt_format": "torch_dist"},
+    ):
+        megatron = to_megatron(source, tmp_path / "megatron", **options)
+        assert same(weights(to_hf(megatron, tmp_path / "back")), weights(source))
+        shutil.rmtree(megatron)
+        shutil.rmtree(tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("pp", "vpp", "layers"), [(3, 1, "1,2,1"), (3, 1, "2,1,1"), (2, 1, "3,1"), (4, 1, "1,1,1,1"), (2, 2, "1,1,1,1")]
+)
+def test_stages_of_other_sizes_there_and_back(
+    tmp_path: Path, qwen: dict[bool, Path], pp: int, vpp: int, layers: str
+) -> None:
+    megatron = to_megatron(qwen[True], tmp_path / "megatron", tp=2, pp=pp, vpp=vpp, pipeline_layers=layers)
+    files = [megatron / "release" / f"mp_rank_01_{stage:03d}" / "model_optim_rng.pt" for stage in range(pp)]
+    states = [torch.load(path, weights_only=False) for path in files]
+    keys = ["model"] if vpp == 1 else [f"model{chunk}" for chunk in range(vpp)]
+    counted = [sum("linear_fc2" in name for name in state[key]) for key in keys for state in states]
+    assert counted == [int(word) for word in layers.split(",")]
+    assert same(weights(to_hf(megatron, tmp_path / "hf")), weights(qwen[True]))
 
 
 def test_virtual_chunks_and_several_shards_there_and_back(tmp_path: Path, qwen: dict[bool, Path]) -> None:
@@ -184,6 +237,12 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         "hf-to-megatron", {"tp": 4}, "TP=4 does not divide num_key_value_heads=2 of this model: use TP in [1, 2]"),
     "TP of zero": ("hf-to-megatron", {"tp": 0}, "TP=0: it must be at least 1"),
     "PP": ("hf-to-megatron", {"pp": 3}, "4 layers cannot be divided by PP=3 x VPP=1 = 3: choose PP and VPP whose"),
+    "stages": (
+        "hf-to-megatron", {"pp": 3, "pipeline_layers": "2,2,2"},
+        "PIPELINE_LAYERS=2,2,2 are 3 numbers of 6 layers: PP=3 x VPP=1 needs 3 numbers, of 4 layers together"),
+    "stages in words": (
+        "hf-to-megatron", {"pp": 2, "pipeline_layers": "4,0"},
+        "PIPELINE_LAYERS=4,0: give the layers of each pipeline stage with commas, as 7,7,8,6"),
     "VPP": ("hf-to-megatron", {"vpp": 2}, "VPP=2 needs pipeline stages, but PP=1: set PP to 2 or more, or VPP=1"),
     "format": ("hf-to-megatron", {"ckpt_format": "zarr"}, "argument --ckpt-format: invalid choice: 'zarr'"),
     "not empty": (
