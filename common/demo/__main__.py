@@ -66,8 +66,9 @@ def run(settings: QuickstartSettings) -> None:
     seconds = time.monotonic() - began
     tell(f"\nDone in {seconds // 60:.0f} min {seconds % 60:.0f} s.")
     if not settings.input:
-        tell("For your own: WORK_DIR=work/own HF_MODEL_PATH=... INPUT=... bash cpu/quickstart.sh (settings: --help)")
         judge(score(answers, "before"), score(answers, "after"), len(answers))
+        script = f"{current().name}/quickstart.sh"
+        tell(f"With your own model and rows: WORK_DIR=work/own HF_MODEL_PATH=... INPUT=... bash {script} (see --help)")
 
 
 def judge(before: int, after: int, count: int) -> None:

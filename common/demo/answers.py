@@ -85,6 +85,8 @@ def generate(folder: Path, prompts: Sequence[Prompt], max_new_tokens: int) -> li
     """What the model of `folder` says after each prompt, its likeliest token each time; all prompts in one batch."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not (folder / "config.json").is_file():
+        raise KitError(f"{folder} has no config.json: give a Hugging Face model's folder")
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder)
     texts = [

@@ -24,6 +24,11 @@ LIMIT_SECONDS = 1200  # a busy machine's
 STEPS = 9
 
 
+def listen_to_ctrl_c() -> None:
+    """Undoes what a shell does to a test run in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Quickstart:
     """A running quickstart with all that it has said so far."""
 
@@ -32,6 +37,7 @@ class Quickstart:
         self.process = subprocess.Popen(
             ["bash", "cpu/quickstart.sh"], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable, **given},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            preexec_fn=listen_to_ctrl_c,
         )  # fmt: skip
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
@@ -73,7 +79,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_broken_off_goes_on_and_the_model_learns(work: Path) -> None:
     first = Quickstart(WORK_DIR=work, LOAD_CHECKPOINT_PATH="/not/for/the/steps", TRAIN_ITERS=3)
     first.wait_for(lambda text: f"saved {work}/pretrain/iter_" in text)
-    assert first.interrupt() == 130
+    assert first.interrupt() == 130, first.text
     assert "interrupted" in first.text and "Traceback" not in first.text
 
     second = Quickstart(WORK_DIR=work)
