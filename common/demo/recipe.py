@@ -17,8 +17,15 @@ from common.settings import option
 SHOWN_ROWS = 3
 FOR_OWN = ("roles", "seq_length", "truncate", "epochs", "global_batch_size", "micro_batch_size", "lr")
 TITLES = {
-    "pretrain": "Pretraining: every token of the texts is learned",
-    "finetune": "Fine-tuning: the answers are learned",
+    "sample": "A tiny Qwen2.5 with random weights, and sample data / 随机权重的微型 Qwen2.5 和示例数据",
+    "tokens_pretrain": "Texts to tokens, in Megatron's .bin and .idx / 文本转换为 token",
+    "tokens_finetune": "Conversations to tokens, with what is learned of them / 对话转换为 token 和损失掩码",
+    "megatron": "The Hugging Face model to a Megatron checkpoint / Hugging Face 模型转换为 Megatron 检查点",
+    "pretrain": "Pretraining: every token of the texts is learned / 预训练",
+    "finetune": "Fine-tuning: the answers are learned / 微调",
+    "torch": "The distributed checkpoint to torch format, a file a process / 分布式检查点转换为 torch 格式",
+    "huggingface": "The trained weights to a Hugging Face folder / 训练好的权重转换为 Hugging Face 目录",
+    "answers": "Questions to the model before and after, by transformers / 用 transformers 向训练前后的模型提问",
 }
 # What the sample's small model needs to learn the sample's rows, with room to spare (tests/end_to_end runs it).
 SAMPLE = {
@@ -112,7 +119,7 @@ class Commands:
         """The sample data, a small model for it, and both stages of training."""
         yield Step(
             name="sample",
-            title="A tiny Qwen2.5 with random weights, and sample data that it can learn",
+            title=TITLES["sample"],
             command=self.python("make", folder=self.path("sample"), seed=str(self.settings.seed)),
             output=self.work / "sample",
             whole=lambda folder: (folder / QUESTIONS).is_file(),
@@ -162,10 +169,10 @@ class Commands:
         words = (word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value))
         return (shown(Path(sys.executable)), "-m", "common.demo", command, *words)
 
-    def script(self, name: str, title: str, script: str, output: str, settings: dict[str, str]) -> Step:
-        """A step that runs one of the numbered scripts, which writes the folder `output`."""
+    def script(self, name: str, script: str, settings: dict[str, str]) -> Step:
+        """A step that runs one of the numbered scripts, which writes the folder `name`."""
         command = ("bash", f"{self.platform}/{script}")
-        return Step(name=name, title=title, command=command, settings=settings, output=self.work / output)
+        return Step(name=name, title=TITLES[name], command=command, settings=settings, output=self.work / name)
 
     def preprocess(self, kind: str, rows: str, model: str) -> Step:
         """jsonl to tokens."""
@@ -173,13 +180,8 @@ class Commands:
         settings = {"INPUT": rows, "OUTPUT_PREFIX": self.path(f"tokens_{kind}/rows"), "TOKENIZER_PATH": model}
         if not pretraining and self.settings.roles != "system":
             settings["ROLES"] = self.settings.roles
-        step = self.script(
-            f"tokens_{kind}",
-            f"Step 1: {'texts' if pretraining else 'conversations'} to tokens, in Megatron's .bin and .idx",
-            "1_preprocess_pretrain.sh" if pretraining else "1_preprocess_sft.sh",
-            f"tokens_{kind}",
-            settings,
-        )
+        script = "1_preprocess_pretrain.sh" if pretraining else "1_preprocess_sft.sh"
+        step = self.script(f"tokens_{kind}", script, settings)
         return replace(step, whole=lambda folder: (folder / "rows.json").is_file(), resumes=True)
 
     def to_megatron(self, model: str) -> Step:
@@ -190,8 +192,7 @@ class Commands:
             "SAVE_CHECKPOINT_PATH": self.path("megatron"),
             "TP": str(self.settings.tp),
         }
-        title = f"Step 2: the Hugging Face model to a Megatron checkpoint, for TP={self.settings.tp}"
-        step = self.script("megatron", title, "2_convert_between_hf_megatron.sh", "megatron", settings)
+        step = self.script("megatron", "2_convert_between_hf_megatron.sh", settings)
         return replace(step, whole=whole_checkpoint)
 
     def train(self, kind: str, start: str, wanted: dict[str, str]) -> Step:
@@ -206,7 +207,7 @@ class Commands:
             **wanted,
             "SEED": str(self.settings.seed),
         }
-        step = self.script(kind, f"Step 3: {TITLES[kind]}", "3_run_mcore_qwen.sh", kind, settings)
+        step = self.script(kind, "3_run_mcore_qwen.sh", settings)
         return replace(step, whole=whole_checkpoint, resumes=True, listens=True)
 
     def to_torch(self, source: str) -> Step:
@@ -218,8 +219,7 @@ class Commands:
             "TP": str(self.settings.tp),
             "GPUS": str(self.settings.gpus),
         }
-        title = "Step 3 again: the distributed checkpoint to torch format, a file for each process"
-        step = self.script("torch", title, "3_run_mcore_qwen.sh", "torch", settings)
+        step = self.script("torch", "3_run_mcore_qwen.sh", settings)
         return replace(step, whole=whole_checkpoint, listens=True)
 
     def to_huggingface(self) -> Step:
@@ -229,8 +229,7 @@ class Commands:
             "LOAD_CHECKPOINT_PATH": self.path("torch"),
             "SAVE_CHECKPOINT_PATH": self.path("huggingface"),
         }
-        title = "Step 2 back: the trained weights to a Hugging Face folder of safetensors"
-        step = self.script("huggingface", title, "2_convert_between_hf_megatron.sh", "huggingface", settings)
+        step = self.script("huggingface", "2_convert_between_hf_megatron.sh", settings)
         return replace(step, whole=lambda folder: (folder / "config.json").is_file())
 
     def ask(self, before: str, rows: str, count: int, max_new_tokens: int) -> Step:
@@ -247,7 +246,7 @@ class Commands:
         )
         return Step(
             name="answers",
-            title="Questions to the model as it was and as it is, through transformers' generate",
+            title=TITLES["answers"],
             command=command,
             output=self.work / "answers",
             whole=lambda folder: (folder / ANSWERS).is_file(),
