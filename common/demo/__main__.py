@@ -61,7 +61,7 @@ def run(settings: QuickstartSettings) -> None:
         tell(f"INPUT holds {'conversations' if kind == 'finetune' else 'texts'}: {left_out} is left out.")
     runner.run()
     answers = load_answers(work / "answers" / ANSWERS)
-    for line in report(runner, answers):
+    for line in report(runner, answers, ("before", "after") if settings.input else ("untrained", "trained")):
         tell(line)
     seconds = time.monotonic() - began
     tell(f"\nDone in {seconds // 60:.0f} min {seconds % 60:.0f} s.")

@@ -39,22 +39,23 @@ def one_line(text: str) -> str:
     return line if len(line) <= SHOWN_CHARACTERS else line[:SHOWN_CHARACTERS] + " …"
 
 
-def report(runner: Runner, answers: Sequence[Answer]) -> Iterator[str]:
-    """The lines of the report, but for the score."""
+def report(runner: Runner, answers: Sequence[Answer], models: tuple[str, str]) -> Iterator[str]:
+    """The lines of the report, but for the score; `models` are the names of the one before and the one after."""
     yield "\nLoss, at the start and at the end"
     for step in runner.steps:
         if pair := losses(runner.log(step)):
             yield f"    {step.name:<10} {pair[0]:7.3f}  ->  {pair[1]:7.3f}"
-    yield from _answers(answers)
+    yield from _answers(answers, models)
     yield "\nFiles"
     for step in runner.steps:
         yield f"    {shown(step.output):<28} {FILES[step.output.name]}"
     yield f"    {shown(runner.work_dir / 'logs'):<28} all that the steps said"
 
 
-def _answers(answers: Sequence[Answer]) -> Iterator[str]:
+def _answers(answers: Sequence[Answer], models: tuple[str, str]) -> Iterator[str]:
     yield "\nQuestions"
     for answer in answers[:SHOWN_ANSWERS]:
         yield f"    {one_line(answer.question)}"
-        for name, text in (("expected", answer.expected), ("untrained", answer.before), ("trained", answer.after)):
+        texts = (answer.expected, answer.before, answer.after)
+        for name, text in zip(("expected", *models), texts, strict=True):
             yield f"        {name:<10} {one_line(text)}"

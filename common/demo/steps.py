@@ -18,6 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,11 @@ class Step:
     reads: tuple[Path, ...] = ()
 
     @property
-    def words(self) -> list[str]:
-        """The command after its settings, as words of a shell."""
+    def parts(self) -> list[str]:
+        """The command for a shell: each setting, the program with its script, and each flag with its value."""
         given = [f"{name}={shlex.quote(value)}" for name, value in self.settings.items()]
-        return [*given, *map(shlex.quote, self.command)]
+        begins = [0, *(i for i, word in enumerate(self.command) if word.startswith("--")), len(self.command)]
+        return [*given, *(shlex.join(self.command[begin:end]) for begin, end in pairwise(begins))]
 
     def identity(self) -> dict[str, Any]:
         """What decides the result; which Python runs it does not."""
@@ -73,14 +75,14 @@ def shown(path: Path) -> str:
     return str(path.relative_to(KIT)) if path.is_relative_to(KIT) else str(path)
 
 
-def wrap(words: Sequence[str], indent: str) -> str:
-    """The words as one shell command over lines of at most WIDTH characters, where words allow it."""
-    lines = [words[0]]
-    for word in words[1:]:
-        if len(indent) + len(lines[-1]) + len(word) + 3 > WIDTH:
-            lines.append(word)
+def wrap(parts: Sequence[str], indent: str) -> str:
+    """The parts as one shell command over lines of at most WIDTH characters, where a part is no longer."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(indent) + len(lines[-1]) + len(part) + 3 > WIDTH:
+            lines.append(part)
         else:
-            lines[-1] += " " + word
+            lines[-1] += " " + part
     return " \\\n".join(indent + line for line in lines)
 
 
@@ -137,7 +139,7 @@ class Runner:
             self._check_same(step)
         for number, step in enumerate(self.steps, 1):
             self.tell(f"\n[{number}/{len(self.steps)}] {step.title}")
-            self.tell(wrap(step.words, "    "))
+            self.tell(wrap(step.parts, "    "))
             if self._is_done(step):
                 self.tell("    done already")
                 continue
@@ -160,8 +162,8 @@ class Runner:
         now = step.identity()
         if marked is None or all(marked.get(name) == value for name, value in now.items()):
             return
-        old, new = marked.get("command", []), now["command"]
-        different = sorted(set(new) ^ set(old)) or sorted(now["reads"])
+        different = sorted(set(now["command"]) ^ set(marked.get("command", [])))
+        different += [path for path, stat in now["reads"].items() if marked.get("reads", {}).get(path) != stat]
         raise KitError(
             f"WORK_DIR={self.work_dir} holds a quickstart of other settings or data ({step.name}:"
             f" {', '.join(different)}): give another WORK_DIR, or remove this one to begin again"

@@ -46,10 +46,11 @@ def test_the_report_tells_losses_answers_and_places(tmp_path: Path) -> None:
     steps = [Step(name=name, title="", command=("true",), output=tmp_path / name) for name in names]
     training_log(tmp_path / "logs" / "finetune.log", (1, 6.25), (30, 0.125))
     answers = [Answer(f"question\n{i}", f"right {i}", f"before {i}", f"after {i}") for i in range(9)]
-    lines = list(report(Runner(tmp_path, steps, print), answers))
+    lines = list(report(Runner(tmp_path, steps, print), answers, ("raw", "trained")))
     text = "\n".join(lines)
     assert "    finetune     6.250  ->    0.125" in lines
     assert "    question ⏎ 0" in lines and "        trained    after 0" in lines and "after 6" not in text
+    assert "        raw        before 0" in lines and "        expected   right 0" in lines
     assert all(any(str(step.output) in line for line in lines) for step in steps)
 
 

@@ -81,15 +81,16 @@ def test_what_an_interrupted_run_left_is_removed_unless_the_step_goes_on_from_it
 
 
 def test_other_settings_and_other_data_are_refused(tmp_path: Path) -> None:
-    data = tmp_path / "rows.jsonl"
+    data, other = tmp_path / "rows.jsonl", tmp_path / "config.json"
     data.write_text("a")
+    other.write_text("{}")
     work = tmp_path / "work"
-    run(work, writes(work, "one", settings={"LR": "1"}, reads=(data,)))
+    run(work, writes(work, "one", settings={"LR": "1"}, reads=(data, other)))
     with pytest.raises(KitError, match=r"of other settings or data \(one: LR=1, LR=2\): give another WORK_DIR"):
-        run(work, writes(work, "one", settings={"LR": "2"}, reads=(data,)))
+        run(work, writes(work, "one", settings={"LR": "2"}, reads=(data, other)))
     data.write_text("ab")
-    with pytest.raises(KitError, match=rf"\(one: {data}\)"):
-        run(work, writes(work, "one", settings={"LR": "1"}, reads=(data,)))
+    with pytest.raises(KitError, match=rf"\(one: {data}\): give another"):
+        run(work, writes(work, "one", settings={"LR": "1"}, reads=(data, other)))
 
 
 def test_a_failure_shows_the_end_of_the_log_and_is_done_again(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_the_shown_command_is_the_one_that_runs(tmp_path: Path) -> None:
     )
     run(tmp_path, step)
     by_step = content(tmp_path, "one")
-    subprocess.run(["bash", "-c", wrap(step.words, "    ")], check=True, cwd=KIT)
+    subprocess.run(["bash", "-c", wrap(step.parts, "    ")], check=True, cwd=KIT)
     assert content(tmp_path, "one") == by_step == 'it\'s "here" /a b'
 
 
@@ -130,12 +131,16 @@ def test_the_users_environment_does_not_reach_a_script_s_settings(monkeypatch: p
     assert environment(step)["MASTER_PORT"] == "1234"
 
 
-def test_a_long_command_is_cut_between_words() -> None:
-    words = [f"NAME{i}=value" for i in range(30)] + ["bash", "cpu/x.sh"]
-    text = wrap(words, "    ")
-    lines = text.split("\n")
-    assert len(lines) > 3 and max(map(len, lines)) <= steps.WIDTH
-    assert shlex.split(text.replace("\\\n", "")) == words
+def test_a_long_command_is_cut_between_its_parts() -> None:
+    settings = {f"NAME{i}": "a value" for i in range(30)}
+    for command in (("bash", "cpu/x.sh"), ("python", "-m", "x", "run", *["--flag", "it's -- a --value"] * 20)):
+        step = Step(name="a", title="", command=command, output=Path("a"), settings=settings)
+        text = wrap(step.parts, "    ")
+        lines = text.split("\n")
+        assert len(lines) > 3 and max(map(len, lines)) <= steps.WIDTH
+        assert shlex.split(text.replace("\\\n", "")) == [*(f"{name}=a value" for name in settings), *command]
+    parts = Step("a", "", ("python", "-m", "x", "--a", "1 2", "--b", "3"), Path("a"), {"A": "1"}).parts
+    assert parts == ["A=1", "python -m x", "--a '1 2'", "--b 3"]
 
 
 def test_paths_are_named_from_the_kits_folder() -> None:
