@@ -9,7 +9,8 @@ import numpy as np
 
 from common.data.inputs import Span, line_start, read_chunks
 from common.data.jsonl import BadRowError, BadRows, records, string_field
-from common.data.tokenizer import TextTokenizer
+from common.data.tokenizer import EncodeFlat, TextTokenizer
+from common.data.unicode_gap import exact
 from common.errors import KitError
 from common.log import logger
 
@@ -78,24 +79,24 @@ def choose(tokenizer: TextTokenizer, wanted: str, parse_special: bool, sample: l
     data = (tokenizer.folder / "tokenizer.json").read_bytes()
     probes = [" ".join(tokenizer.special_tokens), *PROBES]
     try:
-        engine = Gigatoken(data)
+        encode_flat = exact(Gigatoken(data).encode_flat, tokenizer)
         for place, text in [*sample, *(("a text of the kit's own", text) for text in probes)]:
-            _compare(tokenizer, engine, place, text, parse_special)
+            _compare(tokenizer, encode_flat, place, text, parse_special)
     except UnusableError as error:
         if wanted == "gigatoken":
             raise KitError(f"{NAME}=gigatoken: {error}: set {NAME}=auto or tokenizers") from error
         logger.info("encoded by tokenizers: gigatoken is not used, %s", error)
         return
-    tokenizer.use(engine.encode_flat, "gigatoken")
+    tokenizer.use(encode_flat, "gigatoken")
     logger.info(
         "encoded by gigatoken; on %d documents of the input it gives the same ids as tokenizers, which is far slower",
         len(sample),
     )
 
 
-def _compare(tokenizer: TextTokenizer, engine: Gigatoken, place: str, text: str, parse_special: bool) -> None:
+def _compare(tokenizer: TextTokenizer, encode_flat: EncodeFlat, place: str, text: str, parse_special: bool) -> None:
     expected = tokenizer.encode_batch([text], parse_special)[0]
-    found = engine.encode_flat([text], parse_special)[0].tolist()
+    found = encode_flat([text], parse_special)[0].tolist()
     if found == expected:
         return
     at = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), len(expected))
