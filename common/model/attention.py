@@ -4,10 +4,12 @@ Megatron-Core's own local attention materialises the scores [b, n, s, s] and tak
 Letters: s sequence, b micro-batch, n query heads, g key-value groups, d head size; n and g are this rank's share.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -40,10 +42,43 @@ class SdpaAttention(torch.nn.Module):
         elif grouped:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         if attention_mask is None:
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+            with preferred_kernels(query.device.type):
+                out = F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
         else:
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=~attention_mask, **options)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def preferred_kernels(device: str) -> AbstractContextManager[None]:
+    """On CUDA, cuDNN's attention before PyTorch's own FlashAttention 2, which is slower on Hopper (torch 2.6 on)."""
+    if device != "cuda" or TORCH < (2, 6):
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def joined_rows(segment_ids: torch.Tensor) -> PackedSeqParams:
+    """What Transformer Engine's attention needs to keep the segments of [b, s] apart, its rows joined to one of b * s.
+
+    `segment_ids` int [b, s], on the CPU, numbers the documents of a row. The format is Megatron-Core's "thd": the
+    offsets at which segments begin and end, int32 [segments + 1] on the CPU, and a bound of their length. It is that of
+    the row, since each other bound would have cuDNN build another plan.
+    """
+    row_length = segment_ids.shape[1]
+    flat = segment_ids.flatten()
+    begins = torch.ones_like(flat, dtype=torch.bool)
+    begins[1:] = flat[1:] != flat[:-1]
+    begins[::row_length] = True
+    offsets = torch.cat([begins.nonzero().flatten(), torch.tensor([flat.numel()])]).to(torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=offsets,
+        cu_seqlens_kv=offsets,
+        max_seqlen_q=row_length,
+        max_seqlen_kv=row_length,
+    )
 
 
 def block_causal_mask(segment_ids: torch.Tensor) -> torch.Tensor:

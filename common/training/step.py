@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from common.model.attention import block_causal_mask
+from common.model.attention import block_causal_mask, joined_rows
 from common.training.optimizer import Trainee
 from common.training.plan import Plan
 
@@ -42,29 +42,61 @@ def forward_step(plan: Plan) -> Callable[[Iterator[Batch], Any], tuple[torch.Ten
     """The function that Megatron-Core's schedule calls for each micro-batch."""
     device = torch.device(plan.platform.device)
     units = WEIGHT_UNITS if plan.train and plan.train.weighted else 1
-    seq_length = plan.settings.seq_length
-    position_ids = torch.arange(seq_length, device=device).expand(plan.settings.micro_batch_size, -1)
 
     def run(data: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(data).items()}
-        segments = batch.get("segment_ids")
-        mask = None if segments is None else block_causal_mask(segments)
-        output = model(batch["tokens"], position_ids, mask, labels=batch["labels"], loss_mask=batch["loss_mask"])
+        batch, apart = prepared(plan, next(data), device)
+        positions = torch.arange(batch["tokens"].shape[1], device=device).expand_as(batch["tokens"])
+        mask = apart.pop("attention_mask", None)
+        output = model(batch["tokens"], positions, mask, labels=batch["labels"], loss_mask=batch["loss_mask"], **apart)
         return output, lambda losses: sum_loss(batch["loss_mask"], losses, units)
 
     return run
 
 
+def prepared(plan: Plan, rows: Batch, device: torch.device) -> tuple[Batch, dict[str, Any]]:
+    """(tokens, labels and loss_mask on `device`, what keeps their segments apart) of the rows [b, s] that were read.
+
+    Nothing keeps them apart where `rows` has no segment_ids. Local layers get an attention mask; Transformer Engine's
+    get the segments' bounds, and the rows joined to [1, b * s]. With context parallelism this rank's part of s is left.
+    """
+    segments = rows.pop("segment_ids", None)
+    if plan.sizes.cp > 1:
+        rank = parallel_state.get_context_parallel_rank()
+        rows = {name: context_parallel_part(tensor, plan.sizes.cp, rank) for name, tensor in rows.items()}
+    apart: dict[str, Any] = {}
+    if segments is not None and plan.joins_rows:
+        rows = {name: tensor.reshape(1, -1) for name, tensor in rows.items()}
+        bounds = joined_rows(segments)
+        bounds.cu_seqlens_q = bounds.cu_seqlens_kv = bounds.cu_seqlens_q.to(device, non_blocking=True)
+        apart["packed_seq_params"] = bounds
+    elif segments is not None:
+        apart["attention_mask"] = block_causal_mask(segments.to(device, non_blocking=True))
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in rows.items()}, apart
+
+
+def context_parallel_part(rows: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+    """[b, s / size] of rows [b, s]: of 2 * size equal pieces of s the one at `rank` and the one as far from the end.
+
+    So each rank has as much of causal attention to do as the others; Transformer Engine's attention expects this order
+    (get_batch_on_this_cp_rank in Megatron-Core's utils.py).
+    """
+    pieces = rows.unflatten(1, (2 * size, -1))
+    return torch.cat([pieces[:, rank], pieces[:, 2 * size - 1 - rank]], dim=1)
+
+
 def run_microbatches(plan: Plan, trainee: Trainee, data: list[Iterator[Batch]], forward_only: bool) -> torch.Tensor:
     """[sum of losses, number of tokens] float64 over this rank's micro-batches; zeros but on the last stage."""
+    rows, seq_length = plan.settings.micro_batch_size, plan.settings.seq_length
+    if plan.joins_rows:
+        rows, seq_length = 1, rows * seq_length
     reports = get_forward_backward_func()(
         forward_step_func=forward_step(plan),
         data_iterator=data if len(data) > 1 else data[0],
         model=trainee.model,
         num_microbatches=plan.num_microbatches,
-        seq_length=plan.settings.seq_length,
-        micro_batch_size=plan.settings.micro_batch_size,
-        decoder_seq_length=plan.settings.seq_length,
+        seq_length=seq_length,
+        micro_batch_size=rows,
+        decoder_seq_length=seq_length,
         forward_only=forward_only,
     )
     total = torch.zeros(2, dtype=torch.float64, device=torch.device(plan.platform.device))

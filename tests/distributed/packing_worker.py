@@ -4,7 +4,7 @@
 
 FILE of `batch` holds tokens, labels, loss_mask and segment_ids [rows, s]. Rank 0 writes to `out` the losses of both
 and, over all ranks, the largest difference of logits and of gradients as a share of the largest; "without" is the
-same for packed rows that are not kept apart.
+same for packed rows that are not kept apart, and "joined" for rows joined to one, as Transformer Engine has them.
 """
 
 import json
@@ -12,9 +12,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from common import log
 from common.platforms.cpu import CPU
@@ -52,21 +54,22 @@ def regroup(logits: torch.Tensor, packed: Batch) -> torch.Tensor:
     return places
 
 
-def of_size(plan: Plan, rows: int) -> Plan:
-    return replace(plan, settings=replace(plan.settings, global_batch_size=rows, micro_batch_size=1))
+def of_size(plan: Plan, rows: int, micro_batch_size: int = 1) -> Plan:
+    return replace(plan, settings=replace(plan.settings, global_batch_size=rows, micro_batch_size=micro_batch_size))
 
 
-def gradients(plan: Plan, batch: Batch) -> tuple[float, list[torch.Tensor]]:
+def gradients(plan: Plan, batch: Batch, micro_batch_size: int = 1) -> tuple[float, list[torch.Tensor]]:
     """The mean loss of `batch` and this rank's gradients."""
     from common.training.optimizer import build_trainee
     from common.training.step import mean_loss, run_microbatches
     from common.training.store import load_weights
 
-    plan = of_size(plan, len(batch["tokens"]))
+    plan = of_size(plan, len(batch["tokens"]), micro_batch_size)
     trainee = build_trainee(plan)
     assert plan.start.checkpoint
     load_weights(plan, trainee, plan.start.checkpoint)
-    parts = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(len(batch["tokens"]))]
+    starts = range(0, len(batch["tokens"]), micro_batch_size)
+    parts = [{name: x[i : i + micro_batch_size] for name, x in batch.items()} for i in starts]
     report = run_microbatches(plan, trainee, [iter(parts)], forward_only=False)
     found = [p.main_grad.clone() for chunk in trainee.model for p in chunk.parameters()]
     return mean_loss(report), found
@@ -131,6 +134,34 @@ def compare(plan: Plan, packed: Batch, apart: Batch, reference: Batch) -> dict[s
     }
 
 
+class SegmentAttention(torch.nn.Module):
+    """What Transformer Engine's attention does with rows joined to one: each segment of [t, n, d] by itself."""
+
+    def __init__(self, config: Any, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **given: Any) -> Any:
+        bounds = given["packed_seq_params"]
+        assert bounds.qkv_format == "thd" and bounds.cu_seqlens_q.dtype == torch.int32
+        sizes = bounds.cu_seqlens_q.diff().tolist()
+        assert max(sizes) <= bounds.max_seqlen_q and sum(sizes) == query.shape[0]
+        parts = zip(*(x.transpose(0, 1).split(sizes, dim=1) for x in (query, key, value)), strict=True)
+        outs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+        return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+def compare_joined(plan: Plan, packed: Batch, apart: Batch) -> dict[str, Any]:
+    """How `packed`, all of it one micro-batch of joined rows, differs from `apart` in loss and gradients."""
+    loss_alone, grads_alone = gradients(plan, apart)
+    with (
+        patch("common.model.layer_spec.SdpaAttention", SegmentAttention),
+        patch.object(Plan, "joins_rows", True),
+    ):
+        loss, grads = gradients(plan, packed, len(packed["tokens"]))
+    worst = largest(max(map(difference, grads, grads_alone)))
+    return {"loss": loss, "loss_alone": loss_alone, "gradients": worst}
+
+
 def main() -> None:
     log.quiet_libraries()
     CPU.prepare()
@@ -144,6 +175,7 @@ def main() -> None:
         kept = compare(plan, packed, apart, packed)
         open_rows = {name: x for name, x in packed.items() if name != "segment_ids"}
         result = {"kept": kept, "without": compare(plan, open_rows, apart, packed), "rows": len(apart["tokens"])}
+        result["joined"] = compare_joined(plan, packed, apart)
         if dist.get_rank() == 0:
             Path(task["out"]).write_text(json.dumps(result))
 

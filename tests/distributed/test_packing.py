@@ -88,6 +88,9 @@ def check(found: dict[str, Any], rows: int) -> None:
     assert found["rows"] > rows and kept["num_gradients"] > 0
     assert abs(kept["loss"] - kept["loss_alone"]) <= BOUND * kept["loss_alone"]
     assert kept["logits"] <= BOUND and kept["gradients"] <= 10 * BOUND, kept
+    joined = found["joined"]
+    assert abs(joined["loss"] - joined["loss_alone"]) <= BOUND * joined["loss_alone"]
+    assert joined["gradients"] <= 10 * BOUND, joined
     # Rows that are not kept apart are far outside of these bounds, so the bounds tell something.
     assert without["logits"] > 1000 * BOUND and without["gradients"] > 1000 * BOUND, without
     assert abs(without["loss"] - without["loss_alone"]) > 100 * BOUND * without["loss_alone"], without
