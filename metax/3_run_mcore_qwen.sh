@@ -46,6 +46,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Optimizer / 优化器
 : "${PRECISION:=bf16}"        # bf16 or fp32; master weights are fp32 / 计算精度；主权重为 fp32
+: "${OPTIMIZER_STATE:=fp32}"  # fp32, or bf16: Adam's moments in 2 bytes, not 4 / 优化器状态：bf16 时动量占用减半
 : "${LR:=6.5e-5}"             # highest learning rate / 最高学习率
 : "${MIN_LR:=2.5e-6}"         # learning rate at the end / 最低学习率
 : "${LR_WARMUP_ITERS:=0}"     # steps of warm-up / 预热步数
@@ -63,9 +64,14 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${EVAL_INTERVAL:=100}"  # steps between evaluations; 0: none / 验证间隔（步）；0：不验证
 : "${EVAL_ITERS:=50}"      # global batches of one evaluation / 每次验证的批数
 : "${LOG_INTERVAL:=10}"    # steps between log lines / 日志间隔（步）
+: "${MAX_FIRST_LOSS:=}"    # stop if the first loss is above it / 首步损失高于此值则停止
 
 # Memory and kernels / 显存与算子
 : "${RECOMPUTE:=selective}"    # none, selective or full / 激活重计算
+: "${RECOMPUTE_NUM_LAYERS:=}"  # with full: only so many layers of a stage / full 时每阶段只重计算前几层
+: "${FP8_FORMAT:=none}"        # none, hybrid or e4m3: FP8 matrix products (Transformer Engine, Hopper) / FP8 矩阵乘
+: "${FP8_RECIPE:=tensorwise}"  # tensorwise, delayed or blockwise / FP8 缩放方式
+: "${TP_COMM_OVERLAP:=false}"  # TP sends while matrix products run (Transformer Engine) / 张量并行通信与计算重叠
 : "${TRANSFORMER_IMPL:=local}" # transformer_engine or local / 层的实现
 
 # Weights & Biases (off without WANDB_PROJECT / 未设 WANDB_PROJECT 时关闭)

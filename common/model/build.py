@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common.mcore import first_and_last_differ, weight_gradient_fusion
+from common.mcore import first_and_last_differ, fp8_options, fuse_rotary_embedding, weight_gradient_fusion
 from common.model.config import QwenConfig
 from common.model.gpt import QwenModel
 from common.model.layer_spec import block_spec
@@ -28,7 +28,11 @@ class ModelOptions:
     precision: str  # bf16 or fp32
     transformer_impl: str  # transformer_engine or local
     recompute: str  # none, selective or full
+    recompute_num_layers: int | None = None  # with full: of each chunk; None: all
     sequence_parallel: bool = True  # with TP above 1
+    tp_comm_overlap: bool = False
+    fp8_format: str = "none"  # none, hybrid or e4m3
+    fp8_recipe: str = "tensorwise"
 
 
 def transformer_config(
@@ -79,7 +83,9 @@ def transformer_config(
         apply_rope_fusion=engine,
         gradient_accumulation_fusion=engine,
         **pipeline_options(qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers), sizes.vpp),
-        **_recompute(options.recompute),
+        tp_comm_overlap=options.tp_comm_overlap,
+        **fp8_options(options.fp8_format, options.fp8_recipe),
+        **_recompute(options),
     )
 
 
@@ -101,11 +107,14 @@ def pipeline_options(chunk_layers: tuple[int, ...], vpp: int) -> dict[str, Any]:
     return {"pipeline_model_parallel_layout": stages}
 
 
-def _recompute(kind: str) -> dict[str, Any]:
-    """Recompute nothing, each layer's core attention (selective) or each whole layer (full)."""
-    if kind == "full":
+def _recompute(options: ModelOptions) -> dict[str, Any]:
+    """Recompute nothing, each layer's core attention (selective) or whole layers (full), all or the chunk's first."""
+    if options.recompute == "full" and options.recompute_num_layers:
+        layers = options.recompute_num_layers
+        return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
+    if options.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {"recompute_granularity": "selective"} if kind == "selective" else {}
+    return {"recompute_granularity": "selective"} if options.recompute == "selective" else {}
 
 
 def build_model(
@@ -114,6 +123,8 @@ def build_model(
     """The chunks that this rank holds, on its device, with random weights; bf16 ones wrapped in Float16Module."""
     config = transformer_config(qwen, sizes, options, platform)
     chunks: list[torch.nn.Module] = []
+    if platform.fused_kernels and options.transformer_impl == "local":
+        fuse_rotary_embedding()
     with weight_gradient_fusion(chunks):
         chunks += [_chunk(config, qwen, sizes, options, platform, seq_length, index) for index in range(sizes.vpp)]
     if platform.device == "cuda":

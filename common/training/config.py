@@ -42,6 +42,13 @@ class TrainSettings:
     train_iters: int | None = option(None, "steps; this or EPOCHS")
     seed: int = option(1234, "of random weights and of the order of samples")
     precision: str = option("bf16", "bf16 has float32 master weights and gradients", ("bf16", "fp32"))
+    fp8_format: str = option("none", "matrix products in FP8 (Transformer Engine)", ("none", "hybrid", "e4m3"))
+    fp8_recipe: str = option("tensorwise", "how FP8 is scaled", ("tensorwise", "delayed", "blockwise"))
+    optimizer_state: str = option(
+        "fp32",
+        "bf16: Adam's moments in bf16, 14 bytes a parameter, not 18",
+        ("fp32", "bf16"),
+    )
     lr: float = option(6.5e-5, "highest learning rate")
     min_lr: float = option(2.5e-6, "learning rate at the end")
     lr_warmup_iters: int = option(0, "steps of linear warm-up from 0")
@@ -58,6 +65,9 @@ class TrainSettings:
     log_interval: int = option(10, "steps between log lines")
     exit_interval: int | None = option(None, "save and stop at a step this divides")
     recompute: str = option("none", "activations computed again in backward", ("none", "selective", "full"))
+    recompute_num_layers: int | None = option(None, "with full: only so many layers of each chunk; default: all")
+    tp_comm_overlap: bool = option(False, "Transformer Engine, TP above 1: send while matrix products run")
+    max_first_loss: float | None = option(None, "stop if the first loss is above it: the weights are not right")
     packing: bool = option(False, "finetune: several samples a row, kept apart")
     truncate: str = option("error", "finetune samples over SEQ_LENGTH", ("error", "drop", "left", "right"))
     reset_attention: bool = option(False, "pretrain: keep the documents of one sample apart")
@@ -80,6 +90,8 @@ class TrainSettings:
             self._need(getattr(self, name) >= 0, name, "it must not be negative")
         for name in ("adam_beta1", "adam_beta2"):
             self._need(0 <= getattr(self, name) < 1, name, "it must be at least 0 and below 1")
+        self._need(self.recompute_num_layers is None or self.recompute_num_layers >= 1, "recompute_num_layers",
+                   "it must be at least 1")  # fmt: skip
         self._need(self.exit_interval is None or self.exit_interval >= 1, "exit_interval", "it must be at least 1")
         self._need(self.epochs is None or 0 < self.epochs < math.inf, "epochs", "it must be a number above 0")
         self._need(self.train_iters is None or self.train_iters >= 1, "train_iters", "it must be at least 1")
@@ -91,6 +103,15 @@ class TrainSettings:
                 raise KitError(f"EPOCHS={self.epochs} and TRAIN_ITERS={self.train_iters}: set one of them")
         elif not self.load_checkpoint_path:
             raise KitError("LOAD_CHECKPOINT_PATH is not set: convert reads the distributed checkpoint there")
+        if self.recompute_num_layers and self.recompute != "full":
+            raise KitError(
+                f"RECOMPUTE_NUM_LAYERS={self.recompute_num_layers} goes with RECOMPUTE=full, not {self.recompute}"
+            )
+        if self.precision != "bf16" and (self.fp8_format != "none" or self.optimizer_state != "fp32"):
+            raise KitError(
+                f"FP8_FORMAT={self.fp8_format} and OPTIMIZER_STATE={self.optimizer_state} need PRECISION=bf16, not"
+                f" {self.precision}"
+            )
         sizes = self.sizes
         if self.sequence_parallel and self.seq_length % self.tp:
             raise KitError(

@@ -65,7 +65,8 @@ class Training:
             peak_tflops=peak_tflops(plan.platform, device),
         )
         self.report = torch.zeros(2, dtype=torch.float64, device=torch.device(plan.platform.device))
-        self.since_log = 0
+        self.since_log = self.steps = 0
+        self.memory_told = False
 
     def run(self) -> None:
         """Trains to the last step, or to the one at which it is to stop; the last step done is saved."""
@@ -111,6 +112,12 @@ class Training:
             logger.info(line)
         figures = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
         self.tracking.log(self.progress.iteration, **figures, **self.meter.rates(interval))
+        self.steps += self.since_log
+        if self.steps > 1 and not self.memory_told and self.plan.platform.device == "cuda":
+            logger.info(memory_line())
+            self.memory_told = True
+        if self.progress.iteration == 1:
+            check_first_loss(self.plan, loss)
         if not math.isfinite(loss):
             raise KitError(
                 f"the loss is {loss} at iteration {self.progress.iteration}, and nothing of this was saved:"
@@ -145,6 +152,28 @@ class Training:
             self.store.save(self.trainee, self.progress)
             self.watch.go_on()
         return stop
+
+
+def memory_line() -> str:
+    """What the log says of this rank's device memory; Adam makes its moments at the end of the first step."""
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    share = " / ".join(f"{size / 2**30:.1f}" for size in (allocated, reserved, total))
+    return f"memory of rank {dist.get_rank()} at most, GiB allocated / reserved / there are: {share}"
+
+
+def check_first_loss(plan: Plan, loss: float) -> None:
+    """Raises KitError when the first loss is over MAX_FIRST_LOSS; tells when weights know no more than random ones."""
+    most = plan.settings.max_first_loss
+    told = (
+        "a wrong tokenizer, rms_norm_eps or rope_theta shows here; compare the converted weights with the model's by"
+        " `python -m common.convert verify --logits true`"
+    )
+    if most is not None and loss > most:
+        raise KitError(f"the first loss is {loss:.4f}, over MAX_FIRST_LOSS={most:g}: {told}")
+    guess = math.log(plan.qwen.vocab_size)
+    if plan.start.kind == "weights" and loss > 0.9 * guess:
+        logger.info("note: the first loss is %.2f, and guessing among all tokens gives %.2f: %s", loss, guess, told)
 
 
 def open_batches(plan: Plan, samples: Samples, start_sample: int) -> list[Iterator[Batch]]:

@@ -12,7 +12,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from common.mcore import mend_torch_adam_step
+from common.mcore import mend_torch_adam_step, optimizer_state_options
 from common.model.build import ModelOptions, build_model
 from common.training.config import TrainSettings
 from common.training.plan import Plan
@@ -39,12 +39,21 @@ def build_trainee(plan: Plan) -> Trainee:
         precision=chosen.precision,
         transformer_impl=plan.transformer_impl,
         recompute=chosen.recompute,
+        recompute_num_layers=chosen.recompute_num_layers,
         sequence_parallel=chosen.sequence_parallel,
+        tp_comm_overlap=chosen.tp_comm_overlap,
+        fp8_format=chosen.fp8_format,
+        fp8_recipe=chosen.fp8_recipe,
     )
+    if chosen.tp_comm_overlap:
+        open_tensor_parallel_buffers(plan)
     chunks = build_model(plan.qwen, plan.sizes, options, plan.platform, chosen.seq_length)
     model = wrap(chunks, overlap=plan.platform.device == "cuda" and plan.sizes.dp > 1)
     mend_torch_adam_step()
     optimizer = get_megatron_optimizer(optimizer_config(chosen), model)
+    if chosen.optimizer_state == "bf16":
+        for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+            step_in_parts(each.optimizer)
     scheduler = build_scheduler(optimizer, chosen, max(plan.train_iters, 1))
     connect(model, optimizer)
     return Trainee(model, optimizer, scheduler)
@@ -82,7 +91,59 @@ def optimizer_config(chosen: TrainSettings) -> OptimizerConfig:
         bf16=chosen.precision == "bf16",
         params_dtype=torch.bfloat16 if chosen.precision == "bf16" else torch.float32,
         use_distributed_optimizer=True,
+        **optimizer_state_options(chosen.optimizer_state),
     )
+
+
+PART = 1 << 28  # parameters: 2 GiB of float32 moments
+
+
+def step_in_parts(adam: torch.optim.Optimizer, part: int = PART) -> None:
+    """Has `adam` step through each parameter group in parts of `part` parameters, or of one tensor that has more.
+
+    Transformer Engine's FusedAdam turns the bf16 moments of a whole group into float32 at once (get_unscaled_state in
+    its optimizers/fused_adam.py, 2.11): 61 GB for Qwen2.5-7B, more than bf16 saves.
+    """
+    step = adam.step
+
+    def stepped(*args: Any, **kwargs: Any) -> None:
+        groups = adam.param_groups
+        try:
+            for group in groups:
+                taken = [{**group, "params": params} for params in _parts(group["params"], part)]
+                for each in taken:  # a group counts its own steps
+                    adam.param_groups = [each]
+                    step(*args, **kwargs)
+                group.update({name: value for name, value in taken[-1].items() if name != "params"} if taken else {})
+        finally:
+            adam.param_groups = groups
+
+    adam.step = stepped  # type: ignore[method-assign, assignment]
+
+
+def _parts(params: list[torch.Tensor], part: int) -> list[list[torch.Tensor]]:
+    parts: list[list[torch.Tensor]] = []
+    filled = part
+    for param in params:
+        if filled + param.numel() > part:
+            parts.append([])
+            filled = 0
+        parts[-1].append(param)
+        filled += param.numel()
+    return parts
+
+
+def open_tensor_parallel_buffers(plan: Plan) -> None:
+    """Gives Transformer Engine the buffers through which it sends while matrix products run.
+
+    As Megatron-LM's training/initialize.py does, with one shape for the whole run: [s * b / cp, h].
+    """
+    from transformer_engine.pytorch.module.base import initialize_ub
+
+    chosen = plan.settings
+    rows = chosen.seq_length * chosen.micro_batch_size // chosen.cp
+    fp8 = chosen.fp8_format != "none"
+    initialize_ub(shape=[rows, plan.qwen.hidden_size], tp_size=chosen.tp, use_fp8=fp8, bootstrap_backend="nccl")
 
 
 def build_scheduler(optimizer: Any, chosen: TrainSettings, train_iters: int) -> OptimizerParamScheduler:

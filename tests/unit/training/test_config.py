@@ -78,6 +78,9 @@ def test_what_may_be_nothing_is_not_negative(name: str) -> None:
         ({"gpus": 2, "tp": 2, "seq_length": 33}, "SEQ_LENGTH=33 cannot be divided by TP=2"),
         ({"gpus": 4, "global_batch_size": 12}, "GLOBAL_BATCH_SIZE=12 cannot be divided by MICRO_BATCH_SIZE=2 x 4"),
         ({"packing": True}, "PACKING=true is for TRAIN_MODE=finetune"),
+        ({"recompute_num_layers": 2}, "RECOMPUTE_NUM_LAYERS=2 goes with RECOMPUTE=full, not none"),
+        ({"recompute_num_layers": 0, "recompute": "full"}, "RECOMPUTE_NUM_LAYERS=0: it must be at least 1"),
+        ({"precision": "fp32", "fp8_format": "e4m3"}, "FP8_FORMAT=e4m3 and OPTIMIZER_STATE=fp32 need PRECISION=bf16"),
         ({"train_mode": "finetune", "reset_attention": True}, "RESET_ATTENTION=true is for TRAIN_MODE=pretrain"),
     ],
 )

@@ -1,0 +1,84 @@
+"""What is asked of Transformer Engine is asked only of versions that have it, and the refusal names them."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from common import mcore
+from common.errors import KitError
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str = "0.16.1") -> None:
+    def version(name: str) -> str:
+        found = {"transformer-engine": engine, "megatron-core": megatron}[name]
+        if found is None:
+            raise mcore.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(mcore.metadata, "version", version)
+
+
+@pytest.mark.parametrize(
+    ("engine", "megatron", "asked", "given"),
+    [
+        ("2.11.0", "0.16.1", ("none", "tensorwise"), {}),
+        ("2.11.0", "0.16.1", ("hybrid", "tensorwise"), {"fp8": "hybrid", "fp8_recipe": "tensorwise"}),
+        ("1.4.0+abc", "0.14.0", ("e4m3", "delayed"), {"fp8": "e4m3", "fp8_recipe": "delayed"}),
+        ("1.4.0", "0.11.0", ("hybrid", "delayed"), {"fp8": "hybrid"}),
+    ],
+)
+def test_fp8(
+    monkeypatch: pytest.MonkeyPatch, engine: str, megatron: str, asked: tuple[str, str], given: dict[str, Any]
+) -> None:
+    installed(monkeypatch, engine, megatron)
+    assert mcore.fp8_options(*asked) == given
+
+
+@pytest.mark.parametrize(
+    ("engine", "megatron", "asked", "said"),
+    [
+        ("2.1.0", "0.16.1", "tensorwise", "FP8_RECIPE=tensorwise needs Transformer Engine 2.2 or later, and 2.1 is"),
+        ("2.2.0", "0.16.1", "blockwise", "FP8_RECIPE=blockwise needs Transformer Engine 2.3 or later, and 2.2 is"),
+        ("2.11.0", "0.11.0", "tensorwise", "FP8_RECIPE=tensorwise needs megatron-core 0.12 or later"),
+    ],
+)
+def test_fp8_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, engine: str, megatron: str, asked: str, said: str
+) -> None:
+    installed(monkeypatch, engine, megatron)
+    with pytest.raises(KitError, match=re.escape(said)):
+        mcore.fp8_options("hybrid", asked)
+
+
+def test_moments_in_bf16_keep_whole_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "2.11.0")
+    given = mcore.optimizer_state_options("bf16")
+    assert given["exp_avg_dtype"] is given["exp_avg_sq_dtype"] is torch.bfloat16
+    assert given["use_precision_aware_optimizer"] and given["store_param_remainders"] is False
+    assert mcore.optimizer_state_options("fp32") == {}
+
+
+@pytest.mark.parametrize(
+    ("engine", "megatron", "said"),
+    [
+        ("2.11.0", "0.11.0", "megatron-core 0.13"),
+        ("2.0.1", "0.16.1", "Transformer Engine 2.1"),
+        (None, "0.16.1", "Transformer Engine 2.1"),
+    ],
+)
+def test_moments_in_bf16_where_they_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, said: str
+) -> None:
+    installed(monkeypatch, engine, megatron)
+    with pytest.raises(KitError, match=re.escape(f"OPTIMIZER_STATE=bf16 needs {said}")):
+        mcore.optimizer_state_options("bf16")
+
+
+def test_packed_sequences_need_an_engine_that_masks_within_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "1.4.0")
+    with pytest.raises(KitError, match=re.escape("PACKING=true needs Transformer Engine 1.7 or later, and 1.4 is")):
+        mcore.check_packed_sequences("PACKING")
+    installed(monkeypatch, "1.7.0")
+    mcore.check_packed_sequences("PACKING")

@@ -1,0 +1,37 @@
+"""A run whose weights are not what they seem stops, or says so, at its first loss."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from common.errors import KitError
+from common.log import logger
+from common.training.loop import check_first_loss
+
+
+def plan(kind: str, most: float | None) -> Any:
+    return SimpleNamespace(
+        settings=SimpleNamespace(max_first_loss=most),
+        qwen=SimpleNamespace(vocab_size=151936),
+        start=SimpleNamespace(kind=kind),
+    )
+
+
+def test_over_the_bound_the_run_stops() -> None:
+    check_first_loss(plan("weights", 3.0), 2.99)
+    with pytest.raises(KitError, match=r"the first loss is 3\.0100, over MAX_FIRST_LOSS=3: .* rms_norm_eps"):
+        check_first_loss(plan("weights", 3.0), 3.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "said"), [("weights", 11.5, True), ("weights", 4.0, False), ("random", 11.9, False)]
+)
+def test_weights_that_know_nothing_are_told(
+    kind: str, loss: float, said: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.INFO, "kit")
+    check_first_loss(plan(kind, None), loss)
+    assert ("guessing among all tokens gives 11.93" in caplog.text) == said
