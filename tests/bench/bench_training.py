@@ -1,0 +1,212 @@
+"""Step 3 beside what a user would pick instead, one GPU a program, all in one run: the table of docs/benchmarks.md.
+
+    python -m tests.bench.bench_training --models FOLDER --data PREFIX --out FILE
+        [--chats PREFIX] [--megatron CHECKOUT] [--gpus N] [ROW ...]
+
+FOLDER holds one folder a size (0.5B, 1.5B, 3B, 7B) with config.json and the tokenizer. A ROW is size/program, as
+3B/fp8; without one all are run, on N GPUs at once. A program runs ITERATIONS steps with its own log, and the median of
+the second half counts: for step 3 that is the whole loop, `common.train`. FILE gets a JSON line a row; a program that
+fails is a line too, with the end of what it printed.
+"""
+
+import argparse
+import json
+import os
+import queue
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from common.model.config import QwenConfig, load_config
+from common.training.metrics import flops_per_token
+
+KIT = Path(__file__).parents[2]
+ITERATIONS = 12
+SEQ_LENGTH = 4096
+BATCH = {"0.5B": 64, "1.5B": 32, "3B": 16, "7B": 8}  # samples a step, the same for every program
+MICRO_BATCH = {"0.5B": 8, "1.5B": 4, "3B": 2, "7B": 1}
+BF16_STATE = {"optimizer-state": "bf16"}
+# size/program -> what differs from the size's row: flags of common.train, or of the other program.
+ROWS: dict[str, dict[str, Any]] = {
+    "0.5B/kit": {},
+    "0.5B/local": {"transformer-impl": "local"},
+    "0.5B/megatron": {},
+    "0.5B/hf": {"micro-batch-size": 4},
+    "1.5B/kit": {},
+    "1.5B/local": {"transformer-impl": "local"},
+    "1.5B/megatron": {},
+    "1.5B/hf": {"micro-batch-size": 2},
+    "3B/kit": {},
+    "3B/local": {"transformer-impl": "local"},
+    "3B/fp8": {"fp8-format": "hybrid"},
+    "3B/megatron": {},
+    "3B/hf": {},
+    "7B/kit": BF16_STATE,
+    "7B/fp8": {**BF16_STATE, "fp8-format": "hybrid"},
+    "7B/megatron": {"use-precision-aware-optimizer": True, "exp-avg-dtype": "bf16", "exp-avg-sq-dtype": "bf16"},
+    "7B/hf": {},
+    # Conversations of unequal length, a row each or packed: the tokens of a row count, padding too.
+    "0.5B/padded": {"train-mode": "finetune", "truncate": "drop"},
+    "0.5B/packed": {"train-mode": "finetune", "truncate": "drop", "packing": "true"},
+    # For the estimate of memory: other lengths, micro-batches and recomputation.
+    "0.5B/kit-4": {"micro-batch-size": 4, "global-batch-size": 16},
+    "0.5B/kit-8k": {"seq-length": 8192, "micro-batch-size": 4, "global-batch-size": 16},
+    "0.5B/kit-full": {"recompute": "full", "global-batch-size": 16},
+    "1.5B/kit-8k": {"seq-length": 8192, "micro-batch-size": 2, "global-batch-size": 8},
+    "1.5B/kit-full": {"recompute": "full", "global-batch-size": 16},
+    "3B/kit-1": {"micro-batch-size": 1, "global-batch-size": 4},
+    "3B/kit-full": {"recompute": "full", "global-batch-size": 8},
+    "7B/kit-full": {**BF16_STATE, "recompute": "full", "micro-batch-size": 2},
+}
+LOG = re.compile(r"iteration (\d+)/\d+ .*?tokens/s ([\d,]+)")
+MEMORY = re.compile(r"GiB allocated / reserved / there are: ([\d.]+) / ([\d.]+)")
+MEGATRON_LOG = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
+MEGATRON_MEMORY = re.compile(r"max allocated: ([\d.]+) \|.*max reserved: ([\d.]+)")
+
+
+def words(flags: dict[str, Any]) -> list[str]:
+    """The command line of `flags`; True is a flag without a value."""
+    return [word for name, value in flags.items() for word in ([f"--{name}"] + ([] if value is True else [str(value)]))]
+
+
+def kit(model: Path, data: str, flags: dict[str, Any], port: int) -> list[str]:
+    flags = {
+        "hf-model-path": model, "dataset-path": data, "save-checkpoint-path": f"/tmp/bench_training_{port}",
+        "save-interval": 10**6, "eval-interval": 0, "split": "100,0,0", "train-iters": ITERATIONS, "log-interval": 1,
+        "lr": 1e-4, "min-lr": 1e-5, "master-port": port, "ckpt-format": "torch", **flags,
+    }  # fmt: skip
+    # Nothing is to be written: what is measured ends before.
+    return [sys.executable, "-c", "from tests.bench.bench_training import without_saving as w; w()", *words(flags)]
+
+
+def without_saving() -> None:
+    """`common.train` in this one process, that saves nothing."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "1"}
+    os.environ.update(alone)
+    os.environ["MASTER_PORT"] = sys.argv[sys.argv.index("--master-port") + 1]
+    from unittest.mock import patch
+
+    from common import train
+
+    with patch("common.training.store.Store.save"):
+        train.main()
+
+
+def megatron(model: Path, checkout: Path, flags: dict[str, Any], port: int) -> list[str]:
+    qwen = load_config(model)
+    shape = {
+        "num-layers": qwen.num_hidden_layers, "hidden-size": qwen.hidden_size,
+        "ffn-hidden-size": qwen.intermediate_size,
+        "num-attention-heads": qwen.num_attention_heads, "group-query-attention": True, "kv-channels": qwen.head_dim,
+        "num-query-groups": qwen.num_key_value_heads, "swiglu": True, "normalization": "RMSNorm", "norm-epsilon": 1e-6,
+        "disable-bias-linear": True, "add-qkv-bias": True, "position-embedding-type": "rope", "rotary-base": 1000000,
+        "hidden-dropout": 0, "attention-dropout": 0, "max-position-embeddings": 32768,
+        "tokenizer-type": "NullTokenizer", "vocab-size": qwen.vocab_size - 1,
+    }  # fmt: skip
+    if not qwen.tie_word_embeddings:
+        shape["untie-embeddings-and-output-weights"] = True
+    run = {
+        "bf16": True, "transformer-impl": "transformer_engine", "use-distributed-optimizer": True, "mock-data": True,
+        "cross-entropy-loss-fusion": True, "cross-entropy-fusion-impl": "te", "attention-backend": "auto",
+        "no-create-attention-mask-in-dataloader": True, "no-gradient-accumulation-fusion": True, "split": "100,0,0",
+        "train-iters": ITERATIONS, "log-interval": 1, "eval-iters": 0, "eval-interval": 10**6,
+        "lr": 1e-4, "min-lr": 1e-5, "lr-decay-style": "cosine", "weight-decay": 0.1, "clip-grad": 1.0,
+        "overlap-grad-reduce": True, "overlap-param-gather": True,
+    }  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", str(port)]
+    return [sys.executable, *torchrun, str(checkout / "pretrain_gpt.py"), *words({**shape, **run, **flags})]
+
+
+def hugging_face(model: Path, flags: dict[str, Any]) -> list[str]:
+    flags = {"model": model, "iterations": ITERATIONS, **flags}
+    return [sys.executable, "-m", "tests.bench.hf_training", *words(flags)]
+
+
+def figures(program: str, printed: str, qwen: QwenConfig, flags: dict[str, Any]) -> dict[str, float]:
+    """tokens/s, TFLOP/s and peak GiB of what a program printed."""
+    if program == "hf":
+        return json.loads(printed.strip().splitlines()[-1])
+    tokens = flags["global-batch-size"] * flags["seq-length"]
+    if program == "megatron":
+        rates = [tokens / float(ms) * 1e3 for ms in MEGATRON_LOG.findall(printed)]
+        allocated, reserved = (float(mib) / 2**10 for mib in MEGATRON_MEMORY.findall(printed)[-1])
+    else:
+        rates = [float(rate.replace(",", "")) for _, rate in LOG.findall(printed)]
+        allocated, reserved = map(float, MEMORY.findall(printed)[-1])
+    assert len(rates) >= ITERATIONS - 1, f"{len(rates)} iterations"
+    rate = statistics.median(rates[len(rates) // 2 :])
+    tflops = rate * flops_per_token(qwen, flags["seq-length"]) / 1e12
+    return {"tokens_per_s": rate, "tflops": tflops, "allocated_gib": allocated, "reserved_gib": reserved}
+
+
+def measure(row: str, gpu: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The row's line: its settings, and its figures or why there are none."""
+    size, program = row.split("/")
+    model, port = arguments.models / size, 29600 + gpu
+    flags = {"seq-length": SEQ_LENGTH, "micro-batch-size": MICRO_BATCH[size], "global-batch-size": BATCH[size]}
+    flags.update(ROWS[row])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if program == "megatron":
+        command = megatron(model, arguments.megatron, flags, port)
+        environment["PYTHONPATH"] = f"{arguments.megatron}:{os.environ.get('PYTHONPATH', '')}"
+    elif program == "hf":
+        command = hugging_face(model, flags)
+    else:
+        command = kit(model, arguments.chats if "train-mode" in flags else arguments.data, flags, port)
+    started = time.monotonic()
+    done = subprocess.run(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        cwd=KIT, timeout=arguments.timeout,
+    )  # fmt: skip
+    line = {"row": row, **flags, "seconds": round(time.monotonic() - started, 1)}
+    try:
+        assert done.returncode == 0 or program == "megatron"
+        return {**line, **figures(program, done.stdout, load_config(model), flags)}
+    except (AssertionError, IndexError, ValueError, KeyError) as error:
+        return {**line, "failed": f"{type(error).__name__} {error}", "printed": done.stdout[-2500:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", choices=[[], *ROWS])
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--chats", help="OUTPUT_PREFIX of step 1 for fine-tuning")
+    parser.add_argument("--megatron", type=Path)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--first-gpu", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=240)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    left: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for row in arguments.rows or ROWS:
+        wanted = {"megatron": arguments.megatron, "padded": arguments.chats, "packed": arguments.chats}
+        if wanted.get(row.split("/")[1], True):
+            left.put(row)
+
+    def work(gpu: int) -> None:
+        while not left.empty():
+            row = left.get_nowait()
+            try:
+                line = measure(row, gpu, arguments)
+            except subprocess.TimeoutExpired as error:
+                line = {"row": row, "failed": f"over {error.timeout:.0f} s", "printed": str(error.stdout or "")[-2500:]}
+            with lock, arguments.out.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+                print({name: value for name, value in line.items() if name != "printed"}, flush=True)
+
+    lock = threading.Lock()
+    threads = [threading.Thread(target=work, args=(arguments.first_gpu + gpu,)) for gpu in range(arguments.gpus)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
