@@ -3,10 +3,14 @@
 Source: arXiv 2309.00071, sections 3.2 and 3.4; the same numbers as `transformers` modeling_rope_utils.py gives.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ def yarn_frequencies(yarn: Yarn, head_dim: int, rope_theta: float) -> torch.Tens
 
     Between the pairs that turn `beta_fast` and `beta_slow` times over the original length, one fades into the other.
     """
+    import torch  # reading a config.json needs none
+
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32)
     kept = 1.0 / rope_theta ** (pairs / head_dim)
 
