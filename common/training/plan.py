@@ -11,12 +11,12 @@ from common.data.blend import BlendedSamples
 from common.data.samples import Samples
 from common.errors import KitError
 from common.log import logger
-from common.mcore import check_packed_sequences, check_pipeline_layers
 from common.model.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
 from common.training.config import TrainSettings
 from common.training.datasets import open_data
+from common.training.fit import check_fit
 
 
 @dataclass(frozen=True)
@@ -97,56 +97,6 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     if start.kind == "resume":
         check_resume(plan)
     return plan
-
-
-def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> None:
-    """Raises KitError where the settings ask for what this model or this platform does not have."""
-    qwen.check_trainable()
-    qwen.check_tensor_parallel(settings.tp)
-    check_pipeline_layers(qwen.chunk_layers(settings.pp, settings.vpp, settings.sizes.pipeline_layers), settings.vpp)
-    if settings.async_save and (settings.ckpt_format or platform.checkpoint_format) == "torch":
-        raise KitError("ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false")
-    if settings.train_or_convert_ckpt == "train" and settings.seq_length > qwen.longest_sequence:
-        raise KitError(
-            f"SEQ_LENGTH={settings.seq_length} is over max_position_embeddings={qwen.longest_sequence}"
-            " of config.json: use a shorter SEQ_LENGTH, or give the model YaRN (rope_scaling) as its card says"
-        )
-    check_layers(settings, platform)
-
-
-def check_layers(settings: TrainSettings, platform: Platform) -> None:
-    """Raises KitError for what the kind of layers that the run uses cannot do."""
-    engine = (settings.transformer_impl or platform.transformer_impl) == "transformer_engine"
-    apart = [name.upper() for name in ("packing", "reset_attention") if getattr(settings, name)]
-    if settings.cp > 1 and not engine:
-        raise KitError(f"CP={settings.cp} needs TRANSFORMER_IMPL=transformer_engine, whose attention can: set CP=1")
-    if settings.cp > 1 and apart:
-        raise KitError(f"CP={settings.cp} and {apart[0]}=true do not go together here: set CP=1 or {apart[0]}=false")
-    if settings.cp > 1 and settings.seq_length % (2 * settings.cp * settings.tp):
-        raise KitError(
-            f"SEQ_LENGTH={settings.seq_length} cannot be divided by 2 x CP x TP = {2 * settings.cp * settings.tp}:"
-            " use a multiple of it"
-        )
-    needs_engine = {
-        f"FP8_FORMAT={settings.fp8_format}": settings.fp8_format != "none",
-        "TP_COMM_OVERLAP=true": settings.tp_comm_overlap,
-    }
-    for setting, wanted in needs_engine.items():
-        if wanted and not engine:
-            raise KitError(f"{setting} needs TRANSFORMER_IMPL=transformer_engine: change one of them")
-    if settings.tp_comm_overlap and not (settings.tp > 1 and settings.sequence_parallel):
-        raise KitError(
-            f"TP_COMM_OVERLAP=true with TP={settings.tp} and SEQUENCE_PARALLEL={settings.sequence_parallel}: it needs"
-            " TP above 1, and sequence parallelism, whose sends it overlaps"
-        )
-    if settings.optimizer_state == "bf16" and not platform.transformer_engine:
-        raise KitError(f"OPTIMIZER_STATE=bf16 needs Transformer Engine, and {platform.name} has none: set it to fp32")
-    if apart and engine:
-        check_packed_sequences(apart[0])
-    if settings.transformer_impl == "transformer_engine" and not platform.transformer_engine:
-        raise KitError(
-            f"TRANSFORMER_IMPL=transformer_engine, and {platform.name} has no Transformer Engine: set it to local"
-        )
 
 
 def check_resume(plan: Plan) -> None:
