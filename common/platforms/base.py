@@ -22,3 +22,5 @@ class Platform:
     ran_on_hardware: bool
     prepare: Callable[[], None] = nothing_to_prepare  # called before Megatron-Core is imported
     peak_tflops: dict[str, float] = field(default_factory=dict)  # part of the device's name -> dense bf16 TFLOP/s
+    memory_gib: dict[str, float] = field(default_factory=dict)  # GPU type -> its memory as torch.cuda tells it
+    bandwidth_tb_s: dict[str, float] = field(default_factory=dict)  # GPU type -> TB/s of its memory

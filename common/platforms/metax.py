@@ -11,4 +11,5 @@ METAX = Platform(
     checkpoint_format="torch",  # torch_dist was never seen to work in the vendor's image
     fused_kernels=False,  # they need torch.compile and Triton, which abort there on some shapes
     ran_on_hardware=False,
+    memory_gib={"C500": 64.0, "C550": 64.0},  # by the data sheets; their rates are not known here
 )

@@ -23,4 +23,30 @@ NVIDIA = Platform(
         "A800": 312.0,
         "H20": 148.0,
     },
+    # The total of torch's out-of-memory messages, which lies a little below the data sheet's.
+    memory_gib={
+        "H200": 139.7,
+        "H100": 79.1,
+        "H100 NVL": 93.0,
+        "H100 PCIe": 79.1,
+        "H800": 79.1,
+        "H800 PCIe": 79.1,
+        "A100": 79.1,
+        "A100 40GB": 39.4,
+        "A800": 79.1,
+        "H20": 95.0,
+    },
+    # By the data sheets too.
+    bandwidth_tb_s={
+        "H200": 4.8,
+        "H100": 3.35,
+        "H100 NVL": 3.9,
+        "H100 PCIe": 2.0,
+        "H800": 3.35,
+        "H800 PCIe": 2.0,
+        "A100": 2.04,
+        "A100 40GB": 1.56,
+        "A800": 2.04,
+        "H20": 4.0,
+    },
 )
