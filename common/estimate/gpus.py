@@ -1,0 +1,39 @@
+"""The GPU types that are known, from the platforms' tables."""
+
+from dataclasses import dataclass
+
+from common.errors import KitError
+from common.platforms import PLATFORMS
+from common.platforms.base import Platform
+from common.training.metrics import peak_tflops
+
+MEASURED = ("H100", "H200")  # the types whose times the constants are fitted to
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU type: `rated` where its data sheet's rates are known, without which nothing is said of speed."""
+
+    name: str
+    platform: Platform
+    memory_gib: float  # as torch.cuda tells it
+    flops: float  # dense bf16 operations a second; 0: not known
+    bandwidth: float  # bytes a second of its memory; 0: not known
+
+    @property
+    def rated(self) -> bool:
+        """Whether both rates are known."""
+        return self.flops > 0 and self.bandwidth > 0
+
+
+def find_gpu(name: str, memory_gib: float | None = None) -> Gpu:
+    """The GPU type of that name, upper or lower case, with `memory_gib` in place of its own; raises KitError."""
+    for platform in PLATFORMS.values():
+        for known, own in platform.memory_gib.items():
+            if known.lower() == name.lower():
+                flops = 1e12 * (peak_tflops(platform, known) or 0)
+                return Gpu(known, platform, memory_gib or own, flops, 1e12 * platform.bandwidth_tb_s.get(known, 0))
+    types = [known for platform in PLATFORMS.values() for known in platform.memory_gib]
+    raise KitError(
+        f"GPU={name} is not known: use one of {', '.join(types)}, or the nearest of them with its MEMORY_GIB"
+    )

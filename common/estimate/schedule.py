@@ -1,0 +1,40 @@
+"""Which micro-batches a pipeline rank holds the activations of, moment by moment."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Moment(NamedTuple):
+    """A chunk's forward or backward pass, and the micro-batches in flight in each chunk, that one's own included."""
+
+    forward: bool
+    chunk: int
+    in_flight: tuple[int, ...]
+
+
+def moments(pp: int, vpp: int, pp_rank: int, num_microbatches: int) -> Iterator[Moment]:
+    """The passes of a rank in one step, as Megatron-Core's schedules order them.
+
+    Without VPP: pp - 1 - rank forward passes, then one forward and one backward in turn (1F1B). With it: groups of PP
+    micro-batches go through one chunk after the other, backward in the opposite order, after 2 (pp - 1 - rank) +
+    (vpp - 1) pp forward passes. Source: arXiv 2104.04473, section 2.2; megatron/core/pipeline_parallel/schedules.py.
+    """
+    total = num_microbatches * vpp
+    warm_up = pp - 1 - pp_rank if vpp == 1 else 2 * (pp - 1 - pp_rank) + (vpp - 1) * pp
+    warm_up = min(warm_up, total) if pp > 1 else 0
+    in_flight: Counter[int] = Counter()
+    for step in range(total + warm_up):
+        if step < total:
+            chunk = _chunk_of(step, pp, vpp)
+            in_flight[chunk] += 1
+            yield Moment(True, chunk, tuple(in_flight[index] for index in range(vpp)))
+        if step >= warm_up:
+            chunk = vpp - 1 - _chunk_of(step - warm_up, pp, vpp)
+            yield Moment(False, chunk, tuple(in_flight[index] for index in range(vpp)))
+            in_flight[chunk] -= 1
+
+
+def _chunk_of(step: int, pp: int, vpp: int) -> int:
+    """The chunk of the `step`-th forward pass: PP micro-batches each, from the first chunk to the last."""
+    return step // pp % vpp

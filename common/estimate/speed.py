@@ -1,0 +1,125 @@
+"""Seconds of a step: what a stage has to do at the data sheet's rates, times what a GPU was seen to take for it.
+
+Letters as in activations.py. Nothing here was measured on more than one GPU: link rates are assumed.
+"""
+
+from dataclasses import dataclass, replace
+
+from common.estimate.activations import Work, recomputed_layers
+from common.estimate.constants import (
+    LINK_BYTES_PER_SECOND,
+    NETWORK_BYTES_PER_SECOND,
+    SECONDS,
+)
+from common.estimate.gpus import Gpu
+from common.estimate.memory import work_of
+from common.estimate.weights import GRADIENT_BYTES, Chunk, chunk_parameters, chunks_of_rank
+from common.model.config import QwenConfig
+from common.platforms.base import Platform
+from common.training.config import TrainSettings
+
+Cost = dict[str, float]
+
+
+def add(*costs: Cost) -> Cost:
+    """The sum of costs, name by name."""
+    return {name: sum(cost.get(name, 0.0) for cost in costs) for name in {name for cost in costs for name in cost}}
+
+
+def seconds(cost: Cost) -> float:
+    """What a GPU takes for `cost`."""
+    return sum(SECONDS[name] * amount for name, amount in cost.items())
+
+
+def layer_cost(work: Work, gpu: Gpu) -> Cost:
+    """Forward and backward pass of one layer over one micro-batch: seconds at full rates, and layers begun.
+
+    A product's backward pass is twice its forward one; attention counts its causal half, and its rate falls with heads
+    smaller than 128. Traffic is what norms, SwiGLU, RoPE and residual sums read and write, each tensor once a pass.
+    """
+    qwen, tokens = work.qwen, work.tokens
+    h, q = qwen.hidden_size, qwen.num_attention_heads * qwen.head_dim
+    products = 2 * tokens * (h * (qwen.qkv_rows + q) + 3 * h * qwen.intermediate_size) / work.tp
+    attention = 2 * tokens * work.seq_length * q / work.tp * max(1.0, 128 / qwen.head_dim)
+    rope = 0 if work.engine else 12 * (work.query + work.key)
+    traffic = 8 * work.mlp + 30 * work.stream + rope
+    passes, attention_passes, traffic_passes = {"none": (3, 3, 1.0), "selective": (3, 4, 1.0), "full": (4, 4, 4 / 3)}[
+        work.recompute
+    ]
+    return {
+        "products": passes * products / gpu.flops,
+        "attention": attention_passes * attention / gpu.flops,
+        "traffic": traffic_passes * traffic / gpu.bandwidth,
+        "layers of a micro-batch": passes / 3,
+    }
+
+
+def chunk_cost(work: Work, chunk: Chunk, gpu: Gpu) -> Cost:
+    """Forward and backward pass of a chunk over one micro-batch; each reads weights and adds to float32 gradients."""
+    parameters, again = chunk_parameters(work.qwen, work.tp, chunk), recomputed_layers(work, chunk)
+    once = layer_cost(work if work.recompute != "full" else replace(work, recompute="none"), gpu)
+    twice = layer_cost(work, gpu)
+    total = {
+        **{name: again * twice[name] + (chunk.num_layers - again) * once[name] for name in once},
+        "weights": (3 * work.element + 2 * GRADIENT_BYTES) * parameters / gpu.bandwidth,
+    }
+    if chunk.last:
+        rows = work.qwen.padded_vocab_size(work.tp) / work.tp
+        logits = work.tokens * rows
+        total["products"] += 3 * 2 * logits * work.qwen.hidden_size / gpu.flops
+        total["traffic"] += 3 * work.element * logits / gpu.bandwidth
+    return total
+
+
+def step_cost(work: Work, chunks: list[Chunk], gpu: Gpu, shards: int) -> Cost:
+    """What a rank does once a step: zeros, the gradients' norm, clipping, Adam; and layers that the host walks over."""
+    parameters = sum(chunk_parameters(work.qwen, work.tp, chunk) for chunk in chunks)
+    # zeroed and gathered whole; norm, clipping (read and write) and Adam (seven reads and writes of 4 bytes) in shards
+    moved = (GRADIENT_BYTES + work.element) * parameters + (3 * 4 + 7 * 4) * parameters / shards
+    return {"weights": moved / gpu.bandwidth, "layers of a step": sum(chunk.num_layers for chunk in chunks)}
+
+
+def tensor_parallel_seconds(work: Work, num_layers: int) -> float:
+    """Collectives of the tensor-parallel ranks, none of them hidden: four forward, six backward of e n h bytes a layer.
+
+    Source: arXiv 2205.05198, section 4.2.2, and the gathers that are done again for the weights' gradients.
+    """
+    return 10 * num_layers * work.hidden * (work.tp - 1) / work.tp / LINK_BYTES_PER_SECOND
+
+
+def data_parallel_seconds(settings: TrainSettings, work: Work, parameters: int, backward: float) -> float:
+    """What of gradients' reduction and parameters' gathering the last backward pass does not hide."""
+    dp = settings.sizes.dp * settings.sizes.cp
+    rate = LINK_BYTES_PER_SECOND if settings.nnodes == 1 else NETWORK_BYTES_PER_SECOND
+    return max(0.0, (GRADIENT_BYTES + work.element) * parameters * (dp - 1) / dp / rate - backward)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A step's seconds and what follows from them."""
+
+    step_seconds: float
+    tokens_per_second: float  # over all GPUs
+    bubble: float  # share of the step in which a stage waits for others
+
+    def days(self, tokens: float) -> float:
+        """Days that `tokens` take."""
+        return tokens / self.tokens_per_second / 86400
+
+
+def speed(settings: TrainSettings, platform: Platform, qwen: QwenConfig, gpu: Gpu) -> Speed:
+    """The speed of a run: the slowest stage's micro-batches, and the pipeline's bubble of (PP - 1) / VPP of them."""
+    work, sizes = work_of(settings, platform, qwen), settings.sizes
+    microbatch = once = 0.0
+    for pp_rank in range(sizes.pp):
+        chunks = chunks_of_rank(qwen, sizes, pp_rank)
+        own = seconds(add(*(chunk_cost(work, chunk, gpu) for chunk in chunks)))
+        own += tensor_parallel_seconds(work, sum(chunk.num_layers for chunk in chunks))
+        parameters = sum(chunk_parameters(qwen, settings.tp, chunk) for chunk in chunks)
+        after = seconds(step_cost(work, chunks, gpu, sizes.dp * sizes.cp))
+        after += data_parallel_seconds(settings, work, parameters, own * 2 / 3)
+        microbatch, once = max(microbatch, own), max(once, after)
+    number = sizes.num_microbatches(settings.global_batch_size, settings.micro_batch_size)
+    waits = (sizes.pp - 1) / sizes.vpp  # arXiv 2104.04473, section 2.2
+    step = (number + waits) * microbatch + once
+    return Speed(step, settings.global_batch_size * settings.seq_length / step, waits * microbatch / step)

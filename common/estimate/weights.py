@@ -1,0 +1,82 @@
+"""Parameters that a rank holds, and the bytes of them, their gradients and the optimizer's state.
+
+Letters: h hidden_size, f intermediate_size, v rows of the padded vocabulary.
+"""
+
+from dataclasses import dataclass
+
+from common.model.config import QwenConfig
+from common.parallel import ParallelSizes
+
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+GRADIENT_BYTES = 4  # float32 buffers (grad_reduce_in_fp32)
+MOMENT_BYTES = {"fp32": 8, "bf16": 4, "cpu": 0}  # Adam's two, by OPTIMIZER_STATE; 0: not on the GPU
+MASTER_BYTES = {"bf16": 4, "fp32": 0}  # the float32 copy of the parameters; in fp32 they are their own
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One virtual pipeline chunk: its layers, and whether the model begins or ends in it."""
+
+    num_layers: int
+    first: bool
+    last: bool
+
+
+def chunks_of_rank(qwen: QwenConfig, sizes: ParallelSizes, pp_rank: int) -> list[Chunk]:
+    """The VPP chunks of a pipeline rank, in the model's order."""
+    layers = qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers)
+    places = [index * sizes.pp + pp_rank for index in range(sizes.vpp)]
+    return [Chunk(layers[place], place == 0, place == len(layers) - 1) for place in places]
+
+
+def layer_parameters(qwen: QwenConfig, tp: int) -> int:
+    """Parameters of one layer on one tensor-parallel rank; the norms are whole on each."""
+    h, d = qwen.hidden_size, qwen.head_dim
+    projections = (h * qwen.qkv_rows + qwen.num_attention_heads * d * h) // tp
+    bias = qwen.qkv_rows // tp if qwen.qkv_bias else 0
+    mlp = 3 * h * qwen.intermediate_size // tp
+    norms = 2 * h + (2 * d if qwen.qk_norm else 0)
+    return projections + bias + mlp + norms
+
+
+def vocabulary_parameters(qwen: QwenConfig, tp: int) -> int:
+    """Parameters of the embedding, or of the output layer, on one tensor-parallel rank."""
+    return qwen.padded_vocab_size(tp) // tp * qwen.hidden_size
+
+
+def chunk_parameters(qwen: QwenConfig, tp: int, chunk: Chunk) -> int:
+    """Parameters of a chunk on one tensor-parallel rank.
+
+    Tied models have one matrix for embedding and output layer; where they lie on two pipeline stages, each has a copy.
+    """
+    total = chunk.num_layers * layer_parameters(qwen, tp)
+    matrices = int(chunk.first) + int(chunk.last)
+    if chunk.first and chunk.last and qwen.tie_word_embeddings:
+        matrices = 1
+    return total + matrices * vocabulary_parameters(qwen, tp) + (qwen.hidden_size if chunk.last else 0)
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes that a rank holds all the time."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def state_bytes(parameters: int, precision: str, optimizer_state: str, shards: int) -> StateBytes:
+    """The bytes of `parameters` on the GPU.
+
+    The optimizer's are divided over `shards` = DP x CP ranks (P_os of arXiv 1910.02054).
+    Megatron-Core pads its buffers: a parameter to 64 elements, a bucket to 128 x DP; that is not counted.
+    """
+    master = 0 if optimizer_state == "cpu" else MASTER_BYTES[precision]
+    optimizer = (master + MOMENT_BYTES[optimizer_state]) * parameters
+    return StateBytes(ELEMENT_BYTES[precision] * parameters, GRADIENT_BYTES * parameters, -(-optimizer // shards))

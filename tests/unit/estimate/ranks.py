@@ -1,0 +1,33 @@
+"""What tests/unit/estimate/worker.py counts, for tests that hold the formulas against it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[3]
+SHAPE: dict[str, Any] = {
+    "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 301, "tie_word_embeddings": True, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+}  # fmt: skip
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    """`folder`, with nothing but a config.json in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**SHAPE, **changes}))
+    return folder
+
+
+def count(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each task's rank holds."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KIT_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.unit.estimate.worker", json.dumps(tasks)], env=environment, cwd=ROOT,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

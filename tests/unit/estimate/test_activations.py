@@ -1,0 +1,88 @@
+"""What autograd really keeps during a step of each kind of layers on the CPU, against the formulas, byte for byte."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common.estimate.activations import Work, final_norm_bytes, kept_by_chunk, layer_tensors, recomputed_layers
+from common.estimate.memory import work_of
+from common.estimate.schedule import moments
+from common.estimate.weights import Chunk, chunks_of_rank
+from common.model.config import load_config
+from common.platforms.cpu import CPU
+from common.training.config import TrainSettings
+from tests.unit.estimate.ranks import count, write_config
+
+
+def most_kept(folder: Path, world: int, stage: int, settings: dict[str, Any], fused: bool) -> int:
+    """The formulas' most bytes that passes keep, with those of the layer that full recomputation makes anew."""
+    chosen = TrainSettings(save_checkpoint_path="-", dataset_path="-", train_iters=1, gpus=world, **settings)
+    qwen = load_config(folder)
+    work = work_of(chosen, replace(CPU, fused_kernels=fused), qwen)
+    chunks = chunks_of_rank(qwen, chosen.sizes, stage)
+    kept = [kept_by_chunk(work, chunk) for chunk in chunks]
+    number = chosen.sizes.num_microbatches(chosen.global_batch_size, chosen.micro_batch_size)
+    most = 0
+    for moment in moments(chosen.pp, chosen.vpp, stage, number):
+        held = sum(each * size for each, size in zip(moment.in_flight, kept, strict=True))
+        chunk = chunks[moment.chunk]
+        if not moment.forward and recomputed_layers(work, chunk) == chunk.num_layers:
+            held += layer_made_anew(work, chunk)
+        most = max(most, held)
+    # Full recomputation keeps the table of angles, float32 [s, d], which is one for all.
+    return most + (4 * work.seq_length * qwen.head_dim if chosen.recompute == "full" else 0)
+
+
+def layer_made_anew(work: Work, chunk: Chunk) -> int:
+    """What the last layer of a chunk keeps while it is computed again; the norm after it keeps nothing more."""
+    # The norm's input is the layer's, which is kept already, unless the norm keeps a float32 copy in its place.
+    shared = work.stream if work.fused_kernels or work.precision == "fp32" else 0
+    return sum(layer_tensors(work).values()) - shared - (final_norm_bytes(work) if chunk.last else 0)
+
+
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (1, {"micro_batch_size": 3, "global_batch_size": 6, "precision": "fp32"}),
+    (1, {"recompute": "selective"}),
+    (1, {"recompute": "full"}),
+    (1, {"reset_attention": True}),
+    (1, {"reset_attention": True, "recompute": "selective"}),
+    (1, {"recompute": "full", "recompute_num_layers": 1}),
+    (2, {"tp": 2}),
+    (2, {"tp": 2, "recompute": "full"}),
+    (2, {"tp": 2, "sequence_parallel": False}),
+    (2, {"pp": 2}),
+    (2, {"pp": 2, "pipeline_layers": "3,1", "recompute": "full"}),
+    (4, {"pp": 4, "global_batch_size": 2}),
+    (2, {"pp": 2, "vpp": 2}),
+    (4, {"pp": 2, "tp": 2, "vpp": 2, "recompute": "selective", "precision": "fp32"}),
+]
+
+
+def compare(folder: Path, layouts: list[tuple[int, dict[str, Any]]], fused: bool) -> None:
+    tasks, formulas = [], []
+    for world, changes in layouts:
+        settings = {"seq_length": 32, "micro_batch_size": 1, "global_batch_size": 8, **changes}
+        tp, pp = settings.get("tp", 1), settings.get("pp", 1)
+        for stage in range(pp):
+            rank = stage * tp * (world // (tp * pp))
+            task = {"folder": str(folder), "world": world, "rank": rank, "settings": settings}
+            tasks.append({**task, "activations": True, "fused": fused})
+            formulas.append(most_kept(folder, world, stage, settings, fused))
+    found = [one["kept"] for one in count(tasks)]
+    named = [f"{task['settings']} rank {task['rank']}" for task in tasks]
+    assert dict(zip(named, found, strict=True)) == dict(zip(named, formulas, strict=True))
+
+
+def test_what_unfused_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None:
+    compare(write_config(tmp_path), LAYOUTS, fused=False)
+
+
+def test_what_fused_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None:
+    """SwiGLU by Megatron-Core's own function, and a norm that keeps what torch's kernel keeps."""
+    compare(write_config(tmp_path), [layout for layout in LAYOUTS if layout[0] < 4], fused=True)
+
+
+def test_what_the_norms_of_query_and_key_keep_is_counted(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, model_type="qwen3", head_dim=32)
+    compare(folder, [(1, {}), (2, {"tp": 2})], fused=True)

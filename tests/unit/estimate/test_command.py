@@ -1,0 +1,149 @@
+"""`python -m common.estimate`: what it prints, what it refuses, and that it needs neither torch nor a GPU."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.estimate.constants import CONTEXT_BYTES, GIB, RESERVED_SHARE
+from tests.unit.estimate.ranks import ROOT, write_config
+
+
+def run(expect: int = 0, **flags: Any) -> str:
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not True]
+    words += [f"--{name}" for name, value in flags.items() if value is True]
+    done = subprocess.run(
+        [sys.executable, "-m", "common.estimate", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == expect, done.stderr
+    return done.stderr if expect else done.stdout
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Of the size of a 7B model, so that some layouts fit a GPU and some do not."""
+    shape = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    more = {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False}
+    return write_config(tmp_path, **shape, **more, max_position_embeddings=32768)
+
+
+def test_layouts_that_fit_come_first_and_all_are_counted(model: Path) -> None:
+    asked = {"hf_model_path": model, "gpu": "h100", "gpus": 8, "seq_length": 4096, "global_batch_size": 64}
+    told = json.loads(run(**asked, json=True, tokens=1e9))
+    assert told["parameters"] == 7_615_616_512 and told["gpu"]["name"] == "H100"
+    fits = [layout["fits"] for layout in told["layouts"]]
+    assert fits == sorted(fits, key=["yes", "tight", "no"].index) and {"yes", "no"} <= {*fits}
+    rates = [layout["tokens_per_s"] for layout in told["layouts"] if layout["fits"] == "yes"]
+    assert rates == sorted(rates, reverse=True)
+    best = told["layouts"][0]
+    assert best["days"] == pytest.approx(1e9 / best["tokens_per_s"] / 86400)
+    assert best["step_s"] == pytest.approx(64 * 4096 / best["tokens_per_s"])
+    assert best["peak_bytes"] == max(stage["peak"] for stage in best["stages"])
+    assert len(best["stages"]) == best["pp"]
+    assert {layout["tp"] * layout["pp"] * layout["dp"] for layout in told["layouts"]} == {8}
+    text = run(**asked, tokens=1e9)
+    counted = re.search(r"(\d+) layouts: (\d+) fit, (\d+) are tight, (\d+) need more memory; 12 shown", text)
+    assert counted and [int(number) for number in counted.groups()] == [
+        len(fits), fits.count("yes"), fits.count("tight"), fits.count("no"),
+    ]  # fmt: skip
+    assert f"{len(told['refused'])} layouts are refused" in text
+    assert "x TP=8 does not divide num_attention_heads=28 of this model: use TP in [1, 2, 4]" in text
+    assert len(text.split("\n\n")[1].splitlines()) == 1 + 12
+    assert len(run(**asked, rows=0).split("\n\n")[1].splitlines()) == 1 + len(fits)
+
+
+def test_one_layout_is_told_stage_by_stage(model: Path) -> None:
+    layout = {"tp": 2, "pp": 4, "micro_batch_size": 1, "recompute": "full"}
+    text = run(hf_model_path=model, gpu="A100 40GB", gpus=8, global_batch_size=64, **layout)
+    _, row, stages, notes = text.split("\n\n")
+    assert len(row.splitlines()) == 2 and len(stages.splitlines()) == 5
+    peaks = [float(line.split()[-1]) for line in stages.splitlines()[1:]]
+    assert row.splitlines()[1].split()[-4] == f"{max(peaks):.2f}"
+    # The first stage has more micro-batches in flight, the last one the output layer and its loss.
+    assert peaks[0] > peaks[1] > peaks[2] < peaks[3]
+    assert "speed was measured on H100 and H200; here" in notes and "links between GPUs are assumed" in notes
+
+
+def test_a_gpu_without_known_rates_has_no_speed(model: Path) -> None:
+    text = run(hf_model_path=model, gpu="C500", gpus=8, global_batch_size=64, tokens=1e9)
+    assert "note: the rates of C500 are not known here" in text and "not run on metax hardware" in text
+    assert "local layers" in text and "tokens/s" in text
+    assert all(row.split()[-2:] == ["-", "-"] for row in text.split("\n\n")[1].splitlines()[1:])
+
+
+def test_the_optimizers_state_can_be_smaller_or_elsewhere(model: Path) -> None:
+    one = {"hf_model_path": model, "gpu": "H200", "tp": 1, "pp": 1, "micro_batch_size": 1, "recompute": "full"}
+    layouts = {
+        kind: json.loads(run(**one, json=True, optimizer_state=kind))["layouts"][0] for kind in ("fp32", "bf16", "cpu")
+    }
+    sizes = {kind: layout["stages"][0]["state"]["optimizer"] for kind, layout in layouts.items()}
+    parameters = layouts["fp32"]["stages"][0]["parameters"]
+    assert sizes == {"fp32": 12 * parameters, "bf16": 8 * parameters, "cpu": 0}
+    assert layouts["bf16"]["tokens_per_s"] and layouts["cpu"]["tokens_per_s"] is None
+    assert "so no speed is told" in run(**one, optimizer_state="cpu")
+
+
+def test_layers_that_are_not_recomputed_keep_more_and_are_faster(model: Path) -> None:
+    one = {"hf_model_path": model, "gpu": "H200", "tp": 1, "pp": 1, "micro_batch_size": 1, "recompute": "full"}
+    layouts = [json.loads(run(**one, json=True, recompute_num_layers=number))["layouts"][0] for number in (28, 20, 10)]
+    assert [layout["peak_bytes"] for layout in layouts] == sorted(layout["peak_bytes"] for layout in layouts)
+    assert [layout["tokens_per_s"] for layout in layouts] == sorted(layout["tokens_per_s"] for layout in layouts)
+    assert layouts[0]["peak_bytes"] == json.loads(run(**one, json=True))["layouts"][0]["peak_bytes"]
+
+
+def test_packing_is_said_not_to_be_measured(model: Path) -> None:
+    asked = {"hf_model_path": model, "gpu": "H200", "gpus": 8, "transformer_impl": "local"}
+    assert "note: attention with a mask (PACKING) was not measured" in run(**asked, packing="true")
+    assert "PACKING" not in run(**asked)
+
+
+def test_a_layout_fits_tightly_between_what_is_allocated_and_what_the_allocator_holds(model: Path) -> None:
+    one = {"hf_model_path": model, "gpu": "H200", "tp": 1, "pp": 1, "micro_batch_size": 1, "recompute": "full"}
+    layout = json.loads(run(**one, json=True))["layouts"][0]
+    context, held = CONTEXT_BYTES / GIB, layout["peak_bytes"] * RESERVED_SHARE / GIB
+    asked = {"yes": held + context + 0.01, "tight": held + context - 0.01, "no": layout["peak_bytes"] / GIB + context}
+    asked["no"] -= 0.01
+    for fits, memory in asked.items():
+        assert json.loads(run(**one, json=True, memory_gib=memory))["layouts"][0]["fits"] == fits
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"gpu": "B100"}, r"GPU=B100 is not known: use one of C500, C550, H200, H100, .*, or the nearest of them"),
+        ({"tp": 8, "gpus": 8}, r"TP=8 does not divide num_attention_heads=28 of this model: use TP in \[1, 2, 4\]"),
+        ({"tp": 2, "pp": 2, "gpus": 2}, r"2 GPUs \(GPUS x NNODES\) cannot be divided by TP=2 x PP=2"),
+        ({"pp": 8, "gpus": 8}, r"28 layers cannot be divided by PP=8 .* PIPELINE_LAYERS=4,4,4,4,3,3,3,3"),
+        ({"vpp": 2, "pp": 1}, r"VPP=2 needs pipeline stages, but PP=1"),
+        ({"micro_batch_size": 3}, r"GLOBAL_BATCH_SIZE=16 cannot be divided by MICRO_BATCH_SIZE=3 x 1"),
+        ({"seq_length": 65536}, r"SEQ_LENGTH=65536 is over max_position_embeddings=32768"),
+        ({"gpu": "C500", "transformer_impl": "transformer_engine"}, r"metax has no Transformer Engine"),
+        ({"tokens": 0}, r"TOKENS=0\.0: it must be above 0"),
+        ({"memory_gib": -1}, r"MEMORY_GIB=-1\.0: it must be above 0"),
+        ({"tp": 4, "gpus": 2}, r"2 GPUs \(GPUS x NNODES\) cannot be divided by TP=4 x PP=1"),
+        ({"tp": 0}, r"TP=0: it must be at least 1"),
+        ({"gpus": 0}, r"GPUS=0: it must be at least 1"),
+        ({"rows": -1}, r"ROWS=-1: it must not be negative"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(model: Path, flags: dict[str, Any], told: str) -> None:
+    assert re.search(told, run(expect=2, **{"hf_model_path": model, "gpu": "H100", **flags}))
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    assert f"{tmp_path} has no config.json" in run(expect=2, hf_model_path=tmp_path, gpu="H100")
+
+
+def test_it_loads_neither_torch_nor_megatron(model: Path) -> None:
+    program = f"""
+import runpy, sys
+sys.argv = ["estimate", "--hf-model-path={model}", "--gpu=H100", "--gpus=8"]
+runpy.run_module("common.estimate", run_name="__main__", alter_sys=True)
+"""
+    check = "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'megatron', 'numpy')])"
+    done = subprocess.run([sys.executable, "-c", program + check], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "fit, " in done.stdout and done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,86 @@
+"""Seconds of a step: the operations are those of the log's formula, the pipeline's waits and the links are counted."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.estimate import speed as module
+from common.estimate.gpus import Gpu, find_gpu
+from common.estimate.memory import work_of
+from common.estimate.speed import chunk_cost, speed
+from common.estimate.weights import Chunk
+from common.model.config import QwenConfig, load_config
+from common.training.config import TrainSettings
+from common.training.metrics import flops_per_token
+from tests.unit.estimate.ranks import write_config
+
+H100 = find_gpu("H100")
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> QwenConfig:
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 16}
+    return load_config(write_config(tmp_path, **shape, num_key_value_heads=8, vocab_size=32000))
+
+
+def settings(**changes: Any) -> TrainSettings:
+    same = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1, "seq_length": 512}
+    return TrainSettings(**{**same, "micro_batch_size": 1, "global_batch_size": 16, **changes})
+
+
+def cost(qwen: QwenConfig, gpu: Gpu = H100, **changes: Any) -> dict[str, float]:
+    chosen = settings(**changes)
+    return chunk_cost(work_of(chosen, gpu.platform, qwen), Chunk(qwen.num_hidden_layers, True, True), gpu)
+
+
+@pytest.mark.parametrize("impl", ["transformer_engine", "local"])
+def test_operations_are_those_of_the_log(qwen: QwenConfig, impl: str) -> None:
+    found = cost(qwen, transformer_impl=impl)
+    seconds = found["products"] + found["attention"]
+    assert seconds * 989e12 == pytest.approx(512 * flops_per_token(qwen, 512))
+
+
+def test_small_heads_make_attention_slower_and_nothing_else(qwen: QwenConfig) -> None:
+    small = replace(qwen, head_dim=64, num_attention_heads=32, num_key_value_heads=16)
+    before, after = cost(qwen), cost(small)
+    assert after.pop("attention") == pytest.approx(2 * before.pop("attention"))
+    assert after == pytest.approx(before)
+
+
+def test_recomputation_costs_a_forward_pass(qwen: QwenConfig) -> None:
+    none, selective, full = (cost(qwen, recompute=kind) for kind in ("none", "selective", "full"))
+    assert full["attention"] == selective["attention"] == pytest.approx(4 / 3 * none["attention"])
+    assert selective["products"] == none["products"]
+    head = 3 * 2 * 512 * 32000 * 2048 / 989e12
+    assert full["products"] - head == pytest.approx(4 / 3 * (none["products"] - head))
+
+
+@pytest.mark.parametrize(("vpp", "waits"), [(1, 3), (2, 1.5)])
+def test_stages_wait_for_each_other(qwen: QwenConfig, vpp: int, waits: float) -> None:
+    few, many = (
+        speed(settings(gpus=4, pp=4, vpp=vpp, global_batch_size=size), H100.platform, qwen, H100) for size in (4, 64)
+    )
+    microbatch = (many.step_seconds - few.step_seconds) / 60
+    assert few.bubble * few.step_seconds == pytest.approx(waits * microbatch)
+    assert many.bubble * many.step_seconds == pytest.approx(waits * microbatch)
+    assert speed(settings(), H100.platform, qwen, H100).bubble == 0
+
+
+def test_links_cost_time_and_a_network_more(qwen: QwenConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rate(**changes: Any) -> float:
+        return speed(settings(**changes), H100.platform, qwen, H100).tokens_per_second
+
+    one = rate()
+    # More than twice as many: each replica has half of the optimizer.
+    assert 2 * one < rate(gpus=2, global_batch_size=32) < 2.2 * one
+    assert rate(gpus=2, tp=2) < rate(gpus=2, global_batch_size=32)
+    assert rate(gpus=1, nnodes=2, global_batch_size=2) < rate(gpus=2, global_batch_size=2)
+    monkeypatch.setattr(module, "LINK_BYTES_PER_SECOND", 1e8)
+    assert rate(gpus=2, tp=2) < one
+
+
+def test_a_faster_gpu_is_faster(qwen: QwenConfig) -> None:
+    rates = [speed(settings(), gpu.platform, qwen, gpu).tokens_per_second for gpu in map(find_gpu, ("A100", "H100"))]
+    assert rates[0] < rates[1] < 989 / 312 * rates[0]

@@ -1,0 +1,206 @@
+"""One rank of any layout in one process: its real model, optimizer and schedule among ranks that are not there.
+
+    python -m tests.unit.estimate.worker '[{"folder": DIR, "world": 4, "rank": 1, "settings": {...}}]'
+
+torch's "fake" process group answers every collective at once and moves nothing, so numbers mean nothing and sizes are
+right. Prints for each task, as JSON, what is counted in the rank.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from common import log
+from common.model.config import load_config
+from common.platforms.cpu import CPU
+from common.training.config import TrainSettings
+from common.training.plan import Plan, Start
+
+SCALAR_BYTES = 8  # left out: the loss's scale
+
+
+class FusedNorm(torch.autograd.Function):
+    """Keeps what torch's fused RMSNorm keeps on a GPU (aten::_fused_rms_norm): input, a float32 a row, weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, scale, weight)
+        return (x.float() * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
+        x, _, weight = ctx.saved_tensors
+        return torch.zeros_like(x), torch.zeros_like(weight), None
+
+
+def fused_rms_norm(x: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return FusedNorm.apply(x, weight, eps)
+
+
+class Kept:
+    """A tensor that autograd keeps, counted as long as it does."""
+
+    def __init__(self, ledger: "Ledger", tensor: torch.Tensor) -> None:
+        self.ledger, self.tensor = ledger, tensor
+        ledger.add(tensor.untyped_storage(), 1)
+
+    def __del__(self) -> None:
+        self.ledger.add(self.tensor.untyped_storage(), -1)
+
+
+class Ledger:
+    """Bytes of the storages that autograd keeps, each once, without the parameters'."""
+
+    def __init__(self, model: list[Any]) -> None:
+        self.parameters = {p.untyped_storage().data_ptr() for chunk in model for p in chunk.parameters()}
+        self.users: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def add(self, storage: Any, number: int) -> None:
+        place = storage.data_ptr()
+        before = self.users.get(place, 0)
+        self.users[place] = before + number
+        if (before == 0) != (before + number == 0) and storage.nbytes() > SCALAR_BYTES:
+            self.now += number * storage.nbytes()
+            self.most = max(self.most, self.now)
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        return tensor if tensor.untyped_storage().data_ptr() in self.parameters else Kept(self, tensor)
+
+    def unpack(self, kept: Any) -> torch.Tensor:
+        return kept.tensor if isinstance(kept, Kept) else kept
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of tensors that were made under it and lived at once, storages counted once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {StorageWeakRef(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        for tensor in (x for x in tree_leaves(made) if torch.is_tensor(x)):
+            storage = tensor.untyped_storage()
+            reference = StorageWeakRef(storage)
+            if reference not in given:
+                self.sizes[reference] = storage.nbytes()
+        self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
+        self.most = max(self.most, sum(self.sizes.values()))
+        return made
+
+
+def plan_of(task: dict[str, Any]) -> Plan:
+    chosen = TrainSettings(
+        save_checkpoint_path="-", dataset_path="-", train_iters=1, gpus=task["world"], **task["settings"]
+    )
+    folder = Path(task["folder"])
+    platform = replace(CPU, fused_kernels=task.get("fused", False))
+    return Plan(
+        settings=chosen, platform=platform, sizes=chosen.sizes, qwen=load_config(folder),
+        start=Start("random", folder, None), transformer_impl="local", ckpt_format="torch_dist",
+        train=None, valid=None, train_iters=1,
+    )  # fmt: skip
+
+
+def batch_of(plan: Plan) -> dict[str, torch.Tensor]:
+    size = plan.settings.micro_batch_size, plan.settings.seq_length
+    batch = {"tokens": torch.zeros(size, dtype=torch.long), "labels": torch.zeros(size, dtype=torch.long)}
+    batch["loss_mask"] = torch.ones(size)
+    if plan.settings.packing or plan.settings.reset_attention:
+        batch["segment_ids"] = torch.zeros(size, dtype=torch.long)
+    return batch
+
+
+def peak(plan: Plan) -> dict[str, Any]:
+    """The most bytes that a step made at once, its optimizer's part included."""
+    from common.training.optimizer import build_trainee
+    from common.training.state import initialise_optimizer
+    from common.training.step import train_step
+
+    trainee = build_trainee(plan)
+    initialise_optimizer(trainee)
+    data = [iter([batch_of(plan) for _ in range(plan.num_microbatches)]) for _ in trainee.model]
+    with Live() as live:
+        train_step(plan, trainee, data)
+    return {"peak": live.most}
+
+
+def count(plan: Plan, activations: bool) -> dict[str, Any]:
+    """Parameters, bytes of the state, and the most that autograd kept at once during a step."""
+    from common.model.build import unwrap
+    from common.training.optimizer import build_trainee
+    from common.training.state import initialise_optimizer, optimizer_parts
+    from common.training.step import run_microbatches
+
+    trainee = build_trainee(plan)
+    result: dict[str, Any] = {
+        "parameters": sum(p.numel() for chunk in trainee.model for p in unwrap(chunk).parameters()),
+        "weights": sum(p.nbytes for chunk in trainee.model for p in unwrap(chunk).parameters()),
+        "gradients": sum(p.main_grad.nbytes for chunk in trainee.model for p in unwrap(chunk).parameters()),
+    }
+    if activations:
+        ledger = Ledger(trainee.model)
+        data = [iter([batch_of(plan) for _ in range(plan.num_microbatches)]) for _ in trainee.model]
+        with torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
+            run_microbatches(plan, trainee, data, forward_only=False)
+        assert ledger.now == 0, "the step is over, and autograd still keeps something"
+        result["kept"] = ledger.most
+    else:
+        initialise_optimizer(trainee)
+        seen: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for chunk in trainee.model for p in unwrap(chunk).parameters()}
+        for part in optimizer_parts(trainee.optimizer):
+            main = [p for group in part.optimizer.param_groups for p in group["params"]]
+            state = [x for each in part.optimizer.state.values() for x in each.values() if torch.is_tensor(x)]
+            for tensor in (*main, *(x for x in state if x.numel() > 1)):
+                if tensor.untyped_storage().data_ptr() not in own:
+                    seen[id(tensor)] = tensor.nbytes
+        result["optimizer"] = sum(seen.values())
+    return result
+
+
+def main() -> None:
+    log.quiet_libraries()
+    CPU.prepare()
+    from megatron.core import parallel_state
+
+    from common.model import build
+    from common.model.loss import TorchKernels
+    from common.training.distributed import seed_everything
+
+    composite = torch.nn.functional.rms_norm
+    sys.modules["common.model.loss_kernels"] = SimpleNamespace(TritonKernels=TorchKernels)  # type: ignore[assignment]
+    build.fuse_rotary_embedding = lambda: None  # torch.compile, for which a CPU needs a C++ compiler
+    new_group = dist.new_group
+    dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})
+    for task in json.loads(sys.argv[1]):
+        torch.nn.functional.rms_norm = fused_rms_norm if task.get("fused") else composite
+        plan = plan_of(task)
+        sizes = plan.sizes
+        dist.init_process_group("fake", rank=task["rank"], world_size=sizes.world_size, store=FakeStore())
+        parallel_state.initialize_model_parallel(
+            sizes.tp, sizes.pp, virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
+        )  # fmt: skip
+        seed_everything(1)
+        found = peak(plan) if task.get("peak") else count(plan, task.get("activations", False))
+        print(json.dumps(found))
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
