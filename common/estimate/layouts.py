@@ -40,8 +40,8 @@ class EstimateSettings:
     precision: str = option("bf16", "bf16 has float32 master weights and gradients", ("bf16", "fp32"))
     optimizer_state: str = option(
         "fp32",
-        "bf16: Adam's moments in bf16; cpu: in host memory, which is not counted here",
-        ("fp32", "bf16", "cpu"),
+        "bf16: Adam's moments in bf16",
+        ("fp32", "bf16"),
     )
     transformer_impl: str | None = option(None, "layers; default: the platform's", ("transformer_engine", "local"))
     sequence_parallel: bool = option(True, "with TP above 1: split activations over the sequence too")
@@ -118,9 +118,7 @@ def estimate(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu) -> Estimate:
     peak = max(rank.peak for rank in ranks)
     usable = gpu.memory_gib * 2**30 - CONTEXT_BYTES - (NCCL_BYTES if settings.sizes.world_size > 1 else 0)
     fits = "yes" if peak * RESERVED_SHARE <= usable else "tight" if peak <= usable else "no"
-    # Of the optimizer's step in host memory nothing is known here.
-    timed = gpu.rated and settings.optimizer_state != "cpu"
-    return Estimate(settings, ranks, fits, speed(settings, gpu.platform, qwen, gpu) if timed else None)
+    return Estimate(settings, ranks, fits, speed(settings, gpu.platform, qwen, gpu) if gpu.rated else None)
 
 
 def estimate_all(asked: EstimateSettings, qwen: QwenConfig, gpu: Gpu) -> tuple[list[Estimate], list[Refusal]]:

@@ -41,7 +41,7 @@ def report(
         yield from stage_table(found[0])
     yield ""
     yield from _left_out(found, shown, refused)
-    yield from _notes(gpu, world, first.masked, asked.optimizer_state)
+    yield from _notes(gpu, world, first.masked)
 
 
 def layout_table(asked: EstimateSettings, shown: Sequence[Estimate]) -> Iterator[str]:
@@ -102,15 +102,13 @@ def _named(one: Estimate) -> str:
     return " ".join(f"{name.upper()}={getattr(one.settings, name)}" for name in LAYOUT)
 
 
-def _notes(gpu: Gpu, world: int, masked: bool, optimizer_state: str) -> Iterator[str]:
+def _notes(gpu: Gpu, world: int, masked: bool) -> Iterator[str]:
     if not gpu.platform.ran_on_hardware:
         yield f"note: this kit was not run on {gpu.platform.name} hardware"
     if not gpu.rated:
         yield f"note: the rates of {gpu.name} are not known here, so nothing is said of speed"
     elif gpu.name not in MEASURED:
         yield f"note: speed was measured on {' and '.join(MEASURED)}; here its shares of the data sheet's rates count"
-    if optimizer_state == "cpu":
-        yield "note: OPTIMIZER_STATE=cpu was not measured; its step is the host's, so no speed is told"
     if masked:
         yield "note: attention with a mask (PACKING) was not measured on a GPU, neither its memory nor its time"
     if gpu.rated and world > 1:

@@ -10,7 +10,7 @@ from common.parallel import ParallelSizes
 
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 GRADIENT_BYTES = 4  # float32 buffers (grad_reduce_in_fp32)
-MOMENT_BYTES = {"fp32": 8, "bf16": 4, "cpu": 0}  # Adam's two, by OPTIMIZER_STATE; 0: not on the GPU
+MOMENT_BYTES = {"fp32": 8, "bf16": 4}  # Adam's two, by OPTIMIZER_STATE
 MASTER_BYTES = {"bf16": 4, "fp32": 0}  # the float32 copy of the parameters; in fp32 they are their own
 
 
@@ -77,6 +77,5 @@ def state_bytes(parameters: int, precision: str, optimizer_state: str, shards: i
     The optimizer's are divided over `shards` = DP x CP ranks (P_os of arXiv 1910.02054).
     Megatron-Core pads its buffers: a parameter to 64 elements, a bucket to 128 x DP; that is not counted.
     """
-    master = 0 if optimizer_state == "cpu" else MASTER_BYTES[precision]
-    optimizer = (master + MOMENT_BYTES[optimizer_state]) * parameters
+    optimizer = (MASTER_BYTES[precision] + MOMENT_BYTES[optimizer_state]) * parameters
     return StateBytes(ELEMENT_BYTES[precision] * parameters, GRADIENT_BYTES * parameters, -(-optimizer // shards))

@@ -77,14 +77,10 @@ def test_a_gpu_without_known_rates_has_no_speed(model: Path) -> None:
 
 def test_the_optimizers_state_can_be_smaller_or_elsewhere(model: Path) -> None:
     one = {"hf_model_path": model, "gpu": "H200", "tp": 1, "pp": 1, "micro_batch_size": 1, "recompute": "full"}
-    layouts = {
-        kind: json.loads(run(**one, json=True, optimizer_state=kind))["layouts"][0] for kind in ("fp32", "bf16", "cpu")
-    }
+    layouts = {kind: json.loads(run(**one, json=True, optimizer_state=kind))["layouts"][0] for kind in ("fp32", "bf16")}
     sizes = {kind: layout["stages"][0]["state"]["optimizer"] for kind, layout in layouts.items()}
     parameters = layouts["fp32"]["stages"][0]["parameters"]
-    assert sizes == {"fp32": 12 * parameters, "bf16": 8 * parameters, "cpu": 0}
-    assert layouts["bf16"]["tokens_per_s"] and layouts["cpu"]["tokens_per_s"] is None
-    assert "so no speed is told" in run(**one, optimizer_state="cpu")
+    assert sizes == {"fp32": 12 * parameters, "bf16": 8 * parameters}
 
 
 def test_layers_that_are_not_recomputed_keep_more_and_are_faster(model: Path) -> None:
