@@ -4,9 +4,10 @@ from common.platforms.base import Platform
 
 
 def _prepare() -> None:
-    from common.platforms.cuda_stand_in import install  # imports torch, which reading a platform's facts must not
+    from common.platforms import cuda_stand_in, gloo_stand_in  # import torch, which reading the facts must not
 
-    install()
+    gloo_stand_in.install()
+    cuda_stand_in.install()
 
 
 CPU = Platform(

@@ -5,12 +5,20 @@ compares `Tensor.type()` with CUDA's names. Each of these is answered here with 
 """
 
 import contextlib
+import importlib
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+# torch._dynamo asks that torch.cuda.Stream have this base; torch 2.1 asks for none.
+if TORCH >= (2, 6):
+    StreamBase: Any = torch.Stream
+else:
+    StreamBase = importlib.import_module("torch._streambase")._StreamBase if TORCH >= (2, 3) else object
 
 
 def _is_cuda(device: Any) -> bool:
@@ -35,15 +43,32 @@ class CudaMeansCpu(TorchFunctionMode):
         return result
 
 
-class Stream(torch.Stream):
+class Stream(StreamBase):
     """A stream that does its work at once."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Stream":
         """A stream of the CPU, whatever device is asked for."""
-        return super().__new__(cls, device=CPU)
+        return super().__new__(cls, **({"device": CPU} if issubclass(cls, torch.Stream) else {}))
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def wait_stream(self, stream: Any) -> None:
         """Returns at once: there is nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Returns at once: there is nothing to wait for."""
+
+    def record_event(self, event: Any = None) -> Any:
+        """The event, which is over already."""
+        return event
+
+    def query(self) -> bool:
+        """Whether the work is done: it is."""
+        return True
 
     def synchronize(self) -> None:
         """Returns at once: there is nothing to wait for."""
