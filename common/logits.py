@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import errors, log
+from common import errors, log, mcore
 from common.checkpoint.layout import Checkpoint, find_checkpoint
 from common.checkpoint.megatron_folder import open_megatron
 from common.checkpoint.pipeline import Layout
@@ -64,7 +64,7 @@ def hugging_face_outputs(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
     """What each part of Hugging Face's model gives: embedding, layers, norm [s, h], logits [s, v]."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).float().eval()  # no dtype=: transformers 4.55 lacks it
     parts = {"embedding": model.model.embed_tokens}
     parts |= {f"layer {i}": layer for i, layer in enumerate(model.model.layers)}
     parts |= {"final norm": model.model.norm}
@@ -143,7 +143,7 @@ def main() -> None:
         raise KitError("--text is empty: give at least one word")
     theirs = hugging_face_outputs(folder, tokens)
     alone_in_a_group()
-    CPU.prepare()
+    mcore.prepare(CPU)
     lines, first = compare(megatron_outputs(checkpoint, load_config(folder), tokens), theirs)
     print(*lines, sep="\n")
     if first:

@@ -1,8 +1,12 @@
 """The one place that knows Megatron-Core's versions: what is supported, and what each of them needs mended."""
 
+import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from common.errors import KitError
@@ -26,15 +30,115 @@ def version() -> tuple[int, int]:
     return major, minor
 
 
-def optimizer_sharding() -> str:
-    """The layout in which this version saves the distributed optimizer to torch_dist.
+def check_installed() -> None:
+    """Raises KitError unless the installed megatron-core is supported and finds beside it what it needs."""
+    major, minor = version()
+    numpy = metadata.version("numpy")
+    if (major, minor) < (0, 16) and int(numpy.split(".")[0]) >= 2:
+        raise KitError(
+            f"numpy {numpy} is installed, and megatron-core {major}.{minor} needs numpy before 2: pip install"
+            " 'numpy<2', or the megatron-core that requirements/ names for this machine"
+        )
+    if (major, minor) == (0, 12) and importlib.util.find_spec("transformer_engine") is None:
+        raise KitError(
+            "megatron-core 0.12 is installed, whose distributed optimizer needs Transformer Engine, and there is none:"
+            " pip install the megatron-core that requirements/ names for this machine"
+        )
 
-    `fully_reshardable` (0.15 on) can be loaded at another TP, PP or DP; `fully_sharded_model_space` is the like of 0.13
-    and 0.14; before, only `dp_zero_gather_scatter` loads without apex or Transformer Engine, at the same TP and PP.
+
+def prepare(platform: Any) -> None:
+    """Readies this process for `import megatron.core`: versions checked, what is old mended, `platform` prepared."""
+    check_installed()
+    mend_numpy_without_dtypes()
+    mend_metadata_of_newer_torch()
+    if version() == (0, 15):
+        mend_import_that_compiles()
+    platform.prepare()
+
+
+def mend_numpy_without_dtypes() -> None:
+    """Gives numpy before 1.25 the module numpy.dtypes, from which megatron-core 0.14 and 0.15 import one name.
+
+    NGC's PyTorch 24.03 and maca 2.27 bring numpy 1.24, where the class is reached through an instance.
     """
-    if version() >= (0, 15):
-        return "fully_reshardable"
-    return "fully_sharded_model_space" if version() >= (0, 13) else "dp_zero_gather_scatter"
+    import numpy
+
+    if "numpy.dtypes" not in sys.modules and importlib.util.find_spec("numpy.dtypes") is None:
+        module: Any = ModuleType("numpy.dtypes")
+        module.UInt32DType = type(numpy.dtype("uint32"))
+        sys.modules["numpy.dtypes"] = module
+
+
+def mend_metadata_of_newer_torch() -> None:
+    """Lets torch before 2.3 read the `.metadata` of torch_dist that later ones wrote: a class in it has a new name."""
+    from torch.distributed.checkpoint import metadata as classes
+
+    if not hasattr(classes, "_MEM_FORMAT_ENCODING"):
+        from torch.distributed._shard.sharded_tensor.metadata import MEM_FORMAT_ENCODING
+
+        setattr(classes, "_MEM_FORMAT_ENCODING", MEM_FORMAT_ENCODING)  # noqa: B010  the module declares no such name
+
+
+def mend_import_that_compiles() -> None:
+    """Keeps megatron-core 0.15 from compiling CUDA code for its inference engine as it is imported.
+
+    Where nvcc is found and no GPU that ends in an IndexError; elsewhere every new machine compiles for nothing.
+    """
+    module: Any = ModuleType("megatron.core.inference.unified_memory")
+    module.has_unified_memory = False
+    module.create_unified_mempool = None  # asked for where has_unified_memory is true
+    sys.modules[module.__name__] = module
+
+
+# The layouts in which the distributed optimizer is saved to torch_dist, with the first and the last version of each.
+# `dp_zero_gather_scatter` can be loaded at the same TP and PP alone, the others at any.
+OPTIMIZER_SHARDINGS = {
+    "dp_zero_gather_scatter": ((0, 11), (0, 16)),
+    "fully_sharded_model_space": ((0, 13), (0, 15)),  # before 0.13 not with torch's Adam
+    "fully_reshardable": ((0, 15), (0, 16)),
+}
+
+
+def optimizer_sharding() -> str:
+    """The layout in which the installed version saves the distributed optimizer: the newest one that it has."""
+    return [kind for kind, (first, last) in OPTIMIZER_SHARDINGS.items() if first <= version() <= last][-1]
+
+
+def check_optimizer_sharding(kind: str, path: Path, *, same_ranks: bool) -> None:
+    """Raises KitError unless the installed version loads the optimizer of `path`, saved in layout `kind`.
+
+    same_ranks: whether it is loaded at the TP, PP and VPP that it was saved at.
+    """
+    first, last = OPTIMIZER_SHARDINGS.get(kind, ((0, 0), (0, 0)))
+    way_out = "go on from the weights alone: set LOAD_CHECKPOINT_PATH to it and SAVE_CHECKPOINT_PATH to a new folder"
+    major, minor = version()
+    if not first <= (major, minor) <= last:
+        those = f"{first[0]}.{first[1]} to {last[0]}.{last[1]}" if kind in OPTIMIZER_SHARDINGS else "no known version"
+        raise KitError(
+            f"{path} holds the optimizer as {kind}, which megatron-core {those} loads; {major}.{minor} is installed:"
+            f" use one that does, or {way_out}"
+        )
+    if kind == "dp_zero_gather_scatter" and not same_ranks:
+        raise KitError(
+            f"{path} holds the optimizer as {kind}, as megatron-core before 0.13 saves it: it loads at its own TP, PP"
+            f" and VPP alone; use those, or {way_out}"
+        )
+
+
+def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any], kind: str, *, loading: bool) -> dict[str, Any]:
+    """The distributed optimizer's sharded state dict in layout `kind`; before 0.13 the layout is a word of its own."""
+    how = {"metadata": content_metadata(kind)} if version() >= (0, 13) else {"sharding_type": kind}
+    return optimizer.sharded_state_dict(model_state, is_loading=loading, **how)
+
+
+def content_metadata(kind: str) -> dict[str, Any]:
+    """What decides the layout inside torch_dist."""
+    return {"distrib_optim_sharding_type": kind, "non_homogeneous_layers": False}
+
+
+def save_options() -> dict[str, Any]:
+    """What dist_checkpointing.save stores of the layout beside it; from 0.13 on."""
+    return {"content_metadata": content_metadata(optimizer_sharding())} if version() >= (0, 13) else {}
 
 
 def first_and_last_differ(chunk_layers: Sequence[int], vpp: int) -> bool:
@@ -151,6 +255,28 @@ def fuse_rotary_embedding() -> None:
     apply = rope_utils._apply_rotary_pos_emb_bshd
     if not hasattr(apply, "_torchdynamo_orig_callable"):
         rope_utils._apply_rotary_pos_emb_bshd = torch.compile(apply)
+
+
+def mend_training() -> None:
+    """Mends what a step and its checkpoint need mended in the installed version; called again, it does nothing."""
+    mend_torch_adam_step()
+    if version() < (0, 12):
+        mend_weight_gradient_of_views()
+
+
+def mend_weight_gradient_of_views() -> None:
+    """Lets a linear layer whose input is not contiguous, as attention's output, have its gradient (0.11)."""
+    from megatron.core.tensor_parallel import layers
+
+    prepare_tensors = layers.prepare_input_tensors_for_wgrad_compute
+    if getattr(prepare_tensors, "mended", False):
+        return
+
+    def make_contiguous(grad_output: Any, all_gathered_input: Any) -> Any:
+        return prepare_tensors(grad_output, all_gathered_input.contiguous())
+
+    make_contiguous.mended = True  # type: ignore[attr-defined]
+    layers.prepare_input_tensors_for_wgrad_compute = make_contiguous
 
 
 def mend_torch_adam_step() -> None:

@@ -7,7 +7,7 @@ import argparse
 import logging
 import os
 
-from common import errors, log
+from common import errors, log, mcore
 from common.errors import KitError
 from common.log import logger
 from common.platforms import current
@@ -34,7 +34,7 @@ def main() -> None:
     worker = "TORCHELASTIC_RUN_ID" in os.environ
     if worker:
         log.quiet_libraries()
-        platform.prepare()
+        mcore.prepare(platform)
         logger.setLevel(logging.WARNING)  # the process that started this one has told what the plan is
     plan = plan_run(settings, platform)
     check_tracking(settings)
@@ -53,7 +53,7 @@ def main() -> None:
 
 def launch(settings: TrainSettings, platform: Platform) -> None:
     """Runs this module under torchrun on this node; exits with the first failed process's code."""
-    from torch.distributed import DistNetworkError
+    import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -68,7 +68,7 @@ def launch(settings: TrainSettings, platform: Platform) -> None:
     ]
     try:
         run(parse_args([*words, *to_flags(settings)]))
-    except DistNetworkError as error:
+    except getattr(dist, "DistNetworkError", RuntimeError) as error:  # torch 2.1 has no name for it
         raise KitError(
             f"MASTER_ADDR={settings.master_addr} MASTER_PORT={settings.master_port}: {str(error).splitlines()[0]}:"
             " is the port taken by another run? Set MASTER_PORT to a free one"

@@ -12,7 +12,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from common.mcore import mend_torch_adam_step, optimizer_state_options
+from common.mcore import mend_training, optimizer_state_options
 from common.model.build import ModelOptions, build_model
 from common.training.config import TrainSettings
 from common.training.plan import Plan
@@ -49,7 +49,7 @@ def build_trainee(plan: Plan) -> Trainee:
         open_tensor_parallel_buffers(plan)
     chunks = build_model(plan.qwen, plan.sizes, options, plan.platform, chosen.seq_length)
     model = wrap(chunks, overlap=plan.platform.device == "cuda" and plan.sizes.dp > 1)
-    mend_torch_adam_step()
+    mend_training()
     optimizer = get_megatron_optimizer(optimizer_config(chosen), model)
     if chosen.optimizer_state == "bf16":
         for each in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -11,6 +11,7 @@ from common.data.blend import BlendedSamples
 from common.data.samples import Samples
 from common.errors import KitError
 from common.log import logger
+from common.mcore import check_installed, check_optimizer_sharding
 from common.model.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
@@ -74,6 +75,7 @@ class Plan:
 
 def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     """The plan of `settings` on `platform`; raises KitError for all that can be known to be wrong beforehand."""
+    check_installed()
     start = find_start(settings)
     qwen = load_config(start.model_folder)
     check_fit(settings, platform, qwen)
@@ -109,6 +111,9 @@ def check_resume(plan: Plan) -> None:
             f"{checkpoint.path} was not written by this kit's training, so there is no run to resume: set"
             " LOAD_CHECKPOINT_PATH to it for its weights alone, and SAVE_CHECKPOINT_PATH to a new folder"
         )
+    if checkpoint.format == "torch_dist":
+        same = all(run["layout"][name] == getattr(plan.sizes, name) for name in ("tp", "pp", "vpp"))
+        check_optimizer_sharding(run["optimizer_sharding"], checkpoint.path, same_ranks=same)
     if plan.train:
         saved, now = run.get("data") or {}, plan.data_identity
         different = [

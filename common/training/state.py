@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from common.errors import KitError
 from common.log import logger
-from common.mcore import optimizer_sharding
+from common.mcore import content_metadata, optimizer_sharding, sharded_optimizer_state
 from common.model.build import unwrap
 from common.training.distributed import random_state, restore_random_state
 from common.training.optimizer import Trainee
@@ -47,24 +47,23 @@ def describe_run(plan: Plan, progress: Progress) -> dict[str, Any]:
 def model_shards(trainee: Trainee) -> dict[str, Any]:
     """Megatron-Core's sharded state dict of each chunk; `_extra_state` (FP8 scales) is left out."""
     names = chunk_names(len(trainee.model))
-    shards = [unwrap(chunk).sharded_state_dict(metadata=content_metadata()) for chunk in trainee.model]  # type: ignore[operator]
+    metadata = content_metadata(optimizer_sharding())
+    shards = [unwrap(chunk).sharded_state_dict(metadata=metadata) for chunk in trainee.model]  # type: ignore[operator]
     return {
         name: {key: value for key, value in shard.items() if not key.endswith("_extra_state")}
         for name, shard in zip(names, shards, strict=True)
     }
 
 
-def content_metadata() -> dict[str, Any]:
-    """What decides the layout inside torch_dist, stored with it."""
-    return {"distrib_optim_sharding_type": optimizer_sharding(), "non_homogeneous_layers": False}
-
-
-def sharded_state(trainee: Trainee, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
-    """The whole state as Megatron-Core's dist_checkpointing saves and loads it."""
+def sharded_state(
+    trainee: Trainee, *, loading: bool, sharding: str | None = None, with_rng: bool = True
+) -> dict[str, Any]:
+    """The whole state as Megatron-Core's dist_checkpointing saves and loads it, the optimizer in layout `sharding`."""
     if loading:
         initialise_optimizer(trainee)
     state = model_shards(trainee)
-    state["optimizer"] = trainee.optimizer.sharded_state_dict(state, is_loading=loading, metadata=content_metadata())
+    sharding = sharding or optimizer_sharding()
+    state["optimizer"] = sharded_optimizer_state(trainee.optimizer, state, sharding, loading=loading)
     if with_rng:
         state["rng_state"] = _sharded_random_state()
     if not loading:

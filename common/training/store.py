@@ -28,6 +28,7 @@ from common.checkpoint.mapping import rename_parameters
 from common.checkpoint.pipeline import Layout
 from common.checkpoint.torch_format import load_rank_file
 from common.log import logger
+from common.mcore import save_options
 from common.model.build import unwrap
 from common.training.distributed import random_state
 from common.training.optimizer import Trainee
@@ -35,7 +36,6 @@ from common.training.plan import Plan
 from common.training.state import (
     Progress,
     chunk_names,
-    content_metadata,
     describe_run,
     finish_loading,
     initialise_optimizer,
@@ -79,9 +79,8 @@ class Store:
         """Whether the rest happens later, in `finish`."""
         state = sharded_state(trainee, loading=False)
         state |= {"iteration": progress.iteration, "checkpoint_version": 3.0, "run": describe_run(self.plan, progress)}
-        request = dist_checkpointing.save(
-            state, str(partial), async_sharded_save=self.asynchronous is not None, content_metadata=content_metadata()
-        )
+        asynchronous = self.asynchronous is not None
+        request = dist_checkpointing.save(state, str(partial), async_sharded_save=asynchronous, **save_options())
         if request is None or self.asynchronous is None:
             return False
         request.finalize_fns.append(lambda: self._publish(partial, final, progress.iteration))
@@ -171,7 +170,8 @@ def resume(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> Progress:
     """Where the run that wrote `checkpoint` was; model, optimizer, schedule and random state are put back."""
     if checkpoint.format == "torch_dist":
         run = dist_checkpointing.load_common_state_dict(str(checkpoint.path))["run"]
-        wanted = sharded_state(trainee, loading=True, with_rng=same_layout(plan, run))
+        sharding = run["optimizer_sharding"]
+        wanted = sharded_state(trainee, loading=True, sharding=sharding, with_rng=same_layout(plan, run))
         state = dist_checkpointing.load(wanted, str(checkpoint.path))
     else:
         state = _load_rank(plan, checkpoint)

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from common import log
+from common import log, mcore
 from common.platforms import current
 from common.settings import add_options, from_namespace
 from common.training.config import TrainSettings
@@ -31,7 +31,7 @@ def main() -> None:
     log.setup()
     log.quiet_libraries()
     platform = current()
-    platform.prepare()
+    mcore.prepare(platform)
     from common.training.distributed import process_group
     from common.training.loop import begin, open_batches
     from common.training.metrics import flops_per_token

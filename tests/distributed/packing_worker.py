@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import log
+from common import log, mcore
 from common.platforms.cpu import CPU
 from common.training.plan import Plan
 from tests.distributed.worker import plan_of
@@ -164,7 +164,7 @@ def compare_joined(plan: Plan, packed: Batch, apart: Batch) -> dict[str, Any]:
 
 def main() -> None:
     log.quiet_libraries()
-    CPU.prepare()
+    mcore.prepare(CPU)
     from common.training.distributed import process_group
 
     task = json.loads(sys.argv[1])

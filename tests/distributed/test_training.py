@@ -16,6 +16,7 @@ from transformers import Qwen2ForCausalLM
 
 from common.data.manifest import resolve
 from common.data.samples import open_samples
+from common.mcore import optimizer_sharding
 from tests.distributed.launch import convert, environment, export, free_port, run, steps, train, words
 from tests.tiny import TEXTS, tiny_qwen
 
@@ -81,7 +82,10 @@ def one_process(work: Path) -> list[tuple[int, float, float]]:
     return found
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+LANE = "pp2_vpp2"  # in every lane: Megatron-Core's versions say differently which chunk a stage builds
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.lane] * (name == LANE)) for name in LAYOUTS])
 def test_every_layout_follows_one_process(work: Path, one_process: list[tuple[int, float, float]], name: str) -> None:
     log = train(**settings(work, "finetune", save_checkpoint_path=work / name, train_iters=20, **LAYOUTS[name]))
     found = steps(log)
@@ -100,7 +104,7 @@ def test_the_first_loss_is_hugging_faces_over_the_supervised_tokens(
     names = ("tokens", "labels", "loss_mask")
     tokens, labels, mask = (torch.stack([torch.from_numpy(row[name]) for row in rows]) for name in names)
     with torch.no_grad():
-        logits = Qwen2ForCausalLM.from_pretrained(work / "qwen", dtype=torch.float32)(tokens).logits
+        logits = Qwen2ForCausalLM.from_pretrained(work / "qwen").float()(tokens).logits
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     expected = float((losses * mask.flatten()).sum() / mask.sum())
     assert abs(one_process[0][1] - expected) <= 2e-6
@@ -125,7 +129,7 @@ def test_weights_weigh_the_loss_and_its_gradient(work: Path) -> None:
         torch.stack([torch.from_numpy(row[name]) for row in batch]) for name in ("tokens", "labels", "loss_mask")
     )
     assert {0.3, 0.7, 1.0, 2.5} == {round(weight, 4) for weight in mask.unique().tolist()} - {0.0}
-    model = Qwen2ForCausalLM.from_pretrained(work / "qwen", dtype=torch.float32)
+    model = Qwen2ForCausalLM.from_pretrained(work / "qwen").float()
     losses = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten(), reduction="none")
     expected = (losses * mask.flatten()).sum() / mask.sum()
     expected.backward()
@@ -134,6 +138,7 @@ def test_weights_weigh_the_loss_and_its_gradient(work: Path) -> None:
     assert abs(norm - theirs.item()) <= 1e-3 * theirs.item()
 
 
+@pytest.mark.lane
 @pytest.mark.parametrize(
     ("ckpt_format", "layout"), [("torch_dist", {"gpus": 2}), ("torch", {"tp": 2, "pp": 2, "gpus": 4})], ids=str
 )
@@ -169,11 +174,16 @@ def test_a_learning_rate_of_zero_changes_no_bit_and_both_ways_out_agree(work: Pa
     assert all(torch.equal(direct[name], around[name]) for name in source)
 
 
+@pytest.mark.lane
 def test_a_distributed_checkpoint_goes_on_at_another_layout(
     work: Path, one_process: list[tuple[int, float, float]]
 ) -> None:
     flags = settings(work, "finetune", save_checkpoint_path=work / "moved", train_iters=20)
     train(**flags, tp=2, gpus=2, exit_interval=10)
+    if optimizer_sharding() == "dp_zero_gather_scatter":  # Megatron-Core before 0.13
+        log = train(expect=2, **flags, pp=2, gpus=2, exit_interval=15)
+        assert "loads at its own TP, PP and VPP alone" in log
+        return
     rest = steps(train(**flags, pp=2, gpus=2, exit_interval=15))
     assert [i for i, _, _ in rest] == list(range(11, 16))
     for (_, loss, norm), (_, expected_loss, expected_norm) in zip(rest, one_process[10:15], strict=True):
@@ -181,6 +191,7 @@ def test_a_distributed_checkpoint_goes_on_at_another_layout(
         assert abs(norm - expected_norm) <= 1e-3 * expected_norm
 
 
+@pytest.mark.lane
 def test_bf16_recompute_evaluation_and_asynchronous_saving_work_together(work: Path) -> None:
     flags = settings(work, "pretrain", train_iters=4, tp=2, gpus=2, precision="bf16")
     flags |= {"split": "80,20,0", "eval_interval": 2, "eval_iters": 2}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common import log
+from common import log, mcore
 from common.checkpoint.layout import find_checkpoint
 from common.model.config import load_config
 from common.parallel import ParallelSizes
@@ -86,7 +86,7 @@ def gradients_of(plan: Plan, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
 def main() -> None:
     """Does each run."""
     log.quiet_libraries()
-    CPU.prepare()
+    mcore.prepare(CPU)
     from common.training.distributed import process_group
 
     task = json.loads(sys.argv[1])

@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 from common import mcore
@@ -12,11 +13,11 @@ from common.errors import KitError
 ROOT = Path(__file__).parents[2]
 
 
-def install(folder: Path, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def install(folder: Path, version: str, monkeypatch: pytest.MonkeyPatch, name: str = "megatron-core") -> None:
     """Makes `version` the one that Python's own package metadata finds."""
-    metadata = folder / f"megatron_core-{version}.dist-info" / "METADATA"
+    metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir()
-    metadata.write_text(f"Metadata-Version: 2.1\nName: megatron-core\nVersion: {version}\n")
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     monkeypatch.setattr(sys, "path", [str(folder)])
 
 
@@ -79,3 +80,74 @@ def test_the_optimizers_layout_is_one_that_the_version_can_load(
 ) -> None:
     install(tmp_path, text, monkeypatch)
     assert mcore.optimizer_sharding() == layout
+
+
+@pytest.mark.parametrize(
+    "text, kind, range_of_it",
+    [
+        ("0.11.0", "fully_reshardable", "0.15 to 0.16"),
+        ("0.14.0", "fully_reshardable", "0.15 to 0.16"),
+        ("0.16.1", "fully_sharded_model_space", "0.13 to 0.15"),
+        ("0.16.1", "of_tomorrow", "no known version"),
+    ],
+)
+def test_an_optimizer_that_the_version_does_not_load_is_refused(
+    text: str, kind: str, range_of_it: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, text, monkeypatch)
+    told = f"/run holds the optimizer as {kind}, which megatron-core {range_of_it} loads; {text[:4]} is installed: use"
+    with pytest.raises(KitError, match=f"^{told} .* from the weights alone: set LOAD_CHECKPOINT_PATH"):
+        mcore.check_optimizer_sharding(kind, Path("/run"), same_ranks=True)
+
+
+@pytest.mark.parametrize("text", ["0.11.0", "0.14.0", "0.16.1"])
+def test_the_oldest_layout_loads_everywhere_at_its_own_sizes_alone(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, text, monkeypatch)
+    mcore.check_optimizer_sharding("dp_zero_gather_scatter", Path("/run"), same_ranks=True)
+    with pytest.raises(KitError, match="loads at its own TP, PP and VPP alone; use those, or go on from the weights"):
+        mcore.check_optimizer_sharding("dp_zero_gather_scatter", Path("/run"), same_ranks=False)
+    mcore.check_optimizer_sharding(mcore.optimizer_sharding(), Path("/run"), same_ranks=True)
+
+
+@pytest.mark.parametrize(("text", "numpy_version"), [("0.15.3", "1.26.4"), ("0.16.1", "2.2.6")])
+def test_what_fits_is_let_pass(text: str, numpy_version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, text, monkeypatch)
+    install(tmp_path, numpy_version, monkeypatch, "numpy")
+    mcore.check_installed()
+
+
+def test_numpy_2_is_refused_before_megatron_core_0_16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "0.15.3", monkeypatch)
+    install(tmp_path, "2.2.6", monkeypatch, "numpy")
+    with pytest.raises(
+        KitError, match="^numpy 2.2.6 is installed, and megatron-core 0.15 needs numpy before 2: pip inst"
+    ):
+        mcore.check_installed()
+
+
+def test_megatron_core_0_12_needs_transformer_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "0.12.3", monkeypatch)
+    install(tmp_path, "1.26.4", monkeypatch, "numpy")
+    with pytest.raises(KitError, match="0.12 is installed, whose distributed optimizer needs Transformer Engine"):
+        mcore.check_installed()
+    (tmp_path / "transformer_engine.py").touch()
+    mcore.check_installed()
+
+
+def test_numpy_without_dtypes_has_the_one_class_that_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "numpy.dtypes", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    mcore.mend_numpy_without_dtypes()
+    mended = sys.modules.pop("numpy.dtypes")
+    assert mended.UInt32DType is type(numpy.dtype("uint32"))
+
+
+def test_old_torch_reads_what_later_ones_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed._shard.sharded_tensor.metadata import MEM_FORMAT_ENCODING
+    from torch.distributed.checkpoint import metadata
+
+    monkeypatch.delattr(metadata, "_MEM_FORMAT_ENCODING")
+    mcore.mend_metadata_of_newer_torch()
+    assert metadata._MEM_FORMAT_ENCODING is MEM_FORMAT_ENCODING

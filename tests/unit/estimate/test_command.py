@@ -75,7 +75,7 @@ def test_a_gpu_without_known_rates_has_no_speed(model: Path) -> None:
     assert all(row.split()[-2:] == ["-", "-"] for row in text.split("\n\n")[1].splitlines()[1:])
 
 
-def test_the_optimizers_state_can_be_smaller_or_elsewhere(model: Path) -> None:
+def test_the_optimizers_state_can_be_smaller(model: Path) -> None:
     one = {"hf_model_path": model, "gpu": "H200", "tp": 1, "pp": 1, "micro_batch_size": 1, "recompute": "full"}
     layouts = {kind: json.loads(run(**one, json=True, optimizer_state=kind))["layouts"][0] for kind in ("fp32", "bf16")}
     sizes = {kind: layout["stages"][0]["state"]["optimizer"] for kind, layout in layouts.items()}
