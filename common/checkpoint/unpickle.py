@@ -37,6 +37,13 @@ _TORCH_NAMES = {
     "torch.distributed._shard.sharded_tensor.metadata": ("TensorProperties", "MEM_FORMAT_ENCODING"),  # until torch 2.2
     "torch": ("Size", "device"),
 }
+# Megatron-Core 0.15's own subclass of torch's, with one more field that no later version reads.
+_RENAMED = {
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): (
+        "torch.distributed.checkpoint.metadata",
+        "Metadata",
+    ),
+}
 _NUMPY_NAMES = {"multiarray": ("_reconstruct", "scalar"), "numpy": ("ndarray", "dtype")}
 _PLAIN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -114,6 +121,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The object that `module`.`name` stands for here."""
+        module, name = _RENAMED.get((module, name), (module, name))
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
         if (module, name) in _OURS:

@@ -3,8 +3,10 @@
 import io
 import json
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -254,6 +256,20 @@ def test_metadata_that_is_none_is_told(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(eval))
     with pytest.raises(KitError, match=r"\.metadata asks for builtins\.eval"):
         DistReader(tmp_path)
+
+
+def test_the_metadata_class_of_megatron_core_0_15_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, whole("a", torch.arange(6.0)))
+    module = ModuleType("megatron.core.dist_checkpointing.strategies.torch")
+    fields = {"mcore_data": None, "__module__": module.__name__}
+    module.MCoreMetadata = type("MCoreMetadata", (dcp.Metadata,), fields)
+    metadata = module.MCoreMetadata(**vars(pickle.loads((tmp_path / ".metadata").read_bytes())))
+    metadata.mcore_data = {"a": {}}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert b"MCoreMetadata" in (tmp_path / ".metadata").read_bytes()
+    assert torch.equal(DistReader(tmp_path).read("a"), torch.arange(6.0))
 
 
 def test_damaged_metadata_gives_an_error_that_names_it(tmp_path: Path) -> None:
