@@ -1,15 +1,20 @@
-"""Core attention of Megatron-Core's local layers by PyTorch's scaled_dot_product_attention.
+"""Core attention of Megatron-Core's local layers: PyTorch's scaled_dot_product_attention, or the image's flash_attn.
 
 Megatron-Core's own local attention materialises the scores [b, n, s, s] and takes no grouped queries without copies.
 Letters: s sequence, b micro-batch, n query heads, g key-value groups, d head size; n and g are this rank's share.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+
+from common.errors import KitError
+from common.log import logger
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -79,6 +84,76 @@ def joined_rows(segment_ids: torch.Tensor) -> PackedSeqParams:
         max_seqlen_q=row_length,
         max_seqlen_kv=row_length,
     )
+
+
+class FlashAttention(SdpaAttention):
+    """Causal attention by flash_attn, which takes grouped heads without copies; with a mask, or in float32, as SDPA."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """query [s, b, n, d], key and value [s, b, g, d], attention_mask bool [b, 1, s, s] or None -> [s, b, n*d]."""
+        assert attention_bias is None and packed_seq_params is None
+        if attention_mask is not None or query.dtype == torch.float32:
+            return super().forward(query, key, value, attention_mask)
+        from flash_attn import flash_attn_func  # the vendor's, where there is one
+
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        out = flash_attn_func(query, key, value, softmax_scale=self.scale, causal=True)
+        return out.transpose(0, 1).flatten(2)
+
+
+KINDS: dict[str, type[SdpaAttention]] = {"flash_attn": FlashAttention, "sdpa": SdpaAttention}
+TOLERANCE = 0.02  # of the largest value: bf16 has 8 bits
+
+
+def choose(preferred: Sequence[str], heads: tuple[int, int, int], device: torch.device) -> type[SdpaAttention]:
+    """The first of the kinds `preferred` that works on `device` for `heads`, (n, g, d); which and why is logged.
+
+    A kernel that is not there, fails or is wrong is passed over; raises KitError when none is left.
+    """
+    failures: list[str] = []
+    for name in preferred:
+        failure = why_not(KINDS[name], heads, device)
+        if not failure:
+            logger.info("core attention: %s%s", name, f" ({'; '.join(failures)})" if failures else "")
+            return KINDS[name]
+        failures.append(f"{name}: {failure}")
+    raise KitError(f"no core attention works here ({'; '.join(failures)}): `python -m common.doctor` tells more")
+
+
+def why_not(kind: type[SdpaAttention], heads: tuple[int, int, int], device: torch.device) -> str:
+    """Why `kind` cannot be used for bf16 tensors of `heads`, (n, g, d); empty where it is right, backward too."""
+    num_heads, num_groups, size = heads
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(64, 2, count, size) for count in (num_heads, num_groups, num_groups)]
+    given = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    weight = torch.randn(64, 2, num_heads * size, generator=generator).bfloat16()
+    try:
+        found = _results(kind, [x.to(device) for x in given], weight.to(device))
+    except Exception as error:  # whatever a vendor's kernel raises
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    right = _results(SdpaAttention, [x.float() for x in given], weight.float())
+    worst = max(
+        float((mine.float().cpu() - theirs).abs().max() / theirs.abs().max())
+        for mine, theirs in zip(found, right, strict=True)
+    )
+    return "" if worst <= TOLERANCE else f"its results are off by {worst:.1%}"
+
+
+def _results(kind: type[SdpaAttention], tensors: list[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:
+    """The output of `kind` and the gradients of its (output * weight).sum()."""
+    config = SimpleNamespace(softmax_scale=None, context_parallel_size=1)
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = kind(config, 1, None, "self")(*leaves, None)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
 
 
 def block_causal_mask(segment_ids: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from common.mcore import first_and_last_differ, fp8_options, fuse_rotary_embedding, weight_gradient_fusion
+from common.model.attention import SdpaAttention, choose
 from common.model.config import QwenConfig
 from common.model.gpt import QwenModel
 from common.model.layer_spec import block_spec
@@ -33,6 +34,7 @@ class ModelOptions:
     tp_comm_overlap: bool = False
     fp8_format: str = "none"  # none, hybrid or e4m3
     fp8_recipe: str = "tensorwise"
+    core_attention: str = "auto"  # of local layers: flash_attn, sdpa, or auto: the platform's first that works
 
 
 def transformer_config(
@@ -122,14 +124,27 @@ def build_model(
 ) -> list[torch.nn.Module]:
     """The chunks that this rank holds, on its device, with random weights; bf16 ones wrapped in Float16Module."""
     config = transformer_config(qwen, sizes, options, platform)
+    core = core_attention(qwen, sizes, options, platform)
     chunks: list[torch.nn.Module] = []
     if platform.fused_kernels and options.transformer_impl == "local":
         fuse_rotary_embedding()
     with weight_gradient_fusion(chunks):
-        chunks += [_chunk(config, qwen, sizes, options, platform, seq_length, index) for index in range(sizes.vpp)]
+        chunks += [_chunk(config, qwen, sizes, options, platform, core, seq_length, i) for i in range(sizes.vpp)]
     if platform.device == "cuda":
         chunks = [chunk.cuda(torch.cuda.current_device()) for chunk in chunks]
     return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
+
+
+def core_attention(
+    qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform
+) -> type[SdpaAttention]:
+    """The local layers' core attention, probed on this rank's device; without local layers nothing is probed."""
+    if options.transformer_impl != "local" or options.precision == "fp32":
+        return SdpaAttention  # flash_attn has no float32
+    preferred = platform.core_attention if options.core_attention == "auto" else (options.core_attention,)
+    device = torch.device("cuda", torch.cuda.current_device()) if platform.device == "cuda" else torch.device("cpu")
+    heads = (qwen.num_attention_heads // sizes.tp, qwen.num_key_value_heads // sizes.tp, qwen.head_dim)
+    return choose(preferred, heads, device)
 
 
 def _chunk(
@@ -138,6 +153,7 @@ def _chunk(
     sizes: ParallelSizes,
     options: ModelOptions,
     platform: Platform,
+    core: type[SdpaAttention],
     seq_length: int,
     index: int,
 ) -> torch.nn.Module:
@@ -148,7 +164,7 @@ def _chunk(
         num_tokens=qwen.vocab_size,
         triton=platform.fused_kernels,
         config=config,
-        transformer_layer_spec=block_spec(options.transformer_impl, num_layers, qwen.qk_norm),
+        transformer_layer_spec=block_spec(options.transformer_impl, num_layers, qwen.qk_norm, core),
         vocab_size=qwen.padded_vocab_size(sizes.tp),
         max_sequence_length=seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**where),

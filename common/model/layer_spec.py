@@ -12,15 +12,20 @@ from common.model.attention import SdpaAttention
 from common.model.norm import RMSNorm
 
 
-def block_spec(transformer_impl: str, num_layers: int, qk_norm: bool) -> Any:
-    """The spec of a pipeline stage with `num_layers` layers; `transformer_impl` is transformer_engine or local."""
+def block_spec(
+    transformer_impl: str, num_layers: int, qk_norm: bool, core_attention: type[SdpaAttention] = SdpaAttention
+) -> Any:
+    """The spec of a pipeline stage with `num_layers` layers; `transformer_impl` is transformer_engine or local.
+
+    `core_attention` is the local layers'.
+    """
     if transformer_impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
-    attention.core_attention = SdpaAttention
+    attention.core_attention = core_attention
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     # The final norm too: Megatron-Core's fallback for it refuses sequence parallelism.

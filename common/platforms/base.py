@@ -20,6 +20,11 @@ class Platform:
     checkpoint_format: str  # what a run saves unless told otherwise: torch_dist or torch
     fused_kernels: bool  # Megatron-Core's fused SwiGLU, bias-dropout and cross-entropy work here
     ran_on_hardware: bool
+    core_attention: tuple[str, ...] = ("sdpa",)  # of local layers: the first that works is taken; also flash_attn
+    masked_attention: bool = True  # attention takes a mask, which rows of several samples need
+    unproven_formats: tuple[str, ...] = ()  # checkpoint formats that a run may use, with a warning
+    oldest_cuda: str = ""  # the CUDA that torch must have been built for, or a later one; empty: any
+    container_flags: str = ""  # what `docker run` needs for the devices
     prepare: Callable[[], None] = nothing_to_prepare  # called before Megatron-Core is imported
     peak_tflops: dict[str, float] = field(default_factory=dict)  # part of the device's name -> dense bf16 TFLOP/s
     memory_gib: dict[str, float] = field(default_factory=dict)  # GPU type -> its memory as torch.cuda tells it

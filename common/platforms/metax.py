@@ -12,4 +12,9 @@ METAX = Platform(
     fused_kernels=False,  # they need torch.compile and Triton, which abort there on some shapes
     ran_on_hardware=False,
     memory_gib={"C500": 64.0, "C550": 64.0},  # by the data sheets; their rates are not known here
+    # torch 2.1's SDPA takes no grouped heads and copies them; the image's flash_attn takes them as they are.
+    core_attention=("flash_attn", "sdpa"),
+    masked_attention=True,  # by SDPA, whose plain path needs no kernel of its own
+    unproven_formats=("torch_dist",),
+    container_flags="--device=/dev/dri --device=/dev/mxcd --group-add video",
 )

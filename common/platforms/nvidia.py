@@ -11,6 +11,8 @@ NVIDIA = Platform(
     checkpoint_format="torch_dist",
     fused_kernels=True,
     ran_on_hardware=True,
+    oldest_cuda="12.4",  # NGC 24.03's, the oldest that the kit's pins were put together for
+    container_flags="--gpus all",
     # Dense bf16 by NVIDIA's data sheets (the sparse figures are twice as high), SXM boards where nothing else is said.
     peak_tflops={
         "H200": 989.0,

@@ -77,6 +77,9 @@ class TrainSettings:
     wandb_save_path: str | None = option(None, "folder for its files")
     ckpt_format: str | None = option(None, "torch_dist or torch; default: the platform's", ("torch_dist", "torch"))
     transformer_impl: str | None = option(None, "layers; default: the platform's", ("transformer_engine", "local"))
+    core_attention: str = option(
+        "auto", "attention of local layers; auto: the platform's first that works", ("auto", "flash_attn", "sdpa")
+    )
     sequence_parallel: bool = option(True, "with TP above 1: split activations over the sequence too")
     num_workers: int = option(2, "processes that read batches ahead; 0: none")
     distributed_timeout_min: int = option(10, "minutes after which a rank that waits gives up")

@@ -49,6 +49,11 @@ def check_layers(settings: TrainSettings, platform: Platform) -> None:
         )
     if settings.optimizer_state == "bf16" and not platform.transformer_engine:
         raise KitError(f"OPTIMIZER_STATE=bf16 needs Transformer Engine, and {platform.name} has none: set it to fp32")
+    if apart and not engine and not platform.masked_attention:
+        raise KitError(
+            f"{apart[0]}=true: attention takes no mask on {platform.name}, so samples need rows of their own:"
+            f" set {apart[0]}=false"
+        )
     if apart and engine:
         check_packed_sequences(apart[0])
     if settings.transformer_impl == "transformer_engine" and not platform.transformer_engine:

@@ -12,6 +12,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from common.log import logger
 from common.mcore import mend_training, optimizer_state_options
 from common.model.build import ModelOptions, build_model
 from common.training.config import TrainSettings
@@ -44,6 +45,7 @@ def build_trainee(plan: Plan) -> Trainee:
         tp_comm_overlap=chosen.tp_comm_overlap,
         fp8_format=chosen.fp8_format,
         fp8_recipe=chosen.fp8_recipe,
+        core_attention=chosen.core_attention,
     )
     if chosen.tp_comm_overlap:
         open_tensor_parallel_buffers(plan)
@@ -54,6 +56,9 @@ def build_trainee(plan: Plan) -> Trainee:
     if chosen.optimizer_state == "bf16":
         for each in getattr(optimizer, "chained_optimizers", [optimizer]):
             step_in_parts(each.optimizer)
+    # Megatron-Core takes the first that imports: Transformer Engine's, apex's, torch's.
+    kind = type(getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer)
+    logger.info("optimizer: %s.%s", kind.__module__, kind.__name__)
     scheduler = build_scheduler(optimizer, chosen, max(plan.train_iters, 1))
     connect(model, optimizer)
     return Trainee(model, optimizer, scheduler)

@@ -206,6 +206,11 @@ def describe(plan: Plan) -> None:
     )  # fmt: skip
     if not plan.platform.ran_on_hardware:
         logger.info("note: this kit was not run on %s hardware", plan.platform.name)
+    if plan.ckpt_format in plan.platform.unproven_formats:
+        logger.warning(
+            "CKPT_FORMAT=%s was not run on %s hardware: keep the weights that it began with; the default there is %s",
+            plan.ckpt_format, plan.platform.name, plan.platform.checkpoint_format,
+        )  # fmt: skip
     source = start.checkpoint.path if start.checkpoint else start.model_folder
     logger.info("start: %s from %s", start.kind, source)
     if plan.train:

@@ -1,0 +1,108 @@
+"""The local layers' core attention: which is taken, and that each gives the same."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import KitError
+from common.model.attention import FlashAttention, SdpaAttention, block_causal_mask, choose, why_not
+
+CPU, HEADS = torch.device("cpu"), (8, 2, 16)
+STAND_IN = Path(__file__).parents[2] / "stand_ins" / "flash_attn"
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(STAND_IN))
+    import flash_attn
+
+    flash_attn.GROUPS.clear()
+    yield flash_attn
+    del sys.modules["flash_attn"]
+
+
+def attend(kind: type[SdpaAttention], mask: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(32, 3, count, 16, generator=generator).to(dtype) for count in (8, 2, 2))
+    module = kind(SimpleNamespace(softmax_scale=0.3, context_parallel_size=1), 1, None, "self")
+    return module(query, key, value, mask)
+
+
+def test_flash_attention_gives_what_sdpa_gives_and_gets_the_groups_uncopied(flash: Any) -> None:
+    mine, theirs = attend(FlashAttention), attend(SdpaAttention, dtype=torch.float32)
+    assert mine.shape == theirs.shape == (32, 3, 128)
+    assert (mine.float() - theirs).abs().max() <= 0.02 * theirs.abs().max()
+    assert flash.GROUPS == [(8, 2)]
+
+
+def test_with_a_mask_or_in_float32_it_is_sdpa(flash: Any) -> None:
+    mask = block_causal_mask(torch.tensor([[0] * 10 + [1] * 22]).expand(3, -1))
+    assert torch.equal(attend(FlashAttention, mask), attend(SdpaAttention, mask))
+    assert torch.equal(attend(FlashAttention, dtype=torch.float32), attend(SdpaAttention, dtype=torch.float32))
+    assert flash.GROUPS == []
+
+
+def test_the_first_that_works_is_taken_and_said(
+    flash: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="kit"):
+        assert choose(("flash_attn", "sdpa"), HEADS, CPU) is FlashAttention
+        assert choose(("sdpa", "flash_attn"), HEADS, CPU) is SdpaAttention
+    assert caplog.messages == ["core attention: flash_attn", "core attention: sdpa"]
+
+
+def test_one_that_is_not_there_is_passed_over_and_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="kit"):
+        assert choose(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
+    assert caplog.messages == ["core attention: sdpa (flash_attn: ModuleNotFoundError: No module named 'flash_attn')"]
+
+
+def raising(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no kernel for this head size\nat line 1")
+
+
+def not_causal(q: Any, k: Any, v: Any, **_: Any) -> Any:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func.right(q, k, v, causal=False)
+
+
+def no_gradient(q: Any, k: Any, v: Any, **more: Any) -> Any:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func.right(q, k, v.detach(), **more) + 0 * v.sum()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [
+        (raising, "RuntimeError: no kernel for this head size"),
+        (not_causal, "its results are off by"),
+        (no_gradient, "its results are off by"),
+    ],
+)
+def test_one_that_fails_or_is_wrong_is_passed_over(
+    kernel: Any, said: str, flash: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel.right = flash.flash_attn_func
+    monkeypatch.setattr(flash, "flash_attn_func", kernel)
+    assert why_not(FlashAttention, HEADS, CPU).startswith(said)
+    assert choose(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
+    with pytest.raises(KitError, match="no core attention works here .flash_attn: "):
+        choose(("flash_attn",), HEADS, CPU)
+
+
+def test_probing_draws_nothing_from_the_runs_own_random_numbers() -> None:
+    before = torch.get_rng_state()
+    assert why_not(SdpaAttention, HEADS, CPU) == ""
+    assert torch.equal(torch.get_rng_state(), before)
