@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,6 +45,25 @@ def check_installed() -> None:
             "megatron-core 0.12 is installed, whose distributed optimizer needs Transformer Engine, and there is none:"
             " pip install the megatron-core that requirements/ names for this machine"
         )
+
+
+def check_origin() -> Path:
+    """The file that `import megatron.core` loads; raises KitError unless it is the installed package's.
+
+    A Megatron-LM checkout on PYTHONPATH, as some images have it, would stand in its place. Nothing is imported.
+    """
+    version()
+    package = metadata.distribution("megatron-core")
+    installed = Path(str(package.locate_file("megatron/core/__init__.py"))).resolve()
+    parent = PathFinder.find_spec("megatron")
+    spec = parent and PathFinder.find_spec("megatron.core", parent.submodule_search_locations)
+    found = Path(spec.origin).resolve() if spec and spec.origin else None
+    if found != installed:
+        raise KitError(
+            f"`import megatron.core` loads {found or 'nothing'}, not the installed megatron-core {package.version}"
+            f" ({installed}): take the folder of that checkout out of PYTHONPATH"
+        )
+    return installed
 
 
 def prepare(platform: Any) -> None:

@@ -10,7 +10,8 @@ import os
 from common import errors, log, mcore
 from common.errors import KitError
 from common.log import logger
-from common.platforms import current
+from common.mcore import check_origin
+from common.platforms import check_machine, current
 from common.platforms.base import Platform
 from common.settings import add_options, from_namespace, to_flags
 from common.training.config import TrainSettings
@@ -31,6 +32,7 @@ def main() -> None:
     log.setup()
     settings = from_namespace(TrainSettings, arguments)
     platform = current()
+    check_origin()
     worker = "TORCHELASTIC_RUN_ID" in os.environ
     if worker:
         log.quiet_libraries()
@@ -48,6 +50,7 @@ def main() -> None:
     if arguments.check:
         print("ok: the run can start")
         return
+    check_machine(platform)
     launch(settings, platform)
 
 

@@ -151,3 +151,22 @@ def test_old_torch_reads_what_later_ones_pickled(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(metadata, "_MEM_FORMAT_ENCODING")
     mcore.mend_metadata_of_newer_torch()
     assert metadata._MEM_FORMAT_ENCODING is MEM_FORMAT_ENCODING
+
+
+@pytest.mark.parametrize("packaged", [True, False], ids=["with __init__.py", "a namespace"])
+def test_a_checkout_that_stands_before_the_installed_package_is_refused(
+    packaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = mcore.check_origin()
+    assert installed.parts[-3:] == ("megatron", "core", "__init__.py")
+    core = tmp_path / "Megatron-LM" / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "__init__.py").write_text("raise SystemExit('it was run')\n")
+    if packaged:
+        (core.parent / "__init__.py").write_text("raise SystemExit('it was run')\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "Megatron-LM")])
+    if not packaged:
+        assert mcore.check_origin() == installed  # behind the package it is not what is loaded
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "Megatron-LM"), *sys.path])
+    with pytest.raises(KitError, match=f"loads {core}/__init__.py, not the installed .* out of PYTHONPATH"):
+        mcore.check_origin()
