@@ -4,7 +4,7 @@ jsonl --preprocess--> .bin/.idx --train--> checkpoint --convert--> safetensors
 
 Imports point one way (tests/unit/test_layers.py):
 
-    commands    preprocess  convert  logits  train  estimate  demo
+    commands    preprocess  convert  logits  train  estimate  doctor  demo
     training    the loop
     checkpoint  weights on disk
     model, data what is trained, and on what

@@ -10,7 +10,6 @@ import os
 from common import errors, log, mcore
 from common.errors import KitError
 from common.log import logger
-from common.mcore import check_origin
 from common.platforms import check_machine, current
 from common.platforms.base import Platform
 from common.settings import add_options, from_namespace, to_flags
@@ -32,7 +31,7 @@ def main() -> None:
     log.setup()
     settings = from_namespace(TrainSettings, arguments)
     platform = current()
-    check_origin()
+    mcore.check_origin()
     worker = "TORCHELASTIC_RUN_ID" in os.environ
     if worker:
         log.quiet_libraries()

@@ -333,3 +333,16 @@ print(f"TRANSFORMER_IMPL={current().transformer_impl}", f"CKPT_FORMAT={current()
     [[ $output == *"TRAIN_OR_CONVERT_CKPT=trian is not known: set it to train or convert"* ]]
   done
 }
+
+@test "every vendor has a doctor, which passes on its flags and its exit status" {
+  use_fake_python
+  for vendor in "${VENDORS[@]}"; do
+    script=$vendor/doctor.sh
+    [[ -x $script ]]
+    run -0 --separate-stderr "$script" --help
+    [[ -z $stderr && $output == *"--no-device"* && $output == *"$(declared "$vendor/env.sh" | head -n 1)"* ]]
+    run -7 "$script" -- --json --no-device
+    diff <(tail -n 4 "$PYTHON.record") <(printf '<%s>\n' -m common.doctor --json --no-device)
+    grep -qx "KIT_PLATFORM=${vendor##*/}" "$PYTHON.record"
+  done
+}

@@ -1,0 +1,22 @@
+"""Finding: one thing that was looked at, and what to do about it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found; `remedy` is told unless all is well."""
+
+    subject: str
+    status: str  # ok, warn (a run starts, and may be slow or stop later) or fail (it cannot start)
+    found: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.status:<5} {self.subject:<20} {self.found}"
+        return line if self.status == "ok" else f"{line}\n{'':<26} -> {self.remedy}"
+
+
+def judge(subject: str, found: str, wrong: bool, remedy: str, status: str = "fail") -> Finding:
+    """`status` with its remedy where something is `wrong`, else ok."""
+    return Finding(subject, status, found, remedy) if wrong else Finding(subject, "ok", found)

@@ -1,0 +1,107 @@
+"""The machine and the container around it: devices, memory, disk and limits."""
+
+import os
+import resource
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common.doctor.finding import Finding, judge
+from common.errors import KitError
+from common.platforms import check_machine, detect
+from common.platforms.base import Platform
+
+GIB = 1 << 30
+LEAST_SHARED_BYTES = GIB  # what MetaX's documents ask MCCL's containers for; NCCL and batch workers share it too
+LEAST_DISK_BYTES = 20 * GIB  # one checkpoint of 1B parameters with its optimizer
+LEAST_FILES = 4096
+SHARED = Path("/dev/shm")
+
+
+def look_at_platform(platform: Platform) -> Finding:
+    """Whether the scripts in use are those for this machine."""
+    try:
+        check_machine(platform)
+    except KitError as error:
+        found, _, remedy = str(error).partition(": ")
+        return Finding("platform", "fail", found, remedy)
+    note = "" if platform.ran_on_hardware else "; the kit was not run on such hardware"
+    return Finding("platform", "ok", f"{platform.name}{note}")
+
+
+def look_at_devices(platform: Platform, found: list[tuple[str, int, int]]) -> list[Finding]:
+    """Each device's memory, (name, free bytes, total bytes); none at all where the platform needs one."""
+    if platform.device == "cpu":
+        pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        return [Finding("memory", "ok", f"{pages * size / GIB:.1f} GiB free")]
+    if not found:
+        remedy = f"start the container with `docker run {platform.container_flags}`, on a machine with the driver"
+        if detect() != platform.name:
+            remedy += f"; or use the scripts of {detect()}/, which this machine looks like"
+        return [Finding("device", "fail", "torch sees none", remedy)]
+    remedy = "end the process that holds it, or leave this device out by CUDA_VISIBLE_DEVICES"
+    return [
+        judge(
+            f"device {i}", f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free", free < 0.9 * total, remedy, "warn"
+        )
+        for i, (name, free, total) in enumerate(found)
+    ]
+
+
+def look_at_operations(told: dict[str, tuple[bool, Any]]) -> list[Finding]:
+    """The small operations on the device."""
+    remedy = "driver, image and device do not go together: compare the driver's version with the image's release notes"
+    return [judge("operation", f"{name}: {said}", not works, remedy) for name, (works, said) in told.items()]
+
+
+def look_at_shared_memory() -> Finding:
+    """/dev/shm, through which NCCL's processes and the batch readers speak; Docker gives 64 MiB."""
+    total = _space(SHARED)[0]
+    remedy = "start the container with --ipc=host, or --shm-size=16g"
+    return judge("shared memory", f"{total / GIB:.2f} GiB", total < LEAST_SHARED_BYTES, remedy, "warn")
+
+
+def look_at_disk() -> list[Finding]:
+    """Room where one stands, and for temporary files."""
+    findings = []
+    for name, folder, least in (("disk", Path.cwd(), LEAST_DISK_BYTES), ("temporary", tempfile.gettempdir(), GIB)):
+        free = _space(Path(folder))[1]
+        remedy = (
+            "a checkpoint takes 14 to 18 bytes a parameter: save to a larger disk, or keep fewer (KEEP_CHECKPOINTS)"
+        )
+        findings.append(judge(name, f"{free / GIB:.1f} GiB free in {folder}", free < least, remedy, "warn"))
+    return findings
+
+
+def look_at_limits(platform: Platform) -> list[Finding]:
+    """Open files; with devices, memory that may be locked, which RDMA and pinned buffers need."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    enough = files == resource.RLIM_INFINITY or files >= LEAST_FILES
+    findings = [
+        judge("open files", str(files), not enough, "ulimit -n 65536, or docker run --ulimit nofile=65536", "warn")
+    ]
+    if platform.device == "cuda":
+        locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        told = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked >> 10} KiB"
+        limited = locked != resource.RLIM_INFINITY
+        findings.append(
+            judge("locked memory", told, limited, "docker run --ulimit memlock=-1: RDMA fails without", "warn")
+        )
+    return findings
+
+
+def look_at_compiler(platform: Platform) -> list[Finding]:
+    """The C compiler with which Triton builds what starts its kernels; asked for where such kernels are used."""
+    if not platform.fused_kernels:
+        return []
+    name = next((each for each in (os.environ.get("CC"), "gcc", "clang") if each and shutil.which(each)), None)
+    return [judge("C compiler", name or "not there", name is None, "apt-get install gcc: Triton's kernels need it")]
+
+
+def _space(folder: Path) -> tuple[int, int]:
+    """(total, free to this user) bytes of the file system that holds `folder`."""
+    if not folder.is_dir():
+        return 0, 0
+    found = os.statvfs(folder)
+    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize

@@ -1,0 +1,124 @@
+"""The packages: which are there, whether their versions go together, and whether they are the ones meant."""
+
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from common import mcore
+from common.doctor.finding import Finding, judge
+from common.errors import KitError
+from common.platforms.base import Platform
+
+# From this torch on: the megatron-core and the transformers that import, train and save there. Found by running them;
+# transformers' own floors are 2.2 (4.56), 2.4 (5.1), 2.5 (5.15) and 2.6 (5.20), megatron-core's 2.6 (0.15).
+FITS = (
+    ((2, 6), ">=0.11,<0.17", ">=4.47,<6"),
+    ((2, 5), ">=0.11,<0.15", ">=4.47,<5.20"),
+    ((2, 4), ">=0.11,<0.15", ">=4.47,<5.15"),
+    ((2, 2), ">=0.11,<0.15", ">=4.47,<5"),
+    ((2, 1), ">=0.11,<0.12", ">=4.47,<4.56"),
+)
+KEEP_TORCH = "with `--no-deps`, or with the image's versions as constraints, so that pip leaves torch alone"
+
+
+def look_at_python() -> Finding:
+    """Python 3.10 or later."""
+    return judge("Python", sys.version.split()[0], sys.version_info < (3, 10), "use Python 3.10 or later")
+
+
+def look_at_torch(platform: Platform, told: tuple[bool, Any], no_device: bool) -> list[Finding]:
+    """torch, and the CUDA it was built for; `told` is the probe `devices`."""
+    works, said = _excused(told, no_device)
+    if isinstance(said, str):
+        remedy = "start the image whose torch fits this machine"
+        return [judge("torch", f"{version('torch')} {said}", not works, remedy)]
+    findings = [fits("torch", said["torch"], ">=2.1", "start an image with torch 2.1 or later")]
+    if platform.oldest_cuda:
+        cuda = said["cuda"] or "none"
+        wrong = said["cuda"] is None or _numbers(cuda) < _numbers(platform.oldest_cuda)
+        remedy = f"use an image whose torch was built for CUDA {platform.oldest_cuda} or later"
+        findings.append(judge("CUDA", f"torch's is {cuda}", wrong, remedy))
+    return findings
+
+
+def look_at_megatron(told: tuple[bool, Any], no_device: bool) -> list[Finding]:
+    """megatron-core: its version, where it is imported from, and that all training needs of it imports."""
+    try:
+        mcore.version()
+        origin = mcore.check_origin()
+    except KitError as error:
+        found, _, remedy = str(error).partition(": ")
+        return [Finding("megatron-core", "fail", found, remedy)]
+    wanted = _wanted(1)
+    findings = [
+        fits("megatron-core", version("megatron-core"), wanted, f"pip install 'megatron-core{wanted}' {KEEP_TORCH}")
+    ]
+    works, said = _excused(told, no_device)
+    found = f"{said} ({origin.parent})" if works else str(said)
+    remedy = "install the versions that requirements/ and docker/ name for this machine"
+    return [*findings, judge("megatron-core", found, not works, remedy)]
+
+
+def look_at_transformers() -> Finding:
+    """transformers in the range that torch allows: one outside breaks at import, or refuses torch."""
+    text, wanted = version("transformers"), _wanted(2)
+    return fits("transformers", text, wanted, f"pip install 'transformers{wanted}' {KEEP_TORCH}")
+
+
+def look_at_extensions(platform: Platform, told: dict[str, tuple[bool, Any]], no_device: bool) -> list[Finding]:
+    """Transformer Engine, apex and flash_attn: each is optional, but one that is there and broken is not."""
+    lacking = {
+        "transformer_engine": (platform.transformer_engine, "TRANSFORMER_IMPL=local runs without it, more slowly"),
+        "apex": (not any(works for works, _ in told.values()), "torch's own Adam is used, in more and smaller steps"),
+        "flash_attn": ("flash_attn" in platform.core_attention, "PyTorch's attention is used"),
+    }
+    findings = []
+    for name, (wanted, remedy) in lacking.items():
+        if name not in told:
+            status = "warn" if wanted and platform.device == "cuda" else "ok"
+            findings.append(Finding(name, status, "not there", remedy))
+            continue
+        works, said = _excused(told[name], no_device)
+        broken = "install the vendor's own build again: it was compiled for another torch, or lacks a package"
+        findings.append(judge(name, f"{version(name)} {said}", not works, broken))
+    return findings
+
+
+def extensions() -> list[str]:
+    """Those that are there to be probed."""
+    return [name for name in ("transformer_engine", "apex", "flash_attn") if find_spec(name)]
+
+
+def _excused(told: tuple[bool, Any], no_device: bool) -> tuple[bool, Any]:
+    """`told`, but for an import that failed for the driver's library, which a machine that builds an image has not."""
+    if no_device and "cannot open shared object file" in str(told[1]):
+        return True, "not imported: it needs the driver"
+    return told
+
+
+def fits(subject: str, text: str, wanted: str, remedy: str) -> Finding:
+    """Whether the version `text` lies in the range `wanted`; a vendor's pre-release counts as what it leads to."""
+    release = text.split("+")[0].split("a")[0].split("rc")[0]
+    there = bool(text) and SpecifierSet(wanted).contains(release, prereleases=True)
+    return judge(subject, text or "not there", not there, remedy)
+
+
+def version(name: str) -> str:
+    """The installed version of a package, or nothing."""
+    try:
+        return metadata.version(name.replace("_", "-"))
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _wanted(column: int) -> str:
+    """The range in FITS for the installed torch; the oldest row's where torch is older still or missing."""
+    torch = tuple(_numbers(version("torch") or "0.0"))
+    return str(next((row for row in FITS if torch >= row[0]), FITS[-1])[column])
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(".")[:2]]

@@ -1,0 +1,204 @@
+"""The doctor: what it looks at, what it makes of it, and what its exit code says."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.doctor import machine, packages, probes
+from common.doctor.finding import Finding
+from common.platforms import on_cpu
+from common.platforms.cpu import CPU
+from common.platforms.metax import METAX
+from common.platforms.nvidia import NVIDIA
+
+ROOT = Path(__file__).parents[2]
+STAND_INS = ROOT / "tests" / "stand_ins"
+GIB = 1 << 30
+
+
+def doctor(*flags: str, expect: int, **more: str) -> str:
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1",
+        "OMP_NUM_THREADS": "1", "KIT_TEST_ON_CPU": "", **more,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "common.doctor", *flags], env=environment, cwd=ROOT, capture_output=True, text=True,
+        check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_machine_that_runs_the_kit_is_well(tmp_path: Path) -> None:
+    found = json.loads(doctor("--json", expect=0, KIT_PLATFORM="cpu"))
+    assert {each["status"] for each in found} <= {"ok", "warn"}
+    subjects = {each["subject"] for each in found}
+    assert {"platform", "Python", "torch", "megatron-core", "transformers", "operation", "disk"} <= subjects
+    operations = [each["found"] for each in found if each["subject"] == "operation"]
+    assert len(operations) == 4 and any("all-reduce by gloo" in each for each in operations)
+
+
+def test_lines_say_the_remedy_and_a_failure_exits_1() -> None:
+    told = doctor(expect=1, KIT_PLATFORM="metax", MACA_PATH="/nowhere")
+    lines = told.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("fail  platform"))
+    assert "is not MetaX's and MACA_PATH is no folder here" in lines[first]
+    assert lines[first + 1].strip().startswith("-> use the scripts of cpu/")
+    assert "fail  device               torch sees none" in told and "--device=/dev/mxcd --group-add video" in told
+    assert "all-reduce" not in told, "without a device its operations are not tried"
+
+
+def test_the_image_of_a_platform_is_looked_at_without_its_device() -> None:
+    found = json.loads(doctor("--json", "--no-device", expect=0, KIT_PLATFORM="metax", KIT_TEST_ON_CPU="true"))
+    assert {each["subject"] for each in found} & {"device", "operation", "disk", "shared memory"} == set()
+
+
+def test_an_extension_that_is_there_and_broken_is_a_failure(tmp_path: Path) -> None:
+    # As Transformer Engine does when flash-attn or pydantic is missing: its own import succeeds, without its part.
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").touch()
+    told = doctor("--no-device", expect=1, KIT_PLATFORM="cpu", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert "No module named 'transformer_engine.pytorch'" in told and "install the vendor's own build again" in told
+
+
+def test_one_that_works_is_well(tmp_path: Path) -> None:
+    path = f"{STAND_INS / 'apex'}:{STAND_INS / 'flash_attn'}:{ROOT}"
+    told = doctor("--no-device", expect=0, KIT_PLATFORM="cpu", PYTHONPATH=path)
+    assert "fused Adam imports, no kernel for weight gradients" in told and "flash_attn            imports" in told
+
+
+def test_an_import_that_lacks_the_driver_is_excused_where_there_is_no_device(tmp_path: Path) -> None:
+    (tmp_path / "flash_attn").mkdir()
+    message = "libmcruntime.so: cannot open shared object file: No such file or directory"
+    (tmp_path / "flash_attn" / "__init__.py").write_text(f"raise ImportError({message!r})\n")
+    path = f"{tmp_path}:{ROOT}"
+    assert "not imported: it needs the driver" in doctor("--no-device", expect=0, KIT_PLATFORM="cpu", PYTHONPATH=path)
+    assert "libmcruntime.so" in doctor(expect=1, KIT_PLATFORM="cpu", PYTHONPATH=path)
+
+
+def test_a_checkout_in_megatrons_place_is_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "megatron" / "core").mkdir(parents=True)
+    (tmp_path / "megatron" / "core" / "__init__.py").touch()
+    told = doctor("--no-device", expect=1, KIT_PLATFORM="cpu", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert f"loads {tmp_path}/megatron/core/__init__.py" in told and "out of PYTHONPATH" in told
+
+
+@pytest.mark.parametrize(
+    ("torch", "megatron", "transformers", "failed"),
+    [
+        ("2.1.2+metax2.27.0.8", "0.11.0", "4.55.4", []),
+        ("2.1.2+metax2.27.0.8", "0.14.0", "4.56.0", ["megatron-core", "transformers"]),
+        ("2.1.2+metax2.27.0.8", "0.11.0", "4.46.3", ["transformers"]),
+        ("2.3.0a0+40ec155e58.nv24.3", "0.14.0", "4.57.6", []),
+        ("2.3.0a0+40ec155e58.nv24.3", "0.16.1", "5.0.0", ["megatron-core", "transformers"]),
+        ("2.4.0", "0.14.0", "5.14.2", []),
+        ("2.5.1", "0.14.0", "5.20.0", ["transformers"]),
+        ("2.6.0a0+df5bbc09d1", "0.16.1", "5.24.0", []),
+        ("2.13.0", "0.16.1", "6.0.0", ["transformers"]),
+    ],
+)
+def test_versions_that_do_not_go_together_are_told(
+    torch: str, megatron: str, transformers: str, failed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"torch": torch, "megatron-core": megatron, "transformers": transformers}
+    monkeypatch.setattr(packages, "version", versions.get)
+    monkeypatch.setattr(packages.mcore, "version", lambda: (0, 14))
+    monkeypatch.setattr(packages.mcore, "check_origin", lambda: Path("/site/megatron/core/__init__.py"))
+    found = [*packages.look_at_megatron((True, "imports"), False), packages.look_at_transformers()]
+    assert [each.subject for each in found if each.status == "fail"] == failed
+    assert all("pip install" in each.remedy and "--no-deps" in each.remedy for each in found if each.status == "fail")
+
+
+@pytest.mark.parametrize(("cuda", "status"), [("12.4", "ok"), ("12.10", "ok"), ("12.1", "fail"), (None, "fail")])
+def test_cuda_is_asked_for_by_platform(cuda: str | None, status: str) -> None:
+    told = (True, {"torch": "2.6.0", "cuda": cuda, "devices": []})
+    (torch, found) = packages.look_at_torch(NVIDIA, told, no_device=False)
+    assert (torch.status, found.subject, found.status) == ("ok", "CUDA", status)
+    assert [each.subject for each in packages.look_at_torch(METAX, told, no_device=False)] == ["torch"]
+
+
+def extensions(platform: Any, *there: str) -> dict[str, Finding]:
+    told = dict.fromkeys(there, (True, "works"))
+    return {each.subject: each for each in packages.look_at_extensions(platform, told, no_device=False)}
+
+
+def test_what_a_platform_lacks_is_weighed_by_what_it_would_use() -> None:
+    assert [each.status for each in extensions(METAX).values()] == ["ok", "warn", "warn"]
+    assert [each.status for each in extensions(NVIDIA).values()] == ["warn", "warn", "ok"]
+    with_engine = extensions(NVIDIA, "transformer_engine")
+    assert with_engine["apex"].status == "ok", "Transformer Engine brings a fused Adam too"
+    assert [each.status for each in extensions(on_cpu(METAX)).values()] == ["ok"] * 3
+
+
+def test_devices_are_told_with_their_memory() -> None:
+    (none,) = machine.look_at_devices(NVIDIA, [])
+    assert none.status == "fail" and "docker run --gpus all" in none.remedy
+    free, full = machine.look_at_devices(NVIDIA, [("H100", 79 * GIB, 80 * GIB), ("H100", 10 * GIB, 80 * GIB)])
+    assert (free.status, full.status) == ("ok", "warn")
+    assert full.found == "H100, 10.0 of 80.0 GiB free" and "CUDA_VISIBLE_DEVICES" in full.remedy
+    (memory,) = machine.look_at_devices(CPU, [])
+    assert memory.status == "ok" and memory.found.endswith("GiB free")
+
+
+@pytest.mark.parametrize(("least", "status"), [(1, "ok"), (1 << 60, "warn")])
+def test_room_is_compared_with_what_is_needed(least: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "LEAST_SHARED_BYTES", least)
+    monkeypatch.setattr(machine, "LEAST_DISK_BYTES", least)
+    shared, disk = machine.look_at_shared_memory(), machine.look_at_disk()[0]
+    assert (shared.status, disk.status) == (status, status)
+    assert status == "ok" or ("--ipc=host" in shared.remedy and "KEEP_CHECKPOINTS" in disk.remedy)
+
+
+def test_limits_are_those_of_the_process() -> None:
+    program = """
+import resource, sys
+from common.doctor.machine import look_at_limits
+from common.platforms.nvidia import NVIDIA
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), hard))
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 10, 64 << 10))
+print(*look_at_limits(NVIDIA), sep="\\n")
+"""
+    for files, status in ((1024, "warn"), (4096, "ok")):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(files)], cwd=ROOT, capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert f"{status:<5} open files           {files}" in done.stdout
+        assert "warn  locked memory        64 KiB" in done.stdout and "--ulimit memlock=-1" in done.stdout
+
+
+def test_a_compiler_is_asked_for_where_triton_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.look_at_compiler(METAX) == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert machine.look_at_compiler(NVIDIA)[0].status == "fail"
+    (tmp_path / "gcc").write_text("#!/bin/sh\n")
+    (tmp_path / "gcc").chmod(0o755)
+    assert machine.look_at_compiler(NVIDIA)[0].status == "ok"
+    assert machine.look_at_compiler(replace(NVIDIA, fused_kernels=False)) == []
+
+
+def test_a_probe_that_kills_its_process_is_told_and_so_is_what_was_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn.py").write_text("import os\nos.abort()\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("KIT_PLATFORM", "cpu")
+    found = probes.run(["matmul", "flash_attn", "attention"])
+    assert found["matmul"][0] and not found["flash_attn"][0] and not found["attention"][0]
+    assert "ended with -6" in found["flash_attn"][1] and "not tried" in found["attention"][1]
+
+
+def test_a_probe_that_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flash_attn.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("KIT_PLATFORM", "cpu")
+    monkeypatch.setattr(probes, "TIMEOUT_S", 15)
+    assert probes.run(["flash_attn"]) == {"flash_attn": (False, "it hung for 15 s")}
