@@ -6,14 +6,25 @@
 #   docker build -f docker/metax.Dockerfile -t qwen-megatron:metax .
 #   docker run --rm -it --device=/dev/dri --device=/dev/mxcd --group-add video --ipc=host --ulimit memlock=-1 \
 #     qwen-megatron:metax
+#
+# The registry of the default base is a tenant's: where you cannot pull from it, give your own copy as BASE_IMAGE.
+# 默认基础镜像位于租户仓库；无法拉取时，用 BASE_IMAGE 指定自己的副本。
 ARG BASE_IMAGE=cr.infini-ai.com/te-c7vnqlzlmvzffc2v/megatron-lm:maca2.27.0.7-py310
 FROM ${BASE_IMAGE}
-
+# Mirrors, for this build alone; no credentials in them: build arguments stand in the image's history.
+ARG PIP_INDEX_URL=
+ARG APT_MIRROR=
+# System packages that a platform asks for, as Infini-AI's dev machines: "openssh-server sudo runit runit-systemd".
+ARG PLATFORM_PACKAGES=
+# The newest that imports on torch 2.1.
+ARG MEGATRON_CORE=0.11.0
+# The kit's user and the owner of its files; 0 is root. Another one needs --group-add video for the devices.
+ARG USER_ID=0
+ARG GROUP_ID=0
 ARG BASE_IMAGE
 ARG KIT_NAME=qwen-megatron
 ARG VERSION=0
 ARG REVISION=unknown
-ARG MEGATRON_CORE=0.11.0
 LABEL org.opencontainers.image.title="${KIT_NAME}" \
   org.opencontainers.image.description="Qwen2.5 on Megatron-Core, MetaX; not run on hardware" \
   org.opencontainers.image.licenses="Apache-2.0" \
@@ -22,18 +33,22 @@ LABEL org.opencontainers.image.title="${KIT_NAME}" \
   org.opencontainers.image.base.name="${BASE_IMAGE}"
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+# Some bases end in another user; the last USER below is the image's.
+USER 0:0
 
-# The base's packages become constraints before the first pip; a build in which pip moved one of them fails.
-# Nothing is imported here: torch may want the driver's libraries, which a build does not have.
-COPY docker/base_packages.py requirements/metax.txt /opt/kit/
-RUN python3 /opt/kit/base_packages.py >/opt/kit/constraints.txt \
-  && grep '^torch==' /opt/kit/constraints.txt \
-  && python3 -m pip install --no-cache-dir --no-deps "megatron-core==${MEGATRON_CORE}" \
-  && python3 -m pip install --no-cache-dir -c /opt/kit/constraints.txt -r /opt/kit/metax.txt \
-  && python3 /opt/kit/base_packages.py | diff /opt/kit/constraints.txt -
+COPY docker/*.py docker/*.sh requirements/metax.txt /opt/kit/docker/
+RUN read -ra packages <<<"${PLATFORM_PACKAGES}" \
+  && bash /opt/kit/docker/platform_packages.sh "${packages[@]}" \
+  && bash /opt/kit/docker/add_user.sh "${USER_ID}" "${GROUP_ID}"
+RUN bash /opt/kit/docker/install.sh "${MEGATRON_CORE}" /opt/kit/docker/metax.txt
+# A later pip in the container keeps the base's packages too.
+ENV PIP_CONSTRAINT=/opt/kit/constraints.txt
 
-COPY . /workspace/${KIT_NAME}
 WORKDIR /workspace/${KIT_NAME}
+COPY --chown=${USER_ID}:${GROUP_ID} . .
+# The smoke test: everything that needs no device; the rest is looked at when a container starts.
+RUN bash metax/doctor.sh -- --no-device
 
+USER ${USER_ID}:${GROUP_ID}
 # The entry point is the base's own.
-CMD ["/bin/bash"]
+CMD ["/bin/bash", "-c", "bash metax/doctor.sh || true; exec bash"]
