@@ -1,0 +1,223 @@
+"""Each fact of a platform is one that the kit acts on: changed, here with MetaX's on a CPU, it changes what is done."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.data.indexed import IndexedWriter
+from common.doctor import machine, packages
+from common.errors import KitError
+from common.model.attention import FlashAttention, SdpaAttention
+from common.model.build import ModelOptions, core_attention, transformer_config
+from common.platforms import on_cpu
+from common.platforms.base import Platform
+from common.platforms.metax import METAX
+from common.training.config import TrainSettings
+from common.training.metrics import peak_tflops
+from common.training.plan import Plan, describe, plan_run
+from tests.tiny import tiny_qwen
+
+ROOT = Path(__file__).parents[2]
+PLATFORM = on_cpu(METAX)
+TESTED: set[str] = set()
+
+
+def fact(name: str) -> Callable[[Any], Any]:
+    """Marks the test of the fact `name`."""
+    TESTED.add(name)
+    return lambda test: test
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("facts")
+    tiny_qwen(folder / "qwen")
+    with IndexedWriter(folder / "d_text_document", np.dtype(np.uint16)) as writer:
+        for start in range(40):
+            writer.add_document(np.arange(start, start + 33, dtype=np.uint16))
+    return folder
+
+
+def plan(work: Path, platform: Platform, **changes: Any) -> Plan:
+    settings = {
+        "save_checkpoint_path": str(work / "save"), "hf_model_path": str(work / "qwen"),
+        "dataset_path": str(work / "d"), "seq_length": 32, "train_iters": 2, "split": "100,0,0",
+    }  # fmt: skip
+    return plan_run(TrainSettings(**{**settings, **changes}), platform)
+
+
+def told(work: Path, platform: Platform, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
+    """What is logged of a plan."""
+    caplog.clear()
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO, logger="kit"):
+        patch.setattr(logging.getLogger("kit"), "propagate", True)
+        describe(plan(work, platform, **changes))
+    return caplog.text
+
+
+def config(work: Path, platform: Platform) -> Any:
+    chosen = plan(work, platform)
+    options = ModelOptions("bf16", chosen.transformer_impl, "none")
+    return transformer_config(chosen.qwen, chosen.sizes, options, platform)
+
+
+def python(program: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **more}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_every_fact_is_tested_here() -> None:
+    assert {field.name for field in fields(Platform)} == TESTED
+
+
+@fact("name")
+def test_the_name_is_the_one_that_is_told(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "other: 1 processes" in told(work, replace(PLATFORM, name="other"), caplog)
+    assert "metax on a CPU, for tests: 1 processes" in told(work, PLATFORM, caplog)
+
+
+@fact("device")
+def test_weights_are_made_where_the_device_is(work: Path) -> None:
+    assert config(work, PLATFORM).use_cpu_initialization is True
+    assert config(work, METAX).use_cpu_initialization is False
+
+
+@fact("backend")
+def test_the_process_group_is_of_the_platforms_backend() -> None:
+    program = """
+import os
+from dataclasses import replace
+from common.parallel import ParallelSizes
+from common.platforms import on_cpu
+from common.platforms.metax import METAX
+from common.training.distributed import process_group
+import torch.distributed as dist
+os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+platform = on_cpu(METAX)
+platform.prepare()
+with process_group(platform, ParallelSizes(1), 1, 1):
+    print(dist.get_backend())
+with process_group(replace(platform, backend="mpi"), ParallelSizes(1), 1, 1):
+    pass
+"""
+    done = python(program)
+    assert done.stdout == "gloo\n" and done.returncode != 0
+    assert "MPI" in done.stderr.splitlines()[-1]
+
+
+@fact("prepare")
+def test_the_machine_is_prepared_as_the_platform_says() -> None:
+    program = """
+from dataclasses import replace
+from common.platforms import current
+from common.platforms.base import nothing_to_prepare
+import torch
+replace(current(), prepare=nothing_to_prepare).prepare()
+try:
+    torch.zeros(1, device="cuda")
+except Exception as error:
+    print("unprepared")
+current().prepare()
+print(torch.zeros(1, device="cuda").device)
+"""
+    done = python(program, KIT_PLATFORM="metax", KIT_TEST_ON_CPU="true")
+    assert done.stdout.split() == ["unprepared", "cpu"], done.stderr
+
+
+@fact("transformer_impl")
+def test_the_layers_are_the_platforms_unless_told_otherwise(work: Path) -> None:
+    assert plan(work, PLATFORM).transformer_impl == "local"
+    engine = replace(PLATFORM, transformer_impl="transformer_engine", transformer_engine=True)
+    assert plan(work, engine).transformer_impl == "transformer_engine"
+    assert plan(work, engine, transformer_impl="local").transformer_impl == "local"
+
+
+@fact("transformer_engine")
+def test_layers_that_the_platform_has_not_are_refused(work: Path) -> None:
+    with pytest.raises(KitError, match="metax on a CPU, for tests has no Transformer Engine: set it to local"):
+        plan(work, PLATFORM, transformer_impl="transformer_engine")
+    there = replace(PLATFORM, transformer_engine=True)
+    assert plan(work, there, transformer_impl="transformer_engine").transformer_impl == "transformer_engine"
+
+
+@fact("checkpoint_format")
+def test_checkpoints_are_in_the_platforms_format_unless_told_otherwise(work: Path) -> None:
+    assert plan(work, PLATFORM).ckpt_format == "torch"
+    assert plan(work, replace(PLATFORM, checkpoint_format="torch_dist")).ckpt_format == "torch_dist"
+    assert plan(work, PLATFORM, ckpt_format="torch_dist").ckpt_format == "torch_dist"
+
+
+@fact("unproven_formats")
+def test_a_format_that_was_not_run_there_is_warned_of(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    warning = "CKPT_FORMAT=torch_dist was not run on metax on a CPU, for tests hardware"
+    assert warning in told(work, PLATFORM, caplog, ckpt_format="torch_dist")
+    assert warning not in told(work, PLATFORM, caplog)
+    assert warning not in told(work, replace(PLATFORM, unproven_formats=()), caplog, ckpt_format="torch_dist")
+
+
+@fact("ran_on_hardware")
+def test_what_was_not_run_there_is_said(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "this kit was not run on metax on a CPU, for tests hardware" in told(work, PLATFORM, caplog)
+    assert "was not run" not in told(work, replace(PLATFORM, ran_on_hardware=True), caplog)
+
+
+@fact("fused_kernels")
+def test_fused_kernels_are_used_where_they_work(work: Path) -> None:
+    plain, fused = config(work, PLATFORM), config(work, replace(PLATFORM, fused_kernels=True))
+    names = ("bias_activation_fusion", "bias_dropout_fusion")
+    assert [getattr(plain, name) for name in names] == [False, False]
+    assert [getattr(fused, name) for name in names] == [True, True]
+
+
+@fact("core_attention")
+def test_core_attention_is_the_first_that_works_of_the_platforms(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = plan(work, PLATFORM)
+    options = ModelOptions("bf16", "local", "none")
+    assert core_attention(chosen.qwen, chosen.sizes, options, PLATFORM) is SdpaAttention  # nothing else is here
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "stand_ins" / "flash_attn"))
+    assert core_attention(chosen.qwen, chosen.sizes, options, PLATFORM) is FlashAttention
+    other = replace(PLATFORM, core_attention=("sdpa",))
+    assert core_attention(chosen.qwen, chosen.sizes, options, other) is SdpaAttention
+    told_otherwise = replace(options, core_attention="sdpa")
+    assert core_attention(chosen.qwen, chosen.sizes, told_otherwise, PLATFORM) is SdpaAttention
+    float32 = replace(options, precision="fp32")
+    assert core_attention(chosen.qwen, chosen.sizes, float32, PLATFORM) is SdpaAttention
+    del sys.modules["flash_attn"]
+
+
+@fact("masked_attention")
+def test_samples_share_a_row_only_where_attention_takes_a_mask(work: Path) -> None:
+    assert plan(work, PLATFORM, reset_attention=True).settings.reset_attention
+    with pytest.raises(KitError, match="RESET_ATTENTION=true: attention takes no mask on .* set RESET_ATTENTION=false"):
+        plan(work, replace(PLATFORM, masked_attention=False), reset_attention=True)
+
+
+@fact("oldest_cuda")
+def test_an_old_cuda_is_refused_where_it_matters() -> None:
+    found = (True, {"torch": "2.1.2+metax2.27.0.8", "cuda": "11.6", "devices": []})
+    assert [each.status for each in packages.look_at_torch(PLATFORM, found, False)] == ["ok"]
+    strict = replace(PLATFORM, oldest_cuda="12.4")
+    assert [each.status for each in packages.look_at_torch(strict, found, False)] == ["ok", "fail"]
+
+
+@fact("container_flags")
+def test_a_missing_device_is_told_with_the_platforms_flags() -> None:
+    for flags in (METAX.container_flags, "--other"):
+        (found,) = machine.look_at_devices(replace(METAX, container_flags=flags), [])
+        assert f"docker run {flags}`" in found.remedy
+
+
+@fact("peak_tflops")
+def test_the_share_of_the_peak_is_told_where_the_peak_is_known() -> None:
+    assert peak_tflops(PLATFORM, "MetaX C500") is None
+    assert peak_tflops(replace(PLATFORM, peak_tflops={"C500": 1.0}), "MetaX C500") == 1.0
