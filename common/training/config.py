@@ -19,7 +19,7 @@ class TrainSettings:
     train_mode: str = option(
         "pretrain", "pretrain: every token is learned; finetune: the answers", ("pretrain", "finetune")
     )
-    dataset_path: str | None = option(None, "what step 1 wrote (its OUTPUT_PREFIX)")
+    dataset_path: str | None = option(None, "what step 1 wrote (its OUTPUT_PREFIX), or several by weight: 0.7 a 0.3 b")
     valid_dataset_path: str | None = option(None, "validation data of its own; then SPLIT is not used")
     split: str = option("98,2,0", "shares of the documents for training, validation and nothing")
     load_checkpoint_path: str | None = option(None, "weights to start from: what step 2 wrote, or another run")
