@@ -41,7 +41,7 @@ def report(
         yield from stage_table(found[0])
     yield ""
     yield from _left_out(found, shown, refused)
-    yield from _notes(gpu, world, first.masked)
+    yield from _notes(asked, gpu, first.masked)
 
 
 def layout_table(asked: EstimateSettings, shown: Sequence[Estimate]) -> Iterator[str]:
@@ -102,7 +102,7 @@ def _named(one: Estimate) -> str:
     return " ".join(f"{name.upper()}={getattr(one.settings, name)}" for name in LAYOUT)
 
 
-def _notes(gpu: Gpu, world: int, masked: bool) -> Iterator[str]:
+def _notes(asked: EstimateSettings, gpu: Gpu, masked: bool) -> Iterator[str]:
     if not gpu.platform.ran_on_hardware:
         yield f"note: this kit was not run on {gpu.platform.name} hardware"
     if not gpu.rated:
@@ -111,7 +111,9 @@ def _notes(gpu: Gpu, world: int, masked: bool) -> Iterator[str]:
         yield f"note: speed was measured on {' and '.join(MEASURED)}; here its shares of the data sheet's rates count"
     if masked:
         yield "note: attention with a mask (PACKING) was not measured on a GPU, neither its memory nor its time"
-    if gpu.rated and world > 1:
+    if asked.cp > 1:
+        yield "note: context parallelism was not measured, and the time of what its ranks send is not counted"
+    if gpu.rated and asked.gpus * asked.nnodes > 1:
         yield "note: speed on more than one GPU was not measured; the rates of links between GPUs are assumed"
 
 

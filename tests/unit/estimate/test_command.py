@@ -91,6 +91,16 @@ def test_layers_that_are_not_recomputed_keep_more_and_are_faster(model: Path) ->
     assert layouts[0]["peak_bytes"] == json.loads(run(**one, json=True))["layouts"][0]["peak_bytes"]
 
 
+def test_context_parallelism_divides_the_tokens_and_is_said_not_to_be_measured(model: Path) -> None:
+    asked = {"hf_model_path": model, "gpu": "H200", "gpus": 2, "tp": 1, "pp": 1, "recompute": "none"}
+    asked |= {"micro_batch_size": 1, "seq_length": 16384}
+    one, two = (json.loads(run(**asked, json=True, cp=cp))["layouts"][0] for cp in (1, 2))
+    assert one["stages"][0]["kept"] == 2 * two["stages"][0]["kept"]
+    assert one["stages"][0]["state"] == two["stages"][0]["state"]  # spread over DP x CP
+    told = "note: context parallelism was not measured"
+    assert told in run(**asked, cp=2) and told not in run(**asked)
+
+
 def test_packing_is_said_not_to_be_measured(model: Path) -> None:
     asked = {"hf_model_path": model, "gpu": "H200", "gpus": 8, "transformer_impl": "local"}
     assert "note: attention with a mask (PACKING) was not measured" in run(**asked, packing="true")
