@@ -1,5 +1,6 @@
 """What autograd really keeps during a step of each kind of layers on the CPU, against the formulas, byte for byte."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from common.training.config import TrainSettings
 from tests.unit.estimate.ranks import count, write_config
 
 
-def most_kept(folder: Path, world: int, stage: int, settings: dict[str, Any], fused: bool) -> int:
+def most_kept(task: dict[str, Any]) -> int:
     """The formulas' most bytes that passes keep, with those of the layer that full recomputation makes anew."""
-    chosen = TrainSettings(save_checkpoint_path="-", dataset_path="-", train_iters=1, gpus=world, **settings)
-    qwen = load_config(folder)
-    work = work_of(chosen, replace(CPU, fused_kernels=fused), qwen)
+    same = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1}
+    chosen = TrainSettings(**same, gpus=task["world"], **task["settings"])
+    qwen, stage = load_config(Path(task["folder"])), task["rank"] // (task["world"] // chosen.pp)
+    work = work_of(chosen, replace(CPU, fused_kernels=task["fused"]), qwen)
     chunks = chunks_of_rank(qwen, chosen.sizes, stage)
     kept = [kept_by_chunk(work, chunk) for chunk in chunks]
     number = chosen.sizes.num_microbatches(chosen.global_batch_size, chosen.micro_batch_size)
@@ -59,30 +61,29 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def compare(folder: Path, layouts: list[tuple[int, dict[str, Any]]], fused: bool) -> None:
-    tasks, formulas = [], []
+def tasks_of(folder: Path, fused: bool, layouts: list[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """A task for each pipeline stage of each layout, of tensor rank 0."""
     for world, changes in layouts:
         settings = {"seq_length": 32, "micro_batch_size": 1, "global_batch_size": 8, **changes}
-        tp, pp = settings.get("tp", 1), settings.get("pp", 1)
+        pp = settings.get("pp", 1)
         for stage in range(pp):
-            rank = stage * tp * (world // (tp * pp))
-            task = {"folder": str(folder), "world": world, "rank": rank, "settings": settings}
-            tasks.append({**task, "activations": True, "fused": fused})
-            formulas.append(most_kept(folder, world, stage, settings, fused))
+            task = {"folder": str(folder), "world": world, "rank": stage * (world // pp), "settings": settings}
+            yield {**task, "activations": True, "fused": fused}
+
+
+def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None:
+    """Fused: SwiGLU by Megatron-Core's own function, and a norm that keeps what torch's kernel on a GPU keeps."""
+    qwen2 = write_config(tmp_path / "qwen2")
+    qwen3 = write_config(tmp_path / "qwen3", model_type="qwen3", head_dim=32)
+    tasks = [
+        *tasks_of(qwen2, False, LAYOUTS),
+        *tasks_of(qwen2, True, [layout for layout in LAYOUTS if layout[0] < 4]),
+        *tasks_of(qwen3, True, [(1, {}), (2, {"tp": 2})]),
+    ]
+    named = [
+        f"{Path(task['folder']).name} fused {task['fused']} rank {task['rank']} {task['settings']}" for task in tasks
+    ]
+    formulas = [most_kept(task) for task in tasks]
     found = [one["kept"] for one in count(tasks)]
-    named = [f"{task['settings']} rank {task['rank']}" for task in tasks]
+    assert len({*named}) == len(tasks) > 30
     assert dict(zip(named, found, strict=True)) == dict(zip(named, formulas, strict=True))
-
-
-def test_what_unfused_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None:
-    compare(write_config(tmp_path), LAYOUTS, fused=False)
-
-
-def test_what_fused_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None:
-    """SwiGLU by Megatron-Core's own function, and a norm that keeps what torch's kernel keeps."""
-    compare(write_config(tmp_path), [layout for layout in LAYOUTS if layout[0] < 4], fused=True)
-
-
-def test_what_the_norms_of_query_and_key_keep_is_counted(tmp_path: Path) -> None:
-    folder = write_config(tmp_path, model_type="qwen3", head_dim=32)
-    compare(folder, [(1, {}), (2, {"tp": 2})], fused=True)

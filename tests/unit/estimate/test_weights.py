@@ -1,7 +1,7 @@
 """Parameters, gradients and optimizer state by formula, against those of the model that is built on each rank."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -27,6 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "untied": {"tie_word_embeddings": False},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
 }
+PRECISIONS, REPLICAS = ("bf16", "fp32"), 4
 
 
 def tasks_of(folder: Path, tp: int, pp: int, dp: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -47,13 +48,32 @@ def expected(folder: Path, tp: int, pp: int, settings: dict[str, Any]) -> list[i
     return [sum(chunk_parameters(qwen, tp, chunk) for chunk in chunks) for chunks in stages]
 
 
+def layouts_of(shape: str) -> list[tuple[int, int, int, dict[str, Any]]]:
+    return LAYOUTS if shape == "tied" else LAYOUTS[:4]
+
+
+class Counted(NamedTuple):
+    folders: dict[str, Path]  # of each shape
+    ranks: dict[str, list[dict[str, Any]]]  # what is held, by shape, and for the replicas by precision
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Counted:
+    """All ranks of all cases, counted in one process."""
+    folders = {shape: write_config(tmp_path_factory.mktemp(shape), **changes) for shape, changes in SHAPES.items()}
+    cases = {
+        shape: [task for layout in layouts_of(shape) for task in tasks_of(folders[shape], *layout)] for shape in SHAPES
+    }
+    for precision in PRECISIONS:
+        cases[precision] = tasks_of(folders["tied"], 2, 2, REPLICAS, {"precision": precision})
+    found = iter(count([task for tasks in cases.values() for task in tasks]))
+    return Counted(folders, {name: [next(found) for _ in tasks] for name, tasks in cases.items()})
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_weights_and_gradients_are_those_that_are_built(shape: str, tmp_path: Path) -> None:
-    folder = write_config(tmp_path, **SHAPES[shape])
-    layouts = LAYOUTS if shape == "tied" else LAYOUTS[:4]
-    tasks = [task for layout in layouts for task in tasks_of(folder, *layout)]
-    found = count(tasks)
-    formulas = [number for tp, pp, _, settings in layouts for number in expected(folder, tp, pp, settings)]
+def test_weights_and_gradients_are_those_that_are_built(shape: str, counted: Counted) -> None:
+    found, folder = counted.ranks[shape], counted.folders[shape]
+    formulas = [number for tp, pp, _, settings in layouts_of(shape) for number in expected(folder, tp, pp, settings)]
     assert [one["parameters"] for one in found] == formulas
     states = [state_bytes(number, "bf16", "fp32", 1) for number in formulas]
     assert [one["weights"] for one in found] == [state.weights for state in states]
@@ -61,15 +81,14 @@ def test_weights_and_gradients_are_those_that_are_built(shape: str, tmp_path: Pa
     assert [one["optimizer"] for one in found] == [state.optimizer for state in states]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_the_optimizer_is_divided_over_the_replicas(precision: str, tmp_path: Path) -> None:
-    folder, dp = write_config(tmp_path), 4
-    found = count(tasks_of(folder, 2, 2, dp, {"precision": precision}))
-    for stage, number in enumerate(expected(folder, 2, 2, {})):
-        shards = [one["optimizer"] for one in found[stage * dp : (stage + 1) * dp]]
-        state = state_bytes(number, precision, "fp32", dp)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_optimizer_is_divided_over_the_replicas(precision: str, counted: Counted) -> None:
+    for stage, number in enumerate(expected(counted.folders["tied"], 2, 2, {})):
+        replicas = counted.ranks[precision][stage * REPLICAS : (stage + 1) * REPLICAS]
+        state = state_bytes(number, precision, "fp32", REPLICAS)
+        shards = [one["optimizer"] for one in replicas]
         assert sum(shards) == state_bytes(number, precision, "fp32", 1).optimizer
         # A replica has its part of the padded buffer: parameters begin at multiples of 64, buffers end at one of 128.
-        most = dp * state.optimizer // number * 64 * 30
+        most = REPLICAS * state.optimizer // number * 64 * 30
         assert all(abs(shard - state.optimizer) < most for shard in shards)
-        assert found[stage * dp]["weights"] == state.weights and found[stage * dp]["gradients"] == state.gradients
+        assert all(one["weights"] == state.weights and one["gradients"] == state.gradients for one in replicas)
