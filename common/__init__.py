@@ -8,6 +8,7 @@ Imports point one way (tests/unit/test_layers.py):
     training    the loop
     checkpoint  weights on disk
     model, data what is trained, and on what
+    te          what is asked of Transformer Engine
     settings  log  parallel  platforms  mcore
     errors
 """

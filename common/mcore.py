@@ -178,69 +178,41 @@ def check_pipeline_layers(chunk_layers: Sequence[int], vpp: int) -> None:
     )
 
 
-def check_packed_sequences(setting: str) -> None:
-    """Raises KitError for a Transformer Engine under 1.7, whose attention knows no causal mask within packed samples.
+FP8_RECIPES_SINCE = (0, 12)  # TransformerConfig.fp8_recipe; before, FP8 is scaled with delay
+BF16_MOMENTS_SINCE = (0, 13)  # OptimizerConfig.store_param_remainders
 
-    Megatron-Core asks for that mask from 1.7 on (TEDotProductAttention in extensions/transformer_engine.py).
+
+def chunk_place(index: int, vpp: int) -> tuple[bool, bool, dict[str, Any]]:
+    """Whether this rank's chunk `index` of `vpp` is the model's first, its last, and how GPTModel is told its number.
+
+    From 0.13 on the number is an argument; before, it is a global, which is set here and stays set: whatever builds a
+    chunk or names its weights reads it, so this is to be called before either.
     """
-    engine = transformer_engine_version()
-    if engine is not None and engine < (1, 7):  # without it, building the layers says so
-        raise KitError(
-            f"{setting}=true needs Transformer Engine 1.7 or later, and {engine[0]}.{engine[1]} is installed:"
-            f" set TRANSFORMER_IMPL=local, or {setting}=false"
-        )
+    from megatron.core import parallel_state
+
+    where: dict[str, Any] = {"ignore_virtual": False} if vpp > 1 else {}
+    more: dict[str, Any] = {}
+    if vpp > 1 and version() >= (0, 13):
+        where["vp_stage"] = more["vp_stage"] = index
+    elif vpp > 1:
+        parallel_state.set_virtual_pipeline_model_parallel_rank(index)
+    first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
+    return first(**where), last(**where), more
 
 
-FP8_SINCE = {"delayed": (1, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}  # get_fp8_context in fp8_utils.py of 0.16
+def make_optimizer_state(optimizer: Any) -> None:
+    """Makes the moments of one distributed optimizer by a step on zero gradients, so that they can be loaded into.
 
-
-def fp8_options(fp8_format: str, fp8_recipe: str) -> dict[str, Any]:
-    """TransformerConfig's fields for FP8; raises KitError where Transformer Engine or Megatron-Core is too old."""
-    if fp8_format == "none":
-        return {}
-    engine = transformer_engine_version()
-    since = FP8_SINCE[fp8_recipe]
-    if engine is not None and engine < since:
-        raise KitError(
-            f"FP8_RECIPE={fp8_recipe} needs Transformer Engine {since[0]}.{since[1]} or later, and"
-            f" {engine[0]}.{engine[1]} is installed: use FP8_RECIPE=delayed"
-        )
-    if version() >= (0, 12):
-        return {"fp8": fp8_format, "fp8_recipe": fp8_recipe}
-    if fp8_recipe != "delayed":
-        raise KitError(f"FP8_RECIPE={fp8_recipe} needs megatron-core 0.12 or later: use FP8_RECIPE=delayed")
-    return {"fp8": fp8_format}
-
-
-def optimizer_state_options(kind: str) -> dict[str, Any]:
-    """OptimizerConfig's fields for fp32, or bf16 moments (Megatron-Core's precision-aware optimizer); raises KitError.
-
-    Transformer Engine's Adam could keep of the master weights the 16 bits that bf16 parameters lack; a checkpoint would
-    then hold those in place of weights (fully_reshardable writes what it finds, as float32), so they are kept whole.
+    From 0.14 on Megatron-Core has the same as `_init_optimizer_states_with_dummy_values`.
     """
-    if kind == "fp32":
-        return {}
-    if version() < (0, 13):
-        raise KitError(f"OPTIMIZER_STATE={kind} needs megatron-core 0.13 or later: set it to fp32")
-    engine = transformer_engine_version()
-    if engine is None or engine < (2, 1):
-        raise KitError(
-            f"OPTIMIZER_STATE={kind} needs Transformer Engine 2.1 or later, whose Adam does it: set it to fp32"
-        )
     import torch
 
-    moments = dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), torch.bfloat16)
-    return {"use_precision_aware_optimizer": True, "store_param_remainders": False, **moments}
-
-
-def transformer_engine_version() -> tuple[int, int] | None:
-    """Major and minor of the installed Transformer Engine; None where there is none."""
-    try:
-        text = metadata.version("transformer-engine")
-    except metadata.PackageNotFoundError:
-        return None
-    major, minor = (int(part) for part in text.split(".")[:2])
-    return major, minor
+    for group in optimizer.optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.numel():  # apex's and Transformer Engine's kernels take no empty tensor
+                parameter.grad = torch.zeros_like(parameter)
+    optimizer.optimizer.step()
+    optimizer.optimizer.zero_grad()
 
 
 @contextmanager

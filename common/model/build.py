@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common.mcore import first_and_last_differ, fp8_options, fuse_rotary_embedding, weight_gradient_fusion
+from common.mcore import chunk_place, first_and_last_differ, fuse_rotary_embedding, weight_gradient_fusion
 from common.model.attention import SdpaAttention, choose
 from common.model.config import QwenConfig
 from common.model.gpt import QwenModel
@@ -18,6 +18,7 @@ from common.model.layer_spec import block_spec
 from common.model.rope import yarn_frequencies
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
+from common.te import fp8_options
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -157,9 +158,9 @@ def _chunk(
     seq_length: int,
     index: int,
 ) -> torch.nn.Module:
-    where: dict[str, Any] = {"ignore_virtual": False, "vp_stage": index} if sizes.vpp > 1 else {}
     chunk = index * sizes.pp + parallel_state.get_pipeline_model_parallel_rank()
     num_layers = qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers)[chunk]
+    first, last, more = chunk_place(index, sizes.vpp)
     model = QwenModel(
         num_tokens=qwen.vocab_size,
         triton=platform.fused_kernels,
@@ -167,12 +168,12 @@ def _chunk(
         transformer_layer_spec=block_spec(options.transformer_impl, num_layers, qwen.qk_norm, core),
         vocab_size=qwen.padded_vocab_size(sizes.tp),
         max_sequence_length=seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(**where),
-        post_process=parallel_state.is_pipeline_last_stage(**where),
+        pre_process=first,
+        post_process=last,
         share_embeddings_and_output_weights=qwen.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=qwen.rope_theta,
-        **({"vp_stage": index} if sizes.vpp > 1 else {}),
+        **more,
     )
     if qwen.yarn:
         frequencies = yarn_frequencies(qwen.yarn, qwen.head_dim, qwen.rope_theta)

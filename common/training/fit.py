@@ -1,9 +1,10 @@
 """Whether settings, model and platform go together: told without torch, data or checkpoints."""
 
 from common.errors import KitError
-from common.mcore import check_packed_sequences, check_pipeline_layers
+from common.mcore import check_pipeline_layers
 from common.model.config import QwenConfig
 from common.platforms.base import Platform
+from common.te import check_packed_sequences
 from common.training.config import TrainSettings
 
 

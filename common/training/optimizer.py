@@ -13,8 +13,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from common.log import logger
-from common.mcore import mend_training, optimizer_state_options
+from common.mcore import mend_training
 from common.model.build import ModelOptions, build_model
+from common.te import optimizer_state_options
 from common.training.config import TrainSettings
 from common.training.plan import Plan
 

@@ -9,7 +9,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from common.errors import KitError
 from common.log import logger
-from common.mcore import content_metadata, optimizer_sharding, sharded_optimizer_state
+from common.mcore import (
+    chunk_place,
+    content_metadata,
+    make_optimizer_state,
+    optimizer_sharding,
+    sharded_optimizer_state,
+)
 from common.model.build import unwrap
 from common.training.distributed import random_state, restore_random_state
 from common.training.optimizer import Trainee
@@ -46,13 +52,13 @@ def describe_run(plan: Plan, progress: Progress) -> dict[str, Any]:
 
 def model_shards(trainee: Trainee) -> dict[str, Any]:
     """Megatron-Core's sharded state dict of each chunk; `_extra_state` (FP8 scales) is left out."""
-    names = chunk_names(len(trainee.model))
-    metadata = content_metadata(optimizer_sharding())
-    shards = [unwrap(chunk).sharded_state_dict(metadata=metadata) for chunk in trainee.model]  # type: ignore[operator]
-    return {
-        name: {key: value for key, value in shard.items() if not key.endswith("_extra_state")}
-        for name, shard in zip(names, shards, strict=True)
-    }
+    names, metadata = chunk_names(len(trainee.model)), content_metadata(optimizer_sharding())
+    shards = {}
+    for index, (name, chunk) in enumerate(zip(names, trainee.model, strict=True)):
+        chunk_place(index, len(names))
+        shard = unwrap(chunk).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        shards[name] = {key: value for key, value in shard.items() if not key.endswith("_extra_state")}
+    return shards
 
 
 def sharded_state(
@@ -81,7 +87,7 @@ def initialise_optimizer(trainee: Trainee) -> None:
         kept = [(group["lr"], group["weight_decay"]) for group in groups]
         for group in groups:
             group["lr"] = group["weight_decay"] = 0.0
-        part._init_optimizer_states_with_dummy_values()
+        make_optimizer_state(part)
         for group, (lr, weight_decay) in zip(groups, kept, strict=True):
             group["lr"], group["weight_decay"] = lr, weight_decay
 

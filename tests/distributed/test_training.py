@@ -180,11 +180,12 @@ def test_a_distributed_checkpoint_goes_on_at_another_layout(
 ) -> None:
     flags = settings(work, "finetune", save_checkpoint_path=work / "moved", train_iters=20)
     train(**flags, tp=2, gpus=2, exit_interval=10)
+    layout = {"pp": 2, "gpus": 2}
     if optimizer_sharding() == "dp_zero_gather_scatter":  # Megatron-Core before 0.13
-        log = train(expect=2, **flags, pp=2, gpus=2, exit_interval=15)
+        log = train(expect=2, **flags, **layout, exit_interval=15)
         assert "loads at its own TP, PP and VPP alone" in log
-        return
-    rest = steps(train(**flags, pp=2, gpus=2, exit_interval=15))
+        layout = {"tp": 2, "gpus": 4}
+    rest = steps(train(**flags, **layout, exit_interval=15))
     assert [i for i, _, _ in rest] == list(range(11, 16))
     for (_, loss, norm), (_, expected_loss, expected_norm) in zip(rest, one_process[10:15], strict=True):
         assert abs(loss - expected_loss) <= 1e-4

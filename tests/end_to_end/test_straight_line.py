@@ -60,5 +60,5 @@ def test_the_scripts_lead_from_jsonl_to_a_model_that_transformers_loads(tmp_path
         SAVE_CHECKPOINT_PATH=trained,
     )  # fmt: skip
     assert hugging_face_loss(trained, QUESTION) < hugging_face_loss(qwen, QUESTION)
-    flags = {"hf_model_path": trained, "load_checkpoint_path": run_folder}
-    assert "the models agree" in run("-m", "common.convert", "verify", *words(flags), "--logits")
+    flags = {"hf_model_path": trained, "load_checkpoint_path": run_folder, "logits": "true"}
+    assert "the models agree" in run("-m", "common.convert", "verify", *words(flags))

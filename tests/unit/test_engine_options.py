@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from common import mcore
+from common import mcore, te
 from common.errors import KitError
 
 
@@ -33,7 +33,7 @@ def test_fp8(
     monkeypatch: pytest.MonkeyPatch, engine: str, megatron: str, asked: tuple[str, str], given: dict[str, Any]
 ) -> None:
     installed(monkeypatch, engine, megatron)
-    assert mcore.fp8_options(*asked) == given
+    assert te.fp8_options(*asked) == given
 
 
 @pytest.mark.parametrize(
@@ -49,15 +49,15 @@ def test_fp8_that_is_not_there(
 ) -> None:
     installed(monkeypatch, engine, megatron)
     with pytest.raises(KitError, match=re.escape(said)):
-        mcore.fp8_options("hybrid", asked)
+        te.fp8_options("hybrid", asked)
 
 
 def test_moments_in_bf16_keep_whole_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "2.11.0")
-    given = mcore.optimizer_state_options("bf16")
+    given = te.optimizer_state_options("bf16")
     assert given["exp_avg_dtype"] is given["exp_avg_sq_dtype"] is torch.bfloat16
     assert given["use_precision_aware_optimizer"] and given["store_param_remainders"] is False
-    assert mcore.optimizer_state_options("fp32") == {}
+    assert te.optimizer_state_options("fp32") == {}
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_moments_in_bf16_where_they_cannot_be(
 ) -> None:
     installed(monkeypatch, engine, megatron)
     with pytest.raises(KitError, match=re.escape(f"OPTIMIZER_STATE=bf16 needs {said}")):
-        mcore.optimizer_state_options("bf16")
+        te.optimizer_state_options("bf16")
 
 
 def test_packed_sequences_need_an_engine_that_masks_within_them(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "1.4.0")
     with pytest.raises(KitError, match=re.escape("PACKING=true needs Transformer Engine 1.7 or later, and 1.4 is")):
-        mcore.check_packed_sequences("PACKING")
+        te.check_packed_sequences("PACKING")
     installed(monkeypatch, "1.7.0")
-    mcore.check_packed_sequences("PACKING")
+    te.check_packed_sequences("PACKING")

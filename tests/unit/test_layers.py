@@ -23,6 +23,7 @@ COMMON = ROOT / "common"
 LAYERS = [
     {"errors"},
     {"settings", "log", "parallel", "platforms", "mcore"},
+    {"te"},
     {"model", "data"},
     {"checkpoint"},
     {"training", "demo"},
