@@ -30,6 +30,18 @@ given = torch.randn(5, 3).t()
 assert gloo_stand_in.all_gather_into_tensor(mine, given) is None
 dist.all_gather_into_tensor(theirs, given.contiguous())
 assert torch.equal(mine, theirs)
+mine = torch.randn(7, 5)
+theirs = mine.clone()
+for dtype, bound in ((torch.float32, 0.0), (torch.bfloat16, 2**-7)):  # gloo rounds bfloat16 after each rank
+    mine, theirs = mine.to(dtype), theirs.to(dtype)
+    gloo_stand_in.all_reduce(mine, async_op=True).wait()
+    dist.all_reduce(theirs)
+    assert mine.dtype is dtype and (mine - theirs).abs().max() <= bound * theirs.abs().max()
+given = mine.to(torch.bfloat16) + rank
+mine, theirs = torch.empty(7 * size, 5, dtype=torch.bfloat16), torch.empty(7 * size, 5, dtype=torch.bfloat16)
+gloo_stand_in.all_gather_into_tensor(mine, given)
+dist.all_gather_into_tensor(theirs, given)
+assert torch.equal(mine, theirs)
 with gloo_stand_in.one_by_one(None, async_ops=False) as manager:
     dist.all_reduce(mine)
 manager.wait()
