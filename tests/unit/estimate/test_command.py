@@ -86,8 +86,9 @@ def test_the_optimizers_state_can_be_smaller(model: Path) -> None:
 def test_layers_that_are_not_recomputed_keep_more_and_are_faster(model: Path) -> None:
     one = {"hf_model_path": model, "gpu": "H200", "tp": 1, "pp": 1, "micro_batch_size": 1, "recompute": "full"}
     layouts = [json.loads(run(**one, json=True, recompute_num_layers=number))["layouts"][0] for number in (28, 20, 10)]
-    assert [layout["peak_bytes"] for layout in layouts] == sorted(layout["peak_bytes"] for layout in layouts)
-    assert [layout["tokens_per_s"] for layout in layouts] == sorted(layout["tokens_per_s"] for layout in layouts)
+    for name in ("peak_bytes", "tokens_per_s"):
+        all_of_them, most, some = (layout[name] for layout in layouts)
+        assert all_of_them < most < some
     assert layouts[0]["peak_bytes"] == json.loads(run(**one, json=True))["layouts"][0]["peak_bytes"]
 
 
