@@ -91,7 +91,7 @@ def transformer_engine() -> str:
 def apex() -> str:
     """apex's fused Adam, one step of it against torch's where a device is; its kernel for weight gradients."""
     import torch
-    from apex.optimizers import FusedAdam
+    from apex.optimizers import FusedAdam, FusedSGD  # noqa: F401  Megatron-Core asks for both or takes neither
 
     said = ["fused Adam imports"]
     if torch.cuda.is_available():

@@ -32,19 +32,19 @@ def words(flags: dict[str, Any]) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not None]
 
 
-def run(*command: str, expect: int = 0, timeout: int = 300) -> str:
-    """stdout and stderr of a command, which must exit with `expect`."""
+def run(*command: str, expect: int = 0, timeout: int = 300, more: dict[str, str] | None = None) -> str:
+    """stdout and stderr of a command, which must exit with `expect`; `more` goes into its environment."""
     done = subprocess.run(
-        [sys.executable, *command], env=environment(), text=True, timeout=timeout, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, check=False,
+        [sys.executable, *command], env=environment() | (more or {}), text=True, timeout=timeout,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
     assert done.returncode == expect, done.stdout[-6000:]
     return done.stdout
 
 
-def train(expect: int = 0, **flags: Any) -> str:
-    """The log of `python -m common.train` with these settings."""
-    return run("-m", "common.train", *words({"master_port": free_port(), **flags}), expect=expect)
+def train(expect: int = 0, more: dict[str, str] | None = None, **flags: Any) -> str:
+    """The log of `python -m common.train` with these settings, and with `more` in its environment."""
+    return run("-m", "common.train", *words({"master_port": free_port(), **flags}), expect=expect, more=more)
 
 
 def convert(load: Path, save: Path, **settings: Any) -> Path:

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+FusedSGD = torch.optim.SGD  # Megatron-Core asks for both or takes neither
+
 
 class FusedAdam(torch.optim.Optimizer):
     """Adam with decoupled weight decay (apex's adam_w_mode)."""
