@@ -16,7 +16,7 @@ GIB = 1 << 30
 LEAST_SHARED_BYTES = GIB  # what MetaX's documents ask MCCL's containers for; NCCL and batch workers share it too
 LEAST_DISK_BYTES = 20 * GIB  # one checkpoint of 1B parameters with its optimizer
 LEAST_FILES = 4096
-SHARED = Path("/dev/shm")
+SHARED, MEMORY = Path("/dev/shm"), Path("/proc/meminfo")
 
 
 def look_at_platform(platform: Platform) -> Finding:
@@ -33,8 +33,8 @@ def look_at_platform(platform: Platform) -> Finding:
 def look_at_devices(platform: Platform, found: list[tuple[str, int, int]]) -> list[Finding]:
     """Each device's memory, (name, free bytes, total bytes); none at all where the platform needs one."""
     if platform.device == "cpu":
-        pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-        return [Finding("memory", "ok", f"{pages * size / GIB:.1f} GiB free")]
+        free = next(int(line.split()[1]) for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
+        return [Finding("memory", "ok", f"{free / (1 << 20):.1f} GiB free")]
     if not found:
         remedy = f"start the container with `docker run {platform.container_flags}`, on a machine with the driver"
         if detect() != platform.name:

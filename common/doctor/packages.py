@@ -47,7 +47,7 @@ def look_at_torch(platform: Platform, told: tuple[bool, Any], no_device: bool) -
 def look_at_megatron(told: tuple[bool, Any], no_device: bool) -> list[Finding]:
     """megatron-core: its version, where it is imported from, and that all training needs of it imports."""
     try:
-        mcore.version()
+        mcore.check_installed()
         origin = mcore.check_origin()
     except KitError as error:
         found, _, remedy = str(error).partition(": ")

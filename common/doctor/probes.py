@@ -13,6 +13,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from common import mcore
 from common.platforms import current
 
 TIMEOUT_S = 300
@@ -116,7 +117,7 @@ def flash_attn() -> str:
 
 def megatron() -> str:
     """Megatron-Core's model, optimizer and checkpoints, as training imports them."""
-    current().prepare()
+    mcore.prepare(current())
     import common.training.loop  # noqa: F401
 
     return "imports, as training does"

@@ -97,14 +97,15 @@ def test_the_process_group_is_of_the_platforms_backend() -> None:
     program = """
 import os
 from dataclasses import replace
+from common import mcore
 from common.parallel import ParallelSizes
 from common.platforms import on_cpu
 from common.platforms.metax import METAX
+platform = on_cpu(METAX)
+mcore.prepare(platform)
 from common.training.distributed import process_group
 import torch.distributed as dist
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
-platform = on_cpu(METAX)
-platform.prepare()
 with process_group(platform, ParallelSizes(1), 1, 1):
     print(dist.get_backend())
 with process_group(replace(platform, backend="mpi"), ParallelSizes(1), 1, 1):
