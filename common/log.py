@@ -10,7 +10,7 @@ logger = logging.getLogger("kit")
 
 def setup() -> None:
     """Sends `logger` to stderr with a time; ranks above 0 keep to warnings."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0  # some schedulers set RANK
     name = f"[rank {rank}] " if rank else ""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"%(asctime)s {name}%(message)s", datefmt="%H:%M:%S"))
