@@ -11,9 +11,9 @@ from common import errors, log, mcore
 from common.errors import KitError
 from common.log import logger
 from common.platforms import check_machine, current
-from common.platforms.base import Platform
-from common.settings import add_options, from_namespace, to_flags
+from common.settings import add_options, from_namespace
 from common.training.config import TrainSettings
+from common.training.interfaces import check_gloo_interface
 from common.training.plan import describe, plan_run
 from common.training.tracking import check_tracking
 
@@ -37,8 +37,17 @@ def main() -> None:
         log.quiet_libraries()
         mcore.prepare(platform)
         logger.setLevel(logging.WARNING)  # the process that started this one has told what the plan is
-    plan = plan_run(settings, platform)
-    check_tracking(settings)
+    try:
+        plan = plan_run(settings, platform)
+        check_tracking(settings)
+        if settings.nnodes > 1:
+            check_gloo_interface()
+    except KitError as error:
+        if settings.nnodes > 1 and not worker and not arguments.check:
+            from common.training.rollcall import report_failure
+
+            report_failure(settings, error)
+        raise
     if worker:
         log.setup()
         from common.training.loop import run_plan  # imports Megatron-Core, which the check does not need
@@ -50,35 +59,9 @@ def main() -> None:
         print("ok: the run can start")
         return
     check_machine(platform)
-    launch(settings, platform)
+    from common.training.launch import launch  # imports torchrun
 
-
-def launch(settings: TrainSettings, platform: Platform) -> None:
-    """Runs this module under torchrun on this node; exits with the first failed process's code."""
-    import torch.distributed as dist
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
-
-    # torchrun's own default is 1, said in a warning: right beside a GPU, too few where the processor does the work.
-    threads = len(os.sched_getaffinity(0)) // settings.gpus if platform.device == "cpu" else 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
-    words = [
-        *("--nproc-per-node", str(settings.gpus)),
-        *("--nnodes", str(settings.nnodes), "--node-rank", str(settings.node_rank)),
-        *("--master-addr", settings.master_addr, "--master-port", str(settings.master_port)),
-        *("-m", "common.train"),
-    ]
-    try:
-        run(parse_args([*words, *to_flags(settings)]))
-    except getattr(dist, "DistNetworkError", RuntimeError) as error:  # torch 2.1 has no name for it
-        raise KitError(
-            f"MASTER_ADDR={settings.master_addr} MASTER_PORT={settings.master_port}: {str(error).splitlines()[0]}:"
-            " is the port taken by another run? Set MASTER_PORT to a free one"
-        ) from error
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        logger.error("process %d ended with exit code %d", rank, failure.exitcode)
-        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
+    launch(plan)
 
 
 if __name__ == "__main__":

@@ -24,16 +24,22 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${RESET_ATTENTION:=false}" # pretrain: documents in a sample stay apart / 预训练：同一样本内文档互不可见
 
 # Parallelism / 并行
-: "${TP:=1}"                  # tensor parallel size; above 1, sequence parallel too / 张量并行，大于 1 时含序列并行
-: "${PP:=1}"                  # pipeline parallel size / 流水线并行
-: "${VPP:=1}"                 # virtual pipeline chunks a rank / 每个 rank 的虚拟流水线块数
-: "${PIPELINE_LAYERS:=}"      # layers of each stage, as 7,7,8,6; empty: even / 各阶段的层数，如 7,7,8,6；空：均分
-: "${CP:=1}"                  # context parallel size / 上下文并行
-: "${GPUS:=1}"                # processes on this node, in place of GPUs / 本节点进程数（代替 GPU）
-: "${NNODES:=1}"              # nodes / 节点数
-: "${NODE_RANK:=0}"           # this node's number, from 0 / 本节点编号，从 0 开始
-: "${MASTER_ADDR:=localhost}" # node 0's address / 0 号节点地址
-: "${MASTER_PORT:=29500}"     # a free port there / 0 号节点的空闲端口
+: "${TP:=1}"             # tensor parallel size; above 1, sequence parallel too / 张量并行，大于 1 时含序列并行
+: "${PP:=1}"             # pipeline parallel size / 流水线并行
+: "${VPP:=1}"            # virtual pipeline chunks a rank / 每个 rank 的虚拟流水线块数
+: "${PIPELINE_LAYERS:=}" # layers of each stage, as 7,7,8,6; empty: even / 各阶段的层数，如 7,7,8,6；空：均分
+: "${CP:=1}"             # context parallel size / 上下文并行
+: "${GPUS:=1}"           # processes on this node, in place of GPUs / 本节点进程数（代替 GPU）
+
+# Nodes: run this script on each / 多节点：在每个节点上运行本脚本 (docs/multi-node.md)
+: "${NNODES:=1}"                   # nodes / 节点数
+: "${NODE_RANK:=0}"                # this node's number, from 0 / 本节点编号，从 0 开始
+: "${MASTER_ADDR:=localhost}"      # node 0's address / 0 号节点地址
+: "${MASTER_PORT:=29500}"          # a free port there / 0 号节点的空闲端口
+: "${RDZV_ENDPOINT:=}"             # host:port to meet at, instead of these three / 会合地址，代替以上三项
+: "${RDZV_ID:=kit}"                # the run's name there / 会合处的任务名
+: "${MAX_RESTARTS:=0}"             # restarts from the newest checkpoint / 从最新检查点自动重启的次数
+: "${DISTRIBUTED_TIMEOUT_MIN:=10}" # minutes after which who waits gives up / 等待超时（分钟）
 
 # Length of the run / 训练长度
 : "${MICRO_BATCH_SIZE:=2}"   # samples a process runs at once / 每个进程一次计算的样本数

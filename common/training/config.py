@@ -35,6 +35,9 @@ class TrainSettings:
     node_rank: int = option(0, "this node's number, from 0")
     master_addr: str = option("localhost", "address of node 0")
     master_port: int = option(29500, "a free port on node 0")
+    rdzv_endpoint: str | None = option(None, "host:port where the nodes meet, instead of the three above")
+    rdzv_id: str = option("kit", "the run's name there")
+    max_restarts: int = option(0, "times the processes are started again, from the newest checkpoint")
     seq_length: int = option(2048, "tokens in a sample")
     micro_batch_size: int = option(2, "samples a GPU runs at once")
     global_batch_size: int = option(16, "samples in one step over all GPUs")
@@ -89,7 +92,7 @@ class TrainSettings:
         for name in (*positive, "nnodes", "distributed_timeout_min"):
             self._need(getattr(self, name) >= 1, name, "it must be at least 1")
         not_negative = ("keep_checkpoints", "eval_interval", "eval_iters", "lr_warmup_iters", "weight_decay")
-        for name in (*not_negative, "clip_grad", "num_workers"):
+        for name in (*not_negative, "clip_grad", "num_workers", "max_restarts"):
             self._need(getattr(self, name) >= 0, name, "it must not be negative")
         for name in ("adam_beta1", "adam_beta2"):
             self._need(0 <= getattr(self, name) < 1, name, "it must be at least 0 and below 1")
@@ -99,7 +102,7 @@ class TrainSettings:
         self._need(self.epochs is None or 0 < self.epochs < math.inf, "epochs", "it must be a number above 0")
         self._need(self.train_iters is None or self.train_iters >= 1, "train_iters", "it must be at least 1")
         self._need(0 <= self.min_lr <= self.lr, "min_lr", f"it must lie between 0 and LR={self.lr}")
-        self._need(0 <= self.node_rank < self.nnodes, "node_rank", f"it must be below NNODES={self.nnodes}")
+        self._check_nodes()
         if self.train_or_convert_ckpt == "train":
             self._need(bool(self.dataset_path), "dataset_path", "training needs what step 1 wrote: set DATASET_PATH")
             if (self.epochs is None) == (self.train_iters is None):
@@ -132,9 +135,35 @@ class TrainSettings:
                 f"{self.global_batch_size} gives {num_microbatches}: change GLOBAL_BATCH_SIZE or MICRO_BATCH_SIZE"
             )
 
+    def _check_nodes(self) -> None:
+        self._need(0 <= self.node_rank < self.nnodes, "node_rank", f"it must be below NNODES={self.nnodes}")
+        if self.rdzv_endpoint:
+            host, _, port = self.rdzv_endpoint.rpartition(":")
+            self._need(bool(host) and port.isdecimal(), "rdzv_endpoint", "give host:port, as node0:29400")
+        elif self.max_restarts and self.nnodes > 1:
+            raise KitError(
+                f"MAX_RESTARTS={self.max_restarts} with NNODES={self.nnodes}: nodes that return need a meeting place;"
+                " set RDZV_ENDPOINT=host:port on each, one of the nodes and a free port there"
+            )
+        elif self.nnodes > 1 and self.node_rank and self.master_addr == "localhost":
+            raise KitError(f"MASTER_ADDR=localhost on NODE_RANK={self.node_rank}: set it to the address of node 0")
+        if self.max_restarts and self.is_initial_run == "true":
+            raise KitError(
+                f"IS_INITIAL_RUN=true with MAX_RESTARTS={self.max_restarts}: a restart resumes, which true forbids:"
+                " set IS_INITIAL_RUN=auto"
+            )
+
     def _need(self, holds: bool, name: str, rule: str) -> None:
         if not holds:
             raise KitError(f"{name.upper()}={getattr(self, name)}: {rule}")
+
+    @property
+    def meeting_place(self) -> tuple[str, int]:
+        """Host and port where the nodes find each other."""
+        if not self.rdzv_endpoint:
+            return self.master_addr, self.master_port
+        host, _, port = self.rdzv_endpoint.rpartition(":")
+        return host.strip("[]"), int(port)
 
     @property
     def sizes(self) -> ParallelSizes:

@@ -5,6 +5,7 @@ import datetime
 import os
 import random
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from common.errors import KitError
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
+from common.training.nodes import differences, start_facts
+from common.training.plan import Start
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -47,6 +51,23 @@ def process_group(platform: Platform, sizes: ParallelSizes, seed: int, timeout_m
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def check_same_start(start: Start) -> None:
+    """Raises KitError unless every node is about to read the same weights. A collective call, before they are read."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (socket.gethostname(), start_facts(start)) if local_rank == 0 else None)
+    (first, reference), *others = (each for each in found if each)
+    texts = [(host, differences(reference, first, facts, host)) for host, facts in others]
+    wrong = [f"{host} does not start from what {first} starts from: {text}" for host, text in texts if text]
+    if wrong and local_rank:
+        raise SystemExit(2)  # one process of a node says it
+    if wrong:
+        raise KitError(
+            f"{'; '.join(wrong)}: put SAVE_CHECKPOINT_PATH on storage that all nodes share, and the same"
+            " LOAD_CHECKPOINT_PATH or HF_MODEL_PATH on each"
+        )
 
 
 def seed_everything(seed: int) -> None:
@@ -81,9 +102,9 @@ def restore_random_state(state: dict[str, Any]) -> None:
 class StopSignal:
     """Whether any rank was asked to stop (SIGTERM): all ranks learn of it at the same step."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_min: int) -> None:
         self.asked = False
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_min))
         signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_: Any) -> None:

@@ -12,7 +12,7 @@ from common.data.batches import batches
 from common.data.samples import Samples
 from common.errors import KitError
 from common.log import logger
-from common.training.distributed import StopSignal, end_with_launcher, process_group
+from common.training.distributed import StopSignal, check_same_start, end_with_launcher, process_group
 from common.training.metrics import Interval, Meter, Stopwatch, flops_per_token, peak_tflops
 from common.training.optimizer import Trainee, build_trainee
 from common.training.plan import Plan
@@ -27,6 +27,8 @@ def run_plan(plan: Plan) -> None:
     settings = plan.settings
     end_with_launcher()
     with process_group(plan.platform, plan.sizes, settings.seed, settings.distributed_timeout_min):
+        if settings.nnodes > 1:
+            check_same_start(plan.start)
         trainee = build_trainee(plan)
         progress = begin(plan, trainee)
         if settings.train_or_convert_ckpt == "convert":
@@ -52,7 +54,7 @@ class Training:
     def __init__(self, plan: Plan, trainee: Trainee, progress: Progress) -> None:
         self.plan, self.trainee, self.progress = plan, trainee, progress
         self.store = Store(plan)
-        self.stop = StopSignal()
+        self.stop = StopSignal(plan.settings.distributed_timeout_min)
         self.watch = Stopwatch()
         self.tracking = Tracking(plan.settings, dist.get_rank())
         device = torch.cuda.get_device_name() if plan.platform.device == "cuda" else plan.platform.name

@@ -26,7 +26,9 @@ def test_the_defaults_are_a_run() -> None:
         {"exit_interval": 1, "eval_interval": 0, "keep_checkpoints": 0, "clip_grad": 0.0, "num_workers": 0},
         {"min_lr": 6.5e-5},
         {"min_lr": 0.0},
-        {"node_rank": 1, "nnodes": 2},
+        {"node_rank": 1, "nnodes": 2, "master_addr": "a"},
+        {"nnodes": 2, "rdzv_endpoint": "[::1]:29400", "max_restarts": 1},
+        {"max_restarts": 1},
         {"train_mode": "finetune", "packing": True},
         {"train_mode": "pretrain", "reset_attention": True},
         {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "l", "dataset_path": None, "epochs": None},
@@ -48,7 +50,9 @@ def test_a_count_is_at_least_one(name: str) -> None:
         settings(**changes)
 
 
-@pytest.mark.parametrize("name", ["keep_checkpoints", "eval_interval", "eval_iters", "lr_warmup_iters", "clip_grad"])
+@pytest.mark.parametrize(
+    "name", ["keep_checkpoints", "eval_interval", "eval_iters", "lr_warmup_iters", "clip_grad", "max_restarts"]
+)
 def test_what_may_be_nothing_is_not_negative(name: str) -> None:
     settings(**{name: 0})
     with pytest.raises(KitError, match=f"{name.upper()}=-1: it must not be negative"):
@@ -70,6 +74,10 @@ def test_what_may_be_nothing_is_not_negative(name: str) -> None:
         ({"adam_beta2": -0.1}, "ADAM_BETA2=-0.1: it must be at least 0 and below 1"),
         ({"node_rank": 1}, "NODE_RANK=1: it must be below NNODES=1"),
         ({"node_rank": -1, "nnodes": 2}, "NODE_RANK=-1: it must be below NNODES=2"),
+        ({"node_rank": 1, "nnodes": 2}, "MASTER_ADDR=localhost on NODE_RANK=1: set it to the address of node 0"),
+        ({"max_restarts": 1, "nnodes": 2}, "MAX_RESTARTS=1 with NNODES=2: nodes that return need a meeting place"),
+        ({"rdzv_endpoint": "node0"}, "RDZV_ENDPOINT=node0: give host:port"),
+        ({"max_restarts": 1, "is_initial_run": "true"}, "IS_INITIAL_RUN=true with MAX_RESTARTS=1"),
         ({"dataset_path": None}, "training needs what step 1 wrote: set DATASET_PATH"),
         ({"train_or_convert_ckpt": "convert"}, "LOAD_CHECKPOINT_PATH is not set: convert reads"),
         ({"tp": 0}, "TP=0: it must be at least 1"),
