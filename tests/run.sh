@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Every check of the kit. Usage: bash tests/run.sh [lint] [shell] [unit] [docker] [distributed] [end_to_end] [docs]
+# Every check of the kit. Usage: bash tests/run.sh [STAGE ...]
+# Stages: lint shell unit docker distributed nodes end_to_end docs
 # Without names all of them run; a failure does not keep the next from running, and the exit status tells.
 set -uo pipefail
 
 KIT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd -- "$KIT" || exit
-STAGES=(lint shell unit docker distributed end_to_end docs)
+STAGES=(lint shell unit docker distributed nodes end_to_end docs)
 : "${VENV:=$KIT/.venv}"
 export VENV OMP_NUM_THREADS=1 # the tests start several processes each
 
