@@ -72,7 +72,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${MAX_FIRST_LOSS:=}"        # stop if the first loss is above it / 首步损失高于此值则停止
 
 # Memory and kernels / 显存与算子
-: "${RECOMPUTE:=selective}"                 # none, selective or full / 激活重计算
+: "${RECOMPUTE:=none}"                      # none, selective (of no use beside a fused attention) or full / 激活重计算
 : "${RECOMPUTE_NUM_LAYERS:=}"               # with full: only so many layers of a stage / full 时每阶段只重计算前几层
 : "${FP8_FORMAT:=none}"                     # none, hybrid or e4m3: FP8 matrix products (Transformer Engine, Hopper) / FP8 矩阵乘
 : "${FP8_RECIPE:=tensorwise}"               # tensorwise, delayed or blockwise / FP8 缩放方式
