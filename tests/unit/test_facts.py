@@ -15,9 +15,10 @@ import pytest
 from common.data.indexed import IndexedWriter
 from common.doctor import machine, packages
 from common.errors import KitError
+from common.estimate.gpus import find_gpu
 from common.model.attention import FlashAttention, SdpaAttention
 from common.model.build import ModelOptions, core_attention, transformer_config
-from common.platforms import on_cpu
+from common.platforms import PLATFORMS, on_cpu
 from common.platforms.base import Platform
 from common.platforms.metax import METAX
 from common.training.config import TrainSettings
@@ -222,3 +223,20 @@ def test_a_missing_device_is_told_with_the_platforms_flags() -> None:
 def test_the_share_of_the_peak_is_told_where_the_peak_is_known() -> None:
     assert peak_tflops(PLATFORM, "MetaX C500") is None
     assert peak_tflops(replace(PLATFORM, peak_tflops={"C500": 1.0}), "MetaX C500") == 1.0
+
+
+@fact("memory_gib")
+def test_a_gpu_type_is_estimated_once_its_memory_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KitError, match="X1"):
+        find_gpu("X1")
+    known = replace(METAX, memory_gib={"X1": 64.0}, peak_tflops={"X1": 240.0})
+    monkeypatch.setitem(PLATFORMS, METAX.name, known)
+    assert (find_gpu("x1").memory_gib, find_gpu("x1").platform) == (64.0, known)
+
+
+@fact("bandwidth_tb_s")
+def test_its_bandwidth_is_the_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    for bandwidth in (1.6, 1.8):
+        known = replace(METAX, memory_gib={"X1": 64.0}, peak_tflops={"X1": 240.0}, bandwidth_tb_s={"X1": bandwidth})
+        monkeypatch.setitem(PLATFORMS, METAX.name, known)
+        assert find_gpu("X1").bandwidth == pytest.approx(1e12 * bandwidth)
