@@ -151,5 +151,6 @@ class RestrictedUnpickler(pickle.Unpickler):
 
         if module == "numpy":
             return getattr(numpy, name)
-        multiarray = importlib.import_module("numpy._core.multiarray" if hasattr(numpy, "_core") else module)
+        package = "numpy._core" if hasattr(numpy, "_core") else "numpy.core"  # numpy 2 and 1.26, or before
+        multiarray = importlib.import_module(f"{package}.multiarray")
         return getattr(multiarray, name)

@@ -61,7 +61,7 @@ def go_on(folder: Path, lane: str) -> bool:
     well = True
     for told in sorted(folder.glob("saved/*/*.json")):
         ckpt_format, saver = told.stem, told.parent.name
-        work = folder / "work"
+        work = folder / "work" / lane
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(told.parent / ckpt_format, work)
         flags = flags_of(folder, ckpt_format, save_checkpoint_path=work, master_port=free_port())

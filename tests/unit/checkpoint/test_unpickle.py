@@ -5,11 +5,13 @@ import io
 import operator
 import os
 import pickle
+import sys
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from megatron.core.enums import ModelType
@@ -155,6 +157,16 @@ def test_plain_values_are_read_as_they_are(protocol: int) -> None:
     ]
     loaded = load(pickle.dumps(values, protocol))
     assert loaded == values and [type(one) for one in loaded] == [type(one) for one in values]
+
+
+@pytest.mark.parametrize("package", ["numpy.core", "numpy._core"])
+@pytest.mark.parametrize("old", [False, True])
+def test_what_any_numpy_wrote_any_numpy_reads(package: str, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if old:  # before 1.26 there is no numpy._core
+        monkeypatch.setitem(sys.modules, "numpy._core.multiarray", None)
+        monkeypatch.delattr(numpy, "_core", raising=False)
+    found = load(f"c{package}.multiarray\n_reconstruct\n.".encode())
+    assert callable(found) and found.__name__ == "_reconstruct"
 
 
 def test_megatrons_arguments_are_read_as_inert_values() -> None:
