@@ -39,7 +39,7 @@ from common.checkpoint.planning import ExpectedFolder, plan_dist, plan_hf, plan_
 from common.checkpoint.streams import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
 from common.checkpoint.target import REPORT, check_target, write_whole
 from common.checkpoint.torch_dist import write_dist
-from common.checkpoint.torch_format import save_rank_file
+from common.checkpoint.torch_format import save_rank_files
 from common.checkpoint.verify import Report, verify
 from common.errors import KitError
 from common.log import logger
@@ -148,10 +148,11 @@ def _write_ranks(source: Source, layout: Layout, folder: Path) -> None:
     states: dict[tuple[int, int], dict[str, Any]] = {rank: dict(rank_chunks(source, layout, *rank)) for rank in ranks}
     sizes = [tensor.num_bytes for state in states.values() for chunk in state.values() for tensor in chunk.values()]
     with progress(sum(sizes)) as done:
-        for (pp_rank, tp_rank), chunks in states.items():
-            path = folder / rank_dir_name(tp_rank, pp_rank, layout.pp) / MODEL_FILE
-            beside = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0, **WRITTEN_BY}
-            save_rank_file(path, {**beside, **chunks}, done)
+        beside = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0, **WRITTEN_BY}
+        for stage in range(layout.pp):
+            names = {rank_dir_name(tp_rank, stage, layout.pp): (stage, tp_rank) for tp_rank in range(layout.tp)}
+            files = {folder / name / MODEL_FILE: {**beside, **states[rank]} for name, rank in names.items()}
+            save_rank_files(files, done)
 
 
 def to_hf(settings: ToHuggingFace, check: bool, plan: bool = False) -> None:
@@ -290,6 +291,7 @@ def main() -> None:
         command.add_argument("--check", action="store_true", help="look whether it can be done, and stop")
     arguments = parser.parse_args()
     log.setup()
+    torch.set_num_threads(1)  # the disk and two threads of ours are busy; more would only wait, spinning
     settings_type, run = COMMANDS[arguments.command]
     plan = {"plan": True} if getattr(arguments, "plan", False) else {}
     run(from_namespace(settings_type, arguments), arguments.check, **plan)

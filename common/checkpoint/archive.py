@@ -10,21 +10,21 @@ Layout (caffe2/serialize/inline_container.h): `archive/data.pkl`, in which stora
 
 import collections
 import io
+import itertools
 import mmap
 import os
 import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from common.checkpoint.ahead import MadeTensor, made_ahead, write_all
+from common.checkpoint.disk import DiskFile, ahead
 from common.checkpoint.lazy import LazyTensor
 from common.checkpoint.unpickle import RestrictedUnpickler
 from common.errors import KitError
@@ -32,6 +32,14 @@ from common.errors import KitError
 ALIGNMENT = 64
 _MAX32 = 0xFFFFFFFF
 _STORAGE_DTYPES = torch.storage._storage_type_to_dtype_map()
+
+
+class SupportsWrite(Protocol):
+    """What takes all of the bytes it is given."""
+
+    def write(self, data: Any, /) -> Any:
+        """Takes `data`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             contiguous = value.detach()
-            value = LazyTensor(tuple(value.shape), value.dtype, lambda: contiguous)
+            value = LazyTensor(tuple(value.shape), value.dtype, lambda: [[contiguous]])
         if not isinstance(value, LazyTensor):
             return NotImplemented
         storage = _Storage(value, str(len(self.tensors)))
@@ -75,60 +83,103 @@ def _storage_name(dtype: torch.dtype) -> str:
     return str(empty._pickle_storage_type())
 
 
-def write_archive(
-    stream: IO[bytes],
-    value: Any,
-    done: Callable[[int], None] = lambda size: None,
-    made: Iterator[MadeTensor] | None = None,
-) -> int:
-    """The number of bytes written: `value`, whose tensors may be LazyTensors, where `stream` stands.
+class ArchiveWriter:
+    """Writes `value`, whose tensors may be LazyTensors, where `stream` stands; its tensors follow, then its end."""
 
-    `done` is told the bytes of each tensor when it is written; `made` gives them with their checksums, made elsewhere.
+    def __init__(self, stream: SupportsWrite, value: Any) -> None:
+        pickled = io.BytesIO()
+        pickler = _Pickler(pickled)
+        pickler.dump(value)
+        self.tensors = pickler.tensors
+        self._count = 0
+        self._zip = _ZipWriter(stream)
+        self._zip.write("archive/data.pkl", [pickled.getbuffer()])
+        self._zip.write("archive/byteorder", [memoryview(b"little")])
+
+    def write(self, blocks: Iterable[memoryview]) -> None:
+        """Writes the next of `tensors`."""
+        self._zip.write(f"archive/data/{self._count}", blocks, self.tensors[self._count].num_bytes)
+        self._count += 1
+
+    def close(self) -> int:
+        """The number of bytes written, when all is."""
+        assert self._count == len(self.tensors)
+        self._zip.write("archive/version", [memoryview(b"3\n")])
+        return self._zip.close()
+
+
+def write_archives(archives: Sequence[ArchiveWriter], done: Callable[[int], None] = lambda size: None) -> list[int]:
+    """The sizes of `archives`, written a tensor of each in turn: what one has in common with the next is read once.
+
+    `done` is told the bytes of each tensor when it is written.
     """
-    pickled = io.BytesIO()
-    pickler = _Pickler(pickled)
-    pickler.dump(value)
-    archive = _ZipWriter(stream)
-    archive.write("archive/data.pkl", pickled.getbuffer())
-    archive.write("archive/byteorder", memoryview(b"little"))
-    made = made or made_ahead(pickler.tensors, checksum=True)
-    for index in range(len(pickler.tensors)):
-        tensor = next(made)
-        archive.write(f"archive/data/{index}", tensor.data, tensor.checksum)
-        done(tensor.data.nbytes)
-    archive.write("archive/version", memoryview(b"3\n"))
-    return archive.close()
+    rounds = itertools.zip_longest(*(archive.tensors for archive in archives))
+    order = [(i, tensor) for tensors in rounds for i, tensor in enumerate(tensors) if tensor is not None]
+    blocks = ahead(block for _, tensor in order for block in tensor.blocks())
+    for i, tensor in order:
+        archives[i].write(of_size(blocks, tensor.num_bytes))
+        done(tensor.num_bytes)
+    assert next(blocks, None) is None
+    return [archive.close() for archive in archives]
+
+
+def write_archive(stream: SupportsWrite, value: Any, done: Callable[[int], None] = lambda size: None) -> int:
+    """The number of bytes written: `value`, whose tensors may be LazyTensors, where `stream` stands."""
+    return write_archives([ArchiveWriter(stream, value)], done)[0]
+
+
+def of_size(blocks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
+    """The next of `blocks`, that are `size` bytes together."""
+    while size:
+        block = next(blocks)
+        size -= block.nbytes
+        yield block
 
 
 class _ZipWriter:
-    """Writes a zip of stored records, each at a multiple of 64 bytes from its start; zip64 where sizes need it."""
+    """Writes a zip of stored records, each at a multiple of 64 bytes from its start; zip64 where sizes need it.
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    As torch does, it writes a record's checksum after its data.
+    """
+
+    def __init__(self, stream: SupportsWrite) -> None:
         self.stream = stream
         self.position = 0
         self.directory = bytearray()
         self.count = 0
 
     def _put(self, data: bytes | bytearray | memoryview) -> None:
-        write_all(self.stream, data)
-        self.position += len(data)
+        self.stream.write(data)
+        self.position += memoryview(data).nbytes
 
-    def write(self, name: str, data: memoryview, checksum: int | None = None) -> None:
-        encoded, size, start = name.encode(), data.nbytes, self.position
-        checksum = zlib.crc32(data) if checksum is None else checksum
-        wide = struct.pack("<HHQQ", 1, 16, size, size) if size >= _MAX32 else b""
+    def write(self, name: str, blocks: Iterable[memoryview], size: int | None = None) -> None:
+        if size is None:
+            blocks = list(blocks)
+            size = sum(block.nbytes for block in blocks)
+        encoded, start = name.encode(), self.position
+        wide = struct.pack("<HHQQ", 1, 16, 0, 0) if size >= _MAX32 else b""
         padding = -(start + 30 + len(encoded) + len(wide) + 4) % ALIGNMENT
         extra = wide + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        version, shown = (45, _MAX32) if wide else (20, size)
-        fixed = (0x800, 0, 0, 0x21, checksum, shown, shown, len(encoded))  # UTF-8 name, stored, 1980-01-01
-        self._put(struct.pack("<4s5H3I2H", b"PK\3\4", version, *fixed, len(extra)) + encoded + extra)
-        self._put(data)
-        far = [size, size] if wide else []
+        version, shown = (45, _MAX32) if wide else (20, 0)
+        fixed = (0x808, 0, 0, 0x21)  # UTF-8 name, sizes and checksum behind the data; stored; 1980-01-01
+        self._put(struct.pack("<4s5H3I2H", b"PK\3\4", version, *fixed, 0, shown, shown, len(encoded), len(extra)))
+        self._put(encoded + extra)
+        checksum, end = 0, self.position + size
+        for block in blocks:
+            checksum = zlib.crc32(block, checksum)
+            self._put(block)
+        assert self.position == end, (name, self.position, end)
+        self._put(struct.pack("<4sIQQ" if wide else "<4sIII", b"PK\7\x08", checksum, size, size))
+        self._note(encoded, checksum, size, start, fixed)
+
+    def _note(self, name: bytes, checksum: int, size: int, start: int, fixed: tuple[int, ...]) -> None:
+        far = [size, size] if size >= _MAX32 else []
         far += [start] if start >= _MAX32 else []
         extra = struct.pack(f"<HH{len(far)}Q", 1, 8 * len(far), *far) if far else b""
-        tail = (len(extra), 0, 0, 0, 0, min(start, _MAX32))
-        self.directory += struct.pack("<4s6H3I5H2I", b"PK\1\2", 45, 45 if far else version, *fixed, *tail)
-        self.directory += encoded + extra
+        sizes = (checksum, min(size, _MAX32), min(size, _MAX32))
+        tail = (len(name), len(extra), 0, 0, 0, 0, min(start, _MAX32))
+        self.directory += struct.pack("<4s6H3I5H2I", b"PK\1\2", 45, 45 if far else 20, *fixed, *sizes, *tail)
+        self.directory += name + extra
         self.count += 1
 
     def close(self) -> int:
@@ -144,20 +195,8 @@ class _ZipWriter:
         return self.position
 
 
-class MappedFile:
-    """A file mapped copy-on-write: tensors share its pages, and writing to them does not reach the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.size = path.stat().st_size
-            if not self.size:
-                raise KitError(f"{path} is empty: copy it again from where it came")
-            with path.open("rb") as stream:
-                self.map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        except OSError as error:
-            raise KitError(f"{path} cannot be read ({error.strerror}): give it back, or give the right path") from error
-        self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+class MappedFile(DiskFile):
+    """A mapped file with archives in it."""
 
     def read(self, offset: int = 0, length: int | None = None) -> Any:
         """The object in the archive of `length` bytes at `offset`; its tensors lie in the mapped file.

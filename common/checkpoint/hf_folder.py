@@ -5,7 +5,6 @@ A safetensors file is a u64 length, a JSON header {name: {dtype, shape, data_off
 """
 
 import json
-import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.checkpoint.ahead import made_ahead, write_all
-from common.checkpoint.lazy import LazyTensor
+from common.checkpoint.disk import DiskFile, Writer, ahead
+from common.checkpoint.lazy import LazyTensor, same_bits
 from common.checkpoint.mapping import check_names
 from common.errors import KitError
 from common.model.config import QwenConfig
@@ -46,10 +45,12 @@ class HfReader:
         else:
             raise KitError(f"{folder} holds neither {INDEX} nor {SINGLE}: give a folder with safetensors")
         self._files: dict[str, Any] = {}
+        self._places: dict[str, tuple[DiskFile, int, int]] = {}
         self._file_of: dict[str, str] = {}
         for name in sorted(set(listed.values())) if listed else [SINGLE]:
-            file = _open(folder / name)
+            file, places = _open(folder / name)
             self._files[name] = file
+            self._places |= places
             for tensor in file.keys():  # noqa: SIM118  a safe_open is no mapping
                 if listed is not None and listed.get(tensor) != name:
                     raise KitError(f"{folder / name} holds {tensor}, which {INDEX} places elsewhere: copy them again")
@@ -64,7 +65,8 @@ class HfReader:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor `name`; its bytes are read when they are looked at."""
-        return self._files[self._file_of[name]].get_tensor(name)
+        file, start, size = self._places[name]
+        return file.tensor(start, size, self.dtype(name)).reshape(self.shape(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of `name`."""
@@ -90,13 +92,19 @@ def read_index(path: Path) -> dict[str, str]:
         raise KitError(f"{path} is no index of safetensors ({error!r}): copy it again from the model") from error
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> tuple[Any, dict[str, tuple[DiskFile, int, int]]]:
+    """The file, found sound by safetensors, and where each tensor's bytes lie in it: their beginning and number."""
     if not path.is_file():
         raise KitError(f"{path} is missing: copy it again from the model")
     try:
-        return safe_open(path, framework="pt")
+        file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise KitError(f"{path} is no whole safetensors file ({error}): copy it again from the model") from error
+    mapped = DiskFile(path)
+    (length,) = struct.unpack("<Q", mapped.map[:8])
+    header = json.loads(mapped.map[8 : 8 + length])
+    offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return file, {name: (mapped, 8 + length + start, end - start) for name, (start, end) in offsets.items()}
 
 
 def parse_size(text: str) -> int:
@@ -113,7 +121,7 @@ def write_safetensors(
 ) -> list[str]:
     """The names of the files of `tensors` in `folder`, each of at most `max_shard_bytes` unless one tensor is larger.
 
-    `done` is told the bytes of each tensor when it is written.
+    `done` is told the bytes of each block when it is written.
     """
     shards = plan_shards(tensors, max_shard_bytes)
     names = shard_names(len(shards))
@@ -157,12 +165,11 @@ def _write_file(path: Path, tensors: Mapping[str, LazyTensor], done: Callable[[i
         header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
-    with path.open("wb", buffering=0) as stream:
-        write_all(stream, struct.pack("<Q", len(text)) + text)
-        for made in made_ahead(tensors.values(), checksum=False):
-            write_all(stream, made.data)
-            done(made.data.nbytes)
-        os.fsync(stream.fileno())
+    with Writer(path) as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for block in ahead(block for tensor in tensors.values() for block in tensor.blocks()):
+            stream.write(block)
+            done(block.nbytes)
 
 
 def check_weights(reader: HfReader, expected: Mapping[str, tuple[int, ...]], qwen: QwenConfig) -> None:
@@ -172,7 +179,7 @@ def check_weights(reader: HfReader, expected: Mapping[str, tuple[int, ...]], qwe
     """
     found = set(reader.names)
     if qwen.tie_word_embeddings and "lm_head.weight" in found:
-        if not torch.equal(reader.tensor("lm_head.weight"), reader.tensor("model.embed_tokens.weight")):
+        if not same_bits(reader.tensor("lm_head.weight"), reader.tensor("model.embed_tokens.weight")):
             raise KitError(
                 f"{reader.folder}: config.json ties the embeddings, but lm_head.weight differs from"
                 " model.embed_tokens.weight: set tie_word_embeddings to false there if the model has both"

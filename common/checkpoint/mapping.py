@@ -134,20 +134,24 @@ def megatron_shape(row: Row, qwen: QwenConfig, tp: int = 1, vocabulary_rows: int
     return tuple(shape)
 
 
-def merge(row: Row, parts: Sequence[Tensor], qwen: QwenConfig) -> Tensor:
-    """The whole Megatron tensor of `row` from its Hugging Face parts; any number of whole groups of q, k and v."""
-    if row.merge == "qkv":
-        grouped = [part.unflatten(0, (-1, rows)) for part, rows in zip(parts, _group_rows(qwen), strict=True)]
-        return torch.cat(grouped, dim=1).flatten(0, 1)
-    return parts[0] if row.merge == "copy" else torch.cat(list(parts))
+def merge(row: Row, parts: Sequence[Tensor], qwen: QwenConfig) -> list[Tensor]:
+    """The views of its Hugging Face parts whose rows, one below the other, are the Megatron tensor of `row`.
+
+    Any number of whole groups of q, k and v.
+    """
+    if row.merge != "qkv":
+        return list(parts)
+    groups = zip(*(part.split(rows) for part, rows in zip(parts, _group_rows(qwen), strict=True)), strict=True)
+    return [piece for group in groups for piece in group]
 
 
-def split(row: Row, whole: Tensor, qwen: QwenConfig) -> list[Tensor]:
-    """The Hugging Face parts of a whole Megatron tensor, or of one TP rank's; the inverse of `merge`."""
+def split(row: Row, whole: Tensor, qwen: QwenConfig) -> list[list[Tensor]]:
+    """For each Hugging Face part, the views of a Megatron tensor (whole, or a TP rank's) whose rows are the part."""
     if row.merge == "qkv":
         rows = _group_rows(qwen)
-        return [part.flatten(0, 1) for part in whole.unflatten(0, (-1, sum(rows))).split(rows, dim=1)]
-    return [whole] if row.merge == "copy" else list(whole.chunk(2))
+        pieces = whole.split(rows * (whole.shape[0] // sum(rows)))
+        return [list(pieces[part::3]) for part in range(3)]
+    return [[whole]] if row.merge == "copy" else [[half] for half in whole.chunk(2)]
 
 
 def _group_rows(qwen: QwenConfig) -> list[int]:
@@ -170,16 +174,20 @@ def shard(row: Row, part: Tensor, tp_rank: int, tp: int, vocabulary_rows: int) -
     return torch.cat([mine, mine.new_zeros(missing, *mine.shape[1:])]) if missing else mine
 
 
-def unshard(row: Row, shards: Sequence[Tensor], part: int, qwen: QwenConfig) -> Tensor:
-    """The Hugging Face tensor number `part` of `row` from the TP ranks' tensors, padded rows cut off.
+def unshard(row: Row, shards: Sequence[Tensor], part: int, qwen: QwenConfig) -> list[list[Tensor]]:
+    """The views of the TP ranks' tensors that make the Hugging Face tensor number `part` of `row`.
 
-    A tensor that every rank holds is the first one's: whether they agree is for the caller to see.
+    Those of a list lie side by side, the lists one below the other; padded rows are cut off. A tensor that every rank
+    holds is the first one's: whether they agree is for the caller to see.
     """
     if row.axis is None:
-        return shards[0]
-    pieces = [split(row, piece, qwen)[part] for piece in shards]
-    whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=row.axis)
-    return whole[: qwen.vocab_size] if row.vocabulary else whole
+        return [[shards[0]]]
+    if row.axis == 1:
+        return [list(shards)]
+    pieces = [piece for shard in shards for piece in split(row, shard, qwen)[part]]
+    if row.vocabulary:
+        pieces = [piece[: max(qwen.vocab_size - i * len(piece), 0)] for i, piece in enumerate(pieces)]
+    return [[piece] for piece in pieces]
 
 
 def canonical_name(name: str) -> str:

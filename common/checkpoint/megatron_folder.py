@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from common.checkpoint.ahead import will_need
 from common.checkpoint.layout import MODEL_FILE, Checkpoint, rank_dir_name
+from common.checkpoint.lazy import same_bits
 from common.checkpoint.mapping import (
     EMBEDDING,
     LAYERS,
@@ -23,7 +23,6 @@ from common.checkpoint.mapping import (
     is_skipped,
     megatron_shape,
     rows_of,
-    split,
     unshard,
 )
 from common.checkpoint.torch_dist import DistReader
@@ -45,8 +44,8 @@ class MegatronReader(Protocol):
         """The stored dtype."""
         ...
 
-    def hf_tensor(self, row: Row, layer: int | None, part: int) -> Tensor:
-        """Hugging Face tensor number `part` of `row`, padded vocabulary rows cut off."""
+    def hf_parts(self, row: Row, layer: int | None, part: int) -> Sequence[Sequence[Tensor]]:
+        """The views that make Hugging Face tensor number `part` of `row`, as mapping.unshard gives them."""
         ...
 
 
@@ -67,7 +66,7 @@ class DistWeights:
         places = {self._key(row, i): row for row in rows_of(qwen) for i in (layers if row.stage == "layer" else [None])}
         tied_copy = {OUTPUT.te} if qwen.tie_word_embeddings else set()
         check_names(set(stored) - tied_copy, places, str(path))
-        if tied_copy & set(stored) and not torch.equal(self._reader.read(OUTPUT.te), self._reader.read(EMBEDDING.te)):
+        if tied_copy & set(stored) and not same_bits(self._reader.read(OUTPUT.te), self._reader.read(EMBEDDING.te)):
             raise _differing_copy(path)
         for key, row in places.items():
             shape = stored[key].shape
@@ -85,11 +84,10 @@ class DistWeights:
         """The stored dtype."""
         return self._reader.tensors[self._key(row, layer)].dtype
 
-    def hf_tensor(self, row: Row, layer: int | None, part: int) -> Tensor:
-        """Hugging Face tensor number `part` of `row`, padded vocabulary rows cut off."""
+    def hf_parts(self, row: Row, layer: int | None, part: int) -> Sequence[Sequence[Tensor]]:
+        """The views that make Hugging Face tensor number `part` of `row`, as mapping.unshard gives them."""
         whole = self._read(self._key(row, layer), layer if self._stacked else None)
-        tensor = split(row, whole, self._qwen)[part]
-        return tensor[: self._qwen.vocab_size] if row.vocabulary else tensor
+        return unshard(row, [whole], part, self._qwen)
 
 
 def is_weight(key: str) -> bool:
@@ -193,7 +191,7 @@ class RankWeights:
             for row in rows_of(self._qwen)
             if row.axis is None
             for layer in (range(self._qwen.num_hidden_layers) if row.stage == "layer" else [None])
-            if any(not torch.equal(shard, self._shards(row, layer)[0]) for shard in self._shards(row, layer)[1:])
+            if any(not same_bits(shard, self._shards(row, layer)[0]) for shard in self._shards(row, layer)[1:])
         ]
         if differing:
             logger.warning(
@@ -205,16 +203,16 @@ class RankWeights:
         last = chunk_keys(self._files[0, 0], self._path)[-1]
         for tp_rank, embedding in enumerate(self._shards(EMBEDDING, None)):
             copy = self._chunk(self.pp - 1, tp_rank, last).get(OUTPUT.te)
-            if copy is not None and not torch.equal(copy, embedding):
+            if copy is not None and not same_bits(copy, embedding):
                 raise _differing_copy(self._path)
 
     def dtype(self, row: Row, layer: int | None) -> torch.dtype:
         """The stored dtype."""
         return self._shards(row, layer)[0].dtype
 
-    def hf_tensor(self, row: Row, layer: int | None, part: int) -> Tensor:
-        """Hugging Face tensor number `part` of `row`, padded vocabulary rows cut off."""
-        return unshard(row, [will_need(shard) for shard in self._shards(row, layer)], part, self._qwen)
+    def hf_parts(self, row: Row, layer: int | None, part: int) -> Sequence[Sequence[Tensor]]:
+        """The views that make Hugging Face tensor number `part` of `row`, as mapping.unshard gives them."""
+        return unshard(row, self._shards(row, layer), part, self._qwen)
 
 
 def rank_files(path: Path) -> dict[tuple[int, int], dict[str, Any]]:

@@ -1,14 +1,14 @@
 """The tensors of either side, each made from the other's when it is written."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from common.checkpoint.ahead import will_need
+from common.checkpoint.disk import load
 from common.checkpoint.hf_folder import CODES
 from common.checkpoint.lazy import LazyTensor
 from common.checkpoint.mapping import Row, hf_shape, megatron_shape, merge, shard
@@ -33,13 +33,9 @@ def hf_tensors(reader: MegatronReader, qwen: QwenConfig, dtype: torch.dtype | No
         if (dtype or stored) not in CODES:
             raise KitError(f"{row.megatron_name('local', layer)} is of {stored}: set DTYPE to bf16, fp16 or fp32")
         for part, name in enumerate(row.hf_names(layer)):
-            produce = partial(_exported, reader, row, layer, part, dtype or stored)
-            tensors[name] = LazyTensor(hf_shape(name, qwen), dtype or stored, produce)
+            parts = partial(reader.hf_parts, row, layer, part)
+            tensors[name] = LazyTensor(hf_shape(name, qwen), dtype or stored, parts)
     return tensors
-
-
-def _exported(reader: MegatronReader, row: Row, layer: int | None, part: int, dtype: torch.dtype) -> Tensor:
-    return reader.hf_tensor(row, layer, part).to(dtype)
 
 
 class HfTensors(Protocol):
@@ -64,6 +60,7 @@ class Source:
 
     def __init__(self, reader: HfTensors, qwen: QwenConfig, dtype: torch.dtype | None) -> None:
         self.reader, self.qwen, self._dtype = reader, qwen, dtype
+        self._in_memory = lru_cache(maxsize=1)(lambda name: load(reader.tensor(name)))
         first: dict[str, str] = {}
         for row, layer in whole_model(qwen):
             for name in row.hf_names(layer):
@@ -80,12 +77,14 @@ class Source:
         """Tensor rank `tp_rank`'s part of `row`."""
         names = row.hf_names(layer)
         shape = megatron_shape(row, self.qwen, tp)
-        return LazyTensor(shape, self.dtype(names[0]), partial(self._make, row, names, tp_rank, tp))
+        return LazyTensor(shape, self.dtype(names[0]), partial(self._parts, row, names, tp_rank, tp))
 
-    def _make(self, row: Row, names: tuple[str, ...], tp_rank: int, tp: int) -> Tensor:
+    def _parts(self, row: Row, names: tuple[str, ...], tp_rank: int, tp: int) -> list[list[Tensor]]:
         rows = self.qwen.padded_vocab_size(tp)
-        parts = [shard(row, will_need(self.reader.tensor(name)), tp_rank, tp, rows) for name in names]
-        return merge(row, [part.to(self.dtype(names[0])) for part in parts], self.qwen)
+        # What is divided by columns is read once for all tensor ranks, which are written in turn.
+        tensor = self._in_memory if row.axis == 1 and tp > 1 else self.reader.tensor
+        parts = [shard(row, tensor(name), tp_rank, tp, rows) for name in names]
+        return [[piece] for piece in merge(row, parts, self.qwen)]
 
 
 def rank_chunks(source: Source, layout: Layout, pp_rank: int, tp_rank: int) -> dict[str, dict[str, LazyTensor]]:
@@ -108,11 +107,7 @@ def dist_blocks(source: Source) -> Iterator[Block]:
         if layer is None:
             yield Block(row.te, tensor.shape, (0,) * len(tensor.shape), tensor)
         else:
-            block = LazyTensor((1, *tensor.shape), tensor.dtype, partial(_stacked, tensor))
+            block = LazyTensor((1, *tensor.shape), tensor.dtype, tensor.parts)
             yield Block(
                 row.te.replace("{i}.", ""), (num_layers, *tensor.shape), (layer, *(0,) * len(tensor.shape)), block
             )
-
-
-def _stacked(tensor: LazyTensor) -> Tensor:
-    return tensor.produce()[None]

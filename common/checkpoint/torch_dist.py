@@ -8,7 +8,6 @@ Source: megatron/core/dist_checkpointing/strategies/torch.py and torch/distribut
 
 import io
 import json
-import os
 import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from common.checkpoint.ahead import made_ahead, will_need, write_all
-from common.checkpoint.archive import ALIGNMENT, MappedFile, write_archive
+from common.checkpoint.archive import ALIGNMENT, ArchiveWriter, MappedFile, of_size, write_archive
+from common.checkpoint.disk import Writer, ahead
 from common.checkpoint.lazy import LazyTensor
 from common.checkpoint.unpickle import RestrictedUnpickler
 from common.errors import KitError
@@ -91,7 +90,7 @@ class DistReader:
         value = self._file(chunk.file).read(chunk.start, chunk.length)
         if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != (chunk.sizes, stored.dtype):
             raise KitError(f"{self.path / chunk.file}: what lies at byte {chunk.start} is not the block of .metadata")
-        return will_need(value if layer is None else value[layer - chunk.offsets[0]])
+        return value if layer is None else value[layer - chunk.offsets[0]]
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
         """The whole tensor `key`, or the part of a stacked one that is `layer`'s.
@@ -148,18 +147,20 @@ def write_dist(path: Path, blocks: Iterable[Block], common: dict[str, Any], done
     path.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Any] = {}
     storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
-    with (path / DATA_FILE).open("wb", buffering=0) as stream:
+    blocks = list(blocks)
+    data = ahead(data for block in blocks for data in block.tensor.blocks())
+    with Writer(path / DATA_FILE) as stream:
         position = 0
-        blocks = list(blocks)
-        made = made_ahead((block.tensor for block in blocks), checksum=True)
         for block in blocks:
             padding = -position % ALIGNMENT  # so that a mapped block can be used where it lies
-            write_all(stream, bytes(padding))
-            length = write_archive(stream, block.tensor, done, made)
+            stream.write(bytes(padding))
+            archive = ArchiveWriter(stream, block.tensor)
+            archive.write(of_size(data, block.tensor.num_bytes))
+            done(block.tensor.num_bytes)
+            length = archive.close()
             _note(tensors, storage, block, position + padding, length)
             position += padding + length
-        os.fsync(stream.fileno())
-    with (path / "common.pt").open("wb", buffering=0) as stream:
+    with Writer(path / "common.pt") as stream:
         write_archive(stream, common)
     (path / "metadata.json").write_text(json.dumps(BACKEND | COMMON))
     # The last: without it the folder is no checkpoint.

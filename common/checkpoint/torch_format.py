@@ -1,23 +1,26 @@
 """Megatron-LM's torch format: one `model_optim_rng.pt` for each tensor and pipeline rank."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.archive import MappedFile, write_archive
+from common.checkpoint.archive import ArchiveWriter, MappedFile, write_archives
+from common.checkpoint.disk import Writer
 from common.errors import KitError
 
 
-def save_rank_file(path: Path, state: dict[str, Any], done: Callable[[int], None]) -> None:
-    """Writes `state`, whose tensors may be LazyTensors, as `torch.save` would, a tensor at a time.
+def save_rank_files(states: Mapping[Path, dict[str, Any]], done: Callable[[int], None]) -> None:
+    """Writes each of `states`, whose tensors may be LazyTensors, as `torch.save` would, a tensor of each in turn.
 
     `done` is told the bytes of each tensor when it is written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb", buffering=0) as stream:
-        write_archive(stream, state, done)
-        os.fsync(stream.fileno())
+    with ExitStack() as stack:
+        archives = []
+        for path, state in states.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            archives.append(ArchiveWriter(stack.enter_context(Writer(path)), state))
+        write_archives(archives, done)
 
 
 def load_rank_file(path: Path) -> dict[str, Any]:

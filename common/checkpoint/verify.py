@@ -5,19 +5,23 @@ definition of each layout, and compared slice by slice. Every element of the Hug
 Megatron side, and every element of the Megatron side must be one of them, or in a row that pads the vocabulary.
 """
 
+import itertools
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from common.checkpoint.disk import ahead, load
 from common.checkpoint.hf_folder import HfReader
 from common.checkpoint.layout import MODEL_FILE, Checkpoint
+from common.checkpoint.lazy import in_rows, same_bits, tensor_bytes
 from common.checkpoint.torch_dist import DistReader
 from common.checkpoint.torch_format import load_rank_file
 from common.model.config import QwenConfig
@@ -82,59 +86,129 @@ IGNORED = re.compile(r"_extra_state|inv_freq")
 def verify(folder: Path, checkpoint: Checkpoint, qwen: QwenConfig, dtype: torch.dtype | None = None) -> Report:
     """The comparison of the two sides; `dtype`: what the side that was written was cast to, if it was."""
     report, hf = Report(), HfReader(folder)
-    met: Counter[str] = Counter()
     shards = _dist_shards if checkpoint.format == "torch_dist" else _rank_shards
-    tp = 1
-    for shard in shards(checkpoint.path, qwen):
-        _compare(shard, hf, qwen, dtype, met, report)
-        report.megatron.append({"name": shard.name, "tensor_rank": shard.tp_rank, **_noted(shard.tensor)})
-        tp = shard.tp
+    met: Counter[str] = Counter()
+    checksums: dict[str, _Checksum] = {}
+    mine, tp = _Checksum(), 1
+    for block in ahead(_blocks(shards(checkpoint.path, qwen), hf, qwen, checksums)):
+        if block.mine is None:
+            report.megatron.append(_noted(block.shard.tensor, mine, block.shard.name, tensor_rank=block.shard.tp_rank))
+            mine, tp = _Checksum(), block.shard.tp
+            continue
+        mine.add(block.row, block.mine)
+        if block.piece is None:
+            if block.shard.name not in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                told = f"{len(block.mine)} rows too many"
+                report.errors.append(f"{block.shard.name} of tensor rank {block.shard.tp_rank} has {told}")
+            continue
+        if block.source is not None:
+            met[block.piece.name] += block.source.numel()
+            if block.piece.columns is None:
+                checksums.setdefault(block.piece.name, _Checksum()).add(block.source_row, block.source)
+        told = f"{block.shard.name} of tensor rank {block.shard.tp_rank} differs from {block.piece.name}"
+        if told not in report.errors and not _same_bits(block.mine, block.source, dtype):
+            report.errors.append(told)
+        report.non_finite += _non_finite(block.mine if dtype is None else block.mine.to(dtype))
+    _account(hf, qwen, tp, met, checksums, report, checkpoint.path)
+    return report
+
+
+def _account(
+    hf: HfReader,
+    qwen: QwenConfig,
+    tp: int,
+    met: Counter[str],
+    checksums: dict[str, "_Checksum"],
+    report: Report,
+    where: Path,
+) -> None:
+    """Notes every Hugging Face tensor, and those of which not every element was met."""
     tied_head = {"lm_head.weight"} if qwen.tie_word_embeddings else set()
     for name in sorted(set(hf.names) - tied_head):
-        report.hugging_face.append({"name": name, **_noted(hf.tensor(name))})
-        size = hf.tensor(name).numel()
+        tensor = hf.tensor(name)
+        report.hugging_face.append(_noted(tensor, checksums.get(name, _Checksum()), name))
+        size = tensor.numel()
         report.num_tensors += 1
-        report.num_bytes += size * hf.dtype(name).itemsize
+        report.num_bytes += size * tensor.element_size()
         wanted = {tp * size} if name.endswith("norm.weight") else {size}  # every tensor rank holds the norms
         if name == "model.embed_tokens.weight" and qwen.tie_word_embeddings:
             wanted.add(2 * size)  # the last stage's copy
         if met[name] not in wanted:
-            report.errors.append(f"{name}: {met[name]} of its {size} elements are in {checkpoint.path}")
-    return report
+            report.errors.append(f"{name}: {met[name]} of its {size} elements are in {where}")
 
 
-def _compare(
-    shard: Shard, hf: HfReader, qwen: QwenConfig, dtype: torch.dtype | None, met: Counter[str], report: Report
-) -> None:
-    covered = 0
-    for piece in slices(shard.name, shard.tp_rank, shard.tp, qwen, shard.tensor.shape[0]):
-        source = hf.tensor(piece.name)[piece.rows.start : piece.rows.stop]
-        if piece.columns is not None:
-            source = source[:, piece.columns.start : piece.columns.stop]
-        mine = shard.tensor[piece.row : piece.row + len(piece.rows)]
-        if mine.shape != source.shape or not _same_bits(mine, source, dtype):
-            report.errors.append(f"{shard.name} of tensor rank {shard.tp_rank} differs from {piece.name}")
-        report.non_finite += _non_finite(mine if dtype is None else mine.to(dtype))
-        met[piece.name] += source.numel()
-        covered += len(piece.rows)
-    padding = shard.tensor[covered:]
-    if padding.numel() and (shard.name not in ("embedding.word_embeddings.weight", "output_layer.weight")):
-        report.errors.append(f"{shard.name} of tensor rank {shard.tp_rank} has {padding.shape[0]} rows too many")
+class _Block(NamedTuple):
+    """Rows of a Megatron tensor and of the Hugging Face tensor that they should be, in memory."""
+
+    shard: Shard
+    mine: Tensor | None  # None: this was all of the shard
+    row: int = 0  # of the shard
+    piece: Slice | None = None  # None: rows that pad the vocabulary
+    source: Tensor | None = None  # None: it has no such rows
+    source_row: int = 0
 
 
-def _same_bits(mine: Tensor, source: Tensor, dtype: torch.dtype | None) -> bool:
+def _blocks(
+    shards: Iterable[Shard], hf: HfReader, qwen: QwenConfig, checksums: dict[str, "_Checksum"]
+) -> Iterator[_Block]:
+    """Every shard from its first row to its last, then that it ended."""
+
+    @lru_cache(maxsize=1)  # tensor ranks take columns of one in turn
+    def whole(name: str) -> Tensor:
+        tensor = load(hf.tensor(name))
+        checksums.setdefault(name, _Checksum()).add(0, tensor)
+        return tensor
+
+    for shard in shards:
+        covered = 0
+        for piece in slices(shard.name, shard.tp_rank, shard.tp, qwen, shard.tensor.shape[0]):
+            piece = piece._replace(columns=piece.columns if shard.tp > 1 else None)
+            source = hf.tensor(piece.name) if piece.columns is None else whole(piece.name)
+            source = source[piece.rows.start : piece.rows.stop]
+            if piece.columns is not None:
+                source = source[:, piece.columns.start : piece.columns.stop]
+            mine = shard.tensor[piece.row : piece.row + len(piece.rows)]
+            at = piece.row, piece.rows.start
+            for pair in in_rows([mine, source] if mine.shape == source.shape else [mine]):
+                loaded = [load(part) for part in pair]
+                yield _Block(shard, loaded[0], at[0], piece, loaded[1] if len(loaded) > 1 else None, at[1])
+                at = at[0] + len(loaded[0]), at[1] + len(loaded[0])
+            covered += len(piece.rows)
+        for (padding,) in in_rows([shard.tensor[covered:]]):
+            yield _Block(shard, load(padding), covered)
+            covered += len(padding)
+        yield _Block(shard, None)
+
+
+class _Checksum:
+    """The CRC-32 of a tensor whose rows come in their order; what comes again is passed over."""
+
+    def __init__(self) -> None:
+        self.value, self.rows = 0, 0
+
+    def add(self, row: int, block: Tensor) -> None:
+        """Takes the rows of `block`, the first of which is the tensor's number `row`."""
+        if row == self.rows:
+            self.value = zlib.crc32(tensor_bytes(block), self.value)
+            self.rows += len(block)
+
+
+def _noted(tensor: Tensor, checksum: _Checksum, name: str, **more: int) -> dict[str, Any]:
+    """What a report tells of a tensor; it is read once more where not all rows of it went by."""
+    if checksum.rows != len(tensor):
+        checksum = _Checksum()
+        for (rows,) in in_rows([tensor]):
+            checksum.add(checksum.rows, load(rows))
+    told = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "bytes": tensor.nbytes}
+    return {"name": name, **more, **told, "crc32": f"{checksum.value:08x}"}
+
+
+def _same_bits(mine: Tensor, source: Tensor | None, dtype: torch.dtype | None) -> bool:
+    if source is None:
+        return False
     if dtype is not None:
         mine, source = mine.to(dtype), source.to(dtype)
-    if mine.dtype != source.dtype:
-        return False
-    words = torch.int32 if mine.dtype == torch.float32 else torch.int16
-    return torch.equal(mine.view(words), source.view(words))
-
-
-def _noted(tensor: Tensor) -> dict[str, Any]:
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    told = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "bytes": data.nbytes}
-    return {**told, "crc32": f"{zlib.crc32(data):08x}"}
+    return same_bits(mine, source)
 
 
 def _non_finite(tensor: Tensor) -> int:
@@ -192,18 +266,18 @@ def _rank_shards(path: Path, qwen: QwenConfig) -> Iterator[Shard]:
         tp_rank, stage = (int(word) for word in f"{folder.name}_0".split("_")[2:4])
         ranks[tp_rank, stage] = folder
     tp, pp = (1 + max(numbers) for numbers in zip(*ranks, strict=True))
-    for tp_rank in range(tp):
-        files = [load_rank_file(ranks[tp_rank, stage] / MODEL_FILE) for stage in range(pp)]
-        names = [key for key in files[0] if re.fullmatch(r"model\d*", key)]
-        chunks = sorted(names, key=lambda name: (len(name), name))  # model2 before model10
-        before = 0
-        for chunk in chunks:
-            for file in files:
-                state = {name: value for name, value in file[chunk].items() if not IGNORED.search(name)}
-                numbers = [int(found[1]) for name in state if (found := re.match(r"decoder\.layers\.(\d+)\.", name))]
-                for name, tensor in state.items():
-                    yield Shard(_numbered(name, before), tp_rank, tp, tensor)
-                before += 1 + max(numbers, default=-1)
+    files = {rank: load_rank_file(folder / MODEL_FILE) for rank, folder in ranks.items()}
+    names = [key for key in files[0, 0] if re.fullmatch(r"model\d*", key)]
+    before = 0
+    for chunk in sorted(names, key=lambda name: (len(name), name)):  # model2 before model10
+        for stage in range(pp):
+            states = [files[tp_rank, stage][chunk] for tp_rank in range(tp)]
+            held = dict.fromkeys(name for state in states for name in state if not IGNORED.search(name))
+            for name, (tp_rank, state) in itertools.product(held, enumerate(states)):
+                if name in state:
+                    yield Shard(_numbered(name, before), tp_rank, tp, state[name])
+            numbers = [int(found[1]) for name in held if (found := re.match(r"decoder\.layers\.(\d+)\.", name))]
+            before += 1 + max(numbers, default=-1)
 
 
 def _numbered(name: str, before: int) -> str:

@@ -314,14 +314,15 @@ def test_wrong_use_gets_one_message(
 def test_a_proof_that_fails_leaves_no_folder_that_looks_finished(
     tmp_path: Path, qwen: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damage(state: Path, *arguments: Any) -> None:
-        save_rank_file(state, *arguments)
-        data = bytearray(state.read_bytes())
-        data[len(data) // 2] ^= 1
-        state.write_bytes(data)
+    def damage(states: dict[Path, Any], *arguments: Any) -> None:
+        save_rank_files(states, *arguments)
+        for path in states:
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
 
-    save_rank_file = convert.save_rank_file
-    monkeypatch.setattr(convert, "save_rank_file", damage)  # as a disk that does not keep what it was given
+    save_rank_files = convert.save_rank_files
+    monkeypatch.setattr(convert, "save_rank_files", damage)  # as a disk that does not keep what it was given
     with pytest.raises(KitError, match=r"the proof failed: .* differs from model\."):
         to_megatron(qwen[True], tmp_path / "megatron")
     assert not list((tmp_path / "megatron").iterdir())

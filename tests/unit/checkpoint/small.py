@@ -4,6 +4,7 @@ h hidden_size, d head_dim, n attention heads, g key-value groups.
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -133,6 +134,11 @@ def write_ranks(
             (path / name).mkdir(parents=True, exist_ok=True)
             torch.save(content, path / name / "model_optim_rng.pt")
     return path
+
+
+def joined(parts: Iterable[Sequence[Tensor]]) -> Tensor:
+    """The tensor of what lies side by side, one below the other."""
+    return torch.cat([torch.cat(list(beside), dim=-1) for beside in parts])
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import archive as archives
-from common.checkpoint.archive import ALIGNMENT, MappedFile, _ZipWriter, write_archive
+from common.checkpoint.archive import ALIGNMENT, ArchiveWriter, MappedFile, _ZipWriter, write_archive, write_archives
+from common.checkpoint.disk import BLOCK_BYTES
 from common.checkpoint.lazy import LazyTensor, tensor_bytes
 from common.errors import KitError
 from tests.unit.checkpoint.small import same_bits
@@ -39,13 +40,6 @@ TENSORS = {
 }
 
 
-class Trickle(io.BytesIO):
-    """Takes 5 bytes at most at once, as a full pipe or a disk would."""
-
-    def write(self, data: Any) -> int:
-        return super().write(memoryview(data)[:5])
-
-
 def archive(value: Any) -> bytes:
     stream = io.BytesIO()
     assert write_archive(stream, value) == len(stream.getvalue())
@@ -63,8 +57,8 @@ def put(path: Path, data: bytes) -> Path:
     return path
 
 
-def lazy(tensor: Tensor, produce: Callable[[], Tensor] | None = None) -> LazyTensor:
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, produce or (lambda: tensor))
+def lazy(tensor: Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: [[tensor]])
 
 
 def same(one: Any, other: Any) -> bool:
@@ -109,33 +103,32 @@ def test_one_tensor_saved_twice_is_one_record(tmp_path: Path) -> None:
     assert loaded["a"].data_ptr() == loaded["b"].data_ptr() and same_bits(loaded["a"], shared.produce())
 
 
-def test_tensors_are_made_at_most_one_ahead_and_told(tmp_path: Path) -> None:
-    stream, told = io.BytesIO(), []
-    began: list[int] = []
+def test_tensors_of_several_archives_are_made_in_turn_and_told() -> None:
+    streams, told, began = [io.BytesIO(), io.BytesIO()], [], []
 
     def make(size: int) -> LazyTensor:
-        def produce() -> Tensor:
-            began.append(stream.tell())
-            return torch.full((size,), 1.0)
+        def parts() -> list[list[Tensor]]:
+            began.append(size)
+            return [[torch.full((size,), 1.0)]]
 
-        return LazyTensor((size,), torch.float32, produce)
+        return LazyTensor((size,), torch.float32, parts)
 
-    write_archive(stream, {"a": make(1000), "b": make(2000), "c": make(10), "d": make(10)}, told.append)
-    assert told == [4000, 8000, 40, 40]
-    assert began[2] >= 4000 and began[3] >= 12000  # the one before the last is written when a tensor is begun
+    values = [{"a": make(1000), "b": make(2000), "c": make(10)}, {"a": make(1001), "b": make(0)}]
+    sizes = write_archives(
+        [ArchiveWriter(stream, value) for stream, value in zip(streams, values, strict=True)], told.append
+    )
+    assert began == [1000, 1001, 2000, 0, 10] and told == [4000, 4004, 8000, 0, 40]
+    assert sizes == [len(stream.getvalue()) for stream in streams]
+    for stream, value in zip(streams, values, strict=True):
+        loaded = torch.load(io.BytesIO(stream.getvalue()), weights_only=True)
+        assert same(loaded, {name: tensor.produce() for name, tensor in value.items()})
 
 
 def test_a_tensor_other_than_announced_is_an_error_of_ours() -> None:
     with pytest.raises(AssertionError):
-        archive(LazyTensor((2,), torch.float32, lambda: torch.ones(3)))
+        archive(LazyTensor((2,), torch.float32, lambda: [[torch.ones(3)]]))
     with pytest.raises(AssertionError):
-        archive(LazyTensor((2,), torch.float32, lambda: torch.ones(2).half()))
-
-
-def test_a_stream_that_takes_a_part_gets_all_of_it() -> None:
-    stream = Trickle()
-    write_archive(stream, TENSORS)
-    assert stream.getvalue() == archive(TENSORS)
+        archive({"a": LazyTensor((2,), torch.float32, lambda: [[torch.ones(1)]]), "b": torch.ones(3)})
 
 
 def test_records_lie_at_multiples_of_64_with_their_checksums() -> None:
@@ -257,14 +250,14 @@ def test_records_beyond_4_gib_are_found_by_torch(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     with path.open("wb") as stream:
         writer = _ZipWriter(stream)
-        writer.write("archive/data.pkl", memoryview(pickled))
-        writer.write("archive/byteorder", memoryview(b"little"))
-        writer.write("archive/data/0", tensor_bytes(tensors["near"]))
+        writer.write("archive/data.pkl", [memoryview(pickled)])
+        writer.write("archive/byteorder", [memoryview(b"little")])
+        writer.write("archive/data/0", [tensor_bytes(tensors["near"])])
         hole = (4 << 30) + ALIGNMENT  # takes no room on the disk
         stream.seek(hole, io.SEEK_CUR)
         writer.position += hole
-        writer.write("archive/data/1", tensor_bytes(tensors["far"]))
-        writer.write("archive/version", memoryview(b"3\n"))
+        writer.write("archive/data/1", [tensor_bytes(tensors["far"])])
+        writer.write("archive/version", [memoryview(b"3\n")])
         assert writer.close() == stream.tell() > 4 << 30
     for mapped in (True, False):
         assert same(torch.load(path, weights_only=True, mmap=mapped), tensors)
@@ -272,16 +265,15 @@ def test_records_beyond_4_gib_are_found_by_torch(tmp_path: Path) -> None:
 
 
 class Sparse(io.FileIO):
-    """A file that leaves a hole where the middle of a long write would lie."""
+    """A file that has holes where zeros would lie."""
+
+    zeros = bytes(BLOCK_BYTES)
 
     def write(self, data: Any) -> int:
-        view = memoryview(data)
-        if view.nbytes > 1 << 30:
-            super().write(view[:4096])
-            self.seek(view.nbytes - 2 * 4096, io.SEEK_CUR)
-            super().write(view[-4096:])
-            return view.nbytes
-        return super().write(view) or 0
+        if memoryview(data).nbytes == BLOCK_BYTES and bytes(data) == self.zeros:
+            self.seek(BLOCK_BYTES, io.SEEK_CUR)
+            return BLOCK_BYTES
+        return super().write(data)
 
 
 def test_a_tensor_larger_than_4_gib_is_read_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +282,9 @@ def test_a_tensor_larger_than_4_gib_is_read_by_torch(tmp_path: Path, monkeypatch
         large = torch.frombuffer(mmap.mmap(zeros.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
     large[0], large[-1] = 3, 5
     checksum = zlib.crc32  # of 4 GiB it takes seconds, and torch looks at none
-    monkeypatch.setattr(archives.zlib, "crc32", lambda data: 0 if data.nbytes > 1 << 30 else checksum(data))
+    monkeypatch.setattr(
+        archives.zlib, "crc32", lambda data, value: 0 if data.nbytes == BLOCK_BYTES else checksum(data, value)
+    )
     tensors = {"first": torch.arange(3.0), "large": large, "far and large": large, "last": torch.arange(4.0)}
     path = tmp_path / "a.pt"
     with Sparse(path, "w") as stream:
@@ -305,6 +299,6 @@ def test_more_records_than_16_bits_count() -> None:
     stream = io.BytesIO()
     writer = _ZipWriter(stream)
     for index in range(0x10001):
-        writer.write(f"a/{index}", memoryview(b""))
+        writer.write(f"a/{index}", [])
     writer.close()
     assert len(zipfile.ZipFile(stream).infolist()) == 0x10001

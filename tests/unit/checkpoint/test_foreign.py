@@ -17,7 +17,7 @@ from common.checkpoint.pipeline import whole_model
 from common.checkpoint.verify import verify
 from common.errors import KitError
 from common.model.config import load_config
-from tests.unit.checkpoint.small import same_bits, write_hf, write_ranks
+from tests.unit.checkpoint.small import joined, same_bits, write_hf, write_ranks
 
 ROOT = Path(__file__).parents[3]
 KINDS = ("megatron-lm", "pai", "stacked", "numbered")
@@ -47,7 +47,7 @@ def test_others_checkpoints_give_their_weights(foreign: Path, kind: str) -> None
     reader = open_megatron(checkpoint, qwen)
     expected = load_file(foreign / "hf" / "model.safetensors")
     found = {
-        name: reader.hf_tensor(row, layer, part)
+        name: joined(reader.hf_parts(row, layer, part))
         for row, layer in whole_model(qwen)
         for part, name in enumerate(row.hf_names(layer))
     }

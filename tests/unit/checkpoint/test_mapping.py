@@ -30,6 +30,7 @@ from common.checkpoint.mapping import (
 )
 from common.errors import KitError
 from common.model.config import QwenConfig
+from tests.unit.checkpoint.small import joined
 
 QWEN = QwenConfig(
     hidden_size=4,
@@ -84,10 +85,15 @@ def rows(*numbers: int, columns: int = 4) -> Tensor:
     return torch.tensor([[k + column / 10 for column in range(columns)] for k in numbers])
 
 
+def whole_of(row: Row, parts: Sequence[Tensor], qwen: QwenConfig) -> Tensor:
+    """The Megatron tensor of these parts."""
+    return torch.cat(merge(row, parts, qwen))
+
+
 def at_rank(row: Row, parts: Sequence[Tensor], qwen: QwenConfig, tp_rank: int, tp: int) -> Tensor:
     """The Megatron tensor of one tensor rank."""
     vocabulary_rows = qwen.padded_vocab_size(tp)
-    return merge(row, [shard(row, part, tp_rank, tp, vocabulary_rows) for part in parts], qwen)
+    return whole_of(row, [shard(row, part, tp_rank, tp, vocabulary_rows) for part in parts], qwen)
 
 
 def test_names_are_those_of_either_implementation() -> None:
@@ -106,11 +112,11 @@ def test_only_an_untied_model_has_an_output_layer() -> None:
 
 def test_queries_keys_and_values_lie_group_by_group() -> None:
     q, k, v = rows(0, 1, 2, 3), rows(10, 11), rows(20, 21)
-    whole = merge(row("linear_qkv.weight"), [q, k, v], QWEN)
+    whole = whole_of(row("linear_qkv.weight"), [q, k, v], QWEN)
     assert torch.equal(whole, rows(0, 1, 10, 20, 2, 3, 11, 21))
     biases = [torch.tensor(part) for part in ([0, 1, 2, 3], [10, 11], [20, 21])]
-    assert merge(row("linear_qkv.bias"), biases, QWEN).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
-    assert [part.tolist() for part in split(row("linear_qkv.bias"), torch.arange(8), QWEN)] == [
+    assert whole_of(row("linear_qkv.bias"), biases, QWEN).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert [torch.cat(part).tolist() for part in split(row("linear_qkv.bias"), torch.arange(8), QWEN)] == [
         [0, 1, 4, 5], [2, 6], [3, 7],
     ]  # fmt: skip
 
@@ -119,7 +125,7 @@ def test_the_rows_of_a_head_stay_together() -> None:
     qwen = replace(QWEN, head_dim=2)
     biases = [torch.tensor(part) for part in ([0, 1, 2, 3, 4, 5, 6, 7], [10, 11, 12, 13], [20, 21, 22, 23])]
     expected = [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
-    assert merge(row("linear_qkv.bias"), biases, qwen).tolist() == expected
+    assert whole_of(row("linear_qkv.bias"), biases, qwen).tolist() == expected
 
 
 def test_a_tensor_rank_takes_whole_groups() -> None:
@@ -131,11 +137,11 @@ def test_a_tensor_rank_takes_whole_groups() -> None:
 def test_gate_and_up_are_divided_each() -> None:
     parts = [rows(0, 1, 2, 3), rows(10, 11, 12, 13)]
     fc1 = row("linear_fc1.weight")
-    assert torch.equal(merge(fc1, parts, QWEN), rows(0, 1, 2, 3, 10, 11, 12, 13))
+    assert torch.equal(whole_of(fc1, parts, QWEN), rows(0, 1, 2, 3, 10, 11, 12, 13))
     assert torch.equal(at_rank(fc1, parts, QWEN, 0, 2), rows(0, 1, 10, 11))
     assert torch.equal(at_rank(fc1, parts, QWEN, 1, 2), rows(2, 3, 12, 13))
     assert all(
-        torch.equal(one, other)
+        torch.equal(torch.cat(one), other)
         for one, other in zip(split(fc1, rows(2, 3, 12, 13), QWEN), [rows(2, 3), rows(12, 13)], strict=True)
     )
 
@@ -153,7 +159,7 @@ def test_projections_back_are_divided_by_columns(end: str) -> None:
 def test_norms_are_whole_on_every_rank(end: str) -> None:
     norm = torch.tensor([1.0, 2, 3, 4])
     assert [at_rank(row(end), [norm], QWEN, rank, 4).tolist() for rank in range(4)] == [[1, 2, 3, 4]] * 4
-    assert unshard(row(end), [norm, norm + 1], 0, QWEN).tolist() == [1, 2, 3, 4]
+    assert joined(unshard(row(end), [norm, norm + 1], 0, QWEN)).tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("vocabulary", [EMBEDDING, OUTPUT])
@@ -165,7 +171,7 @@ def test_the_vocabulary_is_padded_with_zeros_to_what_tp_divides(vocabulary: Row)
     assert torch.equal(at_rank(vocabulary, [words], QWEN, 1, 2), torch.cat([rows(4, 5), nothing]))
     four = [at_rank(vocabulary, [words], QWEN, rank, 4) for rank in range(4)]
     assert torch.equal(four[2], torch.cat([rows(5), nothing])) and torch.equal(four[3], torch.zeros(2, 4))
-    assert torch.equal(unshard(vocabulary, four, 0, QWEN), words)
+    assert torch.equal(joined(unshard(vocabulary, four, 0, QWEN)), words)
     assert torch.equal(shard(vocabulary, words, 1, 2, 8), torch.cat([rows(5), torch.zeros(3, 4)]))
 
 
@@ -190,12 +196,12 @@ def test_dividing_and_joining_give_back_every_tensor(
     )  # fmt: skip
     torch.manual_seed(seed)
     tensors = [torch.randn(hf_shape(name, qwen)) for name in part.hf_names(0)]
-    whole = merge(part, tensors, qwen)
-    assert all(torch.equal(one, other) for one, other in zip(split(part, whole, qwen), tensors, strict=True))
+    whole = whole_of(part, tensors, qwen)
+    assert all(torch.equal(torch.cat(one), other) for one, other in zip(split(part, whole, qwen), tensors, strict=True))
     shards = [at_rank(part, tensors, qwen, rank, tp) for rank in range(tp)]
     assert {tuple(each.shape) for each in shards} == {megatron_shape(part, qwen, tp)}
     for index, tensor in enumerate(tensors):
-        assert torch.equal(unshard(part, shards, index, qwen), tensor)
+        assert torch.equal(joined(unshard(part, shards, index, qwen)), tensor)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])

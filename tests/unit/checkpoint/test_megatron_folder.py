@@ -15,7 +15,7 @@ from common.checkpoint.pipeline import whole_model
 from common.errors import KitError
 from common.log import logger
 from common.model.config import QwenConfig
-from tests.unit.checkpoint.small import dist_state, same_bits, write_hf, write_ranks
+from tests.unit.checkpoint.small import dist_state, joined, same_bits, write_hf, write_ranks
 
 ONE = [[range(4)]]
 TWO = [[range(2)], [range(2, 4)]]
@@ -36,7 +36,7 @@ def reader(path: Path, qwen: QwenConfig, kind: Literal["torch", "torch_dist"] = 
 
 def hf_weights(found: MegatronReader, qwen: QwenConfig) -> dict[str, Tensor]:
     return {
-        name: found.hf_tensor(row, layer, part)
+        name: joined(found.hf_parts(row, layer, part))
         for row, layer in whole_model(qwen)
         for part, name in enumerate(row.hf_names(layer))
     }

@@ -42,7 +42,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def block(key: str, shape: tuple[int, ...], offsets: tuple[int, ...], tensor: Tensor) -> Block:
-    return Block(key, shape, offsets, LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor))
+    return Block(key, shape, offsets, LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: [[tensor]]))
 
 
 def whole(key: str, tensor: Tensor) -> Block:

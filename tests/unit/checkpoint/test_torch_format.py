@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.checkpoint.lazy import LazyTensor
-from common.checkpoint.torch_format import load_rank_file, save_rank_file
+from common.checkpoint.torch_format import load_rank_file, save_rank_files
 from common.errors import KitError
 from tests.unit.checkpoint.small import same_bits
 
@@ -16,8 +16,8 @@ from tests.unit.checkpoint.small import same_bits
 def test_torch_loads_a_ranks_file(tmp_path: Path) -> None:
     path, told = tmp_path / "mp_rank_00" / "model_optim_rng.pt", []
     weight = torch.randn(3, 2).bfloat16()
-    model = {"w": LazyTensor((3, 2), torch.bfloat16, lambda: weight), "v": torch.ones(2)}
-    save_rank_file(path, {"args": Namespace(a=1), "iteration": 0, "model": model}, told.append)
+    model = {"w": LazyTensor((3, 2), torch.bfloat16, lambda: [[weight]]), "v": torch.ones(2)}
+    save_rank_files({path: {"args": Namespace(a=1), "iteration": 0, "model": model}}, told.append)
     loaded = torch.load(path, weights_only=False)
     assert list(loaded) == ["args", "iteration", "model"] and loaded["args"] == Namespace(a=1)
     assert same_bits(loaded["model"]["w"], weight) and told == [12, 8]

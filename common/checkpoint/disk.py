@@ -1,0 +1,241 @@
+"""Files read and written past the page cache, in blocks that are on their way while others are worked on.
+
+Copying gigabytes through the page cache costs more processor time than all that conversion does with them, and a page
+fault for every few of them more still. So blocks go between the disk and a few buffers directly (O_DIRECT), where the
+file system lets them; where it does not, through the cache, and written data is handed to the disk early.
+"""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import KitError
+
+T = TypeVar("T")
+BLOCK_BYTES = 8 << 20
+SECTOR = 4096  # direct access wants places, lengths and memory at multiples of it
+BLOCKS_AHEAD = 3
+_libc = ctypes.CDLL(None, use_errno=True)
+_END: Any = object()
+_free: list[mmap.mmap] = []  # buffers of a block that nothing uses now
+
+
+def ahead(items: Iterable[T], depth: int = BLOCKS_AHEAD) -> Iterator[T]:
+    """`items`, in their order; up to `depth` of them are made in a thread while the caller is busy with one."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as maker:
+        waiting = deque(maker.submit(next, iterator, _END) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not _END:
+            waiting.append(maker.submit(next, iterator, _END))
+            yield item
+            del item  # its buffer may be used again
+
+
+def _buffer(size: int) -> Any:
+    """An array of at least `size` bytes, [n] uint8, at a multiple of SECTOR; that of a block is used again."""
+    if size > BLOCK_BYTES + 2 * SECTOR:
+        return np.frombuffer(_memory(size), np.uint8)
+    try:
+        memory = _free.pop()
+    except IndexError:
+        memory = _memory(BLOCK_BYTES + 2 * SECTOR)
+    array = np.frombuffer(memory, np.uint8)
+    weakref.finalize(array, _free.append, memory).atexit = False
+    return array
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of any values, whose memory is used again when it is gone."""
+    numel = torch.Size(shape).numel()
+    return torch.from_numpy(_buffer(numel * dtype.itemsize))[: numel * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def _memory(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, _up(size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _up(size: int) -> int:
+    return -(-size // SECTOR) * SECTOR
+
+
+def _open(path: Path, flags: int) -> int:
+    """A file descriptor that goes past the page cache where the file system knows how."""
+    try:
+        return os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
+
+
+def _is_direct(handle: int) -> bool:
+    return bool(fcntl.fcntl(handle, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
+
+
+def _made_indirect(handle: int, error: OSError) -> bool:
+    """Whether `error` tells that the file system wants other multiples; then `handle` goes through the cache now."""
+    if error.errno != errno.EINVAL or not _is_direct(handle):
+        return False
+    fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) & ~os.O_DIRECT)
+    return True
+
+
+class DiskFile:
+    """A file mapped copy-on-write: tensors share its pages, and writing to them does not reach the file.
+
+    `load` reads a tensor that lies in it in one go.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.size = path.stat().st_size
+            if not self.size:
+                raise KitError(f"{path} is empty: copy it again from where it came")
+            with path.open("rb") as stream:
+                self.map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            self.map.madvise(mmap.MADV_RANDOM)  # what is looked at in place is small; all else is loaded
+        except OSError as error:
+            raise KitError(f"{path} cannot be read ({error.strerror}): give it back, or give the right path") from error
+        self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+        _mapped[self.map] = _Mapped(path, self.bytes.data_ptr(), self.size)
+
+    def tensor(self, start: int, size: int, dtype: torch.dtype) -> Tensor:
+        """What lies at bytes [start, start + size), [n] of `dtype`; copied only where it lies at an odd place."""
+        data = self.bytes[start : start + size]
+        return (data.clone() if start % dtype.itemsize else data).view(dtype)
+
+
+class _Mapped:
+    """A mapped file, found by the address of what lies in it."""
+
+    def __init__(self, path: Path, address: int, size: int) -> None:
+        self.address, self.size = address, size
+        self._cached, self._direct = os.open(path, os.O_RDONLY), _open(path, os.O_RDONLY)
+        for handle in (self._cached, self._direct):
+            weakref.finalize(self, os.close, handle).atexit = False
+
+    def read(self, start: int, size: int) -> Tensor:
+        """The bytes [start, start + size), [size] uint8; raises OSError when they cannot be read."""
+        first = start - start % SECTOR
+        done, end = 0, start + size - first
+        array = _buffer(end)
+        handle = self._cached if self._in_cache(first, start + size) else self._direct
+        if not _is_direct(handle):
+            os.posix_fadvise(handle, first, end, os.POSIX_FADV_WILLNEED)
+        while done < end:
+            try:
+                got = os.preadv(handle, [array[done : _up(end)].data], first + done)
+            except OSError as error:
+                if not _made_indirect(handle, error):
+                    raise
+                continue
+            if not got:
+                raise OSError(errno.EIO, "the file has become shorter while it was read")
+            done += got
+        return torch.from_numpy(array)[start - first : end]
+
+    def _in_cache(self, start: int, end: int) -> bool:
+        """Whether most of these bytes are in the page cache, from which they come faster."""
+        pages = -(-end // mmap.PAGESIZE) - start // mmap.PAGESIZE
+        told = ctypes.create_string_buffer(pages)
+        address = ctypes.c_void_p(self.address + start - start % mmap.PAGESIZE)
+        return _libc.mincore(address, ctypes.c_size_t(end - start), told) == 0 and 2 * told.raw.count(1) > pages
+
+
+_mapped: "weakref.WeakKeyDictionary[mmap.mmap, _Mapped]" = weakref.WeakKeyDictionary()
+
+
+def load(tensor: Tensor) -> Tensor:
+    """`tensor` in memory: read in one go where it lies in a mapped file, with what lies between its elements."""
+    if not tensor.numel():
+        return tensor
+    numel = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = tensor.data_ptr(), numel * tensor.element_size()
+    for file in list(_mapped.values()):
+        if file.address <= start and start + size <= file.address + file.size:
+            data = file.read(start - file.address, size).view(tensor.dtype)
+            return data.as_strided(tensor.shape, tensor.stride(), data.storage_offset())
+    return tensor
+
+
+class Writer:
+    """A new file, written from its beginning to its end; while one block goes to the disk, the next is put together."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self._thread = ThreadPoolExecutor(1)
+        self._block, self._other = _buffer(BLOCK_BYTES), _buffer(BLOCK_BYTES)
+        self._start, self._filled = 0, 0  # of the block that is put together: its place, and how much of it there is
+        self._pending: Future[None] | None = None
+
+    def write(self, data: Any) -> int:
+        """How many bytes there were in `data`, all of which are taken; raises OSError when the disk refuses."""
+        rest = np.frombuffer(data, np.uint8)
+        size = rest.size
+        while rest.size:
+            part = rest[: BLOCK_BYTES - self._filled]
+            self._block[self._filled : self._filled + part.size] = part
+            self._filled += part.size
+            rest = rest[part.size :]
+            if self._filled == BLOCK_BYTES:
+                self._send()
+        return size
+
+    def _send(self) -> None:
+        self._wait()
+        self._pending = self._thread.submit(self._put, self._block, self._filled, self._start)
+        self._start += self._filled
+        self._block, self._other, self._filled = self._other, self._block, 0
+
+    def _wait(self) -> None:
+        if self._pending:
+            self._pending.result()
+
+    def _put(self, block: Any, size: int, start: int) -> None:
+        """Writes `size` bytes at `start`; what is over in the last sector is cut off in the end."""
+        done, end = 0, _up(size)
+        block[size:end] = 0
+        while done < end:
+            try:
+                done += os.pwrite(self._handle, block[done:end].data, start + done)
+            except OSError as error:
+                if not _made_indirect(self._handle, error):
+                    raise
+        if not _is_direct(self._handle) and hasattr(os, "posix_fadvise"):
+            # On pages that are not written yet, this begins to write them, and drops none.
+            os.posix_fadvise(self._handle, start, end, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Returns when all of the file is on the disk; raises OSError when it cannot be."""
+        if self._filled:
+            self._send()
+        self._wait()
+        os.ftruncate(self._handle, self._start)
+        os.fsync(self._handle)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self._thread.shutdown()
+            os.close(self._handle)
