@@ -43,7 +43,7 @@ from common.checkpoint.torch_format import save_rank_files
 from common.checkpoint.verify import Report, verify
 from common.errors import KitError
 from common.log import logger
-from common.model.config import QwenConfig, load_config
+from common.model.config import load_config
 from common.parallel import parse_pipeline_layers
 from common.settings import add_options, from_namespace, option
 
@@ -124,13 +124,16 @@ def to_megatron(settings: ToMegatron, check: bool, plan: bool = False) -> None:
 
     def write(folder: Path) -> None:
         copy_model_files(source_folder, folder)
+        if dtype:
+            set_dtype(folder / "config.json", HF_DTYPES[dtype])
         if settings.ckpt_format == "torch_dist":
             _write_torch_dist(source, folder / RELEASE)
         else:
             _write_ranks(source, layout, folder / RELEASE)
         write_tracker(folder, RELEASE)
-        report = prove(source_folder, need_checkpoint(str(folder)), qwen, dtype)
-        write_report(folder / REPORT, report, settings)
+        report = verify(source_folder, need_checkpoint(str(folder)), qwen, dtype)
+        write_report((target if report.errors else folder) / REPORT, report, settings)
+        check_report(report, target / REPORT)
 
     write_whole(target, write)
     logger.info("LOAD_CHECKPOINT_PATH=%s", target)
@@ -183,8 +186,9 @@ def to_hf(settings: ToHuggingFace, check: bool, plan: bool = False) -> None:
         with progress(sum(tensor.num_bytes for tensor in tensors.values())) as done:
             names = write_safetensors(folder, tensors, max_shard_bytes, done)
         logger.info("%d tensors in %d files", len(tensors), len(names) - (len(names) > 1))
-        report = prove(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
-        write_report(folder / REPORT, report, settings)
+        report = verify(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+        write_report((target if report.errors else folder) / REPORT, report, settings)
+        check_report(report, target / REPORT)
 
     write_whole(target, write)
     logger.info("written: %s", target)
@@ -200,15 +204,16 @@ def set_dtype(path: Path, dtype: str) -> None:
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def prove(hf_folder: Path, checkpoint: Checkpoint, qwen: QwenConfig, dtype: torch.dtype | None) -> Report:
-    """What was compared; raises KitError unless both sides hold the same bits."""
-    report = verify(hf_folder, checkpoint, qwen, dtype)
+def check_report(report: Report, path: Path | None) -> None:
+    """Tells what was compared; raises KitError unless both sides hold the same bits."""
     if report.errors:
-        raise KitError("the proof failed: " + "; ".join(report.errors[:5]) + ": copy the source again, and report this")
+        told = "; ".join(report.errors[:5])
+        told += f" and {len(report.errors) - 5} more" if len(report.errors) > 5 else ""
+        told += f" (all in {path})" if path else ""
+        raise KitError(f"the proof failed: {told}: copy the source again, and report this")
     logger.info("proof: %s", report.line())
     if report.non_finite:
         logger.warning("%d values are NaN or infinite: they are written as they are", report.non_finite)
-    return report
 
 
 def write_report(path: Path, report: Report, settings: Any) -> None:
@@ -222,6 +227,7 @@ def write_report(path: Path, report: Report, settings: Any) -> None:
         },
         "totals": {"tensors": report.num_tensors, "bytes": report.num_bytes, "non_finite": report.non_finite},
         "result": report.line(),
+        "errors": report.errors,
         "hugging_face": report.hugging_face,
         "megatron": report.megatron,
     }
@@ -237,9 +243,10 @@ def compare(settings: Verify, check: bool) -> None:
     if check:
         print(f"ok: {folder} and {checkpoint.path} can be compared")
         return
-    report = prove(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+    report = verify(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
     if settings.report:
         write_report(Path(settings.report), report, settings)
+    check_report(report, Path(settings.report) if settings.report else None)
     if settings.logits:  # in a process of its own: this command does without Megatron-Core
         flags = [f"--hf-model-path={folder}", f"--load-checkpoint-path={settings.load_checkpoint_path}"]
         flags += [f"--text={settings.text}"] if settings.text else []

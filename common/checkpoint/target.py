@@ -28,7 +28,8 @@ def check_target(folder: Path, source: Path) -> None:
 
 
 def _check_empty(folder: Path) -> None:
-    if foreign := sorted(set(folder.iterdir()) - set(_remains(folder))):
+    # A report may lie there alone: of a proof that failed.
+    if foreign := sorted(set(folder.iterdir()) - {*_remains(folder), folder / REPORT}):
         raise KitError(
             f"SAVE_CHECKPOINT_PATH={folder} is not empty, it holds {foreign[0].name}:"
             " choose another folder, or remove what is in it"

@@ -4,13 +4,15 @@
 
 Each run is a fresh process on files that are not in the page cache (flushed and given up before), and ends when its
 output is on the disk. Conversion and `cp` alternate; the median of the repeats is told. The proof is timed apart:
-seconds of conversion are those of the whole process, its imports too, less those of the proof. Peak memory is the
-process's RssAnon, looked at fifty times a second: mapped files are not in it. 7B needs 46 GB of disk.
+seconds of conversion, and of the processor, are those of the whole process, its imports too, less those of the proof.
+Peak memory is the
+process's RssAnon, looked at fifty times a second: mapped files are not in it. 7B needs 31 GB of disk.
 """
 
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -36,30 +38,31 @@ SHAPES = {
 }
 MAX_SHARD_BYTES = 4 * 10**9
 POOL = 1 << 24
-# Runs in a process of its own: prints the seconds of the proof.
+# Runs in a process of its own: prints the seconds of the proof, and its processor seconds.
 PROGRAM = """
 import sys, time
 from common import convert
 seconds = []
-prove = convert.prove
+verify = convert.verify
 def timed(*given):
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     try:
-        return prove(*given)
+        return verify(*given)
     finally:
-        seconds.append(time.perf_counter() - start)
-convert.prove = timed
+        seconds.extend((time.perf_counter() - start[0], time.process_time() - start[1]))
+convert.verify = timed
 sys.argv = ["convert", *sys.argv[1:]]
 convert.main()
-print(seconds[0])
+print(*seconds)
 """
 
 
 @dataclass
 class Result:
-    """One run: seconds without the proof, of the proof, and bytes of peak RssAnon."""
+    """One run: seconds and processor seconds without the proof, seconds of the proof, bytes of peak RssAnon."""
 
     work_s: float
+    cpu_s: float
     proof_s: float
     peak_bytes: int
 
@@ -76,7 +79,7 @@ def write_model(folder: Path, shape: Shape) -> None:
         return turned.repeat(numel // POOL + 1)[:numel].reshape(size)
 
     tensors = {
-        name: LazyTensor(size, torch.bfloat16, lambda size=size, i=i: make(size, 7919 * i))
+        name: LazyTensor(size, torch.bfloat16, lambda size=size, i=i: [[make(size, 7919 * i)]])
         for i, (name, size) in enumerate(tensor_shapes(shape).items())
     }
     write_safetensors(folder, tensors, MAX_SHARD_BYTES, lambda size: None)
@@ -109,7 +112,7 @@ def run(command: list[str], source: Path, target: Path) -> Result:
     """One run from a cold `source`, until `target` is on the disk."""
     settle(source)
     environment = {**os.environ, "PYTHONPATH": str(KIT)}
-    start, peak = time.perf_counter(), [0]
+    start, peak, used = time.perf_counter(), [0], cpu_of_children()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     watcher = threading.Thread(target=watch, args=(process, peak))
     watcher.start()
@@ -122,8 +125,14 @@ def run(command: list[str], source: Path, target: Path) -> Result:
                 os.fsync(stream.fileno())
     whole = time.perf_counter() - start
     watcher.join()
-    proof = float(out.split()[-1]) if out.strip() else 0.0
-    return Result(whole - proof, proof, peak[0])
+    proof, proof_cpu = map(float, out.split()[-2:]) if out.strip() else (0.0, 0.0)
+    return Result(whole - proof, cpu_of_children() - used - proof_cpu, proof, peak[0])
+
+
+def cpu_of_children() -> float:
+    """Processor seconds of all processes that were waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure(name: str, source: Path, target: Path, command: list[str], repeats: int) -> None:
@@ -136,12 +145,11 @@ def measure(name: str, source: Path, target: Path, command: list[str], repeats: 
         shutil.rmtree(target, ignore_errors=True)
         flags = [f"--load-checkpoint-path={source}", f"--save-checkpoint-path={target}"]
         ours.append(run([sys.executable, "-c", PROGRAM, *command, *flags], source, target))
-    work, proof, cp = (
-        statistics.median(each)
-        for each in zip(*((r.work_s, r.proof_s, c.work_s) for r, c in zip(ours, copies)))  # noqa: B905
-    )
-    peak = max(result.peak_bytes for result in ours)
-    print(f"| {name} | {work:.1f} | {cp:.1f} | {work / cp:.2f} | {proof:.1f} | {peak / 2**20:.0f} |", flush=True)
+    work, cpu, proof = (statistics.median(getattr(r, each) for r in ours) for each in ("work_s", "cpu_s", "proof_s"))
+    cp, cp_cpu = (statistics.median(getattr(c, each) for c in copies) for each in ("work_s", "cpu_s"))
+    peak = max(result.peak_bytes for result in ours) / 2**20
+    figures = f"{work:.1f} | {cp:.1f} | {work / cp:.2f} | {cpu:.1f} | {cp_cpu:.1f} | {proof:.1f} | {peak:.0f}"
+    print(f"| {name} | {figures} |", flush=True)
 
 
 def main() -> None:
@@ -155,14 +163,16 @@ def main() -> None:
         write_model(work / "hf", SHAPES[arguments.shape])
         size = sum(path.stat().st_size for path in (work / "hf").iterdir())
         print(f"{arguments.shape}, {size / 1e9:.2f} GB, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
-        print("| conversion | s | cp, s | times cp | proof, s | peak RssAnon, MiB |\n|---|---|---|---|---|---|")
+        columns = ("conversion", "s", "cp, s", "times cp", "CPU s", "cp's CPU s", "proof, s", "peak RssAnon, MiB")
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         kinds = {"TP2 x PP2 torch": ["--tp=2", "--pp=2"], "torch_dist": ["--ckpt-format=torch_dist"]}
         for name, flags in kinds.items():
             there, back = work / "megatron", work / "back"
             measure(f"HF to {name}", work / "hf", there, ["hf-to-megatron", *flags], arguments.repeats)
+            shutil.rmtree(work / "hf")  # the disk is small, and it comes back
             measure(f"{name} to HF", there, back, ["megatron-to-hf"], arguments.repeats)
             shutil.rmtree(there)
-            shutil.rmtree(back)
+            back.rename(work / "hf")
     finally:
         shutil.rmtree(work)
 

@@ -149,7 +149,13 @@ def test_dtype_casts_and_config_tells_it(tmp_path: Path, qwen: dict[bool, Path],
     back = to_hf(plain, tmp_path / "hf", dtype=name)
     assert same(weights(back), cast)
     source = json.loads((qwen[True] / "config.json").read_text())
-    for folder in (back, tmp_path / "hf of torch", tmp_path / "hf of torch_dist"):
+    for folder in (
+        back,
+        tmp_path / "torch",
+        tmp_path / "torch_dist",
+        tmp_path / "hf of torch",
+        tmp_path / "hf of torch_dist",
+    ):
         config = json.loads((folder / "config.json").read_text())
         assert config.pop("torch_dtype") == str(dtype).removeprefix("torch.")
         assert config == {key: value for key, value in source.items() if key != "torch_dtype"}
@@ -195,6 +201,9 @@ def test_verify_tells_that_a_bit_is_another(
     assert run_main(command) == 2
     told = "decoder.layers.3.mlp.linear_fc1.weight of tensor rank 1 differs from model.layers.3.mlp.gate_proj.weight"
     assert f"error: the proof failed: {told}: copy the source again" in capsys.readouterr().err
+    assert run_main([*command, "--report", str(tmp_path / "report.json")]) == 2
+    assert f"{told} (all in {tmp_path / 'report.json'}): copy" in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text())["errors"] == [told]
 
 
 def start_script(folder: Path, **settings: Any) -> subprocess.Popen[str]:
@@ -323,6 +332,17 @@ def test_a_proof_that_fails_leaves_no_folder_that_looks_finished(
 
     save_rank_files = convert.save_rank_files
     monkeypatch.setattr(convert, "save_rank_files", damage)  # as a disk that does not keep what it was given
-    with pytest.raises(KitError, match=r"the proof failed: .* differs from model\."):
+    with pytest.raises(
+        KitError, match=r"the proof failed: .* differs from model\..* \(all in .*/conversion_report\.json\)"
+    ):
         to_megatron(qwen[True], tmp_path / "megatron")
-    assert not list((tmp_path / "megatron").iterdir())
+    assert [path.name for path in (tmp_path / "megatron").iterdir()] == [REPORT]
+    report = json.loads((tmp_path / "megatron" / REPORT).read_text())
+    assert len(report["errors"]) == 1 and "differs from model." in report["errors"][0]
+    assert report["result"].endswith(": 1 differences") and (len(report["megatron"]), len(report["hugging_face"])) == (
+        30,
+        50,
+    )
+    monkeypatch.undo()
+    to_megatron(qwen[True], tmp_path / "megatron")  # a report alone is in nobody's way
+    assert not json.loads((tmp_path / "megatron" / REPORT).read_text())["errors"]
