@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoint.disk import BLOCK_BYTES
 from common.checkpoint.hf_folder import INDEX, plan_shards, read_index, shard_names
 from common.checkpoint.layout import MODEL_FILE, RELEASE, rank_dir_name
 from common.checkpoint.lazy import LazyTensor
@@ -15,7 +16,7 @@ from common.checkpoint.torch_dist import DATA_FILE
 from common.model.config import QwenConfig
 
 DISK_BYTES_PER_SECOND = 1e9
-BASE_MEMORY_BYTES = 300 << 20  # of a process that has imported torch
+BASE_MEMORY_BYTES = 400 << 20  # of a process that has imported torch, with the blocks on their way
 
 
 class ExpectedFolder:
@@ -42,6 +43,7 @@ class ExpectedFolder:
 def plan_ranks(source: Source, layout: Layout) -> Iterator[str]:
     """The lines of a conversion to torch format."""
     files: dict[str, list[LazyTensor]] = {}
+    at_once = 0  # what is divided by columns is held for all tensor ranks
     for pp_rank in range(layout.pp):
         for tp_rank in range(layout.tp):
             file = f"{RELEASE}/{rank_dir_name(tp_rank, pp_rank, layout.pp)}/{MODEL_FILE}"
@@ -52,8 +54,10 @@ def plan_ranks(source: Source, layout: Layout) -> Iterator[str]:
                 for placed in tensors_of(source.qwen, layout, chunk):
                     tensor = source.megatron(placed.row, placed.layer, tp_rank, layout.tp)
                     files[file].append(tensor)
+                    if placed.row.axis == 1 and layout.tp > 1:
+                        at_once = max(at_once, tensor.num_bytes * layout.tp)
                     yield _line(placed.row.hf_names(placed.layer), file, f"{chunk.key}/{placed.name}", tensor)
-    yield from _totals(files)
+    yield from _totals(files, at_once + layout.tp * 2 * BLOCK_BYTES)
 
 
 def plan_dist(source: Source) -> Iterator[str]:
@@ -84,15 +88,14 @@ def _shown(tensor: LazyTensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {tensor.num_bytes:,} bytes"
 
 
-def _totals(files: Mapping[str, Iterable[LazyTensor]]) -> Iterator[str]:
+def _totals(files: Mapping[str, Iterable[LazyTensor]], memory_bytes: int = 0) -> Iterator[str]:
     sizes = {file: [tensor.num_bytes for tensor in tensors] for file, tensors in files.items()}
     for file, each in sizes.items():
         yield f"{file}: {len(each)} tensors, {sum(each):,} bytes"
-    total, flat = sum(map(sum, sizes.values())), [size for each in sizes.values() for size in each]
-    largest = sum(sorted(flat)[-2:])  # one is written while the next is made
+    total, count = sum(map(sum, sizes.values())), sum(map(len, sizes.values()))
     seconds = 2 * total / DISK_BYTES_PER_SECOND
-    yield f"together: {len(flat)} tensors, {total:,} bytes in {len(files)} files"
+    yield f"together: {count} tensors, {total:,} bytes in {len(files)} files"
     yield (
         f"time: about {seconds:.0f} s to read and write them on a disk of {DISK_BYTES_PER_SECOND / 1e9:.0f} GB/s,"
-        f" and as long again for the proof; memory: at most {(BASE_MEMORY_BYTES + largest) / 2**30:.1f} GiB"
+        f" and as long again for the proof; memory: at most {(BASE_MEMORY_BYTES + memory_bytes) / 2**30:.1f} GiB"
     )

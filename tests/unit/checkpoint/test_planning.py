@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint.archive import LazyTensor
+from common.checkpoint.disk import BLOCK_BYTES
+from common.checkpoint.lazy import LazyTensor
 from common.checkpoint.mapping import EMBEDDING, OUTPUT, Row
 from common.checkpoint.pipeline import Layout, chunks_of, tensors_of, whole_model
-from common.checkpoint.planning import ExpectedFolder, plan_dist, plan_hf, plan_ranks
+from common.checkpoint.planning import BASE_MEMORY_BYTES, ExpectedFolder, plan_dist, plan_hf, plan_ranks
 from common.checkpoint.streams import Source, hf_shapes
 from common.errors import KitError
 from common.model.config import QwenConfig, parse_config
@@ -125,6 +126,20 @@ def test_a_plan_of_an_export_fills_the_files() -> None:
     ]
     assert "model-00002-of-00002.safetensors: 1 tensors, 20 bytes" in lines
     assert "together: 3 tensors, 60 bytes in 2 files" in lines
+
+
+def test_time_and_memory_are_those_of_the_disk_and_of_what_is_held_at_once() -> None:
+    qwen = replace(config("Qwen2.5-72B"), num_hidden_layers=1)
+    source = Source(ExpectedFolder(Path("/nowhere"), qwen, torch.bfloat16), qwen, None)
+    size = 2 * sum(torch.Size(shape).numel() for shape in hf_shapes(qwen).values())
+    for plan, held in (
+        (plan_dist(source), 0),
+        (plan_ranks(source, Layout(1, 1, 1, "local")), 2 * BLOCK_BYTES),
+        (plan_ranks(source, Layout(8, 1, 1, "local")), 2 * 8192 * 29568 + 16 * BLOCK_BYTES),  # down_proj
+    ):
+        *_, last = plan
+        assert last.startswith(f"time: about {2 * size / 1e9:.0f} s to read and write them on a disk of 1 GB/s, and as")
+        assert last.endswith(f"; memory: at most {(BASE_MEMORY_BYTES + held) / 2**30:.1f} GiB")
 
 
 @pytest.mark.parametrize("size", [replace(config(name), num_hidden_layers=1) for name in SIZES], ids=list(SIZES))
