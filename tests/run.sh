@@ -44,11 +44,15 @@ lint() {
   check 'lint: hadolint' hadolint docker/*.Dockerfile
 }
 
+pytest=(python -m pytest -q -p no:cacheprovider --durations=5)
+
 for stage in "${STAGES[@]}"; do
   case $stage in
     lint) lint ;;
     shell) check shell bats tests/shell ;;
-    *) check "$stage" python -m pytest -q -p no:cacheprovider --durations=5 "tests/$stage" ;;
+    # One process each runs there; the tests of a file share what they made. The others start several processes a test.
+    unit | docker | end_to_end) check "$stage" "${pytest[@]}" -n 2 --dist loadfile "tests/$stage" ;;
+    *) check "$stage" "${pytest[@]}" "tests/$stage" ;;
   esac
 done
 
