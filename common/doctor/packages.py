@@ -52,10 +52,10 @@ def look_at_megatron(told: tuple[bool, Any], no_device: bool) -> list[Finding]:
     except KitError as error:
         found, _, remedy = str(error).partition(": ")
         return [Finding("megatron-core", "fail", found, remedy)]
+    # A warning: its own import, below, tells whether it works; what it declares and what was tried may be narrower.
     wanted = _wanted(1)
-    findings = [
-        fits("megatron-core", version("megatron-core"), wanted, f"pip install 'megatron-core{wanted}' {KEEP_TORCH}")
-    ]
+    remedy = f"pip install 'megatron-core{wanted}' {KEEP_TORCH}"
+    findings = [fits("megatron-core", version("megatron-core"), wanted, remedy, "warn")]
     works, said = _excused(told, no_device)
     found = f"{said} ({origin.parent})" if works else str(said)
     remedy = "install the versions that requirements/ and docker/ name for this machine"
@@ -99,11 +99,11 @@ def _excused(told: tuple[bool, Any], no_device: bool) -> tuple[bool, Any]:
     return told
 
 
-def fits(subject: str, text: str, wanted: str, remedy: str) -> Finding:
+def fits(subject: str, text: str, wanted: str, remedy: str, status: str = "fail") -> Finding:
     """Whether the version `text` lies in the range `wanted`; a vendor's pre-release counts as what it leads to."""
     release = text.split("+")[0].split("a")[0].split("rc")[0]
     there = bool(text) and SpecifierSet(wanted).contains(release, prereleases=True)
-    return judge(subject, text or "not there", not there, remedy)
+    return judge(subject, text or "not there", not there, remedy, status)
 
 
 def version(name: str) -> str:

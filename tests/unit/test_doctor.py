@@ -111,8 +111,10 @@ def test_versions_that_do_not_go_together_are_told(
     monkeypatch.setattr(packages.mcore, "check_installed", lambda: None)
     monkeypatch.setattr(packages.mcore, "check_origin", lambda: Path("/site/megatron/core/__init__.py"))
     found = [*packages.look_at_megatron((True, "imports"), False), packages.look_at_transformers()]
-    assert [each.subject for each in found if each.status == "fail"] == failed
-    assert all("pip install" in each.remedy and "--no-deps" in each.remedy for each in found if each.status == "fail")
+    assert [each.subject for each in found if each.status != "ok"] == failed
+    assert all("pip install" in each.remedy and "--no-deps" in each.remedy for each in found if each.status != "ok")
+    statuses = {"megatron-core": "warn", "transformers": "fail"}  # the latter breaks, the former's import is tried
+    assert all(each.status in ("ok", statuses[each.subject]) for each in found)
 
 
 @pytest.mark.parametrize(("cuda", "status"), [("12.4", "ok"), ("12.10", "ok"), ("12.1", "fail"), (None, "fail")])
