@@ -18,6 +18,7 @@ from tests.distributed.launch import ROOT, convert, export, run, steps, train, w
 from tests.tiny import TEXTS, tiny_qwen
 from tests.unit.checkpoint.small import write_ranks
 
+pytestmark = pytest.mark.lane
 METAX = {"KIT_PLATFORM": "metax", "KIT_TEST_ON_CPU": "true"}
 STAND_INS = ROOT / "tests" / "stand_ins"
 RANKS = ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]
