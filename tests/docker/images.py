@@ -51,16 +51,17 @@ def arguments(path: Path) -> dict[str, str]:
 
 
 def context_files() -> list[str]:
-    """What `docker build .` sends: this kit's files but for those of .dockerignore."""
+    """What `docker build .` sends: what lies in the kit's folder, but for what .dockerignore names."""
     # A pattern of .dockerignore begins at the root, unlike one of .gitignore.
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     anchored = [line if line.startswith(("**/", "#")) or not line else f"/{line}" for line in lines]
     ignored = pathspec.PathSpec.from_lines("gitwildmatch", anchored)
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return [name for name in listed.stdout.splitlines() if not ignored.match_file(name) and (ROOT / name).exists()]
+    sent = []
+    for folder, folders, files in os.walk(ROOT):
+        place = Path(folder).relative_to(ROOT)
+        folders[:] = [name for name in folders if not ignored.match_file(f"{place / name}")]
+        sent += [f"{place / name}" for name in files if not ignored.match_file(f"{place / name}")]
+    return sorted(sent)
 
 
 def python(version: str) -> str | None:

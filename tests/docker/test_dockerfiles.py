@@ -50,12 +50,15 @@ def test_what_is_copied_is_there_and_reaches_the_build(path: Path) -> None:
             assert found or any(name.startswith(f"{source}/") for name in sent), f"{path.name}: {source}"
 
 
-def test_what_a_build_gets_is_the_kit_and_no_secret() -> None:
-    sent = set(context_files())
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout to compare with")
+def test_a_build_gets_all_of_the_kit() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert {name for name in tracked.stdout.splitlines() if (ROOT / name).exists()} == sent & set(
-        tracked.stdout.splitlines()
-    )
+    assert {name for name in tracked.stdout.splitlines() if (ROOT / name).exists()} <= set(context_files())
+
+
+def test_a_build_gets_no_secret_and_no_data() -> None:
+    sent = set(context_files())
+    assert not [name for name in sent if name.startswith((".git/", ".venv", "work/")) or "__pycache__" in name]
     stray = [ROOT / ".env", ROOT / "docker" / "some.pem", ROOT / "model.safetensors"]
     assert not any(path.exists() for path in stray)
     try:
