@@ -338,3 +338,16 @@ print(*(name for name in ("megatron", "transformers") if name in sys.modules))
         env={"PYTHONPATH": str(ROOT), "KIT_PLATFORM": "nvidia"}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "ok: the run can start\n\n"), done.stderr
+
+
+def test_an_optimizer_that_cannot_be_loaded_is_refused(data: Path, qwen: Path, tmp_path: Path) -> None:
+    save = write_run(tmp_path / "save", qwen, {})
+    for name in (".metadata", "metadata.json"):  # of torch_dist
+        (save / "iter_0000005" / name).touch()
+    for kind, sizes, said in (
+        ("fully_sharded_model_space", {}, "megatron-core 0.13 to 0.15 loads; 0.16 is installed"),
+        ("dp_zero_gather_scatter", {"gpus": 2, "tp": 2}, "it loads at its own TP, PP and VPP alone"),
+    ):
+        torch.save({"run": {**RUN, "optimizer_sharding": kind}}, save / "iter_0000005" / "common.pt")
+        with pytest.raises(KitError, match=re.escape(said)):
+            plan(data, qwen, save_checkpoint_path=str(save), hf_model_path=None, epochs=7.0, **sizes)
