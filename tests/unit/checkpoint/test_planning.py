@@ -107,7 +107,10 @@ def test_a_plan_needs_config_and_index_alone(tmp_path: Path) -> None:
         "  model/decoder.layers.1.self_attention.linear_qkv.weight  [8, 8] float16 128 bytes"
     )
     size = sum(torch.Size(shape).numel() for shape in hf_shapes(qwen).values()) * 2
-    assert f"together: 31 tensors, {size:,} bytes in 1 files" in list(plan_dist(source))
+    lines = list(plan_dist(source))
+    assert f"together: 31 tensors, {size:,} bytes in 1 files" in lines
+    assert "release/__0_0.distcp  decoder.layers.mlp.linear_fc2.weight[3]  [1, 8, 8] float16 128 bytes" in lines
+    assert "release/__0_0.distcp  decoder.final_layernorm.weight  [8] float16 16 bytes" in lines
     index["weight_map"]["model.layers.9.norm.weight"] = "model-00001-of-00002.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(KitError, match=r"holds the unknown model\.layers\.9\.norm\.weight"):
