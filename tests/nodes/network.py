@@ -42,13 +42,13 @@ class Run:
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def wait_for(self, words: str, seconds: float = 120) -> None:
+    def wait_for(self, words: str, seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while words not in self.text():
             assert time.monotonic() < end and self.process.poll() is None, f"no {words!r} in:\n{self.text()[-6000:]}"
             time.sleep(0.1)
 
-    def end(self, code: int, seconds: float = 180) -> str:
+    def end(self, code: int, seconds: float = 400) -> str:
         """The log, when the command has exited with `code` within `seconds` of its start."""
         try:
             found = self.process.wait(max(1.0, self.began + seconds - time.monotonic()))

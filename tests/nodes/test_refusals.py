@@ -16,7 +16,7 @@ def pair(nodes: list[Node], port: int, settings: dict[str, Any], **of_second: An
     """The logs of two nodes that must both exit 2, long before a timeout."""
     same = {**settings, "nnodes": 2, "master_addr": nodes[0].address, "master_port": port}
     runs = [nodes[0].train(**same, node_rank=0), nodes[1].train(**{**same, "node_rank": 1, **of_second})]
-    return [run.end(2, 60) for run in runs]
+    return [run.end(2, 150) for run in runs]
 
 
 def test_other_settings_code_and_data_are_named_on_both_nodes(
