@@ -79,6 +79,15 @@ def test_a_disk_that_takes_parts_gets_all_of_it(
     assert (tmp_path / "file").read_bytes() == data_of(5 * SECTOR + 7)
 
 
+def test_a_file_is_on_the_disk_when_it_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
+    with Writer(tmp_path / "file") as writer:
+        writer.write(b"abc")
+        assert not synced
+    assert synced == [3]
+
+
 @pytest.mark.parametrize("when", ["soon", "at the end"])
 def test_a_disk_that_refuses_is_told_and_leaves_no_thread_or_handle(
     tmp_path: Path, when: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
