@@ -1,6 +1,6 @@
 """The fused output layer and loss against PyTorch's own cross-entropy, in one process and over two."""
 
-import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,4 +101,5 @@ def test_two_tensor_parallel_ranks_give_the_same(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(root), "PATH": ""},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(json.loads(line)["ok"] for line in done.stdout.splitlines()) == [0, 1]
+    # The two may print at once, on one line.
+    assert sorted(re.findall(r'{"ok": (\d)}', done.stdout)) == ["0", "1"]

@@ -237,13 +237,6 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
             {"seq_length": 1024},
             "SEQ_LENGTH=1024 is over max_position_embeddings=512 of config.json: use a",
         ),
-        ("cpu", {"gpus": 2, "cp": 2}, "CP=2 needs TRANSFORMER_IMPL=transformer_engine"),
-        ("nvidia", {"gpus": 2, "cp": 2, "seq_length": 30}, "SEQ_LENGTH=30 cannot be divided by 2 x CP x TP = 4"),
-        ("nvidia", {"gpus": 2, "cp": 2, "reset_attention": True}, "CP=2 and RESET_ATTENTION=true do not go together"),
-        ("cpu", {"fp8_format": "hybrid", "precision": "bf16"}, "FP8_FORMAT=hybrid needs TRANSFORMER_IMPL="),
-        ("cpu", {"tp_comm_overlap": True, "gpus": 2, "tp": 2}, "TP_COMM_OVERLAP=true needs TRANSFORMER_IMPL="),
-        ("nvidia", {"tp_comm_overlap": True}, "TP_COMM_OVERLAP=true with TP=1 and SEQUENCE_PARALLEL=True: it needs TP"),
-        ("cpu", {"optimizer_state": "bf16", "precision": "bf16"}, "OPTIMIZER_STATE=bf16 needs Transformer Engine"),
         ("metax", {"async_save": True}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false"),
         ("cpu", {"async_save": True, "ckpt_format": "torch"}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only"),
         (
