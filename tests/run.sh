@@ -50,8 +50,8 @@ for stage in "${STAGES[@]}"; do
   case $stage in
     lint) lint ;;
     shell) check shell bats tests/shell ;;
-    # One process each runs there; the tests of a file share what they made. The others start several processes a test.
-    unit | docker | end_to_end) check "$stage" "${pytest[@]}" -n 2 --dist loadfile "tests/$stage" ;;
+    # Two files at a time: much of a test is one process, and the tests of a file share what they made.
+    unit | docker | distributed | end_to_end) check "$stage" "${pytest[@]}" -n 2 --dist loadfile "tests/$stage" ;;
     *) check "$stage" "${pytest[@]}" "tests/$stage" ;;
   esac
 done
