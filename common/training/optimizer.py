@@ -54,11 +54,12 @@ def build_trainee(plan: Plan) -> Trainee:
     model = wrap(chunks, overlap=plan.platform.device == "cuda" and plan.sizes.dp > 1)
     mend_training()
     optimizer = get_megatron_optimizer(optimizer_config(chosen), model)
+    parts = optimizer_parts(optimizer)
     if chosen.optimizer_state == "bf16":
-        for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for each in parts:
             step_in_parts(each.optimizer)
     # Megatron-Core takes the first that imports: Transformer Engine's, apex's, torch's.
-    kind = type(getattr(optimizer, "chained_optimizers", [optimizer])[0].optimizer)
+    kind = type(parts[0].optimizer)
     logger.info("optimizer: %s.%s", kind.__module__, kind.__name__)
     scheduler = build_scheduler(optimizer, chosen, max(plan.train_iters, 1))
     connect(model, optimizer)
@@ -99,6 +100,11 @@ def optimizer_config(chosen: TrainSettings) -> OptimizerConfig:
         use_distributed_optimizer=True,
         **optimizer_state_options(chosen.optimizer_state),
     )
+
+
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """The distributed optimizers inside Megatron-Core's chained one."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 PART = 1 << 28  # parameters: 2 GiB of float32 moments

@@ -18,7 +18,7 @@ from common.mcore import (
 )
 from common.model.build import unwrap
 from common.training.distributed import random_state, restore_random_state
-from common.training.optimizer import Trainee
+from common.training.optimizer import Trainee, optimizer_parts
 from common.training.plan import Plan
 
 LAYOUT = ("tp", "pp", "vpp", "cp", "dp")
@@ -90,11 +90,6 @@ def initialise_optimizer(trainee: Trainee) -> None:
         make_optimizer_state(part)
         for group, (lr, weight_decay) in zip(groups, kept, strict=True):
             group["lr"], group["weight_decay"] = lr, weight_decay
-
-
-def optimizer_parts(optimizer: Any) -> list[Any]:
-    """The distributed optimizers inside Megatron-Core's chained one."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _sharded_random_state() -> ShardedObject:
