@@ -39,6 +39,12 @@ class SdpaAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """query [s, b, n, d], key and value [s, b, g, d], attention_mask bool [b, 1, s, s] or None -> [s, b, n*d]."""
         assert attention_bias is None and packed_seq_params is None
+        return self.attend(query, key, value, attention_mask)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As forward, by the kernel of this class."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
         options: dict[str, Any] = {"scale": self.scale}
@@ -89,20 +95,12 @@ def joined_rows(segment_ids: torch.Tensor) -> PackedSeqParams:
 class FlashAttention(SdpaAttention):
     """Causal attention by flash_attn, which takes grouped heads without copies; with a mask, or in float32, as SDPA."""
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        attn_mask_type: Any = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """query [s, b, n, d], key and value [s, b, g, d], attention_mask bool [b, 1, s, s] or None -> [s, b, n*d]."""
-        assert attention_bias is None and packed_seq_params is None
+        """As forward, by flash_attn where it can."""
         if attention_mask is not None or query.dtype == torch.float32:
-            return super().forward(query, key, value, attention_mask)
+            return super().attend(query, key, value, attention_mask)
         from flash_attn import flash_attn_func  # the vendor's, where there is one
 
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
