@@ -98,7 +98,9 @@ class Roll:
         """Returns when this node is found to be like the reference and, with NODE_RANK, so is every other."""
         problem = ""
         if self.is_reference:
-            self._publish({"facts": facts, "token": write_token(self.folder)})
+            token = secrets.token_hex(16)
+            self._publish({"facts": facts, "token": token})
+            write_token(self.folder, token)  # only now: a second node with this number has been turned away
         else:
             problem = self._compare(facts)
         if problem:
@@ -244,14 +246,12 @@ class Roll:
         )
 
 
-def write_token(folder: Path) -> str:
-    """Writes a new token file into `folder`, which is made where it is missing; returns the token."""
+def write_token(folder: Path, token: str) -> None:
+    """Writes the token file into `folder`, which is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(16)
     partial = folder / f"{TOKEN_FILE}.partial"
     partial.write_text(f"{token}\n", encoding="utf-8")
     partial.replace(folder / TOKEN_FILE)
-    return token
 
 
 def finds_token(folder: Path, token: str, seconds: float) -> bool:

@@ -60,7 +60,6 @@ def test_other_weights_to_start_from_are_noticed_before_they_are_read(
     assert all(told in log and "iteration 1/" not in log for log in logs), logs
 
 
-@HEAVY  # one run in four ended in its timeout, with node 0 waiting and no word of the other: not understood yet
 def test_two_nodes_with_one_number_are_named(nodes: list[Node], work: Path, common: dict[str, Any]) -> None:
     logs = pair(nodes, 29630, {**common, "save_checkpoint_path": work / "twice"}, node_rank=0)
     told = "error: NODE_RANK=0 is set on node 0 (node1) and on node 0 (node0)"
