@@ -249,6 +249,27 @@ def fuse_rotary_embedding() -> None:
         rope_utils._apply_rotary_pos_emb_bshd = torch.compile(apply)
 
 
+SINGLE_QKV_ROPE_SINCE = (0, 15)  # TransformerConfig.fused_single_qkv_rope
+
+
+def use_kernels(swiglu: Any, split_and_rotate: Any) -> None:
+    """Puts these in the place of Megatron-Core's SwiGLU (0.11 to 0.16) and of its split and rotated QKV (from 0.15 on).
+
+    The latter is called under fused_single_qkv_rope, which is else Transformer Engine's alone.
+    """
+    from megatron.core.transformer import attention, mlp
+
+    mlp.bias_swiglu_impl = swiglu
+    if version() >= SINGLE_QKV_ROPE_SINCE:
+        attention.apply_fused_qkv_rotary_pos_emb = split_and_rotate
+        attention.HAVE_FUSED_QKV_ROPE = True
+
+
+def single_qkv_rope(wanted: bool) -> dict[str, Any]:
+    """TransformerConfig's field for it; nothing before 0.15."""
+    return {"fused_single_qkv_rope": wanted} if version() >= SINGLE_QKV_ROPE_SINCE else {}
+
+
 def mend_training() -> None:
     """Mends what a step and its checkpoint need mended in the installed version; called again, it does nothing."""
     mend_torch_adam_step()

@@ -10,7 +10,14 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common.mcore import chunk_place, first_and_last_differ, fuse_rotary_embedding, weight_gradient_fusion
+from common.mcore import (
+    chunk_place,
+    first_and_last_differ,
+    fuse_rotary_embedding,
+    single_qkv_rope,
+    use_kernels,
+    weight_gradient_fusion,
+)
 from common.model.attention import SdpaAttention, choose
 from common.model.config import QwenConfig
 from common.model.gpt import QwenModel
@@ -36,6 +43,7 @@ class ModelOptions:
     fp8_format: str = "none"  # none, hybrid or e4m3
     fp8_recipe: str = "tensorwise"
     core_attention: str = "auto"  # of local layers: flash_attn, sdpa, or auto: the platform's first that works
+    joins_rows: bool = False  # packed samples are told apart by their bounds
 
 
 def transformer_config(
@@ -87,6 +95,8 @@ def transformer_config(
         gradient_accumulation_fusion=engine,
         **pipeline_options(qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers), sizes.vpp),
         tp_comm_overlap=options.tp_comm_overlap,
+        # Its kernel knows neither bounds of packed samples nor a norm between the split and the rotation.
+        **single_qkv_rope(fused and not options.joins_rows and not qwen.qk_norm),
         **fp8_options(options.fp8_format, options.fp8_recipe),
         **_recompute(options),
     )
@@ -127,13 +137,22 @@ def build_model(
     config = transformer_config(qwen, sizes, options, platform)
     core = core_attention(qwen, sizes, options, platform)
     chunks: list[torch.nn.Module] = []
-    if platform.fused_kernels and options.transformer_impl == "local":
-        fuse_rotary_embedding()
+    if platform.fused_kernels:
+        _use_kernels(options.transformer_impl)
     with weight_gradient_fusion(chunks):
         chunks += [_chunk(config, qwen, sizes, options, platform, core, seq_length, i) for i in range(sizes.vpp)]
     if platform.device == "cuda":
         chunks = [chunk.cuda(torch.cuda.current_device()) for chunk in chunks]
     return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
+
+
+def _use_kernels(transformer_impl: str) -> None:
+    from common.model.qkv_rope import split_and_rotate  # these import triton, which is not everywhere
+    from common.model.swiglu import bias_swiglu
+
+    use_kernels(bias_swiglu, split_and_rotate)
+    if transformer_impl == "local":
+        fuse_rotary_embedding()
 
 
 def core_attention(

@@ -47,6 +47,7 @@ def build_trainee(plan: Plan) -> Trainee:
         fp8_format=chosen.fp8_format,
         fp8_recipe=chosen.fp8_recipe,
         core_attention=chosen.core_attention,
+        joins_rows=plan.joins_rows,
     )
     if chosen.tp_comm_overlap:
         open_tensor_parallel_buffers(plan)

@@ -26,10 +26,10 @@ from common.model.config import QwenConfig, load_config
 from common.training.metrics import flops_per_token
 
 KIT = Path(__file__).parents[2]
-ITERATIONS = 12
+ITERATIONS = 8
 SEQ_LENGTH = 4096
-BATCH = {"0.5B": 64, "1.5B": 32, "3B": 16, "7B": 8}  # samples a step, the same for every program
-MICRO_BATCH = {"0.5B": 8, "1.5B": 4, "3B": 2, "7B": 1}
+BATCH = {"0.5B": 64, "1.5B": 32, "3B": 32, "7B": 16}  # samples a step, the same for every program
+MICRO_BATCH = {"0.5B": 16, "1.5B": 8, "3B": 4, "7B": 1}
 BF16_STATE = {"optimizer-state": "bf16"}
 # size/program -> what differs from the size's row: flags of common.train, or of the other program.
 ROWS: dict[str, dict[str, Any]] = {
@@ -44,10 +44,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "3B/kit": {},
     "3B/local": {"transformer-impl": "local"},
     "3B/fp8": {"fp8-format": "hybrid"},
+    "3B/fp8-delayed": {"fp8-format": "hybrid", "fp8-recipe": "delayed"},
     "3B/megatron": {},
-    "3B/hf": {},
+    "3B/hf": {"micro-batch-size": 2},
     "7B/kit": BF16_STATE,
-    "7B/fp8": {**BF16_STATE, "fp8-format": "hybrid"},
+    "7B/fp8": {**BF16_STATE, "fp8-format": "hybrid", "fp8-recipe": "delayed"},
     "7B/megatron": {"use-precision-aware-optimizer": True, "exp-avg-dtype": "bf16", "exp-avg-sq-dtype": "bf16"},
     "7B/hf": {},
     # Conversations of unequal length, a row each or packed: the tokens of a row count, padding too.
@@ -56,11 +57,11 @@ ROWS: dict[str, dict[str, Any]] = {
     # For the estimate of memory: other lengths, micro-batches and recomputation.
     "0.5B/kit-4": {"micro-batch-size": 4, "global-batch-size": 16},
     "0.5B/kit-8k": {"seq-length": 8192, "micro-batch-size": 4, "global-batch-size": 16},
-    "0.5B/kit-full": {"recompute": "full", "global-batch-size": 16},
+    "0.5B/kit-full": {"recompute": "full", "micro-batch-size": 8, "global-batch-size": 16},
     "1.5B/kit-8k": {"seq-length": 8192, "micro-batch-size": 2, "global-batch-size": 8},
-    "1.5B/kit-full": {"recompute": "full", "global-batch-size": 16},
+    "1.5B/kit-full": {"recompute": "full", "micro-batch-size": 4, "global-batch-size": 16},
     "3B/kit-1": {"micro-batch-size": 1, "global-batch-size": 4},
-    "3B/kit-full": {"recompute": "full", "global-batch-size": 8},
+    "3B/kit-full": {"recompute": "full", "micro-batch-size": 2, "global-batch-size": 8},
     "7B/kit-full": {**BF16_STATE, "recompute": "full", "micro-batch-size": 2},
 }
 LOG = re.compile(r"iteration (\d+)/\d+ .*?tokens/s ([\d,]+)")

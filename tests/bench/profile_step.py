@@ -7,6 +7,7 @@ the time in which the GPU did nothing, and the rate. It writes no checkpoint.
 import os
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ from common.platforms import current
 from common.settings import add_options, from_namespace
 from common.training.config import TrainSettings
 
-WARM_UP, TIMED, PROFILED = 5, 10, 3
+WARM_UP, TIMED, PROFILED = 3, 4, 1
+MS = 1e3
 
 
 def main() -> None:
@@ -57,20 +59,44 @@ def main() -> None:
         tflops = tokens / seconds * flops_per_token(plan.qwen, settings.seq_length) / 1e12
         peak = torch.cuda.max_memory_allocated() / 2**30
         print(f"{1e3 * seconds:.1f} ms a step, {tokens / seconds:,.0f} tokens/s, {tflops:.0f} TFLOP/s, {peak:.1f} GiB")
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(PROFILED):
                 train_step(plan, trainee, data)
             torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(event.device_time_total for event in events) / 1e3 / PROFILED
-    print(f"kernels {busy:.1f} ms a step, of {1e3 * seconds:.1f} ms without the profiler")
+    tell_kernels(events)
+    tell_gaps(events)
+
+
+def tell_kernels(events: list[Any]) -> None:
+    """Prints the kernels by their total time a step."""
+    busy = sum(event.device_time_total for event in events) / MS / PROFILED
+    print(f"kernels {busy:.1f} ms a step")
     totals: dict[str, list[float]] = {}
     for event in events:
         entry = totals.setdefault(event.name[:110], [0.0, 0])
-        entry[0] += event.device_time_total / 1e3 / PROFILED
+        entry[0] += event.device_time_total / MS / PROFILED
         entry[1] += 1 / PROFILED
     for name, (total, count) in sorted(totals.items(), key=lambda item: -item[1][0])[:45]:
         print(f"{total:9.3f} ms {100 * total / busy:5.1f}% {count:7.0f}x  {name}")
+
+
+def tell_gaps(events: list[Any]) -> None:
+    """Prints the time in which no kernel ran, and between which kernels it was lost."""
+    lost: dict[str, list[float]] = {}
+    ordered = sorted(events, key=lambda event: event.time_range.start)
+    end, before = ordered[0].time_range.start, ""
+    for event in ordered:
+        if event.time_range.start > end:
+            entry = lost.setdefault(f"{before[:60]} -> {event.name[:60]}", [0.0, 0])
+            entry[0] += (event.time_range.start - end) / MS / PROFILED
+            entry[1] += 1 / PROFILED
+        if event.time_range.end > end:
+            end, before = event.time_range.end, event.name
+    span = (end - ordered[0].time_range.start) / MS / PROFILED
+    print(f"no kernel {sum(total for total, _ in lost.values()):.1f} ms of {span:.1f} ms a step")
+    for name, (total, count) in sorted(lost.items(), key=lambda item: -item[1][0])[:12]:
+        print(f"{total:9.3f} ms {count:7.0f}x  {name}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ HEAVY_ALLOWED = {("common.data.chat", "transformers")}
 LIGHT_COMMANDS = ("common.preprocess", "common.convert")
 
 OPTIONAL = ("transformer_engine", "apex", "flash_attn")
+KERNELS = ("common.model.loss_kernels", "common.model.qkv_rope", "common.model.swiglu")  # need triton
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
 
 
@@ -193,7 +194,7 @@ for name in sys.argv[1:]:
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if (name, error.name) != ("common.model.loss_kernels", "triton"):  # imported where a GPU is
+        if name not in {KERNELS} or error.name != "triton":  # imported where a GPU is
             raise
 assert sys.modules["torch"].cuda.is_initialized() is False
 print(*(name for name in {OPTIONAL} if name in sys.modules))

@@ -1,0 +1,96 @@
+"""The Triton kernels against the same steps by PyTorch, in float32 and bfloat16."""
+
+import pytest
+import torch
+
+from common.model.loss import LinearCrossEntropy, TorchKernels, Vocabulary
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1000, 151936])
+def test_both_kernels_give_the_same_statistics_and_gradients(dtype: torch.dtype, columns: int) -> None:
+    from common.model.loss_kernels import TritonKernels
+
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(65, columns, device="cuda")).to(dtype)
+    logits[:, columns - 3 :] = float("-inf")
+    labels = torch.randint(-1, columns - 3, (65,), device="cuda")
+    labels[0] = -1
+    weights = torch.rand(65, device="cuda")
+    mine, theirs = (kernels.statistics(logits, labels) for kernels in (TritonKernels, TorchKernels))
+    for found, expected in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    expected = TorchKernels.gradients(logits, labels, theirs[0], theirs[1], weights)
+    found = TritonKernels.gradients(logits.clone(), labels, mine[0], mine[1], weights)
+    torch.testing.assert_close(found, expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-7)
+
+
+def test_the_whole_loss_in_bfloat16_is_that_of_cross_entropy() -> None:
+    from common.model.loss_kernels import TritonKernels
+
+    torch.manual_seed(0)
+    hidden = torch.randn(9000, 256, device="cuda").bfloat16().requires_grad_()
+    weight = (0.05 * torch.randn(151936, 256, device="cuda")).bfloat16().requires_grad_()
+    labels = torch.randint(0, 151936, (9000,), device="cuda")
+    weights = (torch.rand(9000, device="cuda") < 0.5).float()
+    losses = LinearCrossEntropy.apply(hidden, weight, labels, weights, Vocabulary(None, 0, 151936), TritonKernels, True)
+    gradients = torch.autograd.grad(losses.sum(), [hidden, weight])
+    logits = hidden.float() @ weight.float().t()
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights
+    assert (losses - expected).abs().max() < 0.02  # logits of bfloat16 have 8 bits
+    for found, theirs in zip(gradients, torch.autograd.grad(expected.sum(), [hidden, weight]), strict=True):
+        error = (found.float() - theirs.float()).norm() / theirs.float().norm()
+        assert error < 0.01, float(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [4864, 1300])
+def test_swiglu_and_its_gradient(dtype: torch.dtype, width: int) -> None:
+    from common.model.swiglu import bias_swiglu
+
+    torch.manual_seed(0)
+    values = (3 * torch.randn(33, 2, 2 * width, device="cuda")).to(dtype).requires_grad_()
+    above = torch.randn(33, 2, width, device="cuda").to(dtype)
+    found = bias_swiglu(values, None)
+    (gradient,) = torch.autograd.grad(found, values, above)
+    exact = values.detach().double().requires_grad_()
+    gate, up = exact.chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    (expected_gradient,) = torch.autograd.grad(expected, exact, above.double())
+    for mine, theirs in ((found, expected), (gradient, expected_gradient)):
+        rtol, atol = (2**-8, 1e-6) if dtype is torch.bfloat16 else (1e-5, 1e-6)  # one rounding to 8 bits
+        torch.testing.assert_close(mine.double(), theirs, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("s", "b", "g", "r", "d"), [(4096, 2, 2, 7, 64), (33, 3, 1, 8, 128), (33, 1, 4, 7, 128), (7, 5, 2, 1, 16)]
+)
+def test_queries_keys_and_values_are_split_and_rotated(
+    dtype: torch.dtype, s: int, b: int, g: int, r: int, d: int
+) -> None:
+    from common.model.qkv_rope import split_and_rotate
+
+    torch.manual_seed(0)
+    mixed = torch.randn(s, b, g, (r + 2) * d, device="cuda").to(dtype).requires_grad_()
+    positions = torch.arange(32768 - s, 32768, device="cuda")  # the far end of the context: large angles
+    angles = positions[:, None] * 1e6 ** (-torch.arange(0, d, 2, device="cuda") / d)
+    angles = torch.cat([angles, angles], -1)[:, None, None, :].float()
+    found = split_and_rotate(mixed, angles, angles, [r * d, d, d])
+    above = [torch.randn_like(part) for part in found]
+    (gradient,) = torch.autograd.grad(found, mixed, above)
+
+    exact = mixed.detach().double().requires_grad_()
+    query, key, value = exact.split([r * d, d, d], -1)
+
+    def rotated(part: torch.Tensor) -> torch.Tensor:
+        first, second = part.chunk(2, -1)
+        return part * angles.double().cos() + torch.cat([-second, first], -1) * angles.double().sin()
+
+    expected = rotated(query.reshape(s, b, g * r, d)), rotated(key), value
+    (expected_gradient,) = torch.autograd.grad(expected, exact, [part.double() for part in above])
+    for mine, theirs in zip((*found, gradient), (*expected, expected_gradient), strict=True):
+        rtol, atol = (2**-8, 1e-5) if dtype is torch.bfloat16 else (1e-5, 1e-5)
+        torch.testing.assert_close(mine.double(), theirs, rtol=rtol, atol=atol)
