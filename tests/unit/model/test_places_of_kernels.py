@@ -1,0 +1,97 @@
+"""Where the Triton kernels of SwiGLU and QKV are called: with plain PyTorch there, a model is what it was."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from common import mcore
+from common.model.config import QwenConfig, load_config
+from common.parallel import ParallelSizes
+from common.platforms import PLATFORMS
+from tests.tiny import tiny_qwen
+
+ROOT = Path(__file__).parents[3]
+CPU = PLATFORMS["cpu"]
+S, B = 24, 2
+
+
+@pytest.mark.lane
+def test_a_model_with_other_code_in_these_places_is_the_same(tmp_path: Path) -> None:
+    tiny_qwen(tmp_path, std=0.2)
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.unit.model.test_places_of_kernels", str(tmp_path)],
+        env={**os.environ, **alone}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def outputs(qwen: QwenConfig) -> list[torch.Tensor]:
+    """The logits of a model with weights of one seed, and their gradients by weight."""
+    from common.model.build import ModelOptions, build_model
+    from common.training.distributed import process_group
+
+    sizes = ParallelSizes(1)
+    with process_group(CPU, sizes, 1234, 5):
+        torch.manual_seed(1)
+        (model,) = build_model(qwen, sizes, ModelOptions("fp32", "local", "none"), CPU, S)
+        tokens = torch.randint(0, qwen.vocab_size, (B, S))
+        logits = model(tokens, torch.arange(S).expand(B, S), None)
+        logits.square().mean().backward()
+        return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def main() -> None:
+    """Compares the model of the folder with itself, in a process that has no other use."""
+    mcore.prepare(CPU)
+    from common.model import build
+
+    qwen = load_config(Path(sys.argv[1]))
+    plain = outputs(qwen)
+    calls: Counter[str] = Counter()
+
+    def swiglu(gate_and_up: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
+        calls["swiglu"] += 1
+        assert bias is None
+        gate, up = gate_and_up.chunk(2, -1)
+        return silu(gate) * up
+
+    def split_and_rotate(
+        mixed: torch.Tensor, q_freqs: torch.Tensor, k_freqs: torch.Tensor, parts: list[int]
+    ) -> tuple[torch.Tensor, ...]:
+        calls["qkv"] += 1
+        assert q_freqs is k_freqs and mixed.shape == (S, B, qwen.num_key_value_heads, sum(parts))
+        assert q_freqs.shape == (S, 1, 1, qwen.head_dim) and q_freqs.dtype is torch.float32
+        query, key, value = mixed.split(parts, -1)
+
+        def rotated(part: torch.Tensor) -> torch.Tensor:
+            first, second = part.chunk(2, -1)
+            return part * q_freqs.cos() + torch.cat([-second, first], -1) * q_freqs.sin()
+
+        return rotated(query.reshape(S, B, qwen.num_attention_heads, qwen.head_dim)), rotated(key), value
+
+    config = build.TransformerConfig
+    fused = {"bias_activation_fusion": True, **mcore.single_qkv_rope(True)}
+    setattr(build, "TransformerConfig", lambda **fields: config(**{**fields, **fused}))  # noqa: B010  not a type's name
+    mcore.use_kernels(swiglu, split_and_rotate)
+    found = outputs(qwen)
+    assert len(found) == len(plain) > qwen.num_hidden_layers
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    layers = qwen.num_hidden_layers
+    assert calls == {"swiglu": layers, **({"qkv": layers} if mcore.version() >= (0, 15) else {})}, calls
+
+
+if __name__ == "__main__":
+    main()
