@@ -55,6 +55,7 @@ def outputs(qwen: QwenConfig) -> list[torch.Tensor]:
 def main() -> None:
     """Compares the model of the folder with itself, in a process that has no other use."""
     mcore.prepare(CPU)
+    mcore.mend_training()
     from common.model import build
 
     qwen = load_config(Path(sys.argv[1]))
