@@ -97,12 +97,14 @@ def query_key_norm_bytes(work: Work) -> int:
 def attention_tensors(work: Work) -> dict[str, int]:
     """What the attention of a layer keeps, from the QKV product's output to its own.
 
-    Transformer Engine keeps query, key and value as tensors of their own. The local value is a view of the QKV product,
-    which it keeps as a whole; so does a checkpointed attention's (selective), whose inputs are the tensors before that.
+    Query, key and value are tensors of their own where common/model/qkv_rope.py makes them (megatron-core 0.15 and
+    later), and in Transformer Engine's attention. Else the local value is a view of the QKV product, which it keeps as
+    a whole; so does a checkpointed attention's (selective), whose inputs are the tensors before that.
     """
     qkv = work.query + 2 * work.key
     heads = work.qwen.num_attention_heads // work.tp
-    whole = not work.engine or work.recompute == "selective"
+    apart = work.fused_kernels and not work.qwen.qk_norm
+    whole = not apart and (not work.engine or work.recompute == "selective")
     kept = {
         "query and key": work.query + work.key,
         "value": qkv if whole else work.key,
@@ -110,7 +112,7 @@ def attention_tensors(work: Work) -> dict[str, int]:
     }
     if work.recompute != "selective":
         kept["softmax statistics"] = 4 * work.tokens * heads
-    if not work.engine:
+    if not work.engine and not apart:
         # cosine and sine [s, d], made anew for query and key
         kept["rope"] = 4 * work.element * work.seq_length // work.cp * work.qwen.head_dim
     if work.masked and work.recompute != "selective":

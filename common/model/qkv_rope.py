@@ -117,8 +117,7 @@ class QkvRope(torch.autograd.Function):
         mixed, freqs = mixed.contiguous(), freqs.float().contiguous()
         q = mixed.new_empty(s, b, g * r, d)
         k, v = (mixed.new_empty(s, b, g, d) for _ in range(2))
-        ctx.save_for_backward(freqs)
-        ctx.r = r
+        ctx.freqs, ctx.r = freqs, r  # the angles live in Megatron-Core's cache: one tensor for all layers
         grid, sizes = _launch(s * b, g, r, d)
         _forward[grid](mixed, freqs, q, k, v, s * b, b, g, r, **sizes)
         return q, k, v
@@ -126,12 +125,11 @@ class QkvRope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradient of `mixed`."""
-        (freqs,) = ctx.saved_tensors
         d_q, d_k, d_v = (gradient.contiguous() for gradient in upstream)
         s, b, g, d = d_k.shape
         d_mixed = d_q.new_empty(s, b, g, (ctx.r + 2) * d)
         grid, sizes = _launch(s * b, g, ctx.r, d)
-        _backward[grid](d_q, d_k, d_v, freqs, d_mixed, s * b, b, g, ctx.r, **sizes)
+        _backward[grid](d_q, d_k, d_v, ctx.freqs, d_mixed, s * b, b, g, ctx.r, **sizes)
         return d_mixed, None, None
 
 

@@ -10,6 +10,8 @@ allocated_gib (torch.cuda.max_memory_allocated), and where there is more to tell
     kernel_s                   seconds of a step in the kernels of a name in constants.SECONDS
     packing                    its memory is judged; its rate hangs on the lengths of the samples, and is not
     read_after_step            1: the peak is that of the first step, whose passes run before Adam makes its moments
+    before_kernels             true: before common/model/swiglu.py and qkv_rope.py; its rate is fitted with more memory
+                               traffic, of a share fitted too, and not judged
 
 Rows of the shapes and the length in FITTED are fitted, the others judged. Exits 1 where a judged peak is off by more
 than 10%, or common/estimate/constants.py holds other values.
@@ -54,8 +56,12 @@ class Step:
 
     @property
     def rate(self) -> float | None:
-        """Measured tokens/s, where they are to be estimated."""
+        """Measured tokens/s, where they hang on what the estimate knows."""
         return None if self.row.get("packing") else self.row.get("tokens_per_s")
+
+    @property
+    def old(self) -> bool:
+        return bool(self.row.get("before_kernels"))
 
     @property
     def impl(self) -> str:
@@ -130,9 +136,9 @@ def fit_seconds(steps: list[Step]) -> dict[str, float]:
     seconds = np.array([step.row["gbs"] * step.row["seq"] / step.rate for step in timed])
     known = np.array([sum(rate * step.cost[name] for name, rate in rates.items()) for step in timed])
     names = [name for name in constants.SECONDS if name not in rates]
-    costs = np.array([[step.cost[name] for name in names] for step in timed])
+    costs = np.array([[*(step.cost[name] for name in names), step.old * step.cost["traffic"]] for step in timed])
     found = least_squares(costs / seconds[:, None], 1 - known / seconds)
-    return {**rates, **{name: float(f"{rate:.3g}") for name, rate in zip(names, found, strict=True)}}
+    return {**rates, **{name: float(f"{rate:.3g}") for name, rate in zip(names, found[:-1], strict=True)}}
 
 
 def least_squares(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -166,7 +172,7 @@ def table(steps: list[Step]) -> list[str]:
             *told, row["recompute"], f"{measured:.1f}", f"{peak:.2f} ({peak / measured - 1:+.1%})",
             step.decided_by, "", "", "fitted" if step.fitted else "judged",
         ]  # fmt: skip
-        if step.rate and step.estimate.speed:
+        if step.rate and step.estimate.speed and not step.old:
             rate = step.estimate.speed.tokens_per_second
             cells[6:8] = f"{step.rate:,.0f}", f"{rate:,.0f} ({rate / step.rate - 1:+.1%})"
         lines.append("| " + " | ".join(cells) + " |")

@@ -72,7 +72,7 @@ def tasks_of(folder: Path, fused: bool, layouts: list[tuple[int, dict[str, Any]]
 
 
 def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None:
-    """Fused: SwiGLU by Megatron-Core's own function, and a norm that keeps what torch's kernel on a GPU keeps."""
+    """Fused: Megatron-Core's own SwiGLU, a norm and a split QKV that keep what the kernels on a GPU keep."""
     qwen2 = write_config(tmp_path / "qwen2")
     qwen3 = write_config(tmp_path / "qwen3", model_type="qwen3", head_dim=32)
     tasks = [

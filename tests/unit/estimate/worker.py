@@ -48,6 +48,21 @@ def fused_rms_norm(x: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float
     return FusedNorm.apply(x, weight, eps)
 
 
+class SplitAndRotate(torch.autograd.Function):
+    """Keeps what the kernel of common/model/qkv_rope.py keeps: nothing of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, mixed: torch.Tensor, parts: list[int]) -> tuple[torch.Tensor, ...]:
+        query, key, value = mixed.split(parts, -1)
+        query = query.reshape(*mixed.shape[:2], -1, parts[1])
+        return query.contiguous(), key.contiguous(), value.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
+        s, b, groups, _ = upstream[1].shape
+        return torch.cat([gradient.reshape(s, b, groups, -1) for gradient in upstream], -1), None
+
+
 class Kept:
     """A tensor that autograd keeps, counted as long as it does."""
 
@@ -177,6 +192,7 @@ def main() -> None:
     log.quiet_libraries()
     CPU.prepare()
     from megatron.core import parallel_state
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
     from common.model import build
     from common.model.loss import TorchKernels
@@ -184,6 +200,10 @@ def main() -> None:
 
     composite = torch.nn.functional.rms_norm
     sys.modules["common.model.loss_kernels"] = SimpleNamespace(TritonKernels=TorchKernels)  # type: ignore[assignment]
+    sys.modules["common.model.swiglu"] = SimpleNamespace(bias_swiglu=bias_swiglu_impl)  # type: ignore[assignment]
+    sys.modules["common.model.qkv_rope"] = SimpleNamespace(  # type: ignore[assignment]
+        split_and_rotate=lambda mixed, _, __, parts: SplitAndRotate.apply(mixed, parts)
+    )
     build.fuse_rotary_embedding = lambda: None  # torch.compile, for which a CPU needs a C++ compiler
     new_group = dist.new_group
     dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})
