@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -118,7 +117,10 @@ def finish_loading(trainee: Trainee, state: dict[str, Any], plan: Plan) -> None:
 
 
 def load_chunks(trainee: Trainee, state: dict[str, Any]) -> None:
-    """Loads each chunk's weights, strictly: only Transformer Engine's `_extra_state` may be absent or left over."""
+    """Loads each chunk's weights, strictly: only Transformer Engine's `_extra_state` may be absent or left over.
+
+    The optimizer's float32 master weights stay as they are.
+    """
     for name, chunk in zip(chunk_names(len(trainee.model)), trainee.model, strict=True):
         missing, unexpected = unwrap(chunk).load_state_dict(state[name], strict=False)
         wrong = [key for key in (*missing, *unexpected) if not key.endswith("_extra_state")]
@@ -127,5 +129,3 @@ def load_chunks(trainee: Trainee, state: dict[str, Any]) -> None:
                 f"the checkpoint's {name} does not fit this model at {', '.join(wrong[:5])}"
                 " (missing or left over): check config.json, TP, PP, VPP and TRANSFORMER_IMPL"
             )
-    if torch.distributed.is_initialized():
-        trainee.optimizer.reload_model_params()  # the float32 master weights are copies

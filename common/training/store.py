@@ -163,11 +163,16 @@ def load_weights(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> None:
     else:
         state = _load_rank(plan, checkpoint)
     load_chunks(trainee, state)
+    trainee.optimizer.reload_model_params()  # the float32 master weights are copies
 
 
 @torch.no_grad()
 def resume(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> Progress:
-    """Where the run that wrote `checkpoint` was; model, optimizer, schedule and random state are put back."""
+    """Where the run that wrote `checkpoint` was; model, optimizer, schedule and random state are put back.
+
+    The float32 master weights come from the optimizer's state alone. Megatron-Core reads `fully_sharded_model_space`
+    straight into them: copied from the bf16 model after that, they would lose their lower bits.
+    """
     if checkpoint.format == "torch_dist":
         run = dist_checkpointing.load_common_state_dict(str(checkpoint.path))["run"]
         sharding = run["optimizer_sharding"]
