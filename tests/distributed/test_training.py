@@ -140,9 +140,11 @@ def test_weights_weigh_the_loss_and_its_gradient(work: Path) -> None:
 
 @pytest.mark.lane
 @pytest.mark.parametrize(
-    ("ckpt_format", "layout"), [("torch_dist", {"gpus": 2}), ("torch", {"tp": 2, "pp": 2, "gpus": 4})], ids=str
+    ("ckpt_format", "layout"),
+    [("torch_dist", {"gpus": 2, "precision": "bf16"}), ("torch", {"tp": 2, "pp": 2, "gpus": 4})],
+    ids=str,
 )
-def test_ten_and_ten_steps_are_twenty(work: Path, ckpt_format: str, layout: dict[str, int]) -> None:
+def test_ten_and_ten_steps_are_twenty(work: Path, ckpt_format: str, layout: dict[str, Any]) -> None:
     name = f"resumed_{ckpt_format}"
     if ckpt_format == "torch":
         convert(work / "qwen", work / "start_ranks", tp=2, pp=2, transformer_impl="local")
