@@ -1,5 +1,6 @@
 """Training on the GPU as users start it: Transformer Engine and local layers against Hugging Face on the same batch."""
 
+import importlib.util
 import json
 import os
 import re
@@ -33,6 +34,12 @@ def run(*words: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:]
     return done.stdout
+
+
+def needs_transformer_engine() -> None:
+    """Skips without it; not by importing it, which loads a cuDNN of its own choice into a process that has one."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("needs Transformer Engine")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,7 @@ def train(work: Path, impl: str, **flags: Any) -> list[tuple[int, float, float]]
 
 @pytest.mark.parametrize("impl", ["transformer_engine", "local"])
 def test_the_first_step_is_hugging_faces(work: Path, impl: str) -> None:
-    pytest.importorskip("transformer_engine.pytorch") if impl == "transformer_engine" else None
+    needs_transformer_engine() if impl == "transformer_engine" else None
     from transformers import Qwen2ForCausalLM
 
     data = resolve(str(work / "data"))
@@ -93,7 +100,7 @@ def test_the_first_step_is_hugging_faces(work: Path, impl: str) -> None:
 
 
 def test_both_layers_learn_alike_and_a_stopped_run_goes_on(work: Path) -> None:
-    pytest.importorskip("transformer_engine.pytorch")
+    needs_transformer_engine()
     engine, local = (
         train(work, impl, **{"train-iters": 30, "save-checkpoint-path": work / f"thirty_{impl}"})
         for impl in ("transformer_engine", "local")
@@ -114,7 +121,7 @@ PACKED = {
 
 @pytest.mark.parametrize("name", PACKED)
 def test_transformer_engine_keeps_the_samples_of_a_row_apart_as_the_mask_does(work: Path, name: str) -> None:
-    pytest.importorskip("transformer_engine.pytorch")
+    needs_transformer_engine()
     flags: dict[str, Any] = {"train-iters": 3, **PACKED[name]}
     if name == "packing":
         flags["dataset-path"] = work / "chats"
@@ -125,23 +132,25 @@ def test_transformer_engine_keeps_the_samples_of_a_row_apart_as_the_mask_does(wo
     assert len(engine) == len(local) == 3
     assert all(abs(a[1] - b[1]) < 5e-3 * b[1] for a, b in zip(engine, local, strict=True)), (engine, local)
     assert all(abs(a[2] - b[2]) < 5e-2 * b[2] for a, b in zip(engine, local, strict=True)), (engine, local)
-    # Not so without: what the bounds would have to let pass.
-    together = {**flags, "packing": "false", "reset-attention": "false", "train-iters": 1}
     if name == "reset_attention":
+        # Not so without, on the same weights: in float32 on a CPU this first loss is 0.41% from the one with bounds.
+        together = {**flags, "reset-attention": "false", "train-iters": 1}
         (open_row,) = train(work, "transformer_engine", **together, **{"save-checkpoint-path": work / "open"})
-        assert abs(open_row[1] - local[0][1]) > 5e-3 * local[0][1], (open_row, local[0])
+        assert abs(engine[0][1] - local[0][1]) < 1.5e-3 * local[0][1], (engine[0], local[0])
+        assert abs(open_row[1] - local[0][1]) > 3e-3 * local[0][1], (open_row, local[0])
 
 
 @pytest.mark.parametrize(
     ("name", "flags", "bound"),
     [
-        ("fp8", {"fp8-format": "hybrid"}, 0.02),
+        # The loss falls by a quarter a step here, so a fifth of a step's way apart.
+        ("fp8", {"fp8-format": "hybrid"}, 0.05),
         ("bf16_moments", {"optimizer-state": "bf16"}, 0.02),
         ("some_layers_again", {"recompute": "full", "recompute-num-layers": 1}, 0.005),
     ],
 )
 def test_what_saves_memory_or_time_learns_alike(work: Path, name: str, flags: dict[str, Any], bound: float) -> None:
-    pytest.importorskip("transformer_engine.pytorch")
+    needs_transformer_engine()
     plain = train(work, "transformer_engine", **{"train-iters": 12, "save-checkpoint-path": work / f"plain_{name}"})
     whole = {"train-iters": 12, "save-checkpoint-path": work / name, "exit-interval": 6, **flags}
     found = train(work, "transformer_engine", **whole) + train(work, "transformer_engine", **whole)
@@ -162,7 +171,7 @@ def test_what_saves_memory_or_time_learns_alike(work: Path, name: str, flags: di
     ],
 )
 def test_two_gpus_learn_as_one_does(work: Path, name: str, flags: dict[str, Any]) -> None:
-    pytest.importorskip("transformer_engine.pytorch")
+    needs_transformer_engine()
     length = {"seq-length": flags.get("seq-length", 256)}
     alone = {"load-checkpoint-path": work / "transformer_engine", "train-iters": 5, **length}
     one = train(work, "transformer_engine", **alone, **{"save-checkpoint-path": work / f"one_of_{name}"})
