@@ -1,11 +1,14 @@
 """Starts what these tests run: real processes, the kit's own commands."""
 
+import atexit
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,38 @@ def train(expect: int = 0, more: dict[str, str] | None = None, **flags: Any) -> 
     return run("-m", "common.train", *words({"master_port": free_port(), **flags}), expect=expect, more=more)
 
 
+def train_forked(expect: int = 0, more: dict[str, str] | None = None, **flags: Any) -> str:
+    """`train`'s log without torchrun: of its check, which must exit with `expect`, and after 0 of forked ranks."""
+    given = words(flags)
+    log = forked(0, "common.train", [*given, "--check"], expect, more)
+    return log if expect else log + forked(flags.get("gpus", 1), "common.train", given, more=more)
+
+
+@cache
+def parent(python_path: str) -> "subprocess.Popen[str]":
+    """The process that forks what is run with this PYTHONPATH (ranks.py), until this one ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed.ranks"], env=environment() | {"PYTHONPATH": python_path}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    atexit.register(process.communicate)  # ends its stdin, and waits for it
+    return process
+
+
+def forked(ranks: int, module: str, given: list[str], expect: int = 0, more: dict[str, str] | None = None) -> str:
+    """stdout and stderr of so many ranks of `python -m module`, or of one process that is no rank, as of `run`."""
+    variables = environment() | (more or {})
+    process = parent(variables["PYTHONPATH"])
+    assert process.stdin and process.stdout
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as log:
+        job = {"module": module, "words": given, "environment": variables, "log": log.name, "seconds": 300}
+        process.stdin.write(json.dumps({**job, "ranks": ranks, "port": free_port()}) + "\n")
+        process.stdin.flush()
+        found, text = int(process.stdout.readline()), log.read()
+    assert found == expect, f"exit code {found}:\n{text[-6000:]}"
+    return text
+
+
 def convert(load: Path, save: Path, **settings: Any) -> Path:
     """`save`, after step 2's Hugging Face to Megatron; in this process, which saves its start."""
     to_megatron(ToMegatron(str(load), str(save), **settings), check=False)
@@ -64,7 +99,6 @@ def steps(log: str) -> list[tuple[int, float, float]]:
     return [(int(i), float(loss), float(norm)) for i, loss, norm in STEP.findall(log)]
 
 
-def worker(processes: int, task: dict[str, Any]) -> None:
-    """Runs tests/distributed/worker.py under torchrun."""
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port()))
-    run(*torchrun, "-m", "tests.distributed.worker", json.dumps(task))
+def worker(processes: int, task: dict[str, Any], name: str = "worker") -> None:
+    """Runs tests/distributed/worker.py, or another program beside it, in so many forked ranks."""
+    forked(processes, f"tests.distributed.{name}", [json.dumps(task)])

@@ -1,4 +1,4 @@
-"""Runs under torchrun: packed rows against each of their samples in a row of its own, in one and the same layout.
+"""Runs in each rank: packed rows against each of their samples in a row of its own, in one and the same layout.
 
     python -m tests.distributed.packing_worker '{"settings": {...}, "load": DIR, "batch": FILE, "out": FILE}'
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.model.config import load_config
-from tests.distributed.launch import ROOT, convert, export, run, steps, train, words
+from tests.distributed.launch import ROOT, convert, export, run, steps, train, train_forked, words
 from tests.tiny import TEXTS, tiny_qwen
 from tests.unit.checkpoint.small import write_ranks
 
@@ -54,7 +54,7 @@ def vendor(*names: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def plain(work: Path) -> str:
     """The log of a run with nothing of the vendor's there."""
-    return train(**settings(work, "plain"), more=METAX)
+    return train_forked(**settings(work, "plain"), more=METAX)
 
 
 def test_a_run_says_what_it_found_and_saves_in_torch_format(work: Path, plain: str) -> None:
@@ -70,7 +70,7 @@ def test_a_run_says_what_it_found_and_saves_in_torch_format(work: Path, plain: s
 
 
 def test_the_vendors_attention_and_adam_are_taken_where_they_are_and_train_the_same(work: Path, plain: str) -> None:
-    log = train(**settings(work, "vendors"), more=vendor("flash_attn", "apex"))
+    log = train_forked(**settings(work, "vendors"), more=vendor("flash_attn", "apex"))
     assert "core attention: flash_attn\n" in log and "optimizer: apex.optimizers.FusedAdam" in log
     for (_, loss, _), (_, expected, _) in zip(steps(log), steps(plain), strict=True):
         assert abs(loss - expected) <= 0.02, (steps(log), steps(plain))
@@ -88,10 +88,10 @@ def test_a_kernel_that_is_asked_for_and_missing_stops_the_run(work: Path) -> Non
 def test_a_stopped_run_with_the_vendors_adam_goes_on_as_if_unbroken(ckpt_format: str, work: Path) -> None:
     more = vendor("flash_attn", "apex")
     flags = {"ckpt_format": ckpt_format, "tp": 2, "pp": 2, "gpus": 4}
-    unbroken = train(**settings(work, f"whole_{ckpt_format}", **flags), more=more)
+    unbroken = train_forked(**settings(work, f"whole_{ckpt_format}", **flags), more=more)
     assert ("CKPT_FORMAT=torch_dist was not run on metax" in unbroken) == (ckpt_format == "torch_dist")
     name = f"halves_{ckpt_format}"
-    halves = [train(**settings(work, name, **flags), exit_interval=3, more=more) for _ in range(2)]
+    halves = [train_forked(**settings(work, name, **flags), exit_interval=3, more=more) for _ in range(2)]
     assert steps(halves[0]) + steps(halves[1]) == steps(unbroken)
 
 
@@ -124,7 +124,7 @@ def old_checkpoint(work: Path, folder: Path, trained: bool) -> Path:
 def test_the_old_kits_checkpoints_load_and_go_on_and_come_out_again(work: Path, plain: str, trained: bool) -> None:
     name = f"old_{trained}"
     folder = old_checkpoint(work, work / name, trained)
-    log = train(**settings(work, f"{name}_run", load_checkpoint_path=folder), more=METAX)
+    log = train_forked(**settings(work, f"{name}_run", load_checkpoint_path=folder), more=METAX)
     assert f"start: weights from {folder}" in log
     assert steps(log) == steps(plain), "bit for bit the run from our own conversion"
     exports = (export(work / each, work / f"{name}_{each}_hf") for each in (f"{name}_run", "plain"))

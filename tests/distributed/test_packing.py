@@ -12,7 +12,7 @@ from common.data.batches import collate
 from common.data.indexed import IndexedWriter
 from common.data.manifest import DataFiles
 from common.data.samples import open_samples
-from tests.distributed.launch import convert, free_port, run
+from tests.distributed.launch import convert, worker
 from tests.tiny import tiny_qwen
 
 SEQ_LENGTH = 64
@@ -60,8 +60,7 @@ def compared(work: Path, batch: str, tp: int, pp: int, sequence_parallel: bool) 
     task = {
         "settings": settings, "load": str(target), "batch": str(work / f"{batch}.pt"), "out": str(work / "out.json"),
     }  # fmt: skip
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", str(tp * pp), "--master-port", str(free_port()))
-    run(*torchrun, "-m", "tests.distributed.packing_worker", json.dumps(task))
+    worker(tp * pp, task, "packing_worker")
     return json.loads((work / "out.json").read_text())
 
 

@@ -17,7 +17,7 @@ from transformers import Qwen2ForCausalLM
 from common.data.manifest import resolve
 from common.data.samples import open_samples
 from common.mcore import optimizer_sharding
-from tests.distributed.launch import convert, environment, export, free_port, run, steps, train, words
+from tests.distributed.launch import convert, environment, export, free_port, run, steps, train, train_forked, words
 from tests.tiny import TEXTS, tiny_qwen
 
 COMMON = {
@@ -76,7 +76,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def one_process(work: Path) -> list[tuple[int, float, float]]:
-    log = train(**settings(work, "finetune", save_checkpoint_path=work / "one", train_iters=20))
+    log = train_forked(**settings(work, "finetune", save_checkpoint_path=work / "one", train_iters=20))
     found = steps(log)
     assert [i for i, _, _ in found] == list(range(1, 21))
     return found
@@ -87,7 +87,7 @@ LANE = "pp2_vpp2"  # in every lane: Megatron-Core's versions say differently whi
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.lane] * (name == LANE)) for name in LAYOUTS])
 def test_every_layout_follows_one_process(work: Path, one_process: list[tuple[int, float, float]], name: str) -> None:
-    log = train(**settings(work, "finetune", save_checkpoint_path=work / name, train_iters=20, **LAYOUTS[name]))
+    log = train_forked(**settings(work, "finetune", save_checkpoint_path=work / name, train_iters=20, **LAYOUTS[name]))
     found = steps(log)
     assert len(found) == 20
     for (i, loss, norm), (_, expected_loss, expected_norm) in zip(found, one_process, strict=True):
@@ -120,7 +120,7 @@ def test_weights_weigh_the_loss_and_its_gradient(work: Path) -> None:
     flags = {"input": work / "weighted.jsonl", "output_prefix": work / "weighted", "tokenizer_path": work / "qwen"}
     run("-m", "common.preprocess", "sft", *words({**flags, "workers": 1}))
     flags = settings(work, "finetune", save_checkpoint_path=work / "by_weight", train_iters=1)
-    ((_, loss, norm),) = steps(train(**{**flags, "dataset_path": work / "weighted"}, gpus=2))
+    ((_, loss, norm),) = steps(train_forked(**{**flags, "dataset_path": work / "weighted"}, gpus=2))
 
     data = resolve(str(work / "weighted"))
     samples = open_samples(data, train_mode="finetune", seq_length=96, seed=1234, documents=range(8))
@@ -150,8 +150,8 @@ def test_ten_and_ten_steps_are_twenty(work: Path, ckpt_format: str, layout: dict
         convert(work / "qwen", work / "start_ranks", tp=2, pp=2, transformer_impl="local")
         layout = {**layout, "load_checkpoint_path": work / "start_ranks"}
     same = {**settings(work, "pretrain"), "train_iters": 20, "ckpt_format": ckpt_format, **layout}
-    unbroken = steps(train(**same, save_checkpoint_path=work / f"{name}_unbroken"))
-    halves = [steps(train(**same, save_checkpoint_path=work / name, exit_interval=10)) for _ in range(2)]
+    unbroken = steps(train_forked(**same, save_checkpoint_path=work / f"{name}_unbroken"))
+    halves = [steps(train_forked(**same, save_checkpoint_path=work / name, exit_interval=10)) for _ in range(2)]
     assert [i for i, _, _ in halves[0]] == list(range(1, 11)) and [i for i, _, _ in halves[1]] == list(range(11, 21))
     assert halves[0] + halves[1] == unbroken
     expected, found = (weights(work, work / folder) for folder in (f"{name}_unbroken", name))
@@ -162,9 +162,9 @@ def test_ten_and_ten_steps_are_twenty(work: Path, ckpt_format: str, layout: dict
 def test_a_learning_rate_of_zero_changes_no_bit_and_both_ways_out_agree(work: Path) -> None:
     still = {"lr": 0, "min_lr": 0, "train_iters": 3, "tp": 2, "pp": 2, "gpus": 4}
     source = load_file(work / "qwen" / "model.safetensors")
-    train(**{**settings(work, "pretrain", save_checkpoint_path=work / "still"), **still})
+    train_forked(**{**settings(work, "pretrain", save_checkpoint_path=work / "still"), **still})
     assert all(torch.equal(source[name], tensor) for name, tensor in weights(work, work / "still").items())
-    log = train(
+    log = train_forked(
         train_or_convert_ckpt="convert", load_checkpoint_path=work / "still", save_checkpoint_path=work / "still_torch",
         tp=2, pp=2, gpus=4, **COMMON,
     )  # fmt: skip
@@ -181,13 +181,13 @@ def test_a_distributed_checkpoint_goes_on_at_another_layout(
     work: Path, one_process: list[tuple[int, float, float]]
 ) -> None:
     flags = settings(work, "finetune", save_checkpoint_path=work / "moved", train_iters=20)
-    train(**flags, tp=2, gpus=2, exit_interval=10)
+    train_forked(**flags, tp=2, gpus=2, exit_interval=10)
     layout = {"pp": 2, "gpus": 2}
     if optimizer_sharding() == "dp_zero_gather_scatter":  # Megatron-Core before 0.13
-        log = train(expect=2, **flags, **layout, exit_interval=15)
+        log = train_forked(expect=2, **flags, **layout, exit_interval=15)
         assert "loads at its own TP, PP and VPP alone" in log
         layout = {"tp": 2, "gpus": 4}
-    rest = steps(train(**flags, **layout, exit_interval=15))
+    rest = steps(train_forked(**flags, **layout, exit_interval=15))
     assert [i for i, _, _ in rest] == list(range(11, 16))
     for (_, loss, norm), (_, expected_loss, expected_norm) in zip(rest, one_process[10:15], strict=True):
         assert abs(loss - expected_loss) <= 1e-4
@@ -198,9 +198,9 @@ def test_a_distributed_checkpoint_goes_on_at_another_layout(
 def test_bf16_recompute_evaluation_and_asynchronous_saving_work_together(work: Path) -> None:
     flags = settings(work, "pretrain", train_iters=4, tp=2, gpus=2, precision="bf16")
     flags |= {"split": "80,20,0", "eval_interval": 2, "eval_iters": 2}
-    plain = train(**flags, save_checkpoint_path=work / "plain")
-    full = train(**flags, save_checkpoint_path=work / "full", recompute="full", async_save=True, save_interval=2)
-    selective = train(**flags, save_checkpoint_path=work / "selective", recompute="selective")
+    plain = train_forked(**flags, save_checkpoint_path=work / "plain")
+    full = train_forked(**flags, save_checkpoint_path=work / "full", recompute="full", async_save=True, save_interval=2)
+    selective = train_forked(**flags, save_checkpoint_path=work / "selective", recompute="selective")
     assert steps(plain) == steps(full) == steps(selective)
     assert full.count("validation at iteration") == 2
     expected, found = (weights(work, work / name) for name in ("plain", "full"))
@@ -223,9 +223,9 @@ def test_more_epochs_on_resume_change_nothing_that_was(work: Path) -> None:
         "micro_batch_size": 50,
         "lr_decay_style": "constant",
     }
-    first = steps(train(**flags, save_checkpoint_path=work / "epochs", epochs=1))
-    rest = steps(train(**flags, save_checkpoint_path=work / "epochs", epochs=2))
-    whole = steps(train(**flags, save_checkpoint_path=work / "epochs_whole", epochs=2))
+    first = steps(train_forked(**flags, save_checkpoint_path=work / "epochs", epochs=1))
+    rest = steps(train_forked(**flags, save_checkpoint_path=work / "epochs", epochs=2))
+    whole = steps(train_forked(**flags, save_checkpoint_path=work / "epochs_whole", epochs=2))
     assert [len(first), len(rest), len(whole)] == [2, 2, 4]
     assert first + rest == whole
 
@@ -245,7 +245,7 @@ def test_a_run_that_is_ended_goes_on_by_the_same_command(work: Path, how: signal
     wait_for(lambda: not alive(folder))
     done = int((folder / "latest_checkpointed_iteration.txt").read_text())
     assert done >= 5
-    again = steps(train(**{**flags, "exit_interval": 1}))
+    again = steps(train_forked(**{**flags, "exit_interval": 1}))
     assert [i for i, _, _ in again] == [done + 1]
 
 

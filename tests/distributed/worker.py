@@ -1,4 +1,4 @@
-"""Runs under torchrun: what the model itself gives, for tests that hold it against Hugging Face.
+"""Runs in each rank: what the model itself gives, for tests that hold it against Hugging Face.
 
     python -m tests.distributed.worker '{"settings": {...}, "runs": [{"load": DIR, "out": FILE, "gradients": false}]}'
 

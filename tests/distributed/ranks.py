@@ -1,0 +1,86 @@
+"""Ranks forked from a process that has imported what they import, which costs each that torchrun starts three seconds.
+
+    python -m tests.distributed.ranks          takes jobs from stdin, a JSON object a line, and answers exit codes
+
+A job's processes are `python -m MODULE WORDS` with the variables that torchrun gives its ranks; without ranks it is one
+process with none of them. What the launch and torchrun do themselves is held where a user's command is run: in
+test_training.py, test_metax.py, test_blends.py, tests/nodes and tests/end_to_end.
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from typing import Any
+
+import torch.multiprocessing
+
+from common import log, mcore
+from common.platforms.cpu import CPU
+
+
+def wait(processes: list[int], seconds: float) -> int:
+    """0 when all have ended well; else the code of the first that has not, when the others are killed."""
+    end, left = time.monotonic() + seconds, set(processes)
+    while left:
+        for process in list(left):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                left.remove(process)
+                if code := os.waitstatus_to_exitcode(status):
+                    return kill(left, code)
+        if time.monotonic() > end:
+            return kill(left, 124)
+        time.sleep(0.01)
+    return 0
+
+
+def kill(processes: set[int], code: int) -> int:
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    return code
+
+
+def act(job: dict[str, Any], rank: int) -> None:
+    """Makes this process the job's: its output, its environment, its arguments, its module."""
+    told = os.open(job["log"], os.O_WRONLY | os.O_APPEND)
+    for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, told), (2, told)):
+        os.dup2(source, target)
+    os.environ.update(job["environment"])
+    if job["ranks"]:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": job["port"]}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ.update(MASTER_ADDR="localhost", TORCHELASTIC_RUN_ID="none")
+    sys.argv[1:] = job["words"]
+    runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
+
+
+def main() -> None:
+    """Forks each job's processes, until there are no more jobs."""
+    log.quiet_libraries()
+    mcore.prepare(CPU)
+    mcore.prepare = lambda platform: None  # it is done, and is not to be done twice
+    import common.training.loop  # noqa: F401  what every rank imports
+
+    # Where torch_dist is written, Megatron-Core spawns a process in each rank: two seconds for the sake of a queue.
+    torch.multiprocessing.get_context = lambda method=None: multiprocessing.get_context("fork")
+    gc.freeze()  # else a rank's first collection copies the memory that it shares with the others
+
+    for line in sys.stdin:
+        job, processes = json.loads(line), []
+        for rank in range(max(1, job["ranks"])):
+            process = os.fork()
+            if not process:
+                act(job, rank)
+                return
+            processes.append(process)
+        print(wait(processes, job["seconds"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
