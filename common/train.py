@@ -14,6 +14,7 @@ from common.platforms import check_machine, current
 from common.settings import add_options, from_namespace
 from common.training.config import TrainSettings
 from common.training.interfaces import check_gloo_interface
+from common.training.lifetime import end_with_parent
 from common.training.plan import describe, plan_run
 from common.training.tracking import check_tracking
 
@@ -66,3 +67,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     errors.run(main)
+elif __name__ == "__mp_main__":  # a rank has spawned this process
+    end_with_parent()

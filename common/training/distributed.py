@@ -1,6 +1,5 @@
 """The process group of a run: started, agreed over, ended."""
 
-import ctypes
 import datetime
 import os
 import random
@@ -20,16 +19,6 @@ from common.parallel import ParallelSizes
 from common.platforms.base import Platform
 from common.training.nodes import differences, start_facts
 from common.training.plan import Start
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def end_with_launcher() -> None:
-    """Has the kernel kill this process when the launcher that started it is killed.
-
-    torchrun's processes would train on and write checkpoints while the user starts the same run again.
-    """
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

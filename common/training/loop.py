@@ -12,7 +12,8 @@ from common.data.batches import batches
 from common.data.samples import Samples
 from common.errors import KitError
 from common.log import logger
-from common.training.distributed import StopSignal, check_same_start, end_with_launcher, process_group
+from common.training.distributed import StopSignal, check_same_start, process_group
+from common.training.lifetime import end_with_parent
 from common.training.metrics import Interval, Meter, Stopwatch, flops_per_token, peak_tflops
 from common.training.optimizer import Trainee, build_trainee
 from common.training.plan import Plan
@@ -25,7 +26,7 @@ from common.training.tracking import Tracking
 def run_plan(plan: Plan) -> None:
     """Trains, or converts the newest distributed checkpoint to torch format, as `plan` says."""
     settings = plan.settings
-    end_with_launcher()
+    end_with_parent()
     with process_group(plan.platform, plan.sizes, settings.seed, settings.distributed_timeout_min):
         if settings.nnodes > 1:
             check_same_start(plan.start)

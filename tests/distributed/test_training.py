@@ -236,7 +236,8 @@ def test_a_run_that_is_ended_goes_on_by_the_same_command(work: Path, how: signal
     flags = settings(work, "pretrain", save_checkpoint_path=folder, train_iters=4000, save_interval=5, gpus=2)
     command = [sys.executable, "-m", "common.train", *words({**flags, "master_port": free_port()})]
     with told.open("w") as log:
-        process = subprocess.Popen(command, env=environment(), stderr=log, start_new_session=True)
+        marked = {**environment(), MARK: str(folder)}
+        process = subprocess.Popen(command, env=marked, stderr=log, start_new_session=True)
     wait_for(lambda: "iter_0000005" in told.read_text())
     process.send_signal(how)  # to the launcher alone: its processes must not outlive it
     process.wait(timeout=120)
@@ -256,7 +257,16 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
+MARK = "KIT_TEST_RUN"  # in the environment of whatever a run starts
+
+
 def alive(folder: Path) -> bool:
-    """Whether a process of the run that saves to `folder` is there still."""
-    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    return any(f"--save-checkpoint-path={folder}".encode() in line for line in lines)
+    """Whether a process of the run marked with `folder` is there still."""
+    return any(f"{MARK}={folder}\0".encode() in environment_of(path) for path in Path("/proc").glob("[0-9]*"))
+
+
+def environment_of(process: Path) -> bytes:
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:  # ended, or another user's
+        return b""
