@@ -30,6 +30,7 @@ class Work:
     recompute: str
     recompute_num_layers: int | None  # with full: the first so many of a chunk; None: all
     masked: bool  # packing or reset_attention in local layers: attention with a mask [b, 1, s, s]
+    joined: bool  # the same in Transformer Engine's: rows joined to one, of which attention is told the bounds
     fused_kernels: bool
 
     @property
@@ -103,7 +104,7 @@ def attention_tensors(work: Work) -> dict[str, int]:
     """
     qkv = work.query + 2 * work.key
     heads = work.qwen.num_attention_heads // work.tp
-    apart = work.fused_kernels and not work.qwen.qk_norm
+    apart = work.fused_kernels and not work.qwen.qk_norm and not work.joined
     whole = not apart and (not work.engine or work.recompute == "selective")
     kept = {
         "query and key": work.query + work.key,

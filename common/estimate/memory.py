@@ -43,6 +43,7 @@ class RankMemory:
 def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Work:
     """What the activations of a run depend on."""
     impl = settings.transformer_impl or platform.transformer_impl
+    samples_in_rows = settings.packing or settings.reset_attention
     return Work(
         qwen=qwen,
         seq_length=settings.seq_length,
@@ -54,7 +55,8 @@ def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Wo
         transformer_impl=impl,
         recompute=settings.recompute,
         recompute_num_layers=settings.recompute_num_layers,
-        masked=(settings.packing or settings.reset_attention) and impl == "local",
+        masked=samples_in_rows and impl == "local",
+        joined=samples_in_rows and impl == "transformer_engine",
         fused_kernels=platform.fused_kernels,
     )
 

@@ -87,3 +87,15 @@ def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None
     found = [one["kept"] for one in count(tasks)]
     assert len({*named}) == len(tasks) > 30
     assert dict(zip(named, found, strict=True)) == dict(zip(named, formulas, strict=True))
+
+
+def test_rows_that_are_joined_go_without_the_kernel_of_qkv(tmp_path: Path) -> None:
+    """So a checkpointed attention keeps the whole QKV product for its value, not the value alone."""
+    qwen = load_config(write_config(tmp_path / "qwen2"))
+    same = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1, "recompute": "selective"}
+    values = []
+    for packing in (False, True):
+        chosen = TrainSettings(**same, train_mode="finetune", packing=packing, transformer_impl="transformer_engine")
+        work = work_of(chosen, replace(CPU, fused_kernels=True), qwen)
+        values.append(layer_tensors(work)["value"])
+    assert values == [work.key, work.query + 2 * work.key]
