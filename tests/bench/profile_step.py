@@ -17,7 +17,7 @@ from common.settings import add_options, from_namespace
 from common.training.config import TrainSettings
 
 WARM_UP, TIMED, PROFILED = 3, 4, 1
-MS = 1e3
+MS = 1e3  # the profiler counts microseconds
 
 
 def main() -> None:
