@@ -1,7 +1,6 @@
 """Where the Triton kernels of SwiGLU and QKV are called: with plain PyTorch there, a model is what it was."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from common import mcore
 from common.model.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms import PLATFORMS
+from tests.distributed.launch import free_port
 from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[3]
@@ -26,10 +26,8 @@ S, B = 24, 2
 @pytest.mark.lane
 def test_a_model_with_other_code_in_these_places_is_the_same(tmp_path: Path) -> None:
     tiny_qwen(tmp_path, std=0.2)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    alone["MASTER_PORT"] = str(free_port())
     done = subprocess.run(
         [sys.executable, "-m", "tests.unit.model.test_places_of_kernels", str(tmp_path)],
         env={**os.environ, **alone}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
