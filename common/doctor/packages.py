@@ -69,11 +69,12 @@ def look_at_transformers() -> Finding:
 
 
 def look_at_extensions(platform: Platform, told: dict[str, tuple[bool, Any]], no_device: bool) -> list[Finding]:
-    """Transformer Engine, apex and flash_attn: each is optional, but one that is there and broken is not."""
+    """Transformer Engine, apex and the flash_attns: each is optional, but one that is there and broken is not."""
     lacking = {
         "transformer_engine": (platform.transformer_engine, "TRANSFORMER_IMPL=local runs without it, more slowly"),
         "apex": (not any(works for works, _ in told.values()), "torch's own Adam is used, in more and smaller steps"),
         "flash_attn": ("flash_attn" in platform.core_attention, "PyTorch's attention is used"),
+        "flash_attn_4": (False, "on Hopper GPUs its attention is faster than cuDNN's"),
     }
     findings = []
     for name, (wanted, remedy) in lacking.items():
@@ -88,8 +89,10 @@ def look_at_extensions(platform: Platform, told: dict[str, tuple[bool, Any]], no
 
 
 def extensions() -> list[str]:
-    """Those that are there to be probed."""
-    return [name for name in ("transformer_engine", "apex", "flash_attn") if find_spec(name)]
+    """Those that are there to be probed; flash-attn-4 alone makes `flash_attn` a folder without a module."""
+    specs = {name: find_spec(name) for name in ("transformer_engine", "apex", "flash_attn")}
+    found = [name for name, spec in specs.items() if spec and spec.origin]
+    return [*found, "flash_attn_4"] if version("flash_attn_4") else found
 
 
 def _excused(told: tuple[bool, Any], no_device: bool) -> tuple[bool, Any]:

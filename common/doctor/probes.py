@@ -115,6 +115,14 @@ def flash_attn() -> str:
     return _attention("flash_attn") if torch.cuda.is_available() else "imports"
 
 
+def flash_attn_4() -> str:
+    """FlashAttention 4 the same way."""
+    import torch
+    from flash_attn.cute import flash_attn_func  # noqa: F401
+
+    return _attention("flash_attn_4") if torch.cuda.is_available() else "imports"
+
+
 def megatron() -> str:
     """Megatron-Core's model, optimizer and checkpoints, as training imports them."""
     mcore.prepare(current())
@@ -126,7 +134,8 @@ def megatron() -> str:
 PROBES: dict[str, Callable[[], Any]] = {
     probe.__name__: probe
     for probe in (
-        devices, matmul, attention, masked_attention, collective, transformer_engine, apex, flash_attn, megatron,
+        devices, matmul, attention, masked_attention, collective, transformer_engine, apex, flash_attn, flash_attn_4,
+        megatron,
     )
 }  # fmt: skip
 

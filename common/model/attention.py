@@ -1,4 +1,4 @@
-"""Core attention of Megatron-Core's local layers: PyTorch's scaled_dot_product_attention, or the image's flash_attn.
+"""Core attention: PyTorch's scaled_dot_product_attention, the image's flash_attn, or FlashAttention 4.
 
 Megatron-Core's own local attention materialises the scores [b, n, s, s] and takes no grouped queries without copies.
 Letters: s sequence, b micro-batch, n query heads, g key-value groups, d head size; n and g are this rank's share.
@@ -21,6 +21,8 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 class SdpaAttention(torch.nn.Module):
     """Causal attention; with a mask, attention where the mask (True = masked out) allows it."""
+
+    before_engine = False  # whether it is faster than what Transformer Engine's layers have
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any) -> None:
         super().__init__()
@@ -101,21 +103,75 @@ class FlashAttention(SdpaAttention):
         """As forward, by flash_attn where it can."""
         if attention_mask is not None or query.dtype == torch.float32:
             return super().attend(query, key, value, attention_mask)
+        return self.flash(query, key, value).flatten(2)
+
+    def flash(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n, d]."""
         from flash_attn import flash_attn_func  # the vendor's, where there is one
 
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        out = flash_attn_func(query, key, value, softmax_scale=self.scale, causal=True)
-        return out.transpose(0, 1).flatten(2)
+        out: torch.Tensor = flash_attn_func(query, key, value, softmax_scale=self.scale, causal=True)
+        return out.transpose(0, 1)
 
 
-KINDS: dict[str, type[SdpaAttention]] = {"flash_attn": FlashAttention, "sdpa": SdpaAttention}
+class FlashAttention4(FlashAttention):
+    """The same by FlashAttention 4, of the package flash-attn-4, which compiles itself for Hopper and later GPUs."""
+
+    before_engine = True
+
+    def flash(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n, d]."""
+        out: torch.Tensor = _Flash4.apply(query, key, value, self.scale)
+        return out
+
+
+class _Flash4(torch.autograd.Function):
+    """flash_attn.cute's two halves, with the result in Megatron-Core's layout: its own function would have it copied.
+
+    Its interface.py has both without a promise to keep them as they are; `choose` finds out before a run begins.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        out = query.new_empty(query.shape)
+        rows = [x.transpose(0, 1) for x in (query, key, value, out)]
+        lse = _flash_attn_fwd(*rows[:3], softmax_scale=scale, causal=True, return_lse=True, out=rows[3])[1]
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        *tensors, lse = ctx.saved_tensors
+        rows = [x.transpose(0, 1) for x in (*tensors, upstream[0])]
+        gradients = [x.new_empty(x.shape) for x in tensors[:3]]
+        places = dict(zip(("dq", "dk", "dv"), (x.transpose(0, 1) for x in gradients), strict=True))
+        _flash_attn_bwd(*rows, lse, softmax_scale=ctx.scale, causal=True, **places)
+        return *gradients, None
+
+
+KINDS: dict[str, type[SdpaAttention]] = {
+    "flash_attn": FlashAttention,
+    "flash_attn_4": FlashAttention4,
+    "sdpa": SdpaAttention,
+}
 TOLERANCE = 0.02  # of the largest value: bf16 has 8 bits
+PROBED = 320  # tokens: more than one tile of every kernel
 
 
-def choose(preferred: Sequence[str], heads: tuple[int, int, int], device: torch.device) -> type[SdpaAttention]:
+def choose(
+    preferred: Sequence[str], heads: tuple[int, int, int], device: torch.device, *, engine: bool = False
+) -> type[SdpaAttention] | None:
     """The first of the kinds `preferred` that works on `device` for `heads`, (n, g, d); which and why is logged.
 
-    A kernel that is not there, fails or is wrong is passed over; raises KitError when none is left.
+    A kernel that is not there, fails or is wrong is passed over. Where none is left, None with `engine`, for
+    Transformer Engine's own; else raises KitError.
     """
     failures: list[str] = []
     for name in preferred:
@@ -124,6 +180,9 @@ def choose(preferred: Sequence[str], heads: tuple[int, int, int], device: torch.
             logger.info("core attention: %s%s", name, f" ({'; '.join(failures)})" if failures else "")
             return KINDS[name]
         failures.append(f"{name}: {failure}")
+    if engine:
+        logger.info("core attention: Transformer Engine's (%s)", "; ".join(failures))
+        return None
     raise KitError(f"no core attention works here ({'; '.join(failures)}): `python -m common.doctor` tells more")
 
 
@@ -131,9 +190,9 @@ def why_not(kind: type[SdpaAttention], heads: tuple[int, int, int], device: torc
     """Why `kind` cannot be used for bf16 tensors of `heads`, (n, g, d); empty where it is right, backward too."""
     num_heads, num_groups, size = heads
     generator = torch.Generator().manual_seed(0)
-    shapes = [(64, 2, count, size) for count in (num_heads, num_groups, num_groups)]
+    shapes = [(PROBED, 2, count, size) for count in (num_heads, num_groups, num_groups)]
     given = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
-    weight = torch.randn(64, 2, num_heads * size, generator=generator).bfloat16()
+    weight = torch.randn(PROBED, 2, num_heads * size, generator=generator).bfloat16()
     try:
         found = _results(kind, [x.to(device) for x in given], weight.to(device))
     except Exception as error:  # whatever a vendor's kernel raises

@@ -18,7 +18,7 @@ from common.mcore import (
     use_kernels,
     weight_gradient_fusion,
 )
-from common.model.attention import SdpaAttention, choose
+from common.model.attention import KINDS, SdpaAttention, choose
 from common.model.config import QwenConfig
 from common.model.gpt import QwenModel
 from common.model.layer_spec import block_spec
@@ -42,7 +42,7 @@ class ModelOptions:
     tp_comm_overlap: bool = False
     fp8_format: str = "none"  # none, hybrid or e4m3
     fp8_recipe: str = "tensorwise"
-    core_attention: str = "auto"  # of local layers: flash_attn, sdpa, or auto: the platform's first that works
+    core_attention: str = "auto"  # a kind of common.model.attention, or auto: the platform's first that works
     joins_rows: bool = False  # packed samples are told apart by their bounds
 
 
@@ -157,14 +157,20 @@ def _use_kernels(transformer_impl: str) -> None:
 
 def core_attention(
     qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform
-) -> type[SdpaAttention]:
-    """The local layers' core attention, probed on this rank's device; without local layers nothing is probed."""
-    if options.transformer_impl != "local" or options.precision == "fp32":
-        return SdpaAttention  # flash_attn has no float32
-    preferred = platform.core_attention if options.core_attention == "auto" else (options.core_attention,)
+) -> type[SdpaAttention] | None:
+    """What attends in each layer, probed on this rank's device; None: Transformer Engine's layers keep their own."""
+    engine = options.transformer_impl == "transformer_engine"
+    if options.precision == "fp32" or options.joins_rows or sizes.cp > 1:
+        return None if engine else SdpaAttention  # flash_attn has no float32; the others go by bounds and ranks
+    told = options.core_attention
+    preferred = platform.core_attention if told == "auto" else (told,)
+    if engine and told == "auto":
+        preferred = tuple(kind for kind in preferred if KINDS[kind].before_engine)
+        if not preferred:
+            return None
     device = torch.device("cuda", torch.cuda.current_device()) if platform.device == "cuda" else torch.device("cpu")
     heads = (qwen.num_attention_heads // sizes.tp, qwen.num_key_value_heads // sizes.tp, qwen.head_dim)
-    return choose(preferred, heads, device)
+    return choose(preferred, heads, device, engine=engine and told == "auto")
 
 
 def _chunk(
@@ -173,7 +179,7 @@ def _chunk(
     sizes: ParallelSizes,
     options: ModelOptions,
     platform: Platform,
-    core: type[SdpaAttention],
+    core: type[SdpaAttention] | None,
     seq_length: int,
     index: int,
 ) -> torch.nn.Module:
@@ -184,7 +190,12 @@ def _chunk(
         num_tokens=qwen.vocab_size,
         triton=platform.fused_kernels,
         config=config,
-        transformer_layer_spec=block_spec(options.transformer_impl, num_layers, qwen.qk_norm, core),
+        transformer_layer_spec=block_spec(
+            options.transformer_impl,
+            num_layers,
+            qwen.qk_norm,
+            core,
+        ),
         vocab_size=qwen.padded_vocab_size(sizes.tp),
         max_sequence_length=seq_length,
         pre_process=first,

@@ -13,14 +13,20 @@ from common.model.norm import RMSNorm
 
 
 def block_spec(
-    transformer_impl: str, num_layers: int, qk_norm: bool, core_attention: type[SdpaAttention] = SdpaAttention
+    transformer_impl: str,
+    num_layers: int,
+    qk_norm: bool,
+    core_attention: type[SdpaAttention] | None = None,
 ) -> Any:
     """The spec of a pipeline stage with `num_layers` layers; `transformer_impl` is transformer_engine or local.
 
-    `core_attention` is the local layers'.
+    core_attention: in place of Transformer Engine's own; local layers need one.
     """
     if transformer_impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+        if core_attention:
+            layer.submodules.self_attention.submodules.core_attention = core_attention
+        return layer
     layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm

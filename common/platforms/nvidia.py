@@ -10,6 +10,7 @@ NVIDIA = Platform(
     transformer_engine=True,
     checkpoint_format="torch_dist",
     fused_kernels=True,
+    core_attention=("flash_attn_4", "sdpa"),
     ran_on_hardware=True,
     oldest_cuda="12.4",  # NGC 24.03's, the oldest that the kit's pins were put together for
     container_flags="--gpus all",

@@ -81,7 +81,7 @@ class TrainSettings:
     ckpt_format: str | None = option(None, "torch_dist or torch; default: the platform's", ("torch_dist", "torch"))
     transformer_impl: str | None = option(None, "layers; default: the platform's", ("transformer_engine", "local"))
     core_attention: str = option(
-        "auto", "attention of local layers; auto: the platform's first that works", ("auto", "flash_attn", "sdpa")
+        "auto", "auto: the platform's first that works here", ("auto", "flash_attn", "flash_attn_4", "sdpa")
     )
     sequence_parallel: bool = option(True, "with TP above 1: split activations over the sequence too")
     num_workers: int = option(2, "processes that read batches ahead; 0: none")

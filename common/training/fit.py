@@ -48,6 +48,11 @@ def check_layers(settings: TrainSettings, platform: Platform) -> None:
             f"TP_COMM_OVERLAP=true with TP={settings.tp} and SEQUENCE_PARALLEL={settings.sequence_parallel}: it needs"
             " TP above 1, and sequence parallelism, whose sends it overlaps"
         )
+    if settings.core_attention != "auto" and engine and (settings.cp > 1 or apart):
+        cause = f"{apart[0]}=true" if apart else f"CP={settings.cp}"
+        raise KitError(
+            f"CORE_ATTENTION={settings.core_attention} cannot do {cause}, Transformer Engine's own can: set it to auto"
+        )
     if settings.optimizer_state == "bf16" and not platform.transformer_engine:
         raise KitError(f"OPTIMIZER_STATE=bf16 needs Transformer Engine, and {platform.name} has none: set it to fp32")
     if apart and not engine and not platform.masked_attention:

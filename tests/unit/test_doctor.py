@@ -131,11 +131,13 @@ def extensions(platform: Any, *there: str) -> dict[str, Finding]:
 
 
 def test_what_a_platform_lacks_is_weighed_by_what_it_would_use() -> None:
-    assert [each.status for each in extensions(METAX).values()] == ["ok", "warn", "warn"]
-    assert [each.status for each in extensions(NVIDIA).values()] == ["warn", "warn", "ok"]
+    names = ["transformer_engine", "apex", "flash_attn", "flash_attn_4"]
+    for platform, statuses in ((METAX, ["ok", "warn", "warn", "ok"]), (NVIDIA, ["warn", "warn", "ok", "ok"])):
+        found = extensions(platform)
+        assert {name: each.status for name, each in found.items()} == dict(zip(names, statuses, strict=True))
     with_engine = extensions(NVIDIA, "transformer_engine")
     assert with_engine["apex"].status == "ok", "Transformer Engine brings a fused Adam too"
-    assert [each.status for each in extensions(on_cpu(METAX)).values()] == ["ok"] * 3
+    assert [each.status for each in extensions(on_cpu(METAX)).values()] == ["ok"] * 4
 
 
 def test_devices_are_told_with_their_memory() -> None:

@@ -192,6 +192,8 @@ def test_core_attention_is_the_first_that_works_of_the_platforms(work: Path, mon
     assert core_attention(chosen.qwen, chosen.sizes, options, other) is SdpaAttention
     told_otherwise = replace(options, core_attention="sdpa")
     assert core_attention(chosen.qwen, chosen.sizes, told_otherwise, PLATFORM) is SdpaAttention
+    engine = replace(options, transformer_impl="transformer_engine")
+    assert core_attention(chosen.qwen, chosen.sizes, engine, PLATFORM) is None  # it has its own
     float32 = replace(options, precision="fp32")
     assert core_attention(chosen.qwen, chosen.sizes, float32, PLATFORM) is SdpaAttention
     del sys.modules["flash_attn"]

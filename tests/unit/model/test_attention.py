@@ -1,4 +1,4 @@
-"""The local layers' core attention: which is taken, and that each gives the same."""
+"""Core attention: which is taken, and that each gives the same."""
 
 import logging
 import sys
@@ -11,20 +11,30 @@ import pytest
 import torch
 
 from common.errors import KitError
-from common.model.attention import FlashAttention, SdpaAttention, block_causal_mask, choose, why_not
+from common.model.attention import FlashAttention, FlashAttention4, SdpaAttention, block_causal_mask, choose, why_not
 
 CPU, HEADS = torch.device("cpu"), (8, 2, 16)
-STAND_IN = Path(__file__).parents[2] / "stand_ins" / "flash_attn"
+STAND_INS = Path(__file__).parents[2] / "stand_ins"
 
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(STAND_IN))
+    monkeypatch.syspath_prepend(str(STAND_INS / "flash_attn"))
     import flash_attn
 
     flash_attn.GROUPS.clear()
     yield flash_attn
     del sys.modules["flash_attn"]
+
+
+@pytest.fixture
+def flash_4(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(STAND_INS / "flash_attn_4"))
+    from flash_attn.cute import interface
+
+    yield interface
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        del sys.modules[name]
 
 
 def attend(kind: type[SdpaAttention], mask: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -39,6 +49,27 @@ def test_flash_attention_gives_what_sdpa_gives_and_gets_the_groups_uncopied(flas
     assert mine.shape == theirs.shape == (32, 3, 128)
     assert (mine.float() - theirs).abs().max() <= 0.02 * theirs.abs().max()
     assert flash.GROUPS == [(8, 2)]
+
+
+def test_flash_attention_4_gives_what_sdpa_gives_where_megatron_core_has_it(flash_4: Any) -> None:
+    mine, theirs = attend(FlashAttention4), attend(SdpaAttention, dtype=torch.float32)
+    assert mine.shape == theirs.shape == (32, 3, 128) and mine.is_contiguous()
+    assert (mine.float() - theirs).abs().max() <= 0.02 * theirs.abs().max()
+    assert why_not(FlashAttention4, HEADS, CPU) == ""  # gradients too
+
+
+def test_transformer_engines_own_is_left_where_none_works(
+    flash_4: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="kit"):
+        assert choose(("flash_attn_4",), HEADS, CPU, engine=True) is FlashAttention4
+        monkeypatch.setattr(flash_4, "_flash_attn_bwd", raising)
+        assert choose(("flash_attn_4",), HEADS, CPU, engine=True) is None
+    reason = "flash_attn_4: RuntimeError: no kernel for this head size"
+    assert caplog.messages == ["core attention: flash_attn_4", f"core attention: Transformer Engine's ({reason})"]
+    with pytest.raises(KitError, match="no core attention works here"):
+        choose(("flash_attn_4",), HEADS, CPU)
 
 
 def test_with_a_mask_or_in_float32_it_is_sdpa(flash: Any) -> None:
