@@ -270,6 +270,11 @@ def single_qkv_rope(wanted: bool) -> dict[str, Any]:
     return {"fused_single_qkv_rope": wanted} if version() >= SINGLE_QKV_ROPE_SINCE else {}
 
 
+def joins_norms() -> bool:
+    """Whether layers call their sums and norms as `common.model.joined_norm` is made for: from 0.15 on, as tried."""
+    return version() >= (0, 15)
+
+
 def mend_training() -> None:
     """Mends what a step and its checkpoint need mended in the installed version; called again, it does nothing."""
     mend_torch_adam_step()

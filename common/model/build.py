@@ -14,6 +14,7 @@ from common.mcore import (
     chunk_place,
     first_and_last_differ,
     fuse_rotary_embedding,
+    joins_norms,
     single_qkv_rope,
     use_kernels,
     weight_gradient_fusion,
@@ -21,6 +22,7 @@ from common.mcore import (
 from common.model.attention import KINDS, SdpaAttention, choose
 from common.model.config import QwenConfig
 from common.model.gpt import QwenModel
+from common.model.joined_norm import join
 from common.model.layer_spec import block_spec
 from common.model.rope import yarn_frequencies
 from common.parallel import ParallelSizes
@@ -186,15 +188,13 @@ def _chunk(
     chunk = index * sizes.pp + parallel_state.get_pipeline_model_parallel_rank()
     num_layers = qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers)[chunk]
     first, last, more = chunk_place(index, sizes.vpp)
+    joined = has_joined_norms(options, platform)
     model = QwenModel(
         num_tokens=qwen.vocab_size,
         triton=platform.fused_kernels,
         config=config,
         transformer_layer_spec=block_spec(
-            options.transformer_impl,
-            num_layers,
-            qwen.qk_norm,
-            core,
+            options.transformer_impl, num_layers, qwen.qk_norm, core, joined_norms=joined
         ),
         vocab_size=qwen.padded_vocab_size(sizes.tp),
         max_sequence_length=seq_length,
@@ -205,10 +205,20 @@ def _chunk(
         rotary_base=qwen.rope_theta,
         **more,
     )
+    if joined:
+        from common.model.norm_kernels import TritonNorms  # imports triton, which is not everywhere
+
+        join(model.decoder, TritonNorms(), across_layers=options.recompute != "full")
     if qwen.yarn:
         frequencies = yarn_frequencies(qwen.yarn, qwen.head_dim, qwen.rope_theta)
         model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
     return model
+
+
+def has_joined_norms(options: ModelOptions, platform: Platform) -> bool:
+    """Whether sums are normed as they are added: not where Transformer Engine joins norm and product to a purpose."""
+    apart = options.fp8_format == "none" and not options.tp_comm_overlap
+    return platform.fused_kernels and joins_norms() and apart
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:

@@ -37,7 +37,10 @@ HEAVY_ALLOWED = {("common.data.chat", "transformers")}
 LIGHT_COMMANDS = ("common.preprocess", "common.convert")
 
 OPTIONAL = ("transformer_engine", "apex", "flash_attn")
-KERNELS = ("common.model.loss_kernels", "common.model.qkv_rope", "common.model.swiglu")  # need triton
+# Need triton.
+KERNELS = (
+    "common.model.loss_kernels", "common.model.norm_kernels", "common.model.qkv_rope", "common.model.swiglu",
+)  # fmt: skip
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
 
 

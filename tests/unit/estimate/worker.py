@@ -48,6 +48,22 @@ def fused_rms_norm(x: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float
     return FusedNorm.apply(x, weight, eps)
 
 
+class FusedNormOfSum(torch.autograd.Function):
+    """Keeps what the kernel of common/model/norm_kernels.py keeps: the sum, a float32 a row, weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
+        total = x + residual
+        scale = torch.rsqrt(total.float().pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(total, scale, weight)
+        return total, (total.float() * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
+        total, _, weight = ctx.saved_tensors
+        return torch.zeros_like(total), torch.zeros_like(total), torch.zeros_like(weight), None
+
+
 class SplitAndRotate(torch.autograd.Function):
     """Keeps what the kernel of common/model/qkv_rope.py keeps: nothing of its input."""
 
@@ -67,7 +83,8 @@ class Kept:
     """A tensor that autograd keeps, counted as long as it does."""
 
     def __init__(self, ledger: "Ledger", tensor: torch.Tensor) -> None:
-        self.ledger, self.tensor = ledger, tensor
+        # Of an operation's own output only the data: with its history it would keep the operation, which keeps it.
+        self.ledger, self.tensor = ledger, tensor.detach()
         ledger.add(tensor.untyped_storage(), 1)
 
     def __del__(self) -> None:
@@ -204,6 +221,8 @@ def main() -> None:
     sys.modules["common.model.qkv_rope"] = SimpleNamespace(  # type: ignore[assignment]
         split_and_rotate=lambda mixed, _, __, parts: SplitAndRotate.apply(mixed, parts)
     )
+    norms = SimpleNamespace(norm=FusedNorm.apply, norm_of_sum=FusedNormOfSum.apply)
+    sys.modules["common.model.norm_kernels"] = SimpleNamespace(TritonNorms=lambda: norms)  # type: ignore[assignment]
     build.fuse_rotary_embedding = lambda: None  # torch.compile, for which a CPU needs a C++ compiler
     new_group = dist.new_group
     dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})

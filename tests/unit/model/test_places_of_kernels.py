@@ -1,10 +1,11 @@
-"""Where the Triton kernels of SwiGLU and QKV are called: with plain PyTorch there, a model is what it was."""
+"""Where the Triton kernels of SwiGLU, QKV and norms are called: with plain PyTorch there, a model is what it was."""
 
 import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_a_model_with_other_code_in_these_places_is_the_same(tmp_path: Path) -> 
     assert done.returncode == 0, done.stdout
 
 
-def outputs(qwen: QwenConfig) -> list[torch.Tensor]:
+def outputs(qwen: QwenConfig, recompute: str = "none") -> list[torch.Tensor]:
     """The logits of a model with weights of one seed, and their gradients by weight."""
     from common.model.build import ModelOptions, build_model
     from common.training.distributed import process_group
@@ -43,7 +44,7 @@ def outputs(qwen: QwenConfig) -> list[torch.Tensor]:
     sizes = ParallelSizes(1)
     with process_group(CPU, sizes, 1234, 5):
         torch.manual_seed(1)
-        (model,) = build_model(qwen, sizes, ModelOptions("fp32", "local", "none"), CPU, S)
+        (model,) = build_model(qwen, sizes, ModelOptions("fp32", "local", recompute), CPU, S)
         tokens = torch.randint(0, qwen.vocab_size, (B, S))
         logits = model(tokens, torch.arange(S).expand(B, S), None)
         logits.square().mean().backward()
@@ -80,16 +81,37 @@ def main() -> None:
 
         return rotated(query.reshape(S, B, qwen.num_attention_heads, qwen.head_dim)), rotated(key), value
 
+    class Norms:
+        def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+            calls["norm"] += 1
+            return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+        def norm_of_sum(
+            self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            calls["norm of a sum"] += 1
+            calls["norm"] -= 1
+            return x + residual, self.norm(x + residual, weight, eps)
+
     config = build.TransformerConfig
     fused = {"bias_activation_fusion": True, **mcore.single_qkv_rope(True)}
     setattr(build, "TransformerConfig", lambda **fields: config(**{**fields, **fused}))  # noqa: B010  not a type's name
     mcore.use_kernels(swiglu, split_and_rotate)
-    found = outputs(qwen)
-    assert len(found) == len(plain) > qwen.num_hidden_layers
-    for mine, theirs in zip(found, plain, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    sys.modules["common.model.norm_kernels"] = SimpleNamespace(TritonNorms=Norms)  # type: ignore[assignment]
+    setattr(build, "has_joined_norms", lambda *_: mcore.joins_norms())  # noqa: B010
     layers = qwen.num_hidden_layers
-    assert calls == {"swiglu": layers, **({"qkv": layers} if mcore.version() >= (0, 15) else {})}, calls
+    for recompute in ("none", "full"):
+        calls.clear()
+        for mine, theirs in zip(outputs(qwen, recompute), plain, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+        passes = 2 if recompute == "full" else 1  # forward through the layers
+        expected = {"swiglu": layers * passes}
+        if mcore.version() >= (0, 15):
+            expected["qkv"] = layers * passes
+            # Alone is normed what enters a stage, or a layer that is computed again by itself; and what leaves it then.
+            expected["norm"] = layers * passes + 1 if recompute == "full" else 1
+            expected["norm of a sum"] = layers * passes if recompute == "full" else 2 * layers
+        assert calls == expected, (recompute, calls)
 
 
 if __name__ == "__main__":
