@@ -170,8 +170,9 @@ def logits_bytes(work: Work) -> int:
     them too, or one where they are float32 themselves.
     """
     rows = work.qwen.padded_vocab_size(work.tp) // work.tp
-    size = max(CHUNK_MULTIPLE, MAX_LOGITS_BYTES // (rows * work.element))
-    size -= size % CHUNK_MULTIPLE
+    most = max(CHUNK_MULTIPLE, MAX_LOGITS_BYTES // (rows * work.element) // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
+    even = -(-work.tokens // -(-work.tokens // most))
+    size = -(-even // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
     wide = 0 if work.fused_kernels else (8 if work.element < 4 else 4)
     chunks = [min(size, work.tokens - start) for start in range(0, work.tokens, size)]
     pairs = zip([0, *chunks], chunks, strict=False)

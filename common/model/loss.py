@@ -50,9 +50,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         local = torch.where((local >= 0) & (local < vocabulary.num_tokens), local, -1)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if with_gradients else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients else None
-        size = max(CHUNK_MULTIPLE, MAX_LOGITS_BYTES // (weight.numel() // weight.shape[1] * weight.element_size()))
-        size -= size % CHUNK_MULTIPLE
+        d_weight = torch.empty_like(weight, dtype=torch.float32) if with_gradients else None
+        size = chunk_size(len(hidden), weight.shape[0] * weight.element_size())
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits = hidden[part] @ weight.t()
@@ -63,7 +62,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is not None and d_weight is not None:
                 gradient = kernels.gradients(logits, local[part], largest, total, weights[part])
                 torch.mm(gradient, weight, out=d_hidden[part])
-                add_product(d_weight, gradient, hidden[part])
+                put_product(d_weight, gradient, hidden[part], add=start > 0)
         ctx.save_for_backward(weight)
         ctx.gradients = d_hidden, d_weight
         return losses
@@ -99,14 +98,26 @@ def reduce_over_ranks(
     return everywhere, both[0], both[1]
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Adds left^T [v, c] x right [c, h] to the float32 `total` [v, h]."""
+def chunk_size(tokens: int, row_bytes: int) -> int:
+    """Tokens of a chunk: the fewest chunks of MAX_LOGITS_BYTES at most, as even as CHUNK_MULTIPLE allows.
+
+    row_bytes: of a token's logits.
+    """
+    most = max(CHUNK_MULTIPLE, MAX_LOGITS_BYTES // row_bytes // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
+    even = -(-tokens // -(-tokens // most)) if tokens else 0
+    return max(CHUNK_MULTIPLE, -(-even // CHUNK_MULTIPLE) * CHUNK_MULTIPLE)
+
+
+def put_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, add: bool) -> None:
+    """Puts left^T [v, c] x right [c, h] into the float32 `total` [v, h], or adds it to what is there."""
     if left.dtype == total.dtype:
-        total.addmm_(left.t(), right)
+        torch.addmm(total, left.t(), right, beta=int(add), out=total)
     elif left.is_cuda and TORCH >= (2, 9):
-        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
-    else:
+        torch.addmm(total, left.t(), right, beta=int(add), out_dtype=torch.float32, out=total)
+    elif add:
         total += left.t() @ right
+    else:
+        total.copy_(left.t() @ right)
 
 
 class TorchKernels:

@@ -38,6 +38,14 @@ def test_losses_and_gradients_are_those_of_cross_entropy_in_several_chunks(monke
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "chunk"), [(1, 256), (3328, 3328), (3329, 1792), (4096, 2048), (3 * 3328, 3328), (65536, 3328)]
+)
+def test_chunks_are_as_few_as_fit_and_as_even_as_they_can_be(tokens: int, chunk: int) -> None:
+    """Qwen2.5's vocabulary in bfloat16: at most 3,328 tokens make 1 GiB of logits."""
+    assert module.chunk_size(tokens, 151936 * 2) == chunk
+
+
 def test_rows_that_pad_the_vocabulary_have_no_part_in_the_softmax() -> None:
     hidden, weight, labels, weights = case(num_tokens=50, rows=52)
     losses = LinearCrossEntropy.apply(hidden, weight, labels, weights, Vocabulary(None, 0, 50), TorchKernels, True)
