@@ -5,8 +5,8 @@
 
 FOLDER holds one folder a size (0.5B, 1.5B, 3B, 7B) with config.json and the tokenizer. A ROW is size/program, as
 3B/fp8; without one all are run, on N GPUs at once. A program runs ITERATIONS steps with its own log, and the median of
-the second half counts: for step 3 that is the whole loop, `common.train`. FILE gets a JSON line a row; a program that
-fails is a line too, with the end of what it printed.
+the second half counts: for step 3 that is the whole loop, `common.train`. Its packages are imported while the program
+before it is measured. FILE gets a JSON line a row; a program that fails is a line too, with the end of what it printed.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from common.model.config import QwenConfig, load_config
 from common.training.metrics import flops_per_token
 
 KIT = Path(__file__).parents[2]
-ITERATIONS = 8
+ITERATIONS = 5
 SEQ_LENGTH = 4096
-BATCH = {"0.5B": 64, "1.5B": 32, "3B": 32, "7B": 16}  # samples a step, the same for every program
+BATCH = {"0.5B": 64, "1.5B": 32, "3B": 48, "7B": 32}  # samples a step, the same for every program
 MICRO_BATCH = {"0.5B": 16, "1.5B": 8, "3B": 4, "7B": 1}
 BF16_STATE = {"optimizer-state": "bf16"}
 # size/program -> what differs from the size's row: flags of common.train, or of the other program.
@@ -64,6 +65,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "3B/kit-full": {"recompute": "full", "micro-batch-size": 2, "global-batch-size": 8},
     "7B/kit-full": {**BF16_STATE, "recompute": "full", "micro-batch-size": 2},
 }
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
 LOG = re.compile(r"iteration (\d+)/\d+ .*?tokens/s ([\d,]+)")
 MEMORY = re.compile(r"GiB allocated / reserved / there are: ([\d.]+) / ([\d.]+)")
 MEGATRON_LOG = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
@@ -82,13 +84,16 @@ def kit(model: Path, data: str, flags: dict[str, Any], port: int) -> list[str]:
         "lr": 1e-4, "min-lr": 1e-5, "master-port": port, "ckpt-format": "torch", **flags,
     }  # fmt: skip
     # Nothing is to be written: what is measured ends before.
-    return [sys.executable, "-c", "from tests.bench.bench_training import without_saving as w; w()", *words(flags)]
+    return ahead("torch,transformer_engine.pytorch", "tests.bench.bench_training:without_saving", flags)
+
+
+def ahead(modules: str, target: str, flags: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-m", "tests.bench.ahead", modules, target, *words(flags)]
 
 
 def without_saving() -> None:
     """`common.train` in this one process, that saves nothing."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "1"}
-    os.environ.update(alone)
+    os.environ.update(ALONE, TORCHELASTIC_RUN_ID="1")
     os.environ["MASTER_PORT"] = sys.argv[sys.argv.index("--master-port") + 1]
     from unittest.mock import patch
 
@@ -98,7 +103,7 @@ def without_saving() -> None:
         train.main()
 
 
-def megatron(model: Path, checkout: Path, flags: dict[str, Any], port: int) -> list[str]:
+def megatron(model: Path, checkout: Path, flags: dict[str, Any]) -> list[str]:
     qwen = load_config(model)
     shape = {
         "num-layers": qwen.num_hidden_layers, "hidden-size": qwen.hidden_size,
@@ -119,13 +124,13 @@ def megatron(model: Path, checkout: Path, flags: dict[str, Any], port: int) -> l
         "lr": 1e-4, "min-lr": 1e-5, "lr-decay-style": "cosine", "weight-decay": 0.1, "clip-grad": 1.0,
         "overlap-grad-reduce": True, "overlap-param-gather": True,
     }  # fmt: skip
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", str(port)]
-    return [sys.executable, *torchrun, str(checkout / "pretrain_gpt.py"), *words({**shape, **run, **flags})]
+    script = str(checkout / "pretrain_gpt.py")
+    return ahead("torch,transformer_engine.pytorch,megatron.core", script, {**shape, **run, **flags})
 
 
 def hugging_face(model: Path, flags: dict[str, Any]) -> list[str]:
     flags = {"model": model, "iterations": ITERATIONS, **flags}
-    return [sys.executable, "-m", "tests.bench.hf_training", *words(flags)]
+    return ahead("torch,transformers.models.qwen2.modeling_qwen2", "tests.bench.hf_training", flags)
 
 
 def figures(program: str, printed: str, qwen: QwenConfig, flags: dict[str, Any]) -> dict[str, float]:
@@ -145,31 +150,52 @@ def figures(program: str, printed: str, qwen: QwenConfig, flags: dict[str, Any])
     return {"tokens_per_s": rate, "tflops": tflops, "allocated_gib": allocated, "reserved_gib": reserved}
 
 
-def measure(row: str, gpu: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The row's line: its settings, and its figures or why there are none."""
+@dataclass
+class Started:
+    """A program that waits for its turn."""
+
+    row: str
+    flags: dict[str, Any]
+    process: subprocess.Popen[str]
+
+
+def start(row: str, gpu: int, arguments: argparse.Namespace) -> Started:
     size, program = row.split("/")
     model, port = arguments.models / size, 29600 + gpu
     flags = {"seq-length": SEQ_LENGTH, "micro-batch-size": MICRO_BATCH[size], "global-batch-size": BATCH[size]}
     flags.update(ROWS[row])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     if program == "megatron":
-        command = megatron(model, arguments.megatron, flags, port)
+        command = megatron(model, arguments.megatron, flags)
+        environment.update(ALONE, MASTER_PORT=str(port))
         environment["PYTHONPATH"] = f"{arguments.megatron}:{os.environ.get('PYTHONPATH', '')}"
     elif program == "hf":
         command = hugging_face(model, flags)
     else:
         command = kit(model, arguments.chats if "train-mode" in flags else arguments.data, flags, port)
-    started = time.monotonic()
-    done = subprocess.run(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-        cwd=KIT, timeout=arguments.timeout,
+    process = subprocess.Popen(
+        command, env=environment, text=True, cwd=KIT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )  # fmt: skip
-    line = {"row": row, **flags, "seconds": round(time.monotonic() - started, 1)}
+    return Started(row, flags, process)
+
+
+def measure(started: Started, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The row's line: its settings, and its figures or why there are none."""
+    (size, program), flags, process = started.row.split("/"), started.flags, started.process
+    begin = time.monotonic()
     try:
-        assert done.returncode == 0 or program == "megatron"
-        return {**line, **figures(program, done.stdout, load_config(model), flags)}
+        printed, _ = process.communicate("\n", timeout=arguments.timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        printed, _ = process.communicate()
+        printed += f"\nover {arguments.timeout:.0f} s"
+    line = {"row": started.row, **flags, "seconds": round(time.monotonic() - begin, 1)}
+    try:
+        assert process.returncode == 0 or program == "megatron"
+        return {**line, **figures(program, printed, load_config(arguments.models / size), flags)}
     except (AssertionError, IndexError, ValueError, KeyError) as error:
-        return {**line, "failed": f"{type(error).__name__} {error}", "printed": done.stdout[-2500:]}
+        return {**line, "failed": f"{type(error).__name__} {error}", "printed": printed[-2500:]}
 
 
 def main() -> None:
@@ -190,13 +216,17 @@ def main() -> None:
         if wanted.get(row.split("/")[1], True):
             left.put(row)
 
+    def following(gpu: int) -> Started | None:
+        try:
+            return start(left.get_nowait(), gpu, arguments)
+        except queue.Empty:
+            return None
+
     def work(gpu: int) -> None:
-        while not left.empty():
-            row = left.get_nowait()
-            try:
-                line = measure(row, gpu, arguments)
-            except subprocess.TimeoutExpired as error:
-                line = {"row": row, "failed": f"over {error.timeout:.0f} s", "printed": str(error.stdout or "")[-2500:]}
+        upcoming = following(gpu)
+        while upcoming:
+            started, upcoming = upcoming, following(gpu)
+            line = measure(started, arguments)
             with lock, arguments.out.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
                 print({name: value for name, value in line.items() if name != "printed"}, flush=True)
