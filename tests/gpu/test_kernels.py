@@ -94,3 +94,43 @@ def test_queries_keys_and_values_are_split_and_rotated(
     for mine, theirs in zip((*found, gradient), (*expected, expected_gradient), strict=True):
         rtol, atol = (2**-8, 1e-5) if dtype is torch.bfloat16 else (1e-5, 1e-5)
         torch.testing.assert_close(mine.double(), theirs, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "h"), [(33, 896), (20000, 1536), (4097, 3584), (2, 8192)])
+def test_norms_and_those_of_a_sum(dtype: torch.dtype, n: int, h: int) -> None:
+    from common.model.norm_kernels import TritonNorms
+
+    torch.manual_seed(0)
+    x, residual = (torch.randn(n, h, device="cuda").to(dtype).requires_grad_() for _ in range(2))
+    weight = (1 + 0.1 * torch.randn(h, device="cuda")).to(dtype).requires_grad_()
+    past, above = (torch.randn(n, h, device="cuda").to(dtype) for _ in range(2))
+    total, out = TritonNorms.norm_of_sum(x, residual, weight, 1e-6)
+    of_sum = [total, out, *torch.autograd.grad([total, out], [x, residual, weight], [past, above])]
+    alone = TritonNorms.norm(x, weight, 1e-6)
+    of_x = [alone, *torch.autograd.grad(alone, [x, weight], above)]
+
+    def exact(value: torch.Tensor, beside: torch.Tensor | None) -> list[torch.Tensor]:
+        value, factor = value.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+        normed = value * torch.rsqrt(value.square().mean(-1, keepdim=True) + 1e-6) * factor
+        d_value, d_factor = torch.autograd.grad(normed, [value, factor], above.double())
+        return [normed.detach(), d_value if beside is None else d_value + beside.double(), d_factor]
+
+    rtol = 2**-8 if dtype is torch.bfloat16 else 1e-5  # one rounding to 8 bits
+    torch.testing.assert_close(total.double(), x.double() + residual.double(), rtol=rtol, atol=1e-6)
+    normed, d_x, d_weight = exact(total, past)
+    expected = [total.double(), normed, d_x, d_x, d_weight, *exact(x, None)]
+    for mine, theirs in zip([*of_sum, *of_x], expected, strict=True):
+        # A weight's gradient is a sum over rows, of which some cancel.
+        atol = rtol * float(theirs.abs().max()) / 10 if theirs.ndim == 1 else rtol / 10
+        torch.testing.assert_close(mine.double(), theirs, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("heads", [(14, 2, 64), (16, 2, 128), (28, 4, 128), (8, 8, 128)])
+def test_flash_attention_4_is_right_where_it_is_installed(heads: tuple[int, int, int]) -> None:
+    from common.doctor.packages import version
+    from common.model.attention import KINDS, why_not
+
+    if not version("flash_attn_4"):
+        pytest.skip("needs flash-attn-4")
+    assert why_not(KINDS["flash_attn_4"], heads, torch.device("cuda")) == ""
