@@ -25,40 +25,55 @@ S, B = 24, 2
 
 
 @pytest.mark.lane
-def test_a_model_with_other_code_in_these_places_is_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_model_with_other_code_in_these_places_is_the_same(tmp_path: Path, tp: int) -> None:
+    """With TP 2 each rank norms its part of the sequence."""
     tiny_qwen(tmp_path, std=0.2)
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    alone["MASTER_PORT"] = str(free_port())
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.model.test_places_of_kernels", str(tmp_path)],
-        env={**os.environ, **alone}, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    group = {"WORLD_SIZE": str(tp), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.unit.model.test_places_of_kernels", str(tmp_path)], cwd=ROOT, text=True,
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(tp)
+    ]  # fmt: skip
+    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert not any(rank.returncode for rank in ranks), "".join(printed)
 
 
-def outputs(qwen: QwenConfig, recompute: str = "none") -> list[torch.Tensor]:
+def outputs(qwen: QwenConfig, sizes: ParallelSizes, recompute: str = "none") -> list[torch.Tensor]:
     """The logits of a model with weights of one seed, and their gradients by weight."""
     from common.model.build import ModelOptions, build_model
-    from common.training.distributed import process_group
 
-    sizes = ParallelSizes(1)
-    with process_group(CPU, sizes, 1234, 5):
-        torch.manual_seed(1)
-        (model,) = build_model(qwen, sizes, ModelOptions("fp32", "local", recompute), CPU, S)
-        tokens = torch.randint(0, qwen.vocab_size, (B, S))
-        logits = model(tokens, torch.arange(S).expand(B, S), None)
-        logits.square().mean().backward()
-        return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    torch.manual_seed(1)
+    (model,) = build_model(qwen, sizes, ModelOptions("fp32", "local", recompute), CPU, S)
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    assert len(norms) == 2 * qwen.num_hidden_layers + 1
+    assert all(getattr(p, "sequence_parallel") is (sizes.tp > 1) for p in norms)  # noqa: B009  not a field of its type
+    tokens = torch.randint(0, qwen.vocab_size, (B, S))
+    logits = model(tokens, torch.arange(S).expand(B, S), None)
+    logits.square().mean().backward()
+    return [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 def main() -> None:
     """Compares the model of the folder with itself, in a process that has no other use."""
     mcore.prepare(CPU)
     mcore.mend_training()
+    from common.training.distributed import process_group
+
+    sizes = ParallelSizes(int(os.environ["WORLD_SIZE"]), tp=int(os.environ["WORLD_SIZE"]))
+    with process_group(CPU, sizes, 1234, 5):
+        compare(load_config(Path(sys.argv[1])), sizes)
+
+
+def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
+    """What a model gives with other code in these places, and without."""
     from common.model import build
 
-    qwen = load_config(Path(sys.argv[1]))
-    plain = outputs(qwen)
+    groups, heads = qwen.num_key_value_heads // sizes.tp, qwen.num_attention_heads // sizes.tp
+    plain = outputs(qwen, sizes)
     calls: Counter[str] = Counter()
 
     def swiglu(gate_and_up: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
@@ -71,7 +86,7 @@ def main() -> None:
         mixed: torch.Tensor, q_freqs: torch.Tensor, k_freqs: torch.Tensor, parts: list[int]
     ) -> tuple[torch.Tensor, ...]:
         calls["qkv"] += 1
-        assert q_freqs is k_freqs and mixed.shape == (S, B, qwen.num_key_value_heads, sum(parts))
+        assert q_freqs is k_freqs and mixed.shape == (S, B, groups, sum(parts))
         assert q_freqs.shape == (S, 1, 1, qwen.head_dim) and q_freqs.dtype is torch.float32
         query, key, value = mixed.split(parts, -1)
 
@@ -79,7 +94,7 @@ def main() -> None:
             first, second = part.chunk(2, -1)
             return part * q_freqs.cos() + torch.cat([-second, first], -1) * q_freqs.sin()
 
-        return rotated(query.reshape(S, B, qwen.num_attention_heads, qwen.head_dim)), rotated(key), value
+        return rotated(query.reshape(S, B, heads, qwen.head_dim)), rotated(key), value
 
     class Norms:
         def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -102,7 +117,7 @@ def main() -> None:
     layers = qwen.num_hidden_layers
     for recompute in ("none", "full"):
         calls.clear()
-        for mine, theirs in zip(outputs(qwen, recompute), plain, strict=True):
+        for mine, theirs in zip(outputs(qwen, sizes, recompute), plain, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
         passes = 2 if recompute == "full" else 1  # forward through the layers
         expected = {"swiglu": layers * passes}
