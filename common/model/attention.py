@@ -195,6 +195,8 @@ def why_not(kind: type[SdpaAttention], heads: tuple[int, int, int], device: torc
     weight = torch.randn(PROBED, 2, num_heads * size, generator=generator).bfloat16()
     try:
         found = _results(kind, [x.to(device) for x in given], weight.to(device))
+    except ModuleNotFoundError as error:
+        return f"no module {error.name}"
     except Exception as error:  # whatever a vendor's kernel raises
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     right = _results(SdpaAttention, [x.float() for x in given], weight.float())
