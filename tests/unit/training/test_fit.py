@@ -25,6 +25,16 @@ def settings(**changes: Any) -> TrainSettings:
         ("cpu", {"fp8_format": "hybrid"}, "FP8_FORMAT=hybrid needs TRANSFORMER_IMPL="),
         ("cpu", {"tp_comm_overlap": True, "gpus": 2, "tp": 2}, "TP_COMM_OVERLAP=true needs TRANSFORMER_IMPL="),
         ("nvidia", {"tp_comm_overlap": True}, "TP_COMM_OVERLAP=true with TP=1 and SEQUENCE_PARALLEL=True: it needs TP"),
+        (
+            "nvidia",
+            {"core_attention": "flash_attn_4", "gpus": 2, "cp": 2},
+            "CORE_ATTENTION=flash_attn_4 cannot do CP=2",
+        ),
+        (
+            "nvidia",
+            {"core_attention": "sdpa", "packing": True, "train_mode": "finetune"},
+            "CORE_ATTENTION=sdpa cannot do PACKING=true",
+        ),
         ("metax", {"optimizer_state": "bf16"}, "OPTIMIZER_STATE=bf16 needs Transformer Engine, and metax has none"),
         ("metax", {"transformer_impl": "transformer_engine"}, "metax has no Transformer Engine: set it to local"),
     ],
