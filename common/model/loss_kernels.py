@@ -9,7 +9,7 @@ NUM_WARPS = 16
 
 
 @triton.jit
-def _statistics(logits, labels, largest, total, target, num_columns, block: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _loss_statistics(logits, labels, largest, total, target, num_columns, block: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * num_columns
     most = float("-inf")
@@ -28,7 +28,7 @@ def _statistics(logits, labels, largest, total, target, num_columns, block: tl.c
 
 
 @triton.jit
-def _gradients(logits, labels, largest, total, weights, num_columns, block: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+def _loss_gradients(logits, labels, largest, total, weights, num_columns, block: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * num_columns
     most = tl.load(largest + row)
@@ -52,7 +52,7 @@ class TritonKernels:
         """(largest logit, sum of exp(logit - largest), the label's logit or 0 where it is another rank's) of [c, v]."""
         rows, columns = logits.shape
         largest, total, target = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
-        _statistics[(rows,)](logits, local, largest, total, target, columns, block=BLOCK, num_warps=NUM_WARPS)
+        _loss_statistics[(rows,)](logits, local, largest, total, target, columns, block=BLOCK, num_warps=NUM_WARPS)
         return largest, total, target
 
     @staticmethod
@@ -61,5 +61,5 @@ class TritonKernels:
     ) -> torch.Tensor:
         """weight x (softmax - one at the label) of [c, v], written over the logits."""
         rows, columns = logits.shape
-        _gradients[(rows,)](logits, local, largest, total, weights, columns, block=BLOCK, num_warps=NUM_WARPS)
+        _loss_gradients[(rows,)](logits, local, largest, total, weights, columns, block=BLOCK, num_warps=NUM_WARPS)
         return logits

@@ -20,7 +20,7 @@ FEWEST, MOST, ROWS = 2, 8, 32
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def _norm_forward(  # type: ignore[no-untyped-def]
     x, residual, weight, total, out, scale, width, eps, is_sum: tl.constexpr, block: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -39,7 +39,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward(  # type: ignore[no-untyped-def]
+def _norm_backward(  # type: ignore[no-untyped-def]
     d_total,
     d_out,
     total,
@@ -114,7 +114,7 @@ def _run_forward(
     total = x if residual is None else torch.empty_like(x)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     is_sum = residual is not None
-    _forward[(rows,)](x, residual if is_sum else x, weight, total, out, scale, width, eps, is_sum, **_sizes(width))
+    _norm_forward[(rows,)](x, residual if is_sum else x, weight, total, out, scale, width, eps, is_sum, **_sizes(width))
     return total, out, scale
 
 
@@ -128,7 +128,7 @@ def _run_backward(
     d_weight = torch.empty(programs, width, dtype=torch.float32, device=total.device)
     is_sum = d_total is not None
     past = d_total.contiguous() if d_total is not None else d_out
-    _backward[(programs,)](
+    _norm_backward[(programs,)](
         past, d_out, total, weight, scale, d_x, d_weight, rows, width, programs, is_sum, **_sizes(width)
     )
     return d_x, d_weight.sum(0).to(weight.dtype)

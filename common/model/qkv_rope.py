@@ -24,7 +24,7 @@ def _angles(freqs, token, batch, column, half: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def _qkv_rope_forward(  # type: ignore[no-untyped-def]
     mixed,
     freqs,
     q,
@@ -64,7 +64,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward(  # type: ignore[no-untyped-def]
+def _qkv_rope_backward(  # type: ignore[no-untyped-def]
     d_q,
     d_k,
     d_v,
@@ -119,7 +119,7 @@ class QkvRope(torch.autograd.Function):
         k, v = (mixed.new_empty(s, b, g, d) for _ in range(2))
         ctx.freqs, ctx.r = freqs, r  # the angles live in Megatron-Core's cache: one tensor for all layers
         grid, sizes = _launch(s * b, g, r, d)
-        _forward[grid](mixed, freqs, q, k, v, s * b, b, g, r, **sizes)
+        _qkv_rope_forward[grid](mixed, freqs, q, k, v, s * b, b, g, r, **sizes)
         return q, k, v
 
     @staticmethod
@@ -129,7 +129,7 @@ class QkvRope(torch.autograd.Function):
         s, b, g, d = d_k.shape
         d_mixed = d_q.new_empty(s, b, g, (ctx.r + 2) * d)
         grid, sizes = _launch(s * b, g, ctx.r, d)
-        _backward[grid](d_q, d_k, d_v, ctx.freqs, d_mixed, s * b, b, g, ctx.r, **sizes)
+        _qkv_rope_backward[grid](d_q, d_k, d_v, ctx.freqs, d_mixed, s * b, b, g, ctx.r, **sizes)
         return d_mixed, None, None
 
 

@@ -16,7 +16,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _forward(gate_and_up, out, width, blocks, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _swiglu_forward(gate_and_up, out, width, blocks, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     inside = columns < width
@@ -27,7 +27,7 @@ def _forward(gate_and_up, out, width, blocks, block: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _backward(d_out, gate_and_up, d_both, width, blocks, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _swiglu_backward(d_out, gate_and_up, d_both, width, blocks, block: tl.constexpr):  # type: ignore[no-untyped-def]
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     inside = columns < width
@@ -53,7 +53,7 @@ class SwiGLU(torch.autograd.Function):
         rows, width = gate_and_up.shape[0], gate_and_up.shape[1] // 2
         out = gate_and_up.new_empty(rows, width)
         blocks = triton.cdiv(width, BLOCK)
-        _forward[(rows * blocks,)](gate_and_up, out, width, blocks, block=BLOCK)
+        _swiglu_forward[(rows * blocks,)](gate_and_up, out, width, blocks, block=BLOCK)
         return out
 
     @staticmethod
@@ -63,7 +63,7 @@ class SwiGLU(torch.autograd.Function):
         rows, width = gate_and_up.shape[0], gate_and_up.shape[1] // 2
         gradient = torch.empty_like(gate_and_up)
         blocks = triton.cdiv(width, BLOCK)
-        _backward[(rows * blocks,)](upstream[0].contiguous(), gate_and_up, gradient, width, blocks, block=BLOCK)
+        _swiglu_backward[(rows * blocks,)](upstream[0].contiguous(), gate_and_up, gradient, width, blocks, block=BLOCK)
         return gradient
 
 

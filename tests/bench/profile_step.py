@@ -1,10 +1,11 @@
 """Where the time of a training step goes: `python -m tests.bench.profile_step FLAGS OF common.train` on one GPU.
 
-Runs a few steps of the plan that the flags make, on real data, and prints the kernels by their total time, the share of
-the time in which the GPU did nothing, and the rate. It writes no checkpoint.
+Runs a few steps of the plan that the flags make, on real data, and prints the rate, what the kernels' time is spent on,
+the kernels by their total time, and the share of the time in which the GPU did nothing. It writes no checkpoint.
 """
 
 import os
+import re
 import sys
 import time
 from typing import Any
@@ -18,6 +19,17 @@ from common.training.config import TrainSettings
 
 WARM_UP, TIMED, PROFILED = 3, 4, 1
 MS = 1e3  # the profiler counts microseconds
+CHIP_TFLOPS = 790  # what matrix products were seen to reach on an H200: docs/benchmarks.md
+# What a kernel is for, by its name; the first that fits.
+PURPOSES = {
+    "loss without its products": r"_loss_",
+    "SwiGLU, split and rotated QKV": r"swiglu|silu|rope",
+    "optimizer": r"multi_tensor|adam",
+    "norms and residual sums": r"_norm_|rmsnorm|triton_poi_fused_add|CUDAFunctor_add<c10::BFloat16>",
+    "attention": r"flash|sdpa|fmha|dot_do_o|dq_to_16bits",
+    "matrix products": r"nvjet|gemm|cublasLt",
+    "other": r"",
+}
 
 
 def main() -> None:
@@ -64,8 +76,27 @@ def main() -> None:
                 train_step(plan, trainee, data)
             torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    attention = (
+        6 * plan.qwen.num_hidden_layers * settings.seq_length * plan.qwen.num_attention_heads * plan.qwen.head_dim
+    )
+    whole = flops_per_token(plan.qwen, settings.seq_length)
+    tell_purposes(events, {"attention": tokens * attention, "matrix products": tokens * (whole - attention)})
     tell_kernels(events)
     tell_gaps(events)
+
+
+def tell_purposes(events: list[Any], operations: dict[str, float]) -> None:
+    """Prints the time of kernels a step by what it is for; with `operations` their rate, and the time of the chip."""
+    totals = dict.fromkeys(PURPOSES, 0.0)
+    for event in events:
+        purpose = next(name for name, pattern in PURPOSES.items() if re.search(pattern, event.name))
+        totals[purpose] += event.device_time_total / MS / PROFILED
+    for name, total in sorted(totals.items(), key=lambda item: -item[1]):
+        rate = ""
+        if name in operations and total:
+            ideal = operations[name] / CHIP_TFLOPS / 1e9
+            rate = f", {operations[name] / total / 1e9:.0f} TFLOP/s, {ideal:.0f} ms at {CHIP_TFLOPS}"
+        print(f"{total:9.1f} ms  {name}{rate}")
 
 
 def tell_kernels(events: list[Any]) -> None:
