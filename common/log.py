@@ -20,11 +20,11 @@ def setup() -> None:
 
 
 def quiet_libraries() -> None:
-    """Drops the warnings that torch and Megatron-Core give at every start and that no user can act on.
+    """Drops the warnings that torch, Megatron-Core and others give at every start and that no user can act on.
 
     PYTHONWARNINGS brings them back: what it says is left as it is.
     """
     if not os.environ.get("PYTHONWARNINGS"):
-        warnings.filterwarnings("ignore", module=r"(torch|megatron|apex|transformer_engine)(\.|$)")
+        warnings.filterwarnings("ignore", module=r"(torch|megatron|apex|transformer_engine|cutlass)(\.|$)")
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", message="Please use DTensor instead")
