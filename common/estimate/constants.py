@@ -3,7 +3,7 @@
 MIB, GIB = 2**20, 2**30
 
 # Fitted (tests/bench/fit_estimate.py): what one GPU had allocated at most beyond the formulas.
-WORKSPACE_BYTES = {"transformer_engine": 74 * MIB, "local": 56 * MIB}
+WORKSPACE_BYTES = {"transformer_engine": 75 * MIB, "local": 56 * MIB}
 
 # Fitted: what the allocator holds against what is allocated, at their most.
 RESERVED_SHARE = 1.055
