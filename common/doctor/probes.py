@@ -118,7 +118,7 @@ def flash_attn() -> str:
 def flash_attn_4() -> str:
     """FlashAttention 4 the same way."""
     import torch
-    from flash_attn.cute import flash_attn_func  # noqa: F401
+    from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # noqa: F401
 
     return _attention("flash_attn_4") if torch.cuda.is_available() else "imports"
 

@@ -8,11 +8,8 @@ q, k, f, v this rank's share of query rows, key rows, intermediate_size and voca
 from dataclasses import dataclass
 
 from common.estimate.weights import ELEMENT_BYTES, Chunk, vocabulary_parameters
+from common.model.chunks import chunk_size
 from common.model.config import QwenConfig
-
-# As in common/model/loss.py, which imports torch; a test holds them together.
-MAX_LOGITS_BYTES = 1 << 30
-CHUNK_MULTIPLE = 256
 
 
 @dataclass(frozen=True)
@@ -170,9 +167,7 @@ def logits_bytes(work: Work) -> int:
     them too, or one where they are float32 themselves.
     """
     rows = work.qwen.padded_vocab_size(work.tp) // work.tp
-    most = max(CHUNK_MULTIPLE, MAX_LOGITS_BYTES // (rows * work.element) // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
-    even = -(-work.tokens // -(-work.tokens // most))
-    size = -(-even // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+    size = chunk_size(work.tokens, rows * work.element)
     wide = 0 if work.fused_kernels else (8 if work.element < 4 else 4)
     chunks = [min(size, work.tokens - start) for start in range(0, work.tokens, size)]
     pairs = zip([0, *chunks], chunks, strict=False)

@@ -135,6 +135,7 @@ class _Flash4(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
+        """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n, d], contiguous."""
         from flash_attn.cute.interface import _flash_attn_fwd
 
         out = query.new_empty(query.shape)
@@ -146,6 +147,7 @@ class _Flash4(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of query, key and value, contiguous too."""
         from flash_attn.cute.interface import _flash_attn_bwd
 
         *tensors, lse = ctx.saved_tensors

@@ -74,9 +74,11 @@ def normed_linear() -> type[torch.nn.Module]:
             setattr(self.layer_norm_weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
         def norm_weight(self) -> torch.Tensor:
+            """The norm's weight [h]."""
             return self.layer_norm_weight
 
         def forward(self, x: torch.Tensor) -> Any:
+            """The linear layer's output, and its bias where it is to be added later, of the normed x [s, b, h]."""
             return super().forward(self.normed(x))
 
     return NormedLinear
@@ -108,6 +110,7 @@ def _bias_dropout_add(following: JoinedNorm) -> Callable[..., Any]:
 
     def add(x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> Any:
         x, bias = x_with_bias
+        """The sum [s, b, h]; both kinds of layers call it so."""
         assert bias is None and dropout == 0.0, "Qwen has neither"
         return following.sum_and_norm(x, residual)
 

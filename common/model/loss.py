@@ -15,9 +15,7 @@ import torch
 import torch.distributed as dist
 
 from common.model.attention import TORCH
-
-MAX_LOGITS_BYTES = 1 << 30
-CHUNK_MULTIPLE = 256
+from common.model.chunks import chunk_size
 
 
 class Vocabulary(NamedTuple):
@@ -96,16 +94,6 @@ def reduce_over_ranks(
     both = torch.stack([total * (largest - everywhere).exp(), target])
     dist.all_reduce(both, dist.ReduceOp.SUM, group)
     return everywhere, both[0], both[1]
-
-
-def chunk_size(tokens: int, row_bytes: int) -> int:
-    """Tokens of a chunk: the fewest chunks of MAX_LOGITS_BYTES at most, as even as CHUNK_MULTIPLE allows.
-
-    row_bytes: of a token's logits.
-    """
-    most = max(CHUNK_MULTIPLE, MAX_LOGITS_BYTES // row_bytes // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
-    even = -(-tokens // -(-tokens // most)) if tokens else 0
-    return max(CHUNK_MULTIPLE, -(-even // CHUNK_MULTIPLE) * CHUNK_MULTIPLE)
 
 
 def put_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, add: bool) -> None:

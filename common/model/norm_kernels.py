@@ -76,6 +76,7 @@ def _norm_backward(  # type: ignore[no-untyped-def]
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """The normed x; x and a float32 a row are kept."""
         x = x.contiguous()
         _, out, scale = _run_forward(x, None, weight, eps)
         ctx.save_for_backward(x, weight, scale)
@@ -83,6 +84,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of x and of the weight."""
         return *_run_backward(None, upstream[0], *ctx.saved_tensors), None
 
 
@@ -91,6 +93,7 @@ class _NormOfSum(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum and its norm; the sum and a float32 a row are kept."""
         total, out, scale = _run_forward(x.contiguous(), residual.contiguous(), weight, eps)
         ctx.save_for_backward(total, weight, scale)
         ctx.set_materialize_grads(False)  # the last sum of a model is used by its norm alone
@@ -98,6 +101,7 @@ class _NormOfSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of both that were added, twice the same tensor, and of the weight."""
         d_total, d_out = upstream
         if d_out is None:
             return d_total, d_total, None, None

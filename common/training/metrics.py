@@ -16,9 +16,14 @@ def flops_per_token(qwen: QwenConfig, seq_length: int) -> float:
     h, d = qwen.hidden_size, qwen.head_dim
     projections = h * qwen.qkv_rows + qwen.num_attention_heads * d * h
     mlp = 3 * h * qwen.intermediate_size
-    scores = seq_length / 2 * 2 * qwen.num_attention_heads * d
-    layer = 2 * (projections + mlp + scores)
-    return 3 * (qwen.num_hidden_layers * layer + 2 * h * qwen.vocab_size)
+    products = 3 * 2 * (qwen.num_hidden_layers * (projections + mlp) + h * qwen.vocab_size)
+    return products + attention_flops_per_token(qwen, seq_length)
+
+
+def attention_flops_per_token(qwen: QwenConfig, seq_length: int) -> float:
+    """Those of them that queries, keys and values cost with each other."""
+    scores = seq_length / 2 * 2 * qwen.num_attention_heads * qwen.head_dim
+    return 3 * 2 * qwen.num_hidden_layers * scores
 
 
 def peak_tflops(platform: Platform, device_name: str) -> float | None:

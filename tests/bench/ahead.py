@@ -16,7 +16,8 @@ def main() -> None:
     modules, target = sys.argv[1], sys.argv[2]
     for name in modules.split(","):
         importlib.import_module(name)
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        sys.exit("its turn never came")  # who would have given it is gone
     sys.argv = sys.argv[2:]
     module, _, function = target.partition(":")
     if function:

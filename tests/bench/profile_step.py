@@ -48,7 +48,7 @@ def main() -> None:
     mcore.prepare(platform)
     from common.training.distributed import process_group
     from common.training.loop import begin, open_batches
-    from common.training.metrics import flops_per_token
+    from common.training.metrics import attention_flops_per_token, flops_per_token
     from common.training.optimizer import build_trainee
     from common.training.plan import plan_run
     from common.training.step import train_step
@@ -76,9 +76,7 @@ def main() -> None:
                 train_step(plan, trainee, data)
             torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    attention = (
-        6 * plan.qwen.num_hidden_layers * settings.seq_length * plan.qwen.num_attention_heads * plan.qwen.head_dim
-    )
+    attention = attention_flops_per_token(plan.qwen, settings.seq_length)
     whole = flops_per_token(plan.qwen, settings.seq_length)
     tell_purposes(events, {"attention": tokens * attention, "matrix products": tokens * (whole - attention)})
     tell_kernels(events)

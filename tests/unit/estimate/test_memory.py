@@ -9,7 +9,7 @@ import torch
 from common.estimate import activations, memory
 from common.estimate.memory import rank_memory, work_of
 from common.estimate.weights import Chunk, chunk_parameters
-from common.model import loss
+from common.model import chunks, loss
 from common.model.config import QwenConfig, load_config
 from common.model.loss import TorchKernels
 from common.platforms.base import Platform
@@ -63,10 +63,9 @@ class Recorder(TorchKernels):
 
 
 def test_logits_come_in_the_chunks_that_the_loss_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (activations.MAX_LOGITS_BYTES, activations.CHUNK_MULTIPLE) == (loss.MAX_LOGITS_BYTES, loss.CHUNK_MULTIPLE)
+    assert activations.chunk_size is loss.chunk_size
     qwen = load_config(write_config(tmp_path))
-    for module in (activations, loss):
-        monkeypatch.setattr(module, "MAX_LOGITS_BYTES", 600 * 301 * 4)
+    monkeypatch.setattr(chunks, "MAX_LOGITS_BYTES", 600 * 301 * 4)
     Recorder.rows = []
     hidden, weight = torch.zeros(1280, 64), torch.zeros(301, 64)
     whole = loss.Vocabulary(None, 0, 301)

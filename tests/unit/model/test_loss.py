@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.model import loss as module
+from common.model import chunks
 from common.model.loss import LinearCrossEntropy, TorchKernels, Vocabulary
 
 
@@ -30,7 +30,7 @@ def expected(
 
 
 def test_losses_and_gradients_are_those_of_cross_entropy_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_LOGITS_BYTES", 256 * 50 * 4)
+    monkeypatch.setattr(chunks, "MAX_LOGITS_BYTES", 256 * 50 * 4)
     inputs = case()
     losses = LinearCrossEntropy.apply(*inputs, Vocabulary(None, 0, 50), TorchKernels, True)
     gradients = torch.autograd.grad((3 * losses).sum(), inputs[:2])
@@ -43,7 +43,7 @@ def test_losses_and_gradients_are_those_of_cross_entropy_in_several_chunks(monke
 )
 def test_chunks_are_as_few_as_fit_and_as_even_as_they_can_be(tokens: int, chunk: int) -> None:
     """Qwen2.5's vocabulary in bfloat16: at most 3,328 tokens make 1 GiB of logits."""
-    assert module.chunk_size(tokens, 151936 * 2) == chunk
+    assert chunks.chunk_size(tokens, 151936 * 2) == chunk
 
 
 def test_rows_that_pad_the_vocabulary_have_no_part_in_the_softmax() -> None:
