@@ -69,12 +69,13 @@ def look_at_transformers() -> Finding:
 
 
 def look_at_extensions(platform: Platform, told: dict[str, tuple[bool, Any]], no_device: bool) -> list[Finding]:
-    """Transformer Engine, apex and the flash_attns: each is optional, but one that is there and broken is not."""
+    """Transformer Engine, apex, the flash_attns and QuACK: each is optional, one that is there and broken is not."""
     lacking = {
         "transformer_engine": (platform.transformer_engine, "TRANSFORMER_IMPL=local runs without it, more slowly"),
         "apex": (not any(works for works, _ in told.values()), "torch's own Adam is used, in more and smaller steps"),
         "flash_attn": ("flash_attn" in platform.core_attention, "PyTorch's attention is used"),
         "flash_attn_4": (False, "on Hopper GPUs its attention is faster than cuDNN's"),
+        "quack_kernels": (False, "on Hopper GPUs SwiGLU and the loss are faster inside its matrix products"),
     }
     findings = []
     for name, (wanted, remedy) in lacking.items():
@@ -92,7 +93,7 @@ def extensions() -> list[str]:
     """Those that are there to be probed; flash-attn-4 alone makes `flash_attn` a folder without a module."""
     specs = {name: find_spec(name) for name in ("transformer_engine", "apex", "flash_attn")}
     found = [name for name, spec in specs.items() if spec and spec.origin]
-    return [*found, "flash_attn_4"] if version("flash_attn_4") else found
+    return [*found, *(name for name in ("flash_attn_4", "quack_kernels") if version(name))]
 
 
 def _excused(told: tuple[bool, Any], no_device: bool) -> tuple[bool, Any]:

@@ -123,6 +123,21 @@ def flash_attn_4() -> str:
     return _attention("flash_attn_4") if torch.cuda.is_available() else "imports"
 
 
+def quack_kernels() -> str:
+    """QuACK's products with SwiGLU and the loss inside; without a device their import."""
+    import torch
+
+    from common.model import gated_mlp, quack_loss
+    from common.model.quack_products import QuackProducts
+
+    products, loss = QuackProducts(), quack_loss.QuackLoss()
+    if not torch.cuda.is_available():
+        return "imports"
+    failures = [gated_mlp.why_not(products, 256, 512, _device()), quack_loss.why_not(loss, 256, 151936, _device())]
+    assert not any(failures), "; ".join(filter(None, failures))
+    return "SwiGLU and the loss inside products, forward and backward"
+
+
 def megatron() -> str:
     """Megatron-Core's model, optimizer and checkpoints, as training imports them."""
     mcore.prepare(current())
@@ -135,7 +150,7 @@ PROBES: dict[str, Callable[[], Any]] = {
     probe.__name__: probe
     for probe in (
         devices, matmul, attention, masked_attention, collective, transformer_engine, apex, flash_attn, flash_attn_4,
-        megatron,
+        quack_kernels, megatron,
     )
 }  # fmt: skip
 

@@ -1,7 +1,6 @@
 """This rank's part of the model: Megatron-Core's GPTModel in Qwen's shape, one for each virtual pipeline chunk."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,42 +9,20 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common.mcore import (
-    chunk_place,
-    first_and_last_differ,
-    fuse_rotary_embedding,
-    joins_norms,
-    single_qkv_rope,
-    use_kernels,
-    weight_gradient_fusion,
-)
-from common.model.attention import KINDS, SdpaAttention, choose
+from common.mcore import chunk_place, first_and_last_differ, single_qkv_rope, weight_gradient_fusion
 from common.model.config import QwenConfig
+from common.model.gated_mlp import use
 from common.model.gpt import QwenModel
 from common.model.joined_norm import join
+from common.model.kernels import Kernels, choose_kernels
 from common.model.layer_spec import block_spec
+from common.model.options import ModelOptions
 from common.model.rope import yarn_frequencies
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
 from common.te import fp8_options
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """How the model runs, beside what it is."""
-
-    precision: str  # bf16 or fp32
-    transformer_impl: str  # transformer_engine or local
-    recompute: str  # none, selective or full
-    recompute_num_layers: int | None = None  # with full: of each chunk; None: all
-    sequence_parallel: bool = True  # with TP above 1
-    tp_comm_overlap: bool = False
-    fp8_format: str = "none"  # none, hybrid or e4m3
-    fp8_recipe: str = "tensorwise"
-    core_attention: str = "auto"  # a kind of common.model.attention, or auto: the platform's first that works
-    joins_rows: bool = False  # packed samples are told apart by their bounds
 
 
 def transformer_config(
@@ -137,42 +114,13 @@ def build_model(
 ) -> list[torch.nn.Module]:
     """The chunks that this rank holds, on its device, with random weights; bf16 ones wrapped in Float16Module."""
     config = transformer_config(qwen, sizes, options, platform)
-    core = core_attention(qwen, sizes, options, platform)
+    kernels = choose_kernels(qwen, sizes, options, platform)
     chunks: list[torch.nn.Module] = []
-    if platform.fused_kernels:
-        _use_kernels(options.transformer_impl)
     with weight_gradient_fusion(chunks):
-        chunks += [_chunk(config, qwen, sizes, options, platform, core, seq_length, i) for i in range(sizes.vpp)]
+        chunks += [_chunk(config, qwen, sizes, options, kernels, seq_length, i) for i in range(sizes.vpp)]
     if platform.device == "cuda":
         chunks = [chunk.cuda(torch.cuda.current_device()) for chunk in chunks]
     return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
-
-
-def _use_kernels(transformer_impl: str) -> None:
-    from common.model.qkv_rope import split_and_rotate  # these import triton, which is not everywhere
-    from common.model.swiglu import bias_swiglu
-
-    use_kernels(bias_swiglu, split_and_rotate)
-    if transformer_impl == "local":
-        fuse_rotary_embedding()
-
-
-def core_attention(
-    qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform
-) -> type[SdpaAttention] | None:
-    """What attends in each layer, probed on this rank's device; None: Transformer Engine's layers keep their own."""
-    engine = options.transformer_impl == "transformer_engine"
-    if options.precision == "fp32" or options.joins_rows or sizes.cp > 1:
-        return None if engine else SdpaAttention  # flash_attn has no float32; the others go by bounds and ranks
-    told = options.core_attention
-    preferred = platform.core_attention if told == "auto" else (told,)
-    if engine and told == "auto":
-        preferred = tuple(kind for kind in preferred if KINDS[kind].before_engine)
-        if not preferred:
-            return None
-    device = torch.device("cuda", torch.cuda.current_device()) if platform.device == "cuda" else torch.device("cpu")
-    heads = (qwen.num_attention_heads // sizes.tp, qwen.num_key_value_heads // sizes.tp, qwen.head_dim)
-    return choose(preferred, heads, device, engine=engine and told == "auto")
 
 
 def _chunk(
@@ -180,21 +128,23 @@ def _chunk(
     qwen: QwenConfig,
     sizes: ParallelSizes,
     options: ModelOptions,
-    platform: Platform,
-    core: type[SdpaAttention] | None,
+    kernels: Kernels,
     seq_length: int,
     index: int,
 ) -> torch.nn.Module:
     chunk = index * sizes.pp + parallel_state.get_pipeline_model_parallel_rank()
     num_layers = qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers)[chunk]
     first, last, more = chunk_place(index, sizes.vpp)
-    joined = has_joined_norms(options, platform)
     model = QwenModel(
         num_tokens=qwen.vocab_size,
-        triton=platform.fused_kernels,
+        loss_kernels=kernels.loss,
         config=config,
         transformer_layer_spec=block_spec(
-            options.transformer_impl, num_layers, qwen.qk_norm, core, joined_norms=joined
+            options.transformer_impl,
+            num_layers,
+            qwen.qk_norm,
+            kernels.core_attention,
+            joined_norms=kernels.norms is not None,
         ),
         vocab_size=qwen.padded_vocab_size(sizes.tp),
         max_sequence_length=seq_length,
@@ -205,20 +155,14 @@ def _chunk(
         rotary_base=qwen.rope_theta,
         **more,
     )
-    if joined:
-        from common.model.norm_kernels import TritonNorms  # imports triton, which is not everywhere
-
-        join(model.decoder, TritonNorms(), across_layers=options.recompute != "full")
+    if kernels.norms:
+        join(model.decoder, kernels.norms, across_layers=options.recompute != "full")
+    if kernels.products:
+        use(model.decoder, kernels.products)
     if qwen.yarn:
         frequencies = yarn_frequencies(qwen.yarn, qwen.head_dim, qwen.rope_theta)
         model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
     return model
-
-
-def has_joined_norms(options: ModelOptions, platform: Platform) -> bool:
-    """Whether sums are normed as they are added: not where Transformer Engine joins norm and product to a purpose."""
-    apart = options.fp8_format == "none" and not options.tp_comm_overlap
-    return platform.fused_kernels and joins_norms() and apart
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:

@@ -5,26 +5,22 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 
-from common.model.loss import LinearCrossEntropy, TorchKernels, Vocabulary
+from common.model.loss import LinearCrossEntropy, Vocabulary
+from common.model.regions import enter
 
 
 class QwenModel(GPTModel):
     """GPTModel with the output layer and its loss in one, where labels are given.
 
     num_tokens: rows of the vocabulary that are tokens; the rest pads it to what TP divides.
-    triton: whether Triton's kernels work here.
+    loss_kernels: what LinearCrossEntropy computes by.
     """
 
-    def __init__(self, *args: Any, num_tokens: int, triton: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, num_tokens: int, loss_kernels: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._num_tokens = num_tokens
-        self._kernels: Any = TorchKernels
-        if triton:
-            from common.model.loss_kernels import TritonKernels  # imports triton, which is not everywhere
-
-            self._kernels = TritonKernels
+        self._kernels = loss_kernels
 
     def forward(
         self,
@@ -57,10 +53,7 @@ class QwenModel(GPTModel):
         self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor
     ) -> torch.Tensor:
         """float32 [s * b] from hidden [s, b, h], or this rank's part of s under sequence parallelism."""
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        elif self.config.tensor_model_parallel_size > 1:
-            hidden = copy_to_tensor_model_parallel_region(hidden)
+        hidden = enter(hidden, self.config)
         first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
         num_tokens = min(max(self._num_tokens - first, 0), weight.shape[0])
         vocabulary = Vocabulary(parallel_state.get_tensor_model_parallel_group(), first, num_tokens)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from common.model.attention import TORCH
 from common.model.chunks import chunk_size
+from common.model.gradients import give_gradient, put_product
 
 
 class Vocabulary(NamedTuple):
@@ -24,6 +24,15 @@ class Vocabulary(NamedTuple):
     group: Any
     first: int
     num_tokens: int
+
+    @property
+    def num_ranks(self) -> int:
+        """Over which the vocabulary is divided."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+
+# The losses, and the gradients of hidden and weight where they are wanted.
+LossParts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -46,23 +55,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         """The losses; with gradients, those of hidden and weight are kept for the backward pass."""
         local = labels - vocabulary.first
         local = torch.where((local >= 0) & (local < vocabulary.num_tokens), local, -1)
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if with_gradients else None
-        d_weight = torch.empty_like(weight, dtype=torch.float32) if with_gradients else None
-        size = chunk_size(len(hidden), weight.shape[0] * weight.element_size())
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
-            logits = hidden[part] @ weight.t()
-            logits[:, vocabulary.num_tokens :] = float("-inf")  # rows that pad the vocabulary
-            largest, total, target = kernels.statistics(logits, local[part])
-            largest, total, target = reduce_over_ranks(largest, total, target, vocabulary.group)
-            losses[part] = (total.log() + largest - target) * weights[part]
-            if d_hidden is not None and d_weight is not None:
-                gradient = kernels.gradients(logits, local[part], largest, total, weights[part])
-                torch.mm(gradient, weight, out=d_hidden[part])
-                put_product(d_weight, gradient, hidden[part], add=start > 0)
+        parts = kernels.at_once(hidden, weight, local, weights, vocabulary, with_gradients)
+        losses, *gradients = parts or in_chunks(hidden, weight, local, weights, vocabulary, kernels, with_gradients)
         ctx.save_for_backward(weight)
-        ctx.gradients = d_hidden, d_weight
+        ctx.gradients = gradients
         return losses
 
     @staticmethod
@@ -72,15 +68,39 @@ class LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None
         scale = upstream[0].reshape(-1)[0]
-        if hasattr(weight, "main_grad"):
-            weight.main_grad.addcmul_(d_weight, scale)
-            weight.grad_added_to_main_grad = True
-            # As Megatron-Core's own layers: zeros where another gradient of this weight is still to be added to it.
-            empty = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
-            gradient = empty(weight)
-        else:
-            gradient = d_weight.mul_(scale).to(weight.dtype)
+        gradient = give_gradient(weight, lambda total: total.addcmul_(d_weight, scale))
         return d_hidden.mul_(scale.to(d_hidden.dtype)), gradient, None, None, None, None, None
+
+
+def in_chunks(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    local: torch.Tensor,
+    weights: torch.Tensor,
+    vocabulary: Vocabulary,
+    kernels: Any,
+    with_gradients: bool,
+) -> LossParts:
+    """The losses float32 [n], and the gradients in the dtype of hidden and in float32, with a chunk's logits at a time.
+
+    local: labels as numbers of this rank's rows, -1 where they are not among them.
+    """
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    d_hidden = torch.empty_like(hidden) if with_gradients else None
+    d_weight = torch.empty_like(weight, dtype=torch.float32) if with_gradients else None
+    size = chunk_size(len(hidden), weight.shape[0] * weight.element_size())
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
+        logits = hidden[part] @ weight.t()
+        logits[:, vocabulary.num_tokens :] = float("-inf")  # rows that pad the vocabulary
+        largest, total, target = kernels.statistics(logits, local[part])
+        largest, total, target = reduce_over_ranks(largest, total, target, vocabulary.group)
+        losses[part] = (total.log() + largest - target) * weights[part]
+        if d_hidden is not None and d_weight is not None:
+            gradient = kernels.gradients(logits, local[part], largest, total, weights[part])
+            torch.mm(gradient, weight, out=d_hidden[part])
+            put_product(d_weight, gradient, hidden[part], add=start > 0)
+    return losses, d_hidden, d_weight
 
 
 def reduce_over_ranks(
@@ -96,20 +116,20 @@ def reduce_over_ranks(
     return everywhere, both[0], both[1]
 
 
-def put_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, add: bool) -> None:
-    """Puts left^T [v, c] x right [c, h] into the float32 `total` [v, h], or adds it to what is there."""
-    if left.dtype == total.dtype:
-        torch.addmm(total, left.t(), right, beta=int(add), out=total)
-    elif left.is_cuda and TORCH >= (2, 9):
-        torch.addmm(total, left.t(), right, beta=int(add), out_dtype=torch.float32, out=total)
-    elif add:
-        total += left.t() @ right
-    else:
-        total.copy_(left.t() @ right)
-
-
 class TorchKernels:
     """The two steps on a chunk's logits by plain PyTorch."""
+
+    def at_once(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        local: torch.Tensor,
+        weights: torch.Tensor,
+        vocabulary: Vocabulary,
+        with_gradients: bool,
+    ) -> LossParts | None:
+        """What `in_chunks` gives, where it can be had without logits; None: it cannot."""
+        return None
 
     @staticmethod
     def statistics(logits: torch.Tensor, local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from common.model.loss import TorchKernels
+
 BLOCK = 8192
 NUM_WARPS = 16
 
@@ -44,7 +46,7 @@ def _loss_gradients(logits, labels, largest, total, weights, num_columns, block:
         tl.store(start + columns, values.to(logits.dtype.element_ty), mask=inside)
 
 
-class TritonKernels:
+class TritonKernels(TorchKernels):
     """The two steps by Triton; logits must be contiguous."""
 
     @staticmethod

@@ -83,6 +83,9 @@ class TrainSettings:
     core_attention: str = option(
         "auto", "auto: the platform's first that works here", ("auto", "flash_attn", "flash_attn_4", "sdpa")
     )
+    fused_products: str = option(
+        "auto", "SwiGLU and loss inside matrix products, by QuACK; auto: where it works", ("auto", "true", "false")
+    )
     sequence_parallel: bool = option(True, "with TP above 1: split activations over the sequence too")
     num_workers: int = option(2, "processes that read batches ahead; 0: none")
     distributed_timeout_min: int = option(10, "minutes after which a rank that waits gives up")

@@ -1,7 +1,7 @@
 """Whether settings, model and platform go together: told without torch, data or checkpoints."""
 
 from common.errors import KitError
-from common.mcore import check_pipeline_layers
+from common.mcore import check_pipeline_layers, joins_norms
 from common.model.config import QwenConfig
 from common.platforms.base import Platform
 from common.te import check_packed_sequences
@@ -53,6 +53,8 @@ def check_layers(settings: TrainSettings, platform: Platform) -> None:
         raise KitError(
             f"CORE_ATTENTION={settings.core_attention} cannot do {cause}, Transformer Engine's own can: set it to auto"
         )
+    if settings.fused_products == "true":
+        check_fused_products(settings, platform, engine=engine)
     if settings.optimizer_state == "bf16" and not platform.transformer_engine:
         raise KitError(f"OPTIMIZER_STATE=bf16 needs Transformer Engine, and {platform.name} has none: set it to fp32")
     if apart and not engine and not platform.masked_attention:
@@ -66,3 +68,18 @@ def check_layers(settings: TrainSettings, platform: Platform) -> None:
         raise KitError(
             f"TRANSFORMER_IMPL=transformer_engine, and {platform.name} has no Transformer Engine: set it to local"
         )
+
+
+def check_fused_products(settings: TrainSettings, platform: Platform, *, engine: bool) -> None:
+    """Raises KitError for what matrix products with SwiGLU inside cannot do."""
+    if not platform.fused_kernels:
+        raise KitError(f"FUSED_PRODUCTS=true needs an NVIDIA GPU, and this is {platform.name}: set it to auto")
+    against = {
+        f"PRECISION={settings.precision}": settings.precision != "bf16",
+        f"FP8_FORMAT={settings.fp8_format}": settings.fp8_format != "none",
+        "TP_COMM_OVERLAP=true": settings.tp_comm_overlap,
+        "a megatron-core before 0.15 under Transformer Engine's layers": engine and not joins_norms(),
+    }
+    for setting, given in against.items():
+        if given:
+            raise KitError(f"FUSED_PRODUCTS=true does not go together with {setting}: set it to auto")

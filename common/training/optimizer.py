@@ -47,7 +47,9 @@ def build_trainee(plan: Plan) -> Trainee:
         fp8_format=chosen.fp8_format,
         fp8_recipe=chosen.fp8_recipe,
         core_attention=chosen.core_attention,
+        fused_products=chosen.fused_products,
         joins_rows=plan.joins_rows,
+        weighted=any(data.weighted for data in (plan.train, plan.valid) if data),
     )
     if chosen.tp_comm_overlap:
         open_tensor_parallel_buffers(plan)

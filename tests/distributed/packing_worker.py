@@ -154,7 +154,7 @@ def compare_joined(plan: Plan, packed: Batch, apart: Batch) -> dict[str, Any]:
     """How `packed`, all of it one micro-batch of joined rows, differs from `apart` in loss and gradients."""
     loss_alone, grads_alone = gradients(plan, apart)
     with (
-        patch("common.model.build.core_attention", lambda *_: SegmentAttention),
+        patch("common.model.kernels.core_attention", lambda *_: SegmentAttention),
         patch.object(Plan, "joins_rows", True),
     ):
         loss, grads = gradients(plan, packed, len(packed["tokens"]))

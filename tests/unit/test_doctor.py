@@ -131,13 +131,15 @@ def extensions(platform: Any, *there: str) -> dict[str, Finding]:
 
 
 def test_what_a_platform_lacks_is_weighed_by_what_it_would_use() -> None:
-    names = ["transformer_engine", "apex", "flash_attn", "flash_attn_4"]
-    for platform, statuses in ((METAX, ["ok", "warn", "warn", "ok"]), (NVIDIA, ["warn", "warn", "ok", "ok"])):
+    names = ["transformer_engine", "apex", "flash_attn", "flash_attn_4", "quack_kernels"]
+    for platform, statuses in (
+        (METAX, ["ok", "warn", "warn", "ok", "ok"]), (NVIDIA, ["warn", "warn", "ok", "ok", "ok"]),
+    ):  # fmt: skip
         found = extensions(platform)
         assert {name: each.status for name, each in found.items()} == dict(zip(names, statuses, strict=True))
     with_engine = extensions(NVIDIA, "transformer_engine")
     assert with_engine["apex"].status == "ok", "Transformer Engine brings a fused Adam too"
-    assert [each.status for each in extensions(on_cpu(METAX)).values()] == ["ok"] * 4
+    assert [each.status for each in extensions(on_cpu(METAX)).values()] == ["ok"] * 5
 
 
 def test_devices_are_told_with_their_memory() -> None:

@@ -17,7 +17,9 @@ from common.doctor import machine, packages
 from common.errors import KitError
 from common.estimate.gpus import find_gpu
 from common.model.attention import FlashAttention, SdpaAttention
-from common.model.build import ModelOptions, core_attention, transformer_config
+from common.model.build import transformer_config
+from common.model.kernels import core_attention
+from common.model.options import ModelOptions
 from common.platforms import PLATFORMS, on_cpu
 from common.platforms.base import Platform
 from common.platforms.metax import METAX

@@ -32,7 +32,7 @@ def expected(
 def test_losses_and_gradients_are_those_of_cross_entropy_in_several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "MAX_LOGITS_BYTES", 256 * 50 * 4)
     inputs = case()
-    losses = LinearCrossEntropy.apply(*inputs, Vocabulary(None, 0, 50), TorchKernels, True)
+    losses = LinearCrossEntropy.apply(*inputs, Vocabulary(None, 0, 50), TorchKernels(), True)
     gradients = torch.autograd.grad((3 * losses).sum(), inputs[:2])
     for mine, theirs in zip([losses, *gradients], expected(*inputs), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
@@ -48,7 +48,7 @@ def test_chunks_are_as_few_as_fit_and_as_even_as_they_can_be(tokens: int, chunk:
 
 def test_rows_that_pad_the_vocabulary_have_no_part_in_the_softmax() -> None:
     hidden, weight, labels, weights = case(num_tokens=50, rows=52)
-    losses = LinearCrossEntropy.apply(hidden, weight, labels, weights, Vocabulary(None, 0, 50), TorchKernels, True)
+    losses = LinearCrossEntropy.apply(hidden, weight, labels, weights, Vocabulary(None, 0, 50), TorchKernels(), True)
     gradient = torch.autograd.grad(losses.sum(), weight)[0]
     torch.testing.assert_close(losses, expected(hidden, weight[:50], labels, weights)[0], rtol=1e-5, atol=1e-5)
     assert not gradient[50:].any() and gradient[:50].any()
@@ -59,7 +59,7 @@ def test_the_gradient_of_the_weight_goes_to_its_buffer_and_zeros_to_autograd_whe
     weight.main_grad = torch.ones_like(weight)
     weight.zero_out_wgrad = True
     LinearCrossEntropy.apply(
-        hidden, weight, labels, weights, Vocabulary(None, 0, 50), TorchKernels, True
+        hidden, weight, labels, weights, Vocabulary(None, 0, 50), TorchKernels(), True
     ).sum().backward()
     theirs = expected(hidden, weight, labels, weights)[2] / 3
     torch.testing.assert_close(weight.main_grad, 1 + theirs, rtol=1e-5, atol=1e-5)
@@ -69,7 +69,7 @@ def test_the_gradient_of_the_weight_goes_to_its_buffer_and_zeros_to_autograd_whe
 def test_without_gradients_only_losses_are_made() -> None:
     inputs = case()
     with torch.no_grad():
-        losses = LinearCrossEntropy.apply(*inputs, Vocabulary(None, 0, 50), TorchKernels, False)
+        losses = LinearCrossEntropy.apply(*inputs, Vocabulary(None, 0, 50), TorchKernels(), False)
     torch.testing.assert_close(losses, expected(*inputs)[0], rtol=1e-5, atol=1e-5)
 
 
@@ -82,7 +82,7 @@ rank = dist.get_rank()
 hidden, weight, labels, weights = case(num_tokens=51, rows=52)
 mine = weight[26 * rank : 26 * rank + 26].detach().requires_grad_()
 vocabulary = Vocabulary(dist.group.WORLD, 26 * rank, min(51 - 26 * rank, 26))
-losses = LinearCrossEntropy.apply(hidden, mine, labels, weights, vocabulary, TorchKernels, True)
+losses = LinearCrossEntropy.apply(hidden, mine, labels, weights, vocabulary, TorchKernels(), True)
 d_hidden, d_weight = torch.autograd.grad((3 * losses).sum(), [hidden, mine])
 dist.all_reduce(d_hidden)
 theirs = expected(hidden, weight[:51], labels, weights)

@@ -1,11 +1,11 @@
-"""Where the Triton kernels of SwiGLU, QKV and norms are called: with plain PyTorch there, a model is what it was."""
+"""Where kernels of SwiGLU, the MLP, QKV and norms are called: with plain PyTorch there, a model is what it was."""
 
 import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch.nn.functional import silu
 
 from common import mcore
 from common.model.config import QwenConfig, load_config
+from common.model.gated_mlp import TorchProducts
 from common.parallel import ParallelSizes
 from common.platforms import PLATFORMS
 from tests.distributed.launch import free_port
@@ -70,7 +71,7 @@ def main() -> None:
 
 def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
     """What a model gives with other code in these places, and without."""
-    from common.model import build
+    from common.model import build, kernels
 
     groups, heads = qwen.num_key_value_heads // sizes.tp, qwen.num_attention_heads // sizes.tp
     plain = outputs(qwen, sizes)
@@ -108,19 +109,31 @@ def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
             calls["norm"] -= 1
             return x + residual, self.norm(x + residual, weight, eps)
 
+    class Products(TorchProducts):
+        def up(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            calls["gate and up"] += 1
+            assert x.shape == (S * B, qwen.hidden_size)
+            return super().up(x, weight)
+
+        def down_gradient(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            calls["down, backward"] += 1
+            return super().down_gradient(*tensors)
+
     config = build.TransformerConfig
     fused = {"bias_activation_fusion": True, **mcore.single_qkv_rope(True)}
     setattr(build, "TransformerConfig", lambda **fields: config(**{**fields, **fused}))  # noqa: B010  not a type's name
     mcore.use_kernels(swiglu, split_and_rotate)
-    sys.modules["common.model.norm_kernels"] = SimpleNamespace(TritonNorms=Norms)  # type: ignore[assignment]
-    setattr(build, "has_joined_norms", lambda *_: mcore.joins_norms())  # noqa: B010
+    setattr(kernels, "joined_norms", lambda *_: Norms() if mcore.joins_norms() else None)  # noqa: B010
     layers = qwen.num_hidden_layers
-    for recompute in ("none", "full"):
+    for recompute, products in product(("none", "full"), (None, Products())):
+        setattr(kernels, "mlp_products", lambda *_, which=products: which)  # noqa: B010
         calls.clear()
         for mine, theirs in zip(outputs(qwen, sizes, recompute), plain, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
         passes = 2 if recompute == "full" else 1  # forward through the layers
         expected = {"swiglu": layers * passes}
+        if products:
+            expected = {"gate and up": layers * passes, "down, backward": layers}
         if mcore.version() >= (0, 15):
             expected["qkv"] = layers * passes
             # Alone is normed what enters a stage, or a layer that is computed again by itself; and what leaves it then.

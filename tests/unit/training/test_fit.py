@@ -35,6 +35,17 @@ def settings(**changes: Any) -> TrainSettings:
             {"core_attention": "sdpa", "packing": True, "train_mode": "finetune"},
             "CORE_ATTENTION=sdpa cannot do PACKING=true",
         ),
+        ("metax", {"fused_products": "true"}, "FUSED_PRODUCTS=true needs an NVIDIA GPU, and this is metax"),
+        (
+            "nvidia",
+            {"fused_products": "true", "fp8_format": "hybrid"},
+            "FUSED_PRODUCTS=true does not go together with FP8_FORMAT=hybrid",
+        ),
+        (
+            "nvidia",
+            {"fused_products": "true", "precision": "fp32"},
+            "FUSED_PRODUCTS=true does not go together with PRECISION=fp32",
+        ),
         ("metax", {"optimizer_state": "bf16"}, "OPTIMIZER_STATE=bf16 needs Transformer Engine, and metax has none"),
         ("metax", {"transformer_impl": "transformer_engine"}, "metax has no Transformer Engine: set it to local"),
     ],
@@ -50,6 +61,7 @@ def test_refusals(platform: str, changes: dict[str, Any], said: str) -> None:
     [
         ("nvidia", {"gpus": 2, "cp": 2}),
         ("nvidia", {"fp8_format": "hybrid", "optimizer_state": "bf16"}),
+        ("nvidia", {"fused_products": "true", "packing": True, "train_mode": "finetune"}),
         ("nvidia", {"tp_comm_overlap": True, "gpus": 2, "tp": 2}),
         ("cpu", {"reset_attention": True}),
     ],
