@@ -8,7 +8,7 @@ q, k, f, v this rank's share of query rows, key rows, intermediate_size and voca
 from dataclasses import dataclass
 
 from common.estimate.weights import ELEMENT_BYTES, Chunk, vocabulary_parameters
-from common.model.chunks import chunk_size
+from common.model.chunks import chunk_size, fused_chunk_size
 from common.model.config import QwenConfig
 
 
@@ -29,6 +29,7 @@ class Work:
     masked: bool  # packing or reset_attention in local layers: attention with a mask [b, 1, s, s]
     joined: bool  # the same in Transformer Engine's: rows joined to one, of which attention is told the bounds
     fused_kernels: bool
+    fused_products: bool  # SwiGLU, and at TP 1 the loss, inside matrix products
 
     @property
     def engine(self) -> bool:
@@ -124,12 +125,15 @@ def attention_tensors(work: Work) -> dict[str, int]:
 def layer_tensors(work: Work) -> dict[str, int]:
     """What one layer keeps, or of a wholly recomputed one what it keeps while it is computed again."""
     rows = work.stream // (work.element * work.qwen.hidden_size)
+    before_mlp = work.hidden if work.fused_products else work.stream  # gathered there
+    # unfused, silu(gate) and (Megatron-Core 0.16's) a copy of up beside their product
+    swiglu = work.mlp if work.fused_kernels else 3 * work.mlp
     return {
-        "norms": 2 * (norm_bytes(work, rows, work.stream) + work.stream),  # and the output, for the product after it
+        # and the outputs, for the products after them
+        "norms": 2 * norm_bytes(work, rows, work.stream) + work.stream + before_mlp,
         **attention_tensors(work),
         "gate and up": 2 * work.mlp,
-        # unfused, silu(gate) and (Megatron-Core 0.16's) a copy of up beside their product
-        "swiglu": work.mlp if work.fused_kernels else 3 * work.mlp,
+        "swiglu": 0 if work.fused_products else swiglu,
     }
 
 
@@ -164,9 +168,13 @@ def logits_bytes(work: Work) -> int:
     """The most that logits and what is made of them take at once.
 
     A chunk's [c, v] are freed when the next one's are there. Without Triton's kernels there are two float32 copies of
-    them too, or one where they are float32 themselves.
+    them too, or one where they are float32 themselves. Inside products their exponentials take one place for all
+    chunks, with two float32 and two scales for each 128 or more of a row, and a chunk's hidden states times theirs.
     """
     rows = work.qwen.padded_vocab_size(work.tp) // work.tp
+    if work.fused_products and work.tp == 1:
+        size = min(work.tokens, fused_chunk_size(work.tokens, work.qwen.hidden_size))
+        return size * (work.element * (rows + work.qwen.hidden_size) + rows // 128 * 2 * (4 + work.element))
     size = chunk_size(work.tokens, rows * work.element)
     wide = 0 if work.fused_kernels else (8 if work.element < 4 else 4)
     chunks = [min(size, work.tokens - start) for start in range(0, work.tokens, size)]
@@ -203,8 +211,11 @@ def gradient_bytes(work: Work) -> int:
     Each is told by the gradients that exist then and by what was kept and is gone. Local layers make each weight's
     gradient before it is added to the float32 one.
     """
-    weight = 0 if work.engine else work.element * work.qwen.intermediate_size // work.tp * work.qwen.hidden_size
+    weight = work.element * work.qwen.intermediate_size // work.tp * work.qwen.hidden_size
     gathered = work.hidden if work.stream < work.hidden else 0
+    if work.fused_products:  # both halves' gradients take their place; three weights' stand-ins wait for autograd
+        return work.stream + gathered + work.mlp + work.hidden + 3 * weight
+    weight = 0 if work.engine else weight
     kept = layer_tensors(work)
     down = gathered + work.mlp + weight
     swiglu = 2 * work.mlp

@@ -45,6 +45,11 @@ class EstimateSettings:
     )
     transformer_impl: str | None = option(None, "layers; default: the platform's", ("transformer_engine", "local"))
     sequence_parallel: bool = option(True, "with TP above 1: split activations over the sequence too")
+    fused_products: str = option(
+        "auto",
+        "true: as where requirements/hopper.txt is installed; auto: as where it is not",
+        ("auto", "true", "false"),
+    )
     packing: bool = option(False, "finetune: several samples a row, kept apart")
     tokens: float | None = option(None, "tokens to train on, as 1e9, for the days it takes")
     memory_gib: float | None = option(None, "of a GPU, where it is not what its type has")
@@ -100,7 +105,15 @@ def choices(asked: EstimateSettings, num_layers: int) -> Iterator[dict[str, int 
 def train_settings(asked: EstimateSettings, chosen: dict[str, int | str]) -> TrainSettings:
     """The settings of a run with the chosen values; raises KitError as training does."""
     same = ("gpus", "nnodes", "seq_length", "global_batch_size", "vpp", "pipeline_layers", "cp", "precision")
-    names = (*same, "transformer_impl", "sequence_parallel", "packing", "optimizer_state", "recompute_num_layers")
+    names = (
+        *same,
+        "transformer_impl",
+        "sequence_parallel",
+        "fused_products",
+        "packing",
+        "optimizer_state",
+        "recompute_num_layers",
+    )
     return TrainSettings(
         save_checkpoint_path="-",
         dataset_path="-",

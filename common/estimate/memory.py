@@ -58,6 +58,7 @@ def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Wo
         masked=samples_in_rows and impl == "local",
         joined=samples_in_rows and impl == "transformer_engine",
         fused_kernels=platform.fused_kernels,
+        fused_products=settings.fused_products == "true",
     )
 
 
@@ -120,5 +121,6 @@ def workspace_bytes(work: Work) -> int:
     qwen = work.qwen
     if not work.engine:
         return WORKSPACE_BYTES["local"]
-    rows = qwen.qkv_rows + qwen.num_attention_heads * qwen.head_dim + 3 * qwen.intermediate_size
+    rows = qwen.qkv_rows + qwen.num_attention_heads * qwen.head_dim
+    rows += 0 if work.fused_products else 3 * qwen.intermediate_size
     return WORKSPACE_BYTES["transformer_engine"] + ELEMENT_BYTES[work.precision] * rows * qwen.hidden_size // work.tp

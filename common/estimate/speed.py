@@ -42,16 +42,21 @@ def layer_cost(work: Work, gpu: Gpu) -> Cost:
     products = 2 * tokens * (h * (qwen.qkv_rows + q) + 3 * h * qwen.intermediate_size) / work.tp
     attention = 2 * tokens * work.seq_length * q / work.tp * max(1.0, 128 / qwen.head_dim)
     rope = 0 if work.engine else 12 * (work.query + work.key)
-    traffic = 8 * work.mlp + 30 * work.stream + rope
+    traffic = (0 if work.fused_products else 8 * work.mlp) + 30 * work.stream + rope
     passes, attention_passes, traffic_passes = {"none": (3, 3, 1.0), "selective": (3, 4, 1.0), "full": (4, 4, 4 / 3)}[
         work.recompute
     ]
     return {
         "products": passes * products / gpu.flops,
-        "attention": attention_passes * attention / gpu.flops,
+        attention_name(work): attention_passes * attention / gpu.flops,
         "traffic": traffic_passes * traffic / gpu.bandwidth,
         "layers of a micro-batch": passes / 3,
     }
+
+
+def attention_name(work: Work) -> str:
+    """Under which name attention counts: FlashAttention 4 comes with the fused products, but not for packed rows."""
+    return "FlashAttention 4" if work.fused_products and not (work.joined or work.masked) else "attention"
 
 
 def chunk_cost(work: Work, chunk: Chunk, gpu: Gpu) -> Cost:
@@ -67,7 +72,8 @@ def chunk_cost(work: Work, chunk: Chunk, gpu: Gpu) -> Cost:
         rows = work.qwen.padded_vocab_size(work.tp) / work.tp
         logits = work.tokens * rows
         total["products"] += 3 * 2 * logits * work.qwen.hidden_size / gpu.flops
-        total["traffic"] += 3 * work.element * logits / gpu.bandwidth
+        times = 1 if work.fused_products and work.tp == 1 else 3
+        total["traffic"] += times * work.element * logits / gpu.bandwidth
     return total
 
 

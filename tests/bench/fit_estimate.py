@@ -6,6 +6,7 @@ The file holds `shapes`, config.json fields by name, and `rows`, a run each: gpu
 allocated_gib (torch.cuda.max_memory_allocated), and where there is more to tell:
 
     optimizer_state            fp32 where nothing is said
+    fused_products             true: with requirements/hopper.txt
     reserved_gib, tokens_per_s
     kernel_s                   seconds of a step in the kernels of a name in constants.SECONDS
     packing                    its memory is judged; its rate hangs on the lengths of the samples, and is not
@@ -102,6 +103,7 @@ def read_step(row: dict[str, Any], qwen: QwenConfig) -> Step:
         save_checkpoint_path="-", dataset_path="-", train_iters=1, seq_length=row["seq"], micro_batch_size=row["mbs"],
         global_batch_size=row["gbs"], transformer_impl=row["impl"], recompute=row["recompute"],
         optimizer_state=row.get("optimizer_state", "fp32"), packing=row.get("packing", False),
+        fused_products=row.get("fused_products", "false"),
         train_mode="finetune" if row.get("packing") else "pretrain",
     )  # fmt: skip
     work, chunk = work_of(settings, gpu.platform, qwen), Chunk(qwen.num_hidden_layers, True, True)
@@ -134,9 +136,11 @@ def fit_seconds(steps: list[Step]) -> dict[str, float]:
     rates = {name: round(sum(each) / len(each), 2) for name, each in kernels.items()}
     timed = [step for step in steps if step.rate]
     seconds = np.array([step.row["gbs"] * step.row["seq"] / step.rate for step in timed])
-    known = np.array([sum(rate * step.cost[name] for name, rate in rates.items()) for step in timed])
+    known = np.array([sum(rate * step.cost.get(name, 0.0) for name, rate in rates.items()) for step in timed])
     names = [name for name in constants.SECONDS if name not in rates]
-    costs = np.array([[*(step.cost[name] for name in names), step.old * step.cost["traffic"]] for step in timed])
+    costs = np.array(
+        [[*(step.cost.get(name, 0.0) for name in names), step.old * step.cost["traffic"]] for step in timed]
+    )
     found = least_squares(costs / seconds[:, None], 1 - known / seconds)
     return {**rates, **{name: float(f"{rate:.3g}") for name, rate in zip(names, found[:-1], strict=True)}}
 
@@ -166,7 +170,7 @@ def table(steps: list[Step]) -> list[str]:
     ]
     for step in sorted(steps, key=lambda step: not step.fitted):
         row, peak, measured = step.row, step.peak / GIB, step.row["allocated_gib"]
-        packed = ", packed" if row.get("packing") else ""
+        packed = (", fused" if row.get("fused_products") == "true" else "") + (", packed" if row.get("packing") else "")
         told = f"{row['gpu']}, {row['shape']}, {row['impl']}{packed}", f"{row['seq']}, {row['mbs']}, {row['gbs']}"
         cells = [
             *told, row["recompute"], f"{measured:.1f}", f"{peak:.2f} ({peak / measured - 1:+.1%})",

@@ -61,6 +61,15 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
+FUSED: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (1, {"recompute": "full"}),
+    (2, {"tp": 2}),
+    (2, {"tp": 2, "sequence_parallel": False}),
+    (2, {"pp": 2, "vpp": 2}),
+]
+
+
 def tasks_of(folder: Path, fused: bool, layouts: list[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """A task for each pipeline stage of each layout, of tensor rank 0."""
     for world, changes in layouts:
@@ -72,13 +81,14 @@ def tasks_of(folder: Path, fused: bool, layouts: list[tuple[int, dict[str, Any]]
 
 
 def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None:
-    """Fused: Megatron-Core's own SwiGLU, a norm and a split QKV that keep what the kernels on a GPU keep."""
+    """Fused: SwiGLU, alone or inside products, a norm and a split QKV that keep what the kernels on a GPU keep."""
     qwen2 = write_config(tmp_path / "qwen2")
     qwen3 = write_config(tmp_path / "qwen3", model_type="qwen3", head_dim=32)
     tasks = [
         *tasks_of(qwen2, False, LAYOUTS),
         *tasks_of(qwen2, True, [layout for layout in LAYOUTS if layout[0] < 4]),
         *tasks_of(qwen3, True, [(1, {}), (2, {"tp": 2})]),
+        *tasks_of(qwen2, True, [(world, {**changes, "fused_products": "true"}) for world, changes in FUSED]),
     ]
     named = [
         f"{Path(task['folder']).name} fused {task['fused']} rank {task['rank']} {task['settings']}" for task in tasks

@@ -16,8 +16,9 @@ BIG = {
     "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 8192,
 }  # fmt: skip
 SHAPES = {"0.5B": {**SHAPE, **BIG, "num_attention_heads": 32}, "3B": {**SHAPE, **BIG, "num_hidden_layers": 24}}
-CASES = [(shape, mbs, gbs, impl) for shape in SHAPES for mbs, gbs in ((1, 8), (2, 8), (4, 4), (1, 64))
-         for impl in ("transformer_engine", "local")]  # fmt: skip
+KINDS = (("transformer_engine", "false"), ("local", "false"), ("transformer_engine", "true"))
+CASES = [(shape, mbs, gbs, *kind) for shape in SHAPES for mbs, gbs in ((1, 8), (2, 8), (4, 4), (1, 64))
+         for kind in KINDS]  # fmt: skip
 
 
 def run(monkeypatch: pytest.MonkeyPatch, path: Path) -> int:
@@ -35,10 +36,11 @@ def write(path: Path, **changes: Any) -> Path:
             "mbs": mbs,
             "gbs": gbs,
             "impl": impl,
+            "fused_products": fused,
             "recompute": "none",
             "allocated_gib": 1.0,
         }
-        for shape, mbs, gbs, impl in CASES
+        for shape, mbs, gbs, impl, fused in CASES
     ]
     rows.append({**rows[0], "seq": 8192})
     path.write_text(json.dumps({"shapes": SHAPES, "rows": rows}))

@@ -70,7 +70,7 @@ def test_logits_come_in_the_chunks_that_the_loss_makes(tmp_path: Path, monkeypat
     hidden, weight = torch.zeros(1280, 64), torch.zeros(301, 64)
     whole = loss.Vocabulary(None, 0, 301)
     loss.LinearCrossEntropy.apply(
-        hidden, weight, torch.zeros(1280, dtype=torch.long), torch.ones(1280), whole, Recorder, False
+        hidden, weight, torch.zeros(1280, dtype=torch.long), torch.ones(1280), whole, Recorder(), False
     )
     assert Recorder.rows == [512, 512, 256]
     chosen = TrainSettings(

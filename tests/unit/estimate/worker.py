@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from common import log
 from common.model.config import load_config
+from common.model.gated_mlp import TorchProducts
 from common.platforms.cpu import CPU
 from common.training.config import TrainSettings
 from common.training.plan import Plan, Start
@@ -62,6 +63,16 @@ class FusedNormOfSum(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
         total, _, weight = ctx.saved_tensors
         return torch.zeros_like(total), torch.zeros_like(total), torch.zeros_like(weight), None
+
+
+class InPlace(TorchProducts):
+    """Writes gradients of both halves over them, as QuACK's."""
+
+    @staticmethod
+    def down_gradient(d_out: torch.Tensor, weight: torch.Tensor, both: torch.Tensor) -> Any:
+        activated = d_out @ weight
+        both.zero_()
+        return both, activated
 
 
 class SplitAndRotate(torch.autograd.Function):
@@ -211,22 +222,24 @@ def main() -> None:
     from megatron.core import parallel_state
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
-    from common.model import build
+    from common.model import kernels
     from common.model.loss import TorchKernels
     from common.training.distributed import seed_everything
 
     composite = torch.nn.functional.rms_norm
-    sys.modules["common.model.loss_kernels"] = SimpleNamespace(TritonKernels=TorchKernels)  # type: ignore[assignment]
+    kernels.loss_kernels = lambda *_: TorchKernels()
     sys.modules["common.model.swiglu"] = SimpleNamespace(bias_swiglu=bias_swiglu_impl)  # type: ignore[assignment]
     sys.modules["common.model.qkv_rope"] = SimpleNamespace(  # type: ignore[assignment]
         split_and_rotate=lambda mixed, _, __, parts: SplitAndRotate.apply(mixed, parts)
     )
     norms = SimpleNamespace(norm=FusedNorm.apply, norm_of_sum=FusedNormOfSum.apply)
     sys.modules["common.model.norm_kernels"] = SimpleNamespace(TritonNorms=lambda: norms)  # type: ignore[assignment]
-    build.fuse_rotary_embedding = lambda: None  # torch.compile, for which a CPU needs a C++ compiler
+    kernels.fuse_rotary_embedding = lambda: None  # torch.compile, for which a CPU needs a C++ compiler
     new_group = dist.new_group
     dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})
     for task in json.loads(sys.argv[1]):
+        fused = task["settings"].get("fused_products") == "true"
+        kernels.mlp_products = lambda *_, fused=fused: InPlace() if fused else None
         torch.nn.functional.rms_norm = fused_rms_norm if task.get("fused") else composite
         plan = plan_of(task)
         sizes = plan.sizes
