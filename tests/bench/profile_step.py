@@ -22,12 +22,13 @@ MS = 1e3  # the profiler counts microseconds
 CHIP_TFLOPS = 790  # what matrix products were seen to reach on an H200: docs/benchmarks.md
 # What a kernel is for, by its name; the first that fits.
 PURPOSES = {
-    "loss without its products": r"_loss_",
+    "loss without its products": r"_loss_|_lce_glue",
+    "matrix products": r"nvjet|cublasLt|quack.*gemm|GemmMod",
     "SwiGLU, split and rotated QKV": r"swiglu|silu|rope",
     "optimizer": r"multi_tensor|adam",
     "norms and residual sums": r"_norm_|rmsnorm|triton_poi_fused_add|CUDAFunctor_add<c10::BFloat16>",
     "attention": r"flash|sdpa|fmha|dot_do_o|dq_to_16bits",
-    "matrix products": r"nvjet|gemm|cublasLt",
+    "other products": r"gemm",
     "other": r"",
 }
 
