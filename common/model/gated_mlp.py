@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 from common.model.gradients import give_gradient, put_product
 from common.model.joined_norm import JoinedNorm
 from common.model.regions import enter, leave
+from common.model.weights import await_weights
 
 
 class GatedProducts(Protocol):
@@ -105,6 +106,8 @@ def _forward(mlp: Any, products: GatedProducts) -> Callable[..., tuple[torch.Ten
 
     def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         first, second = mlp.linear_fc1, mlp.linear_fc2
+        await_weights(first)
+        await_weights(second)
         x = first.normed(hidden_states) if isinstance(first, JoinedNorm) else hidden_states
         x = enter(x, mlp.config)
         part: torch.Tensor = GatedProduct.apply(x.flatten(0, 1), first.weight, second.weight, products)

@@ -8,6 +8,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from common.model.loss import LinearCrossEntropy, Vocabulary
 from common.model.regions import enter
+from common.model.weights import await_weights
 
 
 class QwenModel(GPTModel):
@@ -43,6 +44,7 @@ class QwenModel(GPTModel):
             hidden = super().forward(input_ids, position_ids, attention_mask, **kwargs)
         finally:
             self.post_process = True
+        await_weights(self.output_layer)
         weight = self.output_layer.weight
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()

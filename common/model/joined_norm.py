@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from common.model.norm import RMSNorm
+from common.model.weights import await_weights
 
 
 class Norms(Protocol):
@@ -37,6 +38,8 @@ class JoinedNorm:
 
     def sum_and_norm(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """x + residual; its norm waits for `normed` to be called with what is given back here."""
+        assert isinstance(self, torch.nn.Module)
+        await_weights(self)
         total, out = self.norms.norm_of_sum(x, residual, self.norm_weight(), self.eps)
         self._ready = total, out
         return total

@@ -36,10 +36,13 @@ class QuackLoss(TritonKernels):
         vocabulary: Vocabulary,
         with_gradients: bool,
     ) -> LossParts | None:
-        """What `in_chunks` gives; None over ranks, and where the vocabulary is padded or does not fill tiles."""
+        """What `in_chunks` gives; None over ranks, and where the vocabulary is padded or does not fill tiles.
+
+        Without gradients too: QuACK's way to have the losses alone was not tried.
+        """
         rows = weight.shape[0]
         tile = next((tile for tile in TILES if rows % tile == 0), None)
-        if tile is None or rows % 128 or vocabulary.num_tokens < rows or vocabulary.num_ranks > 1:
+        if not with_gradients or tile is None or vocabulary.num_tokens < rows or vocabulary.num_ranks > 1:
             return None
         number, width = hidden.shape
         losses, *gradients = self._losses(
@@ -48,12 +51,12 @@ class QuackLoss(TritonKernels):
             torch.where((weights > 0) & (local >= 0), local, IGNORED),
             fused_chunk_size(number, width),
             IGNORED,
-            need_dx=with_gradients,
-            need_dw=with_gradients,
+            need_dx=True,
+            need_dw=True,
             tile_n1=tile,
         )
         d_hidden, d_weight = gradients
-        return losses[:number], None if d_hidden is None else d_hidden[:number], d_weight
+        return losses[:number], d_hidden[:number], d_weight
 
 
 TOLERANCE = 0.02  # of the largest value: bf16 has 8 bits

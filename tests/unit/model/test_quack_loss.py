@@ -63,6 +63,15 @@ def test_a_vocabulary_that_is_padded_or_does_not_fill_tiles_goes_by_chunks(
         assert torch.equal(mine, theirs)
 
 
+def test_without_gradients_it_goes_by_chunks(quack_loss: Any) -> None:
+    kernels = quack_loss.QuackLoss()
+    kernels._losses = None
+    hidden, weight = torch.randn(200, 32), torch.randn(384, 32)
+    labels, weights = torch.randint(0, 384, (200,)), torch.ones(200)
+    losses = LinearCrossEntropy.apply(hidden, weight, labels, weights, Vocabulary(None, 0, 384), kernels, False)
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="none"))
+
+
 def test_a_wrong_or_failing_loss_is_told(quack_loss: Any) -> None:
     kernels = quack_loss.QuackLoss()
     right = kernels._losses

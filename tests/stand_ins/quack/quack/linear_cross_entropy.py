@@ -6,10 +6,11 @@ import torch
 def scaled_exp_linear_cross_entropy_fwd(
     x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, chunk_size: int, ignore_index: int, *,
     need_dx: bool, need_dw: bool, tile_n1: int,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """x [m, d], weight [v, d], target int64 [m] -> (losses float32, gradient of x, both of m filled up, of weight)."""
     rows, width = x.shape
     last = -(-((rows - 1) % chunk_size + 1) // 128) * 128
+    assert need_dx and need_dw
     assert weight.shape[0] % tile_n1 == 0 and chunk_size % 128 == 0
     if width in (chunk_size, last):
         raise ValueError("m == n makes row/col inference ambiguous")
@@ -22,6 +23,6 @@ def scaled_exp_linear_cross_entropy_fwd(
     pad = torch.nn.functional.pad
     return (
         pad(losses.detach(), (0, filled - rows)),
-        pad(d_x, (0, 0, 0, filled - rows)).to(x.dtype) if need_dx else None,
-        d_weight if need_dw else None,
+        pad(d_x, (0, 0, 0, filled - rows)).to(x.dtype),
+        d_weight,
     )
