@@ -15,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from common.errors import KitError
 from common.log import logger
+from common.model.trial import PROBED, find_fault
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -163,8 +164,6 @@ KINDS: dict[str, type[SdpaAttention]] = {
     "flash_attn_4": FlashAttention4,
     "sdpa": SdpaAttention,
 }
-TOLERANCE = 0.02  # of the largest value: bf16 has 8 bits
-PROBED = 320  # tokens: more than one tile of every kernel
 
 
 def choose(
@@ -195,18 +194,10 @@ def why_not(kind: type[SdpaAttention], heads: tuple[int, int, int], device: torc
     shapes = [(PROBED, 2, count, size) for count in (num_heads, num_groups, num_groups)]
     given = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     weight = torch.randn(PROBED, 2, num_heads * size, generator=generator).bfloat16()
-    try:
-        found = _results(kind, [x.to(device) for x in given], weight.to(device))
-    except ModuleNotFoundError as error:
-        return f"no module {error.name}"
-    except Exception as error:  # whatever a vendor's kernel raises
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-    right = _results(SdpaAttention, [x.float() for x in given], weight.float())
-    worst = max(
-        float((mine.float().cpu() - theirs).abs().max() / theirs.abs().max())
-        for mine, theirs in zip(found, right, strict=True)
+    return find_fault(
+        lambda: _results(kind, [x.to(device) for x in given], weight.to(device)),
+        lambda: _results(SdpaAttention, [x.float() for x in given], weight.float()),
     )
-    return "" if worst <= TOLERANCE else f"its results are off by {worst:.1%}"
 
 
 def _results(kind: type[SdpaAttention], tensors: list[torch.Tensor], weight: torch.Tensor) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 from common.model.gradients import give_gradient, put_product
 from common.model.joined_norm import JoinedNorm
 from common.model.regions import enter, leave
+from common.model.trial import PROBED, find_fault
 from common.model.weights import await_weights
 
 
@@ -116,23 +117,16 @@ def _forward(mlp: Any, products: GatedProducts) -> Callable[..., tuple[torch.Ten
     return forward
 
 
-TOLERANCE = 0.02  # of the largest value: bf16 has 8 bits
-PROBED = 320  # tokens, more than one tile
-
-
 def why_not(products: GatedProducts, hidden_size: int, width: int, device: torch.device) -> str:
     """Why `products` cannot be used for bf16 tensors of h and f on `device`; empty where all they give is right."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(PROBED, hidden_size), (2 * width, hidden_size), (hidden_size, width), (PROBED, hidden_size)]
     scales = [1.0, hidden_size**-0.5, width**-0.5, 1.0]
     given = [(torch.randn(s, generator=generator) * by).bfloat16() for s, by in zip(shapes, scales, strict=True)]
-    try:
-        found = _results(products, [x.to(device) for x in given])
-    except Exception as error:  # whatever a kernel or its compiler raises
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-    right = _results(TorchProducts(), [x.to(device).float() for x in given])
-    worst = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, right, strict=True))
-    return "" if worst <= TOLERANCE else f"its results are off by {worst:.1%}"
+    return find_fault(
+        lambda: _results(products, [x.to(device) for x in given]),
+        lambda: _results(TorchProducts(), [x.to(device).float() for x in given]),
+    )
 
 
 def _results(products: GatedProducts, tensors: list[torch.Tensor]) -> list[torch.Tensor]:

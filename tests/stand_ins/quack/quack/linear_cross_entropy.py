@@ -11,7 +11,7 @@ def scaled_exp_linear_cross_entropy_fwd(
     rows, width = x.shape
     last = -(-((rows - 1) % chunk_size + 1) // 128) * 128
     assert need_dx and need_dw
-    assert weight.shape[0] % tile_n1 == 0 and chunk_size % 128 == 0
+    assert weight.shape[0] % tile_n1 == weight.shape[0] % 128 == 0 and chunk_size % 128 == 0
     if width in (chunk_size, last):
         raise ValueError("m == n makes row/col inference ambiguous")
     filled = (rows - 1) // chunk_size * chunk_size + last
