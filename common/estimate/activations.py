@@ -37,6 +37,11 @@ class Work:
         return self.transformer_impl == "transformer_engine"
 
     @property
+    def fused_loss(self) -> bool:
+        """Whether the loss is inside the output layer's products, as at TP 1."""
+        return self.fused_products and self.tp == 1
+
+    @property
     def element(self) -> int:
         """e."""
         return ELEMENT_BYTES[self.precision]
@@ -172,7 +177,7 @@ def logits_bytes(work: Work) -> int:
     chunks, with two float32 and two scales for each 128 or more of a row, and a chunk's hidden states times theirs.
     """
     rows = work.qwen.padded_vocab_size(work.tp) // work.tp
-    if work.fused_products and work.tp == 1:
+    if work.fused_loss:
         size = min(work.tokens, fused_chunk_size(work.tokens, work.qwen.hidden_size))
         return size * (work.element * (rows + work.qwen.hidden_size) + rows // 128 * 2 * (4 + work.element))
     size = chunk_size(work.tokens, rows * work.element)

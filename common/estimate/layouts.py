@@ -104,16 +104,9 @@ def choices(asked: EstimateSettings, num_layers: int) -> Iterator[dict[str, int 
 
 def train_settings(asked: EstimateSettings, chosen: dict[str, int | str]) -> TrainSettings:
     """The settings of a run with the chosen values; raises KitError as training does."""
-    same = ("gpus", "nnodes", "seq_length", "global_batch_size", "vpp", "pipeline_layers", "cp", "precision")
-    names = (
-        *same,
-        "transformer_impl",
-        "sequence_parallel",
-        "fused_products",
-        "packing",
-        "optimizer_state",
-        "recompute_num_layers",
-    )
+    same = ("gpus", "nnodes", "seq_length", "global_batch_size", "vpp", "pipeline_layers", "cp", "precision",
+            "fused_products")  # fmt: skip
+    names = (*same, "transformer_impl", "sequence_parallel", "packing", "optimizer_state", "recompute_num_layers")
     return TrainSettings(
         save_checkpoint_path="-",
         dataset_path="-",

@@ -72,7 +72,7 @@ def chunk_cost(work: Work, chunk: Chunk, gpu: Gpu) -> Cost:
         rows = work.qwen.padded_vocab_size(work.tp) / work.tp
         logits = work.tokens * rows
         total["products"] += 3 * 2 * logits * work.qwen.hidden_size / gpu.flops
-        times = 1 if work.fused_products and work.tp == 1 else 3
+        times = 1 if work.fused_loss else 3
         total["traffic"] += times * work.element * logits / gpu.bandwidth
     return total
 

@@ -106,6 +106,7 @@ def _forward(mlp: Any, products: GatedProducts) -> Callable[..., tuple[torch.Ten
     """In the place of Megatron-Core's MLP.forward, whose first linear layer may norm its input too."""
 
     def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        """hidden_states [s, b, h], not yet normed where the first linear layer norms -> the same shape, and no bias."""
         first, second = mlp.linear_fc1, mlp.linear_fc2
         await_weights(first)
         await_weights(second)

@@ -112,8 +112,8 @@ def _bias_dropout_add(following: JoinedNorm) -> Callable[..., Any]:
     """What Megatron-Core builds the sum by, as its get_bias_dropout_add; `following` norms the sum."""
 
     def add(x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> Any:
-        x, bias = x_with_bias
         """The sum [s, b, h]; both kinds of layers call it so."""
+        x, bias = x_with_bias
         assert bias is None and dropout == 0.0, "Qwen has neither"
         return following.sum_and_norm(x, residual)
 

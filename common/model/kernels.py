@@ -16,6 +16,7 @@ from common.model.gated_mlp import GatedProducts
 from common.model.joined_norm import Norms
 from common.model.loss import TorchKernels
 from common.model.options import ModelOptions
+from common.model.quack_products import QuackProducts
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
 
@@ -90,14 +91,8 @@ def mlp_products(
     engine = options.transformer_impl == "transformer_engine"
     if not _may_fuse(options, platform) or (engine and joined_norms(options, platform) is None):
         return None
-
-    def made() -> GatedProducts:
-        from common.model.quack_products import QuackProducts
-
-        return QuackProducts()
-
     sizes_here = qwen.hidden_size, qwen.intermediate_size // sizes.tp, _device(platform)
-    return _fused("SwiGLU", made, lambda products: gated_mlp.why_not(products, *sizes_here), options, sizes_here[2])
+    return _fused("SwiGLU", QuackProducts, lambda it: gated_mlp.why_not(it, *sizes_here), options, sizes_here[2])
 
 
 def loss_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform) -> Any:

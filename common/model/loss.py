@@ -31,6 +31,16 @@ class Vocabulary(NamedTuple):
         return 1 if self.group is None else dist.get_world_size(self.group)
 
 
+class LossInputs(NamedTuple):
+    """What LinearCrossEntropy is given; local: labels as numbers of this rank's rows, -1 where not among them."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    local: torch.Tensor
+    weights: torch.Tensor
+    vocabulary: Vocabulary
+
+
 # The losses, and the gradients of hidden and weight where they are wanted.
 LossParts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
@@ -55,10 +65,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         """The losses; with gradients, those of hidden and weight are kept for the backward pass."""
         local = labels - vocabulary.first
         local = torch.where((local >= 0) & (local < vocabulary.num_tokens), local, -1)
-        parts = kernels.at_once(hidden, weight, local, weights, vocabulary, with_gradients)
-        losses, *gradients = parts or in_chunks(hidden, weight, local, weights, vocabulary, kernels, with_gradients)
+        given = LossInputs(hidden, weight, local, weights, vocabulary)
+        losses, *ctx.gradients = kernels.losses(given, with_gradients)
         ctx.save_for_backward(weight)
-        ctx.gradients = gradients
         return losses
 
     @staticmethod
@@ -72,64 +81,41 @@ class LinearCrossEntropy(torch.autograd.Function):
         return d_hidden.mul_(scale.to(d_hidden.dtype)), gradient, None, None, None, None, None
 
 
-def in_chunks(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    local: torch.Tensor,
-    weights: torch.Tensor,
-    vocabulary: Vocabulary,
-    kernels: Any,
-    with_gradients: bool,
-) -> LossParts:
-    """The losses float32 [n], and the gradients in the dtype of hidden and in float32, with a chunk's logits at a time.
-
-    local: labels as numbers of this rank's rows, -1 where they are not among them.
-    """
-    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    d_hidden = torch.empty_like(hidden) if with_gradients else None
-    d_weight = torch.empty_like(weight, dtype=torch.float32) if with_gradients else None
-    size = chunk_size(len(hidden), weight.shape[0] * weight.element_size())
-    for start in range(0, len(hidden), size):
-        part = slice(start, start + size)
-        logits = hidden[part] @ weight.t()
-        logits[:, vocabulary.num_tokens :] = float("-inf")  # rows that pad the vocabulary
-        largest, total, target = kernels.statistics(logits, local[part])
-        largest, total, target = reduce_over_ranks(largest, total, target, vocabulary.group)
-        losses[part] = (total.log() + largest - target) * weights[part]
-        if d_hidden is not None and d_weight is not None:
-            gradient = kernels.gradients(logits, local[part], largest, total, weights[part])
-            torch.mm(gradient, weight, out=d_hidden[part])
-            put_product(d_weight, gradient, hidden[part], add=start > 0)
-    return losses, d_hidden, d_weight
-
-
 def reduce_over_ranks(
-    largest: torch.Tensor, total: torch.Tensor, target: torch.Tensor, group: Any
+    largest: torch.Tensor, total: torch.Tensor, target: torch.Tensor, vocabulary: Vocabulary
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(largest logit, sum of exp(logit - largest), label's logit), float32 [c] each, over the whole vocabulary."""
-    if group is None or dist.get_world_size(group) == 1:
+    if vocabulary.num_ranks == 1:
         return largest, total, target
     everywhere = largest.clone()
-    dist.all_reduce(everywhere, dist.ReduceOp.MAX, group)
+    dist.all_reduce(everywhere, dist.ReduceOp.MAX, vocabulary.group)
     both = torch.stack([total * (largest - everywhere).exp(), target])
-    dist.all_reduce(both, dist.ReduceOp.SUM, group)
+    dist.all_reduce(both, dist.ReduceOp.SUM, vocabulary.group)
     return everywhere, both[0], both[1]
 
 
 class TorchKernels:
-    """The two steps on a chunk's logits by plain PyTorch."""
+    """The losses in chunks, and the two steps on a chunk's logits by plain PyTorch."""
 
-    def at_once(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        local: torch.Tensor,
-        weights: torch.Tensor,
-        vocabulary: Vocabulary,
-        with_gradients: bool,
-    ) -> LossParts | None:
-        """What `in_chunks` gives, where it can be had without logits; None: it cannot."""
-        return None
+    def losses(self, given: LossInputs, with_gradients: bool) -> LossParts:
+        """float32 [n], and the gradients in the dtype of hidden and in float32, with a chunk's logits at a time."""
+        hidden, weight, local, weights, vocabulary = given
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if with_gradients else None
+        d_weight = torch.empty_like(weight, dtype=torch.float32) if with_gradients else None
+        size = chunk_size(len(hidden), weight.shape[0] * weight.element_size())
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            logits = hidden[part] @ weight.t()
+            logits[:, vocabulary.num_tokens :] = float("-inf")  # rows that pad the vocabulary
+            largest, total, target = self.statistics(logits, local[part])
+            largest, total, target = reduce_over_ranks(largest, total, target, vocabulary)
+            losses[part] = (total.log() + largest - target) * weights[part]
+            if d_hidden is not None and d_weight is not None:
+                gradient = self.gradients(logits, local[part], largest, total, weights[part])
+                torch.mm(gradient, weight, out=d_hidden[part])
+                put_product(d_weight, gradient, hidden[part], add=start > 0)
+        return losses, d_hidden, d_weight
 
     @staticmethod
     def statistics(logits: torch.Tensor, local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

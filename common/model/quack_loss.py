@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from common.model.chunks import fused_chunk_size
-from common.model.loss import LinearCrossEntropy, LossParts, Vocabulary
+from common.model.loss import LinearCrossEntropy, LossInputs, LossParts, Vocabulary
 from common.model.loss_kernels import TritonKernels
 from common.model.trial import PROBED, find_fault
 
@@ -35,25 +35,18 @@ class QuackLoss(TritonKernels):
 
         self._losses = scaled_exp_linear_cross_entropy_fwd
 
-    def at_once(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        local: torch.Tensor,
-        weights: torch.Tensor,
-        vocabulary: Vocabulary,
-        with_gradients: bool,
-    ) -> LossParts | None:
-        """What `in_chunks` gives; None over ranks, and where the vocabulary is padded or does not fill tiles.
+    def losses(self, given: LossInputs, with_gradients: bool) -> LossParts:
+        """As TorchKernels; in chunks over ranks, and where the vocabulary is padded or does not fill tiles.
 
         Without gradients too: QuACK's way to have the losses alone was not tried.
         """
+        hidden, weight, local, weights, vocabulary = given
         rows = weight.shape[0]
         tile = tile_of(rows)
         if not with_gradients or tile is None or vocabulary.num_tokens < rows or vocabulary.num_ranks > 1:
-            return None
+            return super().losses(given, with_gradients)
         number, width = hidden.shape
-        losses, *gradients = self._losses(
+        losses, d_hidden, d_weight = self._losses(
             hidden.contiguous(),
             weight,
             torch.where((weights > 0) & (local >= 0), local, IGNORED),
@@ -63,7 +56,6 @@ class QuackLoss(TritonKernels):
             need_dw=True,
             tile_n1=tile,
         )
-        d_hidden, d_weight = gradients
         return losses[:number], d_hidden[:number], d_weight
 
 

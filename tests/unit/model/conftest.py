@@ -1,5 +1,6 @@
-"""QuACK's stand-in, in the place of a package that needs a GPU."""
+"""Stand-ins, in the place of packages that need a GPU."""
 
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +11,22 @@ import pytest
 STAND_INS = Path(__file__).parents[2] / "stand_ins"
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, folder: str, module: str) -> Iterator[Any]:
+    """`module` of a stand-in, whose package is forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(STAND_INS / folder))
+    yield importlib.import_module(module)
+    package = module.split(".")[0]
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def quack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Its gemm_interface."""
-    monkeypatch.syspath_prepend(str(STAND_INS / "quack"))
-    from quack import gemm_interface
+    """QuACK's gemm_interface."""
+    yield from stand_in(monkeypatch, "quack", "quack.gemm_interface")
 
-    yield gemm_interface
-    for name in [name for name in sys.modules if name.split(".")[0] == "quack"]:
-        del sys.modules[name]
+
+@pytest.fixture
+def flash_4(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """FlashAttention 4's interface."""
+    yield from stand_in(monkeypatch, "flash_attn_4", "flash_attn.cute.interface")

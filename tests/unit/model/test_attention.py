@@ -27,16 +27,6 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     del sys.modules["flash_attn"]
 
 
-@pytest.fixture
-def flash_4(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(STAND_INS / "flash_attn_4"))
-    from flash_attn.cute import interface
-
-    yield interface
-    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
-        del sys.modules[name]
-
-
 def attend(kind: type[SdpaAttention], mask: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(32, 3, count, 16, generator=generator).to(dtype) for count in (8, 2, 2))

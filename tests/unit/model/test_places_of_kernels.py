@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 from common import mcore
 from common.model.config import QwenConfig, load_config
 from common.model.gated_mlp import TorchProducts
-from common.model.loss import TorchKernels
+from common.model.loss import LossInputs, LossParts, TorchKernels
 from common.parallel import ParallelSizes
 from common.platforms import PLATFORMS
 from tests.distributed.launch import free_port
@@ -81,8 +81,9 @@ def is_there(*weights: torch.Tensor) -> None:
 class Loss(TorchKernels):
     """Sees the output layer's weight."""
 
-    def at_once(self, hidden: torch.Tensor, weight: torch.Tensor, *given: Any) -> None:
-        is_there(weight)
+    def losses(self, given: LossInputs, with_gradients: bool) -> LossParts:
+        is_there(given.weight)
+        return super().losses(given, with_gradients)
 
 
 def main() -> None:
