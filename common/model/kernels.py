@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from megatron.core import parallel_state
 
 from common.errors import KitError
 from common.log import logger
@@ -40,10 +41,11 @@ def choose_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions
     """
     if platform.fused_kernels:
         _put_into_megatron(options.transformer_impl)
+    norms = joined_norms(options, platform)
     return Kernels(
         core_attention=core_attention(qwen, sizes, options, platform),
-        products=mlp_products(qwen, sizes, options, platform),
-        norms=joined_norms(options, platform),
+        products=mlp_products(qwen, sizes, options, platform, norms),
+        norms=norms,
         loss=loss_kernels(qwen, sizes, options, platform),
     )
 
@@ -85,11 +87,14 @@ def joined_norms(options: ModelOptions, platform: Platform) -> Norms | None:
 
 
 def mlp_products(
-    qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform
+    qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform, norms: Norms | None
 ) -> GatedProducts | None:
-    """What multiplies in each layer's MLP with SwiGLU inside; None: linear layers, as Megatron-Core has them."""
+    """What multiplies in each layer's MLP with SwiGLU inside; None: linear layers, as Megatron-Core has them.
+
+    norms: None where Transformer Engine's linear layer norms its input itself, and has to be called.
+    """
     engine = options.transformer_impl == "transformer_engine"
-    if not _may_fuse(options, platform) or (engine and joined_norms(options, platform) is None):
+    if not _may_fuse(options, platform) or (engine and norms is None):
         return None
     sizes_here = qwen.hidden_size, qwen.intermediate_size // sizes.tp, _device(platform)
     return _fused("SwiGLU", QuackProducts, lambda it: gated_mlp.why_not(it, *sizes_here), options, sizes_here[2])
@@ -102,7 +107,8 @@ def loss_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, 
     from common.model.loss_kernels import TritonKernels  # these import triton, which is not everywhere
     from common.model.quack_loss import QuackLoss, why_not
 
-    if not _may_fuse(options, platform) or sizes.tp > 1 or options.weighted:
+    is_last = parallel_state.get_pipeline_model_parallel_rank() == sizes.pp - 1  # the others have no loss to try
+    if not (is_last and _may_fuse(options, platform)) or sizes.tp > 1 or options.weighted:
         return TritonKernels()
     device = _device(platform)
     found = _fused("loss", QuackLoss, lambda loss: why_not(loss, qwen.hidden_size, qwen.vocab_size, device), options,

@@ -41,7 +41,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def products(folder: Path, **changes: Any) -> Any:
     qwen = load_config(tiny_qwen(folder))
-    return kernels.mlp_products(qwen, ONE, replace(OPTIONS, **changes), FUSED)
+    return kernels.mlp_products(qwen, ONE, replace(OPTIONS, **changes), FUSED, None)
 
 
 def test_elsewhere_than_on_hopper_there_are_none(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
