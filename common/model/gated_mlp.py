@@ -120,14 +120,14 @@ def _forward(mlp: Any, products: GatedProducts) -> Callable[..., tuple[torch.Ten
 
 def why_not(products: GatedProducts, hidden_size: int, width: int, device: torch.device) -> str:
     """Why `products` cannot be used for bf16 tensors of h and f on `device`; empty where all they give is right."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)  # whole weights: seconds on a CPU at the sizes of 72B
     shapes = [(PROBED, hidden_size), (2 * width, hidden_size), (hidden_size, width), (PROBED, hidden_size)]
     scales = [1.0, hidden_size**-0.5, width**-0.5, 1.0]
-    given = [(torch.randn(s, generator=generator) * by).bfloat16() for s, by in zip(shapes, scales, strict=True)]
-    return find_fault(
-        lambda: _results(products, [x.to(device) for x in given]),
-        lambda: _results(TorchProducts(), [x.to(device).float() for x in given]),
-    )
+    given = [
+        (by * torch.randn(shape, generator=generator, device=device)).bfloat16()
+        for shape, by in zip(shapes, scales, strict=True)
+    ]
+    return find_fault(lambda: _results(products, given), lambda: _results(TorchProducts(), [x.float() for x in given]))
 
 
 def _results(products: GatedProducts, tensors: list[torch.Tensor]) -> list[torch.Tensor]:

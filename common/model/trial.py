@@ -17,5 +17,5 @@ def find_fault(kernel: Callable[[], list[torch.Tensor]], exact: Callable[[], lis
     except Exception as error:  # whatever a vendor's kernel or its compiler raises
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     pairs = zip(found, exact(), strict=True)
-    worst = max(float((mine.float().cpu() - right.cpu()).abs().max() / right.abs().max()) for mine, right in pairs)
+    worst = max(float((mine.to(right.device).float() - right).abs().max() / right.abs().max()) for mine, right in pairs)
     return "" if worst <= TOLERANCE else f"its results are off by {worst:.1%}"

@@ -1,10 +1,12 @@
 """The Triton kernels against the same steps by PyTorch, in float32 and bfloat16."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from common.doctor.packages import version
 from common.model.loss import LinearCrossEntropy, TorchKernels, Vocabulary
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -15,6 +17,11 @@ def _leave_the_memory() -> Iterator[None]:
     """So that programs of other tests, on the same GPU, have it."""
     yield
     torch.cuda.empty_cache()
+
+
+def needs(package: str) -> None:
+    if not version(package):
+        pytest.skip(f"needs {package.replace('_', '-')}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -36,23 +43,38 @@ def test_both_kernels_give_the_same_statistics_and_gradients(dtype: torch.dtype,
     torch.testing.assert_close(found, expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-4, atol=1e-7)
 
 
-def test_the_whole_loss_in_bfloat16_is_that_of_cross_entropy() -> None:
-    from common.model.loss_kernels import TritonKernels
-
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [
+        ("triton", 0.02),  # logits of bfloat16 have 8 bits
+        ("quack", 1e-4),  # the losses come out of float32 sums
+    ],
+)
+def test_the_whole_loss_over_several_chunks_is_that_of_cross_entropy(name: str, bound: float) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(9000, 256, device="cuda").bfloat16().requires_grad_()
     weight = (0.05 * torch.randn(151936, 256, device="cuda")).bfloat16().requires_grad_()
     labels = torch.randint(0, 151936, (9000,), device="cuda")
     weights = (torch.rand(9000, device="cuda") < 0.5).float()
     vocabulary = Vocabulary(None, 0, 151936)
-    losses = LinearCrossEntropy.apply(hidden, weight, labels, weights, vocabulary, TritonKernels(), True)
+    losses = LinearCrossEntropy.apply(hidden, weight, labels, weights, vocabulary, whole_loss(name), True)
     gradients = torch.autograd.grad(losses.sum(), [hidden, weight])
     logits = hidden.float() @ weight.float().t()
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights
-    assert (losses - expected).abs().max() < 0.02  # logits of bfloat16 have 8 bits
+    assert (losses - expected).abs().max() < bound
     for found, theirs in zip(gradients, torch.autograd.grad(expected.sum(), [hidden, weight]), strict=True):
         error = (found.float() - theirs.float()).norm() / theirs.float().norm()
         assert error < 0.01, float(error)
+
+
+def whole_loss(name: str) -> Any:
+    from common.model.loss_kernels import TritonKernels
+    from common.model.quack_loss import QuackLoss
+
+    if name == "triton":
+        return TritonKernels()
+    needs("quack_kernels")
+    return QuackLoss()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -138,51 +160,24 @@ def test_norms_and_those_of_a_sum(dtype: torch.dtype, n: int, h: int) -> None:
 
 @pytest.mark.parametrize("heads", [(14, 2, 64), (16, 2, 128), (28, 4, 128), (8, 8, 128)])
 def test_flash_attention_4_is_right_where_it_is_installed(heads: tuple[int, int, int]) -> None:
-    from common.doctor.packages import version
     from common.model.attention import KINDS, why_not
 
-    if not version("flash_attn_4"):
-        pytest.skip("needs flash-attn-4")
+    needs("flash_attn_4")
     assert why_not(KINDS["flash_attn_4"], heads, torch.device("cuda")) == ""
 
 
 @pytest.mark.parametrize(("hidden_size", "width"), [(896, 4864), (1536, 8960), (2048, 11008), (3584, 18944 // 4)])
 def test_quacks_products_are_right_where_they_are_installed(hidden_size: int, width: int) -> None:
-    from common.doctor.packages import version
     from common.model.gated_mlp import why_not
     from common.model.quack_products import QuackProducts
 
-    if not version("quack_kernels"):
-        pytest.skip("needs quack-kernels")
+    needs("quack_kernels")
     assert why_not(QuackProducts(), hidden_size, width, torch.device("cuda")) == ""
 
 
 @pytest.mark.parametrize(("hidden_size", "vocab_size"), [(896, 151936), (1536, 151936), (2048, 151936), (3584, 152064)])
 def test_quacks_loss_is_right_where_it_is_installed(hidden_size: int, vocab_size: int) -> None:
-    from common.doctor.packages import version
     from common.model.quack_loss import QuackLoss, why_not
 
-    if not version("quack_kernels"):
-        pytest.skip("needs quack-kernels")
+    needs("quack_kernels")
     assert why_not(QuackLoss(), hidden_size, vocab_size, torch.device("cuda")) == ""
-
-
-def test_quacks_loss_over_several_chunks_is_that_of_cross_entropy() -> None:
-    from common.doctor.packages import version
-    from common.model.quack_loss import QuackLoss
-
-    if not version("quack_kernels"):
-        pytest.skip("needs quack-kernels")
-    torch.manual_seed(0)
-    hidden = torch.randn(9000, 256, device="cuda").bfloat16().requires_grad_()
-    weight = (0.05 * torch.randn(151936, 256, device="cuda")).bfloat16().requires_grad_()
-    labels = torch.randint(0, 151936, (9000,), device="cuda")
-    weights = (torch.rand(9000, device="cuda") < 0.5).float()
-    losses = LinearCrossEntropy.apply(hidden, weight, labels, weights, Vocabulary(None, 0, 151936), QuackLoss(), True)
-    gradients = torch.autograd.grad(losses.sum(), [hidden, weight])
-    logits = hidden.float() @ weight.float().t()
-    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights
-    assert (losses - expected).abs().max() < 1e-4  # they come out of float32 sums
-    for found, theirs in zip(gradients, torch.autograd.grad(expected.sum(), [hidden, weight]), strict=True):
-        error = (found.float() - theirs.float()).norm() / theirs.float().norm()
-        assert error < 0.01, float(error)
