@@ -1,7 +1,9 @@
 """What the user can mend, told apart from what is our own mistake."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class KitError(Exception):
@@ -12,9 +14,34 @@ def run(main: Callable[[], None]) -> None:
     """Exits 0 after `main`; a KitError becomes one message on stderr and exit code 2, Ctrl-C 130."""
     try:
         main()
-    except KitError as error:
+    except (KitError, KeyboardInterrupt) as error:
+        sys.exit(tell(error))
+
+
+def tell(error: BaseException) -> int:
+    """Says `error` on stderr, what is our own mistake with its traceback; the exit code that goes with it."""
+    if isinstance(error, KitError):
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        return 2
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    sys.excepthook(type(error), error, error.__traceback__)
+    return 1
+
+
+@contextmanager
+def exit_at_once() -> Iterator[None]:
+    """An error in the block is told as by `run`, and ends the process there and then.
+
+    For a rank, nothing of which may be taken down: NCCL would wait for what it has begun with the other ranks, they
+    for this one, and torchrun, which only sees processes end, for all of them (github.com/mlc-ai/Pith-Train/pull/31,
+    github.com/sgl-project/SpecForge/pull/781).
+    """
+    try:
+        yield
+    except BaseException as error:
+        code = error.code or 0 if isinstance(error, SystemExit) else tell(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)

@@ -53,7 +53,8 @@ def main() -> None:
         log.setup()
         from common.training.loop import run_plan  # imports Megatron-Core, which the check does not need
 
-        run_plan(plan)
+        with errors.exit_at_once():
+            run_plan(plan)
         return
     describe(plan)
     if arguments.check:

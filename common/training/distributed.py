@@ -23,23 +23,24 @@ from common.training.plan import Start
 
 @contextmanager
 def process_group(platform: Platform, sizes: ParallelSizes, seed: int, timeout_min: int) -> Iterator[None]:
-    """Megatron-Core's groups and random states, for as long as the block lasts."""
+    """Megatron-Core's groups and random states, for as long as the block lasts.
+
+    They are left as they are by an error: the other ranks will not take part in their end (errors.exit_at_once).
+    """
     if platform.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(platform.backend, timeout=datetime.timedelta(minutes=timeout_min))
-    try:
-        parallel_state.initialize_model_parallel(
-            sizes.tp,
-            sizes.pp,
-            virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
-            context_parallel_size=sizes.cp,
-            distributed_timeout_minutes=timeout_min,
-        )
-        seed_everything(seed)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    parallel_state.initialize_model_parallel(
+        sizes.tp,
+        sizes.pp,
+        virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
+        context_parallel_size=sizes.cp,
+        distributed_timeout_minutes=timeout_min,
+    )
+    seed_everything(seed)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def check_same_start(start: Start) -> None:

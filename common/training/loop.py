@@ -14,6 +14,7 @@ from common.errors import KitError
 from common.log import logger
 from common.training.distributed import StopSignal, check_same_start, process_group
 from common.training.lifetime import end_with_parent
+from common.training.memory import explained_lack_of_memory, memory_line
 from common.training.metrics import Interval, Meter, Stopwatch, flops_per_token, peak_tflops
 from common.training.optimizer import Trainee, build_trainee
 from common.training.plan import Plan
@@ -27,7 +28,8 @@ def run_plan(plan: Plan) -> None:
     """Trains, or converts the newest distributed checkpoint to torch format, as `plan` says."""
     settings = plan.settings
     end_with_parent()
-    with process_group(plan.platform, plan.sizes, settings.seed, settings.distributed_timeout_min):
+    group = process_group(plan.platform, plan.sizes, settings.seed, settings.distributed_timeout_min)
+    with group, explained_lack_of_memory(plan):
         if settings.nnodes > 1:
             check_same_start(plan.start)
         trainee = build_trainee(plan)
@@ -155,14 +157,6 @@ class Training:
             self.store.save(self.trainee, self.progress)
             self.watch.go_on()
         return stop
-
-
-def memory_line() -> str:
-    """What the log says of this rank's device memory; Adam makes its moments at the end of the first step."""
-    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    share = " / ".join(f"{size / 2**30:.1f}" for size in (allocated, reserved, total))
-    return f"memory of rank {dist.get_rank()} at most, GiB allocated / reserved / there are: {share}"
 
 
 def check_first_loss(plan: Plan, loss: float) -> None:

@@ -17,7 +17,18 @@ from transformers import Qwen2ForCausalLM
 from common.data.manifest import resolve
 from common.data.samples import open_samples
 from common.mcore import optimizer_sharding
-from tests.distributed.launch import convert, environment, export, free_port, run, steps, train, train_forked, words
+from tests.distributed.launch import (
+    convert,
+    environment,
+    export,
+    forked,
+    free_port,
+    run,
+    steps,
+    train,
+    train_forked,
+    words,
+)
 from tests.tiny import TEXTS, tiny_qwen
 
 COMMON = {
@@ -248,6 +259,17 @@ def test_a_run_that_is_ended_goes_on_by_the_same_command(work: Path, how: signal
     assert done >= 5
     again = steps(train_forked(**{**flags, "exit_interval": 1}))
     assert [i for i, _, _ in again] == [done + 1]
+
+
+def test_a_rank_that_runs_out_of_memory_says_so_and_ends_while_the_others_wait_for_it(work: Path) -> None:
+    flags = settings(work, "pretrain", save_checkpoint_path=work / "full", train_iters=4, gpus=2, recompute="full")
+    log = forked(2, "tests.distributed.failing_worker", words({**flags, "master_port": free_port()}), expect=2)
+    assert [i for i, _, _ in steps(log)] == [1]
+    (told,) = (line for line in log.splitlines() if line.startswith("error: "))
+    assert told.startswith("error: rank 1 is out of memory (") and "can't allocate memory" in told
+    assert told.endswith(
+        "): what takes less: a MICRO_BATCH_SIZE below 2, a SEQ_LENGTH below 32, more GPUs, with TP over 1 or PP over 1"
+    )
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

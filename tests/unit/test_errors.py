@@ -47,6 +47,33 @@ def test_success_exits_with_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("raised", "code", "last"),
+    [
+        ("KitError('TP=3')", 2, "error: TP=3"),
+        ("KeyboardInterrupt()", 130, "interrupted"),
+        ("ValueError('ours')", 1, "ValueError: ours"),
+        ("SystemExit(7)", 7, ""),
+        ("SystemExit()", 0, ""),
+    ],
+)
+def test_a_ranks_error_ends_it_before_anything_is_taken_down(raised: str, code: int, last: str) -> None:
+    program = f"""
+import atexit
+from common.errors import KitError, exit_at_once
+atexit.register(print, "taken down")
+with exit_at_once():
+    print("begun")
+with exit_at_once():
+    raise {raised}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.strip().split("\n")[-1]) == (code, "begun\n", last)
+
+
 def test_a_command_refuses_without_a_traceback() -> None:
     words = [
         "common.preprocess",

@@ -1,0 +1,36 @@
+"""`python -m common.train`, whose rank 1 asks for more memory than there is in its second step.
+
+Rank 0 waits for it in a collective by then, and what takes down the groups waits for ever, as NCCL does then.
+"""
+
+import time
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from common import errors, train
+from common.training import loop
+
+
+def main() -> None:
+    """Trains till then."""
+    steps, train_step = 0, loop.train_step
+
+    def failing(*given: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 2 and dist.get_rank() == 1:
+            torch.empty(2**60)
+        return train_step(*given)
+
+    with (
+        patch.object(loop, "train_step", failing),
+        patch.object(dist, "destroy_process_group", lambda: time.sleep(600)),
+    ):
+        errors.run(train.main)
+
+
+if __name__ == "__main__":
+    main()

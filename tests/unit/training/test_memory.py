@@ -1,0 +1,81 @@
+"""A run that has too little memory says so, and what takes less."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from common.errors import KitError
+from common.platforms.base import Platform
+from common.platforms.cpu import CPU
+from common.platforms.metax import METAX
+from common.platforms.nvidia import NVIDIA
+from common.training.config import TrainSettings
+from common.training.memory import explained_lack_of_memory
+
+# Seen on an H100 with torch 2.11, micro-batch 4 of 2,048 tokens, 3B.
+OF_TORCH = (
+    "CUDA out of memory. Tried to allocate 344.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which 191.19 MiB is"
+    " free. If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to"
+    " avoid fragmentation.  See documentation for Memory Management  (https://docs.pytorch.org/docs/stable/notes)"
+)
+
+
+@pytest.fixture(autouse=True)
+def _third_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+
+
+def plan(platform: Platform, **settings: Any) -> Any:
+    given = {"save_checkpoint_path": "/nowhere", "dataset_path": "/nowhere", "train_iters": 1, **settings}
+    start = SimpleNamespace(model_folder=Path("/models/3B"))
+    return SimpleNamespace(settings=TrainSettings(**given), platform=platform, start=start)
+
+
+def told(of: Any, error: RuntimeError) -> str:
+    with pytest.raises(KitError) as raised, explained_lack_of_memory(of):
+        raise error
+    assert raised.value.__cause__ is error
+    return str(raised.value)
+
+
+def test_each_setting_that_takes_less_is_named_with_what_it_is() -> None:
+    of = plan(NVIDIA, micro_batch_size=4, global_batch_size=8, seq_length=2048, gpus=2, tp=2)
+    assert told(of, torch.cuda.OutOfMemoryError(OF_TORCH)) == (
+        "rank 3 is out of memory (CUDA out of memory. Tried to allocate 344.00 MiB. GPU 0 has a total capacity of 79.18"
+        " GiB of which 191.19 MiB is free. If reserved but unallocated memory is large try setting"
+        " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation): what takes less: a MICRO_BATCH_SIZE"
+        " below 4, RECOMPUTE=full, OPTIMIZER_STATE=bf16, a SEQ_LENGTH below 2048, more GPUs, with TP over 2 or PP over"
+        " 1; `python -m common.estimate --hf-model-path /models/3B --gpu TYPE --gpus 2 --seq-length 2048` tells what"
+        " fits"
+    )
+
+
+@pytest.mark.parametrize(
+    ("platform", "settings", "left"),
+    [
+        (NVIDIA, {"recompute": "full", "optimizer_state": "bf16"}, "a SEQ_LENGTH below 2048, more GPUs"),
+        (NVIDIA, {"recompute": "full", "precision": "fp32"}, "a SEQ_LENGTH below 2048, more GPUs"),
+        (NVIDIA, {"recompute": "full", "recompute_num_layers": 2, "optimizer_state": "bf16"},
+         "RECOMPUTE_NUM_LAYERS empty, a SEQ_LENGTH below 2048, more GPUs"),
+        (METAX, {"recompute": "selective"}, "RECOMPUTE=full, a SEQ_LENGTH below 2048, more GPUs"),
+        (NVIDIA, {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "/a"}, "more GPUs"),
+    ],
+)  # fmt: skip
+def test_what_takes_less_already_is_not_named(platform: Platform, settings: dict[str, Any], left: str) -> None:
+    text = told(plan(platform, micro_batch_size=1, **settings), RuntimeError("CUDA error: out of memory\nlines of C++"))
+    assert f"(CUDA error: out of memory): what takes less: {left}, with TP over 1" in text
+
+
+def test_a_processor_without_memory_tells_it_too() -> None:
+    said = r"rank 3 is out of memory \(.*can't allocate memory.*PP over 1$"
+    with pytest.raises(KitError, match=said), explained_lack_of_memory(plan(CPU)):
+        torch.empty(2**60)
+
+
+def test_other_errors_are_left_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match=r"^shapes$"), explained_lack_of_memory(plan(CPU)):
+        raise RuntimeError("shapes")
