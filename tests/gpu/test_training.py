@@ -156,17 +156,17 @@ def test_what_saves_memory_or_time_learns_alike(work: Path, name: str, flags: di
     assert all(abs(a[1] - b[1]) < bound * b[1] for a, b in zip(found, plain, strict=True)), (found, plain)
 
 
-def test_fp8_is_at_most_a_step_off(work: Path) -> None:
-    """The loss falls by a quarter a step here, so what FP8 loses of the way is told in steps."""
+def test_fp8_is_less_than_a_quarter_of_a_step_off(work: Path) -> None:
+    """The loss falls by a fifth a step here, and not evenly: what lies between two curves is told in such steps."""
     needs_transformer_engine()
     plain = train(work, "transformer_engine", **{"train-iters": 12, "save-checkpoint-path": work / "plain_fp8"})
     whole = {"train-iters": 12, "save-checkpoint-path": work / "fp8", "exit-interval": 6, "fp8-format": "hybrid"}
     found = train(work, "transformer_engine", **whole) + train(work, "transformer_engine", **whole)
     assert [i for i, _, _ in found] == list(range(1, 13))
-    losses = [loss for _, loss, _ in plain]
-    for i, loss, _ in found[:-1]:
-        near = losses[max(i - 2, 0) : i + 1]  # the step before, this and the next; steps count from 1
-        assert 0.98 * min(near) < loss < 1.02 * max(near), (i, found, plain)
+    between = [abs(a[1] - b[1]) for a, b in zip(found, plain, strict=True)]
+    assert 0 < between[0] < 5e-3 * plain[0][1], (found, plain)  # on the same weights; 0 where FP8 is not in use
+    assert abs(found[0][2] - plain[0][2]) < 5e-2 * plain[0][2], (found, plain)
+    assert sum(between) < 0.25 * (plain[0][1] - plain[-1][1]), (found, plain)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
