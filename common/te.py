@@ -41,12 +41,12 @@ def fp8_options(fp8_format: str, fp8_recipe: str) -> dict[str, Any]:
 
 
 def optimizer_state_options(kind: str) -> dict[str, Any]:
-    """OptimizerConfig's fields for fp32, or bf16 moments (Megatron-Core's precision-aware optimizer); raises KitError.
+    """OptimizerConfig's fields: none but for bf16 moments (Megatron-Core's precision-aware optimizer); raises KitError.
 
     Transformer Engine's Adam could keep of the master weights the 16 bits that bf16 parameters lack; a checkpoint would
     then hold those in place of weights (fully_reshardable writes what it finds, as float32), so they are kept whole.
     """
-    if kind == "fp32":
+    if kind != "bf16":
         return {}
     if mcore.version() < mcore.BF16_MOMENTS_SINCE:
         raise KitError(f"OPTIMIZER_STATE={kind} needs megatron-core 0.13 or later: set it to fp32")

@@ -51,7 +51,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Optimizer / 优化器
 : "${PRECISION:=fp32}"        # bf16 or fp32; master weights are fp32 / 计算精度；主权重为 fp32
-: "${OPTIMIZER_STATE:=fp32}"  # fp32, or bf16: Adam's moments in 2 bytes, not 4 / 优化器状态：bf16 时动量占用减半
+: "${OPTIMIZER_STATE:=fp32}"  # fp32; bf16: moments halved; cpu: in host memory / 优化器状态：bf16 动量减半；cpu 放在主机内存
 : "${LR:=6.5e-5}"             # highest learning rate / 最高学习率
 : "${MIN_LR:=2.5e-6}"         # learning rate at the end / 最低学习率
 : "${LR_WARMUP_ITERS:=0}"     # steps of warm-up / 预热步数

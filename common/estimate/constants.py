@@ -23,6 +23,9 @@ SECONDS = {
 CONTEXT_BYTES = 600 * MIB
 NCCL_BYTES = 1 * GIB
 
+# Assumed: three quarters of PCIe 5 x16's 63 GB/s, one way after the other.
+HOST_BYTES_PER_SECOND = 0.75 * 63e9
+
 # Assumed: three quarters of NVLink 4's 450 GB/s each way, and of a 400 Gbit/s network card a GPU.
 LINK_BYTES_PER_SECOND = 0.75 * 450e9
 NETWORK_BYTES_PER_SECOND = 0.75 * 50e9

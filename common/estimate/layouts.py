@@ -40,8 +40,8 @@ class EstimateSettings:
     precision: str = option("bf16", "bf16 has float32 master weights and gradients", ("bf16", "fp32"))
     optimizer_state: str = option(
         "fp32",
-        "bf16: Adam's moments in bf16",
-        ("fp32", "bf16"),
+        "bf16: Adam's moments in bf16; cpu: with master weights on the host",
+        ("fp32", "bf16", "cpu"),
     )
     transformer_impl: str | None = option(None, "layers; default: the platform's", ("transformer_engine", "local"))
     sequence_parallel: bool = option(True, "with TP above 1: split activations over the sequence too")

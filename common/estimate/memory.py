@@ -9,6 +9,7 @@ from common.estimate.weights import (
     ELEMENT_BYTES,
     Chunk,
     StateBytes,
+    adam_bytes,
     chunk_parameters,
     chunks_of_rank,
     state_bytes,
@@ -77,13 +78,15 @@ def rank_memory(settings: TrainSettings, platform: Platform, qwen: QwenConfig, p
 def optimizer_bytes(settings: TrainSettings, platform: Platform, qwen: QwenConfig, parameters: int) -> int:
     """What the optimizer's step needs for a moment, when no pass is running."""
     shard = -(-parameters // (settings.sizes.dp * settings.sizes.cp))
+    # A step at once is of a part of the parameters (PART in common/training/optimizer.py) or of the largest one.
+    part = min(shard, max(OPTIMIZER_PART, vocabulary_parameters(qwen, settings.tp)))
     if settings.optimizer_state == "bf16":
-        # Both moments in float32, and one of them in bf16 again, of a part of the parameters (PART in
-        # common/training/optimizer.py) or of the largest one.
-        return 10 * min(shard, max(OPTIMIZER_PART, vocabulary_parameters(qwen, settings.tp)))
-    if settings.optimizer_state == "fp32" and platform.device == "cuda" and not platform.transformer_engine:
-        return 4 * shard  # torch's own Adam makes the denominator of its quotient for all parameters at once
-    return 0
+        return 10 * part  # both moments in float32, and one of them in bf16 again
+    # torch's own Adam makes the denominator of its quotient for all parameters at once.
+    own = 4 if platform.device == "cuda" and not platform.transformer_engine else 0
+    if settings.optimizer_state == "cpu":
+        return adam_bytes(part, settings.precision, "cpu") + own * part
+    return own * shard
 
 
 def peak_activations(work: Work, chunks: list[Chunk], pp: int, pp_rank: int, num_microbatches: int) -> tuple[int, int]:

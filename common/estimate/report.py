@@ -8,7 +8,7 @@ from typing import Any
 from common.estimate.gpus import MEASURED, Gpu
 from common.estimate.layouts import Estimate, EstimateSettings, Refusal
 from common.estimate.memory import RankMemory, work_of
-from common.estimate.weights import Chunk, chunk_parameters
+from common.estimate.weights import Chunk, adam_bytes, chunk_parameters
 from common.model.config import QwenConfig
 
 GIB = 2**30
@@ -42,6 +42,12 @@ def report(
     yield ""
     yield from _left_out(found, shown, refused)
     yield from _notes(asked, gpu, first.masked)
+    if asked.optimizer_state == "cpu":
+        kept = adam_bytes(total_parameters(qwen), asked.precision, "cpu") / GIB
+        yield (
+            f"note: OPTIMIZER_STATE=cpu keeps {kept:,.1f} GiB in the memory of the hosts, over all nodes; it was not"
+            " run on a GPU, and the rate of the link to the host is assumed"
+        )
 
 
 def layout_table(asked: EstimateSettings, shown: Sequence[Estimate]) -> Iterator[str]:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 from common.estimate.activations import Work, recomputed_layers
 from common.estimate.constants import (
+    HOST_BYTES_PER_SECOND,
     LINK_BYTES_PER_SECOND,
     NETWORK_BYTES_PER_SECOND,
     SECONDS,
 )
 from common.estimate.gpus import Gpu
 from common.estimate.memory import work_of
-from common.estimate.weights import GRADIENT_BYTES, Chunk, chunk_parameters, chunks_of_rank
+from common.estimate.weights import GRADIENT_BYTES, Chunk, adam_bytes, chunk_parameters, chunks_of_rank
 from common.model.config import QwenConfig
 from common.platforms.base import Platform
 from common.training.config import TrainSettings
@@ -100,6 +101,14 @@ def data_parallel_seconds(settings: TrainSettings, work: Work, parameters: int, 
     return max(0.0, (GRADIENT_BYTES + work.element) * parameters * (dp - 1) / dp / rate - backward)
 
 
+def host_seconds(settings: TrainSettings, parameters: int) -> float:
+    """The optimizer's state on its way from the host and back, once a step, none of it hidden."""
+    if settings.optimizer_state != "cpu":
+        return 0.0
+    shards = settings.sizes.dp * settings.sizes.cp
+    return 2 * adam_bytes(parameters, settings.precision, "cpu") / shards / HOST_BYTES_PER_SECOND
+
+
 @dataclass(frozen=True)
 class Speed:
     """A step's seconds and what follows from them."""
@@ -123,6 +132,7 @@ def speed(settings: TrainSettings, platform: Platform, qwen: QwenConfig, gpu: Gp
         own += tensor_parallel_seconds(work, sum(chunk.num_layers for chunk in chunks))
         parameters = sum(chunk_parameters(qwen, settings.tp, chunk) for chunk in chunks)
         after = seconds(step_cost(work, chunks, gpu, sizes.dp * sizes.cp))
+        after += host_seconds(settings, parameters)
         after += data_parallel_seconds(settings, work, parameters, own * 2 / 3)
         microbatch, once = max(microbatch, own), max(once, after)
     number = sizes.num_microbatches(settings.global_batch_size, settings.micro_batch_size)

@@ -10,7 +10,7 @@ from common.parallel import ParallelSizes
 
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 GRADIENT_BYTES = 4  # float32 buffers (grad_reduce_in_fp32)
-MOMENT_BYTES = {"fp32": 8, "bf16": 4}  # Adam's two, by OPTIMIZER_STATE
+MOMENT_BYTES = {"fp32": 8, "bf16": 4, "cpu": 8}  # Adam's two, by OPTIMIZER_STATE
 MASTER_BYTES = {"bf16": 4, "fp32": 0}  # the float32 copy of the parameters; in fp32 they are their own
 
 
@@ -72,10 +72,15 @@ class StateBytes:
 
 
 def state_bytes(parameters: int, precision: str, optimizer_state: str, shards: int) -> StateBytes:
-    """The bytes of `parameters` on the GPU.
+    """The bytes of `parameters` on the GPU; with OPTIMIZER_STATE=cpu the optimizer's are on the host.
 
     The optimizer's are divided over `shards` = DP x CP ranks (P_os of arXiv 1910.02054).
     Megatron-Core pads its buffers: a parameter to 64 elements, a bucket to 128 x DP; that is not counted.
     """
-    optimizer = (MASTER_BYTES[precision] + MOMENT_BYTES[optimizer_state]) * parameters
+    optimizer = 0 if optimizer_state == "cpu" else adam_bytes(parameters, precision, optimizer_state)
     return StateBytes(ELEMENT_BYTES[precision] * parameters, GRADIENT_BYTES * parameters, -(-optimizer // shards))
+
+
+def adam_bytes(parameters: int, precision: str, optimizer_state: str) -> int:
+    """The bytes of master weights and moments, wherever they are."""
+    return (MASTER_BYTES[precision] + MOMENT_BYTES[optimizer_state]) * parameters

@@ -49,8 +49,8 @@ class TrainSettings:
     fp8_recipe: str = option("tensorwise", "how FP8 is scaled", ("tensorwise", "delayed", "blockwise"))
     optimizer_state: str = option(
         "fp32",
-        "bf16: Adam's moments in bf16, 14 bytes a parameter, not 18",
-        ("fp32", "bf16"),
+        "bf16: Adam's moments in bf16, 14 bytes a parameter, not 18; cpu: with master weights on the host, 6 bytes",
+        ("fp32", "bf16", "cpu"),
     )
     lr: float = option(6.5e-5, "highest learning rate")
     min_lr: float = option(2.5e-6, "learning rate at the end")
@@ -116,7 +116,7 @@ class TrainSettings:
             raise KitError(
                 f"RECOMPUTE_NUM_LAYERS={self.recompute_num_layers} goes with RECOMPUTE=full, not {self.recompute}"
             )
-        if self.precision != "bf16" and (self.fp8_format != "none" or self.optimizer_state != "fp32"):
+        if self.precision != "bf16" and (self.fp8_format != "none" or self.optimizer_state == "bf16"):
             raise KitError(
                 f"FP8_FORMAT={self.fp8_format} and OPTIMIZER_STATE={self.optimizer_state} need PRECISION=bf16, not"
                 f" {self.precision}"

@@ -37,17 +37,21 @@ def explained_lack_of_memory(plan: Plan) -> Iterator[None]:
 def what_takes_less(plan: Plan) -> str:
     """The settings of `plan` that can still be changed for it."""
     settings, training = plan.settings, plan.settings.train_or_convert_ckpt == "train"
+    on_gpu = plan.platform.device == "cuda"
     halved = settings.precision == "bf16" and settings.optimizer_state == "fp32" and plan.platform.transformer_engine
     ways = {
         f"a MICRO_BATCH_SIZE below {settings.micro_batch_size}": training and settings.micro_batch_size > 1,
         "RECOMPUTE=full": training and settings.recompute != "full",
         "RECOMPUTE_NUM_LAYERS empty": training and settings.recompute_num_layers is not None,
         "OPTIMIZER_STATE=bf16": training and halved,
+        "OPTIMIZER_STATE=cpu": training and on_gpu and settings.optimizer_state != "cpu",
         f"a SEQ_LENGTH below {settings.seq_length}": training,
         f"more GPUs, with TP over {settings.tp} or PP over {settings.pp}": True,
     }
     told = "what takes less: " + ", ".join(way for way, is_left in ways.items() if is_left)
-    if plan.platform.device != "cuda":
+    if settings.optimizer_state == "cpu":
+        told += "; OPTIMIZER_STATE=cpu needs 12 bytes a parameter of the hosts' memory"
+    if not on_gpu:
         return told
     return (
         f"{told}; `python -m common.estimate --hf-model-path {plan.start.model_folder} --gpu TYPE"

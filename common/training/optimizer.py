@@ -1,6 +1,8 @@
 """The model made trainable: data parallelism, the distributed Adam and the learning-rate schedule."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from common.mcore import mend_training
 from common.model.build import ModelOptions, build_model
 from common.te import optimizer_state_options
 from common.training.config import TrainSettings
+from common.training.host_state import HostState, gradients_away
 from common.training.plan import Plan
 
 
@@ -27,6 +30,7 @@ class Trainee:
     model: list[Any]  # DistributedDataParallel, one a virtual chunk
     optimizer: Any
     scheduler: OptimizerParamScheduler
+    host_states: list[HostState] = field(default_factory=list)  # one a distributed optimizer, with OPTIMIZER_STATE=cpu
 
     @property
     def config(self) -> Any:
@@ -56,17 +60,32 @@ def build_trainee(plan: Plan) -> Trainee:
     chunks = build_model(plan.qwen, plan.sizes, options, plan.platform, chosen.seq_length)
     model = wrap(chunks, overlap=plan.platform.device == "cuda" and plan.sizes.dp > 1)
     mend_training()
-    optimizer = get_megatron_optimizer(optimizer_config(chosen), model)
+    optimizer, host_states = build_optimizer(chosen, model)
+    scheduler = build_scheduler(optimizer, chosen, max(plan.train_iters, 1))
+    connect(model, optimizer)
+    return Trainee(model, optimizer, scheduler, host_states)
+
+
+def build_optimizer(chosen: TrainSettings, model: list[Any]) -> tuple[Any, list[HostState]]:
+    """Megatron-Core's optimizer over the distributed ones, and what holds their state with OPTIMIZER_STATE=cpu."""
+    host_states: list[HostState] = []
+    if chosen.optimizer_state == "cpu":
+        with gradients_away(model):
+            optimizer = get_megatron_optimizer(optimizer_config(chosen), model)
+            host_states = [HostState(part) for part in optimizer_parts(optimizer)]
+        for state in host_states:
+            step_in_parts(state.adam, around=state.on_device)
+    else:
+        optimizer = get_megatron_optimizer(optimizer_config(chosen), model)
     parts = optimizer_parts(optimizer)
     if chosen.optimizer_state == "bf16":
         for each in parts:
             step_in_parts(each.optimizer)
     # Megatron-Core takes the first that imports: Transformer Engine's, apex's, torch's.
     kind = type(parts[0].optimizer)
-    logger.info("optimizer: %s.%s", kind.__module__, kind.__name__)
-    scheduler = build_scheduler(optimizer, chosen, max(plan.train_iters, 1))
-    connect(model, optimizer)
-    return Trainee(model, optimizer, scheduler)
+    where = ", its state in the host's memory" if host_states else ""
+    logger.info("optimizer: %s.%s%s", kind.__module__, kind.__name__, where)
+    return optimizer, host_states
 
 
 def wrap(chunks: list[torch.nn.Module], overlap: bool) -> list[DistributedDataParallel]:
@@ -111,10 +130,13 @@ def optimizer_parts(optimizer: Any) -> list[Any]:
 
 
 PART = 1 << 28  # parameters: 2 GiB of float32 moments
+Around = Callable[[list[torch.Tensor]], AbstractContextManager[None]]
 
 
-def step_in_parts(adam: torch.optim.Optimizer, part: int = PART) -> None:
+def step_in_parts(adam: torch.optim.Optimizer, part: int = PART, around: Around | None = None) -> None:
     """Has `adam` step through each parameter group in parts of `part` parameters, or of one tensor that has more.
+
+    Each part in the context that `around` makes of it, where it is given.
 
     Transformer Engine's FusedAdam turns the bf16 moments of a whole group into float32 at once (get_unscaled_state in
     its optimizers/fused_adam.py, 2.11): 61 GB for Qwen2.5-7B, more than bf16 saves.
@@ -128,7 +150,8 @@ def step_in_parts(adam: torch.optim.Optimizer, part: int = PART) -> None:
                 taken = [{**group, "params": params} for params in _parts(group["params"], part)]
                 for each in taken:  # a group counts its own steps
                     adam.param_groups = [each]
-                    step(*args, **kwargs)
+                    with around(each["params"]) if around else nullcontext():
+                        step(*args, **kwargs)
                 group.update({name: value for name, value in taken[-1].items() if name != "params"} if taken else {})
         finally:
             adam.param_groups = groups

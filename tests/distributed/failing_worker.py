@@ -1,6 +1,7 @@
-"""`python -m common.train`, whose rank 1 asks for more memory than there is in its second step.
+"""`python -m common.train`, whose rank 1 asks for more memory than there is in its third step.
 
-Rank 0 waits for it in a collective by then, and what takes down the groups waits for ever, as NCCL does then.
+Rank 0 has logged the first by then, since the second needs both, and waits for rank 1 in a collective; what takes down
+the groups waits for ever, as NCCL does then.
 """
 
 import time
@@ -21,7 +22,7 @@ def main() -> None:
     def failing(*given: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == 2 and dist.get_rank() == 1:
+        if steps == 3 and dist.get_rank() == 1:
             torch.empty(2**60)
         return train_step(*given)
 

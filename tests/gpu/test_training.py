@@ -144,6 +144,7 @@ def test_transformer_engine_keeps_the_samples_of_a_row_apart_as_the_mask_does(wo
     ("name", "flags", "bound"),
     [
         ("bf16_moments", {"optimizer-state": "bf16"}, 0.02),
+        ("state_on_the_host", {"optimizer-state": "cpu"}, 1e-6),
         ("some_layers_again", {"recompute": "full", "recompute-num-layers": 1}, 0.005),
     ],
 )

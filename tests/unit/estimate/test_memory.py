@@ -95,6 +95,9 @@ def test_the_optimizers_step_needs_copies_of_what_it_holds_small(tmp_path: Path)
     assert step(METAX) == 4 * chunk_parameters(qwen, 1, WHOLE)
     assert vocabulary > memory.OPTIMIZER_PART and step(NVIDIA, optimizer_state="bf16") == 10 * vocabulary
     assert step(NVIDIA, two, optimizer_state="bf16") == 10 * memory.OPTIMIZER_PART
+    assert step(NVIDIA, two, optimizer_state="cpu") == 12 * memory.OPTIMIZER_PART
+    assert step(NVIDIA, two, optimizer_state="cpu", precision="fp32") == 8 * memory.OPTIMIZER_PART
+    assert step(METAX, two, optimizer_state="cpu") == 16 * memory.OPTIMIZER_PART
     assert step(NVIDIA, optimizer_state="bf16", gpus=4) == 10 * -(-chunk_parameters(qwen, 1, WHOLE) // 4)
 
 

@@ -48,26 +48,28 @@ def test_each_setting_that_takes_less_is_named_with_what_it_is() -> None:
         "rank 3 is out of memory (CUDA out of memory. Tried to allocate 344.00 MiB. GPU 0 has a total capacity of 79.18"
         " GiB of which 191.19 MiB is free. If reserved but unallocated memory is large try setting"
         " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation): what takes less: a MICRO_BATCH_SIZE"
-        " below 4, RECOMPUTE=full, OPTIMIZER_STATE=bf16, a SEQ_LENGTH below 2048, more GPUs, with TP over 2 or PP over"
-        " 1; `python -m common.estimate --hf-model-path /models/3B --gpu TYPE --gpus 2 --seq-length 2048` tells what"
-        " fits"
+        " below 4, RECOMPUTE=full, OPTIMIZER_STATE=bf16, OPTIMIZER_STATE=cpu, a SEQ_LENGTH below 2048, more GPUs,"
+        " with TP over 2 or PP over 1; `python -m common.estimate --hf-model-path /models/3B --gpu TYPE --gpus 2"
+        " --seq-length 2048` tells what fits"
     )
 
 
 @pytest.mark.parametrize(
     ("platform", "settings", "left"),
     [
-        (NVIDIA, {"recompute": "full", "optimizer_state": "bf16"}, "a SEQ_LENGTH below 2048, more GPUs"),
-        (NVIDIA, {"recompute": "full", "precision": "fp32"}, "a SEQ_LENGTH below 2048, more GPUs"),
-        (NVIDIA, {"recompute": "full", "recompute_num_layers": 2, "optimizer_state": "bf16"},
+        (NVIDIA, {"recompute": "full", "optimizer_state": "bf16"},
+         "OPTIMIZER_STATE=cpu, a SEQ_LENGTH below 2048, more GPUs"),
+        (NVIDIA, {"recompute": "full", "precision": "fp32"}, "OPTIMIZER_STATE=cpu, a SEQ_LENGTH below 2048, more GPUs"),
+        (NVIDIA, {"recompute": "full", "recompute_num_layers": 2, "optimizer_state": "cpu"},
          "RECOMPUTE_NUM_LAYERS empty, a SEQ_LENGTH below 2048, more GPUs"),
-        (METAX, {"recompute": "selective"}, "RECOMPUTE=full, a SEQ_LENGTH below 2048, more GPUs"),
+        (METAX, {"recompute": "selective"}, "RECOMPUTE=full, OPTIMIZER_STATE=cpu, a SEQ_LENGTH below 2048, more GPUs"),
         (NVIDIA, {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "/a"}, "more GPUs"),
     ],
 )  # fmt: skip
 def test_what_takes_less_already_is_not_named(platform: Platform, settings: dict[str, Any], left: str) -> None:
     text = told(plan(platform, micro_batch_size=1, **settings), RuntimeError("CUDA error: out of memory\nlines of C++"))
     assert f"(CUDA error: out of memory): what takes less: {left}, with TP over 1" in text
+    assert ("12 bytes a parameter of the hosts' memory" in text) == (settings.get("optimizer_state") == "cpu")
 
 
 def test_a_processor_without_memory_tells_it_too() -> None:
