@@ -78,7 +78,8 @@ class HostState:
         for param in self._params():
             state = self.adam.state[param]
             for name in MOMENTS:
-                state[name] = self.kept[param].setdefault(name, _on_host(param))
+                if name not in state:
+                    state[name] = self.kept[param][name] = _on_host(param).zero_()
             if isinstance(self.adam, torch.optim.Adam):  # AdamW too; others count steps in their groups
                 state.setdefault("step", torch.tensor(0.0))
 
@@ -133,5 +134,5 @@ def _free(param: torch.Tensor) -> None:
 
 
 def _on_host(like: torch.Tensor) -> torch.Tensor:
-    """Zeros of its shape, pinned where it is on a device, so that copies run at the link's rate."""
-    return torch.zeros(like.shape, dtype=torch.float32, pin_memory=like.is_cuda)
+    """Room for it in float32, pinned where it is on a device, so that copies run at the link's rate."""
+    return torch.empty(like.shape, dtype=torch.float32, pin_memory=like.is_cuda)
