@@ -14,8 +14,6 @@ from torch.nn.functional import silu
 
 from common import mcore
 from common.model.config import QwenConfig, load_config
-from common.model.gated_mlp import TorchProducts
-from common.model.loss import LossInputs, LossParts, TorchKernels
 from common.parallel import ParallelSizes
 from common.platforms import PLATFORMS
 from tests.distributed.launch import free_port
@@ -78,12 +76,28 @@ def is_there(*weights: torch.Tensor) -> None:
     assert all(weight.data_ptr() in AWAITED for weight in weights)
 
 
-class Loss(TorchKernels):
-    """Sees the output layer's weight."""
+CALLS: Counter[str] = Counter()
 
-    def losses(self, given: LossInputs, with_gradients: bool) -> LossParts:
-        is_there(given.weight)
-        return super().losses(given, with_gradients)
+
+def swiglu(gate_and_up: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
+    CALLS["swiglu"] += 1
+    assert bias is None
+    gate, up = gate_and_up.chunk(2, -1)
+    return silu(gate) * up
+
+
+class Norms:
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        CALLS["norm"] += 1
+        is_there(weight)
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+    def norm_of_sum(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        CALLS["norm of a sum"] += 1
+        CALLS["norm"] -= 1
+        return x + residual, self.norm(x + residual, weight, eps)
 
 
 def main() -> None:
@@ -100,21 +114,16 @@ def main() -> None:
 def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
     """What a model gives with other code in these places, and without."""
     from common.model import build, kernels
+    from common.model.gated_mlp import TorchProducts  # these import Megatron-Core, which is to be prepared before
+    from common.model.loss import LossInputs, LossParts, TorchKernels
 
     groups, heads = qwen.num_key_value_heads // sizes.tp, qwen.num_attention_heads // sizes.tp
     plain = outputs(qwen, sizes)
-    calls: Counter[str] = Counter()
-
-    def swiglu(gate_and_up: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
-        calls["swiglu"] += 1
-        assert bias is None
-        gate, up = gate_and_up.chunk(2, -1)
-        return silu(gate) * up
 
     def split_and_rotate(
         mixed: torch.Tensor, q_freqs: torch.Tensor, k_freqs: torch.Tensor, parts: list[int]
     ) -> tuple[torch.Tensor, ...]:
-        calls["qkv"] += 1
+        CALLS["qkv"] += 1
         assert q_freqs is k_freqs and mixed.shape == (S, B, groups, sum(parts))
         assert q_freqs.shape == (S, 1, 1, qwen.head_dim) and q_freqs.dtype is torch.float32
         query, key, value = mixed.split(parts, -1)
@@ -125,28 +134,20 @@ def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
 
         return rotated(query.reshape(S, B, heads, qwen.head_dim)), rotated(key), value
 
-    class Norms:
-        def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-            calls["norm"] += 1
-            is_there(weight)
-            return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
-
-        def norm_of_sum(
-            self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            calls["norm of a sum"] += 1
-            calls["norm"] -= 1
-            return x + residual, self.norm(x + residual, weight, eps)
+    class Loss(TorchKernels):
+        def losses(self, given: LossInputs, with_gradients: bool) -> LossParts:
+            is_there(given.weight)
+            return super().losses(given, with_gradients)
 
     class Products(TorchProducts):
         def up(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-            calls["gate and up"] += 1
+            CALLS["gate and up"] += 1
             is_there(weight)
             assert x.shape == (S * B, qwen.hidden_size)
             return super().up(x, weight)
 
         def down_gradient(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-            calls["down, backward"] += 1
+            CALLS["down, backward"] += 1
             return super().down_gradient(*tensors)
 
     config = build.TransformerConfig
@@ -158,7 +159,7 @@ def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
     layers = qwen.num_hidden_layers
     for recompute, products in product(("none", "full"), (None, Products())):
         setattr(kernels, "mlp_products", lambda *_, which=products: which)  # noqa: B010
-        calls.clear()
+        CALLS.clear()
         for mine, theirs in zip(outputs(qwen, sizes, recompute), plain, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
         passes = 2 if recompute == "full" else 1  # forward through the layers, for the logits and for the losses
@@ -170,7 +171,7 @@ def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
             # Alone is normed what enters a stage, or a layer that is computed again by itself; and what leaves it then.
             expected["norm"] = 2 * (layers * passes + 1 if recompute == "full" else 1)
             expected["norm of a sum"] = 2 * (layers * passes if recompute == "full" else 2 * layers)
-        assert calls == expected, (recompute, calls)
+        assert expected == CALLS, (recompute, CALLS)
 
 
 if __name__ == "__main__":
