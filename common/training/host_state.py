@@ -80,7 +80,7 @@ class HostState:
             for name in MOMENTS:
                 if name not in state:
                     state[name] = self.kept[param][name] = _on_host(param).zero_()
-            if isinstance(self.adam, torch.optim.Adam):  # AdamW too; others count steps in their groups
+            if isinstance(self.adam, (torch.optim.Adam, torch.optim.AdamW)):  # others count steps in their groups
                 state.setdefault("step", torch.tensor(0.0))
 
     def reload(self, state_dict: Any = None) -> None:
