@@ -82,14 +82,14 @@ class Training:
         data = open_batches(self.plan, self.plan.train, self.progress.consumed_samples)
         bar = progress_bar(self.plan, self.progress)
         self.watch.lap()
-        while self.progress.iteration < self.plan.train_iters:
-            self.step(data)
-            bar.update()
-            if self.stop_here():
-                break
-        bar.close()
-        self.store.finish(wait=True)
-        self.tracking.close()
+        with self.tracking:
+            while self.progress.iteration < self.plan.train_iters:
+                self.step(data)
+                bar.update()
+                if self.stop_here():
+                    break
+            bar.close()
+            self.store.finish(wait=True)
         logger.info("stopped after iteration %d of %d", self.progress.iteration, self.plan.train_iters)
 
     def step(self, data: list[Iterator[Batch]]) -> None:

@@ -8,7 +8,10 @@ from common.training.config import TrainSettings
 
 
 class Tracking:
-    """Sends figures on rank 0 of a run that asked for it; does nothing otherwise."""
+    """Sends figures on rank 0 of a run that asked for it; does nothing otherwise.
+
+    Its block ends the run there, which wandb would else do as the process ends: a rank that fails does so without.
+    """
 
     def __init__(self, settings: TrainSettings, rank: int) -> None:
         self.run: Any = None
@@ -26,10 +29,12 @@ class Tracking:
         if self.run is not None:
             self.run.log(figures, step=iteration)
 
-    def close(self) -> None:
-        """Ends the run there."""
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if self.run is not None:
-            self.run.finish()
+            self.run.finish(exit_code=0 if kind is None else 1)
 
 
 def check_tracking(settings: TrainSettings) -> None:

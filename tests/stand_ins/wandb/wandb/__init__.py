@@ -1,0 +1,23 @@
+"""A stand-in for wandb: what of it the kit calls, written to DIR/NAME.jsonl, and only as the run is finished."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Run:
+    """Keeps what it is given until `finish`, as wandb's own process loses what a killed one has not handed over."""
+
+    def __init__(self, path: Path, lines: list[dict[str, Any]]) -> None:
+        self.path, self.lines = path, lines
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        self.lines.append({"step": step, **data})
+
+    def finish(self, exit_code: int) -> None:
+        lines = [*self.lines, {"exit_code": exit_code}]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def init(*, project: str, name: str, mode: str, dir: str, config: dict[str, Any]) -> Run:
+    return Run(Path(dir) / f"{name}.jsonl", [{"project": project, "mode": mode, "lr": config["lr"]}])
