@@ -106,6 +106,19 @@ def test_every_layout_follows_one_process(work: Path, one_process: list[tuple[in
         assert abs(norm - expected_norm) <= 1e-3 * expected_norm, i
 
 
+def test_virtual_stages_over_four_ranks_follow_one_process(work: Path) -> None:
+    convert(tiny_qwen(work / "deep", std=0.05, spread=0.05, num_hidden_layers=8), work / "deep_start")
+    flags = {**settings(work, "pretrain"), "load_checkpoint_path": work / "deep_start", "train_iters": 6}
+    one = steps(train_forked(**flags, save_checkpoint_path=work / "deep_one"))
+    convert(work / "deep", work / "deep_stages", pp=4, vpp=2, transformer_impl="local")
+    flags["load_checkpoint_path"] = work / "deep_stages"
+    four = steps(train_forked(**flags, save_checkpoint_path=work / "deep_four", gpus=4, pp=4, vpp=2))
+    assert len(one) == len(four) == 6
+    for (i, loss, norm), (_, expected_loss, expected_norm) in zip(four, one, strict=True):
+        assert abs(loss - expected_loss) <= 1e-4, i
+        assert abs(norm - expected_norm) <= 1e-3 * expected_norm, i
+
+
 def test_the_first_loss_is_hugging_faces_over_the_supervised_tokens(
     work: Path, one_process: list[tuple[int, float, float]]
 ) -> None:
