@@ -7,7 +7,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -45,19 +45,26 @@ def process_group(platform: Platform, sizes: ParallelSizes, seed: int, timeout_m
 
 def check_same_start(start: Start) -> None:
     """Raises KitError unless every node is about to read the same weights. A collective call, before they are read."""
-    local_rank = int(os.environ["LOCAL_RANK"])
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (socket.gethostname(), start_facts(start)) if local_rank == 0 else None)
+    dist.all_gather_object(found, (socket.gethostname(), start_facts(start)) if is_first_of_node() else None)
     (first, reference), *others = (each for each in found if each)
     texts = [(host, differences(reference, first, facts, host)) for host, facts in others]
     wrong = [f"{host} does not start from what {first} starts from: {text}" for host, text in texts if text]
-    if wrong and local_rank:
-        raise SystemExit(2)  # one process of a node says it
     if wrong:
-        raise KitError(
+        fail_together(
             f"{'; '.join(wrong)}: put SAVE_CHECKPOINT_PATH on storage that all nodes share, and the same"
             " LOAD_CHECKPOINT_PATH or HF_MODEL_PATH on each"
         )
+
+
+def fail_together(message: str) -> NoReturn:
+    """Of what every rank finds alike one process of a node speaks: raises KitError there, SystemExit in the others."""
+    raise KitError(message) if is_first_of_node() else SystemExit(2)
+
+
+def is_first_of_node() -> bool:
+    """Whether this is the process of its node that speaks for it."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def seed_everything(seed: int) -> None:

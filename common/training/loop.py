@@ -10,9 +10,8 @@ from tqdm import tqdm
 
 from common.data.batches import batches
 from common.data.samples import Samples
-from common.errors import KitError
 from common.log import logger
-from common.training.distributed import StopSignal, check_same_start, process_group
+from common.training.distributed import StopSignal, check_same_start, fail_together, process_group
 from common.training.lifetime import end_with_parent
 from common.training.memory import explained_lack_of_memory, memory_line
 from common.training.metrics import Interval, Meter, Stopwatch, flops_per_token, peak_tflops
@@ -124,7 +123,7 @@ class Training:
         if self.progress.iteration == 1:
             check_first_loss(self.plan, loss)
         if not math.isfinite(loss):
-            raise KitError(
+            fail_together(
                 f"the loss is {loss} at iteration {self.progress.iteration}, and nothing of this was saved:"
                 " lower LR, raise LR_WARMUP_ITERS, or look at the data with `python -m common.preprocess show`"
             )
@@ -167,7 +166,7 @@ def check_first_loss(plan: Plan, loss: float) -> None:
         " `python -m common.convert verify --logits true`"
     )
     if most is not None and loss > most:
-        raise KitError(f"the first loss is {loss:.4f}, over MAX_FIRST_LOSS={most:g}: {told}")
+        fail_together(f"the first loss is {loss:.4f}, over MAX_FIRST_LOSS={most:g}: {told}")
     guess = math.log(plan.qwen.vocab_size)
     if plan.start.kind == "weights" and loss > 0.9 * guess:
         logger.info("note: the first loss is %.2f, and guessing among all tokens gives %.2f: %s", loss, guess, told)

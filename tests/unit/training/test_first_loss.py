@@ -35,3 +35,10 @@ def test_weights_that_know_nothing_are_told(
     caplog.set_level(logging.INFO, "kit")
     check_first_loss(plan(kind, None), loss)
     assert ("guessing among all tokens gives 11.93" in caplog.text) == said
+
+
+def test_of_what_all_ranks_find_one_process_of_a_node_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        check_first_loss(plan("weights", 3.0), 3.01)
+    assert ended.value.code == 2
