@@ -9,14 +9,14 @@ from typing import Any
 
 from common.doctor.finding import Finding, judge
 from common.errors import KitError
-from common.platforms import check_machine, detect
+from common.platforms import available_memory, check_machine, detect
 from common.platforms.base import Platform
 
 GIB = 1 << 30
 LEAST_SHARED_BYTES = GIB  # what MetaX's documents ask MCCL's containers for; NCCL and batch workers share it too
 LEAST_DISK_BYTES = 20 * GIB  # one checkpoint of 1B parameters with its optimizer
 LEAST_FILES = 4096
-SHARED, MEMORY = Path("/dev/shm"), Path("/proc/meminfo")
+SHARED = Path("/dev/shm")
 
 
 def look_at_platform(platform: Platform) -> Finding:
@@ -33,8 +33,7 @@ def look_at_platform(platform: Platform) -> Finding:
 def look_at_devices(platform: Platform, found: list[tuple[str, int, int]]) -> list[Finding]:
     """Each device's memory, (name, free bytes, total bytes); none at all where the platform needs one."""
     if platform.device == "cpu":
-        free = next(int(line.split()[1]) for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
-        return [Finding("memory", "ok", f"{free / (1 << 20):.1f} GiB free")]
+        return [Finding("memory", "ok", f"{available_memory() / GIB:.1f} GiB free")]
     if not found:
         remedy = f"start the container with `docker run {platform.container_flags}`, on a machine with the driver"
         if detect() != platform.name:

@@ -12,7 +12,7 @@ from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
 
 PLATFORMS = {platform.name: platform for platform in (CPU, METAX, NVIDIA)}
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+NVIDIA_DRIVER, MEMORY = Path("/proc/driver/nvidia/version"), Path("/proc/meminfo")
 
 
 def current() -> Platform:
@@ -56,6 +56,12 @@ def check_machine(platform: Platform) -> None:
         )
     if platform.name == NVIDIA.name and "+metax" in text:
         raise KitError(f"KIT_PLATFORM={NVIDIA.name}, but torch {text} is MetaX's: use the scripts of {METAX.name}/")
+
+
+def available_memory() -> int:
+    """Bytes of this machine's memory that can still be taken."""
+    kib = next(int(line.split()[1]) for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
+    return 1024 * kib
 
 
 def _torch_version() -> str:

@@ -9,11 +9,16 @@ A master weight keeps its tensor and gives away its storage between steps, as th
 values read, written and copied by this.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from common.errors import KitError
+from common.platforms import available_memory
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -113,6 +118,23 @@ class HostState:
     def _synchronize(self) -> None:
         if any(param.is_cuda for param in self.kept):
             torch.cuda.current_stream().synchronize()
+
+
+def check_host_memory(model: list[Any], shards: int) -> None:
+    """Raises KitError where the node has too little memory for what its processes will keep there.
+
+    A collective call, so that none has taken any yet. shards: the ranks that an optimizer's state is spread over.
+    """
+    params = [param for chunk in model for param in chunk.parameters()]
+    own = sum((8 if param.dtype is torch.float32 else 12) * param.numel() for param in params) // shards
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available = available_memory()
+    dist.barrier()
+    if processes * own > available:
+        raise KitError(
+            f"OPTIMIZER_STATE=cpu keeps {own / 2**30:.1f} GiB a process in the host's memory, for {processes} processes"
+            f" here, and {available / 2**30:.1f} GiB are available: use more nodes, or set it to bf16 or fp32"
+        )
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from common.mcore import mend_training
 from common.model.build import ModelOptions, build_model
 from common.te import optimizer_state_options
 from common.training.config import TrainSettings
-from common.training.host_state import HostState, gradients_away
+from common.training.host_state import HostState, check_host_memory, gradients_away
 from common.training.plan import Plan
 
 
@@ -70,6 +70,7 @@ def build_optimizer(chosen: TrainSettings, model: list[Any]) -> tuple[Any, list[
     """Megatron-Core's optimizer over the distributed ones, and what holds their state with OPTIMIZER_STATE=cpu."""
     host_states: list[HostState] = []
     if chosen.optimizer_state == "cpu":
+        check_host_memory(model, chosen.sizes.dp * chosen.sizes.cp)
         with gradients_away(model):
             optimizer = get_megatron_optimizer(optimizer_config(chosen), model)
             host_states = [HostState(part) for part in optimizer_parts(optimizer)]

@@ -1,12 +1,16 @@
 """The optimizer's state on the host: the same steps, and nothing of it on the device between them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from common.training.host_state import HostState, gradients_away
+from common import platforms
+from common.errors import KitError
+from common.training.host_state import HostState, check_host_memory, gradients_away
 from common.training.optimizer import step_in_parts
 
 SIZES = (3, 4, 9, 2)
@@ -109,3 +113,15 @@ def test_gradients_are_away_while_master_weights_are_made_and_zeros_after() -> N
     with gradients_away([chunk]):
         assert buffer.grad_data.untyped_storage().nbytes() == 0
     assert view.tolist() == [0.0, 0.0] and buffer.grad_data.untyped_storage().nbytes() == 24
+
+
+def test_a_node_without_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platforms, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    model = [torch.nn.Linear(1 << 10, 1 << 10, bias=False).bfloat16()]  # 12 MiB of state
+    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {24 << 10} kB\n", encoding="utf-8")
+    check_host_memory(model, 2)
+    with pytest.raises(KitError, match=r"keeps 0\.0 GiB a process .* for 4 processes here, and 0\.0 GiB are available"):
+        check_host_memory(model, 1)
+    check_host_memory([torch.nn.Linear(1 << 10, 768, bias=False)], 1)  # 8 bytes each: master weights are the model's
