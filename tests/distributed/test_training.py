@@ -296,9 +296,9 @@ def test_a_run_that_is_ended_goes_on_by_the_same_command(work: Path, how: signal
 
 
 def test_a_rank_that_runs_out_of_memory_says_so_and_ends_while_the_others_wait_for_it(work: Path) -> None:
-    flags = settings(work, "pretrain", save_checkpoint_path=work / "full", train_iters=4, gpus=2, recompute="full")
+    flags = settings(work, "pretrain", save_checkpoint_path=work / "too_much", train_iters=4, gpus=2, recompute="full")
     log = forked(2, "tests.distributed.failing_worker", words({**flags, "master_port": free_port()}), expect=2)
-    assert steps(log)[0][0] == 1 and len(steps(log)) < 4
+    assert steps(log) and steps(log)[0][0] == 1 and len(steps(log)) < 4, log
     (told,) = (line for line in log.splitlines() if line.startswith("error: "))
     assert told.startswith("error: rank 1 is out of memory (") and "can't allocate memory" in told
     assert told.endswith(
