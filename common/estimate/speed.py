@@ -24,7 +24,8 @@ Cost = dict[str, float]
 
 def add(*costs: Cost) -> Cost:
     """The sum of costs, name by name."""
-    return {name: sum(cost.get(name, 0.0) for cost in costs) for name in {name for cost in costs for name in cost}}
+    names = dict.fromkeys(name for cost in costs for name in cost)  # in one order, so that sums agree to the last digit
+    return {name: sum(cost.get(name, 0.0) for cost in costs) for name in names}
 
 
 def seconds(cost: Cost) -> float:
