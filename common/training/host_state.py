@@ -31,7 +31,10 @@ class HostState:
         pairs = zip(optimizer.shard_fp32_from_float16_groups, optimizer.shard_float16_groups, strict=True)
         # Each master weight with the part of the model's weights that is made from it; in float32 there are none.
         self.model_shards = {master: shard for group in pairs for master, shard in zip(*group, strict=True)}
-        self.kept: dict[torch.Tensor, dict[str, torch.Tensor]] = {param: {} for param in self._params()}
+        self.kept: dict[torch.Tensor, dict[str, torch.Tensor]] = {
+            param: {} for group in self.adam.param_groups for param in group["params"]
+        }
+        self.on_gpu = any(param.is_cuda for param in self.kept)
         for master in self.model_shards:
             self._keep(master, "param", master)
             _free(master)
@@ -80,7 +83,7 @@ class HostState:
 
     def make_moments(self) -> None:
         """Zeros where Adam has made none yet, so that a checkpoint's can be loaded into them."""
-        for param in self._params():
+        for param in self.kept:
             state = self.adam.state[param]
             for name in MOMENTS:
                 if name not in state:
@@ -112,11 +115,8 @@ class HostState:
         for group, given in zip(self.adam.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in given.items() if name != "params"})
 
-    def _params(self) -> list[torch.Tensor]:
-        return [param for group in self.adam.param_groups for param in group["params"]]
-
     def _synchronize(self) -> None:
-        if any(param.is_cuda for param in self.kept):
+        if self.on_gpu:
             torch.cuda.current_stream().synchronize()
 
 

@@ -68,23 +68,21 @@ def build_trainee(plan: Plan) -> Trainee:
 
 def build_optimizer(chosen: TrainSettings, model: list[Any]) -> tuple[Any, list[HostState]]:
     """Megatron-Core's optimizer over the distributed ones, and what holds their state with OPTIMIZER_STATE=cpu."""
-    host_states: list[HostState] = []
-    if chosen.optimizer_state == "cpu":
+    on_host = chosen.optimizer_state == "cpu"
+    if on_host:
         check_host_memory(model, chosen.sizes.dp * chosen.sizes.cp)
-        with gradients_away(model):
-            optimizer = get_megatron_optimizer(optimizer_config(chosen), model)
-            host_states = [HostState(part) for part in optimizer_parts(optimizer)]
-        for state in host_states:
-            step_in_parts(state.adam, around=state.on_device)
-    else:
+    with gradients_away(model) if on_host else nullcontext():
         optimizer = get_megatron_optimizer(optimizer_config(chosen), model)
-    parts = optimizer_parts(optimizer)
+        parts = optimizer_parts(optimizer)
+        host_states = [HostState(part) for part in parts] if on_host else []
+    for state in host_states:
+        step_in_parts(state.adam, around=state.on_device)
     if chosen.optimizer_state == "bf16":
         for each in parts:
             step_in_parts(each.optimizer)
     # Megatron-Core takes the first that imports: Transformer Engine's, apex's, torch's.
     kind = type(parts[0].optimizer)
-    where = ", its state in the host's memory" if host_states else ""
+    where = ", its state in the host's memory" if on_host else ""
     logger.info("optimizer: %s.%s%s", kind.__module__, kind.__name__, where)
     return optimizer, host_states
 

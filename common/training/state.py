@@ -81,9 +81,11 @@ def initialise_optimizer(trainee: Trainee) -> None:
 
     A step on zero gradients with learning rate and weight decay 0 moves no weight.
     """
-    for host_state in trainee.host_states:
-        host_state.make_moments()
-    for part in optimizer_parts(trainee.optimizer) if not trainee.host_states else []:
+    if trainee.host_states:
+        for host_state in trainee.host_states:
+            host_state.make_moments()
+        return
+    for part in optimizer_parts(trainee.optimizer):
         groups = part.optimizer.param_groups
         kept = [(group["lr"], group["weight_decay"]) for group in groups]
         for group in groups:
