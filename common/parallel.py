@@ -45,6 +45,11 @@ class ParallelSizes:
         """Data-parallel replicas."""
         return self.world_size // (self.tp * self.pp * self.cp)
 
+    @property
+    def replicas(self) -> int:
+        """The ranks that hold the same weights, dp x cp: gradients are reduced, and the optimizer is cut, over them."""
+        return self.dp * self.cp
+
     def num_microbatches(self, global_batch_size: int, micro_batch_size: int) -> int:
         """Micro-batches a replica runs in one step; raises KitError when the sizes do not divide."""
         if global_batch_size % (micro_batch_size * self.dp):

@@ -35,11 +35,12 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${NNODES:=1}"                   # nodes / 节点数
 : "${NODE_RANK:=0}"                # this node's number, from 0 / 本节点编号，从 0 开始
 : "${MASTER_ADDR:=localhost}"      # node 0's address / 0 号节点地址
-: "${MASTER_PORT:=29500}"          # a free port there / 0 号节点的空闲端口
+: "${MASTER_PORT:=}"               # a free port there; empty: any on one node, else 29500 / 空闲端口；空：单节点任取，多节点 29500
 : "${RDZV_ENDPOINT:=}"             # host:port to meet at, instead of these three / 会合地址，代替以上三项
 : "${RDZV_ID:=kit}"                # the run's name there / 会合处的任务名
 : "${MAX_RESTARTS:=0}"             # restarts from the newest checkpoint / 从最新检查点自动重启的次数
 : "${DISTRIBUTED_TIMEOUT_MIN:=10}" # minutes after which who waits gives up / 等待超时（分钟）
+: "${HANG_TIMEOUT_MIN:=}"          # minutes after which a rank that hangs is named; empty: 0.8 of it / 挂起检测（分钟），空：超时的 0.8
 
 # Length of the run / 训练长度
 : "${MICRO_BATCH_SIZE:=2}"   # samples a GPU runs at once / 每个 GPU 一次计算的样本数
@@ -47,6 +48,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${EPOCHS:=}"              # passes over the data; 3 unless TRAIN_ITERS is set / 轮数；未设 TRAIN_ITERS 时为 3
 : "${TRAIN_ITERS:=}"         # steps, instead of EPOCHS / 步数，代替 EPOCHS
 : "${EXIT_INTERVAL:=}"       # save and stop at each multiple of it / 到该步数的倍数时保存并退出
+: "${EXIT_DURATION_MIN:=}"   # save and stop after so many minutes / 运行这么多分钟后保存并退出
 : "${SEED:=1234}"            # random weights and the order of samples / 随机种子
 
 # Optimizer / 优化器
@@ -59,11 +61,18 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${WEIGHT_DECAY:=0.01}"     # not on norms and biases / 权重衰减，不作用于 norm 和 bias
 : "${ADAM_BETA1:=0.9}"        # Adam / Adam 参数
 : "${ADAM_BETA2:=0.999}"      # Adam / Adam 参数
+: "${ADAM_EPS:=1e-8}"         # Adam / Adam 参数
 : "${CLIP_GRAD:=1.0}"         # largest gradient norm / 梯度裁剪
+: "${MAX_BAD_STEPS:=5}"       # stop after so many steps in a row that are not finite / 连续这么多步非有限值则停止
+: "${SKIP_GRAD_NORM:=}"       # skip a step whose gradient norm is above it / 梯度范数超过此值则跳过该步
 
 # Checkpoints, evaluation, log / 保存、验证、日志
 : "${SAVE_INTERVAL:=100}"      # steps between checkpoints / 保存间隔（步）
 : "${KEEP_CHECKPOINTS:=3}"     # newest ones kept; 0: all / 保留最新几个；0：全部
+: "${KEEP_EVERY:=0}"           # besides each multiple of it; 0: none / 另外保留该步数的倍数；0：不保留
+: "${KEEP_BEST:=0}"            # besides so many of the lowest validation loss / 另外保留验证损失最低的几个
+: "${KEEP_EPOCHS:=false}"      # save at the end of each epoch, and keep it / 每轮结束时保存并保留
+: "${SAVE_OPTIMIZER:=true}"    # false: weights alone, no resuming / false：只保存权重，不能续训
 : "${ASYNC_SAVE:=false}"       # write while training goes on (torch_dist) / 异步保存（torch_dist）
 : "${CKPT_FORMAT:=torch_dist}" # torch_dist or torch / 检查点格式
 : "${EVAL_INTERVAL:=100}"      # steps between evaluations; 0: none / 验证间隔（步）；0：不验证
@@ -78,6 +87,9 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${FP8_RECIPE:=tensorwise}"               # tensorwise, delayed or blockwise / FP8 缩放方式
 : "${TP_COMM_OVERLAP:=false}"               # TP sends while matrix products run (Transformer Engine) / 张量并行通信与计算重叠
 : "${TRANSFORMER_IMPL:=transformer_engine}" # transformer_engine or local / 层的实现
+: "${OVERLAP_GRAD_REDUCE:=true}"            # reduce gradients during the backward pass (DP x CP above 1) / 反向计算时归约梯度
+: "${OVERLAP_PARAM_GATHER:=true}"           # gather weights during the forward pass (DP x CP above 1) / 前向计算时收集权重
+: "${DETERMINISTIC:=false}"                 # the same bits on the same GPUs, slower / 同样的 GPU 得到逐位相同的结果，较慢
 
 # Weights & Biases (off without WANDB_PROJECT / 未设 WANDB_PROJECT 时关闭)
 : "${WANDB_PROJECT:=}"    # project / 项目

@@ -7,6 +7,8 @@ from common.errors import KitError
 from common.parallel import ParallelSizes, parse_pipeline_layers
 from common.settings import option
 
+MASTER_PORT = 29500  # torchrun's own
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -34,7 +36,7 @@ class TrainSettings:
     nnodes: int = option(1, "number of nodes")
     node_rank: int = option(0, "this node's number, from 0")
     master_addr: str = option("localhost", "address of node 0")
-    master_port: int = option(29500, "a free port on node 0")
+    master_port: int | None = option(None, "a free port on node 0; default: any free one on one node, else 29500")
     rdzv_endpoint: str | None = option(None, "host:port where the nodes meet, instead of the three above")
     rdzv_id: str = option("kit", "the run's name there")
     max_restarts: int = option(0, "times the processes are started again, from the newest checkpoint")
@@ -59,14 +61,28 @@ class TrainSettings:
     weight_decay: float = option(0.01, "not applied to norms and biases")
     adam_beta1: float = option(0.9)
     adam_beta2: float = option(0.999)
+    adam_eps: float = option(1e-8)
     clip_grad: float = option(1.0, "largest gradient norm; 0: no clipping")
     save_interval: int = option(100, "steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = option(3, "newest checkpoints to keep; 0: all")
+    keep_every: int = option(0, "keep besides each checkpoint whose iteration this divides; 0: none")
+    keep_best: int = option(0, "keep besides so many of the lowest validation loss; 0: none")
+    keep_epochs: bool = option(False, "save at the end of each epoch, and keep that checkpoint besides")
+    save_optimizer: bool = option(True, "false: checkpoints hold weights alone, from which no run can be resumed")
     async_save: bool = option(False, "torch_dist only: write checkpoints while training goes on")
     eval_interval: int = option(100, "steps between evaluations; 0: none")
     eval_iters: int = option(50, "global batches in one evaluation")
     log_interval: int = option(10, "steps between log lines")
     exit_interval: int | None = option(None, "save and stop at a step this divides")
+    exit_duration_min: float | None = option(None, "save and stop so many minutes after the start of the command")
+    max_bad_steps: int = option(5, "stop after so many steps in a row whose loss or gradient is not finite; 0: never")
+    skip_grad_norm: float | None = option(None, "skip a step whose gradient norm is above it")
+    hang_timeout_min: float | None = option(
+        None, "minutes without progress after which a rank is named; default: 0.8 of DISTRIBUTED_TIMEOUT_MIN; 0: never"
+    )
+    overlap_grad_reduce: bool = option(True, "with DP x CP above 1: reduce gradients during the backward pass")
+    overlap_param_gather: bool = option(True, "with DP x CP above 1: gather weights during the forward pass")
+    deterministic: bool = option(False, "the same bits on the same GPUs, by slower kernels")
     recompute: str = option("none", "activations computed again in backward", ("none", "selective", "full"))
     recompute_num_layers: int | None = option(None, "with full: only so many layers of each chunk; default: all")
     tp_comm_overlap: bool = option(False, "Transformer Engine, TP above 1: send while matrix products run")
@@ -95,8 +111,11 @@ class TrainSettings:
         for name in (*positive, "nnodes", "distributed_timeout_min"):
             self._need(getattr(self, name) >= 1, name, "it must be at least 1")
         not_negative = ("keep_checkpoints", "eval_interval", "eval_iters", "lr_warmup_iters", "weight_decay")
+        not_negative += ("keep_every", "keep_best", "max_bad_steps", "hang_timeout_min")
         for name in (*not_negative, "clip_grad", "num_workers", "max_restarts"):
-            self._need(getattr(self, name) >= 0, name, "it must not be negative")
+            self._need((getattr(self, name) or 0) >= 0, name, "it must not be negative")
+        for name in ("adam_eps", "exit_duration_min", "skip_grad_norm"):
+            self._need(getattr(self, name) is None or getattr(self, name) > 0, name, "it must be above 0")
         for name in ("adam_beta1", "adam_beta2"):
             self._need(0 <= getattr(self, name) < 1, name, "it must be at least 0 and below 1")
         self._need(self.recompute_num_layers is None or self.recompute_num_layers >= 1, "recompute_num_layers",
@@ -106,6 +125,7 @@ class TrainSettings:
         self._need(self.train_iters is None or self.train_iters >= 1, "train_iters", "it must be at least 1")
         self._need(0 <= self.min_lr <= self.lr, "min_lr", f"it must lie between 0 and LR={self.lr}")
         self._check_nodes()
+        self._check_checkpoints()
         if self.train_or_convert_ckpt == "train":
             self._need(bool(self.dataset_path), "dataset_path", "training needs what step 1 wrote: set DATASET_PATH")
             if (self.epochs is None) == (self.train_iters is None):
@@ -156,15 +176,37 @@ class TrainSettings:
                 " set IS_INITIAL_RUN=auto"
             )
 
+    def _check_checkpoints(self) -> None:
+        if self.keep_best and not self.eval_interval:
+            raise KitError(
+                f"KEEP_BEST={self.keep_best} goes by the validation loss, and EVAL_INTERVAL=0: set one of them"
+            )
+        if not self.save_optimizer and self.max_restarts:
+            raise KitError(
+                f"SAVE_OPTIMIZER=false with MAX_RESTARTS={self.max_restarts}: weights alone cannot be resumed from: set"
+                " one of them"
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise KitError(
+                "OVERLAP_PARAM_GATHER=true with OVERLAP_GRAD_REDUCE=false: Megatron-Core gathers weights in the buckets"
+                " of the gradients' reduction: set OVERLAP_PARAM_GATHER=false too"
+            )
+
     def _need(self, holds: bool, name: str, rule: str) -> None:
         if not holds:
             raise KitError(f"{name.upper()}={getattr(self, name)}: {rule}")
 
     @property
+    def overlaps(self) -> tuple[bool, bool]:
+        """Whether gradients are reduced during backward, and weights gathered during forward: not by one replica."""
+        several = self.sizes.replicas > 1
+        return several and self.overlap_grad_reduce, several and self.overlap_param_gather
+
+    @property
     def meeting_place(self) -> tuple[str, int]:
         """Host and port where the nodes find each other."""
         if not self.rdzv_endpoint:
-            return self.master_addr, self.master_port
+            return self.master_addr, self.master_port or MASTER_PORT
         host, _, port = self.rdzv_endpoint.rpartition(":")
         return host.strip("[]"), int(port)
 
