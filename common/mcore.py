@@ -1,6 +1,7 @@
 """The one place that knows Megatron-Core's versions: what is supported, and what each of them needs mended."""
 
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,23 +13,28 @@ from typing import Any
 
 from common.errors import KitError
 
-OLDEST, NEWEST = (0, 11), (0, 16)
-RANGE = "0.11 to 0.16"
+# The versions that work, by major and minor: the release that the lanes run, and the machines that it is for.
+SUPPORTED = {
+    (0, 11): "0.11.0 beside torch 2.1 (MetaX's maca 2.27)",
+    (0, 14): "0.14.0 beside torch 2.2 to 2.5 (NVIDIA's NGC 24.03)",
+    (0, 16): "0.16.1 beside torch 2.6 or later (a CPU, NGC 24.12 and later)",
+}
 
 
 def version() -> tuple[int, int]:
-    """Major and minor of the installed megatron-core; raises KitError when it is missing or out of range."""
+    """Major and minor of the installed megatron-core; raises KitError when it is missing or not supported."""
+    *others, newest = SUPPORTED.values()
+    works = f"this kit works with {', '.join(others)} and {newest}"
+    remedy = "pip install --no-deps megatron-core==VERSION, the one of these for this machine"
     try:
         text = metadata.version("megatron-core")
     except metadata.PackageNotFoundError as error:
-        raise KitError("megatron-core is not installed: pip install megatron-core==0.16.1") from error
-    major, minor = (int(part) for part in text.split(".")[:2])
-    if not OLDEST <= (major, minor) <= NEWEST:
-        raise KitError(
-            f"megatron-core {text} is installed, and this kit works with {RANGE}:"
-            " pip install the version that requirements/ names for this machine"
-        )
-    return major, minor
+        raise KitError(f"megatron-core is not installed, and {works}: {remedy}") from error
+    numbers = re.match(r"(\d+)\.(\d+)", text)
+    found = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if found not in SUPPORTED:
+        raise KitError(f"megatron-core {text} is installed, and {works}: {remedy}")
+    return found
 
 
 def check_installed() -> None:
@@ -39,11 +45,6 @@ def check_installed() -> None:
         raise KitError(
             f"numpy {numpy} is installed, and megatron-core {major}.{minor} needs numpy before 2: pip install"
             " 'numpy<2', or the megatron-core that requirements/ names for this machine"
-        )
-    if (major, minor) == (0, 12) and importlib.util.find_spec("transformer_engine") is None:
-        raise KitError(
-            "megatron-core 0.12 is installed, whose distributed optimizer needs Transformer Engine, and there is none:"
-            " pip install the megatron-core that requirements/ names for this machine"
         )
 
 
@@ -71,13 +72,11 @@ def prepare(platform: Any) -> None:
     check_installed()
     mend_numpy_without_dtypes()
     mend_metadata_of_newer_torch()
-    if version() == (0, 15):
-        mend_import_that_compiles()
     platform.prepare()
 
 
 def mend_numpy_without_dtypes() -> None:
-    """Gives numpy before 1.25 the module numpy.dtypes, from which megatron-core 0.14 and 0.15 import one name.
+    """Gives numpy before 1.25 the module numpy.dtypes, of which megatron-core imports one name from 0.14 on.
 
     NGC's PyTorch 24.03 and maca 2.27 bring numpy 1.24, where the class is reached through an instance.
     """
@@ -99,29 +98,18 @@ def mend_metadata_of_newer_torch() -> None:
         setattr(classes, "_MEM_FORMAT_ENCODING", MEM_FORMAT_ENCODING)  # noqa: B010  the module declares no such name
 
 
-def mend_import_that_compiles() -> None:
-    """Keeps megatron-core 0.15 from compiling CUDA code for its inference engine as it is imported.
-
-    Where nvcc is found and no GPU that ends in an IndexError; elsewhere every new machine compiles for nothing.
-    """
-    module: Any = ModuleType("megatron.core.inference.unified_memory")
-    module.has_unified_memory = False
-    module.create_unified_mempool = None  # asked for where has_unified_memory is true
-    sys.modules[module.__name__] = module
-
-
-# The layouts in which the distributed optimizer is saved to torch_dist, with the first and the last version of each.
+# The layouts in which the distributed optimizer is saved to torch_dist, with the versions that load each.
 # `dp_zero_gather_scatter` can be loaded at the same TP and PP alone, the others at any.
 OPTIMIZER_SHARDINGS = {
-    "dp_zero_gather_scatter": ((0, 11), (0, 16)),
-    "fully_sharded_model_space": ((0, 13), (0, 15)),  # before 0.13 not with torch's Adam
-    "fully_reshardable": ((0, 15), (0, 16)),
+    "dp_zero_gather_scatter": ((0, 11), (0, 14), (0, 16)),
+    "fully_sharded_model_space": ((0, 14),),  # 0.11 has it, but not with torch's Adam; 0.16 refuses its tensors
+    "fully_reshardable": ((0, 16),),
 }
 
 
 def optimizer_sharding() -> str:
     """The layout in which the installed version saves the distributed optimizer: the newest one that it has."""
-    return [kind for kind, (first, last) in OPTIMIZER_SHARDINGS.items() if first <= version() <= last][-1]
+    return [kind for kind, versions in OPTIMIZER_SHARDINGS.items() if version() in versions][-1]
 
 
 def check_optimizer_sharding(kind: str, path: Path, *, same_ranks: bool) -> None:
@@ -129,25 +117,25 @@ def check_optimizer_sharding(kind: str, path: Path, *, same_ranks: bool) -> None
 
     same_ranks: whether it is loaded at the TP, PP and VPP that it was saved at.
     """
-    first, last = OPTIMIZER_SHARDINGS.get(kind, ((0, 0), (0, 0)))
+    versions = OPTIMIZER_SHARDINGS.get(kind, ())
     way_out = "go on from the weights alone: set LOAD_CHECKPOINT_PATH to it and SAVE_CHECKPOINT_PATH to a new folder"
     major, minor = version()
-    if not first <= (major, minor) <= last:
-        those = f"{first[0]}.{first[1]} to {last[0]}.{last[1]}" if kind in OPTIMIZER_SHARDINGS else "no known version"
+    if (major, minor) not in versions:
+        those = " or ".join(f"megatron-core {first}.{second}" for first, second in versions) or "no supported version"
         raise KitError(
-            f"{path} holds the optimizer as {kind}, which megatron-core {those} loads; {major}.{minor} is installed:"
+            f"{path} holds the optimizer as {kind}, which {those} loads; {major}.{minor} is installed:"
             f" use one that does, or {way_out}"
         )
     if kind == "dp_zero_gather_scatter" and not same_ranks:
         raise KitError(
-            f"{path} holds the optimizer as {kind}, as megatron-core before 0.13 saves it: it loads at its own TP, PP"
-            f" and VPP alone; use those, or {way_out}"
+            f"{path} holds the optimizer as {kind}, as megatron-core 0.11 saves it: it loads at its own TP, PP and"
+            f" VPP alone; use those, or {way_out}"
         )
 
 
 def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any], kind: str, *, loading: bool) -> dict[str, Any]:
-    """The distributed optimizer's sharded state dict in layout `kind`; before 0.13 the layout is a word of its own."""
-    how = {"metadata": content_metadata(kind)} if version() >= (0, 13) else {"sharding_type": kind}
+    """The distributed optimizer's sharded state dict in layout `kind`; 0.11 has a word of its own for the layout."""
+    how = {"metadata": content_metadata(kind)} if version() >= (0, 14) else {"sharding_type": kind}
     return optimizer.sharded_state_dict(model_state, is_loading=loading, **how)
 
 
@@ -157,8 +145,8 @@ def content_metadata(kind: str) -> dict[str, Any]:
 
 
 def save_options() -> dict[str, Any]:
-    """What dist_checkpointing.save stores of the layout beside it; from 0.13 on."""
-    return {"content_metadata": content_metadata(optimizer_sharding())} if version() >= (0, 13) else {}
+    """What dist_checkpointing.save stores of the layout beside it; from 0.14 on."""
+    return {"content_metadata": content_metadata(optimizer_sharding())} if version() >= (0, 14) else {}
 
 
 def first_and_last_differ(chunk_layers: Sequence[int], vpp: int) -> bool:
@@ -167,32 +155,32 @@ def first_and_last_differ(chunk_layers: Sequence[int], vpp: int) -> bool:
 
 
 def check_pipeline_layers(chunk_layers: Sequence[int], vpp: int) -> None:
-    """Raises KitError unless the installed version trains with these layers a chunk: before 0.13 not any will do."""
+    """Raises KitError unless the installed version trains with these layers a chunk: in 0.11 not any will do."""
     even = len(set(chunk_layers)) == 1
-    if even or first_and_last_differ(chunk_layers, vpp) or version() >= (0, 13):
+    if even or first_and_last_differ(chunk_layers, vpp) or version() >= (0, 14):
         return
     major, minor = version()
     raise KitError(
-        f"PIPELINE_LAYERS={','.join(map(str, chunk_layers))} with VPP={vpp} needs megatron-core 0.13 or later, and"
+        f"PIPELINE_LAYERS={','.join(map(str, chunk_layers))} with VPP={vpp} needs megatron-core 0.14 or later, and"
         f" {major}.{minor} is installed: let only the first and the last stage differ, at VPP=1, or install a later one"
     )
 
 
-FP8_RECIPES_SINCE = (0, 12)  # TransformerConfig.fp8_recipe; before, FP8 is scaled with delay
-BF16_MOMENTS_SINCE = (0, 13)  # OptimizerConfig.store_param_remainders
+FP8_RECIPES_SINCE = (0, 14)  # TransformerConfig.fp8_recipe; before, FP8 is scaled with delay
+BF16_MOMENTS_SINCE = (0, 14)  # OptimizerConfig.store_param_remainders
 
 
 def chunk_place(index: int, vpp: int) -> tuple[bool, bool, dict[str, Any]]:
     """Whether this rank's chunk `index` of `vpp` is the model's first, its last, and how GPTModel is told its number.
 
-    From 0.13 on the number is an argument; before, it is a global, which is set here and stays set: whatever builds a
+    From 0.14 on the number is an argument; in 0.11 it is a global, which is set here and stays set: whatever builds a
     chunk or names its weights reads it, so this is to be called before either.
     """
     from megatron.core import parallel_state
 
     where: dict[str, Any] = {"ignore_virtual": False} if vpp > 1 else {}
     more: dict[str, Any] = {}
-    if vpp > 1 and version() >= (0, 13):
+    if vpp > 1 and version() >= (0, 14):
         where["vp_stage"] = more["vp_stage"] = index
     elif vpp > 1:
         parallel_state.set_virtual_pipeline_model_parallel_rank(index)
@@ -217,7 +205,7 @@ def make_optimizer_state(optimizer: Any) -> None:
 
 @contextmanager
 def weight_gradient_fusion(model: list[Any]) -> Iterator[None]:
-    """Lets `model`, empty at first, be built with gradient_accumulation_fusion where apex is missing (0.11 to 0.16).
+    """Lets `model`, empty at first, be built with gradient_accumulation_fusion where apex is missing (every version).
 
     Transformer Engine's layers add their weight gradients to the float32 buffer by themselves. Only Megatron-Core's own
     output layer asks for apex's kernel, and refuses to be built without: it goes without the fusion then.
@@ -237,7 +225,7 @@ def weight_gradient_fusion(model: list[Any]) -> Iterator[None]:
 
 
 def fuse_rotary_embedding() -> None:
-    """Compiles Megatron-Core's own rotary embedding into one kernel each way (0.11 to 0.16).
+    """Compiles Megatron-Core's own rotary embedding into one kernel each way (every version).
 
     Its fused ones are Transformer Engine's and apex's; as it stands, local layers run a dozen kernels a tensor.
     """
@@ -249,11 +237,11 @@ def fuse_rotary_embedding() -> None:
         rope_utils._apply_rotary_pos_emb_bshd = torch.compile(apply)
 
 
-SINGLE_QKV_ROPE_SINCE = (0, 15)  # TransformerConfig.fused_single_qkv_rope
+SINGLE_QKV_ROPE_SINCE = (0, 16)  # TransformerConfig.fused_single_qkv_rope
 
 
 def use_kernels(swiglu: Any, split_and_rotate: Any) -> None:
-    """Puts these in the place of Megatron-Core's SwiGLU (0.11 to 0.16) and of its split and rotated QKV (from 0.15 on).
+    """Puts these in the place of Megatron-Core's SwiGLU (every version) and of its split and rotated QKV (0.16).
 
     The latter is called under fused_single_qkv_rope, which is else Transformer Engine's alone.
     """
@@ -266,19 +254,32 @@ def use_kernels(swiglu: Any, split_and_rotate: Any) -> None:
 
 
 def single_qkv_rope(wanted: bool) -> dict[str, Any]:
-    """TransformerConfig's field for it; nothing before 0.15."""
+    """TransformerConfig's field for it; nothing before 0.16."""
     return {"fused_single_qkv_rope": wanted} if version() >= SINGLE_QKV_ROPE_SINCE else {}
 
 
 def joins_norms() -> bool:
-    """Whether layers call their sums and norms as `common.model.joined_norm` is made for: from 0.15 on, as tried."""
-    return version() >= (0, 15)
+    """Whether layers call their sums and norms as `common.model.joined_norm` is made for: from 0.16 on, as tried."""
+    return version() >= (0, 16)
+
+
+def clip_gradients(optimizer: Any, grad_norm: float) -> None:
+    """Scales the gradients of one distributed optimizer down to its clip_grad; `grad_norm` is that of all of them."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    config = optimizer.config
+    name = "use_precision_aware_optimizer" + ("_no_fp8_or_ds_fp8" if version() > (0, 11) else "")
+    parameters = optimizer.get_parameters()
+    if config.clip_grad > 0.0 and parameters:
+        clip_grad_by_total_norm_fp32(
+            parameters, max_norm=config.clip_grad, total_norm=grad_norm, use_decoupled_grad=getattr(config, name)
+        )
 
 
 def mend_training() -> None:
     """Mends what a step and its checkpoint need mended in the installed version; called again, it does nothing."""
     mend_torch_adam_step()
-    if version() < (0, 12):
+    if version() == (0, 11):
         mend_weight_gradient_of_views()
 
 
@@ -298,7 +299,7 @@ def mend_weight_gradient_of_views() -> None:
 
 
 def mend_torch_adam_step() -> None:
-    """Lets the distributed optimizer load its state when the inner optimizer is torch's Adam (0.11 to 0.16).
+    """Lets the distributed optimizer load its state when the inner optimizer is torch's Adam (every version).
 
     torch's Adam keeps a `step` tensor beside each parameter's moments; apex's and Transformer Engine's keep none.
     (1) The loader copies every entry the optimizer has and fails with KeyError 'step': the entry is passed through,

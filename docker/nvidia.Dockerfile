@@ -30,7 +30,7 @@ ARG PIP_INDEX_URL=
 ARG APT_MIRROR=
 # System packages that a platform asks for, as Infini-AI's dev machines: "openssh-server sudo runit runit-systemd".
 ARG PLATFORM_PACKAGES=
-# 0.14.0 is the newest that accepts torch 2.3; 0.15 and 0.16 want 2.6.
+# 0.14.0 accepts torch 2.3; 0.16.1 wants torch 2.6 or later. The kit refuses what lies between.
 ARG MEGATRON_CORE=0.14.0
 # The kit's user and the owner of its files; 0 is root.
 ARG USER_ID=0

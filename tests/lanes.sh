@@ -16,7 +16,6 @@ set -uo pipefail
 LANES='
 cpu         3.10   2.13.0 0.16.1        requirements/cpu.txt
 ngc-24.03   3.10   2.3.0  0.14.0        requirements/nvidia.txt numpy==1.24.4
-ngc-2.6     3.12   2.6.0  0.15.3        requirements/nvidia.txt numpy==1.26.4
 ngc-2.11    3.12   2.11.0 0.16.1        requirements/cpu.txt
 metax-2.27  3.10   2.1.2  0.11.0        requirements/metax.txt  numpy==1.24.4
 '
