@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from common.errors import KitError
 from common.estimate.constants import CONTEXT_BYTES, NCCL_BYTES, RESERVED_SHARE
+from common.estimate.goodput import LLAMA_3_GPU_MTBF_HOURS
 from common.estimate.gpus import Gpu
 from common.estimate.memory import RankMemory, rank_memory
 from common.estimate.speed import Speed, speed
@@ -53,14 +54,29 @@ class EstimateSettings:
     packing: bool = option(False, "finetune: several samples a row, kept apart")
     tokens: float | None = option(None, "tokens to train on, as 1e9, for the days it takes")
     memory_gib: float | None = option(None, "of a GPU, where it is not what its type has")
+    save_interval: int = option(TrainSettings.save_interval, "steps between checkpoints, to hold against the best")
+    keep_checkpoints: int = option(TrainSettings.keep_checkpoints, "newest checkpoints to keep; 0: all")
+    disk_gb_s: float = option(2.0, "GB/s at which all nodes together write a checkpoint, and read it")
+    save_stall_s: float | None = option(
+        None, "seconds that training stands still for a save, as with ASYNC_SAVE; default: until it is written"
+    )
+    gpu_mtbf_hours: float = option(
+        float(round(LLAMA_3_GPU_MTBF_HOURS)),
+        "mean hours between faults of one GPU and its share of all else; default: Llama 3's",
+    )
+    detection_s: float = option(
+        60.0 * TrainSettings.distributed_timeout_min, "seconds until a fault is seen; default: DISTRIBUTED_TIMEOUT_MIN"
+    )
+    restart_s: float = option(120.0, "seconds from there until processes, model and connections are there again")
     rows: int = option(12, "layouts to show; 0: all")
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "nnodes", "tp", "pp", "cp"):
+        for name in ("gpus", "nnodes", "tp", "pp", "cp", "save_interval"):
             self._need(name, getattr(self, name) is None or getattr(self, name) >= 1, "it must be at least 1")
-        for name in ("tokens", "memory_gib"):
+        for name in ("tokens", "memory_gib", "disk_gb_s", "gpu_mtbf_hours"):
             self._need(name, getattr(self, name) is None or getattr(self, name) > 0, "it must be above 0")
-        self._need("rows", self.rows >= 0, "it must not be negative")
+        for name in ("rows", "keep_checkpoints", "save_stall_s", "detection_s", "restart_s"):
+            self._need(name, (getattr(self, name) or 0) >= 0, "it must not be negative")
 
     def _need(self, name: str, holds: bool, rule: str) -> None:
         if not holds:

@@ -8,18 +8,15 @@ from typing import Any
 from common.estimate.gpus import MEASURED, Gpu
 from common.estimate.layouts import Estimate, EstimateSettings, Refusal
 from common.estimate.memory import RankMemory, work_of
-from common.estimate.weights import Chunk, adam_bytes, chunk_parameters
+from common.estimate.upkeep import Upkeep, checkpoint_values, upkeep, upkeep_lines, upkeep_values
+from common.estimate.weights import adam_bytes
 from common.model.config import QwenConfig
+from common.model.parameters import num_parameters
 
 GIB = 2**30
 LAYOUT = ("tp", "pp", "vpp", "cp", "micro_batch_size", "recompute")
 MEMORY = ("weights", "gradients", "optimizer", "activations", "buffers", "peak GiB")
 REASONS_SHOWN = 3
-
-
-def total_parameters(qwen: QwenConfig) -> int:
-    """Parameters of the whole model."""
-    return chunk_parameters(qwen, 1, Chunk(qwen.num_hidden_layers, True, True))
 
 
 def report(
@@ -28,7 +25,7 @@ def report(
     """The lines: what was asked, a row a layout, what is not shown, and what the figures stand on."""
     world, first = asked.gpus * asked.nnodes, work_of(found[0].settings, gpu.platform, qwen)
     yield (
-        f"{total_parameters(qwen):,} parameters on {world} x {gpu.name} ({gpu.memory_gib:g} GiB each);"
+        f"{num_parameters(qwen):,} parameters on {world} x {gpu.name} ({gpu.memory_gib:g} GiB each);"
         f" {asked.precision}, {first.transformer_impl} layers;"
         f" a step: {asked.global_batch_size} samples x {asked.seq_length} ="
         f" {asked.global_batch_size * asked.seq_length:,} tokens"
@@ -41,9 +38,10 @@ def report(
         yield from stage_table(found[0])
     yield ""
     yield from _left_out(found, shown, refused)
+    yield from upkeep_lines(upkeep(asked, qwen), _step_seconds(found[0]) if found[0].fits != "no" else None)
     yield from _notes(asked, gpu, first.masked)
     if asked.optimizer_state == "cpu":
-        kept = adam_bytes(total_parameters(qwen), asked.precision, "cpu") / GIB
+        kept = adam_bytes(num_parameters(qwen), asked.precision, "cpu") / GIB
         yield (
             f"note: OPTIMIZER_STATE=cpu keeps {kept:,.1f} GiB in the memory of the hosts, over all nodes; it was not"
             " run on a GPU, and the rate of the link to the host is assumed"
@@ -108,6 +106,10 @@ def _named(one: Estimate) -> str:
     return " ".join(f"{name.upper()}={getattr(one.settings, name)}" for name in LAYOUT)
 
 
+def _step_seconds(one: Estimate) -> float | None:
+    return one.speed.step_seconds if one.speed else None
+
+
 def _notes(asked: EstimateSettings, gpu: Gpu, masked: bool) -> Iterator[str]:
     if not gpu.platform.ran_on_hardware:
         yield f"note: this kit was not run on {gpu.platform.name} hardware"
@@ -127,16 +129,18 @@ def as_values(
     asked: EstimateSettings, qwen: QwenConfig, gpu: Gpu, found: Sequence[Estimate], refused: Sequence[Refusal]
 ) -> dict[str, Any]:
     """All of it for JSON; memory in bytes."""
+    kept = upkeep(asked, qwen)
     return {
         "asked": asdict(asked),
-        "parameters": total_parameters(qwen),
+        "parameters": num_parameters(qwen),
         "gpu": {"name": gpu.name, "platform": gpu.platform.name, "memory_gib": gpu.memory_gib},
-        "layouts": [_values(asked, one) for one in found],
+        "checkpoint": checkpoint_values(kept),
+        "layouts": [_values(asked, kept, one) for one in found],
         "refused": [{**refusal.layout, "reason": refusal.reason} for refusal in refused],
     }
 
 
-def _values(asked: EstimateSettings, one: Estimate) -> dict[str, Any]:
+def _values(asked: EstimateSettings, kept: Upkeep, one: Estimate) -> dict[str, Any]:
     speed = one.speed
     return {
         **{name: getattr(one.settings, name) for name in LAYOUT},
@@ -145,7 +149,8 @@ def _values(asked: EstimateSettings, one: Estimate) -> dict[str, Any]:
         "peak_bytes": one.largest.peak,
         "stages": [{**asdict(rank), "peak": rank.peak} for rank in one.ranks],
         "tokens_per_s": speed and speed.tokens_per_second,
-        "step_s": speed and speed.step_seconds,
+        "step_s": _step_seconds(one),
         "bubble": speed and speed.bubble,
         "days": speed.days(asked.tokens) if speed and asked.tokens else None,
+        **upkeep_values(kept, _step_seconds(one)),
     }

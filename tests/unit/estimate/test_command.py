@@ -140,6 +140,11 @@ def test_a_layout_fits_tightly_between_what_is_allocated_and_what_the_allocator_
         ({"tp": 0}, r"TP=0: it must be at least 1"),
         ({"gpus": 0}, r"GPUS=0: it must be at least 1"),
         ({"rows": -1}, r"ROWS=-1: it must not be negative"),
+        ({"keep_checkpoints": -1}, r"KEEP_CHECKPOINTS=-1: it must not be negative"),
+        ({"save_stall_s": -1}, r"SAVE_STALL_S=-1\.0: it must not be negative"),
+        ({"save_interval": 0}, r"SAVE_INTERVAL=0: it must be at least 1"),
+        ({"disk_gb_s": 0}, r"DISK_GB_S=0\.0: it must be above 0"),
+        ({"gpu_mtbf_hours": 0}, r"GPU_MTBF_HOURS=0\.0: it must be above 0"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_reason(model: Path, flags: dict[str, Any], told: str) -> None:
@@ -159,3 +164,50 @@ runpy.run_module("common.estimate", run_name="__main__", alter_sys=True)
     check = "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'megatron', 'numpy')])"
     done = subprocess.run([sys.executable, "-c", program + check], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "fit, " in done.stdout and done.stdout.splitlines()[-1] == "[]"
+
+
+def test_it_tells_a_checkpoint_and_the_best_save_interval_of_the_first_layout(model: Path) -> None:
+    asked = {
+        "hf_model_path": model,
+        "gpu": "H100",
+        "gpus": 8,
+        "nnodes": 8,
+        "seq_length": 4096,
+        "global_batch_size": 256,
+    }
+    told = json.loads(run(**asked, json=True, disk_gb_s=4))
+    checkpoint, first = told["checkpoint"], told["layouts"][0]
+    assert checkpoint["bytes"] == 14 * 7_615_616_512 and checkpoint["disk_bytes"] == 4 * checkpoint["bytes"]
+    assert checkpoint["write_s"] == checkpoint["stall_s"] == checkpoint["bytes"] / 4e9
+    assert checkpoint["between_faults_s"] == pytest.approx(50_677 * 3600 / 64)
+    assert checkpoint["recovery_s"] == 600 + 120 + checkpoint["write_s"]
+    assert abs(first["best_save_interval"] - checkpoint["best_interval_s"] / first["step_s"]) < 1
+    assert first["trains_as_asked"] < first["trains"] <= checkpoint["trains"] < 1
+    text = run(**asked, disk_gb_s=4)
+    assert "a checkpoint: 106.6 GB with the optimizer; KEEP_CHECKPOINTS=3 and the next one need 426.5 GB" in text
+    assert "written in 26.7 s, read in as many (--disk-gb-s=4); training stands still as long" in text
+    assert "64 GPUs have a fault in 33 days (--gpu-mtbf-hours=50,677), seen in 10 min; restarted in 2 min" in text
+    line = r"best: SAVE_INTERVAL=(\d+) \(([\d.]+) h .*?: ([\d.]+)% .* 100 ([\d.]+)%"
+    best, hours, trains, now = re.findall(line, text)[0]
+    assert int(best) == first["best_save_interval"]
+    assert float(hours) == pytest.approx(int(best) * first["step_s"] / 3600, abs=0.01)
+    assert [trains, now] == [f"{100 * first[name]:.1f}" for name in ("trains", "trains_as_asked")]
+
+
+def test_a_save_that_training_hardly_waits_for_is_made_more_often(model: Path) -> None:
+    asked = {"hf_model_path": model, "gpu": "H100", "gpus": 8, "tp": 2, "pp": 1, "micro_batch_size": 1}
+    waits, goes_on = (
+        json.loads(run(**asked, json=True, **flags))["layouts"][0] for flags in ({}, {"save_stall_s": 5.0})
+    )
+    assert goes_on["best_save_interval"] < waits["best_save_interval"] and goes_on["trains"] > waits["trains"]
+    shown = run(**asked, save_stall_s=5, save_interval=7, keep_checkpoints=0, precision="fp32")
+    assert "121.8 GB with the optimizer; KEEP_CHECKPOINTS=0\n" in shown
+    assert "training stands still for 5 s (--save-stall-s)" in shown and "; with 7 " in shown
+
+
+def test_without_a_step_that_is_known_the_best_interval_is_told_in_time(model: Path) -> None:
+    for gpu, flags in (("C500", {}), ("H100", {"optimizer_state": "fp32", "tp": 1, "pp": 1, "gpus": 1})):
+        text = run(**{"hf_model_path": model, "gpu": gpu, "gpus": 8, **flags})
+        assert re.search(r"best: [\d.]+ (h|days) from save to save: 99\.\d% of the time trains", text)
+    layout = json.loads(run(hf_model_path=model, gpu="C500", gpus=8, json=True))["layouts"][0]
+    assert layout["best_save_interval"] is layout["trains"] is layout["trains_as_asked"] is None

@@ -1,0 +1,23 @@
+"""How large a checkpoint of a run is, before it is written."""
+
+from common.model.config import QwenConfig
+from common.model.parameters import ELEMENT_BYTES, num_parameters, vocabulary_parameters
+
+# Master weights and Adam's two moments, all written as float32: OPTIMIZER_STATE=bf16's moments are widened, and in fp32
+# the weights are written a second time (get_parameter_state_dp_zero and _get_main_param_and_optimizer_states in
+# Megatron-Core's optimizer/distrib_optimizer.py, 0.16).
+OPTIMIZER_BYTES = 12
+
+
+def checkpoint_bytes(
+    qwen: QwenConfig, precision: str, *, save_optimizer: bool = True, ckpt_format: str = "torch_dist", pp: int = 1
+) -> int:
+    """Bytes of the tensors of one checkpoint that training writes, the same for any OPTIMIZER_STATE.
+
+    In torch format a tied model over several pipeline stages has its matrix twice, on the first and on the last one.
+    Not counted: names and shapes (0.3 MB at 4 layers in torch_dist), random states, padding of the vocabulary.
+    """
+    parameters = num_parameters(qwen)
+    if ckpt_format == "torch" and pp > 1 and qwen.tie_word_embeddings:
+        parameters += vocabulary_parameters(qwen, 1)
+    return parameters * (ELEMENT_BYTES[precision] + (OPTIMIZER_BYTES if save_optimizer else 0))

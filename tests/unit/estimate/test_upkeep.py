@@ -1,0 +1,27 @@
+"""The words for times, and what the upkeep of a run takes from training's own settings."""
+
+from dataclasses import fields
+
+import pytest
+
+from common.estimate.layouts import EstimateSettings
+from common.estimate.upkeep import span
+from common.training.config import TrainSettings
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0.25, "0.25 s"), (53.31, "53.3 s"), (89.9, "89.9 s"), (90, "1.5 min"), (600, "10 min"), (5400, "1.5 h"),
+        (49273, "13.7 h"), (129600, "1.5 days"), (22804650, "264 days"), (182437200, "2,112 days"),
+    ],
+)  # fmt: skip
+def test_a_time_is_told_in_the_unit_of_its_size(seconds: float, told: str) -> None:
+    assert span(seconds) == told
+
+
+def test_what_training_has_a_default_for_has_it_here_too() -> None:
+    own = {field.name: field.default for field in fields(TrainSettings)}
+    for name in ("save_interval", "keep_checkpoints", "precision", "optimizer_state", "global_batch_size"):
+        assert getattr(EstimateSettings, name) == own[name]
+    assert EstimateSettings.detection_s == 60 * TrainSettings.distributed_timeout_min
