@@ -2,8 +2,12 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+LAST_WORDS = "KIT_LAST_WORDS"  # in a rank's environment: the folder where the launcher finds what ended it
 
 
 class KitError(Exception):
@@ -42,6 +46,23 @@ def exit_at_once() -> Iterator[None]:
         yield
     except BaseException as error:
         code = error.code or 0 if isinstance(error, SystemExit) else tell(error)
+        if code == 1:  # our own mistake: other ranks go on to complain of this one, and its traceback scrolls away
+            leave_word("error", "".join(traceback.format_exception(error)))
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
+
+
+def leave_word(kind: str, text: str) -> None:
+    """Leaves `text` for the launcher under `kind` and this process's local rank, if the disk takes it."""
+    if LAST_WORDS in os.environ:
+        with suppress(OSError):
+            name = f"{kind}_{os.environ.get('LOCAL_RANK', '0')}"
+            Path(os.environ[LAST_WORDS], name).write_text(text, encoding="utf-8")
+
+
+def left_word(kind: str, local_rank: int) -> str:
+    """What that process left; empty if nothing."""
+    with suppress(OSError):
+        return Path(os.environ[LAST_WORDS], f"{kind}_{local_rank}").read_text(encoding="utf-8")
+    return ""

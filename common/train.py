@@ -12,11 +12,9 @@ from common.errors import KitError
 from common.log import logger
 from common.platforms import check_machine, current
 from common.settings import add_options, from_namespace
+from common.training import signals
 from common.training.config import TrainSettings
-from common.training.interfaces import check_gloo_interface
 from common.training.lifetime import end_with_parent
-from common.training.plan import describe, plan_run
-from common.training.tracking import check_tracking
 
 
 def main() -> None:
@@ -31,39 +29,64 @@ def main() -> None:
     arguments = parser.parse_args()
     log.setup()
     settings = from_namespace(TrainSettings, arguments)
-    platform = current()
     mcore.check_origin()
-    worker = "TORCHELASTIC_RUN_ID" in os.environ
-    if worker:
-        log.quiet_libraries()
-        mcore.prepare(platform)
-        logger.setLevel(logging.WARNING)  # the process that started this one has told what the plan is
+    signals.hold()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        train(settings)
+    else:
+        launch(settings, check_only=arguments.check)
+
+
+def train(settings: TrainSettings) -> None:
+    """What a rank does."""
+    end_with_parent()
+    requests = signals.listen_in_rank()
+    platform = current()
+    log.quiet_libraries()
+    mcore.prepare(platform)
+    logger.setLevel(logging.WARNING)  # the process that started this one has told what the plan is
+    from common.training.plan import plan_run
+
+    plan = plan_run(settings, platform)
+    log.setup()
+    from common.training.loop import run_plan  # imports Megatron-Core, which the check does not need
+
+    with errors.exit_at_once():
+        run_plan(plan, requests)
+
+
+def launch(settings: TrainSettings, *, check_only: bool) -> None:
+    """What the user's command does: checks, and starts the ranks unless `check_only`."""
+    from common.training.interfaces import check_gloo_interface  # what imports numpy does so under signals.hold
+    from common.training.plan import describe, plan_run
+    from common.training.run_folder import check_folder
+    from common.training.tracking import check_tracking
+
+    signals.let_go()
+    platform = current()
     try:
         plan = plan_run(settings, platform)
         check_tracking(settings)
+        check_machine(platform)
+        if plan.train:
+            check_folder(plan)
         if settings.nnodes > 1:
             check_gloo_interface()
     except KitError as error:
-        if settings.nnodes > 1 and not worker and not arguments.check:
+        if settings.nnodes > 1 and not check_only:
             from common.training.rollcall import report_failure
 
             report_failure(settings, error)
         raise
-    if worker:
-        log.setup()
-        from common.training.loop import run_plan  # imports Megatron-Core, which the check does not need
-
-        with errors.exit_at_once():
-            run_plan(plan)
-        return
     describe(plan)
-    if arguments.check:
+    if check_only:
         print("ok: the run can start")
         return
-    check_machine(platform)
-    from common.training.launch import launch  # imports torchrun
+    signals.hold()
+    from common.training.launch import launch as start  # imports torchrun
 
-    launch(plan)
+    signals.let_go()
+    start(plan)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,13 @@
 """The start of a run's processes on this node: torchrun, among the other nodes where there are any."""
 
 import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -12,20 +19,22 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.run import parse_args, run
 
-from common.errors import KitError
+from common.errors import LAST_WORDS, KitError, left_word
 from common.log import logger
 from common.settings import to_flags
 from common.training.config import TrainSettings
+from common.training.deadline import STARTED
 from common.training.interfaces import address_towards, choose_gloo_interface
 from common.training.nodes import facts_of
 from common.training.plan import Plan
 from common.training.rollcall import Roll, called_roll
+from common.training.signals import STOPPED, passed_on_to_ranks
 
 DistNetworkError = getattr(dist, "DistNetworkError", RuntimeError)  # torch 2.1 has no name for it
 
 
 def launch(plan: Plan) -> None:
-    """Runs common.train under torchrun on this node; exits with the first failed process's code.
+    """Runs common.train under torchrun on this node; exits with the first failed process's code, or STOPPED.
 
     Raises KitError when the nodes do not come together.
     """
@@ -33,23 +42,66 @@ def launch(plan: Plan) -> None:
     # torchrun's own default is 1, said in a warning: right beside a GPU, too few where the processor does the work.
     threads = len(os.sched_getaffinity(0)) // settings.gpus if plan.platform.device == "cpu" else 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
-    with called_roll(settings, facts_of(plan) if settings.nnodes > 1 else {}) as roll:
-        address = address_towards(*settings.meeting_place)
-        if roll:
-            choose_gloo_interface(address)
-        words = torchrun_words(settings, address, roll is not None and roll.serves)
-        try:
-            run(parse_args([*words, "-m", "common.train", *to_flags(settings)]))
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            logger.error("process %d ended with exit code %d", rank, failure.exitcode)
-            raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
-        except SignalException as signal:  # torchrun has passed it on and waited for the processes
-            raise SystemExit(128 + signal.sigval) from None
-        except (DistNetworkError, RendezvousConnectionError) as error:
-            raise KitError(_lost(settings, error)) from error
-        except (RendezvousTimeoutError, RendezvousClosedError) as error:
-            raise KitError(_not_together(settings, roll, error)) from error
+    os.environ[STARTED] = str(time.time())
+    # A rank ends at once when torchrun ends it (signals.py); one that is held up is killed after so many seconds.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    # Before the roll: its store has threads, and none of this process may take a signal to stop but the one that waits.
+    facts = facts_of(plan) if settings.nnodes > 1 else {}
+    with last_words(), passed_on_to_ranks(), called_roll(settings, facts) as roll:
+        run_ranks(with_port(settings), roll)
+        stopped = left_word("stopped", 0)
+    if stopped:
+        logger.info("%s; the same command goes on from there (exit code %d)", stopped, STOPPED)
+        raise SystemExit(STOPPED)
+
+
+def run_ranks(settings: TrainSettings, roll: Roll | None) -> None:
+    """Returns when all ranks of the run have ended well; else raises KitError, or SystemExit with the first's code."""
+    address = address_towards(*settings.meeting_place)
+    if roll:
+        choose_gloo_interface(address)
+    words = torchrun_words(settings, address, roll is not None and roll.serves)
+    try:
+        run(parse_args([*words, "-m", "common.train", *to_flags(settings)]))
+    except ChildFailedError as error:
+        raise SystemExit(_tell_failure(error)) from None
+    except SignalException as error:  # SIGQUIT: torchrun has ended the processes
+        raise SystemExit(128 + error.sigval) from None
+    except (DistNetworkError, RendezvousConnectionError) as error:
+        raise KitError(_lost(settings, error)) from error
+    except (RendezvousTimeoutError, RendezvousClosedError) as error:
+        raise KitError(_not_together(settings, roll, error)) from error
+
+
+@contextmanager
+def last_words() -> Iterator[None]:
+    """Ranks that are started in the block leave there what they have to say at their end, for this process to read."""
+    with tempfile.TemporaryDirectory(prefix="kit-") as folder:
+        os.environ[LAST_WORDS] = folder
+        yield
+
+
+def with_port(settings: TrainSettings) -> TrainSettings:
+    """`settings` with a port that is free, where they name none and one node needs one."""
+    if settings.nnodes > 1 or settings.master_port or settings.rdzv_endpoint:
+        return settings
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return replace(settings, master_port=int(probe.getsockname()[1]))
+
+
+def _tell_failure(error: ChildFailedError) -> int:
+    """Says which process ended first and, last, its traceback; the exit code that goes with it."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        hint = ": is the host's memory used up (dmesg)?" if name == "SIGKILL" else ""
+        logger.error("rank %d was ended first, by %s%s", rank, name, hint)
+    else:
+        logger.error("rank %d ended first, with exit code %d", rank, failure.exitcode)
+    if text := left_word("error", failure.local_rank):
+        logger.error("traceback of rank %d:\n%s", rank, text)
+    return failure.exitcode if failure.exitcode > 0 else 1
 
 
 def torchrun_words(settings: TrainSettings, address: str | None, serves: bool) -> list[str]:
@@ -59,12 +111,12 @@ def torchrun_words(settings: TrainSettings, address: str | None, serves: bool) -
     """
     seconds = 60 * settings.distributed_timeout_min
     words = ["--nproc-per-node", str(settings.gpus), "--nnodes", str(settings.nnodes)]
-    words += ["--max-restarts", str(settings.max_restarts)]
+    words += ["--max-restarts", str(settings.max_restarts), "--monitor-interval", "0.2"]
     if not settings.rdzv_endpoint and not settings.max_restarts:
         return [
             *words,
             *("--node-rank", str(settings.node_rank), "--rdzv-backend", "static", "--rdzv-endpoint", ""),
-            *("--master-addr", settings.master_addr, "--master-port", str(settings.master_port)),
+            *("--master-addr", settings.master_addr, "--master-port", str(settings.meeting_place[1])),
             *("--rdzv-conf", f"timeout={seconds}"),
         ]
     # From torch 2.5 on the processes would share the store of the rendezvous, where a restart finds the addresses of
@@ -88,7 +140,7 @@ def _lost(settings: TrainSettings, error: Exception) -> str:
             " start the same command on all nodes again, it resumes"
         )
     return (
-        f"MASTER_ADDR={settings.master_addr} MASTER_PORT={settings.master_port}: {told}:"
+        f"MASTER_ADDR={settings.master_addr} MASTER_PORT={settings.meeting_place[1]}: {told}:"
         " is the port taken by another run? Set MASTER_PORT to a free one"
     )
 
