@@ -50,6 +50,10 @@ class ParallelSizes:
         """The ranks that hold the same weights, dp x cp: gradients are reduced, and the optimizer is cut, over them."""
         return self.dp * self.cp
 
+    def dp_rank(self, rank: int) -> int:
+        """The data-parallel rank of global rank `rank`, in Megatron-Core's order (tp-cp-ep-dp-pp)."""
+        return rank // (self.tp * self.cp) % self.dp
+
     def num_microbatches(self, global_batch_size: int, micro_batch_size: int) -> int:
         """Micro-batches a replica runs in one step; raises KitError when the sizes do not divide."""
         if global_batch_size % (micro_batch_size * self.dp):

@@ -110,8 +110,8 @@ class TrainSettings:
         positive = ("seq_length", "micro_batch_size", "global_batch_size", "save_interval", "log_interval", "gpus")
         for name in (*positive, "nnodes", "distributed_timeout_min"):
             self._need(getattr(self, name) >= 1, name, "it must be at least 1")
-        not_negative = ("keep_checkpoints", "eval_interval", "eval_iters", "lr_warmup_iters", "weight_decay")
-        not_negative += ("keep_every", "keep_best", "max_bad_steps", "hang_timeout_min")
+        steps = ("keep_checkpoints", "keep_every", "keep_best", "max_bad_steps", "eval_interval", "eval_iters")
+        not_negative = (*steps, "lr_warmup_iters", "weight_decay", "hang_timeout_min")
         for name in (*not_negative, "clip_grad", "num_workers", "max_restarts"):
             self._need((getattr(self, name) or 0) >= 0, name, "it must not be negative")
         for name in ("adam_eps", "exit_duration_min", "skip_grad_norm"):

@@ -4,7 +4,8 @@ import hashlib
 from pathlib import Path
 
 from common.data.blend import Blend, blend_samples, read_blend
-from common.data.indexed import IndexedReader
+from common.data.fingerprint import DATA_SAMPLES, hash_samples
+from common.data.indexed import IndexedReader, bin_path, idx_path
 from common.data.manifest import DataFiles
 from common.data.samples import Samples, open_samples, split_documents
 from common.errors import KitError
@@ -68,3 +69,20 @@ def _open(settings: TrainSettings, files: DataFiles, documents: range | None) ->
         reset_attention=settings.reset_attention,
         pad_id=0,
     )
+
+
+def content_hash(dataset_path: str) -> str:
+    """A hash of what DATASET_PATH holds, wherever it lies: by its manifests, else by samples of its files.
+
+    A manifest's identity is made of the contents of the inputs, the tokenizer and the settings.
+    """
+    digest = hashlib.sha256()
+    for weight, files in read_blend(dataset_path):
+        digest.update(str(weight).encode())
+        if identity := (files.manifest or {}).get("identity"):
+            digest.update(identity.encode())
+            continue
+        for prefix in filter(None, (files.tokens, files.loss_mask)):
+            for path in (idx_path(prefix), bin_path(prefix)):
+                digest.update(hash_samples(path, DATA_SAMPLES).encode())
+    return digest.hexdigest()[:16]

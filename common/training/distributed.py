@@ -3,7 +3,6 @@
 import datetime
 import os
 import random
-import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,19 +95,20 @@ def restore_random_state(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
 
 
-class StopSignal:
-    """Whether any rank was asked to stop (SIGTERM): all ranks learn of it at the same step."""
+def errors_of_ranks(error: Exception | None) -> list[str]:
+    """What went wrong on the ranks where something did, in their order; a collective call."""
+    flag = torch.tensor([error is not None], dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    if not flag.item():
+        return []
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if error is None else first_line(error))
+    return [f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None]
 
-    def __init__(self, timeout_min: int) -> None:
-        self.asked = False
-        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_min))
-        signal.signal(signal.SIGTERM, self._ask)
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-
-    def everywhere(self) -> bool:
-        """True on every rank as soon as one was asked; a collective call."""
-        flag = torch.tensor([self.asked], dtype=torch.int32, device="cpu")
-        dist.all_reduce(flag, group=self.group)
-        return bool(flag.item())
+def first_line(error: BaseException) -> str:
+    """What `error`, or the first of those that it holds, says."""
+    failures = getattr(error, "failures", None)  # of torch's CheckpointException
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,42 +1,58 @@
 """The run itself, in each of its processes."""
 
 import math
+import os
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.data.batches import batches
+from common.checkpoint.layout import iteration_dir, read_tracker
+from common.data.batches import Batch, Batches
 from common.data.samples import Samples
+from common.errors import leave_word
 from common.log import logger
-from common.training.distributed import StopSignal, check_same_start, fail_together, process_group
-from common.training.lifetime import end_with_parent
+from common.training.config import TrainSettings
+from common.training.deadline import Deadline
+from common.training.distributed import check_same_start, fail_together, process_group
+from common.training.hang import HangDetector
+from common.training.load import load_weights, resume
 from common.training.memory import explained_lack_of_memory, memory_line
 from common.training.metrics import Interval, Meter, Stopwatch, flops_per_token, peak_tflops
 from common.training.optimizer import Trainee, build_trainee
-from common.training.plan import Plan
-from common.training.state import Progress
-from common.training.step import Batch, evaluate, mean_loss, train_step
-from common.training.store import Store, load_weights, resume
+from common.training.plan import Plan, Progress
+from common.training.signals import Requests
+from common.training.step import StepResult, evaluate, mean_loss, total_of, train_step
+from common.training.store import Store
 from common.training.tracking import Tracking
 
+RETRY_S = 10  # between two tries to save at the end of a run
 
-def run_plan(plan: Plan) -> None:
+
+def run_plan(plan: Plan, requests: Requests) -> None:
     """Trains, or converts the newest distributed checkpoint to torch format, as `plan` says."""
     settings = plan.settings
-    end_with_parent()
+    if plan.train and plan.progress.iteration >= plan.train_iters:
+        if int(os.environ["RANK"]) == 0:
+            logger.info("done already: iteration %d of %d", plan.progress.iteration, plan.train_iters)
+        return
+    readers = Readers.of(plan)  # before CUDA begins: they are forked
     group = process_group(plan.platform, plan.sizes, settings.seed, settings.distributed_timeout_min)
     with group, explained_lack_of_memory(plan):
         if settings.nnodes > 1:
             check_same_start(plan.start)
         trainee = build_trainee(plan)
-        progress = begin(plan, trainee)
         if settings.train_or_convert_ckpt == "convert":
-            Store(plan).write_converted(trainee, progress)
-        else:
-            Training(plan, trainee, progress).run()
+            Store(plan).write_converted(trainee, begin(plan, trainee))
+            return
+        assert readers
+        watch_for_hangs(settings, trainee)
+        store = Store(plan)  # takes the folder's lock
+        Training(plan, trainee, begin(plan, trainee), store, readers, requests).run()
 
 
 def begin(plan: Plan, trainee: Trainee) -> Progress:
@@ -50,13 +66,38 @@ def begin(plan: Plan, trainee: Trainee) -> Progress:
     return Progress()
 
 
+def watch_for_hangs(settings: TrainSettings, trainee: Trainee) -> None:
+    """Starts the detector of HANG_TIMEOUT_MIN, unless it is 0."""
+    minutes = settings.hang_timeout_min
+    minutes = 0.8 * settings.distributed_timeout_min if minutes is None else minutes
+    if minutes:
+        HangDetector(trainee.heartbeat, 60 * minutes, dist.get_rank(), dist.get_world_size())
+
+
+class Readers:
+    """What reads this rank's training and validation batches, in processes of its own."""
+
+    def __init__(self, plan: Plan, train: Samples, valid: Samples | None) -> None:
+        self.num_chunks = plan.sizes.vpp
+        self.train = open_batches(plan, train, plan.progress.consumed_samples)
+        self.valid = open_batches(plan, valid, 0) if valid and plan.settings.eval_interval else None
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Readers | None":
+        """Those of `plan`; None where it does not train."""
+        return cls(plan, plan.train, plan.valid) if plan.train else None
+
+
 class Training:
     """The loop over steps, with its logging, evaluation and checkpoints."""
 
-    def __init__(self, plan: Plan, trainee: Trainee, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, trainee: Trainee, progress: Progress, store: Store, readers: Readers, requests: Requests
+    ) -> None:
+        assert progress == plan.progress, (progress, plan.progress)  # by which the batches are read already
         self.plan, self.trainee, self.progress = plan, trainee, progress
-        self.store = Store(plan)
-        self.stop = StopSignal(plan.settings.distributed_timeout_min)
+        self.store, self.readers, self.requests = store, readers, requests
+        self.deadline = Deadline(plan.settings.exit_duration_min)
         self.watch = Stopwatch()
         self.tracking = Tracking(plan.settings, dist.get_rank())
         device = torch.cuda.get_device_name() if plan.platform.device == "cuda" else plan.platform.name
@@ -68,94 +109,171 @@ class Training:
             flops_per_token=flops_per_token(plan.qwen, plan.settings.seq_length),
             peak_tflops=peak_tflops(plan.platform, device),
         )
-        self.report = torch.zeros(2, dtype=torch.float64, device=torch.device(plan.platform.device))
+        self.report = total_of(plan, [])
         self.since_log = self.steps = 0
-        self.memory_told = False
+        self.bad_steps = self.skipped_steps = 0  # in a row; since the start
+        self.memory_told = self.postponed = False  # postponed: a save that was due at a bad step
 
     def run(self) -> None:
         """Trains to the last step, or to the one at which it is to stop; the last step done is saved."""
-        assert self.plan.train is not None
-        if self.progress.iteration >= self.plan.train_iters:
-            logger.info("done already: iteration %d of %d", self.progress.iteration, self.plan.train_iters)
-            return
-        data = open_batches(self.plan, self.plan.train, self.progress.consumed_samples)
+        data = self.readers.train.read_from(self.progress.consumed_samples, self.readers.num_chunks)
         bar = progress_bar(self.plan, self.progress)
         self.watch.lap()
+        stopped = False
         with self.tracking:
-            while self.progress.iteration < self.plan.train_iters:
-                self.step(data)
+            while self.progress.iteration < self.plan.train_iters and not stopped:
+                stopped = self.step(data)
                 bar.update()
-                if self.stop_here():
-                    break
             bar.close()
-            self.store.finish(wait=True)
-        logger.info("stopped after iteration %d of %d", self.progress.iteration, self.plan.train_iters)
+            self.store.close()
+        iteration = self.progress.iteration
+        if stopped and iteration < self.plan.train_iters and not self._exits_here():
+            leave_word("stopped", f"stopped and saved at iteration {iteration} of {self.plan.train_iters}")
+        logger.info("stopped after iteration %d of %d", iteration, self.plan.train_iters)
 
-    def step(self, data: list[Iterator[Batch]]) -> None:
-        """One step and what is due after it."""
-        settings = self.plan.settings
+    def step(self, data: list[Iterator[Batch]]) -> bool:
+        """One step and what is due after it; whether the run stops here."""
+        settings, before = self.plan.settings, self.progress
         learning_rate = self.trainee.optimizer.param_groups[0]["lr"]
-        report, grad_norm = train_step(self.plan, self.trainee, data)
-        self.report += report
-        self.since_log += 1
-        self.progress.iteration += 1
-        self.progress.consumed_samples += settings.global_batch_size
+        self.trainee.heartbeat.beat("training", before.iteration)
+        result = train_step(self.plan, self.trainee, data, before.consumed_samples, self._is_to_stop())
+        self.progress = Progress(before.iteration + 1, before.consumed_samples + settings.global_batch_size)
+        self._count(result)
         iteration, last = self.progress.iteration, self.progress.iteration == self.plan.train_iters
         if iteration % settings.log_interval == 0 or last or iteration == 1:
-            self.log(grad_norm, learning_rate)
+            self.log(result.grad_norm, learning_rate)
         self.store.finish(wait=False)
-        if self.plan.valid and settings.eval_interval and (iteration % settings.eval_interval == 0 or last):
-            self.evaluate(self.plan.valid)
+        stop = result.stop
+        if not stop and self.readers.valid and (iteration % settings.eval_interval == 0 or last):
+            stop = self.evaluate(self.readers.valid)
+        return self.save_if_due(stop, before)
+
+    def _is_to_stop(self) -> bool:
+        """Whether this rank is asked to stop, or the time is up."""
+        return self.requests.heard is not None or self.deadline.is_near(self.store.seconds)
+
+    def _exits_here(self) -> bool:
+        interval = self.plan.settings.exit_interval
+        return bool(interval and self.progress.iteration % interval == 0)
+
+    def _count(self, result: StepResult) -> None:
+        """Adds the step to the interval's figures; raises KitError after MAX_BAD_STEPS bad ones in a row."""
+        self.since_log += 1
+        if not result.skipped:
+            self.report += result.report
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        self.skipped_steps += 1
+        iteration, most = self.progress.iteration, self.plan.settings.max_bad_steps
+        with tqdm.external_write_mode():
+            logger.warning(
+                "iteration %d changed nothing: %s (%d skipped)", iteration, result.skipped, self.skipped_steps
+            )
+        if most and self.bad_steps >= most:
+            fail_together(
+                f"{self.bad_steps} steps in a row changed nothing, the last at iteration {iteration}: MAX_BAD_STEPS="
+                f"{most}; {newest_checkpoint(self.plan)}; lower LR, raise LR_WARMUP_ITERS, or look at the samples that"
+                " are named above with `python -m common.preprocess show`"
+            )
 
     def log(self, grad_norm: float, learning_rate: float) -> None:
-        """Logs the interval that ends here; raises KitError when its loss is no number."""
+        """Logs the interval that ends here."""
         loss = mean_loss(self.report)
         interval = Interval(loss, grad_norm, learning_rate, self.since_log, self.watch.lap())
         line = self.meter.line(self.progress.iteration, self.progress.consumed_samples, interval)
         with tqdm.external_write_mode():
             logger.info(line)
         figures = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        if self.skipped_steps:
+            figures["skipped_steps"] = self.skipped_steps
         self.tracking.log(self.progress.iteration, **figures, **self.meter.rates(interval))
         self.steps += self.since_log
         if self.steps > 1 and not self.memory_told and self.plan.platform.device == "cuda":
             logger.info(memory_line())
             self.memory_told = True
-        if self.progress.iteration == 1:
+        if self.progress.iteration == 1 and not self.skipped_steps:
             check_first_loss(self.plan, loss)
-        if not math.isfinite(loss):
-            fail_together(
-                f"the loss is {loss} at iteration {self.progress.iteration}, and nothing of this was saved:"
-                " lower LR, raise LR_WARMUP_ITERS, or look at the data with `python -m common.preprocess show`"
-            )
         self.report.zero_()
         self.since_log = 0
 
-    def evaluate(self, valid: Samples) -> None:
-        """Logs the loss on the validation samples, from their beginning, EVAL_ITERS global batches at most."""
-        self.watch.pause()
-        batch = self.plan.settings.global_batch_size
-        iterations = min(self.plan.settings.eval_iters, max(1, valid.samples_per_epoch // batch))
-        loss = evaluate(self.plan, self.trainee, open_batches(self.plan, valid, 0), iterations)
-        with tqdm.external_write_mode():
-            logger.info(
-                "validation at iteration %d | loss %.6f | perplexity %.3f | %d samples",
-                self.progress.iteration, loss, math.exp(min(20.0, loss)), iterations * batch,
-            )  # fmt: skip
-        self.tracking.log(self.progress.iteration, validation_loss=loss)
-        self.watch.go_on()
+    def evaluate(self, valid: Batches) -> bool:
+        """Logs the loss on the validation samples, from their beginning, EVAL_ITERS global batches at most.
 
-    def stop_here(self) -> bool:
-        """Saves what is due; whether the run ends after this step."""
+        Returns whether it was broken off since a rank was asked to stop.
+        """
+        self.watch.pause()
+        batch, iteration = self.plan.settings.global_batch_size, self.progress.iteration
+        assert self.plan.valid
+        iterations = min(self.plan.settings.eval_iters, max(1, self.plan.valid.samples_per_epoch // batch))
+        data = valid.read_from(0, self.readers.num_chunks)
+        loss = evaluate(self.plan, self.trainee, data, iterations, self._is_to_stop)
+        with tqdm.external_write_mode():
+            if loss is None:
+                logger.info("validation at iteration %d broken off: asked to stop", iteration)
+            else:
+                logger.info(
+                    "validation at iteration %d | loss %.6f | perplexity %.3f | %d samples",
+                    iteration, loss, math.exp(min(20.0, loss)), iterations * batch,
+                )  # fmt: skip
+        if loss is not None:
+            self.tracking.log(iteration, validation_loss=loss)
+            self.store.note(iteration, validation_loss=loss)
+        self.watch.go_on()
+        return loss is None
+
+    def save_if_due(self, stop: bool, before: Progress) -> bool:
+        """Saves what is due after the step that began at `before`; whether the run ends after it."""
         settings, iteration = self.plan.settings, self.progress.iteration
-        stop = self.stop.everywhere()
-        if stop:
-            logger.info("asked to stop: saving iteration %d", iteration)
-        stop = stop or bool(settings.exit_interval and iteration % settings.exit_interval == 0)
-        if stop or iteration % settings.save_interval == 0 or iteration == self.plan.train_iters:
+        assert self.plan.train
+        epoch = self.plan.train.samples_per_epoch
+        epoch_ends = self.progress.consumed_samples // epoch > before.consumed_samples // epoch
+        if settings.keep_epochs and epoch_ends:
+            self.store.note(iteration, epoch_ends=True)
+        last = iteration == self.plan.train_iters
+        ends = stop or last or self._exits_here()
+        due = ends or iteration % settings.save_interval == 0 or (settings.keep_epochs and epoch_ends)
+        if self.bad_steps and last:
+            check_weights(self.trainee)
+        elif self.bad_steps:  # nothing is saved and nothing ends on a bad step: the next decides
+            self.postponed = self.postponed or due
+            return False
+        if due or self.postponed or (self.store.overdue and iteration % settings.log_interval == 0):
+            if stop:
+                logger.info("asked to stop: saving iteration %d", iteration)
             self.watch.pause()
-            self.store.save(self.trainee, self.progress)
+            self.postponed = False
+            self.save(ends)
             self.watch.go_on()
-        return stop
+        return ends
+
+    def save(self, ends: bool) -> None:
+        """Saves, at the end of the run as often as it takes: what was computed would be lost."""
+        self.trainee.heartbeat.beat("saving", self.progress.iteration)
+        while not self.store.save(self.trainee, self.progress) and ends:
+            self.trainee.heartbeat.beat("waiting for the disk")
+            time.sleep(RETRY_S)
+        self.trainee.heartbeat.beat("training")
+
+
+def check_weights(trainee: Trainee) -> None:
+    """Raises KitError unless all weights are finite; a collective call."""
+    finite = [torch.isfinite(param).all() for chunk in trainee.model for param in chunk.parameters()]
+    bad = (~torch.stack(finite).all()).to(torch.int32)
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    if bad.item():
+        fail_together("weights are not finite: nothing of this is saved; go on from the newest checkpoint, lower LR")
+
+
+def newest_checkpoint(plan: Plan) -> str:
+    """The checkpoint that the same command goes on from, in words."""
+    folder = plan.settings.save_checkpoint_path
+    iteration = read_tracker(Path(folder))
+    return (
+        f"the newest checkpoint is {iteration_dir(Path(folder), iteration)}"
+        if iteration
+        else f"none is in {folder} yet"
+    )
 
 
 def check_first_loss(plan: Plan, loss: float) -> None:
@@ -172,24 +290,18 @@ def check_first_loss(plan: Plan, loss: float) -> None:
         logger.info("note: the first loss is %.2f, and guessing among all tokens gives %.2f: %s", loss, guess, told)
 
 
-def open_batches(plan: Plan, samples: Samples, start_sample: int) -> list[Iterator[Batch]]:
-    """This replica's endless micro-batches from `start_sample` on, one iterator a virtual chunk."""
-    from megatron.core import parallel_state
-
+def open_batches(plan: Plan, samples: Samples, start_sample: int) -> Batches:
+    """This rank's endless micro-batches from `start_sample` on."""
     settings = plan.settings
-    return [
-        batches(
-            samples,
-            start_sample=start_sample,
-            global_batch_size=settings.global_batch_size,
-            micro_batch_size=settings.micro_batch_size,
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=plan.sizes.dp,
-            num_workers=settings.num_workers,
-            pin_memory=plan.platform.device == "cuda",
-        )
-        for _ in range(plan.sizes.vpp)
-    ]
+    return Batches(
+        samples,
+        start_sample=start_sample,
+        global_batch_size=settings.global_batch_size,
+        micro_batch_size=settings.micro_batch_size,
+        dp_rank=plan.sizes.dp_rank(int(os.environ["RANK"])),
+        dp_size=plan.sizes.dp,
+        num_workers=settings.num_workers,
+    )
 
 
 def progress_bar(plan: Plan, progress: Progress) -> tqdm:

@@ -1,6 +1,5 @@
 """What must be the same on every node of a run, as named facts whose differences can be said."""
 
-import hashlib
 import platform as python_platform
 import socket
 from dataclasses import fields
@@ -8,21 +7,20 @@ from importlib import metadata
 from pathlib import Path
 
 from common.data.blend import read_blend
-from common.data.fingerprint import BLOCK_BYTES, hash_block, hash_of_blocks
+from common.data.fingerprint import DATA_SAMPLES, HASHED, hash_file, hash_samples
 from common.data.indexed import bin_path, idx_path
 from common.training.plan import Plan, Start
 
 Facts = dict[str, str]
 
 KIT = Path(__file__).parents[2]
-HASHED = "sha256:"
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "transformers", "numpy")
 # A node's own; a folder may bear another name on each node, so what lies in it is compared instead.
 NOT_COMPARED = (
     "node_rank", "master_addr", "rdzv_endpoint", "wandb_save_path", "save_checkpoint_path", "load_checkpoint_path",
     "hf_model_path", "dataset_path", "valid_dataset_path",
 )  # fmt: skip
-SAMPLE_BYTES, DATA_SAMPLES, WEIGHT_SAMPLES = 4096, 256, 16
+WEIGHT_SAMPLES = 16
 SHOWN_DIFFERENCES = 5
 
 
@@ -83,30 +81,6 @@ def start_facts(start: Start) -> Facts:
         "start": f"{start.kind} from {path.name}",
         **{f"{path.name}/{file.relative_to(path)}": hash_samples(file, WEIGHT_SAMPLES) for file in files},
     }
-
-
-def hash_file(path: Path) -> str:
-    """The hash of all of `path`."""
-    size = path.stat().st_size
-    blocks = {number: hash_block(path, number) for number in range(-(-size // BLOCK_BYTES))}
-    return f"{HASHED}{hash_of_blocks(blocks, size)}"
-
-
-def hash_samples(path: Path, num_samples: int) -> str:
-    """The hash of the size of `path` and of `num_samples` parts of 4 KiB spread evenly over it, the last one included.
-
-    Files of terabytes are told apart in a moment; a change that leaves size and samples as they are is not seen.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as stream:
-        if size <= num_samples * SAMPLE_BYTES:
-            digest.update(stream.read())
-        else:
-            for number in range(num_samples):
-                stream.seek((size - SAMPLE_BYTES) * number // (num_samples - 1))
-                digest.update(stream.read(SAMPLE_BYTES))
-    return f"{HASHED}{digest.hexdigest()}"
 
 
 def differences(reference: Facts, there: str, mine: Facts, here: str) -> str:

@@ -16,8 +16,16 @@ from common.model.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
 from common.training.config import TrainSettings
-from common.training.datasets import open_data
+from common.training.datasets import content_hash, open_data
 from common.training.fit import check_fit
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,14 @@ class Plan:
     train: Samples | None
     valid: Samples | None
     train_iters: int
+    progress: Progress = Progress()
+    data_hash: str = ""
+
+    @property
+    def train_samples(self) -> int:
+        """Samples that the run will have seen at its end; the schedule of the learning rate spans them."""
+        left = self.train_iters - self.progress.iteration
+        return self.progress.consumed_samples + max(0, left) * self.settings.global_batch_size
 
     @property
     def num_microbatches(self) -> int:
@@ -69,6 +85,7 @@ class Plan:
             "samples_per_epoch": self.train.samples_per_epoch,
             "seq_length": chosen.seq_length,
             "seed": chosen.seed,
+            "content": self.data_hash,
             **blend,
         }
 
@@ -82,6 +99,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     if start.checkpoint:
         check_ranks(start.checkpoint, settings.sizes, qwen)
     train = valid = None
+    progress = progress_of(start)
     if settings.train_or_convert_ckpt == "train":
         train, valid = open_data(settings, start.model_folder)
     plan = Plan(
@@ -94,11 +112,32 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         ckpt_format=settings.ckpt_format or platform.checkpoint_format,
         train=train,
         valid=valid,
-        train_iters=count_iterations(settings, train.samples_per_epoch) if train else 0,
+        train_iters=count_iterations(settings, train.samples_per_epoch, progress) if train else 0,
+        progress=progress,
+        data_hash=content_hash(settings.dataset_path) if settings.dataset_path and train else "",
     )
     if start.kind == "resume":
         check_resume(plan)
+    if train:
+        check_warmup(plan)
     return plan
+
+
+def progress_of(start: Start) -> Progress:
+    """How far the run is that `start` resumes."""
+    if start.kind != "resume" or start.checkpoint is None:
+        return Progress()
+    return Progress(**(description_of(start.checkpoint).get("progress") or {}))
+
+
+def check_warmup(plan: Plan) -> None:
+    """Raises KitError unless the learning rate can rise and fall again within the run."""
+    settings, batch = plan.settings, plan.settings.global_batch_size
+    if settings.lr_warmup_iters and settings.lr_warmup_iters * batch >= plan.train_samples - batch:
+        raise KitError(
+            f"LR_WARMUP_ITERS={settings.lr_warmup_iters}: the run has {plan.train_iters} steps, of which the last has"
+            " MIN_LR: make it smaller, or the run longer"
+        )
 
 
 def check_resume(plan: Plan) -> None:
@@ -114,11 +153,16 @@ def check_resume(plan: Plan) -> None:
     if checkpoint.format == "torch_dist":
         same = all(run["layout"][name] == getattr(plan.sizes, name) for name in ("tp", "pp", "vpp"))
         check_optimizer_sharding(run["optimizer_sharding"], checkpoint.path, same_ranks=same)
+    if run.get("optimizer") is False:
+        raise KitError(
+            f"{checkpoint.path} holds weights alone (SAVE_OPTIMIZER=false), so there is no run to resume: set"
+            " LOAD_CHECKPOINT_PATH to it, and SAVE_CHECKPOINT_PATH to a new folder"
+        )
     if plan.train:
         saved, now = run.get("data") or {}, plan.data_identity
-        different = [
-            f"{name} {saved.get(name)} -> {now[name]}" for name in now if saved and saved.get(name) != now[name]
-        ]
+        # Of a checkpoint that an older version of the kit wrote, what it did not note cannot be compared.
+        both = [name for name in now if name in saved]
+        different = [f"{name} {saved[name]} -> {now[name]}" for name in both if saved[name] != now[name]]
         if different:
             raise KitError(
                 f"{checkpoint.path} was trained on other samples ({', '.join(different)}), so its position in the data"
@@ -187,18 +231,22 @@ def _need_checkpoint(path: str) -> Checkpoint:
     return found
 
 
-def count_iterations(settings: TrainSettings, samples_per_epoch: int) -> int:
-    """TRAIN_ITERS, or the steps that EPOCHS passes over the data take, rounded up."""
+def count_iterations(settings: TrainSettings, samples_per_epoch: int, progress: Progress) -> int:
+    """TRAIN_ITERS, or the steps done and those that the rest of EPOCHS passes over the data take, rounded up.
+
+    What is left counts in samples: the steps done may have been of another GLOBAL_BATCH_SIZE.
+    """
     if settings.train_iters is not None:
         return settings.train_iters
     assert settings.epochs is not None
     epochs = Fraction(str(settings.epochs))  # as it is written: 100 x 1.1 in floats is over 110
-    return math.ceil(samples_per_epoch * epochs / settings.global_batch_size)
+    left = samples_per_epoch * epochs - progress.consumed_samples
+    return progress.iteration + max(0, math.ceil(left / settings.global_batch_size))
 
 
 def describe(plan: Plan) -> None:
     """Logs what the run will do, a line a subject."""
-    sizes, chosen, start = plan.sizes, plan.settings, plan.start
+    sizes, chosen, start, done = plan.sizes, plan.settings, plan.start, plan.progress
     logger.info(
         "%s: %d processes = TP %d x PP %d x CP %d x DP %d, %s layers, %s",
         plan.platform.name, sizes.world_size, sizes.tp, sizes.pp, sizes.cp, sizes.dp, plan.transformer_impl,
@@ -216,7 +264,8 @@ def describe(plan: Plan) -> None:
     if plan.train:
         logger.info(
             "data: %d samples of %d tokens an epoch; %d steps of %d samples = %.2f epochs; validation: %s",
-            plan.train.samples_per_epoch, chosen.seq_length, plan.train_iters, chosen.global_batch_size,
-            plan.train_iters * chosen.global_batch_size / plan.train.samples_per_epoch,
+            plan.train.samples_per_epoch, chosen.seq_length,
+            plan.train_iters - done.iteration, chosen.global_batch_size,
+            (plan.train_samples - done.consumed_samples) / plan.train.samples_per_epoch,
             f"{plan.valid.samples_per_epoch} samples" if plan.valid else "none",
         )  # fmt: skip

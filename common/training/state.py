@@ -1,6 +1,6 @@
 """What a run saves and goes on from: weights, optimizer, schedule, random state and the position in the data."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from megatron.core import parallel_state
@@ -18,17 +18,9 @@ from common.mcore import (
 from common.model.build import unwrap
 from common.training.distributed import random_state, restore_random_state
 from common.training.optimizer import Trainee, optimizer_parts
-from common.training.plan import Plan
+from common.training.plan import Plan, Progress
 
 LAYOUT = ("tp", "pp", "vpp", "cp", "dp")
-
-
-@dataclass
-class Progress:
-    """How far a run is."""
-
-    iteration: int = 0
-    consumed_samples: int = 0
 
 
 def chunk_names(num_chunks: int) -> list[str]:
@@ -45,6 +37,7 @@ def describe_run(plan: Plan, progress: Progress) -> dict[str, Any]:
         "layout": layout,
         "optimizer_sharding": optimizer_sharding(),
         "data": data,
+        "optimizer": plan.settings.save_optimizer,
         "precision": plan.settings.precision,
     }
 

@@ -35,7 +35,7 @@ def test_inspect_tells_both_sides(tmp_path: Path, qwen: Path, capsys: pytest.Cap
         assert run_main(["inspect", str(folder)]) == 0
         out = capsys.readouterr().out
         assert all(any(line.startswith(each) for line in out.splitlines()) for each in told), out
-    common_file = dist / "release" / "common.pt"  # Megatron-Core before 0.13 holds the optimizer's tensors as objects
+    common_file = dist / "release" / "common.pt"  # Megatron-Core 0.11 holds the optimizer's tensors as objects
     torch.save({**torch.load(common_file), "optimizer": {}}, common_file)
     assert run_main(["inspect", str(dist)]) == 0 and "optimizer: yes" in capsys.readouterr().out
     assert run_main(["inspect", str(tmp_path)]) == 2 and "is neither a Hugging Face folder" in capsys.readouterr().err

@@ -36,13 +36,13 @@ def test_megatron_is_told_only_what_is_uneven() -> None:
 
 
 def test_a_version_that_cannot_build_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mcore, "version", lambda: (0, 12))
+    monkeypatch.setattr(mcore, "version", lambda: (0, 11))
     check_pipeline_layers((7, 7, 7, 7), 1)
     check_pipeline_layers((6, 7, 7, 8), 1)
     for layers, vpp in (((7, 7, 8, 6), 1), ((2, 1, 1, 2), 2)):
-        with pytest.raises(KitError, match=r"needs megatron-core 0\.13 or later, and 0\.12 is installed: let only"):
+        with pytest.raises(KitError, match=r"needs megatron-core 0\.14 or later, and 0\.11 is installed: let only"):
             check_pipeline_layers(layers, vpp)
-    monkeypatch.setattr(mcore, "version", lambda: (0, 13))
+    monkeypatch.setattr(mcore, "version", lambda: (0, 14))
     check_pipeline_layers((7, 7, 8, 6), 1)
 
 
