@@ -1,6 +1,8 @@
 """Where a run happens: `current()` is the platform that KIT_PLATFORM names, `detect()` what this machine looks like."""
 
 import os
+import posixpath
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +15,13 @@ from common.platforms.nvidia import NVIDIA
 
 PLATFORMS = {platform.name: platform for platform in (CPU, METAX, NVIDIA)}
 NVIDIA_DRIVER, MEMORY = Path("/proc/driver/nvidia/version"), Path("/proc/meminfo")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# A control group's limit, what is taken of it, and the line of its memory.stat that counts what the kernel gives back
+# at once, of the page cache: cgroup v2, then v1 (Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst).
+MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def current() -> Platform:
@@ -59,9 +68,38 @@ def check_machine(platform: Platform) -> None:
 
 
 def available_memory() -> int:
-    """Bytes of this machine's memory that can still be taken."""
+    """Bytes of memory that this process can still take: of the machine, and of each control group that it is in.
+
+    Containers and batch jobs are limited by control groups, of which /proc/meminfo knows nothing.
+    """
     kib = next(int(line.split()[1]) for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
-    return 1024 * kib
+    return min([1024 * kib, *(left for folder in _memory_cgroups() if (left := _left(folder)) is not None)])
+
+
+def _memory_cgroups() -> Iterator[Path]:
+    """Folders of the control groups that may limit this process's memory: its own and those above, of v2 and of v1.
+
+    In a container a path may be the host's, of which nothing but the top is seen here.
+    """
+    lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS  # v1 has a tree for each controller
+        own = root / posixpath.normpath(path).lstrip("/")
+        yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
+
+
+def _left(cgroup: Path) -> int | None:
+    """Bytes that `cgroup` leaves; None where it sets no limit or is not there."""
+    for limit, taken, cache in MEMORY_FILES:
+        try:
+            most, used = (cgroup / limit).read_text().strip(), int((cgroup / taken).read_text())
+            counts = dict(line.split(maxsplit=1) for line in (cgroup / "memory.stat").read_text().splitlines())
+        except OSError:
+            continue
+        return None if most == "max" else max(int(most) - used + int(counts.get(cache, 0)), 0)
+    return None
 
 
 def _torch_version() -> str:

@@ -9,100 +9,127 @@ A master weight keeps its tensor and gives away its storage between steps, as th
 values read, written and copied by this.
 """
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from common.errors import KitError
 from common.platforms import available_memory
+from common.training.distributed import fail_together
+from common.training.transfers import Copies, copy_beside, host_buffer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+FLOAT_BYTES = 4
 
 
 class HostState:
-    """Master weights and moments of one DistributedOptimizer, moved to the host as this is made."""
+    """Master weights and moments of one DistributedOptimizer, moved to the host as this is made.
 
-    def __init__(self, optimizer: Any) -> None:
+    at_once: the state of so many parameters is on the device together, or that of one tensor that has more.
+    """
+
+    def __init__(self, optimizer: Any, at_once: int) -> None:
         self.adam, self.places = optimizer.optimizer, optimizer.model_param_group_index_map
         pairs = zip(optimizer.shard_fp32_from_float16_groups, optimizer.shard_float16_groups, strict=True)
         # Each master weight with the part of the model's weights that is made from it; in float32 there are none.
         self.model_shards = {master: shard for group in pairs for master, shard in zip(*group, strict=True)}
-        self.kept: dict[torch.Tensor, dict[str, torch.Tensor]] = {
-            param: {} for group in self.adam.param_groups for param in group["params"]
-        }
-        self.on_gpu = any(param.is_cuda for param in self.kept)
+        self.at_once = at_once
+        wanted = host_params(optimizer)
+        self.on_gpu = any(param.is_cuda for param in wanted["exp_avg"])
+        sizes = host_bytes(optimizer).items()
+        self.buffers = {kind: host_buffer(size, pinned=self.on_gpu) for kind, size in sizes if size}
+        self.room = {kind: _cut(self.buffers.get(kind), params) for kind, params in wanted.items()}
+        self.bringing, self.taking = (torch.cuda.Stream() if self.on_gpu else None for _ in range(2))
+        self._set_masters({master: master for master in self.model_shards})
         for master in self.model_shards:
-            self._keep(master, "param", master)
             _free(master)
-        self._synchronize()
         optimizer._copy_main_params_to_model_params = lambda: None  # done as a part of the step ends
         optimizer._copy_model_params_to_main_params = self.reload
         optimizer._get_main_param_and_optimizer_states = self.read
         optimizer._set_main_param_and_optimizer_states = self.write
         self.adam.load_state_dict = self._load_groups
 
-    @contextmanager
-    def on_device(self, params: list[torch.Tensor]) -> Iterator[None]:
-        """The state of `params` is on the device within the block; the model has the new weights after it."""
-        for param in params:
-            self._bring(param)
-        yield
-        for param in params:
-            self._take(param)
-        self._synchronize()
+    def in_turn(self, parts: list[list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
+        """Each of `parts` with its state on the device. To be run to its end: only then is all of it on the host again.
 
-    def _bring(self, param: torch.Tensor) -> None:
-        kept, state = self.kept[param], self.adam.state[param]
-        if param in self.model_shards:
-            param.untyped_storage().resize_(param.numel() * param.element_size())
-            param.data.copy_(kept["param"], non_blocking=True)
-        for name in MOMENTS:
-            if name in state:
-                state[name] = torch.empty_like(kept[name], device=param.device).copy_(kept[name], non_blocking=True)
+        The next is brought while one computes and is taken back, unless both have more than `at_once` parameters; the
+        model has the new weights of a part when the next one is given.
+        """
+        ahead: Copies | None = None
+        going: tuple[list[torch.Tensor], Copies] | None = None
+        for part, following in zip_longest(parts, parts[1:]):
+            if going:
+                self._leave(*going)
+            here = ahead or self._bring(part)
+            ahead = self._bring(following) if following and _numel(part + following) <= self.at_once else None
+            here.come_first()
+            yield part
+            going = part, self._take(part)
+        if going:
+            self._leave(*going)
 
-    def _take(self, param: torch.Tensor) -> None:
-        kept, state = self.kept[param], self.adam.state[param]
-        for name in MOMENTS:
-            if name in state:  # not for a parameter without a gradient
-                self._keep(param, name, state[name])
-                state[name] = kept[name]
-        if param in self.model_shards:
-            self.model_shards[param].copy_(param.data)
-            self._keep(param, "param", param)
-            _free(param)
+    def _bring(self, part: list[torch.Tensor]) -> Copies:
+        pairs = []
+        for param in part:
+            state = self.adam.state[param]
+            if param in self.model_shards:
+                param.untyped_storage().resize_(FLOAT_BYTES * param.numel())
+                pairs.append((param.data, self.room["param"][param]))
+            for name in MOMENTS:
+                if name in state:
+                    state[name] = torch.empty_like(state[name], device=param.device)
+                    pairs.append((state[name], self.room[name][param]))
+        return copy_beside(self.bringing, pairs)
 
-    def _keep(self, param: torch.Tensor, name: str, value: torch.Tensor) -> None:
-        kept = self.kept[param]
-        if name not in kept:
-            kept[name] = _on_host(param)
-        kept[name].copy_(value.detach(), non_blocking=True)
+    def _take(self, part: list[torch.Tensor]) -> Copies:
+        pairs = []
+        for param in part:
+            state = self.adam.state[param]
+            for name in MOMENTS:
+                if name in state:  # not for a parameter without a gradient
+                    pairs.append((self.room[name][param], state[name]))
+                    state[name] = self.room[name][param]
+            if param in self.model_shards:
+                self.model_shards[param].copy_(param.data)
+                pairs.append((self.room["param"][param], param.data))
+        return copy_beside(self.taking, pairs)
+
+    def _leave(self, part: list[torch.Tensor], copies: Copies) -> None:
+        """Frees what the device has of `part`, once the host has it."""
+        copies.wait()
+        for param in part:
+            if param in self.model_shards:
+                _free(param)
 
     def make_moments(self) -> None:
         """Zeros where Adam has made none yet, so that a checkpoint's can be loaded into them."""
-        for param in self.kept:
+        for param in self.room["exp_avg"]:
             state = self.adam.state[param]
             for name in MOMENTS:
                 if name not in state:
-                    state[name] = self.kept[param][name] = _on_host(param).zero_()
+                    state[name] = self.room[name][param].zero_()
             if isinstance(self.adam, (torch.optim.Adam, torch.optim.AdamW)):  # others count steps in their groups
                 state.setdefault("step", torch.tensor(0.0))
 
     def reload(self, state_dict: Any = None) -> None:
         """Makes the master weights from the model's, as a run begins from weights alone."""
         assert state_dict is None
-        for master, shard in self.model_shards.items():
-            self._keep(master, "param", shard)
-        self._synchronize()
+        self._set_masters(self.model_shards)
+
+    def _set_masters(self, sources: dict[torch.Tensor, torch.Tensor]) -> None:
+        pairs = [(self.room["param"][master], source.detach()) for master, source in sources.items()]
+        copy_beside(self.taking, pairs).wait()
 
     def read(self, model_param: torch.Tensor) -> dict[str, torch.Tensor]:
         """{"param": master weights, "exp_avg": ..., "exp_avg_sq": ...}, on the host, of a parameter's shard here."""
         group, order = self.places[model_param]
         param = self.adam.param_groups[group]["params"][order]
-        return {"param": self.kept[param].get("param", param), **self.adam.state[param]}
+        return {"param": self.room["param"].get(param, param), **self.adam.state[param]}
 
     def write(self, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         """Copies what `read` gives from `tensors`."""
@@ -115,26 +142,40 @@ class HostState:
         for group, given in zip(self.adam.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in given.items() if name != "params"})
 
-    def _synchronize(self) -> None:
-        if self.on_gpu:
-            torch.cuda.current_stream().synchronize()
 
+def host_params(optimizer: Any) -> dict[str, list[torch.Tensor]]:
+    """What has each kind of state on the host: {"param": master weights, "exp_avg": all parameters, ...}, in order.
 
-def check_host_memory(model: list[Any], shards: int) -> None:
-    """Raises KitError where the node has too little memory for what its processes will keep there.
-
-    A collective call, so that none has taken any yet. shards: the ranks that an optimizer's state is spread over.
+    The kinds are named as Megatron-Core names them. In float32 the model's weights are the master weights.
     """
-    params = [param for chunk in model for param in chunk.parameters()]
-    own = sum((8 if param.dtype is torch.float32 else 12) * param.numel() for param in params) // shards
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    available = available_memory()
-    dist.barrier()
-    if processes * own > available:
-        raise KitError(
-            f"OPTIMIZER_STATE=cpu keeps {own / 2**30:.1f} GiB a process in the host's memory, for {processes} processes"
-            f" here, and {available / 2**30:.1f} GiB are available: use more nodes, or set it to bf16 or fp32"
-        )
+    masters = {master for group in optimizer.shard_fp32_from_float16_groups for master in group}
+    params = [param for group in optimizer.optimizer.param_groups for param in group["params"]]
+    return {"param": [param for param in params if param in masters], **dict.fromkeys(MOMENTS, params)}
+
+
+def host_bytes(optimizer: Any) -> dict[str, int]:
+    """The bytes of each kind of state that HostState takes of the host's memory for this DistributedOptimizer."""
+    return {kind: FLOAT_BYTES * _numel(params) for kind, params in host_params(optimizer).items()}
+
+
+def check_host_memory(optimizers: list[Any]) -> None:
+    """Ends the run where a node has too little memory for the state that its processes will keep there: KitError.
+
+    A collective call, before any of them takes it. optimizers: this process's DistributedOptimizers.
+    """
+    node = int(os.environ.get("GROUP_RANK", "0"))  # torchrun's number of it
+    own = sum(sum(host_bytes(optimizer).values()) for optimizer in optimizers)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (node, own, available_memory()))
+    for node in sorted({number for number, _, _ in found}):
+        needed = [own for number, own, _ in found if number == node]
+        available = min(left for number, _, left in found if number == node)
+        if sum(needed) > available:
+            fail_together(
+                f"OPTIMIZER_STATE=cpu keeps {sum(needed) / 2**30:.1f} GiB in the memory of node {node}, for"
+                f" {len(needed)} processes, and {available / 2**30:.1f} GiB are available there: use more nodes, give"
+                " the container or job more memory, or set OPTIMIZER_STATE to bf16 or fp32"
+            )
 
 
 @contextmanager
@@ -155,6 +196,23 @@ def _free(param: torch.Tensor) -> None:
     param.untyped_storage().resize_(0)
 
 
-def _on_host(like: torch.Tensor) -> torch.Tensor:
-    """Room for it in float32, pinned where it is on a device, so that copies run at the link's rate."""
-    return torch.empty(like.shape, dtype=torch.float32, pin_memory=like.is_cuda)
+def _numel(params: list[torch.Tensor]) -> int:
+    return sum(param.numel() for param in params)
+
+
+def _cut(buffer: mmap.mmap | None, params: list[torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
+    """For each of `params` a float32 tensor of its shape, in `buffer`, one after the other.
+
+    Each has a storage of its own: of one within a larger storage, Megatron-Core makes a copy to save it
+    (_clone_if_needed in dist_checkpointing/strategies/filesystem_async.py).
+    """
+    tensors, offset = {}, 0
+    for param in params:
+        count = param.numel()
+        if buffer is None or not count:
+            tensors[param] = torch.empty(param.shape, dtype=torch.float32)
+        else:
+            flat = torch.frombuffer(buffer, dtype=torch.float32, count=count, offset=offset)
+            tensors[param] = flat.view(param.shape)
+        offset += FLOAT_BYTES * count
+    return tensors

@@ -1,7 +1,7 @@
 """The model made trainable: data parallelism, the distributed Adam and the learning-rate schedule."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,14 +69,14 @@ def build_trainee(plan: Plan) -> Trainee:
 def build_optimizer(chosen: TrainSettings, model: list[Any]) -> tuple[Any, list[HostState]]:
     """Megatron-Core's optimizer over the distributed ones, and what holds their state with OPTIMIZER_STATE=cpu."""
     on_host = chosen.optimizer_state == "cpu"
-    if on_host:
-        check_host_memory(model, chosen.sizes.dp * chosen.sizes.cp)
     with gradients_away(model) if on_host else nullcontext():
         optimizer = get_megatron_optimizer(optimizer_config(chosen), model)
         parts = optimizer_parts(optimizer)
-        host_states = [HostState(part) for part in parts] if on_host else []
+        if on_host:
+            check_host_memory(parts)
+        host_states = [HostState(part, PART) for part in parts] if on_host else []
     for state in host_states:
-        step_in_parts(state.adam, around=state.on_device)
+        step_in_parts(state.adam, PART // 2, state.in_turn)  # two parts are on the device together
     if chosen.optimizer_state == "bf16":
         for each in parts:
             step_in_parts(each.optimizer)
@@ -129,13 +129,13 @@ def optimizer_parts(optimizer: Any) -> list[Any]:
 
 
 PART = 1 << 28  # parameters: 2 GiB of float32 moments
-Around = Callable[[list[torch.Tensor]], AbstractContextManager[None]]
+InTurn = Callable[[list[list[torch.Tensor]]], Iterable[list[torch.Tensor]]]
 
 
-def step_in_parts(adam: torch.optim.Optimizer, part: int = PART, around: Around | None = None) -> None:
+def step_in_parts(adam: torch.optim.Optimizer, part: int = PART, in_turn: InTurn = iter) -> None:
     """Has `adam` step through each parameter group in parts of `part` parameters, or of one tensor that has more.
 
-    Each part in the context that `around` makes of it, where it is given.
+    Each part when `in_turn` gives it.
 
     Transformer Engine's FusedAdam turns the bf16 moments of a whole group into float32 at once (get_unscaled_state in
     its optimizers/fused_adam.py, 2.11): 61 GB for Qwen2.5-7B, more than bf16 saves.
@@ -146,12 +146,12 @@ def step_in_parts(adam: torch.optim.Optimizer, part: int = PART, around: Around 
         groups = adam.param_groups
         try:
             for group in groups:
-                taken = [{**group, "params": params} for params in _parts(group["params"], part)]
-                for each in taken:  # a group counts its own steps
-                    adam.param_groups = [each]
-                    with around(each["params"]) if around else nullcontext():
-                        step(*args, **kwargs)
-                group.update({name: value for name, value in taken[-1].items() if name != "params"} if taken else {})
+                taken = group
+                for params in in_turn(_parts(group["params"], part)):
+                    taken = {**group, "params": params}  # a group counts its own steps
+                    adam.param_groups = [taken]
+                    step(*args, **kwargs)
+                group.update({name: value for name, value in taken.items() if name != "params"})
         finally:
             adam.param_groups = groups
 

@@ -10,7 +10,7 @@ import pytest
 
 from common import platforms
 from common.errors import KitError
-from common.platforms import PLATFORMS, check_machine, current, detect
+from common.platforms import PLATFORMS, available_memory, check_machine, current, detect
 from common.platforms.cpu import CPU
 from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
@@ -131,3 +131,63 @@ def test_no_script_and_no_image_sets_the_tests_switch() -> None:
     used = [path for pattern in ("*.sh", "*Dockerfile") for path in ROOT.rglob(pattern) if "tests" not in path.parts]
     assert len(used) > 15
     assert not [path for path in used if "KIT_TEST_ON_CPU" in path.read_text()]
+
+
+def put(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n", encoding="utf-8")
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for the control groups of a machine that has 9 GiB left."""
+    (tmp_path / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {9 << 20} kB\n", encoding="utf-8")
+    monkeypatch.setattr(platforms, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(platforms, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(platforms, "CGROUPS", tmp_path / "cgroup")
+    return tmp_path / "cgroup"
+
+
+def test_memory_is_what_the_machine_has_where_no_control_group_limits_it(machine: Path) -> None:
+    assert available_memory() == 9 << 30  # no /proc/self/cgroup at all
+    (machine.parent / "own").write_text("0::/job\n", encoding="utf-8")
+    assert available_memory() == 9 << 30  # nothing is mounted
+    put(machine / "job", memory__max="max", memory__current=5 << 30, memory__stat="inactive_file 0")
+    put(machine, memory__stat="inactive_file 7")
+    assert available_memory() == 9 << 30
+    put(machine / "job", memory__max=100 << 30)
+    assert available_memory() == 9 << 30
+
+
+def test_memory_is_what_the_tightest_control_group_above_the_process_leaves(machine: Path) -> None:
+    (machine.parent / "own").write_text("0::/job/step/rank\n", encoding="utf-8")
+    put(machine / "job/step/rank", memory__max=8 << 30, memory__current=1 << 30, memory__stat="anon 5")
+    put(machine / "job/step", memory__max="max", memory__current=6 << 30, memory__stat="anon 5")
+    assert available_memory() == 7 << 30
+    # 6 of 8 GiB are taken, and half a GiB of that is cache that is given back.
+    put(machine / "job", memory__max=8 << 30, memory__current=6 << 30)
+    put(machine / "job", memory__stat=f"anon 5\ninactive_file {1 << 29}\nactive_file {1 << 30}")
+    assert available_memory() == (2 << 30) + (1 << 29)
+    put(machine / "other", memory__max=1, memory__current=0, memory__stat="anon 5")
+    assert available_memory() == (2 << 30) + (1 << 29)
+    put(machine / "job", memory__current=20 << 30)  # a limit may be lowered below what is taken
+    assert available_memory() == 0
+
+
+@pytest.mark.parametrize("path", ["/", "/../../pod", "/kubepods/pod/of/the/host"])
+def test_a_container_that_is_told_the_hosts_path_is_limited_by_what_it_sees(machine: Path, path: str) -> None:
+    (machine.parent / "own").write_text(f"0::{path}\n", encoding="utf-8")
+    put(machine, memory__max=3 << 30, memory__current=1 << 30, memory__stat="inactive_file 4096")
+    assert available_memory() == (2 << 30) + 4096
+
+
+def test_the_older_control_groups_count_too(machine: Path) -> None:
+    lines = ["9:name=systemd:/", "5:cpu,cpuacct:/tight", "4:hugetlb,memory:/docker/it", "0::/"]
+    (machine.parent / "own").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    unlimited = {"memory__limit_in_bytes": (1 << 63) - 4096, "memory__usage_in_bytes": 8 << 30}
+    put(machine / "memory", **unlimited, memory__stat="total_inactive_file 0")
+    assert available_memory() == 9 << 30
+    limited = {"memory__limit_in_bytes": 4 << 30, "memory__usage_in_bytes": 3 << 30}
+    put(machine / "memory/docker/it", **limited, memory__stat="inactive_file 1\ntotal_inactive_file 8192")
+    assert available_memory() == (1 << 30) + 8192
