@@ -6,12 +6,24 @@ Every flag takes a value (`--append-eod true`), so a script passes a setting as 
 
 import argparse
 import dataclasses
+import os
+import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+from common.errors import KitError
+
 T = TypeVar("T")
+
+KIT = Path(__file__).parents[1]
+DECLARED = re.compile(r'^: "\$\{([A-Z0-9_]+):=', re.MULTILINE)  # as `settings` of common/shell/lib.sh finds them
+STEPS, OLD_NAMES = "*/[0-9]_*.sh", "common/shell/train.sh"  # whose settings the environment may give
+LEAST_LETTERS = 6  # of a name that is taken for a misspelt setting; a slip is forgiven from two more on
+# Names of other programs that come near to a setting's, or are an expert's flag and no setting of a script.
+OTHERS = {"PARTITION", "NUM_WORKERS"}
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", choices: Sequence[str] = ()) -> Any:
@@ -73,3 +85,60 @@ def _read_bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
     return text.lower() == "true"
+
+
+def check_environment(settings: Any, environment: Mapping[str, str] = os.environ) -> None:
+    """Raises KitError for each name in `environment` that looks like a setting and is none, with the nearest one.
+
+    The settings of every step's scripts count, since a name of another step's is no mistake. A field of `settings` that
+    no script passes on (an expert's flag) is named too, unless the command line gives what the environment does.
+    """
+    scripts = declared(STEPS, OLD_NAMES)
+    flags = {field.name.upper(): field.name for field in dataclasses.fields(settings)}
+    known = scripts | OTHERS | {name for pattern in ("*/*.sh", "common/shell/*.sh") for name in declared(pattern)}
+    wrong = []
+    for name, value in environment.items():
+        if name in flags and name not in known:
+            if value.lower() != _shown(getattr(settings, flags[name])):
+                flag = f"--{flags[name].replace('_', '-')}={value}"
+                wrong.append(f"{name}={value} is not read from the environment: give it as `-- {flag}`, or unset it")
+        elif name not in known and (nearest := nearest_setting(name, scripts, environment)):
+            wrong.append(f"{name} is in the environment and is no setting: write {nearest}, or unset it")
+    if wrong and scripts:
+        raise KitError("; ".join(wrong))
+
+
+def declared(*patterns: str) -> set[str]:
+    """The names of the settings that the kit's scripts of these patterns declare."""
+    files = [path for pattern in patterns for path in KIT.glob(pattern)]
+    return {name for path in files for name in DECLARED.findall(path.read_text(encoding="utf-8"))}
+
+
+def nearest_setting(name: str, settings: Collection[str], given: Collection[str] = ()) -> str | None:
+    """Which of `settings` the name was meant for; None where it looks like none of them.
+
+    It has the same letters without case and underscores, or all but for one slip; or it is the first words of one that
+    is not `given` beside it (SEQ_LEN).
+    """
+    letters = _letters(name)
+    if len(letters) < LEAST_LETTERS:
+        return None
+    for setting in sorted(settings):
+        if letters == _letters(setting):
+            return setting
+    for setting in sorted(settings):
+        if len(letters) >= LEAST_LETTERS + 2 and _one_slip_apart(letters, _letters(setting)):
+            return setting
+    begun = [setting for setting in sorted(settings) if "_" in name and _letters(setting).startswith(letters)]
+    return begun[0] if begun and begun[0] not in given else None
+
+
+def _letters(name: str) -> str:
+    return name.upper().replace("_", "")
+
+
+def _one_slip_apart(one: str, other: str) -> bool:
+    """Whether one letter is too many, lacking, another, or has changed places with its neighbour."""
+    start = len(os.path.commonprefix((one, other)))
+    a, b = one[start:], other[start:]
+    return a[1:] == b[1:] or a[1:] == b or a == b[1:] or (a[:2] == b[:2][::-1] and a[2:] == b[2:])

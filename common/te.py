@@ -1,43 +1,60 @@
-"""What is asked of Transformer Engine, by the versions that have it."""
+"""What is asked of Transformer Engine, by the versions that have it: told from package metadata alone."""
 
+import re
 from importlib import metadata
 from typing import Any
 
 from common import mcore
 from common.errors import KitError
 
+PACKED_SINCE = (1, 7)  # the causal mask within packed rows: TEDotProductAttention in extensions/transformer_engine.py
+TP_COMM_OVERLAP_SINCE = (1, 9)  # bootstrap_backend; before, MPI alone: Megatron-LM's training/initialize.py
 FP8_SINCE = {"delayed": (1, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}  # get_fp8_context in fp8_utils.py of 0.16
+BF16_MOMENTS_SINCE = (2, 1)  # the dtypes of FusedAdam's moments
+
+
+def check_engine() -> None:
+    """Raises KitError where there is no Transformer Engine, whose layers are to be used."""
+    _need("TRANSFORMER_IMPL=transformer_engine", (1, 0), "install it (the NVIDIA image has it), or set it to local")
 
 
 def check_packed_sequences(setting: str) -> None:
     """Raises KitError for a Transformer Engine under 1.7, whose attention knows no causal mask within packed samples.
 
-    Megatron-Core asks for that mask from 1.7 on (TEDotProductAttention in extensions/transformer_engine.py).
+    Megatron-Core asks for that mask from 1.7 on.
     """
-    engine = transformer_engine_version()
-    if engine is not None and engine < (1, 7):  # without it, building the layers says so
-        raise KitError(
-            f"{setting}=true needs Transformer Engine 1.7 or later, and {engine[0]}.{engine[1]} is installed:"
-            f" set TRANSFORMER_IMPL=local, or {setting}=false"
-        )
+    _need(f"{setting}=true", PACKED_SINCE, f"set TRANSFORMER_IMPL=local, or {setting}=false")
+
+
+def check_tp_comm_overlap() -> None:
+    """Raises KitError for a Transformer Engine under 1.9, which makes its buffers through MPI alone."""
+    _need("TP_COMM_OVERLAP=true", TP_COMM_OVERLAP_SINCE, "set it to false")
+
+
+def check_fp8(fp8_format: str, fp8_recipe: str) -> None:
+    """Raises KitError where Transformer Engine or Megatron-Core is too old for matrix products in FP8."""
+    if fp8_format == "none":
+        return
+    remedy = "use FP8_FORMAT=none" if fp8_recipe == "delayed" else "use FP8_RECIPE=delayed"
+    _need(f"FP8_RECIPE={fp8_recipe}", FP8_SINCE[fp8_recipe], remedy)
+    if fp8_recipe != "delayed":
+        _need_megatron(f"FP8_RECIPE={fp8_recipe}", mcore.FP8_RECIPES_SINCE, remedy)
 
 
 def fp8_options(fp8_format: str, fp8_recipe: str) -> dict[str, Any]:
     """TransformerConfig's fields for FP8; raises KitError where Transformer Engine or Megatron-Core is too old."""
     if fp8_format == "none":
         return {}
-    engine = transformer_engine_version()
-    since = FP8_SINCE[fp8_recipe]
-    if engine is not None and engine < since:
-        raise KitError(
-            f"FP8_RECIPE={fp8_recipe} needs Transformer Engine {since[0]}.{since[1]} or later, and"
-            f" {engine[0]}.{engine[1]} is installed: use FP8_RECIPE=delayed"
-        )
-    if mcore.version() >= mcore.FP8_RECIPES_SINCE:
-        return {"fp8": fp8_format, "fp8_recipe": fp8_recipe}
-    if fp8_recipe != "delayed":
-        raise KitError(f"FP8_RECIPE={fp8_recipe} needs megatron-core 0.12 or later: use FP8_RECIPE=delayed")
-    return {"fp8": fp8_format}
+    check_fp8(fp8_format, fp8_recipe)
+    recipes = mcore.version() >= mcore.FP8_RECIPES_SINCE
+    return {"fp8": fp8_format, **({"fp8_recipe": fp8_recipe} if recipes else {})}
+
+
+def check_optimizer_state(kind: str) -> None:
+    """Raises KitError where Transformer Engine or Megatron-Core is too old for moments in bf16."""
+    if kind == "bf16":
+        _need_megatron("OPTIMIZER_STATE=bf16", mcore.BF16_MOMENTS_SINCE, "set it to fp32")
+        _need("OPTIMIZER_STATE=bf16", BF16_MOMENTS_SINCE, "set it to fp32")
 
 
 def optimizer_state_options(kind: str) -> dict[str, Any]:
@@ -48,13 +65,7 @@ def optimizer_state_options(kind: str) -> dict[str, Any]:
     """
     if kind != "bf16":
         return {}
-    if mcore.version() < mcore.BF16_MOMENTS_SINCE:
-        raise KitError(f"OPTIMIZER_STATE={kind} needs megatron-core 0.13 or later: set it to fp32")
-    engine = transformer_engine_version()
-    if engine is None or engine < (2, 1):
-        raise KitError(
-            f"OPTIMIZER_STATE={kind} needs Transformer Engine 2.1 or later, whose Adam does it: set it to fp32"
-        )
+    check_optimizer_state(kind)
     import torch  # the estimate reads this file without it
 
     moments = dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), torch.bfloat16)
@@ -67,5 +78,20 @@ def transformer_engine_version() -> tuple[int, int] | None:
         text = metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:
         return None
-    major, minor = (int(part) for part in text.split(".")[:2])
-    return major, minor
+    numbers = re.match(r"(\d+)\.(\d+)", text)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+
+
+def _need(setting: str, since: tuple[int, int], remedy: str) -> None:
+    found = transformer_engine_version()
+    if found is None or found < since:
+        there = f"{found[0]}.{found[1]} is installed" if found else "none is installed"
+        raise KitError(f"{setting} needs Transformer Engine {since[0]}.{since[1]} or later, and {there}: {remedy}")
+
+
+def _need_megatron(setting: str, since: tuple[int, int], remedy: str) -> None:
+    major, minor = mcore.version()
+    if (major, minor) < since:
+        raise KitError(
+            f"{setting} needs megatron-core {since[0]}.{since[1]} or later, and {major}.{minor} is installed: {remedy}"
+        )

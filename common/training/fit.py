@@ -1,15 +1,20 @@
-"""Whether settings, model and platform go together: told without torch, data or checkpoints."""
+"""Whether settings, model, platform and installed packages go together: told without torch, data or checkpoints."""
 
+from importlib.util import find_spec
+
+from common import te
 from common.errors import KitError
 from common.mcore import check_pipeline_layers, joins_norms
 from common.model.config import QwenConfig
 from common.platforms.base import Platform
-from common.te import check_packed_sequences
 from common.training.config import TrainSettings
 
 
 def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> None:
-    """Raises KitError where the settings ask for what this model or this platform does not have."""
+    """Raises KitError where the settings ask for what this model or this platform does not have.
+
+    The estimate asks it too, for other machines: what is installed here is check_packages' to judge.
+    """
     qwen.check_trainable()
     qwen.check_tensor_parallel(settings.tp)
     check_pipeline_layers(qwen.chunk_layers(settings.pp, settings.vpp, settings.sizes.pipeline_layers), settings.vpp)
@@ -28,7 +33,7 @@ def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> 
 def check_layers(settings: TrainSettings, platform: Platform) -> None:
     """Raises KitError for what the kind of layers that the run uses cannot do."""
     engine = (settings.transformer_impl or platform.transformer_impl) == "transformer_engine"
-    apart = [name.upper() for name in ("packing", "reset_attention") if getattr(settings, name)]
+    apart = kept_apart(settings)
     if settings.cp > 1 and not engine:
         raise KitError(f"CP={settings.cp} needs TRANSFORMER_IMPL=transformer_engine, whose attention can: set CP=1")
     if settings.cp > 1 and apart:
@@ -64,8 +69,6 @@ def check_layers(settings: TrainSettings, platform: Platform) -> None:
             f"{apart[0]}=true: attention takes no mask on {platform.name}, so samples need rows of their own:"
             f" set {apart[0]}=false"
         )
-    if apart and engine:
-        check_packed_sequences(apart[0])
     if settings.transformer_impl == "transformer_engine" and not platform.transformer_engine:
         raise KitError(
             f"TRANSFORMER_IMPL=transformer_engine, and {platform.name} has no Transformer Engine: set it to local"
@@ -80,8 +83,36 @@ def check_fused_products(settings: TrainSettings, platform: Platform, *, engine:
         f"PRECISION={settings.precision}": settings.precision != "bf16",
         f"FP8_FORMAT={settings.fp8_format}": settings.fp8_format != "none",
         "TP_COMM_OVERLAP=true": settings.tp_comm_overlap,
-        "a megatron-core before 0.15 under Transformer Engine's layers": engine and not joins_norms(),
+        "a megatron-core before 0.16 under Transformer Engine's layers": engine and not joins_norms(),
     }
     for setting, given in against.items():
         if given:
             raise KitError(f"FUSED_PRODUCTS=true does not go together with {setting}: set it to auto")
+
+
+def kept_apart(settings: TrainSettings) -> list[str]:
+    """The settings by which the samples of a row are kept apart, as they are written."""
+    return [name.upper() for name in ("packing", "reset_attention") if getattr(settings, name)]
+
+
+def check_packages(settings: TrainSettings, platform: Platform) -> None:
+    """Raises KitError where a setting needs a package that is not installed here, or a later version of it.
+
+    Told by the launcher, before any process: from package metadata, and from where an import would look.
+    """
+    if (settings.transformer_impl or platform.transformer_impl) == "transformer_engine":
+        te.check_engine()
+        for setting in kept_apart(settings):
+            te.check_packed_sequences(setting)
+    if settings.tp_comm_overlap:
+        te.check_tp_comm_overlap()
+    te.check_fp8(settings.fp8_format, settings.fp8_recipe)
+    te.check_optimizer_state(settings.optimizer_state)
+    kernels = {
+        ("core_attention", "flash_attn"): ("flash_attn", "the vendor's build of it"),
+        ("core_attention", "flash_attn_4"): ("flash_attn", "requirements/hopper.txt"),
+        ("fused_products", "true"): ("quack", "requirements/hopper.txt"),
+    }
+    for (name, value), (module, source) in kernels.items():
+        if getattr(settings, name) == value and find_spec(module) is None:
+            raise KitError(f"{name.upper()}={value}, and {module} is not there: install {source}, or set it to auto")

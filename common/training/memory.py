@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from common import te
 from common.errors import KitError
+from common.platforms.base import Platform
 from common.training.plan import Plan
 
 # As torch, CUDA, NCCL, cuBLAS and the allocator of the CPU tell it, all of them in a RuntimeError.
@@ -38,7 +40,7 @@ def what_takes_less(plan: Plan) -> str:
     """The settings of `plan` that can still be changed for it."""
     settings, training = plan.settings, plan.settings.train_or_convert_ckpt == "train"
     on_gpu = plan.platform.device == "cuda"
-    halved = settings.precision == "bf16" and settings.optimizer_state == "fp32" and plan.platform.transformer_engine
+    halved = settings.precision == "bf16" and settings.optimizer_state == "fp32" and has_bf16_moments(plan.platform)
     ways = {
         f"a MICRO_BATCH_SIZE below {settings.micro_batch_size}": training and settings.micro_batch_size > 1,
         "RECOMPUTE=full": training and settings.recompute != "full",
@@ -57,3 +59,12 @@ def what_takes_less(plan: Plan) -> str:
         f"{told}; `python -m common.estimate --hf-model-path {plan.start.model_folder} --gpu TYPE"
         f" --gpus {settings.gpus} --seq-length {settings.seq_length}` tells what fits"
     )
+
+
+def has_bf16_moments(platform: Platform) -> bool:
+    """Whether OPTIMIZER_STATE=bf16 would be taken here."""
+    try:
+        te.check_optimizer_state("bf16")
+    except KitError:
+        return False
+    return platform.transformer_engine

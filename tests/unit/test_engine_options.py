@@ -41,15 +41,18 @@ def test_fp8(
     [
         ("2.1.0", "0.16.1", "tensorwise", "FP8_RECIPE=tensorwise needs Transformer Engine 2.2 or later, and 2.1 is"),
         ("2.2.0", "0.16.1", "blockwise", "FP8_RECIPE=blockwise needs Transformer Engine 2.3 or later, and 2.2 is"),
-        ("2.11.0", "0.11.0", "tensorwise", "FP8_RECIPE=tensorwise needs megatron-core 0.12 or later"),
+        ("1.4.0", "0.14.0", "tensorwise", "FP8_RECIPE=tensorwise needs Transformer Engine 2.2 or later, and 1.4 is"),
+        (None, "0.14.0", "delayed", "FP8_RECIPE=delayed needs Transformer Engine 1.0 or later, and none is installed"),
+        ("2.11.0", "0.11.0", "tensorwise", "FP8_RECIPE=tensorwise needs megatron-core 0.14 or later, and 0.11 is"),
     ],
 )
 def test_fp8_that_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, engine: str, megatron: str, asked: str, said: str
+    monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, asked: str, said: str
 ) -> None:
     installed(monkeypatch, engine, megatron)
-    with pytest.raises(KitError, match=re.escape(said)):
-        te.fp8_options("hybrid", asked)
+    for ask in (te.fp8_options, te.check_fp8):
+        with pytest.raises(KitError, match=re.escape(said)):
+            ask("hybrid", asked)
 
 
 def test_moments_in_bf16_keep_whole_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,17 +66,19 @@ def test_moments_in_bf16_keep_whole_master_weights(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("engine", "megatron", "said"),
     [
-        ("2.11.0", "0.11.0", "megatron-core 0.13"),
-        ("2.0.1", "0.16.1", "Transformer Engine 2.1"),
-        (None, "0.16.1", "Transformer Engine 2.1"),
+        ("2.11.0", "0.11.0", "megatron-core 0.14 or later, and 0.11 is installed: set it to fp32"),
+        ("2.0.1", "0.16.1", "Transformer Engine 2.1 or later, and 2.0 is installed: set it to fp32"),
+        (None, "0.16.1", "Transformer Engine 2.1 or later, and none is installed: set it to fp32"),
     ],
 )
 def test_moments_in_bf16_where_they_cannot_be(
     monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, said: str
 ) -> None:
     installed(monkeypatch, engine, megatron)
-    with pytest.raises(KitError, match=re.escape(f"OPTIMIZER_STATE=bf16 needs {said}")):
-        te.optimizer_state_options("bf16")
+    for ask in (te.optimizer_state_options, te.check_optimizer_state):
+        with pytest.raises(KitError, match=re.escape(f"OPTIMIZER_STATE=bf16 needs {said}")):
+            ask("bf16")
+        ask("fp32")
 
 
 def test_packed_sequences_need_an_engine_that_masks_within_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,3 +87,21 @@ def test_packed_sequences_need_an_engine_that_masks_within_them(monkeypatch: pyt
         te.check_packed_sequences("PACKING")
     installed(monkeypatch, "1.7.0")
     te.check_packed_sequences("PACKING")
+
+
+def test_overlapped_sends_need_an_engine_that_goes_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "1.8.0")
+    with pytest.raises(KitError, match=r"TP_COMM_OVERLAP=true needs Transformer Engine 1\.9 or later, and 1\.8 is"):
+        te.check_tp_comm_overlap()
+    installed(monkeypatch, "1.9.0")
+    te.check_tp_comm_overlap()
+
+
+@pytest.mark.parametrize(
+    ("text", "version"), [("2.11.0", (2, 11)), ("1.4.0.dev0+0fbc76a", (1, 4)), ("2.0rc1", (2, 0)), ("main", (0, 0))]
+)
+def test_a_vendors_version_is_read_by_its_first_two_numbers(
+    text: str, version: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch, text)
+    assert te.transformer_engine_version() == version

@@ -27,7 +27,8 @@ LAYERS = [
     {"model", "data"},
     {"checkpoint"},
     {"training", "demo"},
-    {"preprocess", "convert", "logits", "train", "doctor", "estimate"},
+    {"estimate"},
+    {"preprocess", "convert", "logits", "train", "doctor"},
 ]
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 

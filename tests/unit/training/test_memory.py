@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common import te
 from common.errors import KitError
 from common.platforms.base import Platform
 from common.platforms.cpu import CPU
@@ -25,8 +26,9 @@ OF_TORCH = (
 
 
 @pytest.fixture(autouse=True)
-def _third_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def _third_rank_of_a_new_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(te, "transformer_engine_version", lambda: (2, 11))
 
 
 def plan(platform: Platform, **settings: Any) -> Any:
@@ -70,6 +72,12 @@ def test_what_takes_less_already_is_not_named(platform: Platform, settings: dict
     text = told(plan(platform, micro_batch_size=1, **settings), RuntimeError("CUDA error: out of memory\nlines of C++"))
     assert f"(CUDA error: out of memory): what takes less: {left}, with TP over 1" in text
     assert ("12 bytes a parameter of the hosts' memory" in text) == (settings.get("optimizer_state") == "cpu")
+
+
+def test_moments_in_bf16_are_not_named_where_transformer_engine_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ((1, 4), None):
+        monkeypatch.setattr(te, "transformer_engine_version", lambda version=version: version)
+        assert "OPTIMIZER_STATE=bf16" not in told(plan(NVIDIA), torch.cuda.OutOfMemoryError(OF_TORCH))
 
 
 def test_a_processor_without_memory_tells_it_too() -> None:

@@ -1,0 +1,131 @@
+"""A run that its devices' memory cannot hold is refused before it starts, as far as the estimate is sure of it."""
+
+import logging
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from common.errors import KitError
+from common.estimate import check
+from common.estimate.constants import GIB
+from common.estimate.memory import rank_memory
+from common.log import logger
+from common.model.config import load_config
+from common.platforms.base import Platform
+from common.platforms.cpu import CPU
+from common.platforms.metax import METAX
+from common.platforms.nvidia import NVIDIA
+from common.training.config import TrainSettings
+from tests.unit.estimate.ranks import write_config
+
+H100 = 79.1 * GIB
+
+
+def plan(folder: Path, platform: Platform = NVIDIA, **changes: Any) -> Any:
+    """A plan of a model of 3B's shape; without a change it is the layout that was measured on an H100: 66.9 GiB."""
+    shape = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
+    more = {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
+    qwen = load_config(write_config(folder, **shape, **more, max_position_embeddings=32768))
+    given = {"seq_length": 4096, "micro_batch_size": 1, "global_batch_size": 8, "save_checkpoint_path": "-"}
+    settings = TrainSettings(**{**given, "dataset_path": "-", "train_iters": 1, **changes})
+    return SimpleNamespace(settings=settings, platform=platform, qwen=qwen, start=SimpleNamespace(model_folder=folder))
+
+
+@pytest.fixture(autouse=True)
+def _heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.INFO, "kit")
+
+
+def test_what_was_measured_to_fit_is_told_with_both_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check.compare_memory(plan(tmp_path), "NVIDIA H100 80GB HBM3", int(H100))
+    (told,) = caplog.records
+    assert told.levelname == "INFO"
+    assert told.message == "memory: about 66.9 GiB a GPU, and NVIDIA H100 80GB HBM3 has 79.1"
+
+
+def test_what_cannot_go_in_is_refused_with_what_takes_less(tmp_path: Path) -> None:
+    said = (
+        r"^MICRO_BATCH_SIZE=2, SEQ_LENGTH=4096, TP=1, PP=1, RECOMPUTE=none, OPTIMIZER_STATE=fp32 need about"
+        r" 8\d\.\d GiB a GPU, and H100 has 79\.1: what takes less: a MICRO_BATCH_SIZE below 2, RECOMPUTE=full, .*--gpu"
+    )
+    with pytest.raises(KitError, match=said):
+        check.compare_memory(plan(tmp_path, micro_batch_size=2), "H100", int(H100))
+    check.compare_memory(plan(tmp_path, micro_batch_size=2, recompute="full"), "H100", int(H100))
+
+
+def test_what_is_near_the_memory_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    of = plan(tmp_path)
+    peak = rank_memory(of.settings, NVIDIA, of.qwen, 0).peak
+    for total, level in ((peak, "WARNING"), (peak / check.NEAR - 1, "WARNING"), (peak / check.NEAR + 1, "INFO")):
+        caplog.clear()
+        check.compare_memory(of, "H100", int(total))
+        assert [record.levelname for record in caplog.records] == [level]
+    with pytest.raises(KitError):
+        check.compare_memory(of, "H100", peak - 1)
+
+
+def test_the_stage_that_needs_the_most_counts(tmp_path: Path) -> None:
+    of = plan(tmp_path, gpus=4, pp=4)
+    peaks = [rank_memory(of.settings, NVIDIA, of.qwen, stage).peak for stage in range(4)]
+    assert check.needed(of).peak == max(peaks) > min(peaks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({"gpus": 2, "pp": 2}, 0.07),
+        ({"gpus": 2, "cp": 2}, 1.0),
+        ({"fp8_format": "hybrid"}, 1.0),
+        ({"recompute": "selective"}, 1.0),
+        ({"reset_attention": True, "transformer_impl": "local"}, 1.0),
+        ({"reset_attention": True}, 0.0),
+        ({"recompute": "full"}, 0.0),
+    ],
+    ids=str,
+)
+def test_where_activations_were_not_measured_their_error_is_a_warning(
+    changes: dict[str, Any], share: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    of = plan(tmp_path, **changes)
+    assert check.may_err(of.settings, NVIDIA) == share
+    need = check.needed(of)
+    ranks = [rank_memory(of.settings, NVIDIA, of.qwen, stage) for stage in range(of.settings.pp)]
+    assert need.least == max(
+        each.state.total + each.workspace + max(int((1 - share) * each.activations), each.step) for each in ranks
+    )
+    check.compare_memory(of, "H100", need.least)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    with pytest.raises(KitError, match=re.escape("OPTIMIZER_STATE=fp32 need about")):
+        check.compare_memory(of, "H100", need.least - 1)
+
+
+def test_products_of_quack_count_where_they_are_installed_and_may_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, without = plan(tmp_path), plan(tmp_path, fused_products="false")
+    assert check.needed(of) == check.needed(without), "it is not installed here"
+    monkeypatch.setattr(check, "find_spec", lambda name: name == "quack")
+    assert check.needed(of).peak < check.needed(without).peak
+    fp8 = plan(tmp_path, fp8_format="hybrid")
+    assert check.needed(fp8).peak == check.needed(plan(tmp_path, fp8_format="hybrid", fused_products="false")).peak
+
+
+def test_the_devices_are_asked_only_where_the_estimate_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(check, "smallest_device", lambda num_devices: pytest.fail("asked"))
+    check.check_memory(plan(tmp_path, CPU))
+    check.check_memory(plan(tmp_path, train_or_convert_ckpt="convert", load_checkpoint_path="/a"))
+    assert not caplog.records
+    check.check_memory(plan(tmp_path, METAX))
+    assert caplog.messages == ["memory: not checked, since the estimate was not measured on metax"]
+    monkeypatch.setattr(check, "smallest_device", lambda num_devices: None)
+    check.check_memory(plan(tmp_path))
+    assert caplog.messages[1].startswith("memory: not checked, since torch does not tell")
+    monkeypatch.setattr(check, "smallest_device", lambda num_devices: ("A10", num_devices * 24 * GIB))
+    with pytest.raises(KitError, match=r"A10 has 24\.0"):
+        check.check_memory(plan(tmp_path))

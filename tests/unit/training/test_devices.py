@@ -1,0 +1,75 @@
+"""As many devices as a run asks for, and their memory, told without taking hold of one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import KitError
+from common.platforms.cpu import CPU
+from common.platforms.metax import METAX
+from common.platforms.nvidia import NVIDIA
+from common.training import devices
+from common.training.config import TrainSettings
+
+# What the process that asks finds in torch's place.
+STAND_IN = """
+class cuda:
+    device_count = staticmethod(lambda: 3)
+    @staticmethod
+    def get_device_properties(index):
+        return type("Properties", (), {"name": f"GPU {index}", "total_memory": [80, 40, 20][index] << 30})
+"""
+
+
+def asks_for(gpus: int) -> TrainSettings:
+    return TrainSettings(save_checkpoint_path="-", dataset_path="-", train_iters=1, gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    ("platform", "hidden", "said"),
+    [
+        (NVIDIA, None, r"^GPUS=8 devices are asked for, and torch sees 2: set GPUS=2, with TP, PP and CP that"),
+        (METAX, "0,1", r"torch sees 2 with CUDA_VISIBLE_DEVICES=0,1: set GPUS=2"),
+    ],
+)
+def test_fewer_devices_than_asked_for_are_refused(
+    platform: Any, hidden: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    with pytest.raises(KitError, match=said):
+        devices.check_devices(asks_for(8), platform)
+    devices.check_devices(asks_for(2), platform)
+    devices.check_devices(asks_for(8), CPU)
+
+
+def test_where_there_is_no_device_the_containers_flags_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(KitError, match=r"GPUS=1 devices are asked for, and torch sees 0.*`docker run --gpus all`"):
+        devices.check_devices(asks_for(1), NVIDIA)
+    assert not torch.cuda.is_initialized()
+
+
+def test_the_smallest_of_the_devices_that_are_used_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert devices.smallest_device(2) == ("GPU 1", 40 << 30)
+    assert devices.smallest_device(3) == ("GPU 2", 20 << 30)
+    (tmp_path / "torch.py").write_text("raise RuntimeError('no driver')")
+    assert devices.smallest_device(2) is None
+
+
+def test_without_a_device_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert devices.smallest_device(1) is None
+
+
+def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(devices, "TIMEOUT_S", 1)
+    assert devices.smallest_device(1) is None
