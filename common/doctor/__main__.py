@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from common import errors
 from common.doctor import machine, packages, probes
+from common.doctor.all_reduce import look_at_all_reduce
 from common.doctor.finding import Finding
 from common.platforms import current, detect
 
@@ -17,12 +18,12 @@ OPERATIONS = ["matmul", "attention", "masked_attention", "collective"]
 def look(no_device: bool) -> list[Finding]:
     """Everything, in the order in which one would mend it; `no_device` leaves out what an image's build has not."""
     platform = current()
-    found = [machine.look_at_platform(platform), packages.look_at_python()]
+    found = [machine.look_at_platform(platform), packages.look_at_python(), packages.look_at_needed(platform)]
     done = probes.run(["devices"] if no_device else ["devices", *OPERATIONS])
     works, said = done.pop("devices")
     found += packages.look_at_torch(platform, (works, said), no_device)
     found += packages.look_at_megatron(probes.run(["megatron"])["megatron"], no_device)
-    found.append(packages.look_at_transformers())
+    found.append(packages.look_at_transformers(platform))
     extensions = {name: probes.run([name])[name] for name in packages.extensions()}
     found += packages.look_at_extensions(platform, extensions, no_device)
     found += machine.look_at_compiler(platform)
@@ -30,8 +31,10 @@ def look(no_device: bool) -> list[Finding]:
         return found
     devices = [(name, free, total) for name, free, total in said["devices"]] if works else []
     found += machine.look_at_devices(platform, devices)
-    if devices or platform.device == "cpu":
+    if works and (devices or platform.device == "cpu"):
         found += machine.look_at_operations(done)
+        if done["collective"][0]:  # else its own failure is told
+            found.append(look_at_all_reduce(platform, len(devices)))
     return [*found, machine.look_at_shared_memory(), *machine.look_at_disk(), *machine.look_at_limits(platform)]
 
 

@@ -62,10 +62,11 @@ def look_at_shared_memory() -> Finding:
 
 
 def look_at_disk() -> list[Finding]:
-    """Room where one stands, and for temporary files."""
+    """Room where SAVE_CHECKPOINT_PATH says, or where one stands, and for temporary files."""
     findings = []
-    for name, folder, least in (("disk", Path.cwd(), LEAST_DISK_BYTES), ("temporary", tempfile.gettempdir(), GIB)):
-        free = _space(Path(folder))[1]
+    saved = existing_part(Path(os.environ.get("SAVE_CHECKPOINT_PATH") or Path.cwd()))
+    for name, folder, least in (("disk", saved, LEAST_DISK_BYTES), ("temporary", Path(tempfile.gettempdir()), GIB)):
+        free = _space(folder)[1]
         remedy = (
             "a checkpoint takes 14 to 18 bytes a parameter: save to a larger disk, or keep fewer (KEEP_CHECKPOINTS)"
         )
@@ -96,6 +97,11 @@ def look_at_compiler(platform: Platform) -> list[Finding]:
         return []
     name = next((each for each in (os.environ.get("CC"), "gcc", "clang") if each and shutil.which(each)), None)
     return [judge("C compiler", name or "not there", name is None, "apt-get install gcc: Triton's kernels need it")]
+
+
+def existing_part(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that is there."""
+    return next(part for part in (folder.absolute(), *folder.absolute().parents) if part.is_dir())
 
 
 def _space(folder: Path) -> tuple[int, int]:

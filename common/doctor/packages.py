@@ -1,11 +1,10 @@
 """The packages: which are there, whether their versions go together, and whether they are the ones meant."""
 
+import re
 import sys
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
-
-from packaging.specifiers import SpecifierSet
 
 from common import mcore
 from common.doctor.finding import Finding, judge
@@ -21,6 +20,8 @@ FITS = (
     ((2, 2), ">=0.11,<0.15", ">=4.47,<5"),
     ((2, 1), ">=0.11,<0.12", ">=4.47,<4.56"),
 )
+# What the kit and megatron-core import besides; torch, megatron-core and transformers are told by themselves.
+NEEDED = ("numpy", "packaging", "tokenizers", "safetensors", "jinja2", "tqdm", "jsonlines", "psutil")
 KEEP_TORCH = "with `--no-deps`, or with the image's versions as constraints, so that pip leaves torch alone"
 
 
@@ -29,9 +30,25 @@ def look_at_python() -> Finding:
     return judge("Python", sys.version.split()[0], sys.version_info < (3, 10), "use Python 3.10 or later")
 
 
+def look_at_needed(platform: Platform) -> Finding:
+    """The packages without which a step ends at its first import."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    told = f"not there: {', '.join(missing)}" if missing else ", ".join(NEEDED)
+    return judge("packages", told, bool(missing), how_to_install(platform))
+
+
+def how_to_install(platform: Platform) -> str:
+    """Where all packages of the platform come from."""
+    if platform.device == "cpu":
+        return "bash common/shell/setup_venv.sh makes .venv with all of them; or set PYTHON to a Python that has them"
+    return f"start the kit's image; or pip install -r requirements/{platform.name}.txt {KEEP_TORCH}"
+
+
 def look_at_torch(platform: Platform, told: tuple[bool, Any], no_device: bool) -> list[Finding]:
     """torch, and the CUDA it was built for; `told` is the probe `devices`."""
     works, said = _excused(told, no_device)
+    if not version("torch"):
+        return [Finding("torch", "fail", "not there", how_to_install(platform))]
     if isinstance(said, str):
         remedy = "start the image whose torch fits this machine"
         return [judge("torch", f"{version('torch')} {said}", not works, remedy)]
@@ -52,6 +69,8 @@ def look_at_megatron(told: tuple[bool, Any], no_device: bool) -> list[Finding]:
     except KitError as error:
         found, _, remedy = str(error).partition(": ")
         return [Finding("megatron-core", "fail", found, remedy)]
+    except metadata.PackageNotFoundError as error:
+        return [Finding("megatron-core", "fail", f"it needs {error.name}, which is not there", f"install {error.name}")]
     # A warning: its own import, below, tells whether it works; what it declares and what was tried may be narrower.
     wanted = _wanted(1)
     remedy = f"pip install 'megatron-core{wanted}' {KEEP_TORCH}"
@@ -62,10 +81,11 @@ def look_at_megatron(told: tuple[bool, Any], no_device: bool) -> list[Finding]:
     return [*findings, judge("megatron-core", found, not works, remedy)]
 
 
-def look_at_transformers() -> Finding:
+def look_at_transformers(platform: Platform) -> Finding:
     """transformers in the range that torch allows: one outside breaks at import, or refuses torch."""
     text, wanted = version("transformers"), _wanted(2)
-    return fits("transformers", text, wanted, f"pip install 'transformers{wanted}' {KEEP_TORCH}")
+    remedy = f"pip install 'transformers{wanted}' {KEEP_TORCH}" if version("torch") else how_to_install(platform)
+    return fits("transformers", text, wanted, remedy)
 
 
 def look_at_extensions(platform: Platform, told: dict[str, tuple[bool, Any]], no_device: bool) -> list[Finding]:
@@ -105,9 +125,15 @@ def _excused(told: tuple[bool, Any], no_device: bool) -> tuple[bool, Any]:
 
 def fits(subject: str, text: str, wanted: str, remedy: str, status: str = "fail") -> Finding:
     """Whether the version `text` lies in the range `wanted`; a vendor's pre-release counts as what it leads to."""
-    release = text.split("+")[0].split("a")[0].split("rc")[0]
-    there = bool(text) and SpecifierSet(wanted).contains(release, prereleases=True)
+    there = bool(text) and all(_within(text, bound) for bound in wanted.split(","))
     return judge(subject, text or "not there", not there, remedy, status)
+
+
+def _within(text: str, bound: str) -> bool:
+    """Whether a version keeps to `bound`, as >=2.1 or <5; without `packaging`, which may be what is missing."""
+    release, limit = (tuple(map(int, re.findall(r"\d+", re.split(r"[a-z+-]", each.lstrip("<>="))[0])))
+                      for each in (text, bound))  # fmt: skip
+    return release >= limit if bound.startswith(">=") else release < limit
 
 
 def version(name: str) -> str:
@@ -119,8 +145,8 @@ def version(name: str) -> str:
 
 
 def _wanted(column: int) -> str:
-    """The range in FITS for the installed torch; the oldest row's where torch is older still or missing."""
-    torch = tuple(_numbers(version("torch") or "0.0"))
+    """The range in FITS for the installed torch: the oldest row's where it is older still, the newest's without any."""
+    torch = tuple(_numbers(version("torch") or "99.0"))
     return str(next((row for row in FITS if torch >= row[0]), FITS[-1])[column])
 
 

@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import venv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from common.doctor import machine, packages, probes
+from common.doctor import all_reduce, machine, packages, probes
 from common.doctor.finding import Finding
 from common.platforms import on_cpu
 from common.platforms.cpu import CPU
@@ -39,9 +42,11 @@ def test_a_machine_that_runs_the_kit_is_well(tmp_path: Path) -> None:
     found = json.loads(doctor("--json", expect=0, KIT_PLATFORM="cpu"))
     assert {each["status"] for each in found} <= {"ok", "warn"}
     subjects = {each["subject"] for each in found}
-    assert {"platform", "Python", "torch", "megatron-core", "transformers", "operation", "disk"} <= subjects
+    assert {"platform", "Python", "packages", "torch", "megatron-core", "transformers", "operation", "disk"} <= subjects
     operations = [each["found"] for each in found if each["subject"] == "operation"]
     assert len(operations) == 4 and any("all-reduce by gloo" in each for each in operations)
+    (told,) = (each["found"] for each in found if each["subject"] == "all-reduce")
+    assert re.fullmatch(r"2 processes by gloo, 1 MiB: \d+\.\d GB/s of bus bandwidth", told)
 
 
 def test_lines_say_the_remedy_and_a_failure_exits_1() -> None:
@@ -56,7 +61,8 @@ def test_lines_say_the_remedy_and_a_failure_exits_1() -> None:
 
 def test_the_image_of_a_platform_is_looked_at_without_its_device() -> None:
     found = json.loads(doctor("--json", "--no-device", expect=0, KIT_PLATFORM="metax", KIT_TEST_ON_CPU="true"))
-    assert {each["subject"] for each in found} & {"device", "operation", "disk", "shared memory"} == set()
+    device = {"device", "operation", "all-reduce", "disk", "shared memory"}
+    assert {each["subject"] for each in found} & device == set()
 
 
 def test_an_extension_that_is_there_and_broken_is_a_failure(tmp_path: Path) -> None:
@@ -110,7 +116,7 @@ def test_versions_that_do_not_go_together_are_told(
     monkeypatch.setattr(packages, "version", versions.get)
     monkeypatch.setattr(packages.mcore, "check_installed", lambda: None)
     monkeypatch.setattr(packages.mcore, "check_origin", lambda: Path("/site/megatron/core/__init__.py"))
-    found = [*packages.look_at_megatron((True, "imports"), False), packages.look_at_transformers()]
+    found = [*packages.look_at_megatron((True, "imports"), False), packages.look_at_transformers(NVIDIA)]
     assert [each.subject for each in found if each.status != "ok"] == failed
     assert all("pip install" in each.remedy and "--no-deps" in each.remedy for each in found if each.status != "ok")
     statuses = {"megatron-core": "warn", "transformers": "fail"}  # the latter breaks, the former's import is tried
@@ -208,3 +214,88 @@ def test_a_probe_that_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("KIT_PLATFORM", "cpu")
     monkeypatch.setattr(probes, "TIMEOUT_S", 15)
     assert probes.run(["flash_attn"]) == {"flash_attn": (False, "it hung for 15 s")}
+
+
+def test_a_python_without_packages_is_told_what_is_missing(tmp_path: Path) -> None:
+    venv.create(tmp_path, symlinks=True)
+    done = subprocess.run(
+        [tmp_path / "bin" / "python", "-m", "common.doctor"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "KIT_PLATFORM": "cpu", "KIT_TEST_ON_CPU": ""},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = done.stdout.splitlines()
+    (missing,) = (line for line in lines if line.startswith("fail  packages"))
+    assert missing.endswith("not there: " + ", ".join(packages.NEEDED))
+    assert "bash common/shell/setup_venv.sh" in lines[lines.index(missing) + 1]
+    assert "fail  torch                not there" in lines and "operation" not in done.stdout
+    assert not [line for line in lines if "<4.56" in line], "of the transformers that the oldest torch asks for"
+
+
+def test_the_packages_that_are_asked_for_are_those_of_the_lock() -> None:
+    pinned = (ROOT / "requirements" / "cpu.txt").read_text()
+    assert not [name for name in packages.NEEDED if f"\n{name}==" not in pinned]
+
+
+def test_the_disk_is_that_of_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAVE_CHECKPOINT_PATH", str(tmp_path / "run" / "one"))
+    assert machine.look_at_disk()[0].found.endswith(f"free in {tmp_path}")
+    monkeypatch.setenv("SAVE_CHECKPOINT_PATH", "")
+    assert machine.look_at_disk()[0].found.endswith(f"free in {Path.cwd()}")
+
+
+def test_an_all_reduce_is_told_by_its_bus_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    # nccl-tests: of 8 GPUs each link carries 7/4 of the data.
+    assert all_reduce.bus_bandwidth(256 << 20, 8, 1e-3) == pytest.approx(469.76e9, rel=1e-4)
+    asked = []
+    monkeypatch.setattr(all_reduce, "run", lambda ranks: (asked.append(ranks), (1e-3, ""))[1])
+    found = all_reduce.look_at_all_reduce(NVIDIA, 8)
+    assert (found.status, found.found) == ("ok", "8 devices by nccl, 256 MiB: 469.8 GB/s of bus bandwidth")
+    assert all_reduce.look_at_all_reduce(NVIDIA, 1).found == "one device: there is nothing to try"
+    assert asked == [8]
+
+
+def run_all_reduce(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Finding:
+    for name, value in {"KIT_PLATFORM": "cpu", "KIT_TEST_ON_CPU": "", "PYTHONPATH": str(ROOT), **environment}.items():
+        monkeypatch.setenv(name, value)
+    found = all_reduce.look_at_all_reduce(CPU, 0)
+    left = [each for each in psutil.Process().children(recursive=True) if "common.doctor.all_reduce" in each.cmdline()]
+    assert not left
+    return found
+
+
+def test_a_process_of_an_all_reduce_that_fails_is_named_and_the_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_reduce, "GRACE_S", 1)
+    found = run_all_reduce(monkeypatch, GLOO_SOCKET_IFNAME="nowhere0")
+    assert found.status == "fail" and "set GLOO_SOCKET_IFNAME" in found.remedy
+    assert re.match(r"2 processes by gloo: process [01] ended with 1: .*nowhere0", found.found)
+
+
+def test_of_an_error_the_line_that_says_the_cause_is_told() -> None:
+    # As torch 2.11 gives them.
+    cuda = "CUDA error: invalid device ordinal\nSearch for `cudaErrorInvalidDevice'\nCompile with `TORCH_USE_CUDA_DSA`"
+    assert all_reduce.cause(cuda) == "CUDA error: invalid device ordinal"
+    nccl = "NCCL error in: NCCLUtils.cpp:94\nncclSystemError: System call failed.\nLast error:\nsocketPoll: refused\n"
+    assert all_reduce.cause(nccl) == "socketPoll: refused"
+    assert all_reduce.cause("") == "no message"
+
+
+def test_an_all_reduce_that_hangs_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = "if 'common.doctor.all_reduce' in sys.orig_argv and sys.orig_argv[-3] == '1':"
+    (tmp_path / "sitecustomize.py").write_text(f"import sys, time\n{second}\n    time.sleep(600)\n")
+    monkeypatch.setattr(all_reduce, "TIMEOUT_S", 5)
+    found = run_all_reduce(monkeypatch, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (found.status, found.found) == ("fail", "2 processes by gloo: it hung for 5 s")
+
+
+def test_what_nccl_prints_besides_is_not_taken_for_the_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import atexit\natexit.register(print, 'node0:1 NCCL INFO destroyed')\n")
+    found = run_all_reduce(monkeypatch, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert found.status == "ok" and "GB/s of bus bandwidth" in found.found
+
+
+def test_a_wrong_sum_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif 'common.doctor.all_reduce' in sys.orig_argv:\n"
+        "    import torch.distributed\n    torch.distributed.all_reduce = lambda box: None\n"
+    )
+    assert "AssertionError: the sum is wrong" in run_all_reduce(monkeypatch, PYTHONPATH=f"{tmp_path}:{ROOT}").found
