@@ -4,7 +4,8 @@ jsonl --preprocess--> .bin/.idx --train--> checkpoint --convert--> safetensors
 
 Imports point one way (tests/unit/test_layers.py):
 
-    commands    preprocess  convert  logits  train  estimate  doctor  demo
+    commands    preprocess  convert  logits  train  doctor  demo
+    estimate    what a run needs, and whether it fits
     training    the loop
     checkpoint  weights on disk
     model, data what is trained, and on what

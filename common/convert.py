@@ -45,7 +45,7 @@ from common.errors import KitError
 from common.log import logger
 from common.model.config import load_config
 from common.parallel import parse_pipeline_layers
-from common.settings import add_options, from_namespace, option
+from common.settings import add_options, check_environment, from_namespace, option
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HF_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
@@ -301,7 +301,9 @@ def main() -> None:
     torch.set_num_threads(1)  # the disk and two threads of ours are busy; more would only wait, spinning
     settings_type, run = COMMANDS[arguments.command]
     plan = {"plan": True} if getattr(arguments, "plan", False) else {}
-    run(from_namespace(settings_type, arguments), arguments.check, **plan)
+    settings = from_namespace(settings_type, arguments)
+    check_environment(settings)
+    run(settings, arguments.check, **plan)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from common.data.show import show
 from common.data.tokenizer import load_tokenizer
 from common.errors import KitError
 from common.log import logger
-from common.settings import add_options, from_namespace, option
+from common.settings import add_options, check_environment, from_namespace, option
 
 HELP_DATA = "OUTPUT_PREFIX of step 1, or the full ..._document prefix"
 
@@ -181,7 +181,9 @@ def main() -> None:
     arguments = parser.parse_args()
     log.setup()
     kind, do = COMMANDS[arguments.command]
-    do(from_namespace(kind, arguments), arguments.check)
+    settings = from_namespace(kind, arguments)
+    check_environment(settings)
+    do(settings, arguments.check)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from common import errors, log, mcore
 from common.errors import KitError
 from common.log import logger
 from common.platforms import check_machine, current
-from common.settings import add_options, from_namespace
+from common.settings import add_options, check_environment, from_namespace
 from common.training import signals
 from common.training.config import TrainSettings
 from common.training.lifetime import end_with_parent
@@ -57,6 +57,9 @@ def train(settings: TrainSettings) -> None:
 
 def launch(settings: TrainSettings, *, check_only: bool) -> None:
     """What the user's command does: checks, and starts the ranks unless `check_only`."""
+    from common.estimate.check import check_memory
+    from common.training.devices import check_devices
+    from common.training.fit import check_packages
     from common.training.interfaces import check_gloo_interface  # what imports numpy does so under signals.hold
     from common.training.plan import describe, plan_run
     from common.training.run_folder import check_folder
@@ -65,11 +68,15 @@ def launch(settings: TrainSettings, *, check_only: bool) -> None:
     signals.let_go()
     platform = current()
     try:
+        check_environment(settings)
+        check_machine(platform)
+        check_devices(settings, platform)
+        check_packages(settings, platform)
         plan = plan_run(settings, platform)
         check_tracking(settings)
-        check_machine(platform)
         if plan.train:
             check_folder(plan)
+            check_memory(plan)
         if settings.nnodes > 1:
             check_gloo_interface()
     except KitError as error:

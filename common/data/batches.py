@@ -19,8 +19,8 @@ Batch = dict[str, torch.Tensor]
 class Batches:
     """Endless micro-batches of rank `dp_rank` from a global sample on; each tensor is [b, s].
 
-    `num_workers` processes read ahead; with 0 the caller's own process reads. They are forked as this is made, and kept:
-    made before CUDA begins, they hold nothing of the GPU, however their parent ends.
+    `num_workers` processes read ahead; with 0 the caller's own process reads. They are forked as this is made, and
+    kept: made before CUDA begins, they hold nothing of the GPU, however their parent ends.
     """
 
     def __init__(

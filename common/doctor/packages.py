@@ -12,7 +12,7 @@ from common.errors import KitError
 from common.platforms.base import Platform
 
 # From this torch on: the megatron-core and the transformers that import, train and save there. Found by running them;
-# transformers' own floors are 2.2 (4.56), 2.4 (5.1), 2.5 (5.15) and 2.6 (5.20), megatron-core's 2.6 (0.15).
+# transformers' own floors are 2.2 (4.56), 2.4 (5.1), 2.5 (5.15) and 2.6 (5.20), megatron-core's 2.6 (0.16).
 FITS = (
     ((2, 6), ">=0.11,<0.17", ">=4.47,<6"),
     ((2, 5), ">=0.11,<0.15", ">=4.47,<5.20"),

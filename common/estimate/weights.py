@@ -6,9 +6,9 @@ Letters: h hidden_size, f intermediate_size, v rows of the padded vocabulary.
 from dataclasses import dataclass
 
 from common.model.config import QwenConfig
+from common.model.parameters import ELEMENT_BYTES, layer_parameters, vocabulary_parameters
 from common.parallel import ParallelSizes
 
-ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 GRADIENT_BYTES = 4  # float32 buffers (grad_reduce_in_fp32)
 MOMENT_BYTES = {"fp32": 8, "bf16": 4, "cpu": 8}  # Adam's two, by OPTIMIZER_STATE
 MASTER_BYTES = {"bf16": 4, "fp32": 0}  # the float32 copy of the parameters; in fp32 they are their own
@@ -28,21 +28,6 @@ def chunks_of_rank(qwen: QwenConfig, sizes: ParallelSizes, pp_rank: int) -> list
     layers = qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers)
     places = [index * sizes.pp + pp_rank for index in range(sizes.vpp)]
     return [Chunk(layers[place], place == 0, place == len(layers) - 1) for place in places]
-
-
-def layer_parameters(qwen: QwenConfig, tp: int) -> int:
-    """Parameters of one layer on one tensor-parallel rank; the norms are whole on each."""
-    h, d = qwen.hidden_size, qwen.head_dim
-    projections = (h * qwen.qkv_rows + qwen.num_attention_heads * d * h) // tp
-    bias = qwen.qkv_rows // tp if qwen.qkv_bias else 0
-    mlp = 3 * h * qwen.intermediate_size // tp
-    norms = 2 * h + (2 * d if qwen.qk_norm else 0)
-    return projections + bias + mlp + norms
-
-
-def vocabulary_parameters(qwen: QwenConfig, tp: int) -> int:
-    """Parameters of the embedding, or of the output layer, on one tensor-parallel rank."""
-    return qwen.padded_vocab_size(tp) // tp * qwen.hidden_size
 
 
 def chunk_parameters(qwen: QwenConfig, tp: int, chunk: Chunk) -> int:

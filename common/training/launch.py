@@ -92,7 +92,8 @@ def with_port(settings: TrainSettings) -> TrainSettings:
 
 def _tell_failure(error: ChildFailedError) -> int:
     """Says which process ended first and, last, its traceback; the exit code that goes with it."""
-    rank, failure = error.get_first_failure()
+    # One that was killed is the cause, and the others' complaints of it may come before torchrun has seen it.
+    rank, failure = min(error.failures.items(), key=lambda each: (each[1].exitcode >= 0, each[1].timestamp))
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = ": is the host's memory used up (dmesg)?" if name == "SIGKILL" else ""

@@ -19,7 +19,9 @@ from common.mcore import mend_training
 from common.model.build import ModelOptions, build_model
 from common.te import optimizer_state_options
 from common.training.config import TrainSettings
+from common.training.hang import Heartbeat
 from common.training.host_state import HostState, check_host_memory, gradients_away
+from common.training.loss_weights import LossWeights
 from common.training.plan import Plan
 
 
@@ -31,6 +33,8 @@ class Trainee:
     optimizer: Any
     scheduler: OptimizerParamScheduler
     host_states: list[HostState] = field(default_factory=list)  # one a distributed optimizer, with OPTIMIZER_STATE=cpu
+    loss_weights: LossWeights | None = None  # where weights are not all 0 or 1
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def config(self) -> Any:
@@ -58,12 +62,13 @@ def build_trainee(plan: Plan) -> Trainee:
     if chosen.tp_comm_overlap:
         open_tensor_parallel_buffers(plan)
     chunks = build_model(plan.qwen, plan.sizes, options, plan.platform, chosen.seq_length)
-    model = wrap(chunks, overlap=plan.platform.device == "cuda" and plan.sizes.dp > 1)
+    model = wrap(chunks, chosen)
     mend_training()
     optimizer, host_states = build_optimizer(chosen, model)
-    scheduler = build_scheduler(optimizer, chosen, max(plan.train_iters, 1))
-    connect(model, optimizer)
-    return Trainee(model, optimizer, scheduler, host_states)
+    scheduler = build_scheduler(optimizer, chosen, plan.train_samples)
+    weights = LossWeights(torch.device(plan.platform.device)) if plan.train and plan.train.weighted else None
+    connect(model, optimizer, weights)
+    return Trainee(model, optimizer, scheduler, host_states, weights)
 
 
 def build_optimizer(chosen: TrainSettings, model: list[Any]) -> tuple[Any, list[HostState]]:
@@ -87,18 +92,19 @@ def build_optimizer(chosen: TrainSettings, model: list[Any]) -> tuple[Any, list[
     return optimizer, host_states
 
 
-def wrap(chunks: list[torch.nn.Module], overlap: bool) -> list[DistributedDataParallel]:
+def wrap(chunks: list[torch.nn.Module], chosen: TrainSettings) -> list[DistributedDataParallel]:
     """The chunks with float32 gradient buffers, reduced over the data-parallel ranks.
 
-    `overlap` sends gradients during backward and parameters during forward. Only the first chunk is cut into
-    buckets: the other chunks' gradients wait for nothing (Megatron-LM training/training.py does the same).
+    Only the first chunk is cut into buckets: the other chunks' gradients wait for nothing (Megatron-LM
+    training/training.py does the same).
     """
+    reduce, gather = chosen.overlaps
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap,
-        bucket_size=40_000_000 if overlap else None,
+        overlap_grad_reduce=reduce,
+        overlap_param_gather=gather,
+        bucket_size=40_000_000 if reduce else None,
     )
     return [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
@@ -115,6 +121,7 @@ def optimizer_config(chosen: TrainSettings) -> OptimizerConfig:
         weight_decay=chosen.weight_decay,
         adam_beta1=chosen.adam_beta1,
         adam_beta2=chosen.adam_beta2,
+        adam_eps=chosen.adam_eps,
         clip_grad=chosen.clip_grad,
         bf16=chosen.precision == "bf16",
         params_dtype=torch.bfloat16 if chosen.precision == "bf16" else torch.float32,
@@ -183,35 +190,67 @@ def open_tensor_parallel_buffers(plan: Plan) -> None:
     initialize_ub(shape=[rows, plan.qwen.hidden_size], tp_size=chosen.tp, use_fp8=fp8, bootstrap_backend="nccl")
 
 
-def build_scheduler(optimizer: Any, chosen: TrainSettings, train_iters: int) -> OptimizerParamScheduler:
-    """The schedule, counted in samples.
+def gather_weights(model: list[Any]) -> None:
+    """Makes every rank's weights those of the last step; a collective call, before anything but a step reads them.
+
+    With OVERLAP_PARAM_GATHER a rank has the new weights of its own shard alone until the next forward pass
+    (step_with_ready_grads in Megatron-Core's optimizer/distrib_optimizer.py).
+    """
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
+def build_scheduler(optimizer: Any, chosen: TrainSettings, train_samples: int) -> OptimizerParamScheduler:
+    """The schedule, counted in samples, of a run of `train_samples`; its last step has MIN_LR.
 
     On resume the settings of the command win over the checkpoint's; a conversion keeps the checkpoint's.
     """
     batch = chosen.global_batch_size
     converting = chosen.train_or_convert_ckpt == "convert"
+    decay = max(1, train_samples - batch)  # where the last step begins
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=chosen.lr,
         min_lr=chosen.min_lr,
-        lr_warmup_steps=min(chosen.lr_warmup_iters, train_iters - 1) * batch,
-        lr_decay_steps=train_iters * batch,
+        lr_warmup_steps=0 if converting else chosen.lr_warmup_iters * batch,
+        lr_decay_steps=decay,
         lr_decay_style=chosen.lr_decay_style,
         start_wd=chosen.weight_decay,
         end_wd=chosen.weight_decay,
-        wd_incr_steps=train_iters * batch,
+        wd_incr_steps=decay,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=converting,
         override_opt_param_scheduler=not converting,
     )
 
 
-def connect(model: list[Any], optimizer: Any) -> None:
+def apply_settings(trainee: Trainee, chosen: TrainSettings) -> list[str]:
+    """Puts the command's learning rates, betas and epsilon in the place of a checkpoint's; what changed, in words.
+
+    A loaded group brings its own, and Megatron-Core prefers them (get_lr in optimizer_param_scheduler.py).
+    """
+    given = {
+        "max_lr": ("LR", chosen.lr), "min_lr": ("MIN_LR", chosen.min_lr), "eps": ("ADAM_EPS", chosen.adam_eps),
+        "betas": ("ADAM_BETA1, ADAM_BETA2", (chosen.adam_beta1, chosen.adam_beta2)),
+    }  # fmt: skip
+    changed = {}
+    for group in trainee.optimizer.param_groups:
+        for key, (name, value) in given.items():
+            before = tuple(group[key]) if isinstance(value, tuple) else group.get(key)
+            if before != value:
+                changed[name] = f"{name} {before} -> {value}"
+            group[key] = value
+    trainee.scheduler.step(0)
+    return list(changed.values())
+
+
+def connect(model: list[Any], optimizer: Any, loss_weights: LossWeights | None) -> None:
     """Tells Megatron-Core's schedules how to scale losses and when to reduce gradients."""
     config = model[0].config
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = loss_weights.finalize if loss_weights else finalize_model_grads
     if model[0].ddp_config.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in model]
         config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]

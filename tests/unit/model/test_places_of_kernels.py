@@ -166,7 +166,7 @@ def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
         expected = {"swiglu": 2 * layers * passes}
         if products:
             expected = {"gate and up": 2 * layers * passes, "down, backward": 2 * layers}
-        if mcore.version() >= (0, 15):
+        if mcore.version() >= (0, 16):
             expected["qkv"] = 2 * layers * passes
             # Alone is normed what enters a stage, or a layer that is computed again by itself; and what leaves it then.
             expected["norm"] = 2 * (layers * passes + 1 if recompute == "full" else 1)
