@@ -2,10 +2,15 @@
 
 Megatron-Core's own local attention materialises the scores [b, n, s, s] and takes no grouped queries without copies.
 Letters: s sequence, b micro-batch, n query heads, g key-value groups, d head size; n and g are this rank's share.
+
+Where torch is to be deterministic (torch.use_deterministic_algorithms), the gradients of queries are summed over blocks
+of keys in a fixed order, and not as blocks come to it: both flash kernels have an argument for that, and PyTorch's own
+know it by themselves (check_cudnn_deterministic in ATen's sdp_utils.cpp, attention_backward.cu).
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +20,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from common.errors import KitError
 from common.log import logger
-from common.model.trial import PROBED, find_fault
+from common.model.trial import PROBED, find_fault, need, tried
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -111,7 +116,7 @@ class FlashAttention(SdpaAttention):
         from flash_attn import flash_attn_func  # the vendor's, where there is one
 
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        out: torch.Tensor = flash_attn_func(query, key, value, softmax_scale=self.scale, causal=True)
+        out: torch.Tensor = flash_attn_func(query, key, value, softmax_scale=self.scale, causal=True, **determinism())
         return out.transpose(0, 1)
 
 
@@ -143,7 +148,7 @@ class _Flash4(torch.autograd.Function):
         rows = [x.transpose(0, 1) for x in (query, key, value, out)]
         lse = _flash_attn_fwd(*rows[:3], softmax_scale=scale, causal=True, return_lse=True, out=rows[3])[1]
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.scale = scale
+        ctx.scale, ctx.determinism = scale, determinism()
         return out
 
     @staticmethod
@@ -155,8 +160,13 @@ class _Flash4(torch.autograd.Function):
         rows = [x.transpose(0, 1) for x in (*tensors, upstream[0])]
         gradients = [x.new_empty(x.shape) for x in tensors[:3]]
         places = dict(zip(("dq", "dk", "dv"), (x.transpose(0, 1) for x in gradients), strict=True))
-        _flash_attn_bwd(*rows, lse, softmax_scale=ctx.scale, causal=True, **places)
+        _flash_attn_bwd(*rows, lse, softmax_scale=ctx.scale, causal=True, **places, **ctx.determinism)
         return *gradients, None
+
+
+def determinism() -> dict[str, bool]:
+    """What a flash kernel is told where torch is to be deterministic; flash_attn before 2.4.1 does not know it."""
+    return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
 
 
 KINDS: dict[str, type[SdpaAttention]] = {
@@ -171,12 +181,12 @@ def choose(
 ) -> type[SdpaAttention] | None:
     """The first of the kinds `preferred` that works on `device` for `heads`, (n, g, d); which and why is logged.
 
-    A kernel that is not there, fails or is wrong is passed over. Where none is left, None with `engine`, for
-    Transformer Engine's own; else raises KitError.
+    A kernel that is not there, fails or is wrong on any rank is passed over on all. Where none is left, None with
+    `engine`, for Transformer Engine's own; else raises KitError. A collective call.
     """
     failures: list[str] = []
     for name in preferred:
-        failure = why_not(KINDS[name], heads, device)
+        _, failure = tried(partial(_need_right, KINDS[name], heads, device))
         if not failure:
             logger.info("core attention: %s%s", name, f" ({'; '.join(failures)})" if failures else "")
             return KINDS[name]
@@ -185,6 +195,10 @@ def choose(
         logger.info("core attention: Transformer Engine's (%s)", "; ".join(failures))
         return None
     raise KitError(f"no core attention works here ({'; '.join(failures)}): `python -m common.doctor` tells more")
+
+
+def _need_right(kind: type[SdpaAttention], heads: tuple[int, int, int], device: torch.device) -> None:
+    need(why_not(kind, heads, device))
 
 
 def why_not(kind: type[SdpaAttention], heads: tuple[int, int, int], device: torch.device) -> str:

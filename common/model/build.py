@@ -14,7 +14,7 @@ from common.model.config import QwenConfig
 from common.model.gated_mlp import use
 from common.model.gpt import QwenModel
 from common.model.joined_norm import join
-from common.model.kernels import Kernels, choose_kernels
+from common.model.kernels import Kernels, choose_kernels, with_working_kernels
 from common.model.layer_spec import block_spec
 from common.model.options import ModelOptions
 from common.model.rope import yarn_frequencies
@@ -74,6 +74,7 @@ def transformer_config(
         gradient_accumulation_fusion=engine,
         **pipeline_options(qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers), sizes.vpp),
         tp_comm_overlap=options.tp_comm_overlap,
+        deterministic_mode=options.deterministic,
         # Its kernel knows neither bounds of packed samples nor a norm between the split and the rotation.
         **single_qkv_rope(fused and not options.joins_rows and not qwen.qk_norm),
         **fp8_options(options.fp8_format, options.fp8_recipe),
@@ -112,7 +113,11 @@ def _recompute(options: ModelOptions) -> dict[str, Any]:
 def build_model(
     qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform, seq_length: int
 ) -> list[torch.nn.Module]:
-    """The chunks that this rank holds, on its device, with random weights; bf16 ones wrapped in Float16Module."""
+    """The chunks that this rank holds, on its device, with random weights; bf16 ones wrapped in Float16Module.
+
+    A collective call: all ranks try the kernels of the model together, and take the same.
+    """
+    platform = with_working_kernels(platform, options)
     config = transformer_config(qwen, sizes, options, platform)
     kernels = choose_kernels(qwen, sizes, options, platform)
     chunks: list[torch.nn.Module] = []
@@ -155,6 +160,11 @@ def _chunk(
         rotary_base=qwen.rope_theta,
         **more,
     )
+    if options.deterministic and first:
+        # By index, as Megatron-Core would look weights up then, each of a token's gradients is added to a sum in bf16
+        # (indexing_backward_kernel in ATen's Indexing.cu), where 256 + 1 is 256. torch's embedding sorts them, adds in
+        # float32 and, told to be deterministic, in one order (embedding_backward_cuda_kernel).
+        model.embedding.word_embeddings.deterministic_mode = False
     if kernels.norms:
         join(model.decoder, kernels.norms, across_layers=options.recompute != "full")
     if kernels.products:

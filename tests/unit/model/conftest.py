@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 STAND_INS = Path(__file__).parents[2] / "stand_ins"
 
@@ -24,6 +25,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: str, module: str) -> Itera
 def quack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """QuACK's gemm_interface."""
     yield from stand_in(monkeypatch, "quack", "quack.gemm_interface")
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """torch is told to be."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

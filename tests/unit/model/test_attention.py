@@ -23,6 +23,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import flash_attn
 
     flash_attn.GROUPS.clear()
+    flash_attn.DETERMINISTIC.clear()
     yield flash_attn
     del sys.modules["flash_attn"]
 
@@ -121,6 +122,56 @@ def test_one_that_fails_or_is_wrong_is_passed_over(
     assert choose(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
     with pytest.raises(KitError, match="no core attention works here .flash_attn: "):
         choose(("flash_attn",), HEADS, CPU)
+
+
+def test_flash_kernels_are_told_to_keep_an_order_where_torch_is(flash: Any, deterministic: None) -> None:
+    assert choose(("flash_attn",), HEADS, CPU) is FlashAttention
+    attend(FlashAttention)
+    assert set(flash.DETERMINISTIC) == {True}
+    torch.use_deterministic_algorithms(False)
+    attend(FlashAttention)
+    assert flash.DETERMINISTIC[-1] is False
+
+
+def test_flash_attention_4_is_told_so_for_its_backward_half(flash_4: Any, deterministic: None) -> None:
+    flash_4.DETERMINISTIC.clear()
+    assert why_not(FlashAttention4, HEADS, CPU) == ""
+    assert flash_4.DETERMINISTIC and all(flash_4.DETERMINISTIC)
+
+
+def test_a_flash_kernel_that_keeps_no_order_is_passed_over(
+    flash: Any, deterministic: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = flash.flash_attn_func
+
+    def older(q: Any, k: Any, v: Any, *, softmax_scale: float | None = None, causal: bool = False) -> Any:
+        return right(q, k, v, softmax_scale=softmax_scale, causal=causal)
+
+    monkeypatch.setattr(flash, "flash_attn_func", older)
+    monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="kit"):
+        assert choose(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
+    assert (
+        "sdpa (flash_attn: TypeError: " in caplog.text and "unexpected keyword argument 'deterministic'" in caplog.text
+    )
+
+
+def test_a_kernel_that_gives_other_bits_each_time_is_passed_over_where_torch_is_deterministic(
+    flash: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, calls = flash.flash_attn_func, []
+
+    def varying(*tensors: Any, **how: Any) -> Any:
+        calls.append(None)
+        return right(*tensors, **how) * (1 + 2**-7 * (len(calls) % 2))  # one bit of bfloat16
+
+    monkeypatch.setattr(flash, "flash_attn_func", varying)
+    assert why_not(FlashAttention, HEADS, CPU) == ""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert why_not(FlashAttention, HEADS, CPU) == "its results differ from run to run"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_probing_draws_nothing_from_the_runs_own_random_numbers() -> None:

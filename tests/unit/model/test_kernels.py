@@ -1,6 +1,8 @@
 """Which kernels a model is built with: QuACK's where they work, else a reason in the log, or an error if asked for."""
 
+import json
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +13,16 @@ import torch
 
 from common.errors import KitError
 from common.model import gated_mlp, kernels
+from common.model.attention import KINDS
+from common.model.build import transformer_config
 from common.model.config import load_config
 from common.model.loss import TorchKernels
 from common.model.options import ModelOptions
 from common.parallel import ParallelSizes
 from common.platforms.cpu import CPU
+from tests.distributed.launch import forked
 from tests.tiny import tiny_qwen
+from tests.unit.model import plain_kernels
 
 ONE = ParallelSizes(1)
 FUSED = replace(CPU, fused_kernels=True)
@@ -78,3 +84,83 @@ def test_where_it_is_not_wanted_it_is_not_tried(
 
 def test_without_triton_the_loss_is_pytorchs(tmp_path: Path) -> None:
     assert type(kernels.loss_kernels(load_config(tiny_qwen(tmp_path)), ONE, OPTIONS, CPU)) is TorchKernels
+
+
+def test_where_triton_fails_no_kernel_of_it_is_taken(log: pytest.LogCaptureFixture) -> None:
+    """Here there is none."""
+    platform = kernels.with_working_kernels(FUSED, OPTIONS)
+    assert platform == replace(FUSED, fused_kernels=False)
+    assert log.messages == [
+        "Triton's kernels: passed over, PyTorch's and Megatron-Core's own are slower (no module triton)"
+    ]
+    with pytest.raises(KitError, match="FUSED_PRODUCTS=true, and QuACK has no SwiGLU and loss .*Triton: no module tri"):
+        kernels.with_working_kernels(FUSED, replace(OPTIONS, fused_products="true"))
+
+
+@pytest.mark.parametrize(
+    ("swiglu", "said"),
+    [
+        (plain_kernels.bias_swiglu, ""),
+        (lambda x, _: x.chunk(2, -1)[0] * x.chunk(2, -1)[1], "its results are off by "),
+        (lambda x, _: plain_kernels.bias_swiglu(x, None) * float("nan"), "its results are off by nan%"),
+        (lambda x, _: int("no compiler"), "ValueError: invalid literal for int"),
+    ],
+    ids=["right", "wrong", "no number", "failing"],
+)
+def test_tritons_kernels_are_tried(swiglu: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "common.model.swiglu", SimpleNamespace(bias_swiglu=swiglu))
+    monkeypatch.setitem(sys.modules, "common.model.qkv_rope", SimpleNamespace(split_and_rotate=None))
+    put: list[Any] = []
+    monkeypatch.setattr(kernels, "use_kernels", lambda *given: put.extend(given))
+    monkeypatch.setattr(kernels, "fuse_rotary_embedding", lambda: None)
+    found, failure = kernels.tried(lambda: kernels._triton_kernels(torch.device("cpu")))
+    assert failure.startswith(said) and bool(failure) == bool(said)
+    assert kernels.with_working_kernels(FUSED, OPTIONS).fused_kernels is (not said)
+    assert put == ([] if said else [swiglu, None])
+
+
+def test_products_that_are_asked_for_and_have_no_norms_under_transformer_engine_are_refused(tmp_path: Path) -> None:
+    assert products(tmp_path, transformer_impl="transformer_engine") is None
+    with pytest.raises(KitError, match="need norms of ours"):
+        products(tmp_path, transformer_impl="transformer_engine", fused_products="true")
+
+
+def test_a_deterministic_run_says_what_it_takes_in_the_place_of_what(
+    tmp_path: Path, log: pytest.LogCaptureFixture, deterministic: None
+) -> None:
+    qwen, options = load_config(tiny_qwen(tmp_path)), replace(OPTIONS, deterministic=True)
+    kernels.choose_kernels(qwen, ONE, options, CPU)
+    assert log.messages[-1] == "deterministic: torch's deterministic algorithms, which a CPU takes anyway"
+    assert transformer_config(qwen, ONE, options, CPU).deterministic_mode is True
+    assert transformer_config(qwen, ONE, OPTIONS, CPU).deterministic_mode is False
+    told = {kind: kernels._in_place(kind, replace(CPU, device="cuda"))[0] for kind in (None, *KINDS.values())}
+    assert "Transformer Engine" in told[None] and "without cuDNN" in told[KINDS["sdpa"]]
+    assert (
+        told[KINDS["flash_attn"]]
+        == told[KINDS["flash_attn_4"]]
+        == ("attention gradients added in a fixed order of blocks, not as they come")
+    )
+
+
+def test_kernels_are_not_chosen_as_deterministic_while_torch_is_not(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        kernels.choose_kernels(load_config(tiny_qwen(tmp_path)), ONE, replace(OPTIONS, deterministic=True), CPU)
+
+
+def test_a_deterministic_model_leaves_its_embedding_to_torch(tmp_path: Path) -> None:
+    """Which adds a token's gradients in float32 on a GPU; Megatron-Core's, by index, adds them in bf16."""
+    tiny_qwen(tmp_path)
+    told = json.loads(forked(1, "tests.unit.model.test_kernels", [str(tmp_path)]).splitlines()[-1])
+    assert told == {"config": True, "embedding": False}
+
+
+if __name__ == "__main__":
+    from common.model.build import build_model
+    from common.training.distributed import process_group
+
+    torch.use_deterministic_algorithms(True)
+    with process_group(CPU, ONE, 1234, 1):
+        (built,) = build_model(load_config(Path(sys.argv[1])), ONE, replace(OPTIONS, deterministic=True), CPU, 32)
+        model: Any = built.module
+        flags = model.config.deterministic_mode, model.embedding.word_embeddings.deterministic_mode
+        print(json.dumps(dict(zip(("config", "embedding"), flags, strict=True))))

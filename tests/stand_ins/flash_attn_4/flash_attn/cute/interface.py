@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+DETERMINISTIC: list[bool] = []  # of each call backward
+
 
 def _weights(q: torch.Tensor, k: torch.Tensor, scale: float | None) -> torch.Tensor:
     scores = torch.einsum("bsnd,btnd->bnst", q.float(), k.float()) * (scale or q.shape[-1] ** -0.5)
@@ -26,9 +28,11 @@ def _flash_attn_fwd(
 def _flash_attn_bwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor,
     *, softmax_scale: float | None, causal: bool, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
+    deterministic: bool = False,
 ) -> None:  # fmt: skip
     """Gradients by the formulas of arXiv 2205.14135, appendix B."""
     assert causal
+    DETERMINISTIC.append(deterministic)
     b, s, groups, d = k.shape
     heads = q.shape[2]
     wide_k, wide_v = (x.repeat_interleave(heads // groups, dim=2) for x in (k, v))

@@ -1,0 +1,201 @@
+"""A kernel that fails on one of two ranks, in any way, is passed over by both: they train with the same ones."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import KitError
+from common.model.config import QwenConfig, load_config
+from common.model.options import ModelOptions
+from common.parallel import ParallelSizes
+from common.platforms import PLATFORMS
+from tests.distributed.launch import forked
+from tests.tiny import tiny_qwen
+
+ROOT = Path(__file__).parents[3]
+S, B, STEPS = 32, 2, 4
+SAID = "TypeError: __init__() got an unexpected keyword argument"
+
+
+class Broken:
+    """Has an import of one module fail, as QuACK's did."""
+
+    def __init__(self, module: str, error: BaseException) -> None:
+        self.module, self.error = module, error
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == self.module:
+            raise self.error
+
+
+ERRORS: dict[str, BaseException] = {
+    "TypeError": TypeError("__init__() got an unexpected keyword argument\nand more"),
+    "SystemExit": SystemExit(1),
+    "ImportError": ImportError("libcute.so: cannot open shared object file"),
+}
+BOTH = {"core_attention": "SdpaAttention", "products": "QuackProducts", "norms": "TritonNorms", "loss": "QuackLoss"}
+SWIGLU, LOSS = "SwiGLU: inside matrix products, by QuACK", "loss: inside matrix products, by QuACK"
+# What fails on rank 1 alone: the module and how, settings, the kernels of both ranks, and a line of both.
+CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
+    "nothing": ("", "", {}, BOTH, LOSS),
+    "quack": (
+        "quack", "TypeError", {}, {**BOTH, "products": "NoneType", "loss": "TritonKernels"},
+        f"SwiGLU: beside matrix products (QuACK: {SAID} (rank 1 of 2))",
+    ),
+    "quack ends the process": (
+        "quack", "SystemExit", {}, {**BOTH, "products": "NoneType", "loss": "TritonKernels"},
+        "loss: beside matrix products (QuACK: SystemExit: 1 (rank 1 of 2))",
+    ),
+    "the loss of the last stage": (
+        "quack.linear_cross_entropy", "TypeError", {"pp": 2}, {**BOTH, "loss": "TritonKernels"},
+        f"loss: beside matrix products (QuACK: {SAID} (rank 1 of 2))",
+    ),
+    "triton": (
+        "common.model.qkv_rope", "ImportError", {},
+        {**BOTH, "products": "NoneType", "norms": "NoneType", "loss": "TorchKernels"},
+        "Triton's kernels: passed over, PyTorch's and Megatron-Core's own are slower (ImportError: libcute.so: cannot"
+        " open shared object file (rank 1 of 2))",
+    ),
+    "triton's norms": (
+        "common.model.norm_kernels", "TypeError", {}, {**BOTH, "norms": "NoneType"},
+        f"norms: apart from the sums before them (Triton: {SAID} (rank 1 of 2))",
+    ),
+    "triton's loss": (
+        "common.model.loss_kernels", "TypeError", {}, {**BOTH, "loss": "TorchKernels"},
+        f"loss: by PyTorch (Triton: {SAID} (rank 1 of 2))",
+    ),
+    "flash_attn": (
+        "flash_attn", "TypeError", {"attention": ["flash_attn", "sdpa"]}, BOTH,
+        f"core attention: sdpa (flash_attn: {SAID} (rank 1 of 2))",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen(tmp_path_factory.mktemp("qwen"), std=0.05, tie_word_embeddings=False, num_hidden_layers=2)
+
+
+def two_ranks(qwen: Path, **task: Any) -> list[dict[str, Any]]:
+    """What both print, rank 0 first."""
+    stand_ins = [ROOT / "tests" / "stand_ins" / name for name in ("quack", "flash_attn")]
+    path = ":".join(map(str, [ROOT, *stand_ins]))
+    printed = forked(2, __name__, [json.dumps({"qwen": str(qwen), **task})], more={"PYTHONPATH": path})
+    told = [json.loads(line) for line in printed.splitlines() if line.startswith('{"rank": ')]
+    return sorted(told, key=lambda each: each.pop("rank"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_fails_on_one_rank_is_passed_over_by_both_and_they_train(case: str, qwen: Path) -> None:
+    module, error, settings, kernels, line = CASES[case]
+    first, second = two_ranks(qwen, module=module, error=error, **settings)
+    assert first["kernels"] == second["kernels"] == kernels
+    assert first["log"] == second["log"] and line in first["log"]
+    losses = first["losses"] or second["losses"]
+    assert len(losses) == STEPS and losses == sorted(losses, reverse=True), losses
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (
+            {"module": "quack", "fused_products": "true"},
+            f"FUSED_PRODUCTS=true, and QuACK has no SwiGLU inside matrix products here: {SAID}",
+        ),
+        (
+            {"module": "common.model.swiglu", "fused_products": "true"},
+            f"FUSED_PRODUCTS=true, and QuACK has no SwiGLU and loss inside matrix products here: Triton: {SAID}",
+        ),
+        (
+            {"module": "flash_attn", "core_attention": "flash_attn"},
+            f"no core attention works here (flash_attn: {SAID} (rank 1 of 2))",
+        ),
+    ],
+    ids=["products", "triton", "attention"],
+)
+def test_what_is_asked_for_and_fails_on_one_rank_ends_both(task: dict[str, str], said: str, qwen: Path) -> None:
+    first, second = two_ranks(qwen, error="TypeError", **task)
+    assert first == second and first["error"].startswith(said)
+
+
+def main() -> None:
+    """Builds and trains a model in a rank, one module of which fails on rank 1."""
+    task = json.loads(sys.argv[1])
+    from common.model import kernels
+    from common.training.distributed import process_group
+    from tests.unit.model import plain_kernels
+
+    plain_kernels.install()
+    setattr(kernels, "_need_hopper", lambda _: None)  # noqa: B010  QuACK's stand-in is for CPUs
+    setattr(kernels, "fuse_rotary_embedding", lambda: None)  # noqa: B010  needs a compiler
+    if task.get("module") and os.environ["RANK"] == "1":
+        sys.modules.pop(task["module"], None)
+        sys.meta_path.insert(0, Broken(task["module"], ERRORS[task["error"]]))  # type: ignore[arg-type]
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("kit").addHandler(handler)
+    logging.getLogger("kit").setLevel(logging.INFO)
+    sizes = ParallelSizes(2, pp=task.get("pp", 1))
+    with process_group(PLATFORMS["cpu"], sizes, 1234, 1):
+        told = found(load_config(Path(task["qwen"])), sizes, task)
+        print(json.dumps({"rank": int(os.environ["RANK"]), **told, "log": lines}))
+
+
+def found(qwen: QwenConfig, sizes: ParallelSizes, task: dict[str, Any]) -> dict[str, Any]:
+    """The kernels of the rank and the losses of its steps, or the error."""
+    from common.model import build
+
+    options = ModelOptions(
+        "bf16", "local", "none", fused_products=task.get("fused_products", "auto"),
+        core_attention=task.get("core_attention", "auto"),
+    )  # fmt: skip
+    platform = replace(PLATFORMS["cpu"], fused_kernels=True, core_attention=tuple(task.get("attention", ["sdpa"])))
+    kept: list[Any] = []
+    choose = build.choose_kernels
+    setattr(build, "choose_kernels", lambda *given: kept.append(choose(*given)) or kept[0])  # noqa: B010
+    try:
+        (model,) = build.build_model(qwen, sizes, options, platform, S)
+    except KitError as error:
+        return {"error": str(error)}
+    names = {name: type(part).__name__ for name, part in vars(kept[0]).items()}
+    return {"kernels": {**names, "core_attention": kept[0].core_attention.__name__}, "losses": list(train(model, qwen))}
+
+
+def train(model: torch.nn.Module, qwen: QwenConfig) -> Iterator[float]:
+    """The loss before each step of SGD, on the last stage; replicas add up their gradients."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    tokens = torch.randint(0, qwen.vocab_size, (B, S), generator=torch.Generator().manual_seed(1))
+
+    def forward_step(data: Iterator[torch.Tensor], model: Any) -> Any:
+        given, ones = next(data), torch.ones(B, S)
+        output = model(given, torch.arange(S).expand(B, S), None, labels=given, loss_mask=ones)
+        return output, lambda losses: (losses.sum(), ones.sum().int(), losses.detach().mean().clone())
+
+    for _ in range(STEPS):
+        model.zero_grad()
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=iter([tokens] * 2), model=[model], num_microbatches=2,
+            seq_length=S, micro_batch_size=B, decoder_seq_length=S, forward_only=False,
+        )  # fmt: skip
+        with torch.no_grad():
+            for parameter in model.parameters():
+                gradient = parameter.grad.float()  # type: ignore[union-attr]
+                torch.distributed.all_reduce(gradient, group=parallel_state.get_data_parallel_group())
+                parameter -= (1e-3 * gradient).to(parameter.dtype)
+        if reports:
+            yield float(reports[0])
+
+
+if __name__ == "__main__":
+    main()
