@@ -9,6 +9,7 @@ from common.checkpoint.layout import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 from common.checkpoint.mapping import rename_parameters
 from common.checkpoint.torch_format import load_rank_file
 from common.log import logger
+from common.training.fp8_state import has_fp8_state
 from common.training.optimizer import Trainee, apply_settings
 from common.training.plan import Plan
 from common.training.state import (
@@ -44,7 +45,9 @@ def resume(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> Progress:
     if checkpoint.format == "torch_dist":
         run = dist_checkpointing.load_common_state_dict(str(checkpoint.path))["run"]
         sharding = run["optimizer_sharding"]
-        wanted = sharded_state(trainee, loading=True, sharding=sharding, with_rng=same_layout(plan, run))
+        same = same_layout(plan, run)
+        fp8 = same and bool(run.get("fp8_state")) and has_fp8_state(plan.settings)
+        wanted = sharded_state(trainee, loading=True, sharding=sharding, with_rng=same, with_fp8=fp8)
         state = dist_checkpointing.load(wanted, str(checkpoint.path))
     else:
         state = _load_rank(plan, checkpoint)

@@ -167,9 +167,7 @@ class Training:
         self.skipped_steps += 1
         iteration, most = self.progress.iteration, self.plan.settings.max_bad_steps
         with tqdm.external_write_mode():
-            logger.warning(
-                "iteration %d changed nothing: %s (%d skipped)", iteration, result.skipped, self.skipped_steps
-            )
+            logger.info("iteration %d changed nothing: %s (%d skipped)", iteration, result.skipped, self.skipped_steps)
         if most and self.bad_steps >= most:
             fail_together(
                 f"{self.bad_steps} steps in a row changed nothing, the last at iteration {iteration}: MAX_BAD_STEPS="

@@ -158,7 +158,8 @@ def take_lock(folder: Path, wait_s: float = LOCK_WAIT_S) -> int:
     and what it has forked since have ended, however they do.
     """
     path = folder / LOCK_FILE
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    path.touch()
+    handle = os.open(path, os.O_RDONLY)  # open for writing, it would keep the disk from being mounted read-only
     end, said = time.monotonic() + wait_s, False
     while True:
         try:
@@ -178,8 +179,7 @@ def take_lock(folder: Path, wait_s: float = LOCK_WAIT_S) -> int:
             logger.warning("%s: no locks are to be had there (%s): let one run alone write there", path, error)
             os.close(handle)
             return -1
-    os.ftruncate(handle, 0)
-    os.write(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}).encode())
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}))
     return handle
 
 

@@ -17,6 +17,7 @@ from common.mcore import (
 )
 from common.model.build import unwrap
 from common.training.distributed import random_state, restore_random_state
+from common.training.fp8_state import fp8_state, has_fp8_state, restore_fp8_state
 from common.training.optimizer import Trainee, optimizer_parts
 from common.training.plan import Plan, Progress
 
@@ -38,6 +39,7 @@ def describe_run(plan: Plan, progress: Progress) -> dict[str, Any]:
         "optimizer_sharding": optimizer_sharding(),
         "data": data,
         "optimizer": plan.settings.save_optimizer,
+        "fp8_state": has_fp8_state(plan.settings),
         "precision": plan.settings.precision,
     }
 
@@ -54,16 +56,20 @@ def model_shards(trainee: Trainee) -> dict[str, Any]:
 
 
 def sharded_state(
-    trainee: Trainee, *, loading: bool, sharding: str | None = None, with_rng: bool = True
+    trainee: Trainee, *, loading: bool, sharding: str | None = None, with_rng: bool = True, with_fp8: bool = False
 ) -> dict[str, Any]:
     """The whole state as Megatron-Core's dist_checkpointing saves and loads it, the optimizer in layout `sharding`."""
     if loading:
         initialise_optimizer(trainee)
+    else:
+        need_optimizer_state(trainee)
     state = model_shards(trainee)
     sharding = sharding or optimizer_sharding()
     state["optimizer"] = sharded_optimizer_state(trainee.optimizer, state, sharding, loading=loading)
     if with_rng:
-        state["rng_state"] = _sharded_random_state()
+        state["rng_state"] = _sharded("rng_state", [random_state()])
+    if with_fp8:
+        state["fp8_state"] = _sharded("fp8_state", fp8_state(trainee.model))
     if not loading:
         state["opt_param_scheduler"] = trainee.scheduler.state_dict()
     return state
@@ -88,14 +94,29 @@ def initialise_optimizer(trainee: Trainee) -> None:
             group["lr"], group["weight_decay"] = lr, weight_decay
 
 
-def _sharded_random_state() -> ShardedObject:
-    """Each pipeline and tensor rank's random state; data-parallel replicas draw alike, so the first one's is kept."""
+def need_optimizer_state(trainee: Trainee) -> None:
+    """Gives the optimizer the state of no step, where every step of the run so far was skipped: saving asks for one."""
+    parts = optimizer_parts(trainee.optimizer)
+    if any(part.optimizer.state for part in parts):
+        return
+    initialise_optimizer(trainee)
+    for part in parts:
+        for state in part.optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
+        for group in part.optimizer.param_groups:
+            if "step" in group:
+                group["step"] = 0 * group["step"]
+
+
+def _sharded(key: str, value: Any) -> ShardedObject:
+    """A pipeline and tensor rank's own `value`; that of data-parallel replicas is alike, so the first one's is kept."""
     pp, tp = (
         (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()),
         (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()),
     )
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return ShardedObject("rng_state", [random_state()], (pp[1], tp[1]), (pp[0], tp[0]), replica_id=replica)
+    return ShardedObject(key, value, (pp[1], tp[1]), (pp[0], tp[0]), replica_id=replica)
 
 
 def same_layout(plan: Plan, run: dict[str, Any]) -> bool:
@@ -111,6 +132,8 @@ def finish_loading(trainee: Trainee, state: dict[str, Any], plan: Plan) -> None:
         logger.info("random state not restored: the checkpoint was written at other parallel sizes")
     else:
         restore_random_state(rng[0] if isinstance(rng, list) else rng)
+    if has_fp8_state(plan.settings):
+        restore_fp8_state(trainee.model, state.get("fp8_state"))
 
 
 def load_chunks(trainee: Trainee, state: dict[str, Any]) -> None:

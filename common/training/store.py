@@ -20,6 +20,7 @@ from common.checkpoint.layout import iteration_dir, write_tracker
 from common.log import logger
 from common.mcore import save_options
 from common.training.distributed import errors_of_ranks
+from common.training.fp8_state import has_fp8_state
 from common.training.optimizer import Trainee, gather_weights
 from common.training.plan import Plan
 from common.training.retention import Retention
@@ -90,7 +91,8 @@ class Store:
     def _state(self, trainee: Trainee, progress: Progress) -> dict[str, Any]:
         """The sharded state dict."""
         whole = self.plan.settings.save_optimizer
-        state = sharded_state(trainee, loading=False) if whole else model_shards(trainee)
+        with_fp8 = has_fp8_state(self.plan.settings)
+        state = sharded_state(trainee, loading=False, with_fp8=with_fp8) if whole else model_shards(trainee)
         run = describe_run(self.plan, progress)
         return state | {"iteration": progress.iteration, "checkpoint_version": 3.0, "run": run} | save_options()
 
@@ -151,7 +153,7 @@ class Store:
         if texts:
             self.overdue = True
             if self.folder:
-                logger.warning("NOT SAVED: %s; training goes on, and saves as soon as it can", texts[0])
+                logger.warning("NOT SAVED to %s: %s; it is tried again until it can be", self.path, texts[0])
                 shutil.rmtree(partial, ignore_errors=True)
         return not texts
 

@@ -12,10 +12,11 @@ from common.checkpoint.pipeline import Layout
 from common.data.indexed import sync_folder
 from common.model.build import unwrap
 from common.training.distributed import random_state
+from common.training.fp8_state import fp8_state, has_fp8_state
 from common.training.optimizer import Trainee
-from common.training.plan import Plan
+from common.training.plan import Plan, Progress
 from common.training.run_folder import sync_file
-from common.training.state import Progress, chunk_names, describe_run
+from common.training.state import chunk_names, describe_run, need_optimizer_state
 
 
 def rank_folder(checkpoint: Path) -> Path:
@@ -53,11 +54,14 @@ def save_torch(plan: Plan, trainee: Trainee, progress: Progress, folder: Path, w
         weights = unwrap(chunk).state_dict()
         state[name] = {key: value for key, value in weights.items() if not key.endswith("_extra_state")}
     if not weights_only:
+        need_optimizer_state(trainee)
         state |= {
             "optimizer": trainee.optimizer.state_dict(),
             "opt_param_scheduler": trainee.scheduler.state_dict(),
             "rng_state": [random_state()],
         }
+        if has_fp8_state(plan.settings):
+            state["fp8_state"] = fp8_state(trainee.model)
         trainee.optimizer.save_parameter_state(str(target / OPTIMIZER_FILE))  # gathers: every replica takes part
     if first:
         with (target / MODEL_FILE).open("wb") as stream:

@@ -4,20 +4,17 @@
 
 A job's processes are `python -m MODULE WORDS` with the variables that torchrun gives its ranks; without ranks it is one
 process with none of them. What the launch and torchrun do themselves is held where a user's command is run: in
-test_training.py, test_metax.py, test_blends.py, tests/nodes and tests/end_to_end.
+test_stops.py, test_saves.py, test_metax.py, test_blends.py, tests/nodes and tests/end_to_end.
 """
 
 import gc
 import json
-import multiprocessing
 import os
 import runpy
 import signal
 import sys
 import time
 from typing import Any
-
-import torch.multiprocessing
 
 from common import log, mcore
 from common.platforms.cpu import CPU
@@ -67,8 +64,6 @@ def main() -> None:
     mcore.prepare = lambda platform: None  # it is done, and is not to be done twice
     import common.training.loop  # noqa: F401  what every rank imports
 
-    # Where torch_dist is written, Megatron-Core spawns a process in each rank: two seconds for the sake of a queue.
-    torch.multiprocessing.get_context = lambda method=None: multiprocessing.get_context("fork")
     gc.freeze()  # else a rank's first collection copies the memory that it shares with the others
 
     for line in sys.stdin:

@@ -1,11 +1,7 @@
 """Training in real gloo processes: every layout the same, a stopped run the same as an unbroken one."""
 
 import json
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,6 @@ from common.data.samples import open_samples
 from common.mcore import optimizer_sharding
 from tests.distributed.launch import (
     convert,
-    environment,
     export,
     forked,
     free_port,
@@ -29,32 +24,12 @@ from tests.distributed.launch import (
     train_forked,
     words,
 )
-from tests.tiny import TEXTS, tiny_qwen
+from tests.tiny import tiny_qwen
 
 COMMON = {
     "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 8, "precision": "fp32", "log_interval": 1,
-    "lr": 1e-3, "min_lr": 1e-4, "split": "100,0,0", "num_workers": 0,
+    "lr": 1e-3, "min_lr": 1e-4, "split": "100,0,0",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, its checkpoint in torch_dist, data of both kinds."""
-    folder = tmp_path_factory.mktemp("training")
-    qwen = tiny_qwen(folder / "qwen", std=0.05, spread=0.05)
-    texts = [{"text": f"{i} " + TEXTS[i % 4] * (1 + i % 3)} for i in range(200)]
-    chats = [
-        {"instruction": "Be brief." * (i % 2), "input": f"What is {i}+1?", "output": f"{i + 1}" * (1 + i % 3)}
-        for i in range(200)
-    ]
-    for kind, rows in (("pretrain", texts), ("sft", chats)):
-        path = folder / f"{kind}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        run("-m", "common.preprocess", kind, *words(
-            {"input": path, "output_prefix": folder / kind, "tokenizer_path": qwen, "workers": 1}
-        ))  # fmt: skip
-    convert(qwen, folder / "start", ckpt_format="torch_dist")
-    return folder
 
 
 def settings(work: Path, mode: str, **more: Any) -> dict[str, Any]:
@@ -210,7 +185,7 @@ def test_a_distributed_checkpoint_goes_on_at_another_layout(
     flags = settings(work, "finetune", save_checkpoint_path=work / "moved", train_iters=20)
     train_forked(**flags, tp=2, gpus=2, exit_interval=10)
     layout = {"pp": 2, "gpus": 2}
-    if optimizer_sharding() == "dp_zero_gather_scatter":  # Megatron-Core before 0.13
+    if optimizer_sharding() == "dp_zero_gather_scatter":  # Megatron-Core 0.11
         log = train_forked(expect=2, **flags, **layout, exit_interval=15)
         assert "loads at its own TP, PP and VPP alone" in log
         layout = {"tp": 2, "gpus": 4}
@@ -276,26 +251,6 @@ def test_more_epochs_on_resume_change_nothing_that_was(work: Path) -> None:
     assert first + rest == whole
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended_goes_on_by_the_same_command(work: Path, how: signal.Signals) -> None:
-    folder, told = work / f"ended_{how.name}", work / f"ended_{how.name}.log"
-    flags = settings(work, "pretrain", save_checkpoint_path=folder, train_iters=4000, save_interval=5, gpus=2)
-    command = [sys.executable, "-m", "common.train", *words({**flags, "master_port": free_port()})]
-    with told.open("w") as log:
-        marked = {**environment(), MARK: str(folder)}
-        process = subprocess.Popen(command, env=marked, stderr=log, start_new_session=True)
-    wait_for(lambda: "iter_0000005" in told.read_text())
-    process.send_signal(how)  # to the launcher alone: its processes must not outlive it
-    process.wait(timeout=120)
-    if how is signal.SIGTERM:
-        assert "asked to stop" in told.read_text()
-    wait_for(lambda: not alive(folder))
-    done = int((folder / "latest_checkpointed_iteration.txt").read_text())
-    assert done >= 5
-    again = steps(train_forked(**{**flags, "exit_interval": 1}))
-    assert [i for i, _, _ in again] == [done + 1]
-
-
 def test_a_rank_that_runs_out_of_memory_says_so_and_ends_while_the_others_wait_for_it(work: Path) -> None:
     flags = settings(work, "pretrain", save_checkpoint_path=work / "too_much", train_iters=4, gpus=2, recompute="full")
     log = forked(2, "tests.distributed.failing_worker", words({**flags, "master_port": free_port()}), expect=2)
@@ -305,25 +260,3 @@ def test_a_rank_that_runs_out_of_memory_says_so_and_ends_while_the_others_wait_f
     assert told.endswith(
         "): what takes less: a MICRO_BATCH_SIZE below 2, a SEQ_LENGTH below 32, more GPUs, with TP over 1 or PP over 1"
     )
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.2)
-
-
-MARK = "KIT_TEST_RUN"  # in the environment of whatever a run starts
-
-
-def alive(folder: Path) -> bool:
-    """Whether a process of the run marked with `folder` is there still."""
-    return any(f"{MARK}={folder}\0".encode() in environment_of(path) for path in Path("/proc").glob("[0-9]*"))
-
-
-def environment_of(process: Path) -> bytes:
-    try:
-        return (process / "environ").read_bytes()
-    except OSError:  # ended, or another user's
-        return b""

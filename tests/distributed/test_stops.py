@@ -1,0 +1,132 @@
+"""A run that is asked to stop has saved when it ends, and one that is ended by force leaves nothing behind.
+
+Everything by the script's own defaults: data workers, overlap, torchrun, and a checkpoint of the same run before.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.distributed.launch import steps
+from tests.distributed.user import ENDLESS, Run, step3, wait_for
+
+STOPPED = 75
+
+
+def settings(work: Path, name: str, **more: Any) -> dict[str, Any]:
+    paths = {"DATASET_PATH": work / "pretrain", "LOAD_CHECKPOINT_PATH": work / "start"}
+    sizes = {"SAVE_CHECKPOINT_PATH": work / name, "TRAIN_ITERS": ENDLESS, "SAVE_INTERVAL": 5, "GPUS": 2}
+    return {**paths, **sizes, **more}
+
+
+def log_of(work: Path, name: str) -> Path:
+    return work / f"{name}.log"
+
+
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [
+        (signal.SIGTERM, "launcher"), (signal.SIGINT, "launcher"), (signal.SIGHUP, "launcher"),
+        (signal.SIGUSR1, "launcher"), (signal.SIGTERM, "rank"), (signal.SIGTERM, "everything"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)  # fmt: skip
+def test_a_signal_saves_and_stops_the_run(work: Path, number: signal.Signals, to: str) -> None:
+    name = f"stop_{number.name}_{to}"
+    run = Run(settings(work, name), log_of(work, name))
+    run.wait_for("saved " + str(work / name / "iter_0000005"))
+    targets = {"launcher": lambda: [run.process.pid], "rank": lambda: [run.ranks()[1].pid], "everything": run.processes}
+    for pid in targets[to]():  # a scheduler may signal data workers and all
+        os.kill(pid, number)
+    log = run.end(STOPPED, 60)
+    stopped = run.tracker()
+    assert stopped > 5 and f"asked to stop: saving iteration {stopped}" in log
+    assert f"stopped and saved at iteration {stopped} of {ENDLESS}; the same command goes on from there" in log
+    assert "Traceback" not in log
+    again = step3(settings(work, name, TRAIN_ITERS=stopped + 1), work / f"{name}_again.log")
+    assert [iteration for iteration, _, _ in steps(again)] == [stopped + 1]
+
+
+def test_a_second_interrupt_ends_the_run_at_once(work: Path) -> None:
+    # So large a step that the first is not acted on within the test.
+    run = Run(settings(work, "second", GLOBAL_BATCH_SIZE=400_000), log_of(work, "second"))
+    run.wait_for("optimizer: ")
+    wait_for(lambda: len(run.ranks()) == 2)
+    run.process.send_signal(signal.SIGINT)
+    run.wait_for("a second Ctrl-C or SIGTERM ends it")
+    time.sleep(1)
+    assert run.process.poll() is None
+    run.process.send_signal(signal.SIGINT)
+    log = run.end(128 + signal.SIGINT, 20)
+    assert "SIGINT again: ended at once" in log and not (work / "second" / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_an_evaluation_does_not_keep_a_stop_waiting(work: Path) -> None:
+    more = {"SPLIT": "50,50,0", "EVAL_INTERVAL": 6, "EVAL_ITERS": ENDLESS, "SEQ_LENGTH": 8}  # ten seconds of it
+    run = Run(settings(work, "evaluating", **more), log_of(work, "evaluating"))
+    run.wait_for("iteration 6/")
+    run.process.send_signal(signal.SIGTERM)
+    log = run.end(STOPPED, 60)
+    assert "validation at iteration 6 broken off: asked to stop" in log and run.tracker() == 6
+
+
+def test_exit_duration_min_counts_the_save(work: Path) -> None:
+    began = time.time()
+    log = step3(settings(work, "in_time", EXIT_DURATION_MIN=0.5), log_of(work, "in_time"), STOPPED)
+    assert time.time() - began < 30 + 5  # the launcher's own end
+    assert "asked to stop: saving iteration" in log
+
+
+def test_hang_up_is_not_heard_under_nohup(work: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
+    try:
+        run = Run(settings(work, "nohup", TRAIN_ITERS=30), log_of(work, "nohup"))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    run.wait_for("iteration 6/")
+    run.process.send_signal(signal.SIGHUP)
+    assert "iteration 30/30" in run.end(0)
+
+
+@pytest.mark.parametrize("what", ["launcher", "rank"])
+def test_a_killed_process_takes_all_others_with_it_at_once(work: Path, what: str) -> None:
+    name = f"killed_{what}"
+    run = Run(settings(work, name), log_of(work, name))
+    run.wait_for("saved " + str(work / name / "iter_0000005"))
+    ranks, began = run.ranks(), time.monotonic()
+    assert all(len(rank.children()) >= 4 for rank in ranks)  # two data workers each for training and validation
+    if what == "launcher":
+        run.kill()
+    else:
+        os.kill(ranks[1].pid, signal.SIGKILL)
+        log = run.end(1, 20)
+        assert "rank 1 was ended first, by SIGKILL: is the host's memory used up (dmesg)?" in log
+    assert time.monotonic() - began < 10
+    done = run.tracker()
+    again = step3(settings(work, name, TRAIN_ITERS=done + 1), work / f"{name}_again.log")
+    assert [iteration for iteration, _, _ in steps(again)] == [done + 1]
+
+
+def test_a_run_that_is_killed_is_brought_back_by_max_restarts(work: Path) -> None:
+    run = Run(settings(work, "restarted", MAX_RESTARTS=1, TRAIN_ITERS=30), log_of(work, "restarted"))
+    run.wait_for("iteration 7/")
+    os.kill(run.ranks()[0].pid, signal.SIGKILL)
+    found = [iteration for iteration, _, _ in steps(run.end(0))]
+    back = next(i for i in range(1, len(found)) if found[i] <= found[i - 1])
+    assert found[back] % 5 == 1 and found[-1] == 30
+
+
+def test_data_workers_and_writers_end_with_their_rank(work: Path) -> None:
+    run = Run(settings(work, "orphans"), log_of(work, "orphans"))
+    run.wait_for("iteration 3/")
+    (rank, _) = run.ranks()
+    children = rank.children(recursive=True)
+    rank.kill()
+    _, alive = psutil.wait_procs(children, timeout=2)
+    assert children and not alive
+    run.end(1, 30)

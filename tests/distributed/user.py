@@ -1,0 +1,88 @@
+"""What a user does: step 3 by its script, with the script's own defaults: torchrun, data workers, overlap, saves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.distributed.launch import ROOT
+
+MARK = "KIT_TEST_RUN"  # in the environment of whatever a run starts
+# Sizes, not ways: a tiny model's steps, logged one by one.
+TINY = {
+    "SEQ_LENGTH": 32, "GLOBAL_BATCH_SIZE": 8, "LOG_INTERVAL": 1, "LR": 1e-3, "MIN_LR": 1e-4, "OMP_NUM_THREADS": 1,
+}  # fmt: skip
+ENDLESS = 100_000  # steps: the run ends by what a test does to it
+
+RUNS: list["Run"] = []  # for conftest.py, which ends those that a failed test has left
+
+
+class Run:
+    """A running step 3; `log` takes its stdout and stderr."""
+
+    def __init__(self, settings: Mapping[str, Any], log: Path, flags: tuple[str, ...] = ()) -> None:
+        self.folder, self.log = Path(settings["SAVE_CHECKPOINT_PATH"]), log
+        given = {name: str(value) for name, value in {**TINY, **settings}.items()}
+        environment = {**os.environ, "PYTHON": sys.executable, MARK: str(log), **given}
+        command = ["bash", str(ROOT / "cpu" / "3_run_mcore_qwen.sh"), *(("--", *flags) if flags else ())]
+        with log.open("w") as out:
+            self.process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        RUNS.append(self)
+
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def wait_for(self, words: str, seconds: float = 120) -> None:
+        wait_for(lambda: words in self.text() or self.process.poll() is not None, seconds)
+        assert words in self.text(), f"no {words!r} in:\n{self.text()[-6000:]}"
+
+    def end(self, code: int, seconds: float = 240) -> str:
+        """The log, when the command has ended with `code` and nothing that it started is left."""
+        found = self.process.wait(seconds)
+        assert found == code, f"exit code {found}:\n{self.text()[-6000:]}"
+        wait_for(lambda: not self.processes(), 20)
+        return self.text()
+
+    def ranks(self) -> list[psutil.Process]:
+        """The run's ranks, in their order."""
+        children = psutil.Process(self.process.pid).children()
+        return sorted(children, key=lambda each: int(each.environ()["RANK"]))
+
+    def processes(self) -> list[int]:
+        """Every process that the run has started and that still lives."""
+        return [int(path.name) for path in Path("/proc").glob("[0-9]*") if self._is_ours(path)]
+
+    def _is_ours(self, process: Path) -> bool:
+        try:
+            if f"{MARK}={self.log}\0".encode() not in (process / "environ").read_bytes():
+                return False
+            return (process / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except OSError:  # ended meanwhile
+            return False
+
+    def kill(self) -> None:
+        """Ends the launcher as a power cut would; the rest must end by itself."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        wait_for(lambda: not self.processes(), 20)
+
+    def tracker(self) -> int:
+        return int((self.folder / "latest_checkpointed_iteration.txt").read_text())
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def step3(settings: Mapping[str, Any], log: Path, code: int = 0, **more: Any) -> str:
+    """The log of step 3, which must end with exit code `code`."""
+    return Run({**settings, **more}, log).end(code)
