@@ -11,11 +11,8 @@ Layout (caffe2/serialize/inline_container.h): `archive/data.pkl`, in which stora
 import collections
 import io
 import itertools
-import mmap
-import os
 import pickle
 import struct
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,14 +21,14 @@ from typing import IO, Any, Protocol
 import torch
 from torch import Tensor
 
+from common.checkpoint.archive_reader import ArchiveReader
 from common.checkpoint.disk import DiskFile, ahead
 from common.checkpoint.lazy import LazyTensor
-from common.checkpoint.unpickle import RestrictedUnpickler
-from common.errors import KitError
+from common.checkpoint.pickled_tensors import PickledStorage
+from common.checkpoint.zip_records import Record, read_data_start
 
 ALIGNMENT = 64
 _MAX32 = 0xFFFFFFFF
-_STORAGE_DTYPES = torch.storage._storage_type_to_dtype_map()
 
 
 class SupportsWrite(Protocol):
@@ -204,84 +201,19 @@ class MappedFile(DiskFile):
         Raises KitError when it is cut short or damaged, or asks for a global that is not known to be harmless.
         """
         length = self.size - offset if length is None else length
-        try:
-            with zipfile.ZipFile(_Window(self.map, offset, length)) as archive:
-                records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-                pickled = archive.read(records["data.pkl"])
-                order = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
-        except Exception as error:  # zipfile has many kinds for what is no zip
-            raise KitError(f"{self.path} is no whole file of torch.save ({error}): copy it again") from error
-        if order != b"little":
-            raise KitError(f"{self.path} was written big-endian: convert it on the machine that wrote it")
-        unpickler = _ArchiveUnpickler(self, offset, records, pickled)
-        try:
-            return unpickler.load()
-        except KitError:
-            raise
-        except Exception as error:  # pickle lets out whatever its objects raise
-            raise KitError(f"{self.path} is damaged ({error}): copy it again from where it came") from error
+        end = offset + length
 
-    def record(self, offset: int, info: zipfile.ZipInfo) -> Tensor:
-        """The bytes of a record, [n] uint8; copied only where they lie at an odd place."""
-        start = offset + info.header_offset
-        names = struct.unpack_from("<2H", self.map, start + 26)
-        start += 30 + sum(names)
-        if info.compress_type != zipfile.ZIP_STORED or start + info.file_size > self.size:
-            raise KitError(f"{self.path}: record {info.filename} is compressed or cut short: copy the file again")
-        data = self.bytes[start : start + info.file_size]
-        return data if not start % 16 else data.clone()
+        def read(start: int, size: int) -> bytes:
+            return self.map[offset + start : min(offset + start + size, end)]
 
+        def make(storage: PickledStorage, record: Record) -> Any:
+            start = offset + read_data_start(read, record)
+            if start + record.size > end:
+                raise ValueError(f"record {record.name!r} is cut short")
+            data = self.bytes[start : start + record.size]
+            return _typed_storage(data if not start % 16 else data.clone(), storage.dtype)
 
-class _Window(io.RawIOBase):
-    """A part of a mapped file as a file of its own."""
-
-    def __init__(self, data: mmap.mmap, offset: int, length: int) -> None:
-        super().__init__()
-        self.data, self.offset, self.length, self.position = data, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
-        if base + offset < 0:
-            raise ValueError("seek before the beginning")
-        self.position = base + offset
-        return self.position
-
-    def read(self, size: int | None = -1) -> bytes:
-        left = max(self.length - self.position, 0)
-        size = left if size is None or size < 0 else min(size, left)
-        start = self.offset + self.position
-        self.position += size
-        return self.data[start : start + size]
-
-
-class _ArchiveUnpickler(RestrictedUnpickler):
-    """Gives each storage the bytes of its record."""
-
-    def __init__(self, file: MappedFile, offset: int, records: dict[str, zipfile.ZipInfo], pickled: bytes) -> None:
-        super().__init__(io.BytesIO(pickled), file.path)
-        self.file, self.offset, self.records = file, offset, records
-        self.storages: dict[str, Any] = {}
-
-    def persistent_load(self, pid: Sequence[Any]) -> Any:
-        kind, storage_type, key, _, count = pid
-        if kind != "storage" or f"data/{key}" not in self.records:
-            raise pickle.UnpicklingError(f"record data/{key} is missing")
-        if key not in self.storages:
-            dtype = _STORAGE_DTYPES.get(storage_type.__name__, torch.uint8)  # not there: UntypedStorage
-            data = self.file.record(self.offset, self.records[f"data/{key}"])
-            if data.numel() < count * dtype.itemsize:
-                raise pickle.UnpicklingError(f"record data/{key} is too short")
-            self.storages[key] = _typed_storage(data, dtype)
-        return self.storages[key]
+        return ArchiveReader(read, length, self.path).load(foreign=True, make=make)
 
 
 def _typed_storage(data: Tensor, dtype: torch.dtype) -> Any:

@@ -14,7 +14,10 @@ from common.parallel import ParallelSizes
 
 def description_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What this kit's training notes in each checkpoint under `run`; empty in a checkpoint of others."""
-    return dict(common_state(checkpoint).get("run") or {})
+    run = common_state(checkpoint).get("run") or {}
+    if not isinstance(run, dict):
+        raise KitError(f"{checkpoint.path}: what it says of the run that wrote it is no dict: copy it again")
+    return run
 
 
 def common_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -22,7 +25,10 @@ def common_state(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.format == "torch":
         return _first_rank_file(checkpoint)
     path = checkpoint.path / "common.pt"
-    return MappedFile(path).read() if path.is_file() else {}
+    state = MappedFile(path).read() if path.is_file() else {}
+    if not isinstance(state, dict):
+        raise KitError(f"{path} holds no dict: it is no file of a Megatron checkpoint")
+    return state
 
 
 def _first_rank_file(checkpoint: Checkpoint) -> dict[str, Any]:

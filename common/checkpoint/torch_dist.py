@@ -6,7 +6,7 @@ tensor `decoder.layers.mlp.linear_fc2.weight` is [layers, h, f]; some writers nu
 Source: megatron/core/dist_checkpointing/strategies/torch.py and torch/distributed/checkpoint/filesystem.py.
 """
 
-import io
+import gc
 import json
 import pickle
 from collections.abc import Callable, Iterable
@@ -57,7 +57,7 @@ class DistReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.tensors = self._stored_tensors(_load_metadata(path / ".metadata"))
+            self.tensors = self._stored_tensors(load_metadata(path / ".metadata", foreign=True))
         except KitError:
             raise
         except Exception as error:  # pickle lets out whatever its objects raise
@@ -122,9 +122,23 @@ def _tuple(size: Any) -> tuple[int, ...]:
     return tuple(size) if size is not None else ()
 
 
-def _load_metadata(path: Path) -> dcp.Metadata:
-    metadata = RestrictedUnpickler(io.BytesIO(path.read_bytes()), path).load()
-    if not isinstance(metadata, dcp.Metadata) or metadata.storage_data is None:
+def load_metadata(path: Path, *, foreign: bool = False) -> dcp.Metadata:
+    """What the file `.metadata` holds; raises KitError where it is damaged or could run code.
+
+    `foreign`: names of others' classes are let pass, as for RestrictedUnpickler.
+    """
+    collects = gc.isenabled()
+    gc.disable()  # which would look again and again through millions of objects, none of which is free: a quarter more
+    try:
+        metadata = RestrictedUnpickler(path.read_bytes(), path, foreign=foreign).load()
+    except KitError:
+        raise
+    except Exception as error:  # pickle lets out whatever its objects raise
+        raise KitError(f"{path} cannot be read ({error!r}): copy the checkpoint again") from error
+    finally:
+        if collects:
+            gc.enable()
+    if not isinstance(metadata, dcp.Metadata) or getattr(metadata, "storage_data", None) is None:
         raise KitError(f"{path} holds no metadata of torch.distributed.checkpoint: the checkpoint is not whole")
     return metadata
 

@@ -1,5 +1,6 @@
 """Megatron-LM's torch format: one `model_optim_rng.pt` for each tensor and pipeline rank."""
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,9 +27,16 @@ def save_rank_files(states: Mapping[Path, dict[str, Any]], done: Callable[[int],
 def load_rank_file(path: Path) -> dict[str, Any]:
     """What `torch.save` wrote, read without running code of the file; its tensors lie in the mapped file.
 
-    Raises KitError when the file is missing, cut short, or names a global that could run code.
+    Raises KitError when the file is missing, cut short, is none of a rank, or names a global that could run code.
     """
     state = MappedFile(path).read()
-    if not isinstance(state, dict):
-        raise KitError(f"{path} holds no dict: it is no file of a Megatron checkpoint")
+    if not _has_names(state):
+        raise KitError(f"{path} holds no dict of names: it is no file of a Megatron checkpoint")
+    for key, value in state.items():
+        if re.fullmatch(r"model\d*", key) and not _has_names(value):
+            raise KitError(f"{path}: its {key} is no dict of names: it is no file of a Megatron checkpoint")
     return state
+
+
+def _has_names(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)

@@ -51,6 +51,13 @@ def arguments(qwen: QwenConfig, **more: Any) -> Namespace:
     )  # fmt: skip
 
 
+def fp8_state() -> io.BytesIO:
+    """As Transformer Engine before 1.0 keeps it."""
+    stream = io.BytesIO()
+    torch.save({"scale_fwd": torch.ones(3), "extra_fp8_variables": {"num_gemms": 1}}, stream)
+    return stream
+
+
 def padded(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, torch.randn(rows - len(tensor), tensor.shape[1])])
 
@@ -71,7 +78,7 @@ def write_rank_files(kind: str, weights: dict[str, Tensor], qwen: QwenConfig, fo
             for i in range(2)
             for part in ("linear_qkv", "core")
         ]
-        state["model"] |= dict.fromkeys(names, None if kind == "pai" else io.BytesIO(b"fp8"))
+        state["model"] |= dict.fromkeys(names, None if kind == "pai" else fp8_state())
         if kind == "pai":
             state["args"] = arguments(qwen, hf_ckpt_path="/mnt/qwen", target_tensor_model_parallel_size=2)
         else:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.checkpoint.harmless import check_harmless
 from common.checkpoint.inspection import inspect_folder
 from common.checkpoint.layout import find_checkpoint
 from common.checkpoint.megatron_folder import open_megatron
@@ -54,6 +55,17 @@ def test_others_checkpoints_give_their_weights(foreign: Path, kind: str) -> None
     assert set(found) == set(expected) and all(same_bits(found[name], expected[name]) for name in found)
     report = verify(foreign / "hf", checkpoint, qwen)
     assert (report.errors, report.num_tensors) == ([], len(expected))
+
+
+def test_what_torch_would_make_of_their_own_classes_is_told_before(foreign: Path) -> None:
+    for kind in KINDS:
+        checkpoint = find_checkpoint(foreign / kind)
+        assert checkpoint
+        if checkpoint.format == "torch":  # the kit alone reads it
+            check_harmless(checkpoint)
+            continue
+        with pytest.raises(KitError, match=r"common\.pt asks for torch\.nn\.functional\.silu, .* convert it by step 2"):
+            check_harmless(checkpoint)
 
 
 def test_what_they_are_is_told(foreign: Path) -> None:

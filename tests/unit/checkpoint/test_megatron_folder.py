@@ -245,7 +245,7 @@ def test_another_models_config_is_told(tmp_path: Path) -> None:
     [
         ({"args": 1}, "a rank's file holds no 'model'"),
         ({"model": {}, "model0": {}}, "a rank's file holds no 'model'"),
-        ({"model": 1}, "the file of pipeline rank 0 has no 'model'"),
+        ({"model": 1}, "its model is no dict of names"),
         ([1], "holds no dict"),
     ],
 )

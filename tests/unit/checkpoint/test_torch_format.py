@@ -37,6 +37,11 @@ def test_a_file_of_something_else_is_told(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
     with pytest.raises(KitError, match=r"model_optim_rng\.pt cannot be read \(No such file"):
         load_rank_file(path)
-    torch.save([1], path)
-    with pytest.raises(KitError, match=r"model_optim_rng\.pt holds no dict: it is no file of a Megatron checkpoint"):
-        load_rank_file(path)
+    for content in ([1], {1: 2}):
+        torch.save(content, path)
+        with pytest.raises(KitError, match=r"model_optim_rng\.pt holds no dict of names: it is no file of a Megatron"):
+            load_rank_file(path)
+    for weights in (1, {1: torch.ones(2)}):
+        torch.save({"model0": weights}, path)
+        with pytest.raises(KitError, match=r"model_optim_rng\.pt: its model0 is no dict of names: it is no file"):
+            load_rank_file(path)
