@@ -12,7 +12,7 @@ from common.errors import KitError
 from common.log import logger
 from common.platforms import check_machine, current
 from common.settings import add_options, check_environment, from_namespace
-from common.training import signals
+from common.training import determinism, signals
 from common.training.config import TrainSettings
 from common.training.lifetime import end_with_parent
 
@@ -44,6 +44,8 @@ def train(settings: TrainSettings) -> None:
     platform = current()
     log.quiet_libraries()
     mcore.prepare(platform)
+    if settings.deterministic:
+        determinism.apply()
     logger.setLevel(logging.WARNING)  # the process that started this one has told what the plan is
     from common.training.plan import plan_run
 

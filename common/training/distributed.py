@@ -95,7 +95,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])
 
 
-def errors_of_ranks(error: Exception | None) -> list[str]:
+def errors_of_ranks(error: BaseException | None) -> list[str]:
     """What went wrong on the ranks where something did, in their order; a collective call."""
     flag = torch.tensor([error is not None], dtype=torch.int32, device=torch.cuda.current_device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -111,4 +111,7 @@ def first_line(error: BaseException) -> str:
     failures = getattr(error, "failures", None)  # of torch's CheckpointException
     if failures:
         error = next(iter(failures.values()))[0]
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    if isinstance(error.__context__, OSError):  # torch.save's writer complains of its position after it
+        error = error.__context__
+    text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return f"a file was not taken whole ({text})" if "inline_container.cc" in text else text

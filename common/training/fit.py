@@ -7,6 +7,7 @@ from common.errors import KitError
 from common.mcore import check_pipeline_layers, joins_norms
 from common.model.config import QwenConfig
 from common.platforms.base import Platform
+from common.training import determinism
 from common.training.config import TrainSettings
 
 
@@ -32,6 +33,7 @@ def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> 
 
 def check_layers(settings: TrainSettings, platform: Platform) -> None:
     """Raises KitError for what the kind of layers that the run uses cannot do."""
+    determinism.check(settings)
     engine = (settings.transformer_impl or platform.transformer_impl) == "transformer_engine"
     apart = kept_apart(settings)
     if settings.cp > 1 and not engine:

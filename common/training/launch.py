@@ -22,6 +22,7 @@ from torch.distributed.run import parse_args, run
 from common.errors import LAST_WORDS, KitError, left_word
 from common.log import logger
 from common.settings import to_flags
+from common.training import determinism
 from common.training.config import TrainSettings
 from common.training.deadline import STARTED
 from common.training.interfaces import address_towards, choose_gloo_interface
@@ -39,6 +40,8 @@ def launch(plan: Plan) -> None:
     Raises KitError when the nodes do not come together.
     """
     settings = plan.settings
+    if settings.deterministic:
+        os.environ.update(determinism.environment())
     # torchrun's own default is 1, said in a warning: right beside a GPU, too few where the processor does the work.
     threads = len(os.sched_getaffinity(0)) // settings.gpus if plan.platform.device == "cpu" else 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))

@@ -56,6 +56,7 @@ def build_trainee(plan: Plan) -> Trainee:
         fp8_recipe=chosen.fp8_recipe,
         core_attention=chosen.core_attention,
         fused_products=chosen.fused_products,
+        deterministic=chosen.deterministic,
         joins_rows=plan.joins_rows,
         weighted=any(data.weighted for data in (plan.train, plan.valid) if data),
     )

@@ -142,10 +142,10 @@ class Store:
 
     def _done(self, action: Callable[[], Any], partial: Path) -> bool:
         """Whether `action` went well on every rank; else the disk's trouble is told, and `partial` removed."""
-        trouble: Exception | None = None
+        trouble: BaseException | None = None
         try:
             action()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # which is no Exception
             if not is_disk_trouble(error):
                 raise
             trouble = error
@@ -170,5 +170,5 @@ def is_disk_trouble(error: BaseException) -> bool:
         return all(is_disk_trouble(each[0]) for each in error.failures.values())
     if isinstance(error, OSError):
         return True
-    # torch.save's own writer tells it thus (caffe2/serialize/inline_container.cc).
-    return isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in str(error)
+    # torch.save's own writer tells it thus, and the OSError behind it is lost on the way from another rank.
+    return isinstance(error, RuntimeError) and "inline_container.cc" in str(error)

@@ -2,8 +2,8 @@
 
 Megatron-Core's strategy forks processes that write, and spawns a manager for their results
 (dist_checkpointing/strategies/filesystem_async.py): each holds what the rank holds of a GPU, and rank 0's failure to
-write `.metadata` or `common.pt` leaves the others waiting. torch's writer works in threads, and what fails on one rank
-is raised on all (_DistWrapper in torch/distributed/checkpoint/utils.py). The files are the same.
+write `.metadata` or `common.pt` leaves the others waiting. torch's writer works in the rank itself, and what fails on
+one rank is raised on all (_DistWrapper in torch/distributed/checkpoint/utils.py). The files are the same.
 """
 
 from pathlib import Path
@@ -22,8 +22,6 @@ from torch.distributed import checkpoint
 
 from common.training.run_folder import sync_file
 
-WRITER_THREADS = 2
-
 
 def save_torch_dist(state: dict[str, Any], folder: Path) -> None:
     """Writes a sharded state dict to the empty `folder`; a collective call.
@@ -36,7 +34,8 @@ def save_torch_dist(state: dict[str, Any], folder: Path) -> None:
     save = getattr(checkpoint, "save", None) or checkpoint.save_state_dict  # torch 2.1
     save(
         state_dict=mcore_to_pyt_state_dict(renamed, False),
-        storage_writer=checkpoint.FileSystemWriter(str(folder), thread_count=WRITER_THREADS),
+        # One thread: what fails in another is lost (FileSystemWriter._write_data in its filesystem.py).
+        storage_writer=checkpoint.FileSystemWriter(str(folder), thread_count=1),
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
     )
     if dist.get_rank() == 0:

@@ -10,15 +10,18 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --exclusive
-#SBATCH --signal=TERM@300
+#SBATCH --signal=USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# TERM five minutes before the time is up: the run saves and stops.
+# USR1 five minutes before the time is up: the run saves and stops, and the job is queued again to go on. USR1 and not
+# TERM, which Slurm sends when the time is up: the second TERM ends a run at once.
 set -euo pipefail
 
-: "${SCRIPT:=nvidia/3_run_mcore_qwen.sh}"  # or metax/, cpu/
-: "${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:=240}" # seconds that a newer torchrun gives for this; an older one gives 30
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+: "${SCRIPT:=nvidia/3_run_mcore_qwen.sh}" # or metax/, cpu/
+: "${REQUEUE:=true}"                      # queue the job again when it has stopped before the run's end
+readonly STOPPED=75                       # the exit code of a run that has saved and stopped before its end
+# srun does not take --cpus-per-task over from the job, from Slurm 22.05 on: each launcher would have one core.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-}
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${hosts[0]}
@@ -32,5 +35,10 @@ fi
 
 cd -- "$SLURM_SUBMIT_DIR"
 # SLURM_NODEID is known on each node alone.
+status=0
 # shellcheck disable=SC2016
-exec srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$1"' bash "$SCRIPT"
+srun --kill-on-bad-exit=0 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$1"' bash "$SCRIPT" || status=$?
+if ((status == STOPPED)) && [[ $REQUEUE == true ]]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

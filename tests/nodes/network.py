@@ -108,7 +108,7 @@ class Node:
     def train(self, mounts: Mapping[Path, Path] | None = None, kit: Path = ROOT, **settings: Any) -> Run:
         """Starts step 3 there, as a user does."""
         named = {name.upper(): value for name, value in settings.items()}
-        return self.start(["bash", str(kit / "cpu" / "3_run_mcore_qwen.sh"), "--", "--num-workers=0"], named, mounts)
+        return self.start(["bash", str(kit / "cpu" / "3_run_mcore_qwen.sh")], named, mounts)
 
 
 @contextmanager

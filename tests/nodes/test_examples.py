@@ -23,6 +23,9 @@ FAKE_SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do SLURM_NODEID=$node "$@"; done
 """
+FAKE_SCONTROL = """#!/usr/bin/env bash
+if [[ $* == "show hostnames n[7-9]" ]]; then printf "n%s\\n" 7 8 9; else echo "scontrol $*"; fi
+"""
 
 
 def program(path: Path, text: str) -> Path:
@@ -32,13 +35,13 @@ def program(path: Path, text: str) -> Path:
     return path
 
 
-def run(*command: str | Path, **settings: Any) -> str:
+def run(*command: str | Path, code: int = 0, **settings: Any) -> str:
     given = {name: str(value) for name, value in settings.items()}
     done = subprocess.run(
         [str(word) for word in command], env={**os.environ, "PYTHON": sys.executable, **given}, cwd="/", text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == code, done.stdout
     return done.stdout
 
 
@@ -52,10 +55,7 @@ def flags(line: str) -> dict[str, str]:
 def test_the_slurm_job_numbers_its_nodes_and_finds_the_first(tmp_path: Path, restarts: int) -> None:
     python = program(tmp_path / "bin" / "python", FAKE_PYTHON)
     program(tmp_path / "bin" / "srun", FAKE_SRUN)
-    program(
-        tmp_path / "bin" / "scontrol",
-        '#!/usr/bin/env bash\n[[ $* == "show hostnames n[7-9]" ]] && printf "n%s\\n" 7 8 9',
-    )
+    program(tmp_path / "bin" / "scontrol", FAKE_SCONTROL)
     settings = {"DATASET_PATH": "/d", "HF_MODEL_PATH": "/m", "SAVE_CHECKPOINT_PATH": "/s", "MAX_RESTARTS": restarts}
     slurm = {"JOB_NUM_NODES": 3, "JOB_NODELIST": "n[7-9]", "JOB_ID": 1234567, "SUBMIT_DIR": ROOT}
     run(
@@ -68,6 +68,22 @@ def test_the_slurm_job_numbers_its_nodes_and_finds_the_first(tmp_path: Path, res
     if restarts:
         expected |= {"--rdzv-endpoint": "n7:24567", "--rdzv-id": "1234567"}
     assert all({**each, **expected} == each and ("--rdzv-endpoint" in each) == bool(restarts) for each in found)
+
+
+@pytest.mark.parametrize(
+    ("status", "requeue", "queued"), [(75, "true", True), (75, "false", False), (1, "true", False)]
+)
+def test_a_slurm_job_that_has_stopped_before_the_end_is_queued_again(
+    tmp_path: Path, status: int, requeue: str, queued: bool
+) -> None:
+    program(tmp_path / "bin" / "srun", f'#!/usr/bin/env bash\necho "cpus $SRUN_CPUS_PER_TASK"\nexit {status}')
+    program(tmp_path / "bin" / "scontrol", FAKE_SCONTROL)
+    slurm = {"JOB_NUM_NODES": 3, "JOB_NODELIST": "n[7-9]", "JOB_ID": 12, "SUBMIT_DIR": ROOT, "CPUS_PER_TASK": 64}
+    log = run(
+        "bash", EXAMPLES / "slurm_train.sh", REQUEUE=requeue, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        code=status, **{f"SLURM_{name}": value for name, value in slurm.items()},
+    )  # fmt: skip
+    assert "cpus 64" in log and ("scontrol requeue 12" in log) == queued
 
 
 def test_a_slurm_array_writes_what_one_process_writes(tmp_path: Path, work: Path) -> None:

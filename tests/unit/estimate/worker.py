@@ -178,7 +178,7 @@ def peak(plan: Plan) -> dict[str, Any]:
     initialise_optimizer(trainee)
     data = [iter([batch_of(plan) for _ in range(plan.num_microbatches)]) for _ in trainee.model]
     with Live() as live:
-        train_step(plan, trainee, data)
+        train_step(plan, trainee, data, 0, False)
     return {"peak": live.most}
 
 
