@@ -302,7 +302,8 @@ def main() -> None:
     settings_type, run = COMMANDS[arguments.command]
     plan = {"plan": True} if getattr(arguments, "plan", False) else {}
     settings = from_namespace(settings_type, arguments)
-    check_environment(settings)
+    if settings_type in (ToMegatron, ToHuggingFace):  # those of a script, which reads the environment
+        check_environment(settings)
     run(settings, arguments.check, **plan)
 
 

@@ -182,7 +182,8 @@ def main() -> None:
     log.setup()
     kind, do = COMMANDS[arguments.command]
     settings = from_namespace(kind, arguments)
-    check_environment(settings)
+    if kind in (PretrainSettings, SftSettings):  # those of scripts, which read the environment
+        check_environment(settings)
     do(settings, arguments.check)
 
 

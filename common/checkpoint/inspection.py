@@ -121,7 +121,7 @@ def _dist(checkpoint: Checkpoint) -> dict[str, str]:
             weights.num_bytes += numel * tensor.dtype.itemsize
             dtypes.append(tensor.dtype)
     numbered = any(num_layers([key]) for key in stored)
-    # Before Megatron-Core 0.13 its moments are no tensors of the checkpoint's but objects.
+    # In Megatron-Core 0.11 its moments are no tensors of the checkpoint's but objects.
     with_optimizer = any("optimizer" in key for key in stored) or "optimizer" in common_state(checkpoint)
     return {
         "layout": f"whole tensors, layers {'numbered' if numbered else 'stacked'}; loads at any TP, PP and VPP",

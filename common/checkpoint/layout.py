@@ -63,8 +63,8 @@ def read_tracker(folder: Path) -> int | Literal["release"] | None:
     text = path.read_text(encoding="utf-8", errors="replace").strip()
     if text == RELEASE:
         return RELEASE
-    if not text.isdecimal():
-        raise KitError(f"{path} holds {text!r}: it must hold a number or the word release; write one of them there")
+    if not text.isdecimal() or len(text) > 18:
+        raise KitError(f"{path} holds {text[:40]!r}: it must hold a number or the word release; write one of them there")
     return int(text)
 
 

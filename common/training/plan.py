@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from common.checkpoint.harmless import check_harmless
 from common.checkpoint.layout import Checkpoint, find_checkpoint
 from common.checkpoint.origin import check_ranks, description_of
 from common.data.blend import BlendedSamples
@@ -120,6 +121,8 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         check_resume(plan)
     if train:
         check_warmup(plan)
+    if start.checkpoint:  # the last, since it takes longest; Megatron-Core has not touched the folder yet
+        check_harmless(start.checkpoint)
     return plan
 
 

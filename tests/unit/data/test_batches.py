@@ -2,10 +2,11 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from common.data.batches import batches
+from common.data.batches import Batches
 from common.data.indexed import IndexedWriter
 from common.data.manifest import DataFiles
 from common.data.samples import Samples, open_samples
@@ -22,7 +23,8 @@ def samples(tmp_path: Path) -> Samples:
 
 
 def taken(samples: Samples, count: int, **more: int) -> list[dict[str, torch.Tensor]]:
-    return list(itertools.islice(batches(samples, **more), count))  # type: ignore[arg-type]
+    (reader,) = Batches(samples, **more).read_from(more["start_sample"])
+    return list(itertools.islice(reader, count))
 
 
 def test_a_batch_is_stacked_samples(samples: Samples) -> None:
@@ -73,3 +75,20 @@ def test_reading_ahead_in_processes_changes_nothing(samples: Samples) -> None:
         return [batch["tokens"].tolist() for batch in found]
 
     assert made(2) == made(0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_readers_begin_anew_by_the_same_processes_and_share_what_is_read(samples: Samples, num_workers: int) -> None:
+    sizes = {"global_batch_size": 2, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1, "num_workers": num_workers}
+    batches = Batches(samples, start_sample=0, **sizes)
+    before = psutil.Process().children()
+    assert len(before) == num_workers
+    (first,) = batches.read_from(0)
+    expected = [next(first)["tokens"].tolist() for _ in range(3)]
+    for start in (0, 2):
+        one, other = batches.read_from(start, num_readers=2)
+        taken = [next(one) for _ in range(3 - start // 2)]
+        assert [batch["tokens"].tolist() for batch in taken] == expected[start // 2 :]
+        taken[0].pop("tokens")  # the other reader has a batch of its own
+        assert [next(other)["tokens"].tolist() for _ in range(2)] == expected[start // 2 :][:2]
+    assert psutil.Process().children() == before
