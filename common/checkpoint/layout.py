@@ -64,7 +64,7 @@ def read_tracker(folder: Path) -> int | Literal["release"] | None:
     if text == RELEASE:
         return RELEASE
     if not text.isdecimal() or len(text) > 18:
-        raise KitError(f"{path} holds {text[:40]!r}: it must hold a number or the word release; write one of them there")
+        raise KitError(f"{path} holds {text[:40]!r}: it must hold a number or the word release; write one there")
     return int(text)
 
 

@@ -26,11 +26,13 @@ RUNS: list["Run"] = []  # for conftest.py, which ends those that a failed test h
 class Run:
     """A running step 3; `log` takes its stdout and stderr."""
 
+    vendor = "cpu"
+
     def __init__(self, settings: Mapping[str, Any], log: Path, flags: tuple[str, ...] = ()) -> None:
         self.folder, self.log = Path(settings["SAVE_CHECKPOINT_PATH"]), log
         given = {name: str(value) for name, value in {**TINY, **settings}.items()}
         environment = {**os.environ, "PYTHON": sys.executable, MARK: str(log), **given}
-        command = ["bash", str(ROOT / "cpu" / "3_run_mcore_qwen.sh"), *(("--", *flags) if flags else ())]
+        command = ["bash", str(ROOT / self.vendor / "3_run_mcore_qwen.sh"), *(("--", *flags) if flags else ())]
         with log.open("w") as out:
             self.process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
         RUNS.append(self)
@@ -51,7 +53,7 @@ class Run:
 
     def ranks(self) -> list[psutil.Process]:
         """The run's ranks, in their order."""
-        children = psutil.Process(self.process.pid).children()
+        children = [each for each in psutil.Process(self.process.pid).children() if "RANK" in each.environ()]
         return sorted(children, key=lambda each: int(each.environ()["RANK"]))
 
     def processes(self) -> list[int]:

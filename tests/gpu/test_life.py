@@ -1,0 +1,111 @@
+"""A run's life on a GPU by nvidia/'s own defaults: stopped, resumed, exported, killed, with nothing of the GPU kept.
+
+Departs from them in DETERMINISTIC=true where bits are compared: the kernels that are taken else may differ run by run.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.launch import convert, export, run, words
+from tests.distributed.user import ENDLESS, Run, wait_for
+from tests.tiny import TEXTS, tiny_qwen
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+GPUS = min(2, torch.cuda.device_count())
+LAYOUTS = (
+    {"one": {"GPUS": 1}} if GPUS < 2 else {"dp2": {"GPUS": 2}, "tp2": {"GPUS": 2, "TP": 2}, "pp2": {"GPUS": 2, "PP": 2}}
+)
+LOSS = re.compile(r"iteration (\d+)/\d+ .*? loss (\S+) .*? grad norm (\S+)")
+
+
+class GpuRun(Run):
+    vendor = "nvidia"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of Qwen2.5-0.5B's width and head size with six layers (80 M parameters), and its data."""
+    folder = tmp_path_factory.mktemp("life")
+    shape = {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 6, "num_attention_heads": 14,
+        "max_position_embeddings": 4096,
+    }  # fmt: skip
+    tiny_qwen(folder / "qwen", std=0.02, **shape)
+    rows = (json.dumps({"text": f"{i} " + TEXTS[i % 4] * (20 + i % 30)}) + "\n" for i in range(2000))
+    (folder / "rows.jsonl").write_text("".join(rows))
+    flags = {"input": folder / "rows.jsonl", "output_prefix": folder / "text", "tokenizer_path": folder / "qwen"}
+    run("-m", "common.preprocess", "pretrain", *words({**flags, "workers": 1}))
+    convert(folder / "qwen", folder / "start", ckpt_format="torch_dist", dtype="bf16")
+    return folder
+
+
+def settings(work: Path, name: str, layout: dict[str, int], **more: Any) -> dict[str, Any]:
+    paths = {"DATASET_PATH": work / "text", "LOAD_CHECKPOINT_PATH": work / "start", "SAVE_CHECKPOINT_PATH": work / name}
+    sizes = {"TP": 1, "PP": 1, "SEQ_LENGTH": 2048, "MICRO_BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 8, "LR": 1e-4}
+    return {**paths, **sizes, **layout, "SAVE_INTERVAL": 5, "EVAL_INTERVAL": 7, "EVAL_ITERS": 2, **more}
+
+
+def losses(log: str) -> dict[str, tuple[str, str]]:
+    return {i: (loss, norm) for i, loss, norm in LOSS.findall(log)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_stopped_run_goes_on_and_exports_the_bits_of_its_step(work: Path, layout: dict[str, int]) -> None:
+    name = "_".join(f"{key}{value}" for key, value in layout.items())
+    same = {"DETERMINISTIC": "true", "TRAIN_ITERS": 400}
+    stopped = GpuRun(settings(work, name, layout, **same), work / f"{name}.log")
+    stopped.wait_for("saved " + str(work / name / "iter_0000005"), 200)
+    stopped.process.send_signal(signal.SIGTERM)
+    first = stopped.end(75, 100)
+    done = stopped.tracker()
+    export(work / name, work / f"{name}_hf")
+    more = {**same, "EXIT_INTERVAL": done + 4}
+    rest = GpuRun(settings(work, name, layout, **more), work / f"{name}_rest.log").end(0, 200)
+    whole = GpuRun(settings(work, f"{name}_whole", layout, **more), work / f"{name}_whole.log").end(0, 200)
+    assert losses(first) | losses(rest) == losses(whole) and len(losses(rest)) == 4
+    more["EXIT_INTERVAL"] = done
+    GpuRun(settings(work, f"{name}_at", layout, **more), work / f"{name}_at.log").end(0, 200)
+    export(work / f"{name}_at", work / f"{name}_at_hf")
+    expected, found = (load_file(work / each / "model.safetensors") for each in (f"{name}_at_hf", f"{name}_hf"))
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+
+
+def devices_of(pid: int) -> list[str]:
+    """NVIDIA's device files that a process has open."""
+    files = [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()]
+    return [file for file in files if "nvidia" in file]
+
+
+def used_mib() -> int:
+    told = subprocess.run(
+        ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True
+    )
+    return max(map(int, told.stdout.split()))
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_killed_rank_gives_the_gpu_back_at_once(work: Path, asynchronous: str) -> None:
+    before, name = used_mib(), f"killed_{asynchronous}"
+    run = GpuRun(settings(work, name, {"GPUS": 1}, TRAIN_ITERS=ENDLESS, ASYNC_SAVE=asynchronous), work / f"{name}.log")
+    run.wait_for("saved " + str(work / name / "iter_0000005"), 200)
+    (rank,) = run.ranks()
+    readers = [child.pid for child in rank.children() if not devices_of(child.pid)]
+    assert len(readers) >= 4, {child.pid: devices_of(child.pid) for child in rank.children()}  # no device is open there
+    assert used_mib() > before + 1000
+    os.kill(rank.pid, signal.SIGKILL)
+    began = time.monotonic()
+    wait_for(lambda: used_mib() <= before + 100, 20)
+    print(f"GPU given back {time.monotonic() - began:.1f} s after SIGKILL")
+    assert time.monotonic() - began < 5
+    run.end(1, 30)
