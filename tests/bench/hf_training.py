@@ -24,17 +24,18 @@ def rows(arguments: argparse.Namespace, vocab_size: int) -> Iterator[tuple[torch
         while True:
             window = torch.randint(0, vocab_size, (arguments.micro_batch_size, arguments.seq_length + 1), device="cuda")
             yield window[:, :-1], window[:, 1:]
-    from common.data.batches import batches
+    from common.data.batches import Batches
     from common.data.manifest import resolve
     from common.data.samples import open_samples
 
     samples = open_samples(
         resolve(arguments.data), train_mode="pretrain", seq_length=arguments.seq_length, seed=arguments.seed
     )
-    for batch in batches(
+    (read,) = Batches(
         samples, start_sample=0, global_batch_size=arguments.global_batch_size, dp_rank=0, dp_size=1,
         micro_batch_size=arguments.micro_batch_size,
-    ):  # fmt: skip
+    ).read_from(0)  # fmt: skip
+    for batch in read:
         yield batch["tokens"].cuda(), batch["labels"].cuda()
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     settings = from_namespace(TrainSettings, parser.parse_args())
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(settings.master_port))
+    os.environ.setdefault("MASTER_PORT", str(settings.meeting_place[1]))
     log.setup()
     log.quiet_libraries()
     platform = current()
@@ -59,13 +59,13 @@ def main() -> None:
     with process_group(platform, plan.sizes, settings.seed, settings.distributed_timeout_min):
         trainee = build_trainee(plan)
         begin(plan, trainee)
-        data = open_batches(plan, plan.train, 0)
+        data = open_batches(plan, plan.train, 0).read_from(0, plan.sizes.vpp)
         for _ in range(WARM_UP):
-            train_step(plan, trainee, data)
+            train_step(plan, trainee, data, 0, False)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(TIMED):
-            train_step(plan, trainee, data)
+            train_step(plan, trainee, data, 0, False)
         torch.cuda.synchronize()
         seconds = (time.perf_counter() - start) / TIMED
         tokens = settings.global_batch_size * settings.seq_length
@@ -74,7 +74,7 @@ def main() -> None:
         print(f"{1e3 * seconds:.1f} ms a step, {tokens / seconds:,.0f} tokens/s, {tflops:.0f} TFLOP/s, {peak:.1f} GiB")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(PROFILED):
-                train_step(plan, trainee, data)
+                train_step(plan, trainee, data, 0, False)
             torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     attention = attention_flops_per_token(plan.qwen, settings.seq_length)
