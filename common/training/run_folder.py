@@ -36,9 +36,9 @@ def free_bytes(path: Path) -> int:
 
 def write_test(folder: Path) -> None:
     """Writes a file into the existing `folder` and removes it; raises OSError."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".write_test_") as stream:
+    # Unbuffered: of a full disk closing would complain again, and leave the file until it is collected.
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".write_test_", buffering=0) as stream:
         stream.write(b"x" * 4096)
-        stream.flush()
         os.fsync(stream.fileno())
 
 
