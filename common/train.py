@@ -59,15 +59,15 @@ def train(settings: TrainSettings) -> None:
 
 def launch(settings: TrainSettings, *, check_only: bool) -> None:
     """What the user's command does: checks, and starts the ranks unless `check_only`."""
+    signals.listen_in_launcher()
     from common.estimate.check import check_memory
     from common.training.devices import check_devices
     from common.training.fit import check_packages
-    from common.training.interfaces import check_gloo_interface  # what imports numpy does so under signals.hold
+    from common.training.interfaces import check_gloo_interface
     from common.training.plan import describe, plan_run
     from common.training.run_folder import check_folder
     from common.training.tracking import check_tracking
 
-    signals.let_go()
     platform = current()
     try:
         check_environment(settings)
@@ -91,10 +91,8 @@ def launch(settings: TrainSettings, *, check_only: bool) -> None:
     if check_only:
         print("ok: the run can start")
         return
-    signals.hold()
     from common.training.launch import launch as start  # imports torchrun
 
-    signals.let_go()
     start(plan)
 
 

@@ -29,7 +29,7 @@ from common.training.interfaces import address_towards, choose_gloo_interface
 from common.training.nodes import facts_of
 from common.training.plan import Plan
 from common.training.rollcall import Roll, called_roll
-from common.training.signals import STOPPED, passed_on_to_ranks
+from common.training.signals import STOPPED
 
 DistNetworkError = getattr(dist, "DistNetworkError", RuntimeError)  # torch 2.1 has no name for it
 
@@ -48,9 +48,8 @@ def launch(plan: Plan) -> None:
     os.environ[STARTED] = str(time.time())
     # A rank ends at once when torchrun ends it (signals.py); one that is held up is killed after so many seconds.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
-    # Before the roll: its store has threads, and none of this process may take a signal to stop but the one that waits.
     facts = facts_of(plan) if settings.nnodes > 1 else {}
-    with last_words(), passed_on_to_ranks(), called_roll(settings, facts) as roll:
+    with last_words(), called_roll(settings, facts) as roll:
         run_ranks(with_port(settings), roll)
         stopped = left_word("stopped", 0)
     if stopped:

@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 
@@ -36,13 +36,11 @@ def handled_signals() -> set[signal.Signals]:
 
 
 def hold() -> None:
-    """Blocks them in this thread and those that it starts; to be called before numpy's libraries start their own."""
+    """Blocks them in this thread and those that it starts; to be called before libraries start their own.
+
+    numpy's, CUDA's and the stores' threads would take a signal else, and torchrun's handler run.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-
-def let_go() -> None:
-    """Lets this thread, and no other, be interrupted as usual, while nothing runs yet that could be saved."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 class Requests:
@@ -59,6 +57,8 @@ class Requests:
         self._insisted_at: float | None = None
         self._signals = handled_signals()
         hold()
+        for each in self._signals:  # for a thread that a library started before this
+            signal.signal(each, lambda received, _: self.receive(signal.Signals(received)))
         threading.Thread(target=self._wait, name="signals", daemon=True).start()
 
     def _wait(self) -> None:
@@ -86,21 +86,23 @@ def listen_in_rank() -> Requests:
     return Requests(lambda number: None, lambda number: os._exit(128 + number), int(os.environ.get(LAUNCHER, "0")))
 
 
-@contextmanager
-def passed_on_to_ranks() -> Iterator[Requests]:
-    """Within the block the ranks that this process starts are asked to stop as it is, and end at once when it must."""
+def listen_in_launcher() -> Requests:
+    """The launcher's requests: its ranks are asked to stop as it is, and end at once when it is told twice.
+
+    While none is running, it ends at once itself.
+    """
     os.environ[LAUNCHER] = str(os.getpid())
-    done = threading.Event()
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch from 2.8 on; before, its handlers never get one
 
     def ask(number: signal.Signals) -> None:
         if not _ranks():
-            logger.info("%s: ended: nothing runs yet", number.name)
+            print("interrupted", file=sys.stderr, flush=True)
             os._exit(128 + number)
         logger.info(
             "%s: asked to stop: the run saves after its current step and ends; a second Ctrl-C or SIGTERM ends it at"
             " once, without saving", number.name,
         )  # fmt: skip
-        threading.Thread(target=_keep_asking, args=(done,), name="ask ranks", daemon=True).start()
+        threading.Thread(target=_keep_asking, name="ask ranks", daemon=True).start()
 
     def end(number: signal.Signals) -> None:
         logger.warning("%s again: ended at once; what was not saved before is lost", number.name)
@@ -109,23 +111,22 @@ def passed_on_to_ranks() -> Iterator[Requests]:
         sys.stderr.flush()
         os._exit(128 + number)
 
-    requests = Requests(ask, end)
-    try:
-        yield requests
-    finally:
-        done.set()
+    return Requests(ask, end)
 
 
-def _keep_asking(done: threading.Event) -> None:
-    while not done.is_set():
+def _keep_asking() -> None:
+    while True:
         for rank in _ranks():
-            try:
+            with suppress(psutil.NoSuchProcess):
                 rank.send_signal(signal.SIGUSR1)
-            except psutil.NoSuchProcess:
-                continue
-        done.wait(RESEND_S)
+        time.sleep(RESEND_S)
 
 
 def _ranks() -> list[psutil.Process]:
-    """The processes that this one has started: torchrun runs in it, so these are its ranks."""
-    return psutil.Process().children()
+    """The ranks among the processes that this one has started: torchrun runs in it."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if "TORCHELASTIC_RUN_ID" in child.environ():
+                found.append(child)
+    return found

@@ -25,8 +25,9 @@ def free_port() -> int:
 
 
 def environment(platform: str = "cpu") -> dict[str, str]:
+    path = ":".join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {
-        **os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "KIT_PLATFORM": platform,
+        **os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "KIT_PLATFORM": platform,
         "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
 
