@@ -1,14 +1,20 @@
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from common.data import engine
 from common.data.blend import BlendedSamples, read_blend
+from common.data.encoded import Encoded
 from common.data.indexed import IndexedWriter
+from common.data.inputs import Chunk
 from common.data.manifest import FORMAT
 from common.errors import KitError
 from common.training.config import TrainSettings
-from common.training.datasets import check_tokenizer, open_data
+from common.training.datasets import check_tokenizer, content_hash, open_data
 
 SHA_OF_AB = "fb8e20fc2e4c3f248c60c39bd652f3c1347298bb977b8b4d5903b85055620603"  # sha256 of b"ab"
 
@@ -78,3 +84,48 @@ def test_a_dataset_too_small_to_validate_on_is_left_out_of_the_validation(tmp_pa
     train, valid = open_data(settings(dataset_path=f"0.5 {first} 0.5 {second}", split="95,5"), model)
     assert isinstance(train, BlendedSamples)
     assert valid is not None and valid.samples_per_epoch == (5 * 33 - 1) // 16
+
+
+def bytes_of_lines(chunk: Chunk) -> Encoded:
+    """An encoder without a tokenizer: a line is the document of its bytes."""
+    lines = chunk.data.split(b"\n")[:-1]
+    tokens = np.frombuffer(b"".join(lines), np.uint8).astype("<u2")
+    return Encoded({"tokens": tokens}, np.array([len(line) for line in lines], np.int32), Counter(read=len(lines)))
+
+
+def preprocessed(folder: Path, rows: list[bytes], manifest: bool) -> Path:
+    """What step 1 writes of `rows`."""
+    folder.mkdir()
+    (folder / "in.jsonl").write_bytes(b"".join(row + b"\n" for row in rows))
+    engine.run(engine.Job(
+        kind="pretrain", output_prefix=folder / "out" / "data", inputs=[folder / "in.jsonl"],
+        streams={"tokens": ("text_document", np.dtype("<u2"))}, encode=bytes_of_lines, described={"settings": {}},
+        workers=1, partitions=1,
+    ))  # fmt: skip
+    if not manifest:
+        (folder / "out" / "data.json").unlink()
+    return folder / "out" / "data"
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_copy_is_the_same_data_and_one_mended_row_is_not(tmp_path: Path, manifest: bool) -> None:
+    rows = [b"row %03d" % number for number in range(300)]
+    data = preprocessed(tmp_path / "a", rows, manifest)
+    shutil.copytree(data.parent, tmp_path / "elsewhere")
+    mended = preprocessed(tmp_path / "b", [*rows[:150], b"row l50", *rows[151:]], manifest)
+    again = preprocessed(tmp_path / "c", rows, manifest)
+    whole = content_hash(str(data))
+    assert content_hash(str(tmp_path / "elsewhere" / "data")) == content_hash(str(again)) == whole
+    assert content_hash(str(mended)) != whole
+    blends = [f"1 {data} 2 {mended}", f"2 {data} 1 {mended}", f"1 {mended} 2 {data}", f"1 {data} 2 {again}"]
+    assert len({whole, *map(content_hash, blends)}) == 5
+    assert content_hash(f"1 {again} 2 {mended}") == content_hash(blends[0])
+
+
+def test_a_mask_that_is_mended_is_other_data(tmp_path: Path) -> None:
+    for name, weight in (("a", 1.0), ("b", 0.5)):
+        (tmp_path / name).mkdir()
+        for stream, value, kind in (("text", 7, "<u2"), ("loss_mask", weight, "<f4")):
+            with IndexedWriter(tmp_path / name / f"d_{stream}_document", kind) as writer:
+                writer.add_document([value] * 5)
+    assert content_hash(str(tmp_path / "a" / "d")) != content_hash(str(tmp_path / "b" / "d"))

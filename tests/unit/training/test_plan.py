@@ -215,6 +215,10 @@ def test_a_plan_follows_from_settings_data_and_model(data: Path, qwen: Path) -> 
     assert made.data_identity == {**meaning, "content": content_hash(str(data))}
 
 
+def test_a_warm_up_may_take_all_but_the_last_two_steps(data: Path, qwen: Path) -> None:
+    assert plan(data, qwen, lr_warmup_iters=24).train_iters == 26
+
+
 def test_the_platform_decides_what_is_not_set(data: Path, qwen: Path) -> None:
     for platform in (CPU, METAX, NVIDIA):
         made = plan(data, qwen, platform)
@@ -253,6 +257,8 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
             {"train_mode": "finetune"},
             'TRAIN_MODE=finetune learns "sft" data: change TRAIN_MODE',
         ),
+        # 104 samples by 4 are 26 steps, of which the last has MIN_LR
+        ("cpu", {"lr_warmup_iters": 25, "seq_length": 16}, "LR_WARMUP_ITERS=25: the run has 26 steps, of which the"),
         ("cpu", {"dataset_path": "/nowhere/a"}, "DATASET_PATH=/nowhere/a is no dataset"),
         ("cpu", {"valid_dataset_path": "/nowhere/b"}, "/nowhere/b is no dataset"),
         ("cpu", {"split": "1,99,0"}, "use more data, another SPLIT or a smaller SEQ_LENGTH"),
