@@ -60,7 +60,7 @@ def test_the_tracker_is_read(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize("content", [b"", b"latest", b"-5", b"1.5", b"100\n200", b"\xff\xfe"])
 def test_a_tracker_that_says_nothing_is_told(tmp_path: Path, content: bytes) -> None:
     (tmp_path / TRACKER).write_bytes(content)
-    with pytest.raises(KitError, match="it must hold a number or the word release; write one of them there"):
+    with pytest.raises(KitError, match="it must hold a number or the word release; write one there"):
         read_tracker(tmp_path)
 
 
