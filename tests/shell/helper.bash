@@ -111,11 +111,12 @@ paste_line() {
   (cd / && env -i PATH="$PATH" HOME="$HOME" sh -c "$1")
 }
 
-# check SCRIPT: fails unless the line that its dry run prints is accepted by Python with --check; sets PRINTED to it.
+# check SCRIPT [FLAG ...]: fails unless the line that its dry run prints, with the flags after it, is accepted by Python
+# with --check; sets PRINTED to it. For Python a CPU is the vendor's device: one that is not there is refused.
 # shellcheck disable=SC2154 # `run` sets output
 check() {
   run -0 --separate-stderr "$1" -n
-  PRINTED=$output
+  PRINTED="export KIT_TEST_ON_CPU=true; $output ${*:2}"
   run -0 --separate-stderr paste_line "$PRINTED --check"
   [[ $output == ok:* ]]
 }
