@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,10 @@ def test_a_stopped_run_goes_on_and_exports_the_bits_of_its_step(work: Path, layo
 
 def devices_of(pid: int) -> list[str]:
     """NVIDIA's device files that a process has open."""
-    files = [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()]
+    files = []
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            files.append(str(each.readlink()))
     return [file for file in files if "nvidia" in file]
 
 
