@@ -35,7 +35,7 @@ def fault(kind: str, disk: Path, run: Run) -> Iterator[None]:
     elif kind == "gone":
         call("mount", "-t", "tmpfs", "-o", "size=20m", "other", disk)
         yield
-        call("umount", disk)
+        call("umount", "-l", disk)
     elif kind == "removed":
         call("mv", run.folder, f"{run.folder}.away")
         (disk / "run").write_text("in the way")
