@@ -77,7 +77,7 @@ class Store:
         def begin() -> None:
             if self.folder:
                 self.folder.begin(final)
-                if self.plan.ckpt_format == "torch":
+                if self.plan.ckpt_format == "torch" or self.plan.train is None:  # a conversion writes no other
                     make_rank_folders(self.plan, partial)
 
         return partial if self._done(begin, partial) else None
