@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.data.indexed import sync_folder
+from common.data.indexed import sync
 from common.errors import KitError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -76,7 +76,7 @@ def write_tracker(folder: Path, iteration: int | str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(folder / TRACKER)
-    sync_folder(folder)
+    sync(folder)
 
 
 def find_checkpoint(folder: Path) -> Checkpoint | None:

@@ -41,9 +41,9 @@ def idx_path(prefix: Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the renames done in `folder` last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes what was written to a file, or the renames done in a folder, last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -104,7 +104,7 @@ class IndexedWriter:
             os.fsync(stream.fileno())
             stream.close()
             Path(stream.name).replace(final)
-        sync_folder(self.prefix.parent)
+        sync(self.prefix.parent)
 
     def _begin_writeback(self) -> None:
         """Has the disk begin on what was written, so that `close` need not wait for all of it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.data.indexed import idx_path, sync_folder
+from common.data.indexed import idx_path, sync
 from common.errors import KitError
 
 FORMAT = "qwen-kit-data"
@@ -42,7 +42,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write(output_prefix: Path, content: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from common.data import manifest, rejects
 from common.data.encoded import DROPPED
 from common.data.fingerprint import hash_of_blocks
-from common.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, sync_folder
+from common.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, sync
 from common.data.job import identity_of, part_name, parts_folder
 from common.errors import KitError
 
@@ -117,7 +117,7 @@ def _join(parts: list[Path], final: Path, dtype: np.dtype[Any]) -> None:
     if len(parts) == 1:
         for path in (bin_path, idx_path):
             path(parts[0]).replace(path(final))
-        sync_folder(final.parent)
+        sync(final.parent)
         return
     with IndexedWriter(final, dtype) as writer:
         for part in parts:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonlines
 
-from common.data.indexed import sync_folder
+from common.data.indexed import sync
 from common.data.inputs import Chunk, Lines, Task, load
 from common.data.jsonl import Reject
 
@@ -56,7 +56,7 @@ class RejectsWriter:
                 self._stream.flush()
                 os.fsync(self._stream.fileno())
                 self._partial.replace(self._path)
-                sync_folder(self._path.parent)
+                sync(self._path.parent)
         finally:
             self._stream.close()
             self._partial.unlink(missing_ok=True)

@@ -5,11 +5,13 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from common.checkpoint.layout import iteration_dir, list_iterations
+from common.data.manifest import write_json
 from common.log import logger
 from common.training.config import TrainSettings
-from common.training.run_folder import RunFolder, write_file
+from common.training.run_folder import RunFolder
 
 RECORD = "kept_checkpoints.json"  # in the run's folder
 
@@ -21,10 +23,10 @@ class Record:
     validation_losses: dict[int, float] = field(default_factory=dict)
     epoch_ends: set[int] = field(default_factory=set)
 
-    def to_json(self) -> str:
-        """The record as text."""
+    def content(self) -> dict[str, Any]:
+        """The record as JSON holds it."""
         losses = {str(iteration): loss for iteration, loss in sorted(self.validation_losses.items())}
-        return json.dumps({"validation_losses": losses, "epoch_ends": sorted(self.epoch_ends)}, indent=2) + "\n"
+        return {"validation_losses": losses, "epoch_ends": sorted(self.epoch_ends)}
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
@@ -63,7 +65,7 @@ class Retention:
 
     def write_record(self) -> None:
         """Puts the record on the disk; raises OSError."""
-        write_file(self.folder.path / RECORD, self.record.to_json().encode())
+        write_json(self.folder.path / RECORD, self.record.content())
 
     def prune(self, current: int) -> None:
         """Begins to remove what is superfluous beside the checkpoint at `current`, which the tracker names."""

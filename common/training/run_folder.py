@@ -13,7 +13,7 @@ from typing import Any
 
 from common.checkpoint.layout import list_iterations, model_files
 from common.checkpoint.size import checkpoint_bytes
-from common.data.indexed import sync_folder
+from common.data.indexed import sync
 from common.errors import KitError
 from common.log import logger
 from common.training.plan import Plan
@@ -127,7 +127,7 @@ class RunFolder:
         if final.exists():
             final.rename(self._aside(final))
         partial.rename(final)
-        sync_folder(self.path)
+        sync(self.path)
 
     def remove(self, checkpoint: Path) -> None:
         """Removes a checkpoint; half removed, it bears no checkpoint's name."""
@@ -207,16 +207,7 @@ def write_file(path: Path, content: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_file(path: Path) -> None:
-    """Puts what was written to `path`, by whomever on this machine, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path.parent)
 
 
 def size_of(checkpoint: Path) -> int:

@@ -24,7 +24,7 @@ from common.training.fp8_state import has_fp8_state
 from common.training.optimizer import Trainee, gather_weights
 from common.training.plan import Plan
 from common.training.retention import Retention
-from common.training.run_folder import RunFolder, size_of
+from common.training.run_folder import PARTIAL, RunFolder, size_of
 from common.training.state import Progress, describe_run, model_shards, sharded_state
 from common.training.torch_dist_save import save_torch_dist
 from common.training.torch_save import make_rank_folders, save_torch
@@ -60,7 +60,7 @@ class Store:
         self.finish(wait=True)
         gather_weights(trainee.model)
         began, final = time.monotonic(), iteration_dir(self.path, progress.iteration)
-        partial = self._begin(final)
+        partial = self._begin(final, self.plan.ckpt_format)
         if partial is None:
             return False
         if self.asynchronous is not None:
@@ -70,14 +70,14 @@ class Store:
             return False
         return self._publish(partial, final, progress.iteration, began)
 
-    def _begin(self, final: Path) -> Path | None:
-        """The empty folder to write to, beside `final`; None where the disk refuses."""
-        partial = final.with_name(final.name + ".partial")
+    def _begin(self, final: Path, ckpt_format: str) -> Path | None:
+        """The empty folder to write a checkpoint of that format to, beside `final`; None where the disk refuses."""
+        partial = final.with_name(final.name + PARTIAL)
 
         def begin() -> None:
             if self.folder:
                 self.folder.begin(final)
-                if self.plan.ckpt_format == "torch" or self.plan.train is None:  # a conversion writes no other
+                if ckpt_format == "torch":
                     make_rank_folders(self.plan, partial)
 
         return partial if self._done(begin, partial) else None
@@ -118,7 +118,7 @@ class Store:
         """Writes in torch format what was loaded: under its iteration's name, or `release` for weights alone."""
         weights_only = self.plan.start.kind == "weights"
         final = self.path / "release" if weights_only else iteration_dir(self.path, progress.iteration)
-        began, partial = time.monotonic(), self._begin(final)
+        began, partial = time.monotonic(), self._begin(final, "torch")
         if partial and self._done(lambda: save_torch(self.plan, trainee, progress, partial, weights_only), partial):
             self._publish(partial, final, "release" if weights_only else progress.iteration, began)
 

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import checkpoint
 
-from common.training.run_folder import sync_file
+from common.data.indexed import sync
 
 
 def save_torch_dist(state: dict[str, Any], folder: Path) -> None:
@@ -43,4 +43,4 @@ def save_torch_dist(state: dict[str, Any], folder: Path) -> None:
             torch.save(common, stream)
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
         for name in ("common.pt", "metadata.json", ".metadata"):
-            sync_file(folder / name)
+            sync(folder / name)

@@ -9,13 +9,12 @@ from megatron.core import parallel_state
 from common.checkpoint.arguments import megatron_arguments
 from common.checkpoint.layout import MODEL_FILE, OPTIMIZER_FILE, rank_dir_name
 from common.checkpoint.pipeline import Layout
-from common.data.indexed import sync_folder
+from common.data.indexed import sync
 from common.model.build import unwrap
 from common.training.distributed import random_state
 from common.training.fp8_state import fp8_state, has_fp8_state
 from common.training.optimizer import Trainee
 from common.training.plan import Plan, Progress
-from common.training.run_folder import sync_file
 from common.training.state import chunk_names, describe_run, need_optimizer_state
 
 
@@ -67,5 +66,5 @@ def save_torch(plan: Plan, trainee: Trainee, progress: Progress, folder: Path, w
         with (target / MODEL_FILE).open("wb") as stream:
             torch.save(state, stream)
         for path in target.iterdir():
-            sync_file(path)
-        sync_folder(target)
+            sync(path)
+        sync(target)
