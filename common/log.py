@@ -28,3 +28,9 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", module=r"(torch|megatron|apex|transformer_engine|cutlass)(\.|$)")
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
         warnings.filterwarnings("ignore", message="Please use DTensor instead")
+
+
+def listed(numbers: list[int], most: int = 16) -> str:
+    """`numbers` with commas, at most so many of them, and how many more there are."""
+    shown = ", ".join(map(str, numbers[:most])) or "none"
+    return f"{shown} and {len(numbers) - most} more" if len(numbers) > most else shown

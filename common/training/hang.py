@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.distributed import TCPStore
 
-from common.log import logger
+from common.log import listed, logger
 
 PREFIX = "kit/heartbeat"
 EXIT_CODE = 1
@@ -115,20 +115,16 @@ def who_hangs(before: dict[int, Beat], now: dict[int, Beat], world_size: int, ti
     silent = [rank for rank in range(world_size) if rank not in now or (rank in before and before[rank] == now[rank])]
     if silent:
         first = now.get(silent[0])
-        text = f"rank {_listed(silent)} gives no sign of life (stopped, or its node is gone)" + (
+        text = f"rank {listed(silent)} gives no sign of life (stopped, or its node is gone)" + (
             f": {first}" if first else ""
         )
     else:
         fewest = min(beat.count for beat in now.values())
         late = [rank for rank, beat in now.items() if beat.count == fewest]
-        text = f"rank {_listed(late)} hangs {now[late[0]]}"
+        text = f"rank {listed(late)} hangs {now[late[0]]}"
         if len(late) == world_size:
             text = f"all ranks hang {now[0]}"
     return f"HANG_TIMEOUT_MIN={timeout_s / 60:g}: {text}; {remedy}"
-
-
-def _listed(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
 
 
 def dump_collectives(rank: int) -> None:

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from common.data.batches import Batch
+from common.log import listed
 from common.mcore import clip_gradients
 from common.model.attention import block_causal_mask, joined_rows
 from common.training.optimizer import Trainee, optimizer_parts
@@ -198,13 +199,8 @@ def what_is_not_finite(
     last = consumed_samples + plan.settings.global_batch_size - 1
     where = f"samples {consumed_samples} to {last}, of which each micro-batch's loss is finite"
     if samples:
-        where = f"the loss is not finite on rank {_listed(of_loss)}, in samples {_listed(samples)}"
-    return f"gradient norm {grad_norm:g}: {where}; gradients are not finite on rank {_listed(of_gradients)}"
-
-
-def _listed(numbers: list[int], most: int = 16) -> str:
-    shown = ", ".join(map(str, numbers[:most])) or "none"
-    return f"{shown} and {len(numbers) - most} more" if len(numbers) > most else shown
+        where = f"the loss is not finite on rank {listed(of_loss)}, in samples {listed(samples)}"
+    return f"gradient norm {grad_norm:g}: {where}; gradients are not finite on rank {listed(of_gradients)}"
 
 
 def mean_loss(report: torch.Tensor) -> float:

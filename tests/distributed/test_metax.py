@@ -41,7 +41,7 @@ def settings(work: Path, save: str, **more: Any) -> dict[str, Any]:
     return {
         "dataset_path": work / "d", "load_checkpoint_path": work / "start", "save_checkpoint_path": work / save,
         "tp": 2, "pp": 2, "gpus": 4, "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 8, "train_iters": 6,
-        "log_interval": 1, "lr": 1e-3, "min_lr": 1e-4, "split": "100,0,0", "num_workers": 0, "precision": "bf16",
+        "log_interval": 1, "lr": 1e-3, "min_lr": 1e-4, "split": "100,0,0", "precision": "bf16",
         **more,
     }  # fmt: skip
 
