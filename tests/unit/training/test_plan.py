@@ -23,7 +23,7 @@ from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
 from common.training.config import TrainSettings
 from common.training.datasets import content_hash
-from common.training.plan import Plan, Progress, count_iterations, describe, find_start, plan_run
+from common.training.plan import Plan, describe, find_start, plan_run
 from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[3]
@@ -168,33 +168,6 @@ def test_an_impossible_start_is_refused(
     changes = {name: text.format(**folders) for name, text in changes.items()}
     with pytest.raises(KitError, match=re.escape(said.format(**folders))):
         find_start(settings(save_checkpoint_path=str(folders["save"]), **changes))
-
-
-@pytest.mark.parametrize(
-    "samples, epochs, batch, iterations",
-    [
-        (160, 1.0, 16, 10),
-        (161, 1.0, 16, 11),
-        (1, 0.001, 16, 1),
-        (160, 0.5, 16, 5),
-        (160, 3.0, 16, 30),
-        (100, 1.1, 10, 11),  # in floats 100 x 1.1 is a little over 110
-        (30, 0.1, 1, 3),
-    ],
-)
-def test_epochs_are_rounded_up_to_whole_steps(samples: int, epochs: float, batch: int, iterations: int) -> None:
-    chosen = settings(epochs=epochs, global_batch_size=batch, micro_batch_size=1)
-    assert count_iterations(chosen, samples, Progress()) == iterations
-
-
-def test_the_rest_of_the_epochs_is_counted_in_samples_since_a_step_may_have_been_of_another_size() -> None:
-    chosen = settings(epochs=2.0, global_batch_size=16, micro_batch_size=1)
-    assert count_iterations(chosen, 160, Progress(10, 80)) == 10 + 15  # ten steps of 8, then 240 samples by 16
-    assert count_iterations(chosen, 160, Progress(20, 320)) == count_iterations(chosen, 160, Progress(20, 999)) == 20
-
-
-def test_train_iters_is_the_number_of_steps_whatever_the_data() -> None:
-    assert count_iterations(settings(epochs=None, train_iters=7), 1, Progress(3, 48)) == 7
 
 
 def plan(data: Path, qwen: Path, platform: Platform = CPU, **changes: Any) -> Plan:
