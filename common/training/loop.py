@@ -142,6 +142,7 @@ class Training:
         iteration, last = self.progress.iteration, self.progress.iteration == self.plan.train_iters
         if iteration % settings.log_interval == 0 or last or iteration == 1:
             self.log(result.grad_norm, learning_rate)
+        self.check_bad_steps()
         self.store.finish(wait=False)
         stop = result.stop
         if not stop and self.readers.valid and (iteration % settings.eval_interval == 0 or last):
@@ -157,7 +158,7 @@ class Training:
         return bool(interval and self.progress.iteration % interval == 0)
 
     def _count(self, result: StepResult) -> None:
-        """Adds the step to the interval's figures; raises KitError after MAX_BAD_STEPS bad ones in a row."""
+        """Adds the step to the interval's figures, or tells why it changed nothing."""
         self.since_log += 1
         if not result.skipped:
             self.report += result.report
@@ -165,14 +166,21 @@ class Training:
             return
         self.bad_steps += 1
         self.skipped_steps += 1
-        iteration, most = self.progress.iteration, self.plan.settings.max_bad_steps
+        iteration = self.progress.iteration
         with tqdm.external_write_mode():
             logger.info("iteration %d changed nothing: %s (%d skipped)", iteration, result.skipped, self.skipped_steps)
-        if most and self.bad_steps >= most:
+
+    def check_bad_steps(self) -> None:
+        """Raises KitError after MAX_BAD_STEPS bad steps in a row, or where the run's last two are such.
+
+        Two look like the weights' fault and not a sample's, and no step is left that would tell.
+        """
+        iteration, most = self.progress.iteration, self.plan.settings.max_bad_steps
+        if most and (self.bad_steps >= most or (self.bad_steps > 1 and iteration == self.plan.train_iters)):
             fail_together(
-                f"{self.bad_steps} steps in a row changed nothing, the last at iteration {iteration}: MAX_BAD_STEPS="
-                f"{most}; {newest_checkpoint(self.plan)}; lower LR, raise LR_WARMUP_ITERS, or look at the samples that"
-                " are named above with `python -m common.preprocess show`"
+                f"{self.bad_steps} steps in a row changed nothing, the last at iteration {iteration}, and nothing of this"
+                f" was saved: MAX_BAD_STEPS={most}; {newest_checkpoint(self.plan)}; lower LR, raise LR_WARMUP_ITERS, or"
+                " look at the samples that are named above with `python -m common.preprocess show`"
             )
 
     def log(self, grad_norm: float, learning_rate: float) -> None:

@@ -86,8 +86,8 @@ class Plan:
             "samples_per_epoch": self.train.samples_per_epoch,
             "seq_length": chosen.seq_length,
             "seed": chosen.seed,
-            "content": self.data_hash,
             **blend,
+            "content": self.data_hash,
         }
 
 

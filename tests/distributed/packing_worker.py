@@ -60,9 +60,9 @@ def of_size(plan: Plan, rows: int, micro_batch_size: int = 1) -> Plan:
 
 def gradients(plan: Plan, batch: Batch, micro_batch_size: int = 1) -> tuple[float, list[torch.Tensor]]:
     """The mean loss of `batch` and this rank's gradients."""
+    from common.training.load import load_weights
     from common.training.optimizer import build_trainee
-    from common.training.step import mean_loss, run_microbatches
-    from common.training.store import load_weights
+    from common.training.step import mean_loss, run_microbatches, total_of
 
     plan = of_size(plan, len(batch["tokens"]), micro_batch_size)
     trainee = build_trainee(plan)
@@ -70,7 +70,7 @@ def gradients(plan: Plan, batch: Batch, micro_batch_size: int = 1) -> tuple[floa
     load_weights(plan, trainee, plan.start.checkpoint)
     starts = range(0, len(batch["tokens"]), micro_batch_size)
     parts = [{name: x[i : i + micro_batch_size] for name, x in batch.items()} for i in starts]
-    report = run_microbatches(plan, trainee, [iter(parts)], forward_only=False)
+    report = total_of(plan, run_microbatches(plan, trainee, [iter(parts)], forward_only=False))
     found = [p.main_grad.clone() for chunk in trainee.model for p in chunk.parameters()]
     return mean_loss(report), found
 
@@ -80,8 +80,8 @@ def logits(plan: Plan, batch: Batch) -> torch.Tensor | None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from common.model.attention import block_causal_mask
+    from common.training.load import load_weights
     from common.training.optimizer import build_trainee
-    from common.training.store import load_weights
 
     trainee = build_trainee(plan)
     assert plan.start.checkpoint

@@ -72,7 +72,8 @@ def test_nothing_is_saved_on_a_bad_step_and_too_many_in_a_row_end_the_run(poison
     given = settings(poisoned, "all_bad", DATASET_PATH=poisoned / "all", SAVE_INTERVAL=1, MAX_BAD_STEPS=3)
     log = step3(given, poisoned / "all_bad.log", 2)
     assert log.count("changed nothing: ") == 3 and "saved " not in log and "Traceback" not in log
-    assert "error: 3 steps in a row changed nothing, the last at iteration 3: MAX_BAD_STEPS=3; none is in" in log
+    assert "error: 3 steps in a row changed nothing, the last at iteration 3, and nothing of this was saved:" in log
+    assert "MAX_BAD_STEPS=3; none is in" in log
     assert not list((poisoned / "all_bad").glob("iter_*"))
 
 

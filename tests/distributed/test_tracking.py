@@ -22,7 +22,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "code", "ended"), [("ends", {}, 0, 0), ("fails", {"lr": 1e30, "min_lr": 1e30}, 2, 1)]
+    ("name", "flags", "code", "ended"),
+    [("ends", {}, 0, 0), ("fails", {"lr": 1e30, "min_lr": 1e30, "max_bad_steps": 1}, 2, 1)],
 )
 def test_the_figures_and_how_the_run_ended_are_sent(
     work: Path, name: str, flags: dict[str, Any], code: int, ended: int

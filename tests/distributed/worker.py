@@ -40,8 +40,8 @@ def logits_of(plan: Plan, tokens: torch.Tensor) -> torch.Tensor | None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+    from common.training.load import load_weights
     from common.training.optimizer import build_trainee
-    from common.training.store import load_weights
 
     trainee = build_trainee(plan)
     assert plan.start.checkpoint
@@ -69,16 +69,16 @@ def logits_of(plan: Plan, tokens: torch.Tensor) -> torch.Tensor | None:
 def gradients_of(plan: Plan, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The loss of `batch` and each parameter's gradient, as the optimizer is about to see them."""
     from common.model.build import unwrap
+    from common.training.load import load_weights
     from common.training.optimizer import build_trainee
-    from common.training.step import mean_loss, run_microbatches
-    from common.training.store import load_weights
+    from common.training.step import mean_loss, run_microbatches, total_of
 
     trainee = build_trainee(plan)
     assert plan.start.checkpoint
     load_weights(plan, trainee, plan.start.checkpoint)
     size = plan.settings.micro_batch_size
     parts = [{name: x[i : i + size] for name, x in batch.items()} for i in range(0, len(batch["tokens"]), size)]
-    report = run_microbatches(plan, trainee, [iter(parts)], forward_only=False)
+    report = total_of(plan, run_microbatches(plan, trainee, [iter(parts)], forward_only=False))
     gradients = {name: p.main_grad.clone() for name, p in unwrap(trainee.model[0]).named_parameters()}
     return {"loss": mean_loss(report), "gradients": gradients}
 
