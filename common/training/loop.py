@@ -179,8 +179,8 @@ class Training:
         if most and (self.bad_steps >= most or (self.bad_steps > 1 and iteration == self.plan.train_iters)):
             fail_together(
                 f"{self.bad_steps} steps in a row changed nothing, the last at iteration {iteration}, and nothing of"
-                f" this was saved: MAX_BAD_STEPS={most}; {newest_checkpoint(self.plan)}; lower LR, raise LR_WARMUP_ITERS, or"
-                " look at the samples that are named above with `python -m common.preprocess show`"
+                f" this was saved: MAX_BAD_STEPS={most}; {newest_checkpoint(self.plan)}; lower LR, raise"
+                " LR_WARMUP_ITERS, or look at the samples that are named above with `python -m common.preprocess show`"
             )
 
     def log(self, grad_norm: float, learning_rate: float) -> None:
