@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from common import errors, log
 from common.checkpoint.arguments import megatron_arguments
+from common.checkpoint.dist_share import write_dist
 from common.checkpoint.hf_folder import HfReader, check_weights, parse_size, write_safetensors
 from common.checkpoint.inspection import WRITTEN_BY, inspect_folder
 from common.checkpoint.layout import (
@@ -38,7 +39,6 @@ from common.checkpoint.pipeline import Layout
 from common.checkpoint.planning import ExpectedFolder, plan_dist, plan_hf, plan_ranks
 from common.checkpoint.streams import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
 from common.checkpoint.target import REPORT, check_target, write_whole
-from common.checkpoint.torch_dist import write_dist
 from common.checkpoint.torch_format import save_rank_files
 from common.checkpoint.verify import Report, verify
 from common.errors import KitError

@@ -98,18 +98,14 @@ def mend_metadata_of_newer_torch() -> None:
         setattr(classes, "_MEM_FORMAT_ENCODING", MEM_FORMAT_ENCODING)  # noqa: B010  the module declares no such name
 
 
-# The layouts in which the distributed optimizer is saved to torch_dist, with the versions that load each.
-# `dp_zero_gather_scatter` can be loaded at the same TP and PP alone, the others at any.
-OPTIMIZER_SHARDINGS = {
+# The layout in which the distributed optimizer is saved to torch_dist: Megatron-Core's from 0.16 on. It is written and
+# read by `common.training.shards`, so by every version here.
+OPTIMIZER_SHARDING = "fully_reshardable"
+# Those of this kit's older checkpoints, with the versions that load each. The first loads at the same TP and PP alone.
+OLD_OPTIMIZER_SHARDINGS = {
     "dp_zero_gather_scatter": ((0, 11), (0, 14), (0, 16)),
     "fully_sharded_model_space": ((0, 14),),  # 0.11 has it, but not with torch's Adam; 0.16 refuses its tensors
-    "fully_reshardable": ((0, 16),),
 }
-
-
-def optimizer_sharding() -> str:
-    """The layout in which the installed version saves the distributed optimizer: the newest one that it has."""
-    return [kind for kind, versions in OPTIMIZER_SHARDINGS.items() if version() in versions][-1]
 
 
 def check_optimizer_sharding(kind: str, path: Path, *, same_ranks: bool) -> None:
@@ -117,7 +113,9 @@ def check_optimizer_sharding(kind: str, path: Path, *, same_ranks: bool) -> None
 
     same_ranks: whether it is loaded at the TP, PP and VPP that it was saved at.
     """
-    versions = OPTIMIZER_SHARDINGS.get(kind, ())
+    if kind == OPTIMIZER_SHARDING:
+        return
+    versions = OLD_OPTIMIZER_SHARDINGS.get(kind, ())
     way_out = "go on from the weights alone: set LOAD_CHECKPOINT_PATH to it and SAVE_CHECKPOINT_PATH to a new folder"
     major, minor = version()
     if (major, minor) not in versions:
@@ -133,10 +131,11 @@ def check_optimizer_sharding(kind: str, path: Path, *, same_ranks: bool) -> None
         )
 
 
-def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any], kind: str, *, loading: bool) -> dict[str, Any]:
-    """The distributed optimizer's sharded state dict in layout `kind`; 0.11 has a word of its own for the layout."""
+def sharded_optimizer_state(optimizer: Any, model_state: dict[str, Any], kind: str) -> dict[str, Any]:
+    """What a distributed optimizer saved in the old layout `kind` is loaded into; 0.11 has a word of its own for it."""
     how = {"metadata": content_metadata(kind)} if version() >= (0, 14) else {"sharding_type": kind}
-    return optimizer.sharded_state_dict(model_state, is_loading=loading, **how)
+    found: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=True, **how)
+    return found
 
 
 def content_metadata(kind: str) -> dict[str, Any]:
@@ -145,8 +144,8 @@ def content_metadata(kind: str) -> dict[str, Any]:
 
 
 def save_options() -> dict[str, Any]:
-    """What dist_checkpointing.save stores of the layout beside it; from 0.14 on."""
-    return {"content_metadata": content_metadata(optimizer_sharding())} if version() >= (0, 14) else {}
+    """What Megatron-Core's loader asks of a checkpoint's layout; from 0.14 on."""
+    return {"content_metadata": content_metadata(OPTIMIZER_SHARDING)}
 
 
 def first_and_last_differ(chunk_layers: Sequence[int], vpp: int) -> bool:

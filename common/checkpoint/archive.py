@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
@@ -193,7 +194,11 @@ class _ZipWriter:
 
 
 class MappedFile(DiskFile):
-    """A mapped file with archives in it."""
+    """A mapped file with archives in it; `checksums` are the CRC-32 of the data of those that were read, by place."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.checksums: dict[int, int] = {}
 
     def read(self, offset: int = 0, length: int | None = None) -> Any:
         """The object in the archive of `length` bytes at `offset`; its tensors lie in the mapped file.
@@ -211,6 +216,7 @@ class MappedFile(DiskFile):
             if start + record.size > end:
                 raise ValueError(f"record {record.name!r} is cut short")
             data = self.bytes[start : start + record.size]
+            self.checksums[offset] = record.checksum
             return _typed_storage(data if not start % 16 else data.clone(), storage.dtype)
 
         return ArchiveReader(read, length, self.path).load(foreign=True, make=make)

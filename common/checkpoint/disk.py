@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import weakref
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -175,14 +176,24 @@ def load(tensor: Tensor) -> Tensor:
 
 
 class Writer:
-    """A new file, written from its beginning to its end; while one block goes to the disk, the next is put together."""
+    """A new file, written from its beginning to its end; while one block goes to the disk, the next is put together.
 
-    def __init__(self, path: Path) -> None:
+    checked: `facts` tells its size and CRC-32, summed in a thread of its own, once it is closed.
+    """
+
+    def __init__(self, path: Path, *, checked: bool = False) -> None:
         self._handle = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._thread = ThreadPoolExecutor(1)
+        self._summing = ThreadPoolExecutor(1) if checked else None
+        self._checksum = 0
         self._block, self._other = _buffer(BLOCK_BYTES), _buffer(BLOCK_BYTES)
         self._start, self._filled = 0, 0  # of the block that is put together: its place, and how much of it there is
-        self._pending: Future[None] | None = None
+        self._pending: list[Future[None]] = []
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """Its "bytes" and "crc32"."""
+        return {"bytes": self._start, "crc32": self._checksum}
 
     def write(self, data: Any) -> int:
         """How many bytes there were in `data`, all of which are taken; raises OSError when the disk refuses."""
@@ -199,13 +210,18 @@ class Writer:
 
     def _send(self) -> None:
         self._wait()
-        self._pending = self._thread.submit(self._put, self._block, self._filled, self._start)
+        self._pending = [self._thread.submit(self._put, self._block, self._filled, self._start)]
+        if self._summing:
+            self._pending.append(self._summing.submit(self._sum, self._block, self._filled))
         self._start += self._filled
         self._block, self._other, self._filled = self._other, self._block, 0
 
     def _wait(self) -> None:
-        if self._pending:
-            self._pending.result()
+        for each in self._pending:
+            each.result()
+
+    def _sum(self, block: Any, size: int) -> None:
+        self._checksum = zlib.crc32(block[:size].data, self._checksum)
 
     def _put(self, block: Any, size: int, start: int) -> None:
         """Writes `size` bytes at `start`; what is over in the last sector is cut off in the end."""
@@ -238,4 +254,6 @@ class Writer:
                 self.close()
         finally:
             self._thread.shutdown()
+            if self._summing:
+                self._summing.shutdown()
             os.close(self._handle)

@@ -16,10 +16,11 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from common.checkpoint.archive_reader import ArchiveReader
+from common.checkpoint.dist_share import BACKEND, COMMON
 from common.checkpoint.extra_state import check_extra_state
 from common.checkpoint.layout import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 from common.checkpoint.pickled_tensors import PickledStorage
-from common.checkpoint.torch_dist import BACKEND, COMMON, load_metadata
+from common.checkpoint.torch_dist import load_metadata
 from common.errors import KitError
 
 _THREADS = 8  # what takes time is the waiting for a network's file system

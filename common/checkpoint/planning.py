@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from common.checkpoint.disk import BLOCK_BYTES
+from common.checkpoint.dist_share import DATA_FILE
 from common.checkpoint.hf_folder import INDEX, plan_shards, read_index, shard_names
 from common.checkpoint.layout import MODEL_FILE, RELEASE, rank_dir_name
 from common.checkpoint.lazy import LazyTensor
 from common.checkpoint.mapping import check_names
 from common.checkpoint.pipeline import Layout, chunks_of, tensors_of
 from common.checkpoint.streams import Source, dist_blocks, hf_shapes
-from common.checkpoint.torch_dist import DATA_FILE
 from common.model.config import QwenConfig
 
 DISK_BYTES_PER_SECOND = 1e9

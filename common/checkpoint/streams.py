@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from common.checkpoint.disk import load
+from common.checkpoint.dist_share import Block
 from common.checkpoint.hf_folder import CODES
 from common.checkpoint.lazy import LazyTensor
 from common.checkpoint.mapping import Row, hf_shape, megatron_shape, merge, shard
 from common.checkpoint.megatron_folder import MegatronReader
 from common.checkpoint.pipeline import Layout, chunks_of, tensors_of, whole_model
-from common.checkpoint.torch_dist import Block
 from common.errors import KitError
 from common.model.config import QwenConfig
 

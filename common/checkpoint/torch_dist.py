@@ -1,4 +1,4 @@
-"""Megatron-Core's torch_dist format, read and written without Megatron-Core.
+"""Megatron-Core's torch_dist format, read without Megatron-Core.
 
 `.metadata` is a pickled torch.distributed.checkpoint Metadata: each tensor's global shape and chunks, and for each
 chunk its file, offset and length. There lies what torch.save writes for the chunk. Layers of one kind are stacked: the
@@ -7,9 +7,8 @@ Source: megatron/core/dist_checkpointing/strategies/torch.py and torch/distribut
 """
 
 import gc
-import json
-import pickle
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,17 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from common.checkpoint.archive import ALIGNMENT, ArchiveWriter, MappedFile, of_size, write_archive
-from common.checkpoint.disk import Writer, ahead
-from common.checkpoint.lazy import LazyTensor
+from common.checkpoint.archive import MappedFile
+from common.checkpoint.disk import load
+from common.checkpoint.lazy import in_rows, tensor_bytes
+from common.checkpoint.rectangles import Rectangle
 from common.checkpoint.unpickle import RestrictedUnpickler
 from common.errors import KitError
-
-DATA_FILE = "__0_0.distcp"
-BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-COMMON = {"common_backend": "torch", "common_backend_version": 1}
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,11 @@ class DistReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.tensors = self._stored_tensors(load_metadata(path / ".metadata", foreign=True))
+            metadata = load_metadata(path / ".metadata", foreign=True)
+            self.tensors = self._stored_tensors(metadata)
+            where = {index.fqn: info for index, info in metadata.storage_data.items() if index.offset is None}
+            entries = metadata.state_dict_metadata.items()
+            self.objects = {key: where[key] for key, entry in entries if isinstance(entry, dcp.BytesStorageMetadata)}
         except KitError:
             raise
         except Exception as error:  # pickle lets out whatever its objects raise
@@ -113,6 +112,52 @@ class DistReader:
             whole[tuple(slice(start, start + size) for start, size in zip(at, part.shape, strict=True))] = part
         return whole
 
+    def blocks(self, key: str, wanted: Rectangle) -> Iterator[tuple[tuple[slice, ...], Tensor, "Checksum | None"]]:
+        """What of the tensor `key` lies in `wanted`, some megabytes at a time: where in it, and the values there.
+
+        With those of a block that is read whole comes its checksum, to be given each of them in their order. Raises
+        KitError where blocks are missing.
+        """
+        stored = self.tensors[key]
+        chunks = ((chunk, Rectangle(chunk.offsets, chunk.sizes)) for chunk in stored.chunks)
+        common = [(chunk, block, part) for chunk, block in chunks if (part := block.common(wanted))]
+        filled = sum(part.numel for _, _, part in common)
+        if filled != wanted.numel:
+            raise KitError(f"{self.path}: {key} has {filled} of {wanted.numel} elements: the checkpoint is not whole")
+        for chunk, block, part in sorted(common, key=lambda each: (each[0].file, each[0].start)):
+            value, file = self._part(stored, chunk, None), self._file(chunk.file)
+            whole = part == block and chunk.start in file.checksums
+            checksum = Checksum(file.checksums[chunk.start], value.nbytes, file.path) if whole else None
+            at = part.within(wanted)
+            if not value.dim():
+                yield at, value, None
+                continue
+            row = at[0].start
+            for (rows,) in in_rows([value[part.within(block)]]):
+                yield (slice(row, row + len(rows)), *at[1:]), load(rows), checksum
+                row += len(rows)
+
+    def object(self, key: str) -> Any:
+        """What torch.save made the bytes `key` of; raises KitError where it is damaged or could run code."""
+        place = self.objects[key]
+        return self._file(place.relative_path).read(place.offset, place.length)
+
+
+class Checksum:
+    """The CRC-32 that the `num_bytes` bytes of a block should have."""
+
+    def __init__(self, expected: int, num_bytes: int, path: Path) -> None:
+        self.expected, self.left, self.path, self.found = expected, num_bytes, path, 0
+
+    def take(self, values: Tensor) -> None:
+        """Takes the next part of the block; raises KitError after the last where the data is not what was written."""
+        data = tensor_bytes(values)
+        self.found, self.left = zlib.crc32(data, self.found), self.left - data.nbytes
+        if not self.left and self.found != self.expected:
+            raise KitError(
+                f"{self.path} is damaged: a block has not the checksum that it was written with: copy it again"
+            )
+
 
 def _holds(chunk: StoredChunk, layer: int) -> bool:
     return chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
@@ -141,57 +186,3 @@ def load_metadata(path: Path, *, foreign: bool = False) -> dcp.Metadata:
     if not isinstance(metadata, dcp.Metadata) or getattr(metadata, "storage_data", None) is None:
         raise KitError(f"{path} holds no metadata of torch.distributed.checkpoint: the checkpoint is not whole")
     return metadata
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block to be written: its place in the global tensor, [1, ...] at a layer for stacked ones."""
-
-    key: str
-    global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    tensor: LazyTensor
-
-
-def write_dist(path: Path, blocks: Iterable[Block], common: dict[str, Any], done: Callable[[int], None]) -> None:
-    """Writes `blocks` as one data file, with metadata.json, common.pt and .metadata; `done` is told bytes as they go.
-
-    `common` must hold plain values only: Megatron-Core loads it with torch.load's `weights_only`.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Any] = {}
-    storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
-    blocks = list(blocks)
-    data = ahead(data for block in blocks for data in block.tensor.blocks())
-    with Writer(path / DATA_FILE) as stream:
-        position = 0
-        for block in blocks:
-            padding = -position % ALIGNMENT  # so that a mapped block can be used where it lies
-            stream.write(bytes(padding))
-            archive = ArchiveWriter(stream, block.tensor)
-            archive.write(of_size(data, block.tensor.num_bytes))
-            done(block.tensor.num_bytes)
-            length = archive.close()
-            _note(tensors, storage, block, position + padding, length)
-            position += padding + length
-    with Writer(path / "common.pt") as stream:
-        write_archive(stream, common)
-    (path / "metadata.json").write_text(json.dumps(BACKEND | COMMON))
-    # The last: without it the folder is no checkpoint.
-    (path / ".metadata").write_bytes(pickle.dumps(dcp.Metadata(tensors, None, storage)))
-
-
-def _note(
-    tensors: dict[str, Any],
-    storage: dict[dcp.MetadataIndex, _StorageInfo],
-    block: Block,
-    position: int,
-    length: int,
-) -> None:
-    """Adds a written block to the metadata."""
-    offsets = torch.Size(block.offsets)
-    if block.key not in tensors:
-        properties = dcp.TensorProperties(dtype=block.tensor.dtype)
-        tensors[block.key] = dcp.TensorStorageMetadata(properties, torch.Size(block.global_shape), [])
-    tensors[block.key].chunks.append(dcp.ChunkStorageMetadata(offsets, torch.Size(block.tensor.shape)))
-    storage[dcp.MetadataIndex(block.key, offsets)] = _StorageInfo(DATA_FILE, position, length)

@@ -27,11 +27,12 @@ Read = Callable[[int, int], bytes]  # the bytes at a place, so many
 
 @dataclass(frozen=True)
 class Record:
-    """A record: where its header is, and the size of its data."""
+    """A record: where its header is, the size of its data and their CRC-32."""
 
     name: bytes
     start: int
     size: int
+    checksum: int
 
 
 def read_records(read: Read, length: int) -> dict[str, Record]:
@@ -102,7 +103,7 @@ def _entry(directory: bytes, place: int) -> tuple[Record, int]:
         raise ValueError("its directory is cut short")
     fields = _ENTRY.unpack_from(directory, place)
     mark, _, _, flags, method = fields[:5]
-    stored, size, name_length, extra_length, comment, disk = fields[8:14]
+    checksum, stored, size, name_length, extra_length, comment, disk = fields[7:14]
     attributes, start = fields[15:17]
     name = directory[place + _ENTRY.size :][:name_length]
     extra = directory[place + _ENTRY.size + name_length :][:extra_length]
@@ -118,7 +119,7 @@ def _entry(directory: bytes, place: int) -> tuple[Record, int]:
         start = wide.pop(0) if start == _MAX32 else start
         if size != stored:
             raise ValueError(f"its record {name!r} is compressed, which torch.save never does")
-    return Record(name, start, size), place + _ENTRY.size + name_length + extra_length
+    return Record(name, start, size, checksum), place + _ENTRY.size + name_length + extra_length
 
 
 def _wide_numbers(extra: bytes) -> list[int]:

@@ -4,6 +4,7 @@ import datetime
 import os
 import random
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -12,10 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import distributed_c10d
 
 from common.errors import KitError
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
+from common.training.hang import Heartbeat
 from common.training.nodes import differences, start_facts
 from common.training.plan import Start
 
@@ -106,11 +109,22 @@ def errors_of_ranks(error: BaseException | None) -> list[str]:
     return [f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None]
 
 
+def wait_for_ranks(name: str, heartbeat: Heartbeat) -> None:
+    """Returns when every rank is here; `name` is used once. No collective call: those give up after the timeout.
+
+    A rank that hangs meanwhile is found by its own heartbeat.
+    """
+    store, key = distributed_c10d._get_default_store(), f"kit/met/{name}"
+    store.add(key, 1)
+    pause = 0.005
+    while store.add(key, 0) < dist.get_world_size():
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+        heartbeat.beat("waiting for the other ranks' saving")
+
+
 def first_line(error: BaseException) -> str:
     """What `error`, or the first of those that it holds, says."""
-    failures = getattr(error, "failures", None)  # of torch's CheckpointException
-    if failures:
-        error = next(iter(failures.values()))[0]
     if isinstance(error.__context__, OSError):  # torch.save's writer complains of its position after it
         error = error.__context__
     text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,26 +1,35 @@
 """A checkpoint of either format into a built model: its weights alone, or all that a run goes on from."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 
+from common.checkpoint.disk import ahead
 from common.checkpoint.layout import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 from common.checkpoint.mapping import rename_parameters
+from common.checkpoint.rectangles import Rectangle
+from common.checkpoint.torch_dist import Checksum, DistReader
 from common.checkpoint.torch_format import load_rank_file
+from common.errors import KitError
 from common.log import logger
+from common.mcore import OPTIMIZER_SHARDING
 from common.training.fp8_state import has_fp8_state
 from common.training.optimizer import Trainee, apply_settings
 from common.training.plan import Plan
+from common.training.shards import Part, optimizer_state_parts, weight_parts
 from common.training.state import (
     Progress,
     chunk_names,
     finish_loading,
     initialise_optimizer,
     load_chunks,
+    load_groups,
     model_shards,
+    old_state,
+    rank_objects,
     same_layout,
-    sharded_state,
 )
 from common.training.torch_save import rank_folder
 
@@ -28,10 +37,9 @@ from common.training.torch_save import rank_folder
 def load_weights(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> None:
     """The weights of `checkpoint` alone, into model and master weights."""
     if checkpoint.format == "torch_dist":
-        state = dist_checkpointing.load(model_shards(trainee), str(checkpoint.path))
+        load_parts(weight_parts(trainee, model_shards(trainee), own=False), DistReader(checkpoint.path))
     else:
-        state = _load_rank(plan, checkpoint)
-    load_chunks(trainee, state)
+        load_chunks(trainee, _load_rank(plan, checkpoint))
     trainee.optimizer.reload_model_params()  # the float32 master weights are copies
 
 
@@ -39,30 +47,72 @@ def load_weights(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> None:
 def resume(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> Progress:
     """Where the run that wrote `checkpoint` was; model, optimizer, schedule and random state are put back.
 
-    The float32 master weights come from the optimizer's state alone. Megatron-Core reads `fully_sharded_model_space`
-    straight into them: copied from the bf16 model after that, they would lose their lower bits.
+    The float32 master weights come from the optimizer's state alone: copied from the bf16 model after that, they would
+    lose their lower bits.
     """
     if checkpoint.format == "torch_dist":
-        run = dist_checkpointing.load_common_state_dict(str(checkpoint.path))["run"]
-        sharding = run["optimizer_sharding"]
-        same = same_layout(plan, run)
-        fp8 = same and bool(run.get("fp8_state")) and has_fp8_state(plan.settings)
-        wanted = sharded_state(trainee, loading=True, sharding=sharding, with_rng=same, with_fp8=fp8)
-        state = dist_checkpointing.load(wanted, str(checkpoint.path))
+        state = _resume_dist(plan, trainee, checkpoint)
     else:
         state = _load_rank(plan, checkpoint)
-        run = state["run"]
         initialise_optimizer(trainee)
-    load_chunks(trainee, state)
-    trainee.optimizer.load_state_dict(state["optimizer"])
-    if checkpoint.format == "torch":
+        load_chunks(trainee, state)
+        load_groups(trainee, state["optimizer"]["optimizer"]["param_groups"])
         trainee.optimizer.load_parameter_state(str(rank_folder(checkpoint.path) / OPTIMIZER_FILE))
     finish_loading(trainee, state, plan)
     if plan.settings.train_or_convert_ckpt == "train":
         changed = apply_settings(trainee, plan.settings)
         if changed:
             logger.info("resumed with other settings than before: %s", ", ".join(changed))
-    return Progress(**run["progress"])
+    return Progress(**state["run"]["progress"])
+
+
+def _resume_dist(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What beside tensors was in it; a rank reads its own share of the optimizer, and its chunks' weights."""
+    common = dist_checkpointing.load_common_state_dict(str(checkpoint.path))
+    run = common["run"]
+    same = same_layout(plan, run)
+    with_fp8 = same and bool(run.get("fp8_state")) and has_fp8_state(plan.settings)
+    if run["optimizer_sharding"] != OPTIMIZER_SHARDING:
+        wanted = old_state(trainee, run["optimizer_sharding"], with_rng=same, with_fp8=with_fp8)
+        state: dict[str, Any] = dist_checkpointing.load(wanted, str(checkpoint.path))
+        load_chunks(trainee, state)
+        trainee.optimizer.load_state_dict(state["optimizer"])
+        return state
+    initialise_optimizer(trainee)
+    load_groups(trainee, common["optimizer"]["optimizer"]["param_groups"])
+    reader, shards = DistReader(checkpoint.path), model_shards(trainee)
+    load_parts(weight_parts(trainee, shards, own=False), reader)
+    load_parts(optimizer_state_parts(trainee, shards), reader)
+    objects = [each for each in rank_objects(trainee, plan) if same and (with_fp8 or each.key != "fp8_state")]
+    return {**common, **{each.key: reader.object(each.unique_key) for each in objects}}
+
+
+@torch.no_grad()
+def load_parts(parts: Iterable[Part], reader: DistReader) -> None:
+    """Fills the tensors of `parts`; raises KitError where the checkpoint has not what fits them, or is damaged.
+
+    The rows of a padded vocabulary that the checkpoint has not stay as they are.
+    """
+    for target, values, checksum in ahead(_reads(parts, reader)):
+        if checksum:
+            checksum.take(values)
+        target.copy_(values)
+
+
+def _reads(parts: Iterable[Part], reader: DistReader) -> Iterator[tuple[torch.Tensor, torch.Tensor, Checksum | None]]:
+    for part in parts:
+        stored = reader.tensors.get(part.key)
+        found = stored.shape if stored else None
+        if found != part.global_shape and not (part.padded and found and found[1:] == part.global_shape[1:]):
+            raise KitError(
+                f"{reader.path} has {part.key} of shape {list(found) if found else 'none'}, and this model needs"
+                f" {list(part.global_shape)}: check config.json, TP, PP, VPP and TRANSFORMER_IMPL"
+            )
+        place = part.place.common(Rectangle((0,) * len(found), found)) if found else part.place
+        if place is not None:
+            inner = part.tensor[place.within(part.place)]
+            for at, values, checksum in reader.blocks(part.key, place):
+                yield inner[at], values, checksum
 
 
 def _load_rank(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -3,16 +3,18 @@
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from common.errors import KitError
 from common.log import logger
 from common.mcore import (
+    OPTIMIZER_SHARDING,
     chunk_place,
     content_metadata,
     make_optimizer_state,
-    optimizer_sharding,
+    save_options,
     sharded_optimizer_state,
 )
 from common.model.build import unwrap
@@ -20,6 +22,8 @@ from common.training.distributed import random_state, restore_random_state
 from common.training.fp8_state import fp8_state, has_fp8_state, restore_fp8_state
 from common.training.optimizer import Trainee, optimizer_parts
 from common.training.plan import Plan, Progress
+from common.training.shards import optimizer_state_parts, weight_parts
+from common.training.torch_dist_save import Content
 
 LAYOUT = ("tp", "pp", "vpp", "cp", "dp")
 
@@ -36,7 +40,7 @@ def describe_run(plan: Plan, progress: Progress) -> dict[str, Any]:
     return {
         "progress": asdict(progress),
         "layout": layout,
-        "optimizer_sharding": optimizer_sharding(),
+        "optimizer_sharding": OPTIMIZER_SHARDING,
         "data": data,
         "optimizer": plan.settings.save_optimizer,
         "fp8_state": has_fp8_state(plan.settings),
@@ -46,7 +50,7 @@ def describe_run(plan: Plan, progress: Progress) -> dict[str, Any]:
 
 def model_shards(trainee: Trainee) -> dict[str, Any]:
     """Megatron-Core's sharded state dict of each chunk; `_extra_state` (FP8 scales) is left out."""
-    names, metadata = chunk_names(len(trainee.model)), content_metadata(optimizer_sharding())
+    names, metadata = chunk_names(len(trainee.model)), content_metadata(OPTIMIZER_SHARDING)
     shards = {}
     for index, (name, chunk) in enumerate(zip(names, trainee.model, strict=True)):
         chunk_place(index, len(names))
@@ -55,24 +59,73 @@ def model_shards(trainee: Trainee) -> dict[str, Any]:
     return shards
 
 
-def sharded_state(
-    trainee: Trainee, *, loading: bool, sharding: str | None = None, with_rng: bool = True, with_fp8: bool = False
-) -> dict[str, Any]:
-    """The whole state as Megatron-Core's dist_checkpointing saves and loads it, the optimizer in layout `sharding`."""
-    if loading:
-        initialise_optimizer(trainee)
-    else:
+def content_of(plan: Plan, trainee: Trainee, progress: Progress) -> Content:
+    """What this rank writes of a torch_dist checkpoint; no collective call."""
+    shards = model_shards(trainee)
+    parts = list(weight_parts(trainee, shards, own=True))
+    common: dict[str, Any] = {"iteration": progress.iteration, "checkpoint_version": 3.0} | save_options()
+    common["run"] = describe_run(plan, progress)
+    objects = {}
+    if plan.settings.save_optimizer:
         need_optimizer_state(trainee)
+        parts += optimizer_state_parts(trainee, shards)
+        groups = {"param_groups": saved_groups(trainee)}
+        common["optimizer"] = {"optimizer": groups, "param_state_sharding_type": OPTIMIZER_SHARDING}
+        common["opt_param_scheduler"] = trainee.scheduler.state_dict()
+        if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+            objects = {each.unique_key: each.data for each in rank_objects(trainee, plan)}
+    return Content([part for part in parts if part.saved_here], objects, common)
+
+
+def rank_objects(trainee: Trainee, plan: Plan) -> list[ShardedObject]:
+    """What each pipeline and tensor rank has of its own beside tensors."""
+    objects = [_sharded("rng_state", [random_state()])]
+    if has_fp8_state(plan.settings):
+        objects.append(_sharded("fp8_state", fp8_state(trainee.model)))
+    return objects
+
+
+def old_state(trainee: Trainee, sharding: str, *, with_rng: bool, with_fp8: bool) -> dict[str, Any]:
+    """What Megatron-Core's dist_checkpointing loads into, of an optimizer in a layout that is written no more."""
+    initialise_optimizer(trainee)
     state = model_shards(trainee)
-    sharding = sharding or optimizer_sharding()
-    state["optimizer"] = sharded_optimizer_state(trainee.optimizer, state, sharding, loading=loading)
+    state["optimizer"] = sharded_optimizer_state(trainee.optimizer, state, sharding)
     if with_rng:
         state["rng_state"] = _sharded("rng_state", [random_state()])
-    if with_fp8:
-        state["fp8_state"] = _sharded("fp8_state", fp8_state(trainee.model))
-    if not loading:
-        state["opt_param_scheduler"] = trainee.scheduler.state_dict()
-    return state
+    return state | ({"fp8_state": _sharded("fp8_state", fp8_state(trainee.model))} if with_fp8 else {})
+
+
+def saved_groups(trainee: Trainee) -> list[dict[str, Any]]:
+    """Adam's parameter groups without parameters, with the number of its steps in each.
+
+    As DistributedOptimizer.state_dict gives them, which has Transformer Engine's Adam copy all bf16 moments to float32.
+    """
+    (optimizer,) = optimizer_parts(trainee.optimizer)
+    adam = optimizer.optimizer
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in adam.param_groups]
+    steps = {int(state["step"]) for state in adam.state.values() if "step" in state}
+    steps = steps or {int(group["step"]) for group in groups if "step" in group}
+    for group in groups:
+        group["step"] = max(steps, default=0)
+    return groups
+
+
+def load_groups(trainee: Trainee, saved: list[dict[str, Any]]) -> None:
+    """Puts back what `saved_groups` gave; groups are told apart as DistributedOptimizer.load_state_dict does it."""
+    (optimizer,) = optimizer_parts(trainee.optimizer)
+    adam = optimizer.optimizer
+    by_kind = {_kind(group): group for group in saved}
+    for group in adam.param_groups:
+        found = by_kind[_kind(group)]
+        own_count = "step" in group or not any("step" in state for state in adam.state.values())
+        group.update({key: value for key, value in found.items() if key != "step" or own_count})
+        for param in group["params"]:
+            if "step" in adam.state.get(param, {}):
+                adam.state[param]["step"] = torch.tensor(float(found["step"]))
+
+
+def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(group.get(key, group.get(f"pre_{key}")) for key in ("wd_mult", "lr_mult", "is_expert_parallel"))
 
 
 def initialise_optimizer(trainee: Trainee) -> None:

@@ -8,26 +8,37 @@ ranks agree that the checkpoint failed, what was written of it is removed, and i
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from torch.distributed.checkpoint.api import CheckpointException
 
+from common.checkpoint.dist_share import Share, write_rest
 from common.checkpoint.layout import iteration_dir, write_tracker
 from common.log import logger
-from common.mcore import save_options
-from common.training.distributed import errors_of_ranks
-from common.training.fp8_state import has_fp8_state
+from common.training.distributed import errors_of_ranks, wait_for_ranks
 from common.training.optimizer import Trainee, gather_weights
 from common.training.plan import Plan
 from common.training.retention import Retention
 from common.training.run_folder import PARTIAL, RunFolder, size_of
-from common.training.state import Progress, describe_run, model_shards, sharded_state
-from common.training.torch_dist_save import save_torch_dist
+from common.training.state import Progress, content_of
+from common.training.torch_dist_save import Content, ShareWriter, gather_shares
 from common.training.torch_save import make_rank_folders, save_torch
+
+
+@dataclass
+class _Writing:
+    """A checkpoint whose shares are being written."""
+
+    writer: ShareWriter
+    common: dict[str, Any]
+    partial: Path
+    final: Path
+    iteration: int
+    began: float
+    stood_still: float = 0.0
 
 
 class Store:
@@ -36,10 +47,11 @@ class Store:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.path = Path(plan.settings.save_checkpoint_path)
-        self.asynchronous = AsyncCallsQueue() if plan.settings.async_save else None
+        self.writer: ShareWriter | None = None
+        self._meetings = 0
         self.overdue = False  # whether a checkpoint that was due could not be written
         self.seconds = 0.0  # that the last one took
-        self._writing: tuple[Path, Path, int, float] | None = None
+        self._writing: _Writing | None = None
         self.folder: RunFolder | None = None  # rank 0's
         self.retention: Retention | None = None
         if dist.get_rank() == 0:
@@ -57,18 +69,28 @@ class Store:
 
     def save(self, trainee: Trainee, progress: Progress) -> bool:
         """Whether a checkpoint of `progress` is written; with ASYNC_SAVE it is only begun, and finished by `finish`."""
+        if self._writing and self._writing.writer.asynchronous and not self._all_done(self._writing.writer):
+            logger.info("the checkpoint before is still being written, and is waited for")
         self.finish(wait=True)
-        gather_weights(trainee.model)
         began, final = time.monotonic(), iteration_dir(self.path, progress.iteration)
         partial = self._begin(final, self.plan.ckpt_format)
         if partial is None:
             return False
-        if self.asynchronous is not None:
-            self._writing = (partial, final, progress.iteration, began)
-            return self._done(lambda: self._schedule(trainee, progress, partial), partial)
-        if not self._done(lambda: self._write(trainee, progress, partial), partial):
+        if self.plan.ckpt_format == "torch":
+            gather_weights(trainee.model)
+            weights_only = not self.plan.settings.save_optimizer
+            written = self._done(lambda: save_torch(self.plan, trainee, progress, partial, weights_only), partial)
+            return written and self._publish(partial, final, progress.iteration, began, time.monotonic() - began)
+        self.writer = self.writer or ShareWriter(trainee.heartbeat, asynchronous=self.plan.settings.async_save)
+        return self._write(self.writer, content_of(self.plan, trainee, progress), partial, final, began)
+
+    def _write(self, writer: ShareWriter, content: Content, partial: Path, final: Path, began: float) -> bool:
+        writing = _Writing(writer, content.common, partial, final, int(content.common["iteration"]), began)
+        if not self._done(lambda: writer.begin(content, partial), partial):
             return False
-        return self._publish(partial, final, progress.iteration, began)
+        writing.stood_still = time.monotonic() - began
+        self._writing = writing
+        return True if writer.asynchronous else self.finish(wait=True)
 
     def _begin(self, final: Path, ckpt_format: str) -> Path | None:
         """The empty folder to write a checkpoint of that format to, beside `final`; None where the disk refuses."""
@@ -82,37 +104,31 @@ class Store:
 
         return partial if self._done(begin, partial) else None
 
-    def _write(self, trainee: Trainee, progress: Progress, partial: Path) -> None:
-        if self.plan.ckpt_format == "torch":
-            save_torch(self.plan, trainee, progress, partial, not self.plan.settings.save_optimizer)
-        else:
-            save_torch_dist(self._state(trainee, progress), partial)
+    def finish(self, wait: bool) -> bool:
+        """Publishes what is written, with `wait` when it is; whether it did, or there was nothing to publish."""
+        writing = self._writing
+        if writing is None or not (wait or self._all_done(writing.writer)):
+            return writing is None
+        self._writing = None
+        shares: list[Share] = []
+        if not self._done(lambda: shares.append(writing.writer.result()), writing.partial, meet=True):
+            return False
+        shares = gather_shares(shares[0])
 
-    def _state(self, trainee: Trainee, progress: Progress) -> dict[str, Any]:
-        """The sharded state dict."""
-        whole = self.plan.settings.save_optimizer
-        with_fp8 = has_fp8_state(self.plan.settings)
-        state = sharded_state(trainee, loading=False, with_fp8=with_fp8) if whole else model_shards(trainee)
-        run = describe_run(self.plan, progress)
-        return state | {"iteration": progress.iteration, "checkpoint_version": 3.0, "run": run} | save_options()
+        def complete() -> None:
+            if self.folder:
+                write_rest(writing.partial, shares, writing.common)
 
-    def _schedule(self, trainee: Trainee, progress: Progress, partial: Path) -> None:
-        assert self.asynchronous is not None
-        request = dist_checkpointing.save(self._state(trainee, progress), str(partial), async_sharded_save=True)
-        self.asynchronous.schedule_async_request(request)
+        if not self._done(complete, writing.partial):
+            return False
+        stood_still = writing.stood_still if writing.writer.asynchronous else time.monotonic() - writing.began
+        return self._publish(writing.partial, writing.final, writing.iteration, writing.began, stood_still)
 
-    def finish(self, wait: bool) -> None:
-        """Publishes an asynchronous checkpoint that is written; with `wait`, waits for it."""
-        if self._writing is None or self.asynchronous is None:
-            return
-        partial, final, iteration, began = self._writing
-        queue, finished = self.asynchronous, []
-        if self._done(lambda: finished.extend(queue.maybe_finalize_async_calls(blocking=wait)), partial):
-            if finished:
-                self._writing = None
-                self._publish(partial, final, iteration, began)
-        else:
-            self._writing = None
+    def _all_done(self, writer: ShareWriter) -> bool:
+        """Whether every rank's share is written."""
+        done = torch.tensor([writer.is_done], dtype=torch.int32, device=torch.cuda.current_device())
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        return bool(done.item())
 
     def write_converted(self, trainee: Trainee, progress: Progress) -> None:
         """Writes in torch format what was loaded: under its iteration's name, or `release` for weights alone."""
@@ -120,9 +136,10 @@ class Store:
         final = self.path / "release" if weights_only else iteration_dir(self.path, progress.iteration)
         began, partial = time.monotonic(), self._begin(final, "torch")
         if partial and self._done(lambda: save_torch(self.plan, trainee, progress, partial, weights_only), partial):
-            self._publish(partial, final, "release" if weights_only else progress.iteration, began)
+            iteration = "release" if weights_only else progress.iteration
+            self._publish(partial, final, iteration, began, time.monotonic() - began)
 
-    def _publish(self, partial: Path, final: Path, iteration: int | str, began: float) -> bool:
+    def _publish(self, partial: Path, final: Path, iteration: int | str, began: float, stood_still: float) -> bool:
         def publish() -> None:
             if self.folder and self.retention:
                 if isinstance(iteration, int):
@@ -132,23 +149,31 @@ class Store:
 
         if not self._done(publish, partial):
             return False
-        self.overdue, self.seconds = False, time.monotonic() - began
+        seconds = time.monotonic() - began
+        self.overdue, self.seconds = False, seconds
         if self.folder and self.retention:
             size = size_of(final) / 1e6
-            logger.info("saved %s: %.1f MB in %.1f s (%.0f MB/s)", final, size, self.seconds, size / self.seconds)
+            stood = f"; training stood still {stood_still:.1f} s" if stood_still < seconds - 0.05 else ""
+            logger.info("saved %s: %.1f MB in %.1f s (%.0f MB/s)%s", final, size, seconds, size / seconds, stood)
             if isinstance(iteration, int):
                 self.retention.prune(iteration)
         return True
 
-    def _done(self, action: Callable[[], Any], partial: Path) -> bool:
-        """Whether `action` went well on every rank; else the disk's trouble is told, and `partial` removed."""
+    def _done(self, action: Callable[[], Any], partial: Path, *, meet: bool = False) -> bool:
+        """Whether `action` went well on every rank; else the disk's trouble is told, and `partial` removed.
+
+        meet: the ranks may be far apart in time, and are waited for outside of a collective call, which gives up.
+        """
         trouble: BaseException | None = None
         try:
             action()
-        except (Exception, CheckpointException) as error:  # which is no Exception
+        except Exception as error:
             if not is_disk_trouble(error):
                 raise
             trouble = error
+        if meet and self.writer:
+            self._meetings += 1
+            wait_for_ranks(f"saved_{self._meetings}", self.writer.heartbeat)
         texts = errors_of_ranks(trouble)
         if texts:
             self.overdue = True
@@ -166,8 +191,6 @@ class Store:
 
 def is_disk_trouble(error: BaseException) -> bool:
     """Whether it says that a disk refuses to write, and not that the program is wrong."""
-    if isinstance(error, CheckpointException):
-        return all(is_disk_trouble(each[0]) for each in error.failures.values())
     if isinstance(error, OSError):
         return True
     # torch.save's own writer tells it thus, and the OSError behind it is lost on the way from another rank.

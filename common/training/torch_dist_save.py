@@ -1,46 +1,99 @@
-"""A synchronous save of torch_dist: Megatron-Core's shards and planner, torch's own writer.
+"""A rank's part in saving torch_dist: its own share of the state into a file of its own, at once or in a thread.
 
-Megatron-Core's strategy forks processes that write, and spawns a manager for their results
-(dist_checkpointing/strategies/filesystem_async.py): each holds what the rank holds of a GPU, and rank 0's failure to
-write `.metadata` or `common.pt` leaves the others waiting. torch's writer works in the rank itself, and what fails on
-one rank is raised on all (_DistWrapper in torch/distributed/checkpoint/utils.py). The files are the same.
+Megatron-Core's strategies gather the optimizer's state to every data-parallel rank, and write it in forked processes
+with a spawned manager (dist_checkpointing/strategies/filesystem_async.py). Here nothing is gathered, and what writes is
+a thread of the rank: it holds nothing that the rank does not, and ends with it.
 """
 
+import io
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from torch.distributed import checkpoint
 
-from common.data.indexed import sync
+from common.checkpoint.dist_share import Block, Share, write_share
+from common.checkpoint.lazy import LazyTensor
+from common.training.hang import Heartbeat
+from common.training.shards import Part
+from common.training.staging import HostCopy, blocks_of
 
 
-def save_torch_dist(state: dict[str, Any], folder: Path) -> None:
-    """Writes a sharded state dict to the empty `folder`; a collective call.
+@dataclass(frozen=True)
+class Content:
+    """What a rank writes, and what is written once for all of them."""
 
-    Raises torch's CheckpointException on every rank where a shard could not be written, OSError on rank 0 alone after
-    that, for what it writes by itself.
-    """
-    sharded, common = save_preprocess(state)
-    renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)  # one replica of each shard
-    save = getattr(checkpoint, "save", None) or checkpoint.save_state_dict  # torch 2.1
-    save(
-        state_dict=mcore_to_pyt_state_dict(renamed, False),
-        # One thread: what fails in another is lost (FileSystemWriter._write_data in its filesystem.py).
-        storage_writer=checkpoint.FileSystemWriter(str(folder), thread_count=1),
-        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-    )
-    if dist.get_rank() == 0:
-        with (folder / "common.pt").open("wb") as stream:
-            torch.save(common, stream)
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-        for name in ("common.pt", "metadata.json", ".metadata"):
-            sync(folder / name)
+    parts: list[Part]
+    objects: dict[str, Any]  # by Megatron-Core's keys of sharded objects
+    common: dict[str, Any]
+
+
+class ShareWriter:
+    """Writes this rank's shares, one at a time; with `asynchronous`, in a thread from a copy of the state."""
+
+    def __init__(self, heartbeat: Heartbeat, *, asynchronous: bool) -> None:
+        self.heartbeat, self.asynchronous = heartbeat, asynchronous
+        self.host = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._share: Share | None = None
+        self._error: Exception | None = None
+
+    def begin(self, content: Content, folder: Path) -> None:
+        """Begins to write to the existing `folder`; unless it is asynchronous, all is written, or OSError is raised."""
+        self._share, self._error = None, None
+        path = folder / f"__{dist.get_rank()}_0.distcp"
+        objects = {key: _saved(value) for key, value in content.objects.items()}
+        if not self.asynchronous:
+            tensors = [part.tensor for part in content.parts]
+            done = lambda size: self.heartbeat.beat("saving")  # noqa: E731
+            self._share = write_share(path, _blocks(content.parts), objects, blocks_of(tensors), done)
+            return
+        copies = self.host.copy([part.tensor for part in content.parts])
+        blocks = _blocks(content.parts)  # of their places alone
+
+        def write() -> None:
+            try:
+                self._share = write_share(path, blocks, objects, blocks_of(copies))
+            except Exception as error:  # raised by `result`, in the thread that trains
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name="saving", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this rank's share is written, or has failed."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def result(self) -> Share:
+        """What was written, when it is; raises what went wrong."""
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(1)
+            self.heartbeat.beat("waiting for a save to end")
+        self._thread = None
+        if self._error is not None:
+            raise self._error
+        assert self._share is not None
+        return self._share
+
+
+def gather_shares(share: Share) -> list[Share]:
+    """All ranks' shares on rank 0, nothing elsewhere; a collective call."""
+    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(share, found)
+    return found or []
+
+
+def _blocks(parts: list[Part]) -> list[Block]:
+    return [
+        Block(part.key, part.global_shape, part.place.offsets, LazyTensor(part.place.sizes, part.tensor.dtype, tuple))
+        for part in parts
+    ]
+
+
+def _saved(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()

@@ -15,7 +15,7 @@ from common.training.distributed import random_state
 from common.training.fp8_state import fp8_state, has_fp8_state
 from common.training.optimizer import Trainee
 from common.training.plan import Plan, Progress
-from common.training.state import chunk_names, describe_run, need_optimizer_state
+from common.training.state import chunk_names, describe_run, need_optimizer_state, saved_groups
 
 
 def rank_folder(checkpoint: Path) -> Path:
@@ -55,7 +55,7 @@ def save_torch(plan: Plan, trainee: Trainee, progress: Progress, folder: Path, w
     if not weights_only:
         need_optimizer_state(trainee)
         state |= {
-            "optimizer": trainee.optimizer.state_dict(),
+            "optimizer": {"optimizer": {"param_groups": saved_groups(trainee)}},
             "opt_param_scheduler": trainee.scheduler.state_dict(),
             "rng_state": [random_state()],
         }

@@ -62,11 +62,16 @@ def host_buffer(size: int, *, pinned: bool) -> mmap.mmap:
             f"OPTIMIZER_STATE=cpu: no {size / 2**30:.1f} GiB of memory ({error.strerror}): {way_out}"
         ) from error
     if pinned:
-        cudart, address = torch.cuda.cudart(), torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
-        code = cudart.cudaHostRegister(address, size, PORTABLE)
-        if int(code):
-            raise KitError(
-                f"OPTIMIZER_STATE=cpu: CUDA does not pin {size / 2**30:.1f} GiB of the host's memory"
-                f" ({cudart.cudaGetErrorString(code)}): start the container with --ulimit memlock=-1, {way_out}"
-            )
+        pin(torch.frombuffer(buffer, dtype=torch.uint8), "OPTIMIZER_STATE=cpu", way_out)
     return buffer
+
+
+def pin(buffer: torch.Tensor, setting: str, way_out: str) -> None:
+    """Locks `buffer` in memory for every device, for as long as this process lives; raises KitError."""
+    cudart = torch.cuda.cudart()
+    code = cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, PORTABLE)
+    if int(code):
+        raise KitError(
+            f"{setting}: CUDA does not pin {buffer.nbytes / 2**30:.1f} GiB of the host's memory"
+            f" ({cudart.cudaGetErrorString(code)}): start the container with --ulimit memlock=-1, {way_out}"
+        )

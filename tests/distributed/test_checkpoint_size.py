@@ -8,7 +8,6 @@ import pytest
 
 from common.checkpoint.layout import find_checkpoint
 from common.checkpoint.size import checkpoint_bytes
-from common.mcore import optimizer_sharding
 from common.model.config import load_config
 from tests.distributed.launch import convert, run, train_forked, words
 from tests.tiny import TEXTS, tiny_qwen
@@ -64,9 +63,7 @@ def test_a_runs_checkpoint_is_as_large_as_the_formula_says(
 def test_other_parallel_sizes_write_as_much_but_for_the_tied_matrix_of_torch_format(
     work: Path, layout: dict[str, int], ckpt_format: str
 ) -> None:
-    # dp_zero_gather_scatter, of megatron-core 0.11, saves the optimizer rank by rank in torch_dist too.
-    by_rank = ckpt_format == "torch" or optimizer_sharding() == "dp_zero_gather_scatter"
-    like = {"ckpt_format": "torch" if by_rank else ckpt_format, "pp": layout.get("pp", 1)}
+    like = {"ckpt_format": ckpt_format, "pp": layout.get("pp", 1)}
     formula = checkpoint_bytes(load_config(work / "tied"), "bf16", **like)  # type: ignore[arg-type]
     assert_near(trained(work, "tied", ckpt_format=ckpt_format, **layout), formula)
 

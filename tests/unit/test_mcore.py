@@ -75,25 +75,8 @@ def found(pattern: str, *paths: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "text, layout",
-    [
-        ("0.11.0", "dp_zero_gather_scatter"),
-        ("0.14.0", "fully_sharded_model_space"),
-        ("0.16.1", "fully_reshardable"),
-    ],
-)
-def test_the_optimizers_layout_is_one_that_the_version_can_load(
-    text: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(tmp_path, text, monkeypatch)
-    assert mcore.optimizer_sharding() == layout
-
-
-@pytest.mark.parametrize(
     "text, kind, those",
     [
-        ("0.11.0", "fully_reshardable", "megatron-core 0.16"),
-        ("0.14.0", "fully_reshardable", "megatron-core 0.16"),
         ("0.11.0", "fully_sharded_model_space", "megatron-core 0.14"),
         ("0.16.1", "fully_sharded_model_space", "megatron-core 0.14"),
         ("0.16.1", "of_tomorrow", "no supported version"),
@@ -116,7 +99,7 @@ def test_the_oldest_layout_loads_everywhere_at_its_own_sizes_alone(
     mcore.check_optimizer_sharding("dp_zero_gather_scatter", Path("/run"), same_ranks=True)
     with pytest.raises(KitError, match="loads at its own TP, PP and VPP alone; use those, or go on from the weights"):
         mcore.check_optimizer_sharding("dp_zero_gather_scatter", Path("/run"), same_ranks=False)
-    mcore.check_optimizer_sharding(mcore.optimizer_sharding(), Path("/run"), same_ranks=True)
+    mcore.check_optimizer_sharding(mcore.OPTIMIZER_SHARDING, Path("/run"), same_ranks=False)
 
 
 @pytest.mark.parametrize("same_ranks", [True, False])

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.checkpoint.dist_share import Block, write_dist
 from common.checkpoint.inspection import inspect_folder
 from common.checkpoint.lazy import LazyTensor
-from common.checkpoint.torch_dist import Block, write_dist
 from common.errors import KitError
 from common.model.config import QwenConfig
 from tests.unit.checkpoint.small import dist_state, write_hf, write_ranks

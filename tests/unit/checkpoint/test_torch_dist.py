@@ -18,8 +18,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
+from common.checkpoint.dist_share import Block, write_dist
 from common.checkpoint.lazy import LazyTensor
-from common.checkpoint.torch_dist import Block, DistReader, write_dist
+from common.checkpoint.torch_dist import DistReader
 from common.errors import KitError
 from tests.unit.checkpoint.small import same_bits
 
