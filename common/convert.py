@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from common import errors, log
 from common.checkpoint.arguments import megatron_arguments
+from common.checkpoint.checksums import check_all_files
 from common.checkpoint.dist_share import write_dist
 from common.checkpoint.hf_folder import HfReader, check_weights, parse_size, write_safetensors
 from common.checkpoint.inspection import WRITTEN_BY, inspect_folder
@@ -243,6 +244,9 @@ def compare(settings: Verify, check: bool) -> None:
     if check:
         print(f"ok: {folder} and {checkpoint.path} can be compared")
         return
+    files = check_all_files(checkpoint.path)
+    if files:
+        logger.info("%s: %d files are as they were written, by size and CRC-32", checkpoint.path, files)
     report = verify(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
     if settings.report:
         write_report(Path(settings.report), report, settings)

@@ -19,11 +19,11 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from common.checkpoint.archive import ALIGNMENT, ArchiveWriter, of_size, write_archive
+from common.checkpoint.checksums import CHECKSUMS, Facts
 from common.checkpoint.disk import Writer, ahead
 from common.checkpoint.lazy import LazyTensor
 
 DATA_FILE = "__0_0.distcp"
-CHECKSUMS = "checksums.json"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 COMMON = {"common_backend": "torch", "common_backend_version": 1}
 
@@ -57,7 +57,7 @@ class Share:
     """What a rank wrote."""
 
     entries: tuple[Written, ...]
-    files: dict[str, dict[str, int]]  # name -> {"bytes": size, "crc32": checksum}
+    files: Facts
 
 
 def write_share(

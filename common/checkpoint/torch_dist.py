@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 
 from common.checkpoint.archive import MappedFile
+from common.checkpoint.checksums import check_size, check_small_files, read_facts
 from common.checkpoint.disk import load
 from common.checkpoint.lazy import in_rows, tensor_bytes
 from common.checkpoint.rectangles import Rectangle
@@ -50,7 +51,8 @@ class DistReader:
     """The tensors of a torch_dist checkpoint by their keys; raises KitError when it is damaged or incomplete."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, facts = path, read_facts(path)
+        check_small_files(path, facts)
         try:
             metadata = load_metadata(path / ".metadata", foreign=True)
             self.tensors = self._stored_tensors(metadata)
@@ -61,7 +63,13 @@ class DistReader:
             raise
         except Exception as error:  # pickle lets out whatever its objects raise
             raise KitError(f"{path / '.metadata'} cannot be read ({error!r}): copy the checkpoint again") from error
-        self._file = cache(lambda name: MappedFile(path / name))
+
+        def open_file(name: str) -> MappedFile:
+            file = MappedFile(path / name)
+            check_size(path / name, file.size, facts)
+            return file
+
+        self._file = cache(open_file)
 
     def _stored_tensors(self, metadata: dcp.Metadata) -> dict[str, StoredTensor]:
         where = {(index.fqn, _tuple(index.offset)): info for index, info in metadata.storage_data.items()}

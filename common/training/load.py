@@ -1,9 +1,12 @@
 """A checkpoint of either format into a built model: its weights alone, or all that a run goes on from."""
 
+import itertools
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from common.checkpoint.disk import ahead
@@ -81,8 +84,9 @@ def _resume_dist(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> dict[s
     initialise_optimizer(trainee)
     load_groups(trainee, common["optimizer"]["optimizer"]["param_groups"])
     reader, shards = DistReader(checkpoint.path), model_shards(trainee)
-    load_parts(weight_parts(trainee, shards, own=False), reader)
-    load_parts(optimizer_state_parts(trainee, shards), reader)
+    load_parts(
+        itertools.chain(weight_parts(trainee, shards, own=False), optimizer_state_parts(trainee, shards)), reader
+    )
     objects = [each for each in rank_objects(trainee, plan) if same and (with_fp8 or each.key != "fp8_state")]
     return {**common, **{each.key: reader.object(each.unique_key) for each in objects}}
 
@@ -93,10 +97,15 @@ def load_parts(parts: Iterable[Part], reader: DistReader) -> None:
 
     The rows of a padded vocabulary that the checkpoint has not stay as they are.
     """
+    began, num_bytes = time.monotonic(), 0
     for target, values, checksum in ahead(_reads(parts, reader)):
         if checksum:
             checksum.take(values)
         target.copy_(values)
+        num_bytes += values.nbytes
+    if dist.get_rank() == 0:
+        seconds = time.monotonic() - began
+        logger.info("read %.1f MB of %s in %.1f s on rank 0", num_bytes / 1e6, reader.path, seconds)
 
 
 def _reads(parts: Iterable[Part], reader: DistReader) -> Iterator[tuple[torch.Tensor, torch.Tensor, Checksum | None]]:

@@ -143,6 +143,7 @@ class Training:
         if iteration % settings.log_interval == 0 or last or iteration == 1:
             self.log(result.grad_norm, learning_rate)
         self.check_bad_steps()
+        self.store.prepare(self.trainee)
         self.store.finish(wait=False)
         stop = result.stop
         if not stop and self.readers.valid and (iteration % settings.eval_interval == 0 or last):

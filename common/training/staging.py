@@ -100,6 +100,8 @@ def _memory(size: int, *, pinned: bool) -> Tensor:
     except OSError as error:
         raise KitError(f"ASYNC_SAVE=true: no {size / 2**30:.1f} GiB of memory ({error.strerror}): {way_out}") from error
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    for part in buffer.split(1 << 30):
+        part.zero_()  # its pages are there before they are pinned, which keeps the device waiting
     if pinned:
         pin(buffer, "ASYNC_SAVE=true", way_out)
     return buffer

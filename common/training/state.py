@@ -22,7 +22,7 @@ from common.training.distributed import random_state, restore_random_state
 from common.training.fp8_state import fp8_state, has_fp8_state, restore_fp8_state
 from common.training.optimizer import Trainee, optimizer_parts
 from common.training.plan import Plan, Progress
-from common.training.shards import optimizer_state_parts, weight_parts
+from common.training.shards import Part, optimizer_state_parts, weight_parts
 from common.training.torch_dist_save import Content
 
 LAYOUT = ("tp", "pp", "vpp", "cp", "dp")
@@ -61,20 +61,33 @@ def model_shards(trainee: Trainee) -> dict[str, Any]:
 
 def content_of(plan: Plan, trainee: Trainee, progress: Progress) -> Content:
     """What this rank writes of a torch_dist checkpoint; no collective call."""
-    shards = model_shards(trainee)
-    parts = list(weight_parts(trainee, shards, own=True))
+    if plan.settings.save_optimizer:
+        need_optimizer_state(trainee)
+    parts = saved_parts(plan, trainee)
     common: dict[str, Any] = {"iteration": progress.iteration, "checkpoint_version": 3.0} | save_options()
     common["run"] = describe_run(plan, progress)
     objects = {}
     if plan.settings.save_optimizer:
-        need_optimizer_state(trainee)
-        parts += optimizer_state_parts(trainee, shards)
         groups = {"param_groups": saved_groups(trainee)}
         common["optimizer"] = {"optimizer": groups, "param_state_sharding_type": OPTIMIZER_SHARDING}
         common["opt_param_scheduler"] = trainee.scheduler.state_dict()
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
             objects = {each.unique_key: each.data for each in rank_objects(trainee, plan)}
-    return Content([part for part in parts if part.saved_here], objects, common)
+    return Content(parts, objects, common)
+
+
+def saved_parts(plan: Plan, trainee: Trainee) -> list[Part]:
+    """The parts of weights and optimizer that this rank writes; the optimizer's state is there."""
+    shards = model_shards(trainee)
+    parts = list(weight_parts(trainee, shards, own=True))
+    if plan.settings.save_optimizer:
+        parts += optimizer_state_parts(trainee, shards)
+    return [part for part in parts if part.saved_here]
+
+
+def has_optimizer_state(trainee: Trainee) -> bool:
+    """Whether a step has given the optimizer its moments."""
+    return any(part.optimizer.state for part in optimizer_parts(trainee.optimizer))
 
 
 def rank_objects(trainee: Trainee, plan: Plan) -> list[ShardedObject]:
@@ -149,11 +162,10 @@ def initialise_optimizer(trainee: Trainee) -> None:
 
 def need_optimizer_state(trainee: Trainee) -> None:
     """Gives the optimizer the state of no step, where every step of the run so far was skipped: saving asks for one."""
-    parts = optimizer_parts(trainee.optimizer)
-    if any(part.optimizer.state for part in parts):
+    if has_optimizer_state(trainee):
         return
     initialise_optimizer(trainee)
-    for part in parts:
+    for part in optimizer_parts(trainee.optimizer):
         for state in part.optimizer.state.values():
             if "step" in state:
                 state["step"].zero_()

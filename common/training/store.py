@@ -23,7 +23,7 @@ from common.training.optimizer import Trainee, gather_weights
 from common.training.plan import Plan
 from common.training.retention import Retention
 from common.training.run_folder import PARTIAL, RunFolder, size_of
-from common.training.state import Progress, content_of
+from common.training.state import Progress, content_of, has_optimizer_state, saved_parts
 from common.training.torch_dist_save import Content, ShareWriter, gather_shares
 from common.training.torch_save import make_rank_folders, save_torch
 
@@ -83,6 +83,15 @@ class Store:
             return written and self._publish(partial, final, progress.iteration, began, time.monotonic() - began)
         self.writer = self.writer or ShareWriter(trainee.heartbeat, asynchronous=self.plan.settings.async_save)
         return self._write(self.writer, content_of(self.plan, trainee, progress), partial, final, began)
+
+    def prepare(self, trainee: Trainee) -> None:
+        """Has the host's memory that an asynchronous save copies to made beside the run's steps, after the first one.
+
+        No collective call; called again, it does nothing.
+        """
+        if self.plan.settings.async_save and self.writer is None and has_optimizer_state(trainee):
+            self.writer = ShareWriter(trainee.heartbeat, asynchronous=True)
+            self.writer.prepare(saved_parts(self.plan, trainee))
 
     def _write(self, writer: ShareWriter, content: Content, partial: Path, final: Path, began: float) -> bool:
         writing = _Writing(writer, content.common, partial, final, int(content.common["iteration"]), began)

@@ -37,11 +37,31 @@ class ShareWriter:
         self.heartbeat, self.asynchronous = heartbeat, asynchronous
         self.host = HostCopy()
         self._thread: threading.Thread | None = None
+        self._preparing: threading.Thread | None = None
         self._share: Share | None = None
         self._error: Exception | None = None
 
+    def prepare(self, parts: list[Part]) -> None:
+        """Begins to make the memory that `begin` copies `parts` to, in a thread."""
+        tensors, device = [part.tensor for part in parts], torch.cuda.current_device()
+
+        def make() -> None:
+            try:
+                torch.cuda.set_device(device)  # a thread begins on the first
+                self.host.prepare(tensors)
+            except Exception as error:  # raised by `begin`
+                self._error = error
+
+        self._preparing = threading.Thread(target=make, name="memory to save from", daemon=True)
+        self._preparing.start()
+
     def begin(self, content: Content, folder: Path) -> None:
         """Begins to write to the existing `folder`; unless it is asynchronous, all is written, or OSError is raised."""
+        if self._preparing:
+            self._preparing.join()
+            self._preparing = None
+            if self._error:
+                raise self._error
         self._share, self._error = None, None
         path = folder / f"__{dist.get_rank()}_0.distcp"
         objects = {key: _saved(value) for key, value in content.objects.items()}

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +81,10 @@ def test_a_stopped_run_goes_on_and_exports_the_bits_of_its_step(work: Path, layo
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
 
 
-def devices_of(pid: int) -> list[str]:
-    """NVIDIA's device files that a process has open."""
-    files = []
-    for each in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            files.append(str(each.readlink()))
-    return [file for file in files if "nvidia" in file]
+def on_the_gpu() -> set[int]:
+    """The processes that have a CUDA context."""
+    query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    return set(map(int, subprocess.run(query, capture_output=True, check=True).stdout.split()))
 
 
 def used_mib() -> int:
@@ -104,8 +100,8 @@ def test_a_killed_rank_gives_the_gpu_back_at_once(work: Path, asynchronous: str)
     run = GpuRun(settings(work, name, {"GPUS": 1}, TRAIN_ITERS=ENDLESS, ASYNC_SAVE=asynchronous), work / f"{name}.log")
     run.wait_for("saved " + str(work / name / "iter_0000005"), 200)
     (rank,) = run.ranks()
-    readers = [child.pid for child in rank.children() if not devices_of(child.pid)]
-    assert len(readers) >= 4, {child.pid: devices_of(child.pid) for child in rank.children()}  # no device is open there
+    children = {child.pid for child in rank.children(recursive=True)}
+    assert len(children) >= 4 and rank.pid in on_the_gpu() and not children & on_the_gpu()
     assert used_mib() > before + 1000
     os.kill(rank.pid, signal.SIGKILL)
     began = time.monotonic()
