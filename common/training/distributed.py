@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from torch.distributed import distributed_c10d
 
 from common.errors import KitError
 from common.parallel import ParallelSizes
@@ -109,18 +108,33 @@ def errors_of_ranks(error: BaseException | None) -> list[str]:
     return [f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None]
 
 
-def wait_for_ranks(name: str, heartbeat: Heartbeat) -> None:
-    """Returns when every rank is here; `name` is used once. No collective call: those give up after the timeout.
+class Meeting:
+    """Where ranks wait for each other as long as it takes, on the host: NCCL's calls give up after the timeout.
 
-    A rank that hangs meanwhile is found by its own heartbeat.
+    Making one is a collective call, and so is each method. A rank that hangs meanwhile is found by its own heartbeat.
     """
-    store, key = distributed_c10d._get_default_store(), f"kit/met/{name}"
-    store.add(key, 1)
-    pause = 0.005
-    while store.add(key, 0) < dist.get_world_size():
-        time.sleep(pause)
-        pause = min(2 * pause, 0.5)
-        heartbeat.beat("waiting for the other ranks' saving")
+
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self.heartbeat = heartbeat
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+
+    def all_are(self, ready: bool) -> bool:
+        """Whether every rank is `ready`; returns when each has told."""
+        told = torch.tensor([ready], dtype=torch.int32)
+        work = dist.all_reduce(told, op=dist.ReduceOp.MIN, group=self.group, async_op=True)
+        pause = 0.0005
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
+            self.heartbeat.beat("waiting for the other ranks' saving")
+        work.wait()
+        return bool(told.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each rank's `value` on rank 0, nothing elsewhere."""
+        found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(value, found, group=self.group)
+        return found or []
 
 
 def first_line(error: BaseException) -> str:

@@ -47,11 +47,11 @@ def run_plan(plan: Plan, requests: Requests) -> None:
             check_same_start(plan.start)
         trainee = build_trainee(plan)
         if settings.train_or_convert_ckpt == "convert":
-            Store(plan).write_converted(trainee, begin(plan, trainee))
+            Store(plan, trainee.heartbeat).write_converted(trainee, begin(plan, trainee))
             return
         assert readers
         watch_for_hangs(settings, trainee)
-        store = Store(plan)  # takes the folder's lock
+        store = Store(plan, trainee.heartbeat)  # takes the folder's lock
         Training(plan, trainee, begin(plan, trainee), store, readers, requests).run()
 
 

@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from common.checkpoint.dist_share import Share, write_rest
 from common.checkpoint.layout import iteration_dir, write_tracker
 from common.log import logger
-from common.training.distributed import errors_of_ranks, wait_for_ranks
+from common.training.distributed import Meeting, errors_of_ranks
+from common.training.hang import Heartbeat
 from common.training.optimizer import Trainee, gather_weights
 from common.training.plan import Plan
 from common.training.retention import Retention
 from common.training.run_folder import PARTIAL, RunFolder, size_of
 from common.training.state import Progress, content_of, has_optimizer_state, saved_parts
-from common.training.torch_dist_save import Content, ShareWriter, gather_shares
+from common.training.torch_dist_save import Content, ShareWriter
 from common.training.torch_save import make_rank_folders, save_torch
 
 
@@ -44,11 +44,11 @@ class _Writing:
 class Store:
     """The checkpoint folder that a run writes to; every method is a collective call unless it says otherwise."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, heartbeat: Heartbeat) -> None:
         self.plan = plan
         self.path = Path(plan.settings.save_checkpoint_path)
         self.writer: ShareWriter | None = None
-        self._meetings = 0
+        self.meeting = Meeting(heartbeat)
         self.overdue = False  # whether a checkpoint that was due could not be written
         self.seconds = 0.0  # that the last one took
         self._writing: _Writing | None = None
@@ -69,7 +69,7 @@ class Store:
 
     def save(self, trainee: Trainee, progress: Progress) -> bool:
         """Whether a checkpoint of `progress` is written; with ASYNC_SAVE it is only begun, and finished by `finish`."""
-        if self._writing and self._writing.writer.asynchronous and not self._all_done(self._writing.writer):
+        if self._writing and not self.meeting.all_are(self._writing.writer.is_done):
             logger.info("the checkpoint before is still being written, and is waited for")
         self.finish(wait=True)
         began, final = time.monotonic(), iteration_dir(self.path, progress.iteration)
@@ -81,7 +81,7 @@ class Store:
             weights_only = not self.plan.settings.save_optimizer
             written = self._done(lambda: save_torch(self.plan, trainee, progress, partial, weights_only), partial)
             return written and self._publish(partial, final, progress.iteration, began, time.monotonic() - began)
-        self.writer = self.writer or ShareWriter(trainee.heartbeat, asynchronous=self.plan.settings.async_save)
+        self.writer = self.writer or ShareWriter(self.meeting.heartbeat, asynchronous=self.plan.settings.async_save)
         return self._write(self.writer, content_of(self.plan, trainee, progress), partial, final, began)
 
     def prepare(self, trainee: Trainee) -> None:
@@ -90,7 +90,7 @@ class Store:
         No collective call; called again, it does nothing.
         """
         if self.plan.settings.async_save and self.writer is None and has_optimizer_state(trainee):
-            self.writer = ShareWriter(trainee.heartbeat, asynchronous=True)
+            self.writer = ShareWriter(self.meeting.heartbeat, asynchronous=True)
             self.writer.prepare(saved_parts(self.plan, trainee))
 
     def _write(self, writer: ShareWriter, content: Content, partial: Path, final: Path, began: float) -> bool:
@@ -116,13 +116,13 @@ class Store:
     def finish(self, wait: bool) -> bool:
         """Publishes what is written, with `wait` when it is; whether it did, or there was nothing to publish."""
         writing = self._writing
-        if writing is None or not (wait or self._all_done(writing.writer)):
+        if writing is None or not (wait or self.meeting.all_are(writing.writer.is_done)):
             return writing is None
         self._writing = None
         shares: list[Share] = []
         if not self._done(lambda: shares.append(writing.writer.result()), writing.partial, meet=True):
             return False
-        shares = gather_shares(shares[0])
+        shares = self.meeting.gather(shares[0])
 
         def complete() -> None:
             if self.folder:
@@ -132,12 +132,6 @@ class Store:
             return False
         stood_still = writing.stood_still if writing.writer.asynchronous else time.monotonic() - writing.began
         return self._publish(writing.partial, writing.final, writing.iteration, writing.began, stood_still)
-
-    def _all_done(self, writer: ShareWriter) -> bool:
-        """Whether every rank's share is written."""
-        done = torch.tensor([writer.is_done], dtype=torch.int32, device=torch.cuda.current_device())
-        dist.all_reduce(done, op=dist.ReduceOp.MIN)
-        return bool(done.item())
 
     def write_converted(self, trainee: Trainee, progress: Progress) -> None:
         """Writes in torch format what was loaded: under its iteration's name, or `release` for weights alone."""
@@ -180,9 +174,8 @@ class Store:
             if not is_disk_trouble(error):
                 raise
             trouble = error
-        if meet and self.writer:
-            self._meetings += 1
-            wait_for_ranks(f"saved_{self._meetings}", self.writer.heartbeat)
+        if meet:
+            self.meeting.all_are(ready=True)
         texts = errors_of_ranks(trouble)
         if texts:
             self.overdue = True

@@ -99,13 +99,6 @@ class ShareWriter:
         return self._share
 
 
-def gather_shares(share: Share) -> list[Share]:
-    """All ranks' shares on rank 0, nothing elsewhere; a collective call."""
-    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(share, found)
-    return found or []
-
-
 def _blocks(parts: list[Part]) -> list[Block]:
     return [
         Block(part.key, part.global_shape, part.place.offsets, LazyTensor(part.place.sizes, part.tensor.dtype, tuple))
