@@ -60,7 +60,7 @@ def train(settings: TrainSettings) -> None:
 def launch(settings: TrainSettings, *, check_only: bool) -> None:
     """What the user's command does: checks, and starts the ranks unless `check_only`."""
     signals.listen_in_launcher()
-    from common.estimate.check import check_memory
+    from common.estimate.check import check_host_memory, check_memory
     from common.training.devices import check_devices
     from common.training.fit import check_packages
     from common.training.interfaces import check_gloo_interface
@@ -79,6 +79,7 @@ def launch(settings: TrainSettings, *, check_only: bool) -> None:
         if plan.train:
             check_folder(plan)
             check_memory(plan)
+            check_host_memory(plan)
         if settings.nnodes > 1:
             check_gloo_interface()
     except KitError as error:

@@ -7,12 +7,14 @@ from common.errors import KitError
 from common.estimate.constants import GIB
 from common.estimate.memory import RankMemory, rank_memory
 from common.log import logger
+from common.platforms import available_memory
 from common.platforms.base import Platform
 from common.training.config import TrainSettings
 from common.training.devices import smallest_device
 from common.training.fit import check_fused_products
 from common.training.memory import what_takes_less
 from common.training.plan import Plan
+from common.training.run_folder import bytes_of_checkpoint
 
 NEAR = 0.95  # of the device's memory; what CUDA, NCCL and the allocator's gaps take is not in the estimate's peak
 STAGES_ERR = 0.07  # of the activations, where there are several stages (tests/unit/estimate/test_memory.py)
@@ -42,6 +44,24 @@ def check_memory(plan: Plan) -> None:
         logger.warning("memory: not checked, since torch does not tell the devices' memory (the doctor tells why)")
     else:
         compare_memory(plan, *device)
+
+
+def check_host_memory(plan: Plan) -> None:
+    """Raises KitError where the copies that ASYNC_SAVE makes of a checkpoint find no room in this machine's memory.
+
+    Each rank copies what it writes, an even share of it but for pipeline stages, to memory that it keeps.
+    """
+    chosen = plan.settings
+    if not chosen.async_save or chosen.train_or_convert_ckpt != "train":
+        return
+    needed_bytes = bytes_of_checkpoint(plan) * chosen.gpus // plan.sizes.world_size
+    free = available_memory()
+    told = (
+        f"ASYNC_SAVE=true copies {needed_bytes / GIB:.1f} GiB to this machine's memory, where {free / GIB:.1f} are free"
+    )
+    if needed_bytes > free:
+        raise KitError(f"{told}: use more nodes, SAVE_OPTIMIZER=false, or ASYNC_SAVE=false, which copies nothing")
+    logger.info(told)
 
 
 def compare_memory(plan: Plan, name: str, total_bytes: int) -> None:

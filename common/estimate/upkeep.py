@@ -34,7 +34,7 @@ class Upkeep:
 
 def upkeep(asked: EstimateSettings, qwen: QwenConfig) -> Upkeep:
     """The upkeep of a run, the same for each layout; a checkpoint is read as fast as it is written, and once."""
-    num_bytes = checkpoint_bytes(qwen, asked.precision)
+    num_bytes = checkpoint_bytes(qwen, asked.precision, optimizer_state=asked.optimizer_state)
     write = num_bytes / (asked.disk_gb_s * GB)
     stall = write if asked.save_stall_s is None else asked.save_stall_s
     between = seconds_between_faults(asked.gpus * asked.nnodes, asked.gpu_mtbf_hours)

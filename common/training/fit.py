@@ -21,8 +21,6 @@ def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> 
     check_pipeline_layers(qwen.chunk_layers(settings.pp, settings.vpp, settings.sizes.pipeline_layers), settings.vpp)
     if settings.async_save and (settings.ckpt_format or platform.checkpoint_format) == "torch":
         raise KitError("ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false")
-    if settings.async_save and settings.optimizer_state == "cpu":
-        raise KitError("ASYNC_SAVE=true would save what OPTIMIZER_STATE=cpu goes on changing: set ASYNC_SAVE=false")
     if settings.train_or_convert_ckpt == "train" and settings.seq_length > qwen.longest_sequence:
         raise KitError(
             f"SEQ_LENGTH={settings.seq_length} is over max_position_embeddings={qwen.longest_sequence}"

@@ -51,6 +51,7 @@ def bytes_of_checkpoint(plan: Plan) -> int:
         save_optimizer=chosen.save_optimizer,
         ckpt_format=plan.ckpt_format,
         pp=plan.sizes.pp,
+        optimizer_state=chosen.optimizer_state,
     )
 
 

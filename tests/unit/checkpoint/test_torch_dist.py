@@ -301,5 +301,7 @@ def test_the_metadata_is_the_last_to_be_written(tmp_path: Path) -> None:
         write(tmp_path, whole("a", torch.ones(2)), Block("b", (2,), (0,), LazyTensor((2,), torch.float32, fail)))
     assert [path.name for path in tmp_path.iterdir()] == ["__0_0.distcp"]
     write(tmp_path, whole("a", torch.ones(2)))
-    assert {path.name for path in tmp_path.iterdir()} == {"__0_0.distcp", "common.pt", "metadata.json", ".metadata"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "__0_0.distcp", "common.pt", "metadata.json", "checksums.json", ".metadata",
+    }  # fmt: skip
     assert json.loads((tmp_path / "metadata.json").read_text())["sharded_backend"] == "torch_dist"

@@ -1,0 +1,59 @@
+"""`python -m common.train`, that saves what it goes on from and trains no step; or Megatron-Core itself loads or saves.
+
+What stands in SAVE_CHECKPOINT_PATH is loaded, its folder moved aside, and written anew at this command's parallel
+sizes. RESAVER=theirs_load: by dist_checkpointing.load, as Megatron-Core's `fully_reshardable` is loaded; RESAVER=
+theirs_save: by dist_checkpointing.save, as this kit wrote before.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from common import errors, train
+from common.mcore import OPTIMIZER_SHARDING, content_metadata, save_options
+from common.training import load, loop
+from common.training.state import _sharded, describe_run, model_shards, random_state
+
+
+def save_theirs(training: Any, folder: Path) -> None:
+    """Megatron-Core's whole way: gathered, and written by its strategy."""
+    trainee = training.trainee
+    state = model_shards(trainee)
+    how = {"metadata": content_metadata(OPTIMIZER_SHARDING)}
+    state["optimizer"] = trainee.optimizer.sharded_state_dict(state, is_loading=False, **how)
+    state["rng_state"] = _sharded("rng_state", [random_state()])
+    state |= {"opt_param_scheduler": trainee.scheduler.state_dict(), "iteration": training.progress.iteration}
+    state |= {"run": describe_run(training.plan, training.progress), "checkpoint_version": 3.0} | save_options()
+    dist_checkpointing.save(state, str(folder))
+
+
+def resave(training: Any) -> None:
+    """In the place of Training.run."""
+    final = Path(training.plan.settings.save_checkpoint_path) / f"iter_{training.progress.iteration:07d}"
+    dist.barrier()  # some may still read
+    if dist.get_rank() == 0:
+        final.rename(final.with_name(f"before_{time.monotonic_ns()}"))
+        if os.environ["RESAVER"] == "theirs_save":
+            final.mkdir()
+    dist.barrier()
+    if os.environ["RESAVER"] == "theirs_save":
+        save_theirs(training, final)
+    else:
+        assert training.store.save(training.trainee, training.progress)
+    training.store.close()
+
+
+def main() -> None:
+    """Loads and saves."""
+    ours = OPTIMIZER_SHARDING if os.environ["RESAVER"] != "theirs_load" else "none, so that it takes the old way"
+    with patch.object(loop.Training, "run", resave), patch.object(load, "OPTIMIZER_SHARDING", ours):
+        errors.run(train.main)
+
+
+if __name__ == "__main__":
+    main()

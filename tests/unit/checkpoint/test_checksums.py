@@ -1,0 +1,91 @@
+"""checksums.json: what it tells is what lies there, and what was changed since is found."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.checkpoint.checksums import CHECKSUMS, check_all_files
+from common.checkpoint.dist_share import Block, write_dist
+from common.checkpoint.lazy import LazyTensor
+from common.checkpoint.rectangles import Rectangle
+from common.checkpoint.torch_dist import DistReader
+from common.errors import KitError
+
+LARGE = torch.arange(5_000_000, dtype=torch.float32).view(1000, 5000)  # over two blocks of the writer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    blocks = [
+        Block(key, tuple(value.shape), (0,) * value.dim(), LazyTensor(tuple(value.shape), value.dtype, lambda v=value: [[v]]))
+        for key, value in (("small", torch.ones(3)), ("large", LARGE))
+    ]  # fmt: skip
+    write_dist(tmp_path, blocks, {"iteration": 1}, lambda size: None)
+    return tmp_path
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 16
+    path.write_bytes(content)
+
+
+def read_large(folder: Path) -> torch.Tensor:
+    found, reader = torch.zeros_like(LARGE), DistReader(folder)
+    for at, values, checksum in reader.blocks("large", Rectangle((0, 0), (1000, 5000))):
+        assert checksum
+        checksum.take(values)
+        found[at] = values
+    return found
+
+
+def test_what_was_written_is_found_as_it_was(folder: Path) -> None:
+    assert check_all_files(folder) == 4
+    assert torch.equal(read_large(folder), LARGE)
+
+
+@pytest.mark.parametrize("place", [-20_000, 3_000_000, 19_000_000])
+def test_a_flipped_bit_of_a_tensor_is_found_by_both(folder: Path, place: int) -> None:
+    flip(folder / "__0_0.distcp", place)
+    with pytest.raises(KitError, match=r"__0_0.distcp is damaged: its CRC-32 is \w{8}, and was \w{8} when written"):
+        check_all_files(folder)
+    with pytest.raises(KitError, match="__0_0.distcp is damaged: a block has not the checksum"):
+        read_large(folder)
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "metadata.json"])
+def test_a_small_file_that_was_changed_is_found_before_it_is_read(folder: Path, name: str) -> None:
+    flip(folder / name, 7)
+    with pytest.raises(KitError, match=f"{name} is damaged: its CRC-32"):
+        DistReader(folder)
+
+
+def test_a_file_that_was_cut_or_is_missing_is_named(folder: Path) -> None:
+    data = folder / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[:-1])
+    with pytest.raises(KitError, match=f"has {len(content) - 1} bytes, and was written with {len(content)}"):
+        read_large(folder)
+    data.unlink()
+    with pytest.raises(KitError, match="__0_0.distcp is missing"):
+        check_all_files(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"common.pt": 3}', '{"common.pt": {"bytes": "x", "crc32": 0}}'])
+def test_damaged_checksums_are_named(folder: Path, content: str) -> None:
+    (folder / CHECKSUMS).write_text(content)
+    with pytest.raises(KitError, match="checksums.json is damaged"):
+        DistReader(folder)
+
+
+def test_an_older_checkpoint_without_them_is_read(folder: Path) -> None:
+    assert set(json.loads((folder / CHECKSUMS).read_text())) == {
+        "__0_0.distcp",
+        "common.pt",
+        "metadata.json",
+        ".metadata",
+    }
+    (folder / CHECKSUMS).unlink()
+    assert check_all_files(folder) == 0 and torch.equal(read_large(folder), LARGE)
