@@ -16,13 +16,14 @@ from common.errors import KitError
 LARGE = torch.arange(5_000_000, dtype=torch.float32).view(1000, 5000)  # over two blocks of the writer
 
 
+def block(key: str, value: torch.Tensor) -> Block:
+    shape = tuple(value.shape)
+    return Block(key, shape, (0,) * len(shape), LazyTensor(shape, value.dtype, lambda: [[value]]))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    blocks = [
-        Block(key, tuple(value.shape), (0,) * value.dim(), LazyTensor(tuple(value.shape), value.dtype, lambda v=value: [[v]]))
-        for key, value in (("small", torch.ones(3)), ("large", LARGE))
-    ]  # fmt: skip
-    write_dist(tmp_path, blocks, {"iteration": 1}, lambda size: None)
+    write_dist(tmp_path, [block("small", torch.ones(3)), block("large", LARGE)], {"iteration": 1}, lambda size: None)
     return tmp_path
 
 
@@ -81,11 +82,7 @@ def test_damaged_checksums_are_named(folder: Path, content: str) -> None:
 
 
 def test_an_older_checkpoint_without_them_is_read(folder: Path) -> None:
-    assert set(json.loads((folder / CHECKSUMS).read_text())) == {
-        "__0_0.distcp",
-        "common.pt",
-        "metadata.json",
-        ".metadata",
-    }
+    told = json.loads((folder / CHECKSUMS).read_text())
+    assert set(told) == {"__0_0.distcp", "common.pt", "metadata.json", ".metadata"}
     (folder / CHECKSUMS).unlink()
     assert check_all_files(folder) == 0 and torch.equal(read_large(folder), LARGE)

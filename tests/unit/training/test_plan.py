@@ -223,7 +223,6 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
             "SEQ_LENGTH=1024 is over max_position_embeddings=512 of config.json: use a",
         ),
         ("metax", {"async_save": True}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false"),
-        ("cpu", {"async_save": True, "optimizer_state": "cpu"}, "ASYNC_SAVE=true would save what OPTIMIZER_STATE=cpu"),
         ("cpu", {"async_save": True, "ckpt_format": "torch"}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only"),
         (
             "cpu",
