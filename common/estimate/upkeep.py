@@ -10,6 +10,7 @@ from common.estimate.layouts import EstimateSettings
 from common.model.config import QwenConfig
 
 GB = 1e9
+COPY_GB_S = 48  # from a GPU to pinned memory: 43.2 GB of Qwen2.5-3B in 0.9 s on an H200 (docs/benchmarks.md)
 UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 
@@ -25,6 +26,11 @@ class Upkeep:
     def disk_seconds(self) -> float:
         """What the disk takes to write a checkpoint, or to read it."""
         return self.num_bytes / (self.asked.disk_gb_s * GB)
+
+    @property
+    def copy_bytes(self) -> int:
+        """What ASYNC_SAVE keeps in a host's memory for each GPU; pipeline stages differ by little."""
+        return self.num_bytes // (self.asked.gpus * self.asked.nnodes)
 
     @property
     def disk_bytes(self) -> int | None:
@@ -60,6 +66,10 @@ def upkeep_lines(kept: Upkeep, step_seconds: float | None) -> Iterator[str]:
     yield (
         f"  written in {span(kept.disk_seconds)}, read in as many (--disk-gb-s={asked.disk_gb_s:g}); training stands"
         f" still {stands} (--save-stall-s)"
+    )
+    yield (
+        f"  ASYNC_SAVE=true: {kept.copy_bytes / GB:,.1f} GB of host memory a GPU, training stands still for the copy"
+        f" alone, about {span(kept.copy_bytes / (COPY_GB_S * GB))} (--save-stall-s); neither takes memory of a GPU"
     )
     world = asked.gpus * asked.nnodes
     yield (
@@ -99,6 +109,7 @@ def checkpoint_values(kept: Upkeep) -> dict[str, Any]:
     return {
         "bytes": kept.num_bytes,
         "disk_bytes": kept.disk_bytes,
+        "host_bytes_a_gpu": kept.copy_bytes,
         **{f"{name}_s": value for name, value in asdict(kept.lost).items()},
         "best_interval_s": interval,
         "trains": shares(kept.lost, interval).trains,

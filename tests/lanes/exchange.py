@@ -24,7 +24,7 @@ REFUSED = "holds the optimizer as"  # the one word with which a run may be refus
 BOUND = 1e-4  # of a loss: other versions sum in another order
 SETTINGS = {
     "train_mode": "finetune", "seq_length": 96, "micro_batch_size": 2, "global_batch_size": 8, "precision": "fp32",
-    "log_interval": 1, "lr": 1e-3, "min_lr": 1e-4, "split": "100,0,0", "num_workers": 0, "tp": 2, "gpus": 2,
+    "log_interval": 1, "lr": 1e-3, "min_lr": 1e-4, "split": "100,0,0", "tp": 2, "gpus": 2,
     "train_iters": WHOLE,
 }  # fmt: skip
 
