@@ -6,7 +6,6 @@ Source: _write_item and _StorageInfo in torch/distributed/checkpoint/filesystem.
 """
 
 import json
-import os
 import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from common.checkpoint.archive import ALIGNMENT, ArchiveWriter, of_size, write_a
 from common.checkpoint.checksums import CHECKSUMS, Facts
 from common.checkpoint.disk import Writer, ahead
 from common.checkpoint.lazy import LazyTensor
+from common.data.indexed import sync
 
 DATA_FILE = "__0_0.distcp"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -129,8 +129,8 @@ def write_rest(folder: Path, shares: Sequence[Share], common: dict[str, Any]) ->
     for name, content in {CHECKSUMS: json.dumps(files).encode(), **rest}.items():
         with (folder / name).open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        sync(folder / name)
+    sync(folder)  # the names of all files
 
 
 def write_dist(path: Path, blocks: Iterable[Block], common: dict[str, Any], done: Callable[[int], None]) -> None:

@@ -95,7 +95,7 @@ class Store:
 
     def _write(self, writer: ShareWriter, content: Content, partial: Path, final: Path, began: float) -> bool:
         writing = _Writing(writer, content.common, partial, final, int(content.common["iteration"]), began)
-        if not self._done(lambda: writer.begin(content, partial), partial):
+        if not self._done(lambda: writer.begin(content, partial), partial, meet=True):
             return False
         writing.stood_still = time.monotonic() - began
         self._writing = writing
