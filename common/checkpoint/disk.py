@@ -28,6 +28,7 @@ T = TypeVar("T")
 BLOCK_BYTES = 8 << 20
 SECTOR = 4096  # direct access wants places, lengths and memory at multiples of it
 BLOCKS_AHEAD = 3
+BLOCKS_BEHIND = 3  # that a Writer may still be writing
 _libc = ctypes.CDLL(None, use_errno=True)
 _END: Any = object()
 _free: list[mmap.mmap] = []  # buffers of a block that nothing uses now
@@ -176,7 +177,7 @@ def load(tensor: Tensor) -> Tensor:
 
 
 class Writer:
-    """A new file, written from its beginning to its end; while one block goes to the disk, the next is put together.
+    """A new file, written from its beginning to its end; while blocks go to the disk, the next is put together.
 
     checked: `facts` tells its size and CRC-32, summed in a thread of its own, once it is closed.
     """
@@ -186,9 +187,9 @@ class Writer:
         self._thread = ThreadPoolExecutor(1)
         self._summing = ThreadPoolExecutor(1) if checked else None
         self._checksum = 0
-        self._block, self._other = _buffer(BLOCK_BYTES), _buffer(BLOCK_BYTES)
+        self._block, self._free = _buffer(BLOCK_BYTES), [_buffer(BLOCK_BYTES) for _ in range(BLOCKS_BEHIND)]
         self._start, self._filled = 0, 0  # of the block that is put together: its place, and how much of it there is
-        self._pending: list[Future[None]] = []
+        self._pending: deque[tuple[Any, list[Future[None]]]] = deque()  # blocks that are on their way, and what is done
 
     @property
     def facts(self) -> dict[str, int]:
@@ -209,16 +210,21 @@ class Writer:
         return size
 
     def _send(self) -> None:
-        self._wait()
-        self._pending = [self._thread.submit(self._put, self._block, self._filled, self._start)]
+        tasks = [self._thread.submit(self._put, self._block, self._filled, self._start)]
         if self._summing:
-            self._pending.append(self._summing.submit(self._sum, self._block, self._filled))
+            tasks.append(self._summing.submit(self._sum, self._block, self._filled))
+        self._pending.append((self._block, tasks))
         self._start += self._filled
-        self._block, self._other, self._filled = self._other, self._block, 0
+        if not self._free:
+            self._wait()
+        self._block, self._filled = self._free.pop(), 0
 
     def _wait(self) -> None:
-        for each in self._pending:
-            each.result()
+        """Returns when the block that has been on its way for longest is written; raises what went wrong."""
+        block, tasks = self._pending.popleft()
+        for task in tasks:
+            task.result()
+        self._free.append(block)
 
     def _sum(self, block: Any, size: int) -> None:
         self._checksum = zlib.crc32(block[:size].data, self._checksum)
@@ -241,7 +247,8 @@ class Writer:
         """Returns when all of the file is on the disk; raises OSError when it cannot be."""
         if self._filled:
             self._send()
-        self._wait()
+        while self._pending:
+            self._wait()
         os.ftruncate(self._handle, self._start)
         os.fsync(self._handle)
 

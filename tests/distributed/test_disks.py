@@ -69,8 +69,11 @@ def test_a_full_disk_is_waited_for_while_training_goes_on(work: Path, disk: Path
     assert len(steps(again)) == 1
 
 
-def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(work: Path, disk: Path) -> None:
-    run = Run(settings(work, disk / "run"), disk.parent / "log")
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(
+    work: Path, disk: Path, asynchronous: str
+) -> None:
+    run = Run(settings(work, disk / "run", ASYNC_SAVE=asynchronous), disk.parent / "log")
     run.wait_for("saved " + str(disk / "run" / "iter_0000005"))
     fill(disk, leave_kb=3050)
     run.wait_for("NOT SAVED to ")

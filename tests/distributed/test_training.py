@@ -192,7 +192,11 @@ def test_a_distributed_checkpoint_goes_on_at_another_layout(
 @pytest.mark.lane
 @pytest.mark.parametrize(
     ("ckpt_format", "layout"),
-    [("torch_dist", {"gpus": 2, "precision": "bf16"}), ("torch", {"precision": "bf16"}), ("torch_dist", {})],
+    [
+        ("torch_dist", {"gpus": 2, "precision": "bf16", "async_save": True}),
+        ("torch", {"precision": "bf16"}),
+        ("torch_dist", {}),
+    ],
     ids=str,
 )
 def test_state_on_the_host_changes_no_bit_and_is_saved_as_any_other(
