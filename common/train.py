@@ -99,5 +99,3 @@ def launch(settings: TrainSettings, *, check_only: bool) -> None:
 
 if __name__ == "__main__":
     errors.run(main)
-elif __name__ == "__mp_main__":  # a rank has spawned this process
-    end_with_parent()

@@ -201,11 +201,7 @@ def _numel(params: list[torch.Tensor]) -> int:
 
 
 def _cut(buffer: mmap.mmap | None, params: list[torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
-    """For each of `params` a float32 tensor of its shape, in `buffer`, one after the other.
-
-    Each has a storage of its own: of one within a larger storage, Megatron-Core makes a copy to save it
-    (_clone_if_needed in dist_checkpointing/strategies/filesystem_async.py).
-    """
+    """For each of `params` a float32 tensor of its shape, in `buffer`, one after the other."""
     tensors, offset = {}, 0
     for param in params:
         count = param.numel()

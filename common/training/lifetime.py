@@ -11,8 +11,7 @@ def end_with_parent() -> None:
     """Has the kernel kill this process when the one that started it has ended, and what it forks when it ends itself.
 
     Killed, a launcher leaves its ranks: they would train on and write checkpoints while the user starts the same run
-    again. And a rank leaves its data workers, the writers of its checkpoint and the process that Megatron-Core has it
-    spawn for a queue: forked after CUDA began, they would keep the GPU's memory for seconds to minutes.
+    again. And a rank leaves its data workers, which have its devices open: they would keep the GPU's memory a while.
     """
     _die_with_parent()
     os.register_at_fork(after_in_child=_die_with_parent)

@@ -3,7 +3,6 @@
 import mmap
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from math import prod
 
 import torch
 from torch import Tensor
@@ -84,11 +83,6 @@ class HostCopy:
         if any(tensor.is_cuda for tensor in tensors):
             torch.cuda.current_stream().synchronize()
         return copies
-
-
-def host_bytes(shapes: Iterable[tuple[Sequence[int], torch.dtype]]) -> int:
-    """The size of a HostCopy's buffer for tensors of these shapes and dtypes."""
-    return sum(_up(prod(shape) * dtype.itemsize) for shape, dtype in shapes)
 
 
 def _memory(size: int, *, pinned: bool) -> Tensor:

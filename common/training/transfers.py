@@ -51,8 +51,8 @@ def host_buffer(size: int, *, pinned: bool) -> mmap.mmap:
     """`size` bytes of zeros; pinned: locked in memory, so that devices read and write it at the link's rate. KitError.
 
     Exactly as many: torch's pin_memory rounds each tensor's up to a power of two (ATen/core/CachingHostAllocator.h).
-    Shared with what is forked, as the writers of torch_dist are: of private memory that is pinned a fork would copy
-    all, or, in older kernels, leave the device writing to pages that are no longer this process's.
+    Shared with what is forked: of private memory that is pinned a fork would copy all, or, in older kernels, leave the
+    device writing to pages that are no longer this process's.
     """
     way_out = "use more nodes, or set OPTIMIZER_STATE to bf16 or fp32"
     try:
