@@ -34,7 +34,10 @@ class Run:
         environment = {**os.environ, "PYTHON": sys.executable, MARK: str(log), **given}
         command = ["bash", str(ROOT / self.vendor / "3_run_mcore_qwen.sh"), *(("--", *flags) if flags else ())]
         with log.open("w") as out:
-            self.process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=out, stderr=out, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+            )  # fmt: skip
         RUNS.append(self)
 
     def text(self) -> str:
