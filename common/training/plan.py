@@ -1,6 +1,7 @@
 """What a run will do, settled and checked in one process before any other starts."""
 
 import math
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -121,7 +122,9 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         check_resume(plan)
     if train:
         check_warmup(plan)
-    if start.checkpoint:  # the last, since it takes longest; Megatron-Core has not touched the folder yet
+    # The last, since it takes longest; Megatron-Core has not touched the folder yet. One rank of a node looks: the
+    # others wait for it in the process group, which all of them begin, before they read anything.
+    if start.checkpoint and os.environ.get("LOCAL_RANK", "0") == "0":
         check_harmless(start.checkpoint)
     return plan
 

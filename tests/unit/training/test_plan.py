@@ -260,6 +260,17 @@ def write_run(folder: Path, qwen: Path, run: dict[str, Any]) -> Path:
     return folder
 
 
+def test_one_rank_of_a_node_looks_for_code_in_what_it_starts_from(
+    data: Path, qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = str(write_run(tmp_path / "save", qwen, {"run": RUN}))
+    torch.save({"x": print}, f"{save}/iter_0000005/mp_rank_00/distrib_optim.pt")
+    with pytest.raises(KitError, match="asks for .*print, .*could run code"):
+        plan(data, qwen, save_checkpoint_path=save, hf_model_path=None, epochs=7.0)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # which waits for rank 0 before it reads
+    assert plan(data, qwen, save_checkpoint_path=save, hf_model_path=None, epochs=7.0).start.kind == "resume"
+
+
 def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, tmp_path: Path) -> None:
     save = write_run(tmp_path / "save", qwen, {"run": RUN})
     made = plan(data, qwen, save_checkpoint_path=str(save), hf_model_path=None, epochs=7.0)
