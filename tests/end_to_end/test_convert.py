@@ -64,7 +64,7 @@ def test_there_and_back_gives_the_same_bits(
         (1, 2): ["mp_rank_00_000", "mp_rank_00_001"],
         (2, 2): ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"],
     }[tp, pp]
-    dist = [".metadata", "__0_0.distcp", "common.pt", "metadata.json"]
+    dist = [".metadata", "__0_0.distcp", "checksums.json", "common.pt", "metadata.json"]
     assert sorted(path.name for path in found.path.iterdir()) == (ranks if ckpt_format == "torch" else dist)
 
 
