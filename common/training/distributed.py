@@ -3,6 +3,7 @@
 import datetime
 import os
 import random
+import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -116,6 +117,8 @@ class Meeting:
 
     def __init__(self, heartbeat: Heartbeat) -> None:
         self.heartbeat = heartbeat
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # gloo connects each to each; 1,024 is a usual limit
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
     def all_are(self, ready: bool) -> bool:
