@@ -83,11 +83,7 @@ def test_exit_duration_min_counts_the_save(work: Path) -> None:
 
 
 def test_hang_up_is_not_heard_under_nohup(work: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; children inherit it
-    try:
-        run = Run(settings(work, "nohup", TRAIN_ITERS=30), log_of(work, "nohup"))
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    run = Run(settings(work, "nohup", TRAIN_ITERS=30), log_of(work, "nohup"), nohup=True)
     run.wait_for("iteration 6/")
     run.process.send_signal(signal.SIGHUP)
     assert "iteration 30/30" in run.end(0)

@@ -28,7 +28,9 @@ class Run:
 
     vendor = "cpu"
 
-    def __init__(self, settings: Mapping[str, Any], log: Path, flags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, settings: Mapping[str, Any], log: Path, flags: tuple[str, ...] = (), *, nohup: bool = False
+    ) -> None:
         self.folder, self.log = Path(settings["SAVE_CHECKPOINT_PATH"]), log
         given = {name: str(value) for name, value in {**TINY, **settings}.items()}
         environment = {**os.environ, "PYTHON": sys.executable, MARK: str(log), **given}
@@ -36,7 +38,8 @@ class Run:
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=out, stderr=out, start_new_session=True,
-                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+                # Whether or not the tests themselves run under nohup.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL),
             )  # fmt: skip
         RUNS.append(self)
 
