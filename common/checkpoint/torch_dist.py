@@ -65,6 +65,7 @@ class DistReader:
             raise KitError(f"{path / '.metadata'} cannot be read ({error!r}): copy the checkpoint again") from error
 
         def open_file(name: str) -> MappedFile:
+            """The file, as long as when it was written."""
             file = MappedFile(path / name)
             check_size(path / name, file.size, facts)
             return file

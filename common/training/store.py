@@ -95,7 +95,7 @@ class Store:
 
     def _write(self, writer: ShareWriter, content: Content, partial: Path, final: Path, began: float) -> bool:
         writing = _Writing(writer, content.common, partial, final, int(content.common["iteration"]), began)
-        if not self._done(lambda: writer.begin(content, partial), partial, meet=True):
+        if not self._done(lambda: writer.begin(content, partial), partial, meet=not writer.asynchronous):
             return False
         writing.stood_still = time.monotonic() - began
         self._writing = writing
@@ -118,9 +118,9 @@ class Store:
         writing = self._writing
         if writing is None or not (wait or self.meeting.all_are(writing.writer.is_done)):
             return writing is None
-        self._writing = None
+        self._writing, writer = None, writing.writer
         shares: list[Share] = []
-        if not self._done(lambda: shares.append(writing.writer.result()), writing.partial, meet=True):
+        if not self._done(lambda: shares.append(writer.result()), writing.partial, meet=writer.asynchronous):
             return False
         shares = self.meeting.gather(shares[0])
 
@@ -130,7 +130,7 @@ class Store:
 
         if not self._done(complete, writing.partial):
             return False
-        stood_still = writing.stood_still if writing.writer.asynchronous else time.monotonic() - writing.began
+        stood_still = writing.stood_still if writer.asynchronous else time.monotonic() - writing.began
         return self._publish(writing.partial, writing.final, writing.iteration, writing.began, stood_still)
 
     def write_converted(self, trainee: Trainee, progress: Progress) -> None:

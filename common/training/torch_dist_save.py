@@ -67,8 +67,9 @@ class ShareWriter:
         objects = {key: _saved(value) for key, value in content.objects.items()}
         if not self.asynchronous:
             tensors = [part.tensor for part in content.parts]
-            done = lambda size: self.heartbeat.beat("saving")  # noqa: E731
-            self._share = write_share(path, _blocks(content.parts), objects, blocks_of(tensors), done)
+            self._share = write_share(
+                path, _blocks(content.parts), objects, blocks_of(tensors), lambda size: self.heartbeat.beat("saving")
+            )
             return
         copies = self.host.copy([part.tensor for part in content.parts])
         blocks = _blocks(content.parts)  # of their places alone

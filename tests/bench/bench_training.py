@@ -105,7 +105,7 @@ def without_saving() -> None:
 
     from common import train
 
-    with patch("common.training.store.Store.save"):
+    with patch("common.training.store.Store.save"):  # a bench of steps; bench_save.py measures saves
         train.main()
 
 
