@@ -190,16 +190,24 @@ def chunk_place(index: int, vpp: int) -> tuple[bool, bool, dict[str, Any]]:
 def make_optimizer_state(optimizer: Any) -> None:
     """Makes the moments of one distributed optimizer by a step on zero gradients, so that they can be loaded into.
 
-    From 0.14 on Megatron-Core has the same as `_init_optimizer_states_with_dummy_values`.
+    All gradients are the same zeros, as many as the largest parameter has, and none is left. From 0.14 on Megatron-Core
+    has `_init_optimizer_states_with_dummy_values`, which makes them for each parameter; and where Transformer Engine's
+    Adam reads `decoupled_grad` (bf16 moments), it needs none, and those that were made stay: 2 bytes a parameter.
     """
     import torch
 
-    for group in optimizer.optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.numel():  # apex's and Transformer Engine's kernels take no empty tensor
-                parameter.grad = torch.zeros_like(parameter)
+    groups = optimizer.optimizer.param_groups
+    parameters = [each for group in groups for each in group["params"] if each.numel()]  # kernels take no empty tensor
+    if not getattr(optimizer.optimizer, "use_decoupled_grad", False):
+        zeros: dict[Any, torch.Tensor] = {}
+        for each in sorted(parameters, key=torch.numel, reverse=True):
+            kind = (each.dtype, each.device)
+            if kind not in zeros:
+                zeros[kind] = torch.zeros_like(each).view(-1)
+            each.grad = zeros[kind][: each.numel()].view_as(each)
     optimizer.optimizer.step()
-    optimizer.optimizer.zero_grad()
+    for each in parameters:
+        each.grad = None
 
 
 @contextmanager

@@ -2,18 +2,18 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from common.checkpoint.disk import ahead
 from common.checkpoint.layout import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 from common.checkpoint.mapping import rename_parameters
 from common.checkpoint.rectangles import Rectangle
-from common.checkpoint.torch_dist import Checksum, DistReader
+from common.checkpoint.torch_dist import DistReader
 from common.checkpoint.torch_format import load_rank_file
 from common.errors import KitError
 from common.log import logger
@@ -35,6 +35,8 @@ from common.training.state import (
     same_layout,
 )
 from common.training.torch_save import rank_folder
+
+READERS = 4  # threads: one alone takes zlib's 1.3 GB/s of checksums, whatever the disk gives
 
 
 def load_weights(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> None:
@@ -91,37 +93,43 @@ def _resume_dist(plan: Plan, trainee: Trainee, checkpoint: Checkpoint) -> dict[s
     return {**common, **{each.key: reader.object(each.unique_key) for each in objects}}
 
 
-@torch.no_grad()
 def load_parts(parts: Iterable[Part], reader: DistReader) -> None:
     """Fills the tensors of `parts`; raises KitError where the checkpoint has not what fits them, or is damaged.
 
     The rows of a padded vocabulary that the checkpoint has not stay as they are.
     """
-    began, num_bytes = time.monotonic(), 0
-    for target, values, checksum in ahead(_reads(parts, reader)):
-        if checksum:
-            checksum.take(values)
-        target.copy_(values)
-        num_bytes += values.nbytes
+    began = time.monotonic()
+    with ThreadPoolExecutor(READERS) as readers:
+        tasks = [readers.submit(_load_part, part, reader) for part in parts]
+        try:
+            num_bytes = sum(task.result() for task in tasks)
+        except BaseException:
+            readers.shutdown(cancel_futures=True)
+            raise
     if dist.get_rank() == 0:
         seconds = time.monotonic() - began
         logger.info("read %.1f MB of %s in %.1f s on rank 0", num_bytes / 1e6, reader.path, seconds)
 
 
-def _reads(parts: Iterable[Part], reader: DistReader) -> Iterator[tuple[torch.Tensor, torch.Tensor, Checksum | None]]:
-    for part in parts:
-        stored = reader.tensors.get(part.key)
-        found = stored.shape if stored else None
-        if found != part.global_shape and not (part.padded and found and found[1:] == part.global_shape[1:]):
-            raise KitError(
-                f"{reader.path} has {part.key} of shape {list(found) if found else 'none'}, and this model needs"
-                f" {list(part.global_shape)}: check config.json, TP, PP, VPP and TRANSFORMER_IMPL"
-            )
-        place = part.place.common(Rectangle((0,) * len(found), found)) if found else part.place
-        if place is not None:
-            inner = part.tensor[place.within(part.place)]
-            for at, values, checksum in reader.blocks(part.key, place):
-                yield inner[at], values, checksum
+@torch.no_grad()
+def _load_part(part: Part, reader: DistReader) -> int:
+    """The number of bytes that were read."""
+    stored = reader.tensors.get(part.key)
+    found = stored.shape if stored else None
+    if found != part.global_shape and not (part.padded and found and found[1:] == part.global_shape[1:]):
+        raise KitError(
+            f"{reader.path} has {part.key} of shape {list(found) if found else 'none'}, and this model needs"
+            f" {list(part.global_shape)}: check config.json, TP, PP, VPP and TRANSFORMER_IMPL"
+        )
+    place, num_bytes = part.place.common(Rectangle((0,) * len(found), found)) if found else part.place, 0
+    if place is not None:
+        inner = part.tensor[place.within(part.place)]
+        for at, values, checksum in reader.blocks(part.key, place):
+            if checksum:
+                checksum.take(values)
+            inner[at].copy_(values)
+            num_bytes += values.nbytes
+    return num_bytes
 
 
 def _load_rank(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -99,6 +99,30 @@ def test_the_first_step_is_hugging_faces(work: Path, impl: str) -> None:
     assert abs(found[2] - expected.item()) < 3e-2 * expected.item()
 
 
+def memory(log: str) -> float:
+    """GiB allocated at most, of the log's line."""
+    found = re.search(r"GiB allocated / reserved / there are: ([\d.]+)", log)
+    assert found, log[-3000:]
+    return float(found[1])
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_a_resumed_run_takes_no_more_memory_than_the_unbroken_one(state: str, tmp_path: Path, work: Path) -> None:
+    """Gradients that were made to begin the optimizer's state with stayed: 2 bytes a parameter, here 0.5 GiB."""
+    needs_transformer_engine()
+    qwen = tiny_qwen(tmp_path / "qwen", hidden_size=1024, intermediate_size=8192, num_hidden_layers=10)
+    flags = {
+        "hf-model-path": qwen, "dataset-path": work / "data", "save-checkpoint-path": tmp_path / "run",
+        "seq-length": 256, "micro-batch-size": 1, "global-batch-size": 1, "log-interval": 1, "split": "100,0,0",
+        "train-iters": 6, "save-interval": 100, "optimizer-state": state, "lr": 1e-4, "min-lr": 1e-5,
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    unbroken = memory(run("common.train", *words, "--exit-interval=3"))
+    resumed = run("common.train", *words, "--exit-interval=6")
+    assert "start: resume" in resumed
+    assert memory(resumed) <= unbroken + 0.1
+
+
 def test_both_layers_learn_alike_and_a_stopped_run_goes_on(work: Path) -> None:
     needs_transformer_engine()
     engine, local = (
