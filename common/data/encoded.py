@@ -8,6 +8,7 @@ import numpy as np
 from common.data.jsonl import Reject
 
 DROPPED = "dropped: "
+NOT_USED = "not used"
 BAD_ROWS = f"{DROPPED}bad rows, written to the rejects file"
 
 

@@ -1,6 +1,7 @@
 """The settings of step 1, and the jobs that follow from them."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -11,11 +12,11 @@ from common.data.chat import ChatTemplate
 from common.data.indexed import bin_path, idx_path, token_dtype
 from common.data.inputs import cut, find_inputs
 from common.data.job import Job
-from common.data.jsonl import BadRowError, first_rows
+from common.data.jsonl import BadRowError, BadRows, first_rows, one_row
 from common.data.manifest import manifest_path
 from common.data.pretrain import SPECIAL_TOKENS, PretrainEncoder
 from common.data.rejects import rejects_path
-from common.data.rows import FORMATS, format_of, is_weighted, to_conversation
+from common.data.rows import FORMATS, format_of, is_weighted
 from common.data.sft import SftEncoder, sample_pieces
 from common.data.tokenizer import EndToken, TextTokenizer, find_eod, load_tokenizer
 from common.data.workers import count_workers
@@ -170,19 +171,18 @@ class SftSettings:
             weighted=self.loss_weights == "true",
             skip_bad_rows=skip,
         )
-        if self.loss_weights == "auto" and any(has_weights(row, kind, self.roles) for _, row in rows):
+        if self.loss_weights == "auto" and any(has_weights(encoder, row) for _, row in rows):
             logger.info("the first rows give weights in 'loss': the loss mask is float32")
             encoder = replace(encoder, weighted=True)
         engines.choose(tokenizer, self.tokenizer_engine, True, sample_pieces(encoder, rows, engines.SAMPLE_BYTES))
         return encoder
 
 
-def has_weights(row: dict[str, Any], kind: str, roles: str) -> bool:
+def has_weights(encoder: SftEncoder, row: dict[str, Any]) -> bool:
     """Whether `row` gives a loss that is neither true nor false; one that cannot be used has none."""
-    try:
-        return is_weighted(to_conversation(row, kind, roles))
-    except BadRowError:
-        return False
+    with suppress(BadRowError), one_row():
+        return is_weighted(encoder.conversation(row))
+    return False
 
 
 def check_partitions(partitions: int, index: int | None) -> None:
@@ -246,12 +246,8 @@ def describe_tokenizer(tokenizer: TextTokenizer, eod: EndToken | None) -> dict[s
 def detect_format(inputs: list[Path], skip: bool = False) -> str:
     """The format of the first row, with `skip` of the first good one, said in the log; raises KitError without any."""
     for chunk, offset, row in first_rows(inputs, skip):
-        try:
+        with BadRows(chunk, skip).row(offset):
             kind = format_of(row)
-        except BadRowError as error:
-            if skip:
-                continue
-            raise chunk.error(offset, error) from None
-        logger.info("rows are of format %s, as the first of %s", kind, chunk.path)
-        return kind
+            logger.info("rows are of format %s, as the first of %s", kind, chunk.path)
+            return kind
     raise KitError(f"INPUT holds no row of a known format: {', '.join(map(str, inputs))}")

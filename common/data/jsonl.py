@@ -2,8 +2,10 @@
 
 import json
 import re
+import traceback
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,26 @@ class BadRowError(Exception):
     """What is wrong with one row; whoever knows its place makes a KitError of it."""
 
 
+@contextmanager
+def one_row() -> Iterator[None]:
+    """Makes a BadRowError of whatever one row raises in the block: a template's own errors, what Python cannot hold.
+
+    What is no row's fault goes through: a KitError, a lack of memory, Ctrl-C.
+    """
+    try:
+        yield
+    except (BadRowError, KitError, MemoryError):
+        raise
+    except RecursionError:
+        raise BadRowError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise BadRowError(r"it holds half of a surrogate pair (\ud800 to \udfff), which is no character") from None
+    except Exception as error:
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        place = f"{Path(frame.f_code.co_filename).name}, line {line}"
+        raise BadRowError(f"it cannot be used: {type(error).__name__}: {error} ({place})") from error
+
+
 class Reject(NamedTuple):
     """A row that was not used: where it begins in its chunk, its bytes, and why."""
 
@@ -34,16 +56,29 @@ class Reject(NamedTuple):
 
 
 class BadRows:
-    """What is done with a chunk's rows that cannot be used: the first is an error, or with `skip` all are kept."""
+    """What is done with a chunk's rows that cannot be used: the first is an error, or with `skip` all are kept.
 
-    def __init__(self, chunk: Chunk, skip: bool = False) -> None:
+    skip is what ON_ERROR says, or None where there is no such setting.
+    """
+
+    def __init__(self, chunk: Chunk, skip: bool | None = None) -> None:
         self._chunk, self._skip = chunk, skip
         self.rows: list[Reject] = []
+
+    @contextmanager
+    def row(self, offset: int) -> Iterator[None]:
+        """Notes what the row at `offset` raises in the block, as `add` does."""
+        try:
+            with one_row():
+                yield
+        except BadRowError as error:
+            self.add(offset, error)
 
     def add(self, offset: int, error: BadRowError) -> None:
         """Notes the row at `offset`; raises KitError with file, line and cause unless bad rows are skipped."""
         if not self._skip:
-            raise self._chunk.error(offset, error) from None
+            hint = "" if self._skip is None else " (ON_ERROR=skip leaves bad rows out and counts them)"
+            raise self._chunk.error(offset, f"{error}{hint}") from None
         end = self._chunk.data.find(NEWLINE, offset)
         row = self._chunk.data[offset : end if end >= 0 else len(self._chunk.data)]
         self.rows.append(Reject(offset, row, str(error)))
@@ -59,11 +94,10 @@ def records(chunk: Chunk, counts: Counter[str], bad: BadRows | None = None) -> I
     for line in _lines(chunk.data):
         content = line.removeprefix(BOM) if chunk.start + offset == 0 else line
         if content.strip():
-            try:
+            record = None
+            with bad.row(offset):
                 record = parse(content)
-            except BadRowError as error:
-                bad.add(offset, error)
-            else:
+            if record is not None:
                 yield offset, record
         else:
             counts["blank lines"] += 1
@@ -94,7 +128,7 @@ def strings_at_once(chunk: Chunk, name: str) -> list[str] | None:
     return texts if set(map(type, texts)) <= {str} else None
 
 
-def first_rows(files: list[Path], skip: bool = False) -> Iterator[tuple[Chunk, int, dict[str, Any]]]:
+def first_rows(files: list[Path], skip: bool | None = None) -> Iterator[tuple[Chunk, int, dict[str, Any]]]:
     """(a chunk of one row, offset in it, record) of each row of `files`; with `skip` bad rows are passed over."""
     for file in files:
         whole = Span(file, 0, None if layout_of(file).whole else file.stat().st_size)
@@ -103,7 +137,7 @@ def first_rows(files: list[Path], skip: bool = False) -> Iterator[tuple[Chunk, i
                 yield chunk, offset, row
 
 
-def first_row(files: list[Path], skip: bool = False) -> tuple[Chunk, int, dict[str, Any]]:
+def first_row(files: list[Path], skip: bool | None = None) -> tuple[Chunk, int, dict[str, Any]]:
     """The first of `first_rows`; raises KitError without any."""
     for found in first_rows(files, skip):
         return found
@@ -120,7 +154,7 @@ def parse(line: bytes) -> dict[str, Any]:
     except ValueError:
         record = _load_slowly(line)
     if not isinstance(record, dict):
-        raise BadRowError(f"it is a JSON {_kind(record)}, not an object: write one object a line")
+        raise BadRowError(f"it is a JSON {kind_of_json(record)}, not an object: write one object a line")
     return record
 
 
@@ -169,7 +203,8 @@ def _why_no_json(text: str, error: ValueError) -> str:
     return f"it is no JSON ({error})"
 
 
-def _kind(value: Any) -> str:
+def kind_of_json(value: Any) -> str:
+    """What JSON calls `value`."""
     names: dict[type, str] = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
 
@@ -180,5 +215,5 @@ def string_field(record: dict[str, Any], name: str) -> str:
         raise BadRowError(f"it has no field '{name}'; its fields are {', '.join(map(repr, record)) or 'none'}")
     value = record[name]
     if not isinstance(value, str):
-        raise BadRowError(f"field '{name}' holds a JSON {_kind(value)}, not a string")
+        raise BadRowError(f"field '{name}' holds a JSON {kind_of_json(value)}, not a string")
     return value

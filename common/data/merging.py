@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from common.data import manifest, rejects
-from common.data.encoded import DROPPED
+from common.data.encoded import DROPPED, NOT_USED
 from common.data.fingerprint import hash_of_blocks
 from common.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, sync
 from common.data.job import identity_of, part_name, parts_folder
 from common.errors import KitError
 
 NO_NOTES = {"read", "supervised"}
+MANY = 30
 
 
 def need_folder(output_prefix: Path) -> Path:
@@ -134,12 +135,15 @@ def dropped(counts: Counter[str]) -> dict[str, int]:
 
 
 def notes(counts: Counter[str]) -> dict[str, int]:
-    """What else was counted, where it is not zero."""
-    return {
+    """What else was counted, where it is not zero; of fields that are not used the commonest MANY by name."""
+    found = {
         name: number
         for name, number in sorted(counts.items())
         if number and name not in NO_NOTES and not name.startswith(DROPPED)
     }
+    unused = sorted((name for name in found if name.endswith(NOT_USED)), key=lambda name: -found[name])
+    rest = sum(found.pop(name) for name in unused[MANY:])
+    return {**found, f"other fields, {NOT_USED}": rest} if rest else found
 
 
 def remove_parts(folder: Path) -> None:

@@ -57,7 +57,7 @@ class PretrainEncoder:
                 return texts
         texts = []
         for offset, row in records(chunk, counts, bad):
-            try:
+            with bad.row(offset):
                 text = string_field(row, self.json_key)
                 number = self.tokenizer.count_special(text)
                 if number and self.special_tokens == "error":
@@ -65,9 +65,6 @@ class PretrainEncoder:
                         f"it spells the special token {self.tokenizer.first_special(text)}: take it out, or set"
                         " SPECIAL_TOKENS=text or parse"
                     )
-            except BadRowError as error:
-                bad.add(offset, error)
-                continue
-            texts.append(text)
-            counts[spelled] += number
+                texts.append(text)
+                counts[spelled] += number
         return texts

@@ -1,47 +1,46 @@
 """Fine-tuning rows of three formats to one: messages, what each counts in the loss, and the tools."""
 
-import json
-import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
+from common.data.calls import check_numbers, load_json, tools_of
+from common.data.encoded import NOT_USED
+from common.data.fields import ROW_FIELDS, is_nothing, number_of, unused_of_row, without_nulls
 from common.data.jsonl import BadRowError, string_field
+from common.data.turns import Message, turn_of
 
 FORMATS = ("instruction", "messages", "conversations")
-ROLES = ("system", "user", "assistant", "tool")
-_SHAREGPT = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "tool": "tool",
+_COLUMNS = {
+    "instruction": ("instruction", "input", "output"),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
 }
-# What these say would be lost in silence, so a row that has one is refused.
-_ROW_FIELDS = ("functions", "history")
-_MESSAGE_FIELDS = ("function_call", "weight")
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages: {"role", "content"} and "tool_calls" where there are any, as chat templates take them.
+    """messages: {"role", "content"}, and where there are any "tool_calls", "reasoning_content", "name" and
+    "tool_call_id", as chat templates take them.
 
     losses: for each message what the row says of its loss: a weight from 0 on, or None where it says nothing.
+    template_kwargs: what the template gets beside messages and tools.
+    reasoning: by the message's number, the name that the row gives to what is "reasoning_content" here.
+    notes: how often which field was not used, by a line of the report.
     """
 
     messages: list[Message]
     losses: list[float | None]
     tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    reasoning: dict[int, str] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 def format_of(row: dict[str, Any]) -> str:
-    """The format that the fields of `row` tell; raises BadRowError when they tell none, or two."""
-    found = [name for name in FORMATS[1:] if name in row]
-    if "instruction" in row or {"input", "output"} <= set(row):
+    """The format that the fields of `row` tell, null ones apart; raises BadRowError when they tell none, or two."""
+    found = [name for name in FORMATS[1:] if row.get(name) is not None]
+    if row.get("instruction") is not None or (row.get("input") is not None and row.get("output") is not None):
         found = ["instruction", *found]
     if not found:
         raise BadRowError(
@@ -53,24 +52,31 @@ def format_of(row: dict[str, Any]) -> str:
     return found[0]
 
 
+def format_among(row: dict[str, Any], first: str) -> str:
+    """The format of `row` in data whose first row is of format `first`; raises BadRowError when it may not be there.
+
+    Of another format may be a row of a joined table, which has the columns of `first` too, all of them null.
+    """
+    kind = format_of(row)
+    null = [row[name] is None for name in _COLUMNS[first] if name in row]
+    if kind != first and not (null and all(null)):
+        raise BadRowError(f"it is of format {kind}, the first row of {first}: make data of its own of each")
+    return kind
+
+
 def to_conversation(row: dict[str, Any], kind: str, roles: str) -> Conversation:
     """The conversation of `row`, which is of format `kind`; raises BadRowError naming the field that is wrong.
 
     roles, for instruction rows: "system": instruction is the system's turn (none when empty), input the user's;
     "alpaca": instruction, a newline and input are the user's turn.
     """
-    for name in _ROW_FIELDS:
-        if row.get(name):
-            raise BadRowError(f"field '{name}' is not built: remove it, or write the turns as messages")
-    if kind == "instruction":
-        talk = _from_instruction(row, roles)
-    elif kind == "messages":
-        talk = _from_list(row, "messages", "role", "content", {role: role for role in ROLES})
-    else:
-        talk = _from_list(row, "conversations", "from", "value", _SHAREGPT)
+    own_loss = ("loss",) if kind == "instruction" else ()
+    unused = unused_of_row(row, (*ROW_FIELDS, *_COLUMNS[kind], *own_loss))
+    talk = _from_instruction(row, roles) if kind == "instruction" else _from_list(row, kind)
+    talk.notes.update(f"rows' field {name[:80]!r}, {NOT_USED}" for name in unused)
     roles_there = [message["role"] for message in talk.messages]
     if roles_there[0] == "assistant":
-        raise BadRowError("it begins with the assistant's turn: there is nothing that it answers")
+        raise BadRowError("it begins with the assistant's turn: there is nothing that it answers; remove that turn")
     if "assistant" not in roles_there:
         raise BadRowError("it has no turn of the assistant: there is nothing to learn")
     if "system" in roles_there[1:]:
@@ -108,90 +114,42 @@ def _from_instruction(row: dict[str, Any], roles: str) -> Conversation:
             )
     first = [{"role": "system", "content": system}] if system else []
     messages = [*first, {"role": "user", "content": user}, answer]
-    return Conversation(messages, [*[None] * (len(messages) - 1), _loss_of(row)], _tools_of(row))
+    loss = None if row.get("loss") is None else number_of("loss", row["loss"])
+    return Conversation(messages, [*[None] * (len(messages) - 1), loss], tools_of(row), _template_kwargs(row))
 
 
-def _from_list(row: dict[str, Any], field: str, role: str, content: str, names: dict[str, str]) -> Conversation:
-    turns = row.get(field)
+def _from_list(row: dict[str, Any], kind: str) -> Conversation:
+    turns = row.get(kind)
     if not isinstance(turns, list) or not turns:
-        raise BadRowError(f"field '{field}' holds no list of turns")
+        raise BadRowError(f"field '{kind}' holds no list of turns")
     system = _optional(row, "system")
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    losses: list[float | None] = [None] * len(messages)
+    talk = Conversation(messages, [None] * len(messages), tools_of(row), _template_kwargs(row))
     for number, turn in enumerate(turns, 1):
         try:
-            message = _message_of(turn, role, content, names)
-            loss = _loss_of(turn)
-            if loss and message["role"] != "assistant":
-                raise BadRowError(f"field 'loss' is {turn['loss']}, but only an assistant's turn can be learned")
+            made = turn_of(turn)
         except BadRowError as error:
-            raise BadRowError(f"{field}: turn {number}: {error}") from None
-        messages.append(message)
-        losses.append(loss)
-    return Conversation(messages, losses, _tools_of(row))
+            raise BadRowError(f"{kind}: turn {number}: {error}") from None
+        if made.reasoning:
+            talk.reasoning[len(messages)] = made.reasoning
+        messages.append(made.message)
+        talk.losses.append(made.loss)
+        talk.notes.update(f"turns' field {name!r}, {NOT_USED}" for name in made.unused)
+    return talk
 
 
-def _message_of(turn: Any, role: str, content: str, names: dict[str, str]) -> Message:
-    if not isinstance(turn, dict):
-        raise BadRowError("it is no object")
-    for name in _MESSAGE_FIELDS:
-        if turn.get(name) is not None:
-            raise BadRowError(f"field '{name}' is not built: remove it; the loss of a turn is its field 'loss'")
-    calls = turn.get("tool_calls")
-    who = string_field(turn, role)
-    # Where an assistant only calls tools, OpenAI's rows have no content or null.
-    text = _optional(turn, content) if calls else string_field(turn, content)
-    if who not in names:
-        raise BadRowError(f"{role} '{who}' is not one of {', '.join(names)}")
-    message: Message = {"role": names[who], "content": text}
-    if calls:
-        if message["role"] != "assistant":
-            raise BadRowError("field 'tool_calls' stands in a turn that is not the assistant's")
-        message["tool_calls"] = _calls_of(calls)
-    return message
-
-
-def _calls_of(calls: Any) -> list[dict[str, Any]]:
-    """The calls as templates take them: `arguments` an object, where OpenAI's rows have its JSON."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise BadRowError("field 'tool_calls' holds no list of objects")
-    found = []
-    for call in calls:
-        function = call.get("function", call)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRowError("field 'tool_calls' holds a call without a function's name")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                raise BadRowError(f"the arguments of the call of {function['name']} are no JSON") from None
-        function = {**function, "arguments": arguments}
-        found.append({**call, "function": function} if "function" in call else function)
-    return found
-
-
-def _tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise BadRowError("field 'tools' is a string that is no JSON") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRowError("field 'tools' holds no list of objects, each one tool")
-    return tools
-
-
-def _loss_of(turn: dict[str, Any]) -> float | None:
-    loss = turn.get("loss")
-    if loss is None:
-        return None
-    if not isinstance(loss, (bool, int, float)) or not 0 <= loss < math.inf:
-        raise BadRowError(f"field 'loss' is {loss!r}: give true, false or a weight from 0 on")
-    return float(loss)
+def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    """What the row gives the template beside its turns, an object or its JSON."""
+    name = "chat_template_kwargs"
+    given = row.get(name)
+    if isinstance(given, str) and given.strip():
+        given = load_json(given, f"field '{name}'")
+    if is_nothing(given):
+        return {}
+    if not isinstance(given, dict):
+        raise BadRowError(f"field '{name}' holds no object of the template's own settings")
+    check_numbers(given, f"field '{name}'")
+    return without_nulls(given)
 
 
 def is_weighted(talk: Conversation) -> bool:

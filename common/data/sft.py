@@ -16,8 +16,9 @@ from common.data.chat import ChatTemplate
 from common.data.encoded import BAD_ROWS, Encoded
 from common.data.indexed import token_dtype
 from common.data.inputs import Chunk
-from common.data.jsonl import BadRowError, BadRows, records
-from common.data.rows import Conversation, format_of, is_weighted, to_conversation
+from common.data.jsonl import BadRowError, BadRows, one_row, records
+from common.data.reasoning import check_reasoning, texts_of
+from common.data.rows import Conversation, format_among, is_weighted, to_conversation
 from common.data.tokenizer import EndToken, TextTokenizer
 
 
@@ -61,18 +62,14 @@ class SftEncoder:
         bad = BadRows(chunk, self.skip_bad_rows)
         conversations, offsets = [], []
         for offset, row in records(chunk, counts, bad):
-            try:
+            with bad.row(offset):
                 conversations.append(self.pieces_of_row(row, counts))
                 offsets.append(offset)
-            except BadRowError as error:
-                bad.add(offset, error)
         samples = []
         for offset, pieces, sample in zip(offsets, conversations, self._encode(conversations), strict=True):
-            try:
+            with bad.row(offset):
                 self._check(sample, pieces)
                 samples.append(sample)
-            except BadRowError as error:
-                bad.add(offset, error)
         counts["read"] = len(samples) + len(bad.rows)
         counts[BAD_ROWS] = len(bad.rows)
         return self._encoded(samples, counts, bad)
@@ -90,16 +87,28 @@ class SftEncoder:
         streams = {"tokens": tokens, "loss_mask": loss_mask}
         return Encoded(streams, lengths.astype(np.int32), counts, sorted(bad.rows))
 
+    def conversation(self, row: dict[str, Any]) -> Conversation:
+        """The conversation of `row`; raises BadRowError."""
+        kind = format_among(row, self.format) if self.same_format else self.format
+        talk = to_conversation(row, kind, self.roles)
+        if kind != self.format:
+            talk.notes[f"rows of format {kind} beside those of {self.format}"] += 1
+        return talk
+
     def pieces_of_row(self, row: dict[str, Any], counts: Counter[str]) -> list[Piece]:
         """The rendered pieces of `row`; raises BadRowError."""
-        if self.same_format and (kind := format_of(row)) != self.format:
-            raise BadRowError(f"it is of format {kind}, the first row of {self.format}: make data of its own of each")
-        talk = to_conversation(row, self.format, self.roles)
+        talk = self.conversation(row)
         if not self.weighted and is_weighted(talk):
             raise BadRowError("its field 'loss' is a weight, and LOSS_WEIGHTS is false: set LOSS_WEIGHTS=true")
+        hidden = check_reasoning(talk, {i for i, _ in self._learned(talk)}, self._render)
         pieces = list(self.pieces(talk))
+        if not any(piece.loss for piece in pieces):
+            raise BadRowError("nothing of it is learned: LOSS_TURNS=last, and the last answer's 'loss' is 0")
+        "".join(piece.text for piece in pieces).encode()  # what is no character shows here, not in a chunk's encoding
+        counts.update(talk.notes)
+        counts["answers that are not learned, whose reasoning the chat template does not show"] += hidden
         counts["special tokens spelled in the rows' own text, kept as special tokens"] += sum(
-            self.tokenizer.count_special(message["content"]) for message in talk.messages
+            self.tokenizer.count_special(text) for message in talk.messages for text in texts_of(message)
         )
         counts["empty answers"] += sum(
             not m["content"] and "tool_calls" not in m for m in talk.messages if m["role"] == "assistant"
@@ -216,7 +225,8 @@ def sample_pieces(
     left = limit_bytes
     for place, row in rows:
         try:
-            texts = [piece.text for piece in encoder.pieces_of_row(row, Counter())]
+            with one_row():
+                texts = [piece.text for piece in encoder.pieces_of_row(row, Counter())]
         except BadRowError:
             continue
         found += [(place, text[:limit_bytes]) for text in texts]

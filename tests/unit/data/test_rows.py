@@ -88,7 +88,12 @@ def test_formats_are_told_by_their_fields() -> None:
             "system",
             "field 'functions' is not built",
         ),
-        ({"messages": [{**USER, "weight": 1}, ANSWER]}, "messages", "system", "turn 1: field 'weight' is not built"),
+        (
+            {"messages": [{**USER, "weight": 1}, ANSWER]},
+            "messages",
+            "system",
+            "turn 1: field 'weight' is 1, but only an",
+        ),
         ({"conversations": [{"from": "human"}]}, "conversations", "system", "turn 1: it has no field 'value'"),
     ],
 )
