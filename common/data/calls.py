@@ -51,7 +51,7 @@ def _call_of(call: dict[str, Any], field: str) -> dict[str, Any]:
     function = call.get("function", call)
     if not isinstance(function, dict) or not is_name(function.get("name")):
         raise BadRowError(f"{field} holds a call without a function's name")
-    what = f"the arguments of the call of {function['name']}"
+    what = f"the arguments of the call of {function['name'][:80]}"
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = load_json(arguments, what)
@@ -63,8 +63,8 @@ def _call_of(call: dict[str, Any], field: str) -> dict[str, Any]:
 
 
 def is_name(name: Any) -> bool:
-    """Whether `name` can be a function's: a string that is not empty."""
-    return isinstance(name, str) and bool(name)
+    """Whether `name` can be a function's: a string of printable characters, not empty."""
+    return isinstance(name, str) and bool(name) and name.isprintable()
 
 
 def load_json(text: str, what: str) -> Any:

@@ -44,7 +44,7 @@ def one_row() -> Iterator[None]:
     except Exception as error:
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         place = f"{Path(frame.f_code.co_filename).name}, line {line}"
-        raise BadRowError(f"it cannot be used: {type(error).__name__}: {error} ({place})") from error
+        raise BadRowError(f"it cannot be used: {type(error).__name__}: {str(error)[:300]} ({place})") from error
 
 
 class Reject(NamedTuple):

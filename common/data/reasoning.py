@@ -15,7 +15,7 @@ def texts_of(message: Message) -> list[str]:
 
 
 def check_reasoning(talk: Conversation, learned: Collection[int], render: Callable[[Conversation, int], str]) -> int:
-    """Raises BadRowError unless `render` shows the reasoning of each of the messages `learned` of `talk`.
+    """Raises BadRowError unless `render` shows the whole reasoning of each of the messages `learned` of `talk`.
 
     render: the text of the first so many messages of a conversation. Returns how many other messages have reasoning
     that is not shown: templates leave it out of earlier turns, and so it is at inference.
@@ -32,7 +32,10 @@ def check_reasoning(talk: Conversation, learned: Collection[int], render: Callab
         {**message, REASONING[0]: marks[i]} if i in marks else message for i, message in enumerate(talk.messages)
     ]
     shown = render(replace(talk, messages=messages), len(messages))
-    hidden = [i for i, each in marks.items() if each not in shown]
+    whole = render(talk, len(messages))
+    hidden = [
+        i for i, each in marks.items() if each not in shown or talk.messages[i][REASONING[0]].strip() not in whole
+    ]
     for i in hidden:
         if i in learned:
             last = "" if i == max(talk.reasoning) else "; where it shows that of the last answer, set LOSS_TURNS=last"

@@ -44,7 +44,7 @@ def turn_of(turn: Any) -> Turn:
     role_field = one_of(turn, ("role", "from")) or ("from" if "from" in turn else "role")
     who = string_field(turn, role_field)
     if who not in ROLES:
-        raise BadRowError(f"{role_field} '{who[:80]}' is not one of {', '.join(ROLES)}")
+        raise BadRowError(f"{role_field} {who[:80]!r} is not one of {', '.join(ROLES)}")
     message: Message = {"role": ROLES[who]}
     text_field = one_of(turn, ("content", "value")) or ("value" if role_field == "from" else "content")
     calls = turn.get("tool_calls")

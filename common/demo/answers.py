@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.data.inputs import find_inputs
-from common.data.jsonl import BadRowError, first_row, first_rows, string_field
+from common.data.jsonl import BadRowError, BadRows, first_row, first_rows, string_field
 from common.data.manifest import write_json
 from common.data.rows import Message, format_of, to_messages
 from common.errors import KitError
@@ -62,10 +62,9 @@ def read_prompts(text: str, count: int, roles: str) -> list[Prompt]:
 def _prompts(text: str, roles: str) -> Iterator[Prompt]:
     kind = kind_of(text)
     for chunk, offset, row in first_rows(find_inputs(text)):
-        try:
-            yield _of_text(row) if kind == "pretrain" else _of_conversation(row, roles)
-        except BadRowError as error:
-            raise chunk.error(offset, error) from None
+        with BadRows(chunk).row(offset):
+            prompt = _of_text(row) if kind == "pretrain" else _of_conversation(row, roles)
+        yield prompt
 
 
 def _of_text(row: dict[str, Any]) -> Prompt:

@@ -92,7 +92,7 @@ def test_formats_are_told_by_their_fields() -> None:
             {"messages": [{**USER, "weight": 1}, ANSWER]},
             "messages",
             "system",
-            "turn 1: field 'weight' is 1, but only an",
+            "turn 1: field 'weight' is 1, but",
         ),
         ({"conversations": [{"from": "human"}]}, "conversations", "system", "turn 1: it has no field 'value'"),
     ],
