@@ -29,22 +29,29 @@ class BadRowError(Exception):
 
 @contextmanager
 def one_row() -> Iterator[None]:
-    """Makes a BadRowError of whatever one row raises in the block: a template's own errors, what Python cannot hold.
-
-    What is no row's fault goes through: a KitError, a lack of memory, Ctrl-C.
-    """
+    """Makes a BadRowError of whatever one row raises in the block, as `bad_row` does."""
     try:
         yield
-    except (BadRowError, KitError, MemoryError):
-        raise
-    except RecursionError:
-        raise BadRowError("it is nested too deeply") from None
-    except UnicodeEncodeError:
-        raise BadRowError(r"it holds half of a surrogate pair (\ud800 to \udfff), which is no character") from None
     except Exception as error:
-        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-        place = f"{Path(frame.f_code.co_filename).name}, line {line}"
-        raise BadRowError(f"it cannot be used: {type(error).__name__}: {str(error)[:300]} ({place})") from error
+        raise bad_row(error) from error
+
+
+def bad_row(error: Exception) -> BadRowError:
+    """`error` of one row as what is wrong with it: a template's own errors, what Python cannot hold.
+
+    What is no row's fault is raised again: a KitError, a lack of memory.
+    """
+    if isinstance(error, BadRowError):
+        return error
+    if isinstance(error, (KitError, MemoryError)):
+        raise error
+    if isinstance(error, RecursionError):
+        return BadRowError("it is nested too deeply")
+    if isinstance(error, UnicodeEncodeError):
+        return BadRowError(r"it holds half of a surrogate pair (\ud800 to \udfff), which is no character")
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    place = f"{Path(frame.f_code.co_filename).name}, line {line}"
+    return BadRowError(f"it cannot be used: {type(error).__name__}: {str(error)[:300]} ({place})")
 
 
 class Reject(NamedTuple):
@@ -69,10 +76,9 @@ class BadRows:
     def row(self, offset: int) -> Iterator[None]:
         """Notes what the row at `offset` raises in the block, as `add` does."""
         try:
-            with one_row():
-                yield
-        except BadRowError as error:
-            self.add(offset, error)
+            yield
+        except Exception as error:
+            self.add(offset, bad_row(error))
 
     def add(self, offset: int, error: BadRowError) -> None:
         """Notes the row at `offset`; raises KitError with file, line and cause unless bad rows are skipped."""

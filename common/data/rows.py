@@ -1,6 +1,5 @@
 """Fine-tuning rows of three formats to one: messages, what each counts in the loss, and the tools."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,10 @@ _COLUMNS = {
     "instruction": ("instruction", "input", "output"),
     "messages": ("messages",),
     "conversations": ("conversations",),
+}
+_USED = {
+    kind: frozenset((*ROW_FIELDS, *columns, *(["loss"] if kind == "instruction" else [])))
+    for kind, columns in _COLUMNS.items()
 }
 # Parameters of transformers' apply_chat_template that decide what is rendered and returned, beside the template.
 _OF_RENDERING = frozenset(
@@ -32,7 +35,7 @@ class Conversation:
     losses: for each message what the row says of its loss: a weight from 0 on, or None where it says nothing.
     template_kwargs: what the template gets beside messages and tools.
     reasoning: by the message's number, the name that the row gives to what is "reasoning_content" here.
-    notes: how often which field was not used, by a line of the report.
+    notes: what the report counts, as that a field is not used.
     """
 
     messages: list[Message]
@@ -40,7 +43,7 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     reasoning: dict[int, str] = field(default_factory=dict)
-    notes: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
 
 def format_of(row: dict[str, Any]) -> str:
@@ -76,10 +79,9 @@ def to_conversation(row: dict[str, Any], kind: str, roles: str) -> Conversation:
     roles, for instruction rows: "system": instruction is the system's turn (none when empty), input the user's;
     "alpaca": instruction, a newline and input are the user's turn.
     """
-    own_loss = ("loss",) if kind == "instruction" else ()
-    unused = unused_of_row(row, (*ROW_FIELDS, *_COLUMNS[kind], *own_loss))
+    unused = unused_of_row(row, _USED[kind])
     talk = _from_instruction(row, roles) if kind == "instruction" else _from_list(row, kind)
-    talk.notes.update(f"rows' field {name[:80]!r}, {NOT_USED}" for name in unused)
+    talk.notes.extend(f"rows' field {name[:80]!r}, {NOT_USED}" for name in unused)
     roles_there = [message["role"] for message in talk.messages]
     if roles_there[0] == "assistant":
         raise BadRowError("it begins with the assistant's turn: there is nothing that it answers; remove that turn")
@@ -140,7 +142,7 @@ def _from_list(row: dict[str, Any], kind: str) -> Conversation:
             talk.reasoning[len(messages)] = made.reasoning
         messages.append(made.message)
         talk.losses.append(made.loss)
-        talk.notes.update(f"turns' field {name!r}, {NOT_USED}" for name in made.unused)
+        talk.notes.extend(f"turns' field {name!r}, {NOT_USED}" for name in made.unused)
     return talk
 
 

@@ -92,7 +92,7 @@ class SftEncoder:
         kind = format_among(row, self.format) if self.same_format else self.format
         talk = to_conversation(row, kind, self.roles)
         if kind != self.format:
-            talk.notes[f"rows of format {kind} beside those of {self.format}"] += 1
+            talk.notes.append(f"rows of format {kind} beside those of {self.format}")
         return talk
 
     def pieces_of_row(self, row: dict[str, Any], counts: Counter[str]) -> list[Piece]:

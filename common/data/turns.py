@@ -23,6 +23,8 @@ ROLES = {
     "observation": "tool",
 }
 
+_WORDS = frozenset(("role", "from", "content", "value", "tool_calls"))
+
 
 class Turn(NamedTuple):
     """message: as templates take it; loss: what the row says of it, or None; reasoning: its field's name, or "".
@@ -40,7 +42,6 @@ def turn_of(turn: Any) -> Turn:
     """The turn that the object `turn` is; raises BadRowError naming the field that is wrong."""
     if not isinstance(turn, dict):
         raise BadRowError("it is no object")
-    unused = unused_of_turn(turn)
     role_field = one_of(turn, ("role", "from")) or ("from" if "from" in turn else "role")
     who = string_field(turn, role_field)
     if who not in ROLES:
@@ -48,27 +49,34 @@ def turn_of(turn: Any) -> Turn:
     message: Message = {"role": ROLES[who]}
     text_field = one_of(turn, ("content", "value")) or ("value" if role_field == "from" else "content")
     calls = turn.get("tool_calls")
-    if who == CALL:
-        message |= {"content": "", "tool_calls": calls_of_text(turn.get(text_field))}
-        if not is_nothing(calls):
-            raise BadRowError(f"field 'tool_calls' stands in a turn of {CALL}")
-    elif is_nothing(calls):
-        message["content"] = text_of(turn, text_field)
-    elif message["role"] != "assistant":
+    if is_nothing(calls):
+        message |= _call_of(turn, text_field) if who == CALL else {"content": text_of(turn, text_field)}
+    elif message["role"] != "assistant" or who == CALL:
         raise BadRowError("field 'tool_calls' stands in a turn that is not the assistant's")
     else:
         # Where an assistant only calls tools, OpenAI's rows have no content or null.
         text = "" if turn.get(text_field) is None else text_of(turn, text_field)
         message |= {"content": text, "tool_calls": calls_of(calls)}
+    return Turn(message, None, "", []) if turn.keys() <= _WORDS else _with_more(turn, message)
+
+
+def _with_more(turn: dict[str, Any], message: Message) -> Turn:
+    """The turn of `message`, with what stands beside its words and calls."""
+    unused = unused_of_turn(turn)
     for name in ("name", "tool_call_id"):
         if not is_nothing(turn.get(name)):
             message[name] = string_field(turn, name)
+    is_answer = message["role"] == "assistant"
     reasoning = _reasoning_of(turn)
     if reasoning:
-        if message["role"] != "assistant":
+        if not is_answer:
             raise BadRowError(f"field '{reasoning}' stands in a turn that is not the assistant's")
         message[REASONING[0]] = turn[reasoning]
-    return Turn(message, loss_of_turn(turn, message["role"] == "assistant"), reasoning, unused)
+    return Turn(message, loss_of_turn(turn, is_answer), reasoning, unused)
+
+
+def _call_of(turn: dict[str, Any], text_field: str) -> Message:
+    return {"content": "", "tool_calls": calls_of_text(turn.get(text_field))}
 
 
 def _reasoning_of(turn: dict[str, Any]) -> str:

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ def test_what_a_turn_says_otherwise_is_refused_by_name(field: str) -> None:
 def test_metadata_is_counted_and_what_templates_use_is_passed_on() -> None:
     made = talk({**USER, "timestamp": 1, "name": "ann"}, {**ANSWER, "timestamp": 2, "name": ""}, source="x", score=0)
     assert made.messages == [{**USER, "name": "ann"}, ANSWER]
-    assert made.notes == {
+    assert Counter(made.notes) == {
         "turns' field 'timestamp', not used": 2,
         "rows' field 'source', not used": 1,
         "rows' field 'score', not used": 1,
