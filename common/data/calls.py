@@ -1,6 +1,7 @@
 """Tools and their calls as chat templates take them, from OpenAI's rows and ShareGPT's: objects, or JSON in strings."""
 
 import json
+from math import inf
 from typing import Any
 
 from common.data.fields import is_nothing, numbers, without_nulls
@@ -79,8 +80,7 @@ def load_json(text: str, what: str) -> Any:
 
 
 def check_numbers(value: Any, what: str) -> None:
-    """Raises BadRowError for a number that would be written otherwise than it was read, or that JSON has not."""
+    """Raises BadRowError for a number that JSON has not, as NaN, which templates would write all the same."""
     for number in numbers(value):
-        # A parser that is fast makes a float of an integer of more than 64 bits; also NaN fails here.
-        if not -(1 << 63) <= number < 1 << 63:
-            raise BadRowError(f"{what}: a number is not finite or has more than 64 bits: write it as a string")
+        if not -inf < number < inf:
+            raise BadRowError(f"{what}: a number is {number}, which is no JSON: write it as a string, or null")

@@ -19,12 +19,6 @@ _USED = {
     kind: frozenset((*ROW_FIELDS, *columns, *(["loss"] if kind == "instruction" else [])))
     for kind, columns in _COLUMNS.items()
 }
-# Parameters of transformers' apply_chat_template that decide what is rendered and returned, beside the template.
-_OF_RENDERING = frozenset(
-    ("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message")
-    + ("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs")
-    + ("return_assistant_tokens_mask",)
-)
 
 
 @dataclass(frozen=True)
@@ -156,9 +150,6 @@ def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
         return {}
     if not isinstance(given, dict):
         raise BadRowError(f"field '{name}' holds no object of the template's own settings")
-    for each in given:
-        if each in _OF_RENDERING:
-            raise BadRowError(f"field '{name}' gives {each!r}, which is no template's setting: remove it")
     check_numbers(given, f"field '{name}'")
     return without_nulls(given)
 

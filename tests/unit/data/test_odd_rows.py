@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from common.data.chat import ChatTemplate
 from common.data.encoded import BAD_ROWS, Encoded
 from common.data.inputs import Chunk
 from common.data.jsonl import BadRowError, BadRows, one_row
+from common.data.merging import notes
 from common.data.pretrain import PretrainEncoder
 from common.data.sft import SftEncoder
 from common.data.tokenizer import load_tokenizer
@@ -95,7 +97,7 @@ ODD = {
     "no number": ('{"messages": [{"role": "assistant", "content": "a", "loss": NaN}]}', "field 'loss' is nan"),
     "a role that is no string": ({"messages": [{"role": {}, "content": ""}]}, "field 'role' holds a JSON object"),
     "turns within turns": ({"messages": [[USER], ANSWER]}, "turn 1: it is no object"),
-    "a setting that the renderer has": ({**GOOD, "chat_template_kwargs": {"tokenize": 1}}, "gives 'tokenize'"),
+    "settings that are no object": ({**GOOD, "chat_template_kwargs": [1]}, "'chat_template_kwargs' holds no object"),
 }
 
 
@@ -181,3 +183,10 @@ def test_a_joined_table_of_two_formats(made: Callable[..., SftEncoder], tmp_path
         encode(made(format="instruction"), tmp_path / "a.jsonl", *rows)
     encoded = encode(made(format="instruction", skip_bad_rows=True), tmp_path / "a.jsonl", *rows)
     assert encoded.lengths.size == 2 and encoded.counts["rows of format messages beside those of instruction"] == 1
+
+
+def test_of_fields_that_are_not_used_the_commonest_are_named() -> None:
+    few = {f"rows' field 'f{i:02}', not used": 2 for i in range(30)}
+    assert notes(Counter({**few, "blank lines": 1, "read": 9})) == {**few, "blank lines": 1}
+    many = {f"rows' field 'g{i:02}', not used": 1 for i in range(50)}
+    assert notes(Counter({**few, **many})) == {**few, "other fields, not used": 50}

@@ -133,10 +133,10 @@ def test_function_call_is_the_assistants_call(value: Any) -> None:
         ("3", "holds no list of objects"),
         ('{"arguments": {}}', "a call without a function's name"),
         ('{"name": "f"}', "the arguments of the call of f are no JSON object: write {}"),
-        ('{"name": "f", "arguments": "{\\"a\\": NaN}"}', "the call of f: a number is not finite"),
-        ('{"name": "f", "arguments": {"a": 123456789012345678901}}', "or has more than 64 bits: write it as a string"),
+        ('{"name": "f", "arguments": "{\\"a\\": NaN}"}', "the call of f: a number is nan, which is no JSON"),
+        ('{"name": "f", "arguments": {"a": [{"b": -1e400}]}}', "the call of f: a number is -inf"),
         ("[" * 100_000, "nested too deeply"),
-        ('{"name": "f", "arguments": {"a": ' + "1" * 5000 + "}}", "function_call is a string that is no JSON|64 bits"),
+        ('{"name": "f", "arguments": {"a": ' + "1" * 5000 + "}}", "function_call is a string that is no JSON"),
     ],
 )
 def test_calls_that_are_none_are_told(value: Any, told: str) -> None:
@@ -165,7 +165,7 @@ def test_the_templates_own_settings() -> None:
     for kwargs in (given, json.dumps(given)):
         assert talk(USER, ANSWER, chat_template_kwargs=kwargs).template_kwargs == {"enable_thinking": False}
     assert talk(USER, ANSWER, chat_template_kwargs={}).template_kwargs == {}
-    for wrong in ([1], "no JSON", True, {"messages": []}, {"tokenize": True}, {"a": float("nan")}):
+    for wrong in ([1], "no JSON", True, {"a": float("nan")}):
         with pytest.raises(BadRowError, match="field 'chat_template_kwargs'"):
             talk(USER, ANSWER, chat_template_kwargs=wrong)
 

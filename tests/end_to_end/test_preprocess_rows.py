@@ -1,0 +1,68 @@
+"""cpu/1_preprocess_sft.sh on rows as data sets have them: what they say is learned, or the row is told."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+import pytest
+
+from common.data.indexed import IndexedReader
+from tests.end_to_end.steps import ROOT, write_rows
+from tests.tiny import tiny_qwen
+
+ASKED = {"from": "human", "value": "What is 2+2?", "weight": None}
+SAID = {"from": "gpt", "value": "It is 4.", "weight": 1.0}
+GOOD: dict[str, Any] = {"id": 7, "conversations": [ASKED, SAID], "messages": None, "source": "x"}
+
+
+def turns(*more: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {**GOOD, "conversations": [ASKED, SAID, *more], **fields}
+
+
+ODD = [
+    turns(ASKED, {**SAID, "value": "wrong", "mask": True}),
+    turns(tools=[{"type": "function", "function": None}]),
+    turns({"from": "function_call", "value": '{"name": "f", "arguments": ' + '{"a":' * 3000 + "1" + "}" * 3001}),
+    turns({"from": "function_call", "value": '{"name": "f", "arguments": {"a": "\\ud800"}}'}),
+    turns(ASKED, {**SAID, "weight": 1e39}),
+    turns(ASKED, {**SAID, "thinking": "Two and two."}),
+    turns(images=["a.png"]),
+    {**GOOD, "conversations": [SAID, ASKED, SAID]},
+]
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+def preprocess(expect: int, **settings: object) -> str:
+    environment = {**os.environ, "PYTHON": sys.executable, **{key: str(value) for key, value in settings.items()}}
+    done = subprocess.run(
+        ["bash", "cpu/1_preprocess_sft.sh"], cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stdout[-4000:]
+    return done.stdout
+
+
+def test_odd_rows_are_told_one_by_one_and_left_out_where_that_is_asked_for(tmp_path: Path, qwen: Path) -> None:
+    good = [turns(ASKED, {**SAID, "value": "wrong", "weight": 0}), GOOD, turns(ASKED, {**SAID, "from": "chatgpt"})]
+    rows = write_rows(tmp_path / "a.jsonl", [*good, *ODD, *good])
+    settings = {"INPUT": rows, "OUTPUT_PREFIX": tmp_path / "out", "TOKENIZER_PATH": qwen, "WORKERS": 2}
+    told = preprocess(2, **settings)
+    assert f"error: {rows}, line 4: conversations: turn 4: field 'mask' is not followed" in told
+    assert told.count("ON_ERROR=skip") == 1 and "Traceback" not in told
+    told = preprocess(0, **settings, ON_ERROR="skip")
+    assert f"dropped, bad rows, written to the rejects file: {len(ODD)} documents" in told
+    assert "rows' field 'id', not used: 6" in told and "rows' field 'source', not used: 6" in told
+    with jsonlines.open(tmp_path / "out.rejects") as reader:
+        rejects = list(reader)
+    assert [row["line"] for row in rejects] == list(range(4, 4 + len(ODD)))
+    assert [json.loads(row["row"]) for row in rejects] == json.loads(json.dumps(ODD))
+    learned = [int(mask.sum()) for mask in IndexedReader(tmp_path / "out_loss_mask_document")]
+    assert len(learned) == 6 and learned[0] == learned[1] and learned[2] == 2 * learned[1]
