@@ -1,6 +1,7 @@
 """One odd row is one bad row, and what a template does not show is told."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -79,10 +80,13 @@ def answer(**fields: Any) -> dict[str, Any]:
 
 
 ODD = {
-    "a template's TypeError": (calling(name="joined", arguments={}), "it cannot be used: TypeError"),
-    "deep arguments": (calling(name="f", arguments=deep(900)), "nested too deeply"),
+    "a template's TypeError": (calling(name="joined", arguments={}), "TypeError: "),
+    "deep arguments": (calling(name="f", arguments=deep(900)), "nested too deeply|RecursionError"),
     "deep arguments in a string": (calling(name="f", arguments='{"a":' * 5000 + "1" + "}" * 5000), "nested too deeply"),
-    "a tool's parameters": ({**GOOD, "tools": [{"name": "f", "parameters": deep(950)}]}, "nested too deeply"),
+    "a tool's parameters": (
+        {**GOOD, "tools": [{"name": "f", "parameters": deep(950)}]},
+        "nested too deeply|RecursionError",
+    ),
     "half a pair": (calling(name="f", arguments='{"a": "\\ud800"}'), "half of a surrogate pair"),
     "half a pair as a key": (calling(name="f", arguments='{"\\udc00": 1}'), "half of a surrogate pair"),
     "half a pair in a tool": ({**GOOD, "tools": '[{"name": "f", "d": "\\ud800"}]'}, "half of a surrogate pair"),
@@ -92,7 +96,7 @@ ODD = {
         "arguments of the call of f",
     ),
     "a loss of 401 digits": (answer(loss=10**400), "field 'loss' is a number of more than 64 bits"),
-    "a loss that is infinite as float32": (answer(loss=1e39), "field 'loss' is 1e+39"),
+    "a loss that is infinite as float32": (answer(loss=1e39), "field 'loss' is 1e\\+39"),
     "a loss that is 0 as float32": (answer(loss=1e-50), "too little for a float32"),
     "no number": ('{"messages": [{"role": "assistant", "content": "a", "loss": NaN}]}', "field 'loss' is nan"),
     "a role that is no string": ({"messages": [{"role": {}, "content": ""}]}, "field 'role' holds a JSON object"),
@@ -105,7 +109,7 @@ ODD = {
 def test_an_odd_row_is_one_bad_row(name: str, made: Callable[..., SftEncoder], tmp_path: Path) -> None:
     row, told = ODD[name]
     encoded = encode(made(skip_bad_rows=True, weighted=True), tmp_path / "a.jsonl", GOOD, row, GOOD)
-    assert [reject.cause for reject in encoded.rejects if told in reject.cause], encoded.rejects
+    assert [reject.cause for reject in encoded.rejects if re.search(told, reject.cause)], encoded.rejects
     assert encoded.lengths.size == 2 and encoded.counts[BAD_ROWS] == 1 and encoded.counts["read"] == 3
     assert np.isfinite(encoded.streams["loss_mask"]).all()
 
