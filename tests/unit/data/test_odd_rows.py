@@ -21,7 +21,7 @@ from common.data.sft import SftEncoder
 from common.data.tokenizer import load_tokenizer
 from common.errors import KitError
 
-# Of the form of those that show reasoning in answers after the last question, and join a call's arguments as text.
+# Of the form of those that show reasoning in answers after the last question; one call's field is joined as text.
 TEMPLATE = (
     "{%- set last = namespace(user=-1) -%}"
     "{%- for message in messages -%}{%- if message.role == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}"
@@ -32,7 +32,7 @@ TEMPLATE = (
     "{{- '<think>' + message.reasoning_content.strip() + '</think>' -}}{%- endif -%}"
     "{{- message.content -}}"
     "{%- for call in message.tool_calls or [] -%}{{- '<tool_call>' + call.name + (call.arguments | tojson) -}}"
-    "{%- if call.name == 'joined' -%}{{- '' + call.arguments -}}{%- endif -%}{%- endfor -%}"
+    "{%- if call.name == 'joined' -%}{{- '' + call.count -}}{%- endif -%}{%- endfor -%}"
     "{{- '<|im_end|>\\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
@@ -80,7 +80,7 @@ def answer(**fields: Any) -> dict[str, Any]:
 
 
 ODD = {
-    "a template's TypeError": (calling(name="joined", arguments={}), "TypeError: "),
+    "a template's TypeError": (calling(name="joined", count=3, arguments={}), "TypeError: "),
     "deep arguments": (calling(name="f", arguments=deep(900)), "nested too deeply|RecursionError"),
     "deep arguments in a string": (calling(name="f", arguments='{"a":' * 5000 + "1" + "}" * 5000), "nested too deeply"),
     "a tool's parameters": (
