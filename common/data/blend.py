@@ -96,6 +96,11 @@ class BlendedSamples:
                 name, weight / sum(weights), count, count / samples.samples_per_epoch,
             )  # fmt: skip
 
+    @property
+    def order(self) -> str:
+        """How each dataset's epochs are ordered."""
+        return ", ".join(samples.order for samples in self.members)
+
     def place(self, global_index: int) -> tuple[int, int]:
         """(number of the dataset, number of the sample in it) at a position."""
         left = global_index

@@ -1,14 +1,11 @@
 """Megatron's `.bin`/`.idx` files: written as they grow, read through memory maps.
 
-`.bin`: the tokens of all documents, back to back, little-endian.
-`.idx`: 9 bytes "MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 sequences n, u64 document bounds m, then
-int32[n] lengths in tokens, int64[n] byte offsets, int64[m] document bounds counted in sequences.
-Source: Megatron-Core datasets/indexed_dataset.py. Here every document is one sequence, so m = n + 1.
+`.bin`: the tokens of all documents, back to back, little-endian. `.idx`: see index_file.py; here every document is one
+sequence, so there is one bound more than there are sequences.
 """
 
 import os
 import shutil
-import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,12 +14,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from common.data.index_file import DTYPES, HEADER, MAGIC, open_index
 from common.errors import KitError
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 BLOCK = 1 << 20
+MAX_TOKENS = 2**31 - 1
+# Those that are written for ids and for loss masks. Their signed and float namesakes of the same size are left out: a
+# damaged dtype code would have the same bytes read as other numbers.
+TOKEN_DTYPES = ("uint8", "uint16", "int32", "int64")
+MASK_DTYPES = ("uint8", "float32")
 WRITEBACK_BYTES = 32 << 20
 
 
@@ -59,11 +59,13 @@ class IndexedWriter:
 
     As a context manager it closes, or removes what it wrote when an error passes through. Memory does not grow with
     the documents: lengths go to the index file at once, offsets and bounds are made from them at the end.
+    largest: the largest value that `add_document` and `add_documents` were given, 0 before.
     """
 
     def __init__(self, prefix: Path, dtype: Any) -> None:
         self.prefix, self.dtype = prefix, np.dtype(dtype)
         self.num_documents = self.num_tokens = self._unsynced_bytes = 0
+        self.largest: int | float = 0
         self._code = next(code for code, name in DTYPES.items() if np.dtype(name) == self.dtype)
         self._bin, self._idx = _open(f"{bin_path(prefix)}.partial"), _open(f"{idx_path(prefix)}.partial")
         self._idx.write(HEADER.pack(MAGIC, 1, self._code, 0, 0))
@@ -76,6 +78,8 @@ class IndexedWriter:
     def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Appends `lengths.size` documents whose tokens lie back to back in `tokens`."""
         assert tokens.size == lengths.sum()
+        self.largest = max(self.largest, tokens.max(initial=0).item())
+        assert self.dtype.kind == "f" or self.largest <= np.iinfo(self.dtype).max, f"{self.largest} is no {self.dtype}"
         self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
         self._idx.write(lengths.astype("<i4").tobytes())
         self._unsynced_bytes += tokens.size * self.dtype.itemsize
@@ -91,8 +95,8 @@ class IndexedWriter:
             raise KitError(f"{other} holds {reader.dtype}, {self.prefix} {self.dtype}: they cannot be joined")
         with bin_path(other).open("rb") as source:
             shutil.copyfileobj(source, self._bin, 16 * BLOCK)
-        for start in range(0, len(reader), BLOCK):
-            self._idx.write(reader.lengths[start : start + BLOCK].astype("<i4").tobytes())
+        for _, lengths in reader.length_blocks():
+            self._idx.write(lengths.astype("<i4").tobytes())
         self.num_documents += len(reader)
         self.num_tokens += reader.num_tokens
 
@@ -158,70 +162,112 @@ class IndexedWriter:
 
 
 class IndexedReader:
-    """The documents of a pair of files: `len()`, `[i]`, `get(i, offset, length)`, `lengths` int32 in tokens.
+    """The documents of a pair of files: `len()`, `[i]`, `get(i, offset, length)`; memory does not grow with them.
 
-    Raises KitError when a file is missing, truncated or of another kind. It can be pickled: it opens the files anew.
+    check: read the whole index once and hold its arrays against each other; without it only its ends and the files'
+    sizes are looked at, as each process of a run does once the first one has checked. Raises KitError when a file is
+    missing, truncated, damaged or of another kind. It can be pickled: it opens the files anew.
     """
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: Path, check: bool = True) -> None:
         self.prefix = Path(prefix)
-        index, bounds, starts = self._read_index()
-        self._lengths, self._starts = index, starts
-        if bounds.size != index.size + 1 or not np.array_equal(bounds, np.arange(bounds.size)):
-            # Documents of several sequences, as `--split-sentences` makes them, or of none.
-            ends = np.concatenate([[0], np.cumsum(index, dtype=np.int64)])[bounds]
-            self._lengths = np.diff(ends).astype(np.int32)
-            self._starts = ends[:-1] * self.dtype.itemsize
+        self.index = open_index(self.prefix)
+        if check:
+            self.index.check()
+        self.dtype, self.num_tokens = self.index.dtype, self.index.num_tokens
+        self._starts, self._bounds = self._mapped("starts"), self._mapped("bounds")
         self._data = np.empty(0, self.dtype)
         if self.num_tokens:  # an empty file cannot be mapped; plain arrays are sliced faster than memmap's own
             self._data = np.asarray(np.memmap(bin_path(self.prefix), self.dtype, "r"))
 
     @property
     def lengths(self) -> np.ndarray:
-        """int32 [documents]: tokens of each."""
-        return self._lengths
+        """int32 [documents]: tokens of each, made anew each time."""
+        lengths = np.empty(len(self), np.int32)
+        for first, block in self.length_blocks():
+            lengths[first : first + block.size] = block
+        return lengths
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document, 0 where there is none."""
+        return max((int(lengths.max()) for _, lengths in self.length_blocks()), default=0)
+
+    def length_blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the first, int64 tokens of each) of the documents [start, stop), a block at a time.
+
+        Raises KitError for a document of more tokens than Megatron's int32 counts.
+        """
+        end = len(self) if stop is None else stop
+        for first in range(start, end, BLOCK):
+            lengths = self.lengths_of(first, min(first + BLOCK, end))
+            if int(lengths.max()) > MAX_TOKENS:
+                raise KitError(f"{self.prefix}: document {first + int(lengths.argmax())} has {lengths.max()} tokens")
+            yield first, lengths
+
+    def lengths_of(self, start: int, stop: int) -> np.ndarray:
+        """int64: tokens of each of the documents [start, stop)."""
+        sequences = self._bounds[start : stop + 1].astype(np.int64)
+        first, last = int(sequences[0]), int(sequences[-1])
+        # A copy of the stretch: numpy gathers slowly from where the arrays lie in the file, at odd addresses.
+        starts = self._starts[first : last + 1].astype(np.int64)
+        if last == self._starts.size:
+            starts = np.append(starts, self.num_tokens * self.dtype.itemsize)
+        return np.diff(starts[sequences - first]) // self.dtype.itemsize
+
+    def token_starts(self, documents: np.ndarray) -> np.ndarray:
+        """int64: tokens before each of `documents`; their number itself counts as one, after the last."""
+        sequences = self.index.pick("bounds", documents)
+        inside = sequences < self._starts.size
+        starts = np.full(sequences.size, self.num_tokens, np.int64)
+        starts[inside] = self.index.pick("starts", sequences[inside]) // self.dtype.itemsize
+        return starts
 
     def __len__(self) -> int:
-        return self._lengths.size
+        return int(self._bounds.size) - 1
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.get(i)
 
     def get(self, i: int, offset: int = 0, length: int | None = None) -> np.ndarray:
         """The tokens of document `i` from `offset` on, `length` of them at most; not copied."""
-        start = int(self._starts[i]) // self.dtype.itemsize
-        size = int(self._lengths[i])
-        end = size if length is None else min(size, offset + length)
-        return self._data[start + offset : start + end]
+        start, end = self._token_start(i), self._token_start(i + 1)
+        if length is not None:
+            end = min(end, start + offset + length)
+        return self._data[start + offset : end]
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return IndexedReader, (self.prefix,)
+    def length(self, i: int) -> int:
+        """Tokens of document `i`."""
+        return self._token_start(i + 1) - self._token_start(i)
 
-    def _read_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(lengths, document bounds, byte offsets) as memory maps; sets `dtype` and `num_tokens`."""
-        path, data = idx_path(self.prefix), bin_path(self.prefix)
-        for needed in (path, data):
-            if not needed.is_file():
-                raise KitError(f"{needed} does not exist: give the path that step 1 wrote, without .bin or .idx")
-        with path.open("rb") as stream:
-            head = stream.read(HEADER.size)
-        if len(head) < HEADER.size or not head.startswith(MAGIC):
-            raise KitError(f"{path} is no index of Megatron's: write the data again with step 1")
-        _, version, code, sequences, num_bounds = HEADER.unpack(head)
-        if version != 1 or code not in DTYPES:
-            raise KitError(f"{path} has version {version} and dtype code {code}, which are not known")
-        self.dtype = np.dtype(DTYPES[code])
-        expected = HEADER.size + 12 * sequences + 8 * num_bounds
-        if path.stat().st_size < expected:
-            raise KitError(f"{path} has {path.stat().st_size} bytes of {expected}: it was cut short; write it again")
-        whole = np.asarray(np.memmap(path, np.uint8, "r"))[HEADER.size :]
-        lengths = whole[: 4 * sequences].view("<i4")
-        starts = whole[4 * sequences : 12 * sequences].view("<i8")
-        bounds = whole[12 * sequences : 12 * sequences + 8 * num_bounds].view("<i8")
-        self.num_tokens = int(lengths.sum(dtype=np.int64))
-        if data.stat().st_size != self.num_tokens * self.dtype.itemsize:
-            raise KitError(
-                f"{data} has {data.stat().st_size} bytes where its index tells"
-                f" {self.num_tokens * self.dtype.itemsize}: the two do not belong together, or it was cut short"
-            )
-        return lengths, bounds, starts
+    def __reduce__(self) -> tuple[type, tuple[Path, bool]]:
+        return IndexedReader, (self.prefix, False)
+
+    def _token_start(self, i: int) -> int:
+        sequence = int(self._bounds[i])
+        return int(self._starts[sequence]) // self.dtype.itemsize if sequence < self._starts.size else self.num_tokens
+
+    def _mapped(self, name: str) -> np.ndarray:
+        offset, dtype, number = self.index.array(name)
+        if number == 0:
+            return np.empty(0, dtype)
+        return np.asarray(np.memmap(self.index.path, dtype, "r", offset, (number,)))
+
+
+def open_tokens(prefix: Path, check: bool = True) -> IndexedReader:
+    """The reader of ids at `prefix`; raises KitError too when they are of a type that no ids are written in."""
+    return _of_type(IndexedReader(prefix, check), TOKEN_DTYPES, "ids")
+
+
+def open_mask(prefix: Path, check: bool = True) -> IndexedReader:
+    """The reader of the loss mask at `prefix`; raises KitError too when it is of another type than step 1 writes."""
+    return _of_type(IndexedReader(prefix, check), MASK_DTYPES, "a loss mask")
+
+
+def _of_type(reader: IndexedReader, allowed: tuple[str, ...], what: str) -> IndexedReader:
+    if reader.dtype.name not in allowed:
+        raise KitError(
+            f"{reader.index.path} says {reader.dtype.name}, {what} is of {', '.join(allowed)}: it is damaged or holds"
+            " something else; copy it again, or write the data again with step 1"
+        )
+    return reader

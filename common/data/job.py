@@ -149,6 +149,7 @@ class Part:
             "blocks": self._blocks(),
             "bytes": read,
             "counts": dict(counts),
+            "largest_id": writers["tokens"].largest,
         }
         manifest.write_json(self._state, state)
         return state

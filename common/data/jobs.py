@@ -9,6 +9,7 @@ from typing import Any
 
 from common.data import engines
 from common.data.chat import ChatTemplate
+from common.data.ids import tell_smaller_model
 from common.data.indexed import bin_path, idx_path, token_dtype
 from common.data.inputs import cut, find_inputs
 from common.data.job import Job
@@ -233,7 +234,8 @@ def chosen_eod(tokenizer: TextTokenizer, append_eod: bool, eod_token: str) -> En
 
 
 def describe_tokenizer(tokenizer: TextTokenizer, eod: EndToken | None) -> dict[str, Any]:
-    """The manifest's section on the tokenizer."""
+    """The manifest's section on the tokenizer; a model beside it that is too small is told in the log."""
+    tell_smaller_model(tokenizer.folder, tokenizer.vocab_size)
     return {
         "tokenizer_sha256": tokenizer.sha256,
         "engine": tokenizer.engine,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.data import manifest
+from common.data.ids import scan
 from common.data.indexed import IndexedReader, IndexedWriter, idx_path, token_dtype
 from common.data.tokenizer import TextTokenizer
 from common.errors import KitError
@@ -101,6 +102,7 @@ def _describe(
         "documents": {"read": counts["documents"], "kept": counts["documents"], "dropped": {}},
         "tokens": tokens.num_tokens,
         "supervised_tokens": counts["learned"],
-        "longest": int(tokens.lengths.max(initial=0)),
+        "longest": tokens.longest,
+        "largest_id": scan(tokens)[1],
         "notes": {"rows of the old kit": rows},
     }

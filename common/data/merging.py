@@ -10,6 +10,7 @@ import numpy as np
 from common.data import manifest, rejects
 from common.data.encoded import DROPPED, NOT_USED
 from common.data.fingerprint import hash_of_blocks
+from common.data.ids import scan
 from common.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, sync
 from common.data.job import identity_of, part_name, parts_folder
 from common.errors import KitError
@@ -86,12 +87,19 @@ def finish(output_prefix: Path, states: list[dict[str, Any]]) -> dict[str, Any]:
         "documents": {"read": counts["read"], "kept": len(tokens), "dropped": dropped(counts)},
         "tokens": tokens.num_tokens,
         "supervised_tokens": counts.get("supervised", tokens.num_tokens),
-        "longest": int(tokens.lengths.max(initial=0)),
+        "longest": tokens.longest,
+        "largest_id": _largest_id(states, tokens),
         "notes": notes(counts),
     }
     manifest.write(output_prefix, content)
     remove_parts(folder)
     return content
+
+
+def _largest_id(states: list[dict[str, Any]], tokens: IndexedReader) -> int:
+    """The largest id of all parts; a part that an older kit wrote does not tell, and the file is read for it."""
+    told = [state["largest_id"] for state in states if "largest_id" in state]
+    return max(told) if len(told) == len(states) else scan(tokens)[1]
 
 
 def _hashed_inputs(states: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import numpy as np
 
-from common.data.indexed import IndexedReader
+from common.data.indexed import open_mask, open_tokens
 from common.data.manifest import DataFiles
 from common.data.tokenizer import TextTokenizer
 from common.errors import KitError
@@ -40,8 +40,8 @@ def show(
         raise KitError(
             f"{files.tokens} was made with another tokenizer than {tokenizer.folder}: give that one's folder"
         )
-    tokens = IndexedReader(files.tokens)
-    mask = IndexedReader(files.loss_mask) if files.loss_mask else None
+    tokens = open_tokens(files.tokens)
+    mask = open_mask(files.loss_mask) if files.loss_mask else None
     if first is not None and not 0 <= first < len(tokens):
         raise KitError(f"INDEX={first}: {files.tokens} holds documents 0 to {len(tokens) - 1}")
     before, after = (GREEN_BOLD, PLAIN) if colour else ("⟦", "⟧")

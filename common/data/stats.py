@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.indexed import IndexedReader
+from common.data.indexed import open_mask, open_tokens
 from common.data.manifest import DataFiles
 from common.data.packing import pack
 from common.errors import KitError
@@ -71,14 +71,14 @@ def supervised_tokens(files: DataFiles) -> int | None:
     """Tokens whose loss counts; None for data without a loss mask, where all do."""
     if not files.loss_mask:
         return None
-    mask = IndexedReader(files.loss_mask)
+    mask = open_mask(files.loss_mask)
     values = np.memmap(f"{files.loss_mask}.bin", mask.dtype, "r") if mask.num_tokens else np.empty(0)
     return sum(int(np.count_nonzero(values[i : i + BLOCK])) for i in range(0, values.size, BLOCK))
 
 
 def report(files: DataFiles, seq_lengths: list[int], global_batch_size: int | None) -> Iterator[str]:
     """The lines that `stats` prints."""
-    lengths = IndexedReader(files.tokens).lengths
+    lengths = open_tokens(files.tokens).lengths
     if lengths.size == 0:
         raise KitError(f"{files.tokens} holds no document: write the data again with step 1")
     total = int(lengths.sum(dtype=np.int64))

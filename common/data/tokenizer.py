@@ -17,6 +17,7 @@ from common.errors import KitError
 
 EncodeFlat = Callable[[Sequence[str], bool], tuple[np.ndarray, np.ndarray]]
 END_OF_TEXT = "<|endoftext|>"
+MANY = 65500  # ids from here on are written as int32
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,14 @@ class EndToken:
 
 
 class TextTokenizer:
-    """A `tokenizers.Tokenizer` without padding or truncation, that adds no tokens of its own."""
+    """A `tokenizers.Tokenizer` without padding or truncation, that adds none of its own; its ids are < vocab_size."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, sha256: str) -> None:
         self.folder, self.sha256 = folder, sha256
         self._tokenizer = tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = _id_bound(tokenizer)
         added = tokenizer.get_added_tokens_decoder().values()
         # Longest first: where one token begins with another, the longer is meant.
         self.special_tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
@@ -98,6 +99,16 @@ class TextTokenizer:
     def count_special(self, text: str) -> int:
         """How often `text` spells a special token."""
         return sum(1 for _ in self._special.finditer(text))
+
+
+def _id_bound(tokenizer: Tokenizer) -> int:
+    """One more than the largest id, which the number of tokens may be less than."""
+    bound = max(
+        [tokenizer.get_vocab_size(with_added_tokens=True), *(i + 1 for i in tokenizer.get_added_tokens_decoder())]
+    )
+    if bound < MANY:  # half a second for 150,000 tokens, whose numbers fit the type of their ids anyway
+        bound = max([bound, *(i + 1 for i in tokenizer.get_vocab(with_added_tokens=True).values())])
+    return bound
 
 
 def load_tokenizer(folder: Path) -> TextTokenizer:

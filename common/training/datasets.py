@@ -5,40 +5,57 @@ from pathlib import Path
 
 from common.data.blend import Blend, blend_samples, read_blend
 from common.data.fingerprint import DATA_SAMPLES, hash_samples
-from common.data.indexed import IndexedReader, bin_path, idx_path
+from common.data.ids import check_ids
+from common.data.indexed import bin_path, idx_path, open_mask, open_tokens
 from common.data.manifest import DataFiles
-from common.data.samples import Samples, open_samples, split_documents
+from common.data.samples import Samples, check_mask, open_samples, split_documents
 from common.errors import KitError
 from common.log import logger
 from common.training.config import TrainSettings
 
 
-def open_data(settings: TrainSettings, model_folder: Path) -> tuple[Samples, Samples | None]:
+def open_data(
+    settings: TrainSettings, model_folder: Path, vocab_size: int, check: bool = True, listed: bool | None = None
+) -> tuple[Samples, Samples | None]:
     """The samples of training and of validation; None where a split holds none.
 
-    Raises KitError for data of another kind or tokenizer, or too little of it.
+    check: hold the data against itself and its ids against `vocab_size`, which reads each index once and data without
+    a manifest too; one process of a node does. listed: see PretrainSamples. Raises KitError for data that is damaged,
+    of another kind, tokenizer or vocabulary, or too little.
     """
     assert settings.dataset_path
     blend = read_blend(settings.dataset_path)
-    check_tokenizer(blend, model_folder)
-    if settings.valid_dataset_path:
-        apart = read_blend(settings.valid_dataset_path, "VALID_DATASET_PATH")
-        check_tokenizer(apart, model_folder)
-        whole = [(weight, files.tokens.name, _open(settings, files, None)) for weight, files in blend]
-        return blend_samples(whole), blend_samples(
-            [(weight, files.tokens.name, _open(settings, files, None)) for weight, files in apart]
+    apart = read_blend(settings.valid_dataset_path, "VALID_DATASET_PATH") if settings.valid_dataset_path else []
+    for each in (blend, apart):
+        check_tokenizer(each, model_folder)
+        if check:
+            check_data(each, vocab_size, model_folder / "config.json")
+    if apart:
+        whole, valid_whole = (
+            [(weight, files.tokens.name, _open(settings, files, None, listed)) for weight, files in each]
+            for each in (blend, apart)
         )
+        return blend_samples(whole), blend_samples(valid_whole)
     train, valid = [], []
     for weight, files in blend:
         name = files.tokens.name
-        train_range, valid_range = split_documents(len(IndexedReader(files.tokens)), settings.split)
+        train_range, valid_range = split_documents(len(open_tokens(files.tokens, check=False)), settings.split)
         if settings.eval_interval and len(valid_range):
             try:
-                valid.append((weight, name, _open(settings, files, valid_range)))
+                valid.append((weight, name, _open(settings, files, valid_range, listed)))
             except KitError as error:
                 logger.info("no validation on %s: the split's second part is too small (%s)", name, error)
-        train.append((weight, name, _open(settings, files, train_range)))
+        train.append((weight, name, _open(settings, files, train_range, listed)))
     return blend_samples(train), blend_samples(valid) if valid else None
+
+
+def check_data(blend: Blend, vocab_size: int, source: Path) -> None:
+    """Raises KitError for files that are damaged, and for ids beyond `vocab_size`."""
+    for files in {files.tokens: files for _, files in blend}.values():
+        tokens = open_tokens(files.tokens)
+        if files.loss_mask:
+            check_mask(tokens, open_mask(files.loss_mask))
+        check_ids(files, tokens, vocab_size, source)
 
 
 def check_tokenizer(blend: Blend, model_folder: Path) -> None:
@@ -57,7 +74,7 @@ def check_tokenizer(blend: Blend, model_folder: Path) -> None:
             )
 
 
-def _open(settings: TrainSettings, files: DataFiles, documents: range | None) -> Samples:
+def _open(settings: TrainSettings, files: DataFiles, documents: range | None, listed: bool | None) -> Samples:
     return open_samples(
         files,
         train_mode=settings.train_mode,
@@ -68,6 +85,8 @@ def _open(settings: TrainSettings, files: DataFiles, documents: range | None) ->
         truncate=settings.truncate,
         reset_attention=settings.reset_attention,
         pad_id=0,
+        check=False,
+        listed=listed,
     )
 
 

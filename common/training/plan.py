@@ -19,6 +19,7 @@ from common.parallel import ParallelSizes
 from common.platforms.base import Platform
 from common.training.config import TrainSettings
 from common.training.datasets import content_hash, open_data
+from common.training.deadline import STARTED
 from common.training.fit import check_fit
 
 
@@ -87,6 +88,7 @@ class Plan:
             "samples_per_epoch": self.train.samples_per_epoch,
             "seq_length": chosen.seq_length,
             "seed": chosen.seed,
+            "order": self.train.order,
             **blend,
             "content": self.data_hash,
         }
@@ -103,7 +105,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     train = valid = None
     progress = progress_of(start)
     if settings.train_or_convert_ckpt == "train":
-        train, valid = open_data(settings, start.model_folder)
+        train, valid = open_data(settings, start.model_folder, qwen.vocab_size, not was_planned(), is_of_before(start))
     plan = Plan(
         settings=settings,
         platform=platform,
@@ -134,6 +136,18 @@ def progress_of(start: Start) -> Progress:
     if start.kind != "resume" or start.checkpoint is None:
         return Progress()
     return Progress(**(description_of(start.checkpoint).get("progress") or {}))
+
+
+def was_planned() -> bool:
+    """Whether this process is a rank of a run that the process which started it has planned and checked."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and STARTED in os.environ
+
+
+def is_of_before(start: Start) -> bool | None:
+    """True where `start` resumes a run of before orders had names, when all were listed; else None: by their size."""
+    if start.kind != "resume" or start.checkpoint is None:
+        return None
+    return None if "order" in (description_of(start.checkpoint).get("data") or {}) else True
 
 
 def check_warmup(plan: Plan) -> None:

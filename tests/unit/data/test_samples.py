@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.data import order
 from common.data.indexed import IndexedWriter
 from common.data.manifest import DataFiles
 from common.data.samples import Samples, open_samples, split_documents
@@ -76,14 +77,17 @@ def test_wrong_splits_are_told(split: str) -> None:
 # --- pretraining
 
 
+@pytest.mark.parametrize("listed", [True, False])
 def test_windows_hold_the_documents_in_the_epochs_order_and_the_rest_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, listed: bool
 ) -> None:
     import common.log
 
     common.log.logger.propagate = True
+    monkeypatch.setattr(order, "GROUP", 5)
     with caplog.at_level("INFO", "kit"):
-        samples = pretrain(pretrain_data(tmp_path))
+        samples = pretrain(pretrain_data(tmp_path), listed=listed)
+    assert samples.order == ("listed" if listed else "keyed")
     total = sum(LENGTHS)
     assert samples.samples_per_epoch == (total - 1) // 8 == 17
     assert f"{total} tokens make 17 samples an epoch, {total - 1 - 17 * 8} at its end are left out" in caplog.text
@@ -124,12 +128,14 @@ def same(one: list[dict[str, np.ndarray]], other: list[dict[str, np.ndarray]]) -
     return all((a[name] == b[name]).all() for a, b in zip(one, other, strict=True) for name in a)
 
 
+@pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("kind", ["pretrain", "finetune", "packed"])
-def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, kind: str) -> None:
+def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, kind: str, listed: bool) -> None:
     def opened(seed: int = 1) -> Samples:
         if kind == "pretrain":
-            return pretrain(pretrain_data(tmp_path), seed=seed)
-        return finetune(sft_data(tmp_path, list(range(2, 40))), 64, seed=seed, packing=kind == "packed")
+            return pretrain(pretrain_data(tmp_path), seed=seed, listed=listed)
+        files = sft_data(tmp_path, list(range(2, 40)))
+        return finetune(files, 64, seed=seed, packing=kind == "packed", listed=listed)
 
     samples = opened()
     first, second = epoch(samples, 0), epoch(samples, 1)
@@ -138,6 +144,16 @@ def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, kind: str) ->
     assert same(epoch(fresh, 1), second), "an epoch must not depend on those before it"
     assert not same(epoch(opened(seed=2), 0), first)
     assert same(epoch(pickle.loads(pickle.dumps(samples)), 1), second)
+
+
+def test_many_samples_are_not_listed_unless_an_older_run_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "MAX_LISTED", 29)  # 12 documents and 17 samples
+    files = pretrain_data(tmp_path)
+    few = pretrain(files)
+    monkeypatch.setattr(order, "MAX_LISTED", 28)
+    many, of_before = pretrain(files), pretrain(files, listed=True)
+    assert [each.order for each in (few, many, of_before)] == ["listed", "keyed", "listed"]
+    assert same(epoch(few), epoch(of_before)) and not same(epoch(few), epoch(many))
 
 
 def test_only_the_splits_documents_are_used(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path, model: Path, caplo
         check_tokenizer(read_blend(f"1 {good} 1 {other}"), model)
     for flags in ({"dataset_path": str(other)}, {"dataset_path": str(good), "valid_dataset_path": str(other)}):
         with pytest.raises(KitError, match=told):
-            open_data(settings(**flags), model)
+            open_data(settings(**flags), model, 400)
 
 
 def test_where_it_cannot_be_known_the_log_says_so(
@@ -71,17 +71,17 @@ def test_where_it_cannot_be_known_the_log_says_so(
 
 def test_each_dataset_of_a_blend_is_split_and_blended(tmp_path: Path, model: Path) -> None:
     first, second = dataset(tmp_path, "a", 100), dataset(tmp_path, "b", 50)
-    train, valid = open_data(settings(dataset_path=f"0.5 {first} 0.5 {second}", split="80,20"), model)
+    train, valid = open_data(settings(dataset_path=f"0.5 {first} 0.5 {second}", split="80,20"), model, 400)
     assert isinstance(train, BlendedSamples) and isinstance(valid, BlendedSamples)
     assert [m.samples_per_epoch for m in train.members] == [(80 * 33 - 1) // 16, (40 * 33 - 1) // 16]
     assert [m.samples_per_epoch for m in valid.members] == [(20 * 33 - 1) // 16, (10 * 33 - 1) // 16]
-    train, valid = open_data(settings(dataset_path=str(first), valid_dataset_path=f"1 {second} 2 {first}"), model)
+    train, valid = open_data(settings(dataset_path=str(first), valid_dataset_path=f"1 {second} 2 {first}"), model, 400)
     assert train.samples_per_epoch == (3300 - 1) // 16 and isinstance(valid, BlendedSamples)
 
 
 def test_a_dataset_too_small_to_validate_on_is_left_out_of_the_validation(tmp_path: Path, model: Path) -> None:
     first, second = dataset(tmp_path, "a", 100), dataset(tmp_path, "b", 20, length=15)
-    train, valid = open_data(settings(dataset_path=f"0.5 {first} 0.5 {second}", split="95,5"), model)
+    train, valid = open_data(settings(dataset_path=f"0.5 {first} 0.5 {second}", split="95,5"), model, 400)
     assert isinstance(train, BlendedSamples)
     assert valid is not None and valid.samples_per_epoch == (5 * 33 - 1) // 16
 
