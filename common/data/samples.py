@@ -145,7 +145,13 @@ class PretrainSamples:
                 f" SEQ_LENGTH + 1 = {seq_length + 1}: use more data, another SPLIT or a smaller SEQ_LENGTH"
             )
         self.samples_per_epoch = (total - 1) // seq_length
-        self.listed = is_listed(len(documents), self.samples_per_epoch) if listed is None else listed
+        few = is_listed(len(documents), self.samples_per_epoch)
+        self.listed = few if listed is None else listed
+        if self.listed and not few:
+            logger.info(
+                "%s: its order takes %d MiB in each process, as the run began; one that begins now needs none",
+                tokens.prefix.name, (16 * len(documents) + 8 * self.samples_per_epoch) >> 20,
+            )  # fmt: skip
         logger.info(
             "%s: %d tokens make %d samples an epoch, %d at its end are left out",
             tokens.prefix.name, total, self.samples_per_epoch, total - 1 - self.samples_per_epoch * seq_length,

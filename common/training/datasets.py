@@ -8,6 +8,7 @@ from common.data.fingerprint import DATA_SAMPLES, hash_samples
 from common.data.ids import check_ids
 from common.data.indexed import bin_path, idx_path, open_mask, open_tokens
 from common.data.manifest import DataFiles
+from common.data.order import order_name
 from common.data.samples import Samples, check_mask, open_samples, split_documents
 from common.errors import KitError
 from common.log import logger
@@ -15,13 +16,13 @@ from common.training.config import TrainSettings
 
 
 def open_data(
-    settings: TrainSettings, model_folder: Path, vocab_size: int, check: bool = True, listed: bool | None = None
+    settings: TrainSettings, model_folder: Path, vocab_size: int, check: bool = True, order: str | None = None
 ) -> tuple[Samples, Samples | None]:
     """The samples of training and of validation; None where a split holds none.
 
     check: hold the data against itself and its ids against `vocab_size`, which reads each index once and data without
-    a manifest too; one process of a node does. listed: see PretrainSamples. Raises KitError for data that is damaged,
-    of another kind, tokenizer or vocabulary, or too little.
+    a manifest too; one process of a node does. order: that of the training samples of the run which is resumed; None:
+    by their number. Raises KitError for data that is damaged, of another kind, tokenizer or vocabulary, or too little.
     """
     assert settings.dataset_path
     blend = read_blend(settings.dataset_path)
@@ -30,23 +31,35 @@ def open_data(
         check_tokenizer(each, model_folder)
         if check:
             check_data(each, vocab_size, model_folder / "config.json")
+    listed = listed_of(order, len(blend))
     if apart:
-        whole, valid_whole = (
-            [(weight, files.tokens.name, _open(settings, files, None, listed)) for weight, files in each]
-            for each in (blend, apart)
+        whole = [
+            (weight, files.tokens.name, _open(settings, files, None, each))
+            for (weight, files), each in zip(blend, listed, strict=True)
+        ]
+        return blend_samples(whole), blend_samples(
+            [(weight, files.tokens.name, _open(settings, files, None, None)) for weight, files in apart]
         )
-        return blend_samples(whole), blend_samples(valid_whole)
     train, valid = [], []
-    for weight, files in blend:
+    for (weight, files), each_listed in zip(blend, listed, strict=True):
         name = files.tokens.name
         train_range, valid_range = split_documents(len(open_tokens(files.tokens, check=False)), settings.split)
         if settings.eval_interval and len(valid_range):
             try:
-                valid.append((weight, name, _open(settings, files, valid_range, listed)))
+                valid.append((weight, name, _open(settings, files, valid_range, each_listed)))
             except KitError as error:
                 logger.info("no validation on %s: the split's second part is too small (%s)", name, error)
-        train.append((weight, name, _open(settings, files, train_range, listed)))
+        train.append((weight, name, _open(settings, files, train_range, each_listed)))
     return blend_samples(train), blend_samples(valid) if valid else None
+
+
+def listed_of(order: str | None, num_datasets: int) -> list[bool | None]:
+    """For each dataset whether its order is listed, as `order` tells: one name for all, or a name each, by commas."""
+    names = order.split(", ") if order else [""]
+    names = names * num_datasets if len(names) == 1 else names
+    if len(names) != num_datasets:
+        return [None] * num_datasets
+    return [{order_name(True): True, order_name(False): False}.get(name) for name in names]
 
 
 def check_data(blend: Blend, vocab_size: int, source: Path) -> None:

@@ -10,6 +10,7 @@ from common.checkpoint.harmless import check_harmless
 from common.checkpoint.layout import Checkpoint, find_checkpoint
 from common.checkpoint.origin import check_ranks, description_of
 from common.data.blend import BlendedSamples
+from common.data.order import order_name
 from common.data.samples import Samples
 from common.errors import KitError
 from common.log import logger
@@ -105,7 +106,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     train = valid = None
     progress = progress_of(start)
     if settings.train_or_convert_ckpt == "train":
-        train, valid = open_data(settings, start.model_folder, qwen.vocab_size, not was_planned(), is_of_before(start))
+        train, valid = open_data(settings, start.model_folder, qwen.vocab_size, not was_planned(), order_of(start))
     plan = Plan(
         settings=settings,
         platform=platform,
@@ -143,11 +144,14 @@ def was_planned() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and STARTED in os.environ
 
 
-def is_of_before(start: Start) -> bool | None:
-    """True where `start` resumes a run of before orders had names, when all were listed; else None: by their size."""
+def order_of(start: Start) -> str | None:
+    """The order of the samples of the run that `start` resumes; None for a new run.
+
+    Before orders had names all were listed.
+    """
     if start.kind != "resume" or start.checkpoint is None:
         return None
-    return None if "order" in (description_of(start.checkpoint).get("data") or {}) else True
+    return str((description_of(start.checkpoint).get("data") or {}).get("order", order_name(True)))
 
 
 def check_warmup(plan: Plan) -> None:
