@@ -63,7 +63,7 @@ def id_range(files: DataFiles, tokens: IndexedReader) -> tuple[int, int]:
     if size < KEEP_BYTES:
         return scan(tokens)
     state, kept = _state_of(data), Path(f"{tokens.prefix}.ids.json")
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         found = json.loads(kept.read_text(encoding="utf-8"))
         if found["of"] == state:
             return int(found["smallest"]), int(found["largest"])

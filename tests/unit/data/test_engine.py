@@ -69,6 +69,7 @@ def test_partitions_and_workers_change_nothing(tmp_path: Path, expected: bytes, 
     kept = [len(line) for line in lines if line]
     assert content["documents"] == {"read": 20000, "kept": len(kept), "dropped": {"empty": 20000 - len(kept)}}
     assert (content["tokens"], content["longest"], content["notes"]) == (sum(kept), max(kept), {"note": len(kept)})
+    assert content["largest_id"] == max(kept)  # a document of n bytes is n times the id n
     assert IndexedReader(made.final("tokens")).lengths.tolist() == kept
 
 
