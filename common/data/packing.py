@@ -36,8 +36,9 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
     Each length must lie between 1 and `row_length`.
     """
     assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= row_length)
-    longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
-    row_of = np.empty(lengths.size, np.int64)
+    # The least type that holds them: numpy sorts 16 bits by radix, and memory is what limits the number of samples.
+    longest_first = np.argsort((row_length - lengths).astype(np.min_scalar_type(row_length)), kind="stable")
+    row_of = np.empty(lengths.size, np.uint32 if lengths.size < 1 << 32 else np.int64)
     open_rows, num_rows = _OpenRows(), 0
     sizes, counts = np.unique(lengths, return_counts=True)
     done = 0
@@ -51,10 +52,8 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
                 room, rows = row_length, num_rows + np.arange(-(-(end - done) // (row_length // length)))
                 num_rows += rows.size
             done = _fill(open_rows, rows, room, length, row_of[done:end]) + done
-    placed = np.empty(lengths.size, np.int64)
-    placed[longest_first] = row_of
     order = longest_first[np.argsort(row_of, kind="stable")]
-    starts = np.concatenate([[0], np.cumsum(np.bincount(placed, minlength=num_rows))]).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))]).astype(np.int64)
     return order, starts
 
 

@@ -120,7 +120,8 @@ class SftSamples:
         self.seed, self.packing, self.pad_id = seed, packing, pad_id
         self.samples_per_epoch = fitted.num_samples
         if packing:
-            self._members, self._starts = pack(fitted.sizes() - 1, self.seq_length)
+            members, self._starts = pack(fitted.sizes() - 1, self.seq_length)
+            self._members = members.astype(np.min_scalar_type(max(0, fitted.num_samples - 1)))
             self.samples_per_epoch = self._starts.size - 1
         self.weighted = mask.dtype.kind == "f"
         self.listed = is_listed(self.samples_per_epoch) if listed is None else listed
