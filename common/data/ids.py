@@ -10,7 +10,7 @@ import numpy as np
 
 from common.data.fingerprint import DATA_SAMPLES, hash_samples
 from common.data.indexed import IndexedReader, bin_path
-from common.data.manifest import DataFiles, manifest_path, write_json
+from common.data.manifest import DataFiles, write_json
 from common.errors import KitError
 from common.log import logger
 
@@ -56,8 +56,9 @@ def id_range(files: DataFiles, tokens: IndexedReader) -> tuple[int, int]:
 
     From the manifest that step 1 wrote, else from what an earlier scan left, else by a scan of the file.
     """
-    if files.manifest and "largest_id" in files.manifest:
-        return 0, int(files.manifest["largest_id"])
+    told = (files.manifest or {}).get("largest_id")
+    if type(told) is int and told >= 0:
+        return 0, told
     data = bin_path(tokens.prefix)
     size = tokens.num_tokens * tokens.dtype.itemsize
     if size < KEEP_BYTES:
@@ -67,8 +68,8 @@ def id_range(files: DataFiles, tokens: IndexedReader) -> tuple[int, int]:
         found = json.loads(kept.read_text(encoding="utf-8"))
         if found["of"] == state:
             return int(found["smallest"]), int(found["largest"])
-    missing = f"{manifest_path(tokens.prefix)} is not there" if files.manifest is None else "its manifest is of before"
-    logger.info("the largest id of %s is not known (%s): its %.1f GB are read once", data, missing, size / 1e9)
+    missing = "its manifest is of an earlier kit" if files.manifest else "it has no manifest"
+    logger.info("the largest id of %s is not known, %s: its %.1f GB are read once", data, missing, size / 1e9)
     started = time.monotonic()
     smallest, largest = scan(tokens)
     logger.info("its ids are %d to %d, read in %.0f s", smallest, largest, time.monotonic() - started)

@@ -98,8 +98,12 @@ def open_samples(
 def check_against_manifest(files: DataFiles, tokens: IndexedReader) -> None:
     """Raises KitError unless `tokens` holds as many documents and tokens as the manifest tells, where there is one."""
     manifest = files.manifest or {}
+    documents = manifest.get("documents")
     there = {"documents": len(tokens), "tokens": tokens.num_tokens}
-    told = {"documents": manifest.get("documents", {}).get("kept"), "tokens": manifest.get("tokens")}
+    told = {
+        "documents": documents.get("kept") if isinstance(documents, dict) else None,
+        "tokens": manifest.get("tokens"),
+    }
     wrong = [
         f"{told[name]} {name}, and {there[name]} are there" for name in there if told[name] not in (None, there[name])
     ]

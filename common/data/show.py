@@ -7,6 +7,7 @@ import numpy as np
 
 from common.data.indexed import open_mask, open_tokens
 from common.data.manifest import DataFiles
+from common.data.samples import check_mask
 from common.data.tokenizer import TextTokenizer
 from common.errors import KitError
 
@@ -42,11 +43,18 @@ def show(
         )
     tokens = open_tokens(files.tokens)
     mask = open_mask(files.loss_mask) if files.loss_mask else None
+    if mask:
+        check_mask(tokens, mask)
     if first is not None and not 0 <= first < len(tokens):
         raise KitError(f"INDEX={first}: {files.tokens} holds documents 0 to {len(tokens) - 1}")
     before, after = (GREEN_BOLD, PLAIN) if colour else ("⟦", "⟧")
     for number in choose(len(tokens), first, count, seed):
         ids = tokens[number]
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 32:
+            raise KitError(
+                f"{files.tokens}: document {number} holds the numbers {ids.min()} to {ids.max()}, which are no ids of a"
+                " tokenizer: it is damaged, or of the old kit (python -m common.preprocess import-legacy)"
+            )
         learned = mask[number] > 0 if mask else np.zeros(ids.size, bool)
         told = f", {int(learned.sum())} learned" if mask else ""
         yield f"--- document {number} of {len(tokens)}: {ids.size} tokens{told}"

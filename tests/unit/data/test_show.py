@@ -57,3 +57,19 @@ def test_another_tokenizer_and_a_number_too_high_are_told(
     (tmp_path / "tokenizer.json").write_text((qwen / "tokenizer.json").read_text() + "\n")
     with pytest.raises(KitError, match="was made with another tokenizer"):
         list(show(resolve(str(data)), load_tokenizer(tmp_path), 0, 1, colour=False))
+
+
+def test_what_cannot_be_ids_and_a_mask_of_other_data_are_told(
+    data: Path, tmp_path: Path, tokenizer: TextTokenizer
+) -> None:
+    for name, values in (("old", [5, -7]), ("large", [2**32, 5])):
+        with IndexedWriter(tmp_path / f"{name}_text_document", "<i8") as tokens:
+            tokens.add_document(values)
+        with pytest.raises(
+            KitError, match=f"{name}_text_document: document 0 holds the numbers .* no ids of a tokenizer"
+        ):
+            list(show(resolve(str(tmp_path / name)), tokenizer, 0, 1, colour=False))
+    with IndexedWriter(tmp_path / "a_loss_mask_document", "u1") as mask:
+        mask.add_document([1])
+    with pytest.raises(KitError, match="a_loss_mask_document does not fit"):
+        list(show(resolve(str(data)), tokenizer, 0, 1, colour=False))

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from common.checkpoint.layout import RELEASE, iteration_dir, write_tracker
-from common.data import order
 from common.data.indexed import IndexedWriter
 from common.errors import KitError
 from common.model.config import load_config
@@ -280,26 +279,6 @@ def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, t
     assert made.start.kind == "resume"
     # RUN is of before these two were noted
     assert made.data_identity == {**RUN["data"], "order": "listed", "content": content_hash(str(data))}
-
-
-def test_a_run_keeps_the_order_that_it_began_with(
-    data: Path, qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However many samples are listed by now; of two datasets each keeps its own."""
-    monkeypatch.setattr(order, "MAX_LISTED", 10)
-    blend = f"1 {data} 1 {data}"
-    assert plan(data, qwen).data_identity["order"] == "keyed"
-    assert plan(data, qwen, dataset_path=blend).data_identity["order"] == "keyed, keyed"
-    for saved, path in ((None, data), ("listed", data), ("keyed", data), ("keyed, listed", blend)):
-        noted = {"order": saved} if saved else {}
-        resumed = {"save_checkpoint_path": tmp_path / f"{saved}", "hf_model_path": None, "epochs": 7.0}
-        meaning = {**RUN["data"], "samples_per_epoch": 104 if path == data else 208}
-        write_run(tmp_path / f"{saved}", qwen, {"run": {**RUN, "data": {**meaning, **noted}}})
-        now = plan(data, qwen, **{**resumed, "dataset_path": str(path), "split": "98,2,0"})
-        assert now.data_identity["order"] == (saved or "listed")
-    write_run(tmp_path / "later", qwen, {"run": {**RUN, "data": {**RUN["data"], "order": "of a later kit"}}})
-    with pytest.raises(KitError, match=r"other samples \(order of a later kit -> keyed\), so its position"):
-        plan(data, qwen, save_checkpoint_path=str(tmp_path / "later"), hf_model_path=None, epochs=7.0)
 
 
 @pytest.mark.parametrize(
