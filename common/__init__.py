@@ -10,6 +10,6 @@ Imports point one way (tests/unit/test_layers.py):
     checkpoint  weights on disk
     model, data what is trained, and on what
     te          what is asked of Transformer Engine
-    settings  log  parallel  platforms  mcore
+    settings  log  parallel  platforms  mcore  json_file
     errors
 """

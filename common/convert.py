@@ -44,7 +44,7 @@ from common.checkpoint.torch_format import save_rank_files
 from common.checkpoint.verify import Report, verify
 from common.errors import KitError
 from common.log import logger
-from common.model.config import load_config
+from common.model.config import load_config, read_config
 from common.parallel import parse_pipeline_layers
 from common.settings import add_options, check_environment, from_namespace, option
 
@@ -197,7 +197,7 @@ def to_hf(settings: ToHuggingFace, check: bool, plan: bool = False) -> None:
 
 def set_dtype(path: Path, dtype: str) -> None:
     """Makes config.json tell the dtype of the weights beside it; a file that does so already stays as it is."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_config(path.parent)
     name = "dtype" if "dtype" in values else "torch_dtype"
     if values.get(name) != dtype:
         logger.info("config.json: %s %s -> %s, as the weights are", name, values.get(name), dtype)

@@ -5,7 +5,6 @@ each item of the .distcp files (torch.load's `weights_only` is not set for the i
 state, and in old versions for none), of torch format the files of every rank; and the pickles in `_extra_state`.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from common.checkpoint.layout import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 from common.checkpoint.pickled_tensors import PickledStorage
 from common.checkpoint.torch_dist import load_metadata
 from common.errors import KitError
+from common.json_file import read_json
 
 _THREADS = 8  # what takes time is the waiting for a network's file system
 _SMALL_BYTES = 1024  # the pickle of one tensor has 200
@@ -77,13 +77,10 @@ class _Item:
 
 def _check_backends(path: Path) -> None:
     """Raises KitError for other backends: Megatron-Core takes from here by whose code it reads the folder."""
-    try:
-        told = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise KitError(f"{path} cannot be read ({error}): copy the checkpoint again") from error
+    told = read_json(path, "copy the checkpoint again")
     for name in ("sharded_backend", "common_backend"):
-        known, found = (BACKEND | COMMON)[name], told.get(name) if isinstance(told, dict) else None
-        if found != known:
+        known = (BACKEND | COMMON)[name]
+        if told.get(name) != known:
             raise KitError(
                 f"{path} names another {name} than {known}, which alone is read: convert it where it is read"
             )

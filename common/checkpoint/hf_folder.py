@@ -18,6 +18,7 @@ from common.checkpoint.disk import DiskFile, Writer, ahead
 from common.checkpoint.lazy import LazyTensor, same_bits
 from common.checkpoint.mapping import check_names
 from common.errors import KitError
+from common.json_file import read_json
 from common.model.config import QwenConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -85,11 +86,11 @@ class HfReader:
 
 def read_index(path: Path) -> dict[str, str]:
     """Tensor to file, as an index of safetensors tells it."""
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(tensor): str(file) for tensor, file in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KitError(f"{path} is no index of safetensors ({error!r}): copy it again from the model") from error
+    remedy = "copy it again from the model"
+    listed = read_json(path, remedy).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise KitError(f"{path} is no index of safetensors, whose weight_map gives each tensor's file: {remedy}")
+    return listed
 
 
 def _open(path: Path) -> tuple[Any, dict[str, tuple[DiskFile, int, int]]]:

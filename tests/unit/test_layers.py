@@ -22,7 +22,7 @@ COMMON = ROOT / "common"
 # Lowest first. Parts on one layer do not know each other.
 LAYERS = [
     {"errors"},
-    {"settings", "log", "parallel", "platforms", "mcore"},
+    {"settings", "log", "parallel", "platforms", "mcore", "json_file"},
     {"te"},
     {"model", "data"},
     {"checkpoint"},
