@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata
 
 from common.checkpoint.archive_reader import ArchiveReader
 from common.checkpoint.dist_share import BACKEND, COMMON
@@ -89,19 +89,14 @@ def _check_backends(path: Path) -> None:
 def _items(path: Path, metadata: Metadata) -> dict[str, list[_Item]]:
     """The items of each file of the checkpoint, in the order of their places."""
     files: dict[str, list[_Item]] = {}
-    if not isinstance(metadata.storage_data, dict):
-        raise KitError(f"{path / '.metadata'} does not tell where its tensors are: copy the checkpoint again")
     for index, info in metadata.storage_data.items():
-        told = vars(info) if hasattr(info, "__dict__") else {}
-        file, offset, length = (told.get(name) for name in ("relative_path", "offset", "length"))
-        if type(index) is not MetadataIndex or type(offset) is not int or type(length) is not int:
-            raise KitError(f"{path / '.metadata'} does not tell where each tensor is: copy the checkpoint again")
-        if type(file) is not str or Path(file).name != file or told.get("transform_descriptors"):
+        file = info.relative_path
+        if Path(file).name != file or vars(info).get("transform_descriptors"):
             raise KitError(
-                f"{path / '.metadata'} places {index.fqn} in {str(file)[:200]!r}, which is no plain file of the"
+                f"{path / '.metadata'} places {index.fqn[:200]!r} in {file[:200]!r}, which is no plain file of the"
                 " checkpoint: take it from a source you trust"
             )
-        files.setdefault(file, []).append(_Item(index.fqn, offset, length))
+        files.setdefault(file, []).append(_Item(index.fqn, info.offset, info.length))
     return {file: sorted(items, key=lambda item: item.offset) for file, items in files.items()}
 
 
