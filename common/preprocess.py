@@ -85,12 +85,13 @@ def write(settings: PretrainSettings | SftSettings, check: bool) -> None:
     job = settings.job()
     check_first_row(job)
     if check:
+        engine.check(job)
         print(f"ok: {len(job.inputs)} input files can be read and written to {job.output_prefix}")
         return
     logger.info(
         "%d input files, %d workers, %s, vocabulary of %d tokens",
         len(job.inputs), job.workers,
-        f"{job.partitions} parts" if job.partition_index is None else f"part {job.partition_index} of {job.partitions}",
+        f"{len(job.plan)} parts" if job.partition_index is None else f"share {job.partition_index} of {job.partitions}",
         job.described["tokenizer"]["vocab_size"],
     )  # fmt: skip
     written = engine.run(job)

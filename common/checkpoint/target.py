@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.checkpoint.layout import RELEASE, TRACKER, model_files
 from common.errors import KitError
+from common.locks import lock
 
 UNFINISHED = ".unfinished"
 REPORT = "conversion_report.json"
@@ -65,13 +66,11 @@ def _locked(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, folder, fcntl.flock)
         except BlockingIOError as error:
             raise KitError(
                 f"SAVE_CHECKPOINT_PATH={folder} is being written by another conversion: wait for it, or choose another"
             ) from error
-        except OSError:
-            pass  # a network file system without locks
         yield
     finally:
         os.close(handle)

@@ -17,10 +17,11 @@ class Encoded:
     """The documents of one chunk: arrays of tokens (and of a mask, as long) back to back, and what was counted.
 
     counts: "read"; "dropped: CAUSE"; "supervised"; and what the report tells under its own name.
-    rejects: the rows counted under BAD_ROWS.
+    rejects: the rows counted under BAD_ROWS. lines: of the chunk, counted by who calls the encoder.
     """
 
     streams: dict[str, np.ndarray]
     lengths: np.ndarray
     counts: Counter[str] = field(default_factory=Counter)
     rejects: list[Reject] = field(default_factory=list)
+    lines: int = 0

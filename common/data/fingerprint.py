@@ -1,44 +1,43 @@
-"""Hashes of the inputs by blocks, so that a part of the work knows its own share without reading the rest.
+"""Hashes of files by blocks, so that a part of the work knows its own share without reading the rest.
 
-A file's hash is the sha256 of its blocks' sha256 back to back; every block has BLOCK_BYTES but the last.
+A file's hash is the sha256 of its blocks' sha256 back to back; every block has BLOCK_BYTES but the last. It does not
+depend on how the file was cut into parts.
 """
 
 import hashlib
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 4 << 20
 READ_BYTES = 1 << 20
 HASHED = "sha256:"
 SAMPLE_BYTES, DATA_SAMPLES = 4096, 256
 
 
-def hash_block(path: Path, number: int) -> str:
-    """sha256 of block `number` of `path`."""
-    digest, left = hashlib.sha256(), BLOCK_BYTES
-    buffer = bytearray(READ_BYTES)
+def hash_bytes(path: Path, start: int, end: int) -> str:
+    """sha256 of the bytes [start, end) of `path`."""
+    digest, left = hashlib.sha256(), end - start
+    buffer = bytearray(min(left, READ_BYTES))
     with path.open("rb", buffering=0) as stream:
-        stream.seek(number * BLOCK_BYTES)
+        stream.seek(start)
         while left and (read := stream.readinto(memoryview(buffer)[: min(left, READ_BYTES)])):
             digest.update(memoryview(buffer)[:read])
             left -= read
     return digest.hexdigest()
 
 
-def hash_of_blocks(blocks: Mapping[int, str], size: int) -> str | None:
-    """A file's hash from those of its blocks, None while one of them is missing."""
-    numbers = range(-(-size // BLOCK_BYTES))
-    if any(number not in blocks for number in numbers):
-        return None
-    return hashlib.sha256(b"".join(bytes.fromhex(blocks[number]) for number in numbers)).hexdigest()
+def hash_of_blocks(blocks: Iterable[str]) -> str:
+    """A file's hash from those of its blocks."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, blocks))).hexdigest()
 
 
 def hash_file(path: Path) -> str:
     """The hash of all of `path`."""
     size = path.stat().st_size
-    blocks = {number: hash_block(path, number) for number in range(-(-size // BLOCK_BYTES))}
-    return f"{HASHED}{hash_of_blocks(blocks, size)}"
+    blocks = (hash_bytes(path, at, min(at + BLOCK_BYTES, size)) for at in range(0, size, BLOCK_BYTES))
+    return f"{HASHED}{hash_of_blocks(blocks)}"
 
 
 def hash_samples(path: Path, num_samples: int) -> str:
@@ -58,30 +57,33 @@ def hash_samples(path: Path, num_samples: int) -> str:
     return f"{HASHED}{digest.hexdigest()}"
 
 
-class Fingerprints:
-    """The hashes of the blocks of files, each made once, on threads beside the caller's work."""
+class SpanHash:
+    """The hashes of the bytes [start, end) of a file of `file_bytes`, made by `pool` beside the caller's work.
 
-    def __init__(self, files: list[Path], threads: int) -> None:
-        self.files, self._threads = files, threads
-        self._pool: ThreadPoolExecutor | None = None
-        self._blocks: dict[tuple[int, int], Future[str]] = {}
+    As a dict: "head", of what stands before the first whole block's start; "blocks", of each block that starts in the
+    span, the last of which may end after it; "tail", of that one's share alone. Head and tail stand where they are not
+    empty. The blocks of a file's spans in order are those of the file.
+    """
 
-    def request(self, file: int, start: int, end: int) -> None:
-        """Has the blocks that hold the bytes [start, end) of file number `file` hashed, soon."""
-        # Not before the first request: threads must not be there yet when the workers are forked.
-        self._pool = self._pool or ThreadPoolExecutor(self._threads, "hash")
-        for number in range(start // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
-            if (file, number) not in self._blocks:
-                self._blocks[file, number] = self._pool.submit(hash_block, self.files[file], number)
+    def __init__(self, pool: Executor, path: Path, start: int, end: int, file_bytes: int) -> None:
+        self._pool, self._path = pool, path
+        first = -(-start // BLOCK_BYTES) * BLOCK_BYTES
+        pieces = [("head", start, min(first, end))] if start < min(first, end) else []
+        for at in range(first, end, BLOCK_BYTES):
+            block_end = min(at + BLOCK_BYTES, file_bytes)
+            pieces.append(("blocks", at, block_end))
+            if block_end > end:
+                pieces.append(("tail", at, end))
+        self._waiting, self._asked = pieces[::-1], list[tuple[str, Future[str]]]()
 
-    def blocks(self, file: int, start: int, end: int) -> dict[int, str]:
-        """Number to hash of the blocks that hold the bytes [start, end) of file number `file`; waits for them."""
-        self.request(file, start, end)
-        numbers = range(start // BLOCK_BYTES, -(-end // BLOCK_BYTES))
-        return {number: self._blocks[file, number].result() for number in numbers}
+    def request(self, until: int | None = None) -> None:
+        """Has what starts before byte `until` hashed, soon: while it is still at hand; None: all."""
+        while self._waiting and (until is None or self._waiting[-1][1] < until):
+            kind, start, end = self._waiting.pop()
+            self._asked.append((kind, self._pool.submit(hash_bytes, self._path, start, end)))
 
-    def whole(self, file: int, size: int) -> str:
-        """The hash of file number `file`, which has `size` bytes; waits for it."""
-        found = hash_of_blocks(self.blocks(file, 0, size), size)
-        assert found
-        return found
+    def result(self) -> dict[str, Any]:
+        """All of them; waits for them."""
+        self.request()
+        found: dict[str, Any] = {"blocks": [future.result() for kind, future in self._asked if kind == "blocks"]}
+        return {**found, **{kind: future.result() for kind, future in self._asked if kind != "blocks"}}

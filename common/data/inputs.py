@@ -1,27 +1,31 @@
-"""INPUT to chunks of whole rows: which files it names, and where they are cut."""
+"""Input files to parts, and parts to chunks of whole rows: where they are cut, and what is said of a row's place."""
 
-import glob
-import os
-import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
-from common.data.files import ENDINGS, decompressed, layout_of
+from common.data.files import decompressed, layout_of
 from common.data.json_array import ArrayError, elements
 from common.errors import KitError
 
-KINDS_OF_FILES = ".jsonl, plain, .gz or .zst, or a JSON array"
+PART_BYTES = 1 << 30
+COMPRESSED_WEIGHT = 4  # text is about so many times as long as it is compressed
+NEWLINE = b"\n"
 
 
 @dataclass(frozen=True)
 class Span:
-    """The bytes [start, end) of a file, which begin and end with a line; end None: a file that is read whole."""
+    """The bytes [start, end) of a file, which begin and end with a line; end None: a file that is read whole.
+
+    file: its number among the inputs.
+    """
 
     path: Path
     start: int
     end: int | None
+    file: int = 0
 
     @property
     def size(self) -> int:
@@ -29,11 +33,34 @@ class Span:
         return (self.path.stat().st_size if self.end is None else self.end) - self.start
 
 
+class RowError(KitError):
+    """What is wrong with a row, and where it is: its line or element, or the byte where only that is known.
+
+    lines: those that stand before it in its chunk, or in its span after `after`.
+    """
+
+    def __init__(self, path: Path, byte: int, place: str | None, lines: int, cause: str) -> None:
+        super().__init__(path, byte, place, lines, cause)
+        self.path, self.byte, self.place, self.lines, self.cause = path, byte, place, lines, cause
+
+    def __str__(self) -> str:
+        return f"{self.path}, {self.place or f'the line at byte {self.byte}'}: {self.cause}"
+
+    def after(self, lines: int) -> "RowError":
+        """The same of a row whose chunk has so many lines before it."""
+        return RowError(self.path, self.byte, self.place, self.lines + lines, self.cause)
+
+    def at_line(self, line: int) -> "RowError":
+        """The same of a row whose line is known."""
+        return RowError(self.path, self.byte, f"line {line}", self.lines, self.cause)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Whole rows of a file, a line each, as bytes; `start` counts uncompressed bytes, `size` those on the disk.
 
     first_element: the number of the first row in a file that is one JSON array; there `start` is not known.
+    first_line: the number of the first line, where it is known; that at byte 0 is the first.
     """
 
     path: Path
@@ -41,95 +68,68 @@ class Chunk:
     data: bytes
     size: int
     first_element: int | None = None
+    first_line: int | None = field(default=None, compare=False)
 
-    def error(self, offset: int, cause: object) -> KitError:
-        """The KitError for the row at `offset` of this chunk: file, line and cause."""
-        return KitError(f"{self.path}, {self.place(offset)}: {cause}")
-
-    def place(self, offset: int) -> str:
-        """Which row begins at `offset`, as "line 5", or "element 5" of an array."""
+    def error(self, offset: int, cause: object) -> RowError:
+        """The error for the row at `offset` of this chunk: file, place and cause."""
+        lines, place = self.data.count(NEWLINE, 0, offset), None
         if self.first_element is not None:
-            return f"element {self.first_element + self.data.count(NEWLINE, 0, offset)}"
-        return f"line {Lines(self.path).number_at(self.start + offset)}"
+            place = f"element {self.first_element + lines}"
+        elif self.first_line or not self.start:
+            place = f"line {(self.first_line or 1) + lines}"
+        return RowError(self.path, self.start + offset, place, lines, str(cause))
 
 
-NEWLINE = b"\n"
 Task = Span | Chunk
 
 
-def find_inputs(text: str) -> list[Path]:
-    """The files that INPUT names, in its order: a path as it stands, or words of paths, globs and folders.
+def whole_spans(files: list[Path]) -> list[Span]:
+    """Each of `files` as one span."""
+    return [
+        Span(file, 0, None if layout_of(file).whole else file.stat().st_size, number)
+        for number, file in enumerate(files)
+    ]
 
-    Raises KitError when a word names nothing, or a file is empty or cannot be read.
+
+def cut(files: list[Path], partitions: int = 1) -> list[list[Span]]:
+    """The parts of the work: lists of spans that together are all files in order.
+
+    A part is PART_BYTES of one file, or whole smaller files of at most as many together: a long file's parts depend
+    neither on other files nor on what is appended to it. For at least `partitions` parts that size is halved until it
+    fits. What can be read from its beginning only is not cut; compressed, it counts more.
     """
-    if _exists(text):
-        words = [text]
-    else:
-        try:
-            words = shlex.split(text)
-        except ValueError as error:
-            raise KitError(f"INPUT={text}: {error}: quote paths that hold spaces, or escape the quote") from error
-    files = [file for word in words for file in _files_of(word)]
-    if not files:
-        raise KitError(f"INPUT is empty: give a file ({KINDS_OF_FILES}), a folder or a glob of them")
-    for file in files:
-        _check_readable(file)
-    return files
-
-
-def _exists(text: str) -> bool:
-    # Not Path.exists, for which "" is "." and a list of many words a name too long.
-    return os.path.exists(text)  # noqa: PTH110
-
-
-def _files_of(word: str) -> list[Path]:
-    # glob.glob, not Path.glob: the pattern may be absolute.
-    names = [word] if _exists(word) else sorted(glob.glob(word, recursive=True))  # noqa: PTH207
-    found = [Path(name) for name in names]
-    if not found:
-        raise KitError(f"INPUT: {word} does not exist: give a file ({KINDS_OF_FILES}), a folder or a glob of them")
-    files = []
-    for path in found:
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS))
-            if not inside:
-                raise KitError(f"INPUT: the folder {path} holds no .jsonl, .jsonl.gz or .jsonl.zst file")
-            files += inside
+    spans = whole_spans(files)
+    sizes = [span.size for span in spans]
+    unit = PART_BYTES
+    while partitions > 1 and unit > 1 and sum(sizes) // unit < 2 * partitions:
+        unit //= 2
+    parts: list[list[Span]] = []
+    group: list[Span] = []
+    weight = 0
+    for span, size in zip(spans, sizes, strict=True):
+        here = size * COMPRESSED_WEIGHT if span.end is None else size
+        if group and weight + here > unit:
+            parts.append(group)
+            group, weight = [], 0
+        if here >= unit:
+            parts += [[piece] for piece in _pieces(span, unit)]
         else:
-            files.append(path)
-    return files
+            group.append(span)
+            weight += here
+    return [*parts, group] if group else parts
 
 
-def _check_readable(path: Path) -> None:
-    try:
-        with path.open("rb") as stream:
-            if not stream.read(1):
-                raise KitError(f"{path} is empty: remove it from INPUT, or write its rows again")
-    except OSError as error:
-        raise KitError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def cut(files: list[Path], parts: int) -> list[list[Span]]:
-    """`parts` lists of spans that together are all files in order, about equal in bytes; some files are not cut."""
-    sizes = [file.stat().st_size for file in files]
-    bounds = [sum(sizes) * i // parts for i in range(parts + 1)]
-    spans: list[list[Span]] = [[] for _ in range(parts)]
-    before = 0
-    for file, size in zip(files, sizes, strict=True):
-        whole = layout_of(file).whole
-        for part in range(parts):
-            low, high = bounds[part] - before, bounds[part + 1] - before
-            if high <= 0 or low >= size:
-                continue
-            if whole:
-                if low <= 0:
-                    spans[part].append(Span(file, 0, None))
-                continue
-            start, end = (line_start(file, min(max(bound, 0), size)) for bound in (low, high))
-            if start < end:
-                spans[part].append(Span(file, start, end))
-        before += size
-    return spans
+def _pieces(span: Span, unit: int) -> list[Span]:
+    """`span`, a file, cut at the first line start at or after each multiple of `unit` bytes."""
+    if span.end is None:
+        return [span]
+    edges, at = [0], unit
+    while at < span.end:
+        edges.append(min(line_start(span.path, at), span.end))
+        at = (edges[-1] // unit + 1) * unit
+    if edges[-1] < span.end:
+        edges.append(span.end)
+    return [Span(span.path, start, end, span.file) for start, end in pairwise(edges)]
 
 
 def line_start(path: Path, offset: int) -> int:
@@ -150,7 +150,7 @@ def tasks(span: Span, size: int) -> Iterator[Task]:
     start = span.start
     while start < span.end:
         end = span.end if span.end - start <= size else min(span.end, line_start(span.path, start + size))
-        yield Span(span.path, start, end)
+        yield Span(span.path, start, end, span.file)
         start = end
 
 
@@ -175,18 +175,23 @@ def load(task: Task) -> Chunk:
 def read_chunks(span: Span, size: int) -> Iterator[Chunk]:
     """The rows of `span` in chunks of about `size` bytes; raises KitError when the file cannot be read."""
     if span.end is not None:
-        yield from map(load, tasks(span, size))
+        row = 1
+        for chunk in map(load, tasks(span, size)):
+            yield replace(chunk, first_line=None if span.start else row)
+            row += chunk.data.count(NEWLINE)
         return
     layout = layout_of(span.path)
     try:
         with span.path.open("rb") as raw:
             stream = decompressed(raw, layout.compression)
             blocks = _elements(stream, size) if layout.array else _lines(stream, size)
-            at = disk = rows = 0
+            at = disk = 0
+            row = 1
             for data in blocks:
                 now = raw.tell()
-                yield Chunk(span.path, at, data, now - disk, rows + 1 if layout.array else None)
-                at, disk, rows = at + len(data), now, rows + (data.count(NEWLINE) if layout.array else 0)
+                first = (row, None) if layout.array else (None, row)
+                yield Chunk(span.path, at, data, now - disk, *first)
+                at, disk, row = at + len(data), now, row + data.count(NEWLINE)
     except ArrayError as error:
         raise KitError(f"{span.path} is one JSON array, but {error}") from error
     except (OSError, EOFError) as error:
@@ -211,25 +216,3 @@ def _elements(stream: BinaryIO, size: int) -> Iterator[bytes]:
             lines, length = [], 0
     if lines:
         yield b"".join(lines)
-
-
-class Lines:
-    """The numbers of the lines of a file, asked for in rising order; read only when a row is to be told."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._chunks: Iterator[Chunk] | None = None
-        self._data, self._start, self._at, self._number = b"", 0, 0, 1
-
-    def number_at(self, offset: int) -> int:
-        """The number of the line that begins at uncompressed byte `offset`."""
-        if self._chunks is None:
-            whole = layout_of(self._path).whole
-            self._chunks = read_chunks(Span(self._path, 0, None if whole else self._path.stat().st_size), 1 << 20)
-        while self._start + len(self._data) < offset:
-            self._number += self._data.count(NEWLINE, self._at - self._start)
-            chunk = next(self._chunks)
-            self._data, self._start, self._at = chunk.data, chunk.start, chunk.start
-        self._number += self._data.count(NEWLINE, self._at - self._start, offset - self._start)
-        self._at = offset
-        return self._number

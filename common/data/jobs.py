@@ -11,7 +11,7 @@ from common.data import engines
 from common.data.chat import ChatTemplate
 from common.data.ids import tell_smaller_model
 from common.data.indexed import bin_path, idx_path, token_dtype
-from common.data.inputs import cut, find_inputs
+from common.data.inputs import whole_spans
 from common.data.job import Job
 from common.data.jsonl import BadRowError, BadRows, first_rows, one_row
 from common.data.manifest import manifest_path
@@ -19,6 +19,7 @@ from common.data.pretrain import SPECIAL_TOKENS, PretrainEncoder
 from common.data.rejects import rejects_path
 from common.data.rows import FORMATS, format_of, is_weighted
 from common.data.sft import SftEncoder, sample_pieces
+from common.data.sources import find_inputs
 from common.data.tokenizer import EndToken, TextTokenizer, find_eod, load_tokenizer
 from common.data.workers import count_workers
 from common.errors import KitError
@@ -34,8 +35,9 @@ HELP_EOD = "auto: <|endoftext|>, or the tokenizer's own end of text; else a toke
 HELP_ENGINE = "auto: gigatoken where it gives the same ids; or gigatoken, or tokenizers"
 HELP_ERROR = "stop at the first bad row, or skip: write bad rows to {OUTPUT_PREFIX}.rejects and count them"
 HELP_WORKERS = "processes; default: one a core"
-HELP_PARTITIONS = "parts that are written apart, then joined; a run taken up again keeps finished ones"
-HELP_INDEX = "write this part alone, from 0; when all are there: python -m common.preprocess merge"
+HELP_PARTITIONS = "runs that share the work by PARTITION_INDEX; a run by itself needs none"
+HELP_INDEX = "do this share alone, from 0; when all are there: python -m common.preprocess merge"
+HELP_VERIFY = "a finished run asked again: compare its input by hash, not by size and time"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class PretrainSettings:
     workers: int | None = option(None, HELP_WORKERS)
     partitions: int = option(1, HELP_PARTITIONS)
     partition_index: int | None = option(None, HELP_INDEX)
+    verify_input: bool = option(False, HELP_VERIFY)
 
     def job(self) -> Job:
         """What is to be done; raises KitError for all that can be known to be wrong beforehand."""
@@ -62,7 +65,7 @@ class PretrainSettings:
         tokenizer = load_tokenizer(Path(self.tokenizer_path))
         eod = chosen_eod(tokenizer, self.append_eod, self.eod_token)
         inputs = find_inputs(self.input)
-        sample = engines.sample_texts(cut(inputs, 1)[0], self.json_key)
+        sample = engines.sample_texts(whole_spans(inputs), self.json_key)
         engines.choose(tokenizer, self.tokenizer_engine, self.special_tokens == "parse", sample)
         skip = self.on_error == "skip"
         job = Job(
@@ -82,6 +85,7 @@ class PretrainSettings:
             workers=count_workers(self.workers),
             partitions=self.partitions,
             partition_index=self.partition_index,
+            verify_input=self.verify_input,
             skip_bad_rows=skip,
         )
         return check_apart(job)
@@ -109,6 +113,7 @@ class SftSettings:
     workers: int | None = option(None, HELP_WORKERS)
     partitions: int = option(1, HELP_PARTITIONS)
     partition_index: int | None = option(None, HELP_INDEX)
+    verify_input: bool = option(False, HELP_VERIFY)
 
     def job(self) -> Job:
         """What is to be done; raises KitError for all that can be known to be wrong beforehand."""
@@ -148,6 +153,7 @@ class SftSettings:
             workers=count_workers(self.workers),
             partitions=self.partitions,
             partition_index=self.partition_index,
+            verify_input=self.verify_input,
             skip_bad_rows=encoder.skip_bad_rows,
         )
         return check_apart(job)

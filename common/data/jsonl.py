@@ -55,11 +55,12 @@ def bad_row(error: Exception) -> BadRowError:
 
 
 class Reject(NamedTuple):
-    """A row that was not used: where it begins in its chunk, its bytes, and why."""
+    """A row that was not used: its line in its chunk, from 0; its bytes; why; of an array its element."""
 
-    offset: int
+    line: int
     row: bytes
     cause: str
+    element: int | None = None
 
 
 class BadRows:
@@ -70,6 +71,7 @@ class BadRows:
 
     def __init__(self, chunk: Chunk, skip: bool | None = None) -> None:
         self._chunk, self._skip = chunk, skip
+        self._counted = self._lines = 0  # so many bytes hold so many lines
         self.rows: list[Reject] = []
 
     @contextmanager
@@ -85,9 +87,14 @@ class BadRows:
         if not self._skip:
             hint = "" if self._skip is None else " (ON_ERROR=skip leaves bad rows out and counts them)"
             raise self._chunk.error(offset, f"{error}{hint}") from None
-        end = self._chunk.data.find(NEWLINE, offset)
-        row = self._chunk.data[offset : end if end >= 0 else len(self._chunk.data)]
-        self.rows.append(Reject(offset, row, str(error)))
+        data, first = self._chunk.data, self._chunk.first_element
+        if offset < self._counted:
+            self._counted = self._lines = 0
+        self._lines += data.count(NEWLINE, self._counted, offset)
+        self._counted = offset
+        end = data.find(NEWLINE, offset)
+        row = data[offset : end if end >= 0 else len(data)]
+        self.rows.append(Reject(self._lines, row, str(error), None if first is None else first + self._lines))
 
 
 def records(chunk: Chunk, counts: Counter[str], bad: BadRows | None = None) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -11,7 +11,9 @@ from common.data.indexed import idx_path, sync
 from common.errors import KitError
 
 FORMAT = "qwen-kit-data"
-VERSION = 1
+KINDS = ("pretrain", "sft")
+NAMES: dict[type, str] = {int: "whole number", str: "string", dict: "object", list: "array"}
+VERSION = 2  # 1: the inputs' hashes were of other blocks
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,11 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> None:
     """Writes `value` to `path`, which never holds half of it."""
     partial = Path(f"{path}.partial")
     with partial.open("w", encoding="utf-8") as stream:
-        stream.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        stream.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
@@ -59,13 +61,51 @@ def read(output_prefix: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KitError(f"{path} is no JSON ({error}): write the data again with step 1") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return None
-    if content["version"] > VERSION:
-        raise KitError(f"{path} has version {content['version']}, this kit reads {VERSION}: use a newer kit")
+    version = content.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise KitError(f"{path} has version {version}, this kit reads {VERSION}: use a newer kit")
+    try:
+        _check(content)
+    except ValueError as error:
+        raise KitError(f"{path} is no whole manifest: {error}: write the data again with step 1") from error
     return content
+
+
+FIELDS: dict[str, type] = {"version": int, "kind": str, "files": dict, "documents": dict}
+OTHER_FIELDS: dict[str, type] = {
+    "identity": str, "inputs": list, "tokens": int, "supervised_tokens": int, "longest": int, "notes": dict,
+    "tokenizer": dict, "settings": dict, "chat_template": dict,
+}  # fmt: skip
+
+
+def _check(content: dict[str, Any]) -> None:
+    """Raises ValueError unless `content` has the fields of a manifest."""
+    check_fields(content, FIELDS)
+    check_fields(content, {name: kind for name, kind in OTHER_FIELDS.items() if name in content})
+    if content["kind"] not in KINDS:
+        raise ValueError(f"its 'kind' is {content['kind']!r}, not {' or '.join(KINDS)}")
+    check_fields(content["documents"], {"read": int, "kept": int, "dropped": dict})
+    check_fields(content["files"], dict.fromkeys(["tokens", *content["files"]], str))
+    for name in content["files"].values():
+        if not name or Path(name).name != name:
+            raise ValueError(f"its 'files' hold {name!r}, which is no file's name")
+    for each in content.get("inputs", []):
+        check_fields(each, {"path": str, "size": int})
+
+
+def check_fields(value: Any, kinds: dict[str, type]) -> None:
+    """Raises ValueError unless `value` is a JSON object with fields of `kinds`."""
+    if not isinstance(value, dict):
+        raise ValueError(f"an object stands where {str(value)[:40]!r} is")
+    for name, kind in kinds.items():
+        if name not in value:
+            raise ValueError(f"it has no '{name}'")
+        if not isinstance(value[name], kind) or (kind is int and isinstance(value[name], bool)):
+            raise ValueError(f"its '{name}' is no {NAMES[kind]}")
 
 
 def resolve(dataset_path: str) -> DataFiles:

@@ -1,7 +1,15 @@
-"""Finished parts to the finished files: joined in order by copy, then the manifest."""
+"""Finished parts to the finished files: joined in order by copy, then the manifest.
+
+Runs that share the work by PARTITION_INDEX leave a claim each, `run_{index}_of_{partitions}_{plan}.json`: which parts
+make up its share. `merge` joins the claims of one plan, which is a hash over the inputs' sizes, where they are cut, the
+tokenizer and the settings.
+"""
 
 import json
+import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +17,61 @@ import numpy as np
 
 from common.data import manifest, rejects
 from common.data.encoded import DROPPED, NOT_USED
-from common.data.fingerprint import hash_of_blocks
-from common.data.ids import scan
+from common.data.fingerprint import SpanHash, hash_of_blocks
 from common.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, sync
-from common.data.job import identity_of, part_name, parts_folder
+from common.data.job import Job, identity_of, parts_folder
+from common.data.parts import Finished, is_whole, read_state
 from common.errors import KitError
+from common.log import logger
 
 NO_NOTES = {"read", "supervised"}
 MANY = 30
+FORMAT, VERSION = "qwen-kit-run", 1
+CLAIM: dict[str, type] = {"plan": str, "partitions": int, "index": int, "facts": dict, "parts": list}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The share of the work that one run has done."""
+
+    path: Path
+    plan: str
+    partitions: int
+    index: int
+    facts: dict[str, Any]
+    parts: list[Finished]
+
+
+def _claim_path(job: Job) -> Path:
+    name = f"run_{job.partition_index:05d}_of_{job.partitions:05d}_{job.plan_sha256[:8]}.json"
+    return job.folder / name
+
+
+def withdraw(job: Job) -> None:
+    """Removes the claim of this run's share while it is written."""
+    _claim_path(job).unlink(missing_ok=True)
+
+
+def claim(job: Job, parts: list[Finished]) -> None:
+    """Says that `parts` are this run's share."""
+    content = {
+        "format": FORMAT, "version": VERSION, "plan": job.plan_sha256, "partitions": job.partitions,
+        "index": job.partition_index, "facts": job.facts, "parts": [part.to_json() for part in parts],
+    }  # fmt: skip
+    manifest.write_json(_claim_path(job), content, indent=None)
+
+
+def _read_claim(path: Path) -> Claim:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        manifest.check_fields(value, CLAIM)
+        if (value.get("format"), value.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"it is of another version than {VERSION}")
+        manifest.check_fields(value["facts"], {"kind": str, "streams": dict, "described": dict})
+        parts = [Finished.from_json(part) for part in value["parts"]]
+    except ValueError as error:
+        raise KitError(f"{path} tells of no run ({error}): remove it and run that PARTITION_INDEX again") from error
+    return Claim(path, value["plan"], value["partitions"], value["index"], value["facts"], parts)
 
 
 def need_folder(output_prefix: Path) -> Path:
@@ -29,66 +84,112 @@ def need_folder(output_prefix: Path) -> Path:
     return folder
 
 
-def read_states(folder: Path) -> list[dict[str, Any]]:
-    """The states of all parts in `folder`, in order; raises KitError when one is missing or of another job."""
-    states: dict[int, dict[str, Any]] = {}
-    for path in sorted(folder.glob("part_*.json")):
+def read_claims(folder: Path) -> list[Claim]:
+    """The claims that together are one whole plan, in order, the newest where several are whole.
+
+    Raises KitError when there is none, or a part is not there as it was claimed, or an input has changed since.
+    """
+    plans: dict[str, dict[int, Claim]] = {}
+    for path in sorted(folder.glob("run_*.json"), key=lambda path: path.stat().st_mtime_ns):
+        found = _read_claim(path)
+        plans[found.plan] = {**plans.pop(found.plan, {}), found.index: found}  # the newest is the last
+    if not plans:
+        raise KitError(f"{folder} holds no finished run: run each PARTITION_INDEX first, or the whole again")
+    whole = [plan for plan in plans.values() if len(plan) == next(iter(plan.values())).partitions]
+    if not whole:
+        raise _missing(folder, list(plans.values()))
+    if len(plans) > 1:
+        logger.info("%s holds runs of other input, settings or PARTITIONS too: those that are newer are joined", folder)
+    claims = [whole[-1][index] for index in sorted(whole[-1])]
+    for each in claims:
+        _check_claim(folder, each)
+    return claims
+
+
+def _missing(folder: Path, plans: list[dict[int, Claim]]) -> KitError:
+    newest = plans[-1]
+    partitions = next(iter(newest.values())).partitions
+    missing = [str(index) for index in range(partitions) if index not in newest]
+    told = f"{', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}"
+    older = (
+        "; other runs there were of other input, settings or PARTITIONS: what still fits of their parts is used again"
+        if len(plans) > 1
+        else ""
+    )
+    return KitError(
+        f"{len(missing)} of {partitions} parts are not finished in {folder}: run PARTITION_INDEX={told}"
+        f" of PARTITIONS={partitions}{older}"
+    )
+
+
+def _check_claim(folder: Path, found: Claim) -> None:
+    again = f"run PARTITION_INDEX={found.index} of PARTITIONS={found.partitions} again, then merge"
+    for part in found.parts:
         try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            states[state["number"]] = state
-        except (ValueError, KeyError, TypeError) as error:
-            raise KitError(f"{path} is no state of a part ({error}): remove it and run that part again") from error
-    if not states:
-        raise KitError(f"{folder} holds no finished part: run its parts first")
-    first = next(iter(states.values()))
-    partitions = first["job"]["partitions"]
-    for number, state in states.items():
-        if _comparable(state["job"]) != _comparable(first["job"]):
-            raise KitError(
-                f"part {number} in {folder} is of other input, tokenizer or settings than part {first['number']}:"
-                " run it again with the same settings"
-            )
-    missing = [str(number) for number in range(partitions) if number not in states]
-    if missing:
-        raise KitError(
-            f"{len(missing)} of {partitions} parts are not finished in {folder}: run PARTITION_INDEX="
-            f"{', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}"
-        )
-    return [states[number] for number in range(partitions)]
+            same = read_state(folder / f"{part.name}.json").proof() == part.proof()
+        except (OSError, ValueError):
+            same = False
+        if not same or not is_whole(folder / part.name, found.facts["streams"]):
+            raise KitError(f"{folder / part.name} is not as it was when its run ended: {again}")
+    changed = _changed_input(found.parts)
+    if changed:
+        raise KitError(f"{changed} was changed after part {found.index} was written of it: {again}")
 
 
-def _comparable(job: dict[str, Any]) -> dict[str, Any]:
-    """What the parts must agree on: an input may be mounted elsewhere on another machine."""
-    return {**job, "inputs": [each["size"] for each in job["inputs"]]}
+def _changed_input(parts: list[Finished]) -> str | None:
+    """A file that no longer holds what was read of it, where it can be seen from here."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "hash") as pool:
+        for part in parts:
+            for record in part.records:
+                path = Path(record["path"])
+                try:
+                    now = path.stat()
+                except OSError:
+                    continue  # it was mounted elsewhere
+                if (now.st_size, now.st_mtime_ns) == (record["size"], record["mtime_ns"]):
+                    continue
+                if now.st_size != record["size"] or _hashed(pool, record) != {
+                    name: record[name] for name in ("head", "blocks", "tail") if name in record
+                }:
+                    return str(path)
+    return None
 
 
-def finish(output_prefix: Path, states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Joins all parts under their final names, writes the manifest, removes the parts; returns the manifest."""
+def _hashed(pool: ThreadPoolExecutor, record: dict[str, Any]) -> dict[str, Any]:
+    return SpanHash(pool, Path(record["path"]), record["start"], record["end"], record["size"]).result()
+
+
+def finish(output_prefix: Path, facts: dict[str, Any], parts: list[Finished]) -> dict[str, Any]:
+    """Joins `parts` under their final names, writes the manifest, removes the parts; returns the manifest.
+
+    facts: those of the job.
+    """
     counts: Counter[str] = Counter()
-    for state in states:
-        counts.update(state["counts"])
-    folder, job = parts_folder(output_prefix), states[0]["job"]
-    inputs = _hashed_inputs(states)
+    for part in parts:
+        counts.update(part.counts)
+    folder = parts_folder(output_prefix)
+    inputs = _hashed_inputs(parts)
     if counts["read"] == sum(dropped(counts).values()):
         remove_parts(folder)
         raise KitError(f"INPUT holds no document: {counts['read']} rows were read and {dropped(counts)} dropped")
-    names = [part_name(number) for number in range(len(states))]
-    finals = {stream: Path(f"{output_prefix}_{end}") for stream, (end, _) in job["streams"].items()}
-    for stream, (_, dtype) in job["streams"].items():
-        _join([folder / f"{name}_{stream}" for name in names], finals[stream], np.dtype(dtype))
-    rejects.join([folder / f"{name}_rejects" for name in names], rejects.rejects_path(output_prefix))
+    finals = {stream: Path(f"{output_prefix}_{end}") for stream, (end, _) in facts["streams"].items()}
+    for stream, (_, dtype) in facts["streams"].items():
+        _join([folder / f"{part.name}_{stream}" for part in parts], finals[stream], np.dtype(dtype))
+    rejects.join(
+        [(folder / f"{part.name}_rejects", part.records) for part in parts], rejects.rejects_path(output_prefix)
+    )
     tokens = IndexedReader(finals["tokens"])
     content = {
-        "kind": job["kind"],
-        "identity": identity_of(job["kind"], inputs, job["described"]),
+        "kind": facts["kind"],
+        "identity": identity_of(facts["kind"], inputs, facts["described"]),
         "files": {stream: path.name for stream, path in finals.items()},
-        **job["described"],
+        **facts["described"],
         "inputs": inputs,
         "documents": {"read": counts["read"], "kept": len(tokens), "dropped": dropped(counts)},
         "tokens": tokens.num_tokens,
         "supervised_tokens": counts.get("supervised", tokens.num_tokens),
         "longest": tokens.longest,
-        "largest_id": _largest_id(states, tokens),
+        "largest_id": max(part.largest_id for part in parts),
         "notes": notes(counts),
     }
     manifest.write(output_prefix, content)
@@ -96,41 +197,44 @@ def finish(output_prefix: Path, states: list[dict[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _largest_id(states: list[dict[str, Any]], tokens: IndexedReader) -> int:
-    """The largest id of all parts; a part that an older kit wrote does not tell, and the file is read for it."""
-    told = [state["largest_id"] for state in states if "largest_id" in state]
-    return max(told) if len(told) == len(states) else scan(tokens)[1]
-
-
-def _hashed_inputs(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """path, size and hash of each input; raises KitError when two parts read different bytes in one place."""
-    inputs = states[0]["job"]["inputs"]
-    blocks: list[dict[int, str]] = [{} for _ in inputs]
-    for state in states:
-        for file, number, digest in state["blocks"]:
-            if blocks[file].setdefault(number, digest) != digest:
-                raise KitError(
-                    f"{inputs[file]['path']} was changed between two parts, of which one is {state['number']}:"
-                    " run all parts again"
-                )
-    found = []
-    for each, hashes in zip(inputs, blocks, strict=True):
-        # A file that INPUT names twice was hashed once.
-        same = next(b for other, b in zip(inputs, blocks, strict=True) if other["path"] == each["path"])
-        found.append({**each, "blocks_sha256": hash_of_blocks(hashes or same, each["size"])})
-    return found
+def _hashed_inputs(parts: list[Finished]) -> list[dict[str, Any]]:
+    """path, size, time of change and hash of each input; raises AssertionError unless each byte was read once."""
+    files: dict[int, dict[str, Any]] = {}
+    blocks: dict[int, list[str]] = {}
+    ends: Counter[int] = Counter()
+    for part in parts:
+        for record in part.records:
+            file = record["file"]
+            assert record["start"] == ends[file], (record["path"], record["start"], ends[file])
+            ends[file] = record["end"]
+            files.setdefault(file, {name: record[name] for name in ("path", "size", "mtime_ns")})
+            blocks.setdefault(file, []).extend(record["blocks"])
+    assert sorted(files) == list(range(len(files))), "an input is missing"
+    assert all(ends[file] == each["size"] for file, each in files.items()), (ends, files)
+    return [{**files[file], "blocks_sha256": hash_of_blocks(blocks[file])} for file in sorted(files)]
 
 
 def _join(parts: list[Path], final: Path, dtype: np.dtype[Any]) -> None:
-    """Gives the parts' files, joined in order, their final names; a single part is renamed."""
+    """Gives the parts' files, joined in order, their final names; a single part gets a second name."""
     if len(parts) == 1:
         for path in (bin_path, idx_path):
-            path(parts[0]).replace(path(final))
+            _link(path(parts[0]), path(final))
         sync(final.parent)
         return
     with IndexedWriter(final, dtype) as writer:
         for part in parts:
             writer.append(part)
+
+
+def _link(path: Path, final: Path) -> None:
+    """Gives `path` the name `final` too, so that a run that is killed here finds its part; else moves it."""
+    partial = Path(f"{final}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(path, partial)
+        partial.replace(final)
+    except OSError:  # a file system without hard links
+        path.replace(final)
 
 
 def dropped(counts: Counter[str]) -> dict[str, int]:
@@ -156,7 +260,7 @@ def notes(counts: Counter[str]) -> dict[str, int]:
 
 def remove_parts(folder: Path) -> None:
     """Removes what runs put in the folder of parts, and the folder when nothing else is in it."""
-    for path in [*folder.glob("part_*"), *folder.glob("lock*")]:
+    for path in [*folder.glob("part_*"), *folder.glob("run_*"), *folder.glob("lock*")]:
         path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

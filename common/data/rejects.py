@@ -1,7 +1,10 @@
 """The rejects file: a line of JSON for each row that ON_ERROR=skip left out, with its file, its place and the cause."""
 
 import base64
+import json
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,7 +12,6 @@ from typing import Any
 import jsonlines
 
 from common.data.indexed import sync
-from common.data.inputs import Chunk, Lines, Task, load
 from common.data.jsonl import Reject
 
 
@@ -19,30 +21,25 @@ def rejects_path(output_prefix: Path) -> Path:
 
 
 class RejectsWriter:
-    """Writes one rejects file; it gets its final name when the context ends well, and only if it holds a row."""
+    """Writes a part's rejects; the file gets its final name when the context ends well, and only if it holds a row.
+
+    A line tells the span of the part and the line in it: what stands before the span is known when parts are joined.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._partial = path, Path(f"{path}.partial")
         self._writer: jsonlines.Writer | None = None
         self._stream: Any = None
-        self._lines: dict[Path, Lines] = {}
 
-    def add(self, task: Task, rejects: list[Reject]) -> None:
-        """Appends the rejects of `task`."""
+    def add(self, span: int, lines: int, rejects: list[Reject]) -> None:
+        """Appends `rejects` of a piece of span number `span`, in which `lines` lines stand before the piece."""
         if rejects and self._writer is None:
             self._stream = self._partial.open("w", encoding="utf-8")
             self._writer = jsonlines.Writer(self._stream)
-        chunk = load(task) if rejects else None
-        for reject in rejects:
-            assert self._writer and chunk
-            place = self._place(chunk, reject.offset)
-            self._writer.write({"file": str(task.path), **place, "cause": reject.cause, **_shown(reject.row)})
-
-    def _place(self, chunk: Chunk, offset: int) -> dict[str, int]:
-        if chunk.first_element is not None:
-            return {"element": int(chunk.place(offset).split()[-1])}
-        lines = self._lines.setdefault(chunk.path, Lines(chunk.path))
-        return {"line": lines.number_at(chunk.start + offset)}
+        for line, row, cause, element in rejects:
+            assert self._writer
+            place = {"line": lines + line + 1} if element is None else {"element": element}
+            self._writer.write({"span": span, **place, "cause": cause, **_shown(row)})
 
     def __enter__(self) -> "RejectsWriter":
         self._path.unlink(missing_ok=True)
@@ -70,16 +67,33 @@ def _shown(row: bytes) -> dict[str, str]:
         return {"row_base64": base64.b64encode(row).decode("ascii")}
 
 
-def join(parts: list[Path], path: Path) -> None:
-    """Writes the rejects of `parts`, in order, to `path`; none of them makes no file."""
-    there = [part for part in parts if part.exists()]
-    if not there:
-        path.unlink(missing_ok=True)
-        return
+def join(parts: list[tuple[Path, list[dict[str, Any]]]], path: Path) -> None:
+    """Writes the rejects of `parts`, in order, to `path`; none of them makes no file.
+
+    parts: of each its rejects, and the records of its spans, by which a row gets its file and the line in it.
+    """
+    before: Counter[int] = Counter()  # lines of each file
     partial = Path(f"{path}.partial")
-    with partial.open("wb") as stream:
-        for part in there:
-            stream.write(part.read_bytes())
+    path.unlink(missing_ok=True)
+    if not any(part.exists() for part, _ in parts):
+        return
+    with partial.open("w", encoding="utf-8") as stream:
+        for part, records in parts:
+            starts = []
+            for record in records:
+                starts.append(before[record["file"]])
+                before[record["file"]] += record["lines"]
+            for row in _rows(part):
+                span = row.pop("span")
+                if "line" in row:
+                    row["line"] += starts[span]
+                stream.write(json.dumps({"file": records[span]["path"], **row}, ensure_ascii=False) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(path)
+
+
+def _rows(part: Path) -> Iterator[dict[str, Any]]:
+    if part.exists():
+        with part.open("rb") as stream:
+            yield from map(json.loads, stream)

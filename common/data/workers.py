@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from types import TracebackType
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from common.data.encoded import Encoded
-from common.data.inputs import Chunk, Task, load
+from common.data.inputs import NEWLINE, Chunk, Task, load
 from common.errors import KitError
 
 Encoder = Callable[[Chunk], Encoded]
@@ -30,6 +31,7 @@ SLOT_BYTES = 12 << 20  # of a worker's arrays for one piece; pages that are not 
 
 _encode: Encoder
 _slots: list[mmap.mmap]
+_stop: mmap.mmap
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,10 @@ def count_workers(workers: int | None) -> int:
     return workers
 
 
-def _start(encode: Encoder, slots: list[mmap.mmap]) -> None:
+def _start(encode: Encoder, slots: list[mmap.mmap], stop: mmap.mmap) -> None:
     """Makes this process a worker: Ctrl-C is the parent's, and a parent that is gone ends it."""
-    global _encode, _slots
-    _encode, _slots = encode, slots
+    global _encode, _slots, _stop
+    _encode, _slots, _stop = encode, slots, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent
@@ -89,9 +91,38 @@ def _start(encode: Encoder, slots: list[mmap.mmap]) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _encoded(encode: Encoder, task: Task) -> Encoded:
+    chunk = load(task)
+    encoded = encode(chunk)
+    return replace(encoded, lines=chunk.data.count(NEWLINE)) if isinstance(encoded, Encoded) else encoded
+
+
 def _work(task: Task, slot: int) -> Packed | Encoded:
-    encoded = _encode(load(task))
+    encoded = _encoded(_encode, task)
     return _pack(encoded, _slots[slot]) if isinstance(encoded, Encoded) else encoded
+
+
+class StoppedError(Exception):
+    """The caller of `Workers.call` wants no more."""
+
+
+def encode_here(tasks: Iterable[Task]) -> Iterator[tuple[Task, Encoded]]:
+    """In a worker: each piece with what it encodes to; raises StoppedError when the caller has given up."""
+    for task in tasks:
+        if _stop[0]:
+            raise StoppedError
+        yield task, _encoded(_encode, task)
+
+
+@contextmanager
+def _told_of_dead_workers() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise KitError(
+            "a worker process was ended from outside, perhaps for lack of memory: set a smaller WORKERS and run"
+            " the same command again; finished parts are kept"
+        ) from error
 
 
 class Workers:
@@ -101,11 +132,12 @@ class Workers:
         self._here = encode
         self._pool: ProcessPoolExecutor | None = None
         self._slots: list[mmap.mmap] = []
+        self._stop = mmap.mmap(-1, 1)
         if number > 1:
             # Forked, so that the tokenizer is loaded once; no thread of it has run yet.
             context = multiprocessing.get_context("fork")
             self._slots = [mmap.mmap(-1, SLOT_BYTES) for _ in range(AHEAD * number)]
-            self._pool = ProcessPoolExecutor(number, context, _start, (encode, self._slots))
+            self._pool = ProcessPoolExecutor(number, context, _start, (encode, self._slots, self._stop))
             # All are started now: later, threads of this process would be copied in the middle of what they do.
             self._pool.submit(os.getpid).result()
 
@@ -115,12 +147,12 @@ class Workers:
         Raises what an encoder raises, and KitError when a worker died.
         """
         if self._pool is None:
-            yield from ((task, self._here(load(task))) for task in tasks)
+            yield from ((task, _encoded(self._here, task)) for task in tasks)
             return
         free = deque(range(len(self._slots)))
         waiting: deque[tuple[Task, int, Future[Packed | Encoded]]] = deque()
         more = iter(tasks)
-        try:
+        with _told_of_dead_workers():
             while True:
                 while free and (task := next(more, None)) is not None:
                     slot = free.popleft()
@@ -130,15 +162,24 @@ class Workers:
                 first, slot, result = waiting.popleft()
                 yield first, _unpack(result.result(), self._slots[slot])
                 free.append(slot)
-        except BrokenProcessPool as error:
-            raise KitError(
-                "a worker process was ended from outside, perhaps for lack of memory: set a smaller WORKERS and run"
-                " the same command again; finished parts are kept"
-            ) from error
+
+    def call(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """What `function`, which may use `encode_here`, gives of each of `items` in a worker of its own, in order.
+
+        Needs more than one worker. Raises what it raises, and KitError when a worker died; then the others are stopped.
+        """
+        assert self._pool
+        with _told_of_dead_workers():
+            try:
+                yield from self._pool.map(function, items)
+            except BaseException:
+                self._stop[0] = 1
+                raise
 
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._pool:
+            self._stop[0] = kind is not None
             self._pool.shutdown(cancel_futures=True)

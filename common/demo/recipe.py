@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from common.checkpoint.layout import find_checkpoint, model_files
-from common.data.inputs import find_inputs
+from common.data.sources import find_inputs
 from common.demo.answers import ANSWERS, kind_of
 from common.demo.corpus import CHATS, NUM_QUESTIONS, QUESTIONS, TEXTS
 from common.demo.steps import KIT, Step, shown

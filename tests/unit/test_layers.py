@@ -23,7 +23,7 @@ COMMON = ROOT / "common"
 LAYERS = [
     {"errors"},
     {"settings", "log", "parallel", "platforms", "mcore", "json_file"},
-    {"te"},
+    {"te", "locks"},
     {"model", "data"},
     {"checkpoint"},
     {"training", "demo"},

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data import jsonl
-from common.data.inputs import Chunk, Span, cut, find_inputs, read_chunks
+from common.data.inputs import Chunk, Span, cut, read_chunks
 from common.data.jsonl import BadRowError, first_row, parse, records, string_field
+from common.data.sources import find_inputs
 from common.errors import KitError
 
 
@@ -59,14 +60,14 @@ def test_any_text_comes_back_however_the_file_is_written_and_cut(
     assert [record["text"] for part in found for record in part] == texts
 
 
-def test_parts_are_about_equal_and_keep_the_order_over_files(tmp_path: Path) -> None:
+def test_parts_are_of_one_size_and_keep_the_order_over_files(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "c.jsonl.gz"):
         lines = "".join(json.dumps({"text": f"{name}{i:03d}"}) + "\n" for i in range(100)).encode()
         (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
     files = find_inputs(f"{tmp_path}/b.jsonl {tmp_path}/a.jsonl {tmp_path}/c.jsonl.gz")
     parts = read_all(files, 4)
     assert [r["text"] for part in parts for r in part] == [f"{f.name}{i:03d}" for f in files for i in range(100)]
-    assert [len(part) for part in parts[:3]] == pytest.approx([60, 60, 60], abs=15)
+    assert {len(part) for part in parts[:4]} == {22, 23}, "512 bytes of 23 each"
 
 
 def test_a_gz_file_that_begins_where_a_part_does_is_read_once(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"a\.json is no JSON"):
         resolve(str(tmp_path / "a"))
     (tmp_path / "a.json").write_text(json.dumps({"format": manifest.FORMAT, "version": manifest.VERSION + 1}))
-    with pytest.raises(KitError, match="version 2, this kit reads 1"):
+    with pytest.raises(KitError, match="version 3, this kit reads 2"):
         resolve(str(tmp_path / "a"))
 
 
