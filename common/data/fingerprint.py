@@ -75,15 +75,24 @@ class SpanHash:
             if block_end > end:
                 pieces.append(("tail", at, end))
         self._waiting, self._asked = pieces[::-1], list[tuple[str, Future[str]]]()
+        self._known: str | None = None
+        self._is_one_block = start == 0 and end == file_bytes <= BLOCK_BYTES
 
     def request(self, until: int | None = None) -> None:
         """Has what starts before byte `until` hashed, soon: while it is still at hand; None: all."""
-        while self._waiting and (until is None or self._waiting[-1][1] < until):
+        while self._waiting and not self._known and (until is None or self._waiting[-1][1] < until):
             kind, start, end = self._waiting.pop()
             self._asked.append((kind, self._pool.submit(hash_bytes, self._path, start, end)))
 
+    def know(self, sha256: str | None) -> None:
+        """Takes what is known already of a file that was read whole."""
+        if self._is_one_block:
+            self._known = sha256
+
     def result(self) -> dict[str, Any]:
         """All of them; waits for them."""
+        if self._known:
+            return {"blocks": [self._known]}
         self.request()
         found: dict[str, Any] = {"blocks": [future.result() for kind, future in self._asked if kind == "blocks"]}
         return {**found, **{kind: future.result() for kind, future in self._asked if kind != "blocks"}}

@@ -13,6 +13,8 @@ from common.errors import KitError
 PART_BYTES = 1 << 30
 COMPRESSED_WEIGHT = 4  # text is about so many times as long as it is compressed
 NEWLINE = b"\n"
+MAX_FILES = 256  # that go to a worker together
+SHORT_COMPRESSED_BYTES = 1 << 14  # even a thousand times as much fits memory
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,15 @@ class Chunk:
         return RowError(self.path, self.start + offset, place, lines, str(cause))
 
 
-Task = Span | Chunk
+@dataclass(frozen=True)
+class Files:
+    """Short files, one after the other, each a whole span."""
+
+    spans: tuple[Span, ...]
+    size: int
+
+
+Task = Span | Chunk | Files
 
 
 def whole_spans(files: list[Path]) -> list[Span]:
@@ -91,14 +101,13 @@ def whole_spans(files: list[Path]) -> list[Span]:
     ]
 
 
-def cut(files: list[Path], partitions: int = 1) -> list[list[Span]]:
-    """The parts of the work: lists of spans that together are all files in order.
+def cut(spans: list[Span], partitions: int = 1) -> list[list[Span]]:
+    """The parts of the work: lists of spans that together are `spans`, the inputs, in order.
 
     A part is PART_BYTES of one file, or whole smaller files of at most as many together: a long file's parts depend
     neither on other files nor on what is appended to it. For at least `partitions` parts that size is halved until it
     fits. What can be read from its beginning only is not cut; compressed, it counts more.
     """
-    spans = whole_spans(files)
     sizes = [span.size for span in spans]
     unit = PART_BYTES
     while partitions > 1 and unit > 1 and sum(sizes) // unit < 2 * partitions:
@@ -142,7 +151,29 @@ def line_start(path: Path, offset: int) -> int:
         return stream.tell()
 
 
-def tasks(span: Span, size: int) -> Iterator[Task]:
+def tasks(spans: list[Span], size: int) -> Iterator[tuple[Task, list[int]]]:
+    """The rows of `spans` in pieces of about `size` bytes, with the numbers of the spans that they are of.
+
+    Short files come together: the way to a worker and back takes longer than such a file.
+    """
+    short: list[int] = []
+    bytes_together = 0
+    for number, span in enumerate(spans):
+        on_disk = span.size
+        is_short = span.start == 0 and on_disk <= (size // 4 if span.end is not None else SHORT_COMPRESSED_BYTES)
+        if short and (not is_short or bytes_together + on_disk > size or len(short) == MAX_FILES):
+            yield Files(tuple(spans[each] for each in short), bytes_together), short
+            short, bytes_together = [], 0
+        if is_short and len(spans) > 1:
+            short.append(number)
+            bytes_together += on_disk
+        else:
+            yield from ((task, [number]) for task in pieces_of(span, size))
+    if short:
+        yield Files(tuple(spans[each] for each in short), bytes_together), short
+
+
+def pieces_of(span: Span, size: int) -> Iterator[Span | Chunk]:
     """The rows of `span` in pieces of about `size` bytes: spans that a worker reads itself, or what is read here."""
     if span.end is None:
         yield from read_chunks(span, size)
@@ -154,7 +185,7 @@ def tasks(span: Span, size: int) -> Iterator[Task]:
         start = end
 
 
-def load(task: Task) -> Chunk:
+def load(task: Span | Chunk) -> Chunk:
     """The rows of `task`; raises KitError when the file cannot be read, or is shorter than it was."""
     if isinstance(task, Chunk):
         return task
@@ -176,7 +207,7 @@ def read_chunks(span: Span, size: int) -> Iterator[Chunk]:
     """The rows of `span` in chunks of about `size` bytes; raises KitError when the file cannot be read."""
     if span.end is not None:
         row = 1
-        for chunk in map(load, tasks(span, size)):
+        for chunk in map(load, pieces_of(span, size)):
             yield replace(chunk, first_line=None if span.start else row)
             row += chunk.data.count(NEWLINE)
         return

@@ -11,9 +11,10 @@ import numpy as np
 
 from common.data import manifest
 from common.data.fingerprint import SpanHash, hash_of_blocks
-from common.data.inputs import Span, cut
+from common.data.inputs import Span, cut, whole_spans
 from common.data.parts import Part
 from common.data.workers import Encoder
+from common.errors import KitError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Job:
     and joins them.
     skip_bad_rows: what is there already may have left rows out. It is no part of the hash, so that a run that a bad
     row stopped can be taken up again with ON_ERROR=skip.
+    spans: those of `inputs`, where they were looked at already.
     verify_input: a finished run's input is compared by hash, not by size and time.
     """
 
@@ -41,6 +43,7 @@ class Job:
     partition_index: int | None = None
     skip_bad_rows: bool = False
     verify_input: bool = False
+    spans: list[Span] | None = None
 
     def final(self, stream: str) -> Path:
         """The prefix of the finished files of `stream`."""
@@ -65,8 +68,13 @@ class Job:
     @cached_property
     def plan(self) -> list[list[Span]]:
         """What each part reads."""
-        _ = self.stamps  # what changes from here on is noticed
-        return cut(self.inputs, self.partitions)
+        stamps = self.stamps  # what changes from here on is noticed
+        parts = cut(self.spans or whole_spans(self.inputs), self.partitions)
+        ends = {span.file: span.end for part in parts for span in part}
+        for file, path in enumerate(self.inputs):
+            if ends.get(file) not in (None, stamps[file][0]):
+                raise KitError(f"{path} was changed while it was read: run the same command again")
+        return parts
 
     @cached_property
     def plan_sha256(self) -> str:

@@ -65,7 +65,8 @@ class PretrainSettings:
         tokenizer = load_tokenizer(Path(self.tokenizer_path))
         eod = chosen_eod(tokenizer, self.append_eod, self.eod_token)
         inputs = find_inputs(self.input)
-        sample = engines.sample_texts(whole_spans(inputs), self.json_key)
+        spans = whole_spans(inputs)
+        sample = engines.sample_texts(spans, self.json_key)
         engines.choose(tokenizer, self.tokenizer_engine, self.special_tokens == "parse", sample)
         skip = self.on_error == "skip"
         job = Job(
@@ -87,6 +88,7 @@ class PretrainSettings:
             partition_index=self.partition_index,
             verify_input=self.verify_input,
             skip_bad_rows=skip,
+            spans=spans,
         )
         return check_apart(job)
 
@@ -223,9 +225,10 @@ def check_apart(job: Job) -> Job:
     """`job`; raises KitError when it would write over one of its inputs."""
     prefix = job.output_prefix
     finals = [path(job.final(name)) for name in job.streams for path in (bin_path, idx_path)]
-    written = {path.resolve() for path in [manifest_path(prefix), rejects_path(prefix), *finals]}
-    for path in job.inputs:
-        if path.resolve() in written:
+    there = [path.stat() for path in [manifest_path(prefix), rejects_path(prefix), *finals] if path.exists()]
+    for path in job.inputs if there else []:
+        found = path.stat()
+        if any(os.path.samestat(found, each) for each in there):
             raise KitError(f"OUTPUT_PREFIX={prefix} would write over the input {path}: choose another OUTPUT_PREFIX")
     return job
 

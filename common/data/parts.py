@@ -20,7 +20,7 @@ from common.data import manifest
 from common.data.encoded import BAD_ROWS, Encoded
 from common.data.fingerprint import SpanHash
 from common.data.indexed import IndexedReader, IndexedWriter
-from common.data.inputs import RowError, Span, Task, tasks
+from common.data.inputs import Files, RowError, Span, Task, tasks
 from common.data.rejects import RejectsWriter
 from common.errors import KitError
 from common.log import logger
@@ -193,7 +193,7 @@ class Part:
         state_path.unlink(missing_ok=True)
         counts: Counter[str] = Counter()
         lines, read = [0] * len(self.spans), 0
-        hashes, order = self._hashes(pool), deque[int]()
+        hashes, order = self._hashes(pool), deque[list[int]]()
         with ExitStack() as stack:
             writers = {
                 name: stack.enter_context(IndexedWriter(Path(f"{self.prefix}_{name}"), dtype))
@@ -202,16 +202,17 @@ class Part:
             rejects = stack.enter_context(RejectsWriter(Path(f"{self.prefix}_rejects")))
             try:
                 for task, encoded in encode(self._tasks(chunk_bytes, hashes, order)):
-                    number = order.popleft()
                     for name, writer in writers.items():
                         writer.add_documents(encoded.streams[name], encoded.lengths)
-                    rejects.add(number, lines[number], encoded.rejects)
                     counts.update(encoded.counts)
-                    lines[number] += encoded.lines
-                    read += task.size if isinstance(task, Span) else len(task.data)
+                    for number, piece in zip(order.popleft(), encoded.read, strict=True):
+                        rejects.add(number, lines[number], piece.rejects)
+                        lines[number] += piece.lines
+                        read += piece.text_bytes
+                        hashes[number].know(piece.sha256)
                     advance(task.size, encoded.counts["read"])
             except RowError as error:
-                raise error if error.place else error.after(lines[order[0]]) from None
+                raise error if error.place else error.after(lines[order[0][0]]) from None
             records = self.records(pool, lines, hashes)
             self.check_unchanged()
         finished = Finished(
@@ -220,12 +221,12 @@ class Part:
         manifest.write_json(state_path, finished.to_json(), indent=None)
         return finished
 
-    def _tasks(self, chunk_bytes: int, hashes: list[SpanHash], order: deque[int]) -> Iterator[Task]:
+    def _tasks(self, chunk_bytes: int, hashes: list[SpanHash], order: deque[list[int]]) -> Iterator[Task]:
         """The pieces of all spans; their bytes are hashed while they are still at hand."""
-        for number, (span, hashed) in enumerate(zip(self.spans, hashes, strict=True)):
-            at = span.start
-            for task in tasks(span, chunk_bytes):
-                at += task.size
-                hashed.request(at)
-                order.append(number)
-                yield task
+        at = [span.start for span in self.spans]
+        for task, numbers in tasks(self.spans, chunk_bytes):
+            if len(numbers) == 1 and not isinstance(task, Files):
+                at[numbers[0]] += task.size
+                hashes[numbers[0]].request(at[numbers[0]])
+            order.append(numbers)
+            yield task

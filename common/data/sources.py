@@ -87,9 +87,10 @@ def _identity(path: Path) -> tuple[int, int]:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise KitError(f"INPUT: {path} is no regular file: give a file ({KINDS_OF_FILES}), a folder or a glob")
-        with path.open("rb", buffering=0) as stream:
-            if not stream.read(1):
-                raise KitError(f"{path} is empty: remove it from INPUT, or write its rows again")
+        if not found.st_size:  # a file of /proc is none, and may not be readable: the others are opened soon
+            with path.open("rb", buffering=0) as stream:
+                if not stream.read(1):
+                    raise KitError(f"{path} is empty: remove it from INPUT, or write its rows again")
     except OSError as error:
         raise KitError(f"{path} cannot be read: {error.strerror}") from error
     return found.st_dev, found.st_ino

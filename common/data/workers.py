@@ -4,12 +4,13 @@ A worker reads its piece itself where it can, and puts its arrays into memory th
 goes through pipes is small.
 """
 
+import hashlib
 import mmap
 import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from common.data.encoded import Encoded
-from common.data.inputs import NEWLINE, Chunk, Task, load
+from common.data.encoded import Encoded, Piece
+from common.data.inputs import NEWLINE, Chunk, Files, Task, load, read_chunks
 from common.errors import KitError
 
 Encoder = Callable[[Chunk], Encoded]
@@ -92,9 +93,34 @@ def _start(encode: Encoder, slots: list[mmap.mmap], stop: mmap.mmap) -> None:
 
 
 def _encoded(encode: Encoder, task: Task) -> Encoded:
+    if isinstance(task, Files):
+        return _encoded_files(encode, task)
     chunk = load(task)
     encoded = encode(chunk)
-    return replace(encoded, lines=chunk.data.count(NEWLINE)) if isinstance(encoded, Encoded) else encoded
+    if not isinstance(encoded, Encoded):
+        return encoded
+    return replace(encoded, rejects=[], read=[Piece(len(chunk.data), chunk.data.count(NEWLINE), encoded.rejects)])
+
+
+def _encoded_files(encode: Encoder, task: Files) -> Encoded:
+    """All documents of `task`, back to back."""
+    made, read = [], []
+    for span in task.spans:
+        chunks = [load(span)] if span.end is not None else list(read_chunks(span, SLOT_BYTES))
+        encoded = [encode(chunk) for chunk in chunks]
+        lines, rejects = 0, []
+        for chunk, each in zip(chunks, encoded, strict=True):
+            rejects += [reject._replace(line=reject.line + lines) for reject in each.rejects]
+            lines += chunk.data.count(NEWLINE)
+        known = None if span.end is None else hashlib.sha256(chunks[0].data).hexdigest()
+        read.append(Piece(sum(len(chunk.data) for chunk in chunks), lines, rejects, known))
+        made += encoded
+    made = made or [encode(Chunk(task.spans[0].path, 0, b"", 0))]
+    counts: Counter[str] = Counter()
+    for each in made:
+        counts.update(each.counts)
+    streams = {name: np.concatenate([each.streams[name] for each in made]) for name in made[0].streams}
+    return Encoded(streams, np.concatenate([each.lengths for each in made]), counts, [], read)
 
 
 def _work(task: Task, slot: int) -> Packed | Encoded:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data.engines import Gigatoken, UnusableError, choose, sample_texts
-from common.data.inputs import Span, cut
+from common.data.inputs import Span, whole_spans
 from common.data.tokenizer import TextTokenizer, load_tokenizer
 from common.errors import KitError
 from common.log import logger
@@ -137,7 +137,7 @@ def test_the_sample_comes_from_all_over_the_input_and_is_bounded(tmp_path: Path)
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": f"{name}{i} " + "x" * 50}) + "\n" for i in range(1000)))
         files.append(path)
-    sample = sample_texts(cut(files, 1)[0], "text", 16 * 200)
+    sample = sample_texts(whole_spans(files), "text", 16 * 200)
     numbers = [(text[0], int(text[1:].split()[0])) for _, text in sample]
     assert numbers == sorted(numbers) and len(numbers) == len(set(numbers))
     assert {name for name, _ in numbers} == {"a", "b"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.data import json_array
 from common.data.files import layout_of
-from common.data.inputs import Span, cut, read_chunks
+from common.data.inputs import Span, cut, read_chunks, whole_spans
 from common.data.jsonl import first_row
 from common.data.sources import find_inputs
 from common.errors import KitError
@@ -25,7 +25,7 @@ def zstd(data: bytes, frames: int = 1) -> bytes:
 
 
 def lines_of(path: Path, size: int = 1 << 16) -> bytes:
-    (spans,) = cut([path], 1)
+    (spans,) = cut(whole_spans([path]), 1)
     return b"".join(chunk.data for span in spans for chunk in read_chunks(span, size))
 
 
@@ -129,7 +129,7 @@ def test_a_number_is_whole_wherever_a_read_ends(tmp_path: Path, number: str, aft
 def test_elements_are_numbered_over_chunks_and_the_array_stays_in_one_part(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": f"{i}"} for i in range(100)], indent=1))
-    parts = cut([path], 3)
+    parts = cut(whole_spans([path]), 3)
     assert [len(part) for part in parts] == [1]
     chunks = list(read_chunks(parts[0][0], 100))
     assert len(chunks) > 10

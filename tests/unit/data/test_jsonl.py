@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data import jsonl
-from common.data.inputs import Chunk, Span, cut, read_chunks
+from common.data.inputs import Chunk, Span, cut, read_chunks, whole_spans
 from common.data.jsonl import BadRowError, first_row, parse, records, string_field
 from common.data.sources import find_inputs
 from common.errors import KitError
@@ -19,7 +19,7 @@ def read_all(files: list[Path], parts: int = 1, size: int = 1 << 20) -> list[lis
     """The records of each part."""
     return [
         [record for span in spans for chunk in read_chunks(span, size) for _, record in records(chunk, Counter())]
-        for spans in cut(files, parts)
+        for spans in cut(whole_spans(files), parts)
     ]
 
 

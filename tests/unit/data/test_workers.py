@@ -6,7 +6,7 @@ import pytest
 
 from common.data import workers as workers_module
 from common.data.encoded import Encoded
-from common.data.inputs import Chunk, Span, load, tasks
+from common.data.inputs import Chunk, Span, load, pieces_of
 from common.data.jsonl import Reject
 from common.data.workers import Workers
 from common.errors import KitError
@@ -28,7 +28,7 @@ def test_arrays_come_back_whether_they_fit_the_shared_memory_or_not(
     monkeypatch.setattr(workers_module, "SLOT_BYTES", slot_bytes)
     path = tmp_path / "a.txt"
     path.write_bytes(b"".join(b"x" * (i * 13 % 700) + b"\n" for i in range(300)))
-    pieces = list(tasks(Span(path, 0, path.stat().st_size), 900))
+    pieces = list(pieces_of(Span(path, 0, path.stat().st_size), 900))
     assert len(pieces) > 50
     with Workers(bytes_as_documents, 2) as two, Workers(bytes_as_documents, 1) as one:
         expected = list(one.encode(pieces))
@@ -45,7 +45,7 @@ def test_the_pieces_of_a_span_are_whole_lines_in_order(tmp_path: Path) -> None:
     data = b"".join(b"x" * (i * 13 % 50) + b"\n" for i in range(200)) + b"no newline"
     path.write_bytes(data)
     for size in (1, 7, 100, 10**6):
-        chunks = [load(task) for task in tasks(Span(path, 0, len(data)), size)]
+        chunks = [load(task) for task in pieces_of(Span(path, 0, len(data)), size)]
         assert b"".join(chunk.data for chunk in chunks) == data
         assert all(chunk.data.endswith(b"\n") for chunk in chunks[:-1])
         assert [chunk.start for chunk in chunks] == np.cumsum([0, *(len(c.data) for c in chunks[:-1])]).tolist()
@@ -55,7 +55,7 @@ def test_the_pieces_of_a_span_are_whole_lines_in_order(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_meanwhile_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"xx\n" * 100)
-    (task,) = tasks(Span(path, 0, 300), 1000)
+    (task,) = pieces_of(Span(path, 0, 300), 1000)
     path.write_bytes(b"xx\n" * 50)
     with pytest.raises(KitError, match="was changed while it was read"):
         load(task)
@@ -69,7 +69,7 @@ def test_the_next_piece_is_not_read_into_what_is_still_looked_at(tmp_path: Path)
     path = tmp_path / "a.txt"
     path.write_bytes(b"".join(bytes([97 + i % 26]) * 100 + b"\n" for i in range(400)))
     with Workers(bytes_as_documents, 3) as workers:
-        for number, (_, encoded) in enumerate(workers.encode(tasks(Span(path, 0, path.stat().st_size), 101))):
+        for number, (_, encoded) in enumerate(workers.encode(pieces_of(Span(path, 0, path.stat().st_size), 101))):
             before = encoded.streams["tokens"].copy()
             assert set(before.tolist()) == {97 + number % 26}
             for _ in range(50):
