@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from common import errors, log
 from common.checkpoint.arguments import megatron_arguments
@@ -43,7 +42,7 @@ from common.checkpoint.target import REPORT, check_target, write_whole
 from common.checkpoint.torch_format import save_rank_files
 from common.checkpoint.verify import Report, verify
 from common.errors import KitError
-from common.log import logger
+from common.log import Progress, logger
 from common.model.config import load_config, read_config
 from common.parallel import parse_pipeline_layers
 from common.settings import add_options, check_environment, from_namespace, option
@@ -274,8 +273,8 @@ def need_checkpoint(path: str) -> Checkpoint:
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[int], Any]]:
-    """The function that is told of bytes, over which a bar runs when a person watches."""
-    with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()) as bar:
+    """The function that is told of bytes: over it a bar runs when a person watches, else the log tells each minute."""
+    with Progress(total) as bar:
         yield bar.update
 
 

@@ -23,8 +23,9 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 # Work / 运行
 : "${TOKENIZER_ENGINE:=auto}" # auto: gigatoken where it is exact; or gigatoken, tokenizers / 分词引擎
 : "${WORKERS:=}"              # processes; empty: one a core / 进程数；空：每核一个
-: "${PARTITIONS:=1}"          # parts that are written apart, then joined / 分几份处理后合并
-: "${PARTITION_INDEX:=}"      # this part alone, from 0; then: python -m common.preprocess merge / 只处理这一份，之后合并
+: "${PARTITIONS:=1}"          # runs that share the work by PARTITION_INDEX / 分担工作的运行数（配合 PARTITION_INDEX）
+: "${PARTITION_INDEX:=}"      # this share alone, from 0; then: python -m common.preprocess merge / 只处理这一份，之后合并
+: "${VERIFY_INPUT:=false}"    # a finished run: compare its input by hash, not by size and time / 按哈希核对输入
 
 # shellcheck source=env.sh
 source "$VENDOR/env.sh"

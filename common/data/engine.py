@@ -85,6 +85,11 @@ def find_finished(job: Job) -> dict[str, Any] | None:
         if there and not job.folder.exists():
             raise KitError(f"{there[0]} is there, and nothing tells what it is of: remove it or change OUTPUT_PREFIX")
         return None
+    try:
+        manifest.check_fields(content, {"identity": str, "inputs": list, "documents": dict})
+    except ValueError as error:
+        path = manifest.manifest_path(job.output_prefix)
+        raise KitError(f"{path} is no whole manifest: {error}: remove it and its files to write them again") from error
     differs = _difference(content, job)
     if differs:
         raise KitError(

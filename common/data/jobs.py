@@ -35,7 +35,7 @@ HELP_EOD = "auto: <|endoftext|>, or the tokenizer's own end of text; else a toke
 HELP_ENGINE = "auto: gigatoken where it gives the same ids; or gigatoken, or tokenizers"
 HELP_ERROR = "stop at the first bad row, or skip: write bad rows to {OUTPUT_PREFIX}.rejects and count them"
 HELP_WORKERS = "processes; default: one a core"
-HELP_PARTITIONS = "runs that share the work by PARTITION_INDEX; a run by itself needs none"
+HELP_PARTITIONS = "runs that share the work by PARTITION_INDEX; a run by itself cuts a part a GiB without it"
 HELP_INDEX = "do this share alone, from 0; when all are there: python -m common.preprocess merge"
 HELP_VERIFY = "a finished run asked again: compare its input by hash, not by size and time"
 

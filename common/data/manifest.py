@@ -75,9 +75,9 @@ def read(output_prefix: Path) -> dict[str, Any] | None:
     return content
 
 
-FIELDS: dict[str, type] = {"version": int, "kind": str, "files": dict, "documents": dict}
+FIELDS: dict[str, type] = {"version": int, "kind": str, "files": dict}
 OTHER_FIELDS: dict[str, type] = {
-    "identity": str, "inputs": list, "tokens": int, "supervised_tokens": int, "longest": int, "notes": dict,
+    "identity": str, "inputs": list, "documents": dict, "tokens": int, "supervised_tokens": int, "longest": int, "notes": dict,
     "tokenizer": dict, "settings": dict, "chat_template": dict,
 }  # fmt: skip
 
@@ -88,7 +88,8 @@ def _check(content: dict[str, Any]) -> None:
     check_fields(content, {name: kind for name, kind in OTHER_FIELDS.items() if name in content})
     if content["kind"] not in KINDS:
         raise ValueError(f"its 'kind' is {content['kind']!r}, not {' or '.join(KINDS)}")
-    check_fields(content["documents"], {"read": int, "kept": int, "dropped": dict})
+    if "documents" in content:
+        check_fields(content["documents"], {"read": int, "kept": int, "dropped": dict})
     check_fields(content["files"], dict.fromkeys(["tokens", *content["files"]], str))
     for name in content["files"].values():
         if not name or Path(name).name != name:

@@ -83,7 +83,7 @@ def report(files: DataFiles, seq_lengths: list[int], global_batch_size: int | No
         raise KitError(f"{files.tokens} holds no document: write the data again with step 1")
     total = int(lengths.sum(dtype=np.int64))
     yield f'{files.tokens}: "{files.kind}" data, {lengths.size} documents, {total} tokens'
-    if files.manifest:
+    if files.manifest and "documents" in files.manifest:
         told = files.manifest["documents"]
         causes = "".join(f", {number} dropped ({cause})" for cause, number in told["dropped"].items() if number)
         yield f"read {told['read']} documents, kept {told['kept']}{causes}"
