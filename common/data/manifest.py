@@ -77,8 +77,8 @@ def read(output_prefix: Path) -> dict[str, Any] | None:
 
 FIELDS: dict[str, type] = {"version": int, "kind": str, "files": dict}
 OTHER_FIELDS: dict[str, type] = {
-    "identity": str, "inputs": list, "documents": dict, "tokens": int, "supervised_tokens": int, "longest": int, "notes": dict,
-    "tokenizer": dict, "settings": dict, "chat_template": dict,
+    "identity": str, "inputs": list, "documents": dict, "notes": dict, "tokens": int, "supervised_tokens": int,
+    "longest": int, "tokenizer": dict, "settings": dict, "chat_template": dict,
 }  # fmt: skip
 
 
