@@ -13,6 +13,7 @@ import jsonlines
 import pytest
 
 from tests.end_to_end.steps import ROOT, files, run, start, texts, wait_for, write_rows
+from tests.soak.preprocess import soak
 from tests.tiny import TEXTS, tiny_qwen
 
 
@@ -142,3 +143,7 @@ def test_an_output_that_would_lie_on_an_input_is_refused(tmp_path: Path, qwen: P
     before = path.read_bytes()
     _, err = run("pretrain", expect=2, input=path, output_prefix=tmp_path / "a", tokenizer_path=qwen)
     assert "OUTPUT_PREFIX=" in err and f"would write over the input {path}" in err and path.read_bytes() == before
+
+
+def test_twelve_kills_of_its_script_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    assert soak(tmp_path / "soak", number=12, seed=7, num_rows=8000).startswith("12 kills in ")

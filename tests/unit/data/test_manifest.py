@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,30 @@ def test_counts_that_do_not_reconcile_are_our_own_mistake(tmp_path: Path) -> Non
     with pytest.raises(AssertionError):
         manifest.write(tmp_path / "a", wrong)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"version": None}, "its 'version' is no whole number"),
+        ({"kind": "other"}, "its 'kind' is 'other', not pretrain or sft"),
+        ({"kind": []}, "its 'kind' is no string"),
+        ({"files": []}, "its 'files' is no object"),
+        ({"files": {}}, "it has no 'tokens'"),
+        ({"files": {"tokens": 1}}, "its 'tokens' is no string"),
+        ({"files": {"tokens": "../other"}}, "its 'files' hold '../other', which is no file's name"),
+        ({"documents": {"read": 1}}, "it has no 'kept'"),
+        ({"inputs": [1]}, "an object stands where '1' is"),
+        ({"tokenizer": "x"}, "its 'tokenizer' is no object"),
+    ],
+)
+def test_a_manifest_with_odd_fields_is_told(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    files(tmp_path / "a_text_document")
+    manifest.write(tmp_path / "a", content("pretrain", tokens="a_text_document"))
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(KitError, match=re.escape(f"a.json is no whole manifest: {told}")):
+        resolve(str(tmp_path / "a"))
+    path.write_text('{"format": "qwen-kit-data"}')
+    with pytest.raises(KitError, match=r"a\.json is no whole manifest: it has no 'version'"):
+        resolve(str(tmp_path / "a"))

@@ -46,10 +46,10 @@ def job(folder: Path, partitions: int = 4, index: int | None = None, workers: in
     )
 
 
-def write(path: Path, rows: list[str]) -> None:
+def write(path: Path, rows: list[str]) -> int:
     path.parent.mkdir(exist_ok=True)
     data = "".join(row + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+    return path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
 def rows(letter: str, number: int) -> list[str]:
@@ -63,7 +63,8 @@ def expected(folder: Path) -> list[str]:
 
 
 def written(folder: Path) -> list[str]:
-    return [bytes(ids.tolist()).decode() for ids in IndexedReader(folder / "out" / "data_text_document")]
+    data = IndexedReader(folder / "out" / "data_text_document")
+    return [bytes(ids.tolist()).decode() for ids in map(data.get, range(len(data)))]
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
@@ -171,3 +172,21 @@ def test_a_finished_run_answers_by_size_and_time_or_by_hash(tmp_path: Path, monk
     os.utime(path, ns=times)
     with pytest.raises(KitError, match=r"\(input\)"):
         engine.run(replace(job(tmp_path), verify_input=True))
+
+
+def test_a_check_refuses_what_the_run_would(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.jsonl", rows("a", 100))
+    engine.check(job(tmp_path))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "data.parts").write_text("")
+    for refused in (engine.check, engine.run):
+        with pytest.raises(KitError, match="cannot be written"):
+            refused(job(tmp_path))
+    (tmp_path / "out" / "data.parts").unlink()
+    engine.run(job(tmp_path))
+    engine.check(job(tmp_path))
+    write(tmp_path / "in" / "a.jsonl", rows("a", 99))
+    for refused in (engine.check, engine.run):
+        with pytest.raises(KitError, match=r"tells of other input, tokenizer or settings \(input\)"):
+            refused(job(tmp_path))

@@ -1,0 +1,94 @@
+"""SIGKILL of step 1 at random moments: python -m tests.soak.preprocess --folder /tmp/soak --number 50
+
+Its script is killed with all its processes, at a time between its start and its end as an unbroken run takes it; the
+same command goes on each time, and what it writes in the end is the unbroken run's to the byte.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from tests.tiny import TEXTS, tiny_qwen
+
+SCRIPT = Path(__file__).parents[2] / "cpu" / "1_preprocess_pretrain.sh"
+
+
+class Step1:
+    """Step 1 of made-up rows in `folder`, by its script, in several parts."""
+
+    def __init__(self, folder: Path, num_rows: int) -> None:
+        self.folder = folder
+        (folder / "in").mkdir(parents=True)
+        tiny_qwen(folder / "qwen")
+        for name, share in (("a.jsonl", 3), ("b.jsonl", 1)):
+            rows = (json.dumps({"text": f"{name} {i} {TEXTS[i % 4] * (i % 9)}"}) for i in range(num_rows * share // 4))
+            (folder / "in" / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+    def start(self, name: str) -> subprocess.Popen[str]:
+        """The same command for the output `name`."""
+        settings = {
+            "INPUT": self.folder / "in", "OUTPUT_PREFIX": self.folder / name / "data", "WORKERS": 2,
+            "TOKENIZER_PATH": self.folder / "qwen", "TOKENIZER_ENGINE": "tokenizers", "PARTITIONS": 4,
+        }  # fmt: skip
+        return subprocess.Popen(
+            ["bash", str(SCRIPT)], env={**os.environ, **{key: str(value) for key, value in settings.items()}},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def end(self, name: str) -> float:
+        """Seconds of a run to its end; raises AssertionError unless that is well."""
+        started = time.monotonic()
+        process = self.start(name)
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        return time.monotonic() - started
+
+    def kill(self, name: str, after_s: float) -> bool:
+        """Whether a run was killed after so many seconds, and not ended before."""
+        process = self.start(name)
+        try:
+            process.communicate(timeout=after_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return True
+        assert process.returncode == 0
+        return False
+
+    def written(self, name: str) -> dict[str, bytes]:
+        """What lies in the folder `name`: nothing but finished files."""
+        return {path.name: path.read_bytes() for path in (self.folder / name).iterdir()}
+
+
+def soak(folder: Path, number: int, seed: int, num_rows: int) -> str:
+    """Kills `number` runs, each taken up by the next; returns what was seen, or raises AssertionError."""
+    dice, step, kills, rounds = random.Random(seed), Step1(folder, num_rows), 0, 0
+    whole_s = step.end("unbroken")
+    while kills < number:
+        rounds += 1
+        name = f"killed_{rounds}"
+        while kills < number and step.kill(name, dice.uniform(0.2, 1) * whole_s):
+            kills += 1
+        step.end(name)
+        assert step.written(name) == step.written("unbroken"), name
+    return f"{kills} kills in {rounds} runs: each ended as the unbroken one, to the byte"
+
+
+def main() -> None:
+    """Kills, compares, tells."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="a new folder; removed by hand")
+    parser.add_argument("--number", type=int, default=50, help="of kills")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=100_000)
+    given = parser.parse_args()
+    print(soak(given.folder, given.number, given.seed, given.rows))
+
+
+if __name__ == "__main__":
+    main()
