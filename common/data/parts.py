@@ -34,7 +34,8 @@ Advance = Callable[[int, int], None]  # gets bytes on the disk, and rows
 class Finished:
     """A part that is whole.
 
-    largest_id: of its tokens. records: of each span its file's number, path, size and time of change, the bytes it has of it, its lines, and the
+    largest_id: of its tokens.
+    records: of each span its file's number, path, size and time of change, the bytes it has of it, its lines, and the
     hashes of `SpanHash`.
     """
 
