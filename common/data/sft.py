@@ -25,6 +25,8 @@ from common.data.rendering import Glue
 from common.data.rows import Conversation, format_among, is_weighted, to_conversation
 from common.data.tokenizer import EndToken, TextTokenizer
 
+JOINED = "answers that begin with a newline, which the prompts of answers after them join to their header at inference"
+
 
 class Piece(NamedTuple):
     """A stretch of a rendered conversation, and the weight of its loss: 0 is not learned."""
@@ -130,16 +132,20 @@ class SftEncoder:
             self.template, self.tokenizer, talk, self.loss_on == "turn",
             f"set {earlier}, or give the turns as rows of their own", self.glues,
         )  # fmt: skip
-        whole, at = found.whole, 0
+        whole, at, joins = found.whole, 0, list[bool]()
         for answer, loss in zip(found.find(list(losses)), losses.values(), strict=True):
             before = answer.header if self.loss_on == "turn" else answer.start
             yield Piece(whole[at:before] + ("" if before < answer.start else answer.opened), 0)
             if before < answer.start:
                 yield Piece(whole[before : answer.start] + answer.opened, loss)
-            yield Piece(whole[answer.start : answer.end] if answer.text is None else answer.text, loss)
+            text = whole[answer.start : answer.end] if answer.text is None else answer.text
+            yield Piece(text, loss)
             at = answer.end
+            joins.append(whole[answer.start - 1 : answer.start].isspace() and "\n" in text[: -len(text.lstrip())])
         if at < len(whole):
             yield Piece(whole[at:], 0)
+        if any(joins[:-1]):
+            found.notes[JOINED] += sum(joins[:-1])
         if found.notes:
             counts.update(found.notes)
 
