@@ -11,5 +11,17 @@ Imports point one way (tests/unit/test_layers.py):
     model, data what is trained, and on what
     te          what is asked of Transformer Engine
     settings  log  parallel  platforms  mcore  json_file
-    errors
+    errors  start
 """
+
+import sys
+
+if sys.hexversion < 0x030A0000:  # what follows is not read by an older one
+    version = ".".join(str(number) for number in sys.version_info[:3])
+    sys.stderr.write("error: " + sys.executable + " is Python " + version + ": set PYTHON to Python 3.10 or later\n")
+    sys.exit(2)
+
+from common import start
+
+sys.excepthook = start.tell_missing_package
+start.enter_folder()

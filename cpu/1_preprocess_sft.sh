@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Step 1 on a CPU, fine-tuning: jsonl conversations to Megatron's .bin and .idx, with a loss mask beside the tokens.
 # 第 1 步（CPU，微调）：把 jsonl 对话转换为 Megatron 的 .bin 和 .idx，并另存损失掩码。
+: "${BASH_VERSION:?this is a bash script, run it so / 请用 bash 运行: bash $0}"
 set -euo pipefail
 VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 

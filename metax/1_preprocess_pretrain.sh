@@ -2,6 +2,7 @@
 # Step 1 on MetaX, pretraining: jsonl text to Megatron's .bin and .idx.
 # 第 1 步（MetaX，预训练）：把 jsonl 文本转换为 Megatron 的 .bin 和 .idx。
 # Not run on hardware / 未在硬件上运行
+: "${BASH_VERSION:?this is a bash script, run it so / 请用 bash 运行: bash $0}"
 set -euo pipefail
 VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 

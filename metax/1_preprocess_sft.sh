@@ -2,6 +2,7 @@
 # Step 1 on MetaX, fine-tuning: jsonl conversations to Megatron's .bin and .idx, with a loss mask beside the tokens.
 # 第 1 步（MetaX，微调）：把 jsonl 对话转换为 Megatron 的 .bin 和 .idx，并另存损失掩码。
 # Not run on hardware / 未在硬件上运行
+: "${BASH_VERSION:?this is a bash script, run it so / 请用 bash 运行: bash $0}"
 set -euo pipefail
 VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 

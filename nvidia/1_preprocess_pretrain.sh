@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Step 1 on NVIDIA, pretraining: jsonl text to Megatron's .bin and .idx.
 # 第 1 步（NVIDIA，预训练）：把 jsonl 文本转换为 Megatron 的 .bin 和 .idx。
+: "${BASH_VERSION:?this is a bash script, run it so / 请用 bash 运行: bash $0}"
 set -euo pipefail
 VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 

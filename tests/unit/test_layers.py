@@ -21,7 +21,7 @@ COMMON = ROOT / "common"
 
 # Lowest first. Parts on one layer do not know each other.
 LAYERS = [
-    {"errors"},
+    {"errors", "start"},
     {"settings", "log", "parallel", "platforms", "mcore", "json_file"},
     {"te"},
     {"model", "data"},
