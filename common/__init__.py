@@ -24,4 +24,5 @@ if sys.hexversion < 0x030A0000:  # what follows is not read by an older one
 from common import start
 
 sys.excepthook = start.tell_missing_package
+start.use_utf8()
 start.enter_folder()

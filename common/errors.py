@@ -1,11 +1,26 @@
 """What the user can mend, told apart from what is our own mistake."""
 
+import errno
+import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+REMEDIES = {
+    (errno.EACCES, errno.EPERM): "this user may not: have its owner allow it (chmod, chown), or give another path",
+    (errno.EROFS,): "it is mounted to be read only: give a path elsewhere, or mount it to be written",
+    (errno.ENOENT,): "give a path that is there",
+    (errno.ENOSPC, errno.EDQUOT): "make room (df, quota), and run the same command again",
+    (errno.EFBIG,): "this file system, or `ulimit -f`, takes no larger file: give a path elsewhere",
+    (errno.EMFILE, errno.ENFILE): "let more files be open at once: ulimit -n 65536",
+    (errno.ENOMEM, errno.EAGAIN): "memory or processes are used up (free, ulimit -u): free some, and run it again",
+    (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO): "the disk or the network file system fails (dmesg):"
+    " run the same command again once it is mended",
+}
 
 LAST_WORDS = "KIT_LAST_WORDS"  # in a rank's environment: the folder where the launcher finds what ended it
 
@@ -15,11 +30,39 @@ class KitError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Exits 0 after `main`; a KitError becomes one message on stderr and exit code 2, Ctrl-C 130."""
+    """Exits 0 after `main`; what the user can mend becomes one message on stderr and exit code 2, Ctrl-C 130."""
+    escape_what_cannot_be_shown()
     try:
         main()
+        sys.stdout.flush()
     except (KitError, KeyboardInterrupt) as error:
         sys.exit(tell(error))
+    except BrokenPipeError:  # who reads has enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if (told := told_of(error)) is None:
+            raise
+        sys.exit(tell(KitError(told)))
+
+
+def escape_what_cannot_be_shown() -> None:
+    """Lets a character that the terminal's encoding lacks, or a byte of a name that is no text, be shown as \\x..."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def told_of(error: OSError) -> str | None:
+    """The path, what the system says and the remedy; None where `error` has neither a path nor a remedy of its own."""
+    remedy = next((remedy for numbers, remedy in REMEDIES.items() if error.errno in numbers), None)
+    paths = " -> ".join(
+        os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, str | bytes)
+    )
+    if error.errno is None or not (paths or remedy):
+        return None
+    where = f"{paths}: " if paths else ""
+    return f"{where}{os.strerror(error.errno)}: {remedy or 'mend the path, or give another one'}"
 
 
 def tell(error: BaseException) -> int:

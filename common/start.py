@@ -1,4 +1,4 @@
-"""What comes before a command: the folder to work in is entered, and a package that is missing is told in one line."""
+"""What comes before a command: names of files are UTF-8, its folder is entered, a missing package is told in a line."""
 
 import os
 import sys
@@ -31,6 +31,17 @@ def tell_missing_package(kind: type[BaseException], error: BaseException, trace:
         sys.__excepthook__(kind, error, trace)
         return
     refuse(f"{sys.executable} lacks {package}: {CURE.format(platform=os.environ.get('KIT_PLATFORM', 'cpu'))}")
+
+
+def use_utf8() -> None:
+    """Starts a `python -m common...` again in Python's UTF-8 mode where the locale has another encoding.
+
+    Names of files in what is written are then the same bytes in every locale; what is printed stays in the locale's.
+    """
+    if sys.argv[0] == "-m" and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.environ.setdefault("PYTHONIOENCODING", getattr(sys.stdout, "encoding", None) or "utf-8")
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def enter_folder() -> None:

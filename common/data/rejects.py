@@ -11,6 +11,7 @@ import jsonlines
 from common.data.indexed import sync
 from common.data.inputs import Chunk, Lines, Task, load
 from common.data.jsonl import Reject
+from common.data.manifest import OF_NAMES
 
 
 def rejects_path(output_prefix: Path) -> Path:
@@ -30,7 +31,7 @@ class RejectsWriter:
     def add(self, task: Task, rejects: list[Reject]) -> None:
         """Appends the rejects of `task`."""
         if rejects and self._writer is None:
-            self._stream = self._partial.open("w", encoding="utf-8")
+            self._stream = self._partial.open("w", encoding="utf-8", errors=OF_NAMES)
             self._writer = jsonlines.Writer(self._stream)
         chunk = load(task) if rejects else None
         for reject in rejects:
