@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import select
 import signal
 import sys
 import traceback
@@ -14,6 +15,7 @@ REMEDIES = {
     (errno.EACCES, errno.EPERM): "this user may not: have its owner allow it (chmod, chown), or give another path",
     (errno.EROFS,): "it is mounted to be read only: give a path elsewhere, or mount it to be written",
     (errno.ENOENT,): "give a path that is there",
+    (errno.ELOOP,): "a symbolic link leads back to itself: mend it, or give another path",
     (errno.ENOSPC, errno.EDQUOT): "make room (df, quota), and run the same command again",
     (errno.EFBIG,): "this file system, or `ulimit -f`, takes no larger file: give a path elsewhere",
     (errno.EMFILE, errno.ENFILE): "let more files be open at once: ulimit -n 65536",
@@ -37,13 +39,20 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except (KitError, KeyboardInterrupt) as error:
         sys.exit(tell(error))
-    except BrokenPipeError:  # who reads has enough, as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and no_one_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+            sys.exit(128 + signal.SIGPIPE)
         if (told := told_of(error)) is None:
             raise
         sys.exit(tell(KitError(told)))
+
+
+def no_one_reads() -> bool:
+    """Whether stdout is a pipe whose reader has enough, as `head`."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
 def escape_what_cannot_be_shown() -> None:
@@ -53,8 +62,12 @@ def escape_what_cannot_be_shown() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def told_of(error: OSError) -> str | None:
-    """The path, what the system says and the remedy; None where `error` has neither a path nor a remedy of its own."""
+def told_of(error: BaseException | None) -> str | None:
+    """The path, what the system says and the remedy; None for what is no OSError with a path or a known remedy."""
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        error = error.__context__  # pathlib before 3.13 puts it so
+    if not isinstance(error, OSError):
+        return None
     remedy = next((remedy for numbers, remedy in REMEDIES.items() if error.errno in numbers), None)
     paths = " -> ".join(
         os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, str | bytes)
@@ -73,7 +86,7 @@ def tell(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
-    sys.excepthook(type(error), error, error.__traceback__)
+    traceback.print_exception(error)
     return 1
 
 
@@ -101,7 +114,7 @@ def leave_word(kind: str, text: str) -> None:
     if LAST_WORDS in os.environ:
         with suppress(OSError):
             name = f"{kind}_{os.environ.get('LOCAL_RANK', '0')}"
-            Path(os.environ[LAST_WORDS], name).write_text(text, encoding="utf-8")
+            Path(os.environ[LAST_WORDS], name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def left_word(kind: str, local_rank: int) -> str:
