@@ -67,7 +67,7 @@ class LegacySettings:
 
 def check_first_row(job: Job) -> None:
     """Raises KitError when the first row cannot be encoded as `job` asks."""
-    chunk, _, _ = first_row(job.inputs, job.skip_bad_rows)
+    chunk, _, _ = first_row(job.inputs, job.skip_bad_rows, job.max_row_bytes)
     job.encode(chunk)
 
 
