@@ -7,6 +7,7 @@ import select
 import signal
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,11 @@ LAST_WORDS = "KIT_LAST_WORDS"  # in a rank's environment: the folder where the l
 
 class KitError(Exception):
     """A mistake of the user: the message says the value, the rule and the way out."""
+
+
+# Categories of characters that are not seen but act on a terminal: controls, directions, line ends of other kinds.
+UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+SHOWN = "\t\n\u200c\u200d"  # of these: what lays text out, and what joins letters and emoji
 
 
 def run(main: Callable[[], None]) -> None:
@@ -78,10 +84,23 @@ def told_of(error: BaseException | None) -> str | None:
     return f"{where}{os.strerror(error.errno)}: {remedy or 'mend the path, or give another one'}"
 
 
+def visible(text: str) -> str:
+    """`text` with each character that would act on a terminal escaped, as \\x1b; a backslash of its own stays one."""
+    if text.isprintable():
+        return text
+    return "".join(_shown(character) for character in text)
+
+
+def _shown(character: str) -> str:
+    if character in SHOWN or unicodedata.category(character) not in UNSEEN:
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def tell(error: BaseException) -> int:
     """Says `error` on stderr, what is our own mistake with its traceback; the exit code that goes with it."""
     if isinstance(error, KitError):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 2
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)

@@ -142,7 +142,7 @@ def print_stats(settings: StatsSettings, check: bool) -> None:
         print("ok: the data can be read")
         return
     for line in lines:
-        print(line)
+        print(errors.visible(line))
     if settings.png:
         stats.write_png(IndexedReader(files.tokens).lengths, files.tokens.name, Path(settings.png))
 

@@ -184,3 +184,14 @@ def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
     done = ended("pass", tmp_path, KIT_CWD=str(tmp_path / "gone"))
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1
     assert b"gone cannot be entered (No such file or directory)" in done.stderr
+
+
+def test_a_message_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        errors.run(raising(KitError("role '\x1b[2J\u202e' is none\n\tof 你")))
+    assert capsys.readouterr().err == "error: role '\\x1b[2J\\u202e' is none\n\tof 你\n"
+
+
+def test_another_pipe_that_breaks_is_our_own_mistake() -> None:
+    with pytest.raises(BrokenPipeError):
+        errors.run(raising(BrokenPipeError()))
