@@ -19,8 +19,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${ON_ERROR:=stop}"       # stop at a bad row, or skip: to {OUTPUT_PREFIX}.rejects / 遇坏行停止，或跳过并写入 .rejects
 
 # Memory / 内存
-# A longer row is a bad row: a byte takes some 10 bytes of memory, with tokenizers 330 / 超过此字节数的行算坏行
-: "${MAX_ROW_BYTES:=16777216}"
+: "${MAX_ROW_BYTES:=16777216}" # a longer row is a bad row; a byte takes 10 of memory, in tokenizers 330 / 更长的行算坏行
 
 # Work / 运行
 : "${TOKENIZER_ENGINE:=auto}" # auto: gigatoken where it is exact; or gigatoken, tokenizers / 分词引擎
