@@ -195,11 +195,3 @@ def test_a_message_does_not_command_the_terminal(capsys: pytest.CaptureFixture[s
 def test_another_pipe_that_breaks_is_our_own_mistake() -> None:
     with pytest.raises(BrokenPipeError):
         errors.run(raising(BrokenPipeError()))
-
-
-def test_what_may_not_be_opened_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        errors.run(raising(PermissionError(13, "Permission denied", "/data/a.bin")))
-    assert ended.value.code == 2 and "error: /data/a.bin: permission denied" in capsys.readouterr().err
-    with pytest.raises(PermissionError):
-        errors.run(raising(PermissionError("ours")))
