@@ -46,6 +46,7 @@ from common.log import Progress, logger
 from common.model.config import load_config, read_config
 from common.parallel import parse_pipeline_layers
 from common.settings import add_options, check_environment, from_namespace, option
+from common.start import from_kit
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HF_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
@@ -253,7 +254,8 @@ def compare(settings: Verify, check: bool) -> None:
     if settings.logits:  # in a process of its own: this command does without Megatron-Core
         flags = [f"--hf-model-path={folder}", f"--load-checkpoint-path={settings.load_checkpoint_path}"]
         flags += [f"--text={settings.text}"] if settings.text else []
-        done = subprocess.run([sys.executable, "-m", "common.logits", *flags], check=False)
+        with from_kit():
+            done = subprocess.run([sys.executable, "-m", "common.logits", *flags], check=False)
         if done.returncode:
             raise SystemExit(done.returncode)
 

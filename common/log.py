@@ -8,8 +8,6 @@ import warnings
 from datetime import timedelta
 from types import TracebackType
 
-from tqdm import tqdm
-
 logger = logging.getLogger("kit")
 
 
@@ -23,6 +21,8 @@ class Progress:
     """
 
     def __init__(self, total_bytes: int) -> None:
+        from tqdm import tqdm  # who only logs needs no package
+
         watched = sys.stderr.isatty()
         self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, leave=False, disable=not watched)
         self._total, self._watched = total_bytes, watched

@@ -98,8 +98,9 @@ def _open(path: Path) -> tuple[Any, dict[str, tuple[DiskFile, int, int]]]:
     if not path.is_file():
         raise KitError(f"{path} is missing: copy it again from the model")
     try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        with path.open("rb") as stream:  # safetensors takes no name that is not UTF-8
+            file = safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt")
+    except SafetensorError as error:
         raise KitError(f"{path} is no whole safetensors file ({error}): copy it again from the model") from error
     mapped = DiskFile(path)
     (length,) = struct.unpack("<Q", mapped.map[:8])

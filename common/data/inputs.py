@@ -4,30 +4,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
-from common.data.files import decompressed, layout_of
-from common.data.json_array import ArrayError, elements
+from common.data.files import decompressed, layout_of, readable
+from common.data.json_array import ArrayError
+from common.data.reading import MAX_ROW_BYTES, NEWLINE, element_blocks, line_blocks, pass_line, read_span
 from common.errors import KitError
 
 PART_BYTES = 1 << 30
 COMPRESSED_WEIGHT = 4  # text is about so many times as long as it is compressed
-NEWLINE = b"\n"
 MAX_FILES = 256  # that go to a worker together
-SHORT_COMPRESSED_BYTES = 1 << 14  # even a thousand times as much fits memory
 
 
 @dataclass(frozen=True)
 class Span:
     """The bytes [start, end) of a file, which begin and end with a line; end None: a file that is read whole.
 
-    file: its number among the inputs.
+    file: its number among the inputs. short: of a file that is read whole, it holds little, inflated too.
     """
 
     path: Path
     start: int
     end: int | None
     file: int = 0
+    max_row_bytes: int = MAX_ROW_BYTES
+    short: bool = False
 
     @property
     def size(self) -> int:
@@ -63,6 +63,7 @@ class Chunk:
 
     first_element: the number of the first row in a file that is one JSON array; there `start` is not known.
     first_line: the number of the first line, where it is known; that at byte 0 is the first.
+    cut: the length in bytes of the last row where it is over max_row_bytes and `data` has its beginning alone, else 0.
     """
 
     path: Path
@@ -71,6 +72,8 @@ class Chunk:
     size: int
     first_element: int | None = None
     first_line: int | None = field(default=None, compare=False)
+    max_row_bytes: int = MAX_ROW_BYTES
+    cut: int = 0
 
     def error(self, offset: int, cause: object) -> RowError:
         """The error for the row at `offset` of this chunk: file, place and cause."""
@@ -93,12 +96,14 @@ class Files:
 Task = Span | Chunk | Files
 
 
-def whole_spans(files: list[Path]) -> list[Span]:
-    """Each of `files` as one span."""
-    return [
-        Span(file, 0, None if layout_of(file).whole else file.stat().st_size, number)
-        for number, file in enumerate(files)
-    ]
+def whole_spans(files: list[Path], max_row_bytes: int = MAX_ROW_BYTES) -> list[Span]:
+    """Each of `files` as one span; raises KitError when one cannot be read."""
+    spans = []
+    for number, file in enumerate(files):
+        layout = layout_of(file)
+        end = None if layout.whole else file.stat().st_size
+        spans.append(Span(file, 0, end, number, max_row_bytes, layout.short))
+    return spans
 
 
 def cut(spans: list[Span], partitions: int = 1) -> list[list[Span]]:
@@ -138,7 +143,7 @@ def _pieces(span: Span, unit: int) -> list[Span]:
         at = (edges[-1] // unit + 1) * unit
     if edges[-1] < span.end:
         edges.append(span.end)
-    return [Span(span.path, start, end, span.file) for start, end in pairwise(edges)]
+    return [replace(span, start=start, end=end) for start, end in pairwise(edges)]
 
 
 def line_start(path: Path, offset: int) -> int:
@@ -147,7 +152,7 @@ def line_start(path: Path, offset: int) -> int:
         return 0
     with path.open("rb") as stream:
         stream.seek(offset - 1)
-        stream.readline()
+        pass_line(stream)
         return stream.tell()
 
 
@@ -160,7 +165,7 @@ def tasks(spans: list[Span], size: int) -> Iterator[tuple[Task, list[int]]]:
     bytes_together = 0
     for number, span in enumerate(spans):
         on_disk = span.size
-        is_short = span.start == 0 and on_disk <= (size // 4 if span.end is not None else SHORT_COMPRESSED_BYTES)
+        is_short = span.start == 0 and on_disk <= size // 4 and (span.end is not None or span.short)
         if short and (not is_short or bytes_together + on_disk > size or len(short) == MAX_FILES):
             yield Files(tuple(spans[each] for each in short), bytes_together), short
             short, bytes_together = [], 0
@@ -181,7 +186,7 @@ def pieces_of(span: Span, size: int) -> Iterator[Span | Chunk]:
     start = span.start
     while start < span.end:
         end = span.end if span.end - start <= size else min(span.end, line_start(span.path, start + size))
-        yield Span(span.path, start, end, span.file)
+        yield replace(span, start=start, end=end)
         start = end
 
 
@@ -189,18 +194,12 @@ def load(task: Span | Chunk) -> Chunk:
     """The rows of `task`; raises KitError when the file cannot be read, or is shorter than it was."""
     if isinstance(task, Chunk):
         return task
-    assert task.end is not None
-    try:
-        with task.path.open("rb", buffering=0) as stream:
-            stream.seek(task.start)
-            data = stream.read(task.size)
-            while len(data) < task.size and (more := stream.read(task.size - len(data))):
-                data += more
-    except OSError as error:
-        raise KitError(f"{task.path} cannot be read: {error}") from error
-    if len(data) < task.size:
+    with readable(task.path), task.path.open("rb", buffering=0) as stream:
+        stream.seek(task.start)
+        block = read_span(stream, task.size, task.max_row_bytes)
+    if block.size < task.size:
         raise KitError(f"{task.path} was changed while it was read: run the same command again")
-    return Chunk(task.path, task.start, data, task.size)
+    return Chunk(task.path, task.start, block.rows, task.size, max_row_bytes=task.max_row_bytes, cut=block.cut)
 
 
 def read_chunks(span: Span, size: int) -> Iterator[Chunk]:
@@ -213,37 +212,15 @@ def read_chunks(span: Span, size: int) -> Iterator[Chunk]:
         return
     layout = layout_of(span.path)
     try:
-        with span.path.open("rb") as raw:
+        with readable(span.path), span.path.open("rb") as raw:
             stream = decompressed(raw, layout.compression)
-            blocks = _elements(stream, size) if layout.array else _lines(stream, size)
+            blocks = element_blocks if layout.array else line_blocks
             at = disk = 0
             row = 1
-            for data in blocks:
+            for block in blocks(stream, size, span.max_row_bytes):
                 now = raw.tell()
-                first = (row, None) if layout.array else (None, row)
-                yield Chunk(span.path, at, data, now - disk, *first)
-                at, disk, row = at + len(data), now, row + data.count(NEWLINE)
+                element, line = (row, None) if layout.array else (None, row)
+                yield Chunk(span.path, at, block.rows, now - disk, element, line, span.max_row_bytes, block.cut)
+                at, disk, row = at + block.size, now, row + block.rows.count(NEWLINE)
     except ArrayError as error:
         raise KitError(f"{span.path} is one JSON array, but {error}") from error
-    except (OSError, EOFError) as error:
-        raise KitError(f"{span.path} cannot be read: {error}") from error
-
-
-def _lines(stream: BinaryIO, size: int) -> Iterator[bytes]:
-    while data := stream.read(size):
-        if not data.endswith(NEWLINE):
-            data += stream.readline()
-        yield data
-
-
-def _elements(stream: BinaryIO, size: int) -> Iterator[bytes]:
-    lines, length = [], 0
-    for element in elements(stream):
-        # A lone surrogate cannot be there: the text was decoded from UTF-8.
-        lines.append(element.encode() + NEWLINE)
-        length += len(lines[-1])
-        if length >= size:
-            yield b"".join(lines)
-            lines, length = [], 0
-    if lines:
-        yield b"".join(lines)

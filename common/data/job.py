@@ -13,6 +13,7 @@ from common.data import manifest
 from common.data.fingerprint import SpanHash, hash_of_blocks
 from common.data.inputs import Span, cut, whole_spans
 from common.data.parts import Part
+from common.data.reading import MAX_ROW_BYTES
 from common.data.workers import Encoder
 from common.errors import KitError
 
@@ -44,6 +45,7 @@ class Job:
     skip_bad_rows: bool = False
     verify_input: bool = False
     spans: list[Span] | None = None
+    max_row_bytes: int = MAX_ROW_BYTES
 
     def final(self, stream: str) -> Path:
         """The prefix of the finished files of `stream`."""
@@ -69,7 +71,7 @@ class Job:
     def plan(self) -> list[list[Span]]:
         """What each part reads."""
         stamps = self.stamps  # what changes from here on is noticed
-        parts = cut(self.spans or whole_spans(self.inputs), self.partitions)
+        parts = cut(self.spans or whole_spans(self.inputs, self.max_row_bytes), self.partitions)
         ends = {span.file: span.end for part in parts for span in part}
         for file, path in enumerate(self.inputs):
             if ends.get(file) not in (None, stamps[file][0]):

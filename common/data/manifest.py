@@ -14,6 +14,7 @@ FORMAT = "qwen-kit-data"
 KINDS = ("pretrain", "sft")
 NAMES: dict[type, str] = {int: "whole number", str: "string", dict: "object", list: "array"}
 VERSION = 2  # 1: the inputs' hashes were of other blocks
+OF_NAMES = "backslashreplace"  # a byte of a name that is not UTF-8, to Python a half surrogate, becomes JSON's \\udc..
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ def manifest_path(output_prefix: Path) -> Path:
 
 def hash_json(value: Any) -> str:
     """sha256 of `value` as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors=OF_NAMES)).hexdigest()
 
 
 def write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> None:
     """Writes `value` to `path`, which never holds half of it."""
     partial = Path(f"{path}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
+    with partial.open("w", encoding="utf-8", errors=OF_NAMES) as stream:
         stream.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
         stream.flush()
         os.fsync(stream.fileno())

@@ -9,10 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jsonlines
-
 from common.data.indexed import sync
 from common.data.jsonl import Reject
+from common.data.manifest import OF_NAMES
 
 
 def rejects_path(output_prefix: Path) -> Path:
@@ -28,18 +27,16 @@ class RejectsWriter:
 
     def __init__(self, path: Path) -> None:
         self._path, self._partial = path, Path(f"{path}.partial")
-        self._writer: jsonlines.Writer | None = None
         self._stream: Any = None
 
     def add(self, span: int, lines: int, rejects: list[Reject]) -> None:
         """Appends `rejects` of a piece of span number `span`, in which `lines` lines stand before the piece."""
-        if rejects and self._writer is None:
-            self._stream = self._partial.open("w", encoding="utf-8")
-            self._writer = jsonlines.Writer(self._stream)
-        for line, row, cause, element in rejects:
-            assert self._writer
-            place = {"line": lines + line + 1} if element is None else {"element": element}
-            self._writer.write({"span": span, **place, "cause": cause, **_shown(row)})
+        if rejects and self._stream is None:
+            self._stream = self._partial.open("w", encoding="utf-8", errors=OF_NAMES)
+        for reject in rejects:
+            place = {"line": lines + reject.line + 1} if reject.element is None else {"element": reject.element}
+            told = {"span": span, **place, "cause": reject.cause, **_shown(reject)}
+            self._stream.write(json.dumps(told, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> "RejectsWriter":
         self._path.unlink(missing_ok=True)
@@ -59,12 +56,13 @@ class RejectsWriter:
             self._partial.unlink(missing_ok=True)
 
 
-def _shown(row: bytes) -> dict[str, str]:
-    """The row as text, or in base64 where it is not UTF-8: nothing of it is lost."""
+def _shown(reject: Reject) -> dict[str, str]:
+    """The row as text, or in base64 where it is not UTF-8: nothing of it is lost but where it is too long."""
+    name = "row" if reject.whole else "row_start"
     try:
-        return {"row": row.decode("utf-8")}
+        return {name: reject.row.decode("utf-8")}
     except UnicodeDecodeError:
-        return {"row_base64": base64.b64encode(row).decode("ascii")}
+        return {f"{name}_base64": base64.b64encode(reject.row).decode("ascii")}
 
 
 def join(parts: list[tuple[Path, list[dict[str, Any]]]], path: Path) -> None:
@@ -77,7 +75,7 @@ def join(parts: list[tuple[Path, list[dict[str, Any]]]], path: Path) -> None:
     path.unlink(missing_ok=True)
     if not any(part.exists() for part, _ in parts):
         return
-    with partial.open("w", encoding="utf-8") as stream:
+    with partial.open("w", encoding="utf-8", errors=OF_NAMES) as stream:
         for part, records in parts:
             starts = []
             for record in records:

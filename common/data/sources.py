@@ -7,11 +7,10 @@ import stat
 from collections import Counter
 from pathlib import Path
 
-from common.data.files import ENDINGS
+from common.data.files import ENDINGS, KINDS_OF_FILES
 from common.errors import KitError
 from common.log import logger
 
-KINDS_OF_FILES = ".jsonl, plain, .gz or .zst, or a JSON array"
 NAMES_TOLD = 3
 
 
@@ -69,7 +68,7 @@ def _inside(folder: Path) -> list[Path]:
     told = "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in others.items())
     if not files:
         raise KitError(
-            f"INPUT: the folder {folder} holds no .jsonl, .jsonl.gz or .jsonl.zst file{told and f', but {told}'}:"
+            f"INPUT: the folder {folder} holds no {' or '.join(ENDINGS)} file{told and f', but {told}'}:"
             " name the files, or a glob of them"
         )
     if told:

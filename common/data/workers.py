@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from common.data.encoded import Encoded, Piece
-from common.data.inputs import NEWLINE, Chunk, Files, Task, load, read_chunks
+from common.data.inputs import Chunk, Files, Task, load, read_chunks
+from common.data.reading import NEWLINE
 from common.errors import KitError
 
 Encoder = Callable[[Chunk], Encoded]
@@ -106,15 +107,16 @@ def _encoded_files(encode: Encoder, task: Files) -> Encoded:
     """All documents of `task`, back to back."""
     made, read = [], []
     for span in task.spans:
-        chunks = [load(span)] if span.end is not None else list(read_chunks(span, SLOT_BYTES))
-        encoded = [encode(chunk) for chunk in chunks]
-        lines, rejects = 0, []
-        for chunk, each in zip(chunks, encoded, strict=True):
-            rejects += [reject._replace(line=reject.line + lines) for reject in each.rejects]
+        text_bytes = lines = 0
+        rejects, known = [], None
+        for chunk in [load(span)] if span.end is not None else read_chunks(span, SLOT_BYTES):
+            made.append(encode(chunk))
+            rejects += [reject._replace(line=reject.line + lines) for reject in made[-1].rejects]
             lines += chunk.data.count(NEWLINE)
-        known = None if span.end is None else hashlib.sha256(chunks[0].data).hexdigest()
-        read.append(Piece(sum(len(chunk.data) for chunk in chunks), lines, rejects, known))
-        made += encoded
+            text_bytes += len(chunk.data)
+            if span.end is not None and not chunk.cut:  # then it is what lies on the disk
+                known = hashlib.sha256(chunk.data).hexdigest()
+        read.append(Piece(text_bytes, lines, rejects, known))
     made = made or [encode(Chunk(task.spans[0].path, 0, b"", 0))]
     counts: Counter[str] = Counter()
     for each in made:

@@ -18,15 +18,15 @@ def test_a_folder_gives_its_files_of_rows_and_tells_the_rest(
     monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
     caplog.set_level(logging.INFO, "kit")
     (tmp_path / "sub").mkdir()
-    others = ("._a.jsonl", ".x", "d.json", "e.jsonl.bz2", "README")
+    others = ("._a.jsonl", ".x", "d.json", "e.jsonl.lz4", "README")
     for name in ("a.jsonl", "c.JSONL", "sub/b.jsonl", *others):
         (tmp_path / name).write_text('{"text": "a"}\n')
     assert names(tmp_path) == ["a.jsonl", "c.JSONL"]
     (told,) = caplog.messages
-    for each in ("2 hidden (._a.jsonl, .x)", "1 folders (sub)", "1 .json (d.json)", "1 .bz2", "1 without an ending"):
+    for each in ("2 hidden (._a.jsonl, .x)", "1 folders (sub)", "1 .json (d.json)", "1 .lz4", "1 without an ending"):
         assert each in told
     assert names(f"{tmp_path}/**/*.jsonl") == ["a.jsonl", "b.jsonl"]
-    assert names(f"{tmp_path}/** ") == ["README", "a.jsonl", "c.JSONL", "d.json", "e.jsonl.bz2", "b.jsonl"]
+    assert names(f"{tmp_path}/** ") == ["README", "a.jsonl", "c.JSONL", "d.json", "e.jsonl.lz4", "b.jsonl"]
 
 
 def test_a_file_that_is_named_twice_is_told_by_any_of_its_names(
