@@ -50,6 +50,7 @@ from common.settings import add_options, check_environment, from_namespace, opti
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HF_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
+HELP_DROP_ROWS = "leave out rows of an embedding above vocab_size even where they hold values"
 HELP_DTYPE = "of the written weights; default: as they are"
 
 
@@ -77,6 +78,7 @@ class ToHuggingFace:
     hf_model_path: str | None = option(None, "config.json and tokenizer; default: what the checkpoint carries")
     dtype: str | None = option(None, HELP_DTYPE, tuple(DTYPES))
     max_shard_size: str = option("5GB", "largest safetensors file, unless one tensor is larger")
+    drop_rows: bool = option(False, HELP_DROP_ROWS)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Verify:
     hf_model_path: str = option(help="Hugging Face folder")
     load_checkpoint_path: str = option(help="Megatron checkpoint: its folder, or one iteration's")
     dtype: str | None = option(None, "compare after casting both to it", tuple(DTYPES))
+    drop_rows: bool = option(False, HELP_DROP_ROWS)
     report: str | None = option(None, "file for every tensor's shape, dtype, bytes and checksum, as JSON")
     logits: bool = option(False, "run both models in float32 too, in 8 bytes a parameter")
     text: str | None = option(None, "what they read with --logits; default: a few lines")
@@ -169,8 +172,9 @@ def to_hf(settings: ToHuggingFace, check: bool, plan: bool = False) -> None:
     if not settings.hf_model_path and not (checkpoint.folder / "config.json").is_file():
         raise KitError(f"{checkpoint.folder} carries no config.json: set HF_MODEL_PATH to the model it came from")
     qwen = load_config(model_folder)
-    reader = open_megatron(checkpoint, qwen)
-    tensors = hf_tensors(reader, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+    reader = open_megatron(checkpoint, qwen, drop_rows=settings.drop_rows)
+    dtype = DTYPES[settings.dtype] if settings.dtype else None
+    tensors = hf_tensors(reader, qwen, dtype)
     if plan:
         print(*plan_hf(tensors, max_shard_bytes), sep="\n")
         return
@@ -187,7 +191,7 @@ def to_hf(settings: ToHuggingFace, check: bool, plan: bool = False) -> None:
         with progress(sum(tensor.num_bytes for tensor in tensors.values())) as done:
             names = write_safetensors(folder, tensors, max_shard_bytes, done)
         logger.info("%d tensors in %d files", len(tensors), len(names) - (len(names) > 1))
-        report = verify(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+        report = verify(folder, checkpoint, qwen, dtype, from_megatron=True, drop_rows=settings.drop_rows)
         write_report((target if report.errors else folder) / REPORT, report, settings)
         check_report(report, target / REPORT)
 
@@ -240,14 +244,15 @@ def compare(settings: Verify, check: bool) -> None:
     folder, checkpoint = Path(settings.hf_model_path), need_checkpoint(settings.load_checkpoint_path)
     qwen = load_config(folder)
     check_weights(HfReader(folder), hf_shapes(qwen), qwen)
-    open_megatron(checkpoint, qwen)
+    open_megatron(checkpoint, qwen, drop_rows=settings.drop_rows)
     if check:
         print(f"ok: {folder} and {checkpoint.path} can be compared")
         return
     files = check_all_files(checkpoint.path)
     if files:
         logger.info("%s: %d files are as they were written, by size and CRC-32", checkpoint.path, files)
-    report = verify(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+    dtype = DTYPES[settings.dtype] if settings.dtype else None
+    report = verify(folder, checkpoint, qwen, dtype, drop_rows=settings.drop_rows)
     if settings.report:
         write_report(Path(settings.report), report, settings)
     check_report(report, Path(settings.report) if settings.report else None)

@@ -30,7 +30,7 @@ class Rectangle:
     def lies_in(self, outer: "Rectangle") -> bool:
         """Whether it has the dimensions of `outer` and reaches nowhere out of it."""
         ends = zip(self.offsets, self.sizes, outer.offsets, outer.sizes, strict=False)
-        inside = all(b <= a and 0 <= m and a + m <= b + n for a, m, b, n in ends)
+        inside = all(b <= a and m >= 0 and a + m <= b + n for a, m, b, n in ends)
         return len(self.offsets) == len(self.sizes) == len(outer.sizes) and inside
 
     def within(self, outer: "Rectangle") -> tuple[slice, ...]:

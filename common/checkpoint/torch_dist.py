@@ -120,6 +120,11 @@ class DistReader:
             whole[part.within(wanted)] = self._part(stored, chunk, None)[part.within(block)]
         return whole.reshape(shape)
 
+    def check_cover(self, key: str) -> None:
+        """Raises KitError unless the blocks of `key` hold each of its elements once."""
+        shape = self.tensors[key].shape
+        self._common(key, Rectangle((0,) * len(shape), shape))
+
     def _common(self, key: str, wanted: Rectangle) -> list[tuple[StoredChunk, Rectangle, Rectangle]]:
         """Each stored block that has something of `wanted`, as a rectangle, and what it has.
 
