@@ -17,6 +17,12 @@ REMEDY = "copy the checkpoint again, or go on from the one before"
 Facts = dict[str, dict[str, int]]  # name -> {"bytes": size, "crc32": checksum}
 
 
+def check_inside(path: Path, name: str) -> None:
+    """Raises KitError unless `name`, that the file `path` tells, is that of a file in its own folder."""
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise KitError(f"{path} names {name!r}, which is not in its folder: copy it again from where it came")
+
+
 def read_facts(folder: Path) -> Facts:
     """What `folder` tells of its files; nothing where it tells nothing. Raises KitError where that is damaged."""
     path = folder / CHECKSUMS
@@ -24,9 +30,12 @@ def read_facts(folder: Path) -> Facts:
         return {}
     try:
         told = json.loads(path.read_bytes())
-        return {str(name): {key: int(facts[key]) for key in ("bytes", "crc32")} for name, facts in told.items()}
+        found = {str(name): {key: int(facts[key]) for key in ("bytes", "crc32")} for name, facts in told.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KitError(f"{path} is damaged ({error!r}): {REMEDY}") from error
+    for name in found:
+        check_inside(path, name)
+    return found
 
 
 def check_size(path: Path, size: int, facts: Facts) -> None:

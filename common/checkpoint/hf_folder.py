@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.checkpoint.checksums import check_inside
 from common.checkpoint.disk import DiskFile, Writer, ahead
 from common.checkpoint.lazy import LazyTensor, same_bits
 from common.checkpoint.mapping import check_names
@@ -87,9 +88,12 @@ def read_index(path: Path) -> dict[str, str]:
     """Tensor to file, as an index of safetensors tells it."""
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(tensor): str(file) for tensor, file in listed.items()}
+        files = {str(tensor): str(file) for tensor, file in listed.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise KitError(f"{path} is no index of safetensors ({error!r}): copy it again from the model") from error
+    for file in set(files.values()):
+        check_inside(path, file)
+    return files
 
 
 def _open(path: Path) -> tuple[Any, dict[str, tuple[DiskFile, int, int]]]:

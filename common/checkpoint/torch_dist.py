@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 
 from common.checkpoint.archive import MappedFile
-from common.checkpoint.checksums import check_size, check_small_files, read_facts
+from common.checkpoint.checksums import check_inside, check_size, check_small_files, read_facts
 from common.checkpoint.disk import load
 from common.checkpoint.lazy import in_rows, tensor_bytes
 from common.checkpoint.rectangles import Rectangle, fault_of_cover
@@ -58,6 +58,8 @@ class DistReader:
             self.tensors = self._stored_tensors(metadata)
             where = {index.fqn: info for index, info in metadata.storage_data.items() if index.offset is None}
             entries = metadata.state_dict_metadata.items()
+            for info in where.values():
+                check_inside(path / ".metadata", str(info.relative_path))
             self.objects = {key: where[key] for key, entry in entries if isinstance(entry, dcp.BytesStorageMetadata)}
         except KitError:
             raise
@@ -92,6 +94,7 @@ class DistReader:
                 raise KitError(
                     f"{self.path}: .metadata tells no place for {key} at {list(chunk.offsets)}: copy it again"
                 )
+            check_inside(self.path / ".metadata", str(info.relative_path))
             place = (info.relative_path, info.offset, info.length)
             chunks.append(StoredChunk(_tuple(chunk.offsets), _tuple(chunk.sizes), *place))
         return StoredTensor(_tuple(entry.size), entry.properties.dtype, tuple(chunks))
