@@ -20,7 +20,7 @@ from common import errors, log
 from common.checkpoint.arguments import megatron_arguments
 from common.checkpoint.checksums import check_all_files
 from common.checkpoint.dist_share import write_dist
-from common.checkpoint.hf_folder import HfReader, check_weights, parse_size, write_safetensors
+from common.checkpoint.hf_folder import HfReader, check_unquantized, check_weights, parse_size, write_safetensors
 from common.checkpoint.inspection import WRITTEN_BY, inspect_folder
 from common.checkpoint.layout import (
     MODEL_FILE,
@@ -104,6 +104,7 @@ def to_megatron(settings: ToMegatron, check: bool, plan: bool = False) -> None:
     source_folder, target = Path(settings.load_checkpoint_path), Path(settings.save_checkpoint_path)
     check_target(target, source_folder)
     qwen = load_config(source_folder)
+    check_unquantized(source_folder)
     pipeline_layers = parse_pipeline_layers(settings.pipeline_layers)
     layout = Layout(settings.tp, settings.pp, settings.vpp, settings.transformer_impl, pipeline_layers)
     if settings.ckpt_format == "torch_dist":
@@ -186,6 +187,7 @@ def to_hf(settings: ToHuggingFace, check: bool, plan: bool = False) -> None:
     if not settings.hf_model_path and not (checkpoint.folder / "config.json").is_file():
         raise KitError(f"{checkpoint.folder} carries no config.json: set HF_MODEL_PATH to the model it came from")
     qwen = load_config(model_folder)
+    check_unquantized(model_folder)
     reader = open_megatron(checkpoint, qwen, drop_rows=settings.drop_rows)
     dtype = DTYPES[settings.dtype] if settings.dtype else None
     tensors = hf_tensors(reader, qwen, dtype)
@@ -230,6 +232,7 @@ def compare(settings: Verify, check: bool) -> None:
     if settings.report:
         check_report_place(Path(settings.report))
     qwen = load_config(folder)
+    check_unquantized(folder)
     check_weights(HfReader(folder), hf_shapes(qwen), qwen)
     open_megatron(checkpoint, qwen, drop_rows=settings.drop_rows)
     if check:

@@ -114,7 +114,7 @@ def _writer(state: dict[str, Any]) -> str:
 
 def _dist(checkpoint: Checkpoint) -> dict[str, str]:
     stored = DistReader(checkpoint.path).tensors
-    copied, weights, dtypes = _tied_copy(checkpoint.folder), Weights(), []
+    copied, weights, dtypes = _tied_copy(checkpoint), Weights(), []
     for key, tensor in stored.items():
         if is_weight(key):
             numel = torch.Size(tensor.shape).numel()
@@ -138,7 +138,7 @@ def _ranks(checkpoint: Checkpoint) -> dict[str, str]:
     keys = chunk_keys(files[0, 0], checkpoint.path)
     layers = [num_layers(files[pp_rank, 0].get(key, {})) for key in keys for pp_rank in range(pp)]
     named = [(rank, name, value) for rank, state in files.items() for name, value in _tensors(state, keys)]
-    copied, weights = _tied_copy(checkpoint.folder), Weights()
+    copied, weights = _tied_copy(checkpoint), Weights()
     for (_, tp_rank), name, tensor in named:
         weights.num_tensors += 1
         weights.num_bytes += tensor.nbytes
@@ -154,9 +154,13 @@ def _ranks(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _tied_copy(folder: Path) -> tuple[str, ...]:
-    """The output layer of a model whose config.json says that it is the embedding."""
-    tied = (folder / "config.json").is_file() and read_config(folder).get("tie_word_embeddings") is True
+def _tied_copy(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The output layer of a model of which config.json, or Megatron's arguments, say that it is the embedding."""
+    if (checkpoint.folder / "config.json").is_file():
+        tied = read_config(checkpoint.folder).get("tie_word_embeddings") is True
+    else:
+        arguments = common_state(checkpoint).get("args")
+        tied = getattr(arguments, "untie_embeddings_and_output_weights", None) is False
     return (OUTPUT.te,) if tied else ()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint.disk import load
+from common.checkpoint.hf_folder import wrong_shape
 from common.checkpoint.layout import MODEL_FILE, Checkpoint, rank_dir_name
 from common.checkpoint.lazy import in_rows, same_bits
 from common.checkpoint.mapping import (
@@ -79,7 +80,7 @@ class DistWeights:
             if row.stage == "layer" and self._stacked:
                 expected = (qwen.num_hidden_layers, *megatron_shape(row, qwen))
             if shape != expected:
-                raise _wrong_shape(path, key, shape, expected)
+                raise wrong_shape(path, key, shape, expected)
             self._reader.check_cover(key)
             if row.vocabulary:
                 above = Rectangle((qwen.vocab_size, 0), (shape[0] - qwen.vocab_size, shape[1]))
@@ -109,13 +110,6 @@ def _differing_copy(path: Path) -> KitError:
     return KitError(
         f"{path}: config.json ties the embeddings, but {OUTPUT.te} differs from the embedding:"
         " set tie_word_embeddings to false in config.json if the model has both"
-    )
-
-
-def _wrong_shape(path: Path, key: str, shape: Sequence[int], expected: Sequence[int]) -> KitError:
-    return KitError(
-        f"{path}: {key} has shape {list(shape)}, config.json asks for {list(expected)}:"
-        " its config.json belongs to another model"
     )
 
 
@@ -195,7 +189,7 @@ class RankWeights:
                     rows = max(sum(shape[:1]) * self.tp, self._qwen.padded_vocab_size(self.tp))
                     expected = megatron_shape(row, self._qwen, self.tp, rows)
                     if shape != expected:
-                        raise _wrong_shape(self._path, self._places[row.te, layer].name, shape, expected)
+                        raise wrong_shape(self._path, self._places[row.te, layer].name, shape, expected)
 
     def _rows_above(self, row: Row) -> Iterator[Tensor]:
         """The rows of an embedding above vocab_size, in memory, a block at a time."""

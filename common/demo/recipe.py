@@ -192,7 +192,6 @@ class Commands:
             "CONVERT_TYPE": "huggingface-to-megatron",
             "LOAD_CHECKPOINT_PATH": model,
             "SAVE_CHECKPOINT_PATH": self.path("megatron"),
-            "TP": str(self.settings.tp),
         }
         step = self.script("megatron", "2_convert_between_hf_megatron.sh", settings)
         return replace(step, whole=whole_checkpoint)
