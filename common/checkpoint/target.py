@@ -83,14 +83,17 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         with _locked(folder):
             _check_empty(folder)
             _remove(_remains(folder))
-            _write_mark(folder, {})
-            unfinished.mkdir()
             try:
+                _write_mark(folder, {})
+                unfinished.mkdir()
                 write(unfinished)
                 sync_tree(unfinished)
+                files = [path for path in unfinished.rglob("*") if path.is_file()]
+                _write_mark(folder, {str(path.relative_to(unfinished)): _identity(path) for path in files})
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
-                (folder / MARK).unlink(missing_ok=True)
+                for name in (MARK + ".partial", MARK):
+                    (folder / name).unlink(missing_ok=True)
                 raise
             _publish(unfinished, folder)
     except OSError as error:
@@ -178,8 +181,6 @@ def sync_tree(folder: Path) -> None:
 
 
 def _publish(unfinished: Path, folder: Path) -> None:
-    files = [path for path in unfinished.rglob("*") if path.is_file()]
-    _write_mark(folder, {str(path.relative_to(unfinished)): _identity(path) for path in files})
     names = sorted(path.name for path in unfinished.iterdir())
     for name in [name for name in names if name not in LAST]:
         (unfinished / name).replace(folder / name)
