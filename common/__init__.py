@@ -10,6 +10,19 @@ Imports point one way (tests/unit/test_layers.py):
     checkpoint  weights on disk
     model, data what is trained, and on what
     te          what is asked of Transformer Engine
-    settings  log  parallel  platforms  mcore
-    errors
+    settings  log  parallel  platforms  mcore  json_file
+    errors  start
 """
+
+import sys
+
+if sys.hexversion < 0x030A0000:  # what follows is not read by an older one
+    version = ".".join(str(number) for number in sys.version_info[:3])
+    sys.stderr.write("error: " + sys.executable + " is Python " + version + ": set PYTHON to Python 3.10 or later\n")
+    sys.exit(2)
+
+from common import start
+
+sys.excepthook = start.tell_missing_package
+start.use_utf8()
+start.enter_folder()

@@ -42,9 +42,10 @@ from common.checkpoint.torch_format import save_rank_files
 from common.checkpoint.verify import verify
 from common.errors import KitError
 from common.log import logger
-from common.model.config import load_config
+from common.model.config import load_config, read_config
 from common.parallel import parse_pipeline_layers
 from common.settings import add_options, check_environment, from_namespace, option
+from common.start import from_kit
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HF_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
@@ -218,7 +219,7 @@ def to_hf(settings: ToHuggingFace, check: bool, plan: bool = False) -> None:
 
 def set_dtype(path: Path, dtype: str) -> None:
     """Makes config.json tell the dtype of the weights beside it; a file that does so already stays as it is."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_config(path.parent)
     name = "dtype" if "dtype" in values else "torch_dtype"
     if values.get(name) != dtype:
         logger.info("config.json: %s %s -> %s, as the weights are", name, values.get(name), dtype)
@@ -249,7 +250,8 @@ def compare(settings: Verify, check: bool) -> None:
     if settings.logits:  # in a process of its own: this command does without Megatron-Core
         flags = [f"--hf-model-path={folder}", f"--load-checkpoint-path={settings.load_checkpoint_path}"]
         flags += [f"--text={settings.text}"] if settings.text else []
-        done = subprocess.run([sys.executable, "-m", "common.logits", *flags], check=False)
+        with from_kit():
+            done = subprocess.run([sys.executable, "-m", "common.logits", *flags], check=False)
         if done.returncode:
             raise SystemExit(done.returncode)
 

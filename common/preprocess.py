@@ -16,7 +16,7 @@ from common.data.indexed import IndexedReader
 from common.data.job import Job
 from common.data.jobs import HELP_TOKENIZER, PretrainSettings, SftSettings, at_least_one, check_output
 from common.data.jsonl import first_row
-from common.data.legacy import import_legacy
+from common.data.legacy import import_legacy, legacy_tokens, refuse_legacy
 from common.data.manifest import resolve
 from common.data.show import show
 from common.data.tokenizer import load_tokenizer
@@ -60,14 +60,14 @@ class StatsSettings:
 class LegacySettings:
     """The settings of `import-legacy`."""
 
-    input: str = option(help="the old kit's fine-tuning data, without .bin or .idx")
+    input: str = option(help="the old kit's fine-tuning data: its OUTPUT_PREFIX, or the full ..._document prefix")
     output_prefix: str = option(help="writes {OUTPUT_PREFIX}_text_document and _loss_mask_document (.bin/.idx)")
     tokenizer_path: str = option(help="Hugging Face folder with the tokenizer that the data was made with")
 
 
 def check_first_row(job: Job) -> None:
     """Raises KitError when the first row cannot be encoded as `job` asks."""
-    chunk, _, _ = first_row(job.inputs, job.skip_bad_rows)
+    chunk, _, _ = first_row(job.inputs, job.skip_bad_rows, job.max_row_bytes)
     job.encode(chunk)
 
 
@@ -107,8 +107,10 @@ def join_parts(settings: MergeSettings, check: bool) -> None:
 
 def print_documents(settings: ShowSettings, check: bool) -> None:
     """Prints documents, or with `check` only looks whether they can be read."""
+    files = resolve(settings.data)
+    refuse_legacy(files)
     lines = show(
-        resolve(settings.data),
+        files,
         load_tokenizer(Path(settings.tokenizer_path)),
         settings.index,
         at_least_one("COUNT", settings.count),
@@ -127,6 +129,7 @@ def print_documents(settings: ShowSettings, check: bool) -> None:
 def print_stats(settings: StatsSettings, check: bool) -> None:
     """Prints what the data amounts to, or with `check` only looks whether it can be read."""
     files = resolve(settings.data)
+    refuse_legacy(files)
     try:
         seq_lengths = [at_least_one("SEQ_LENGTHS", int(word)) for word in settings.seq_lengths.split(",")]
     except ValueError as error:
@@ -139,7 +142,7 @@ def print_stats(settings: StatsSettings, check: bool) -> None:
         print("ok: the data can be read")
         return
     for line in lines:
-        print(line)
+        print(errors.visible(line))
     if settings.png:
         stats.write_png(IndexedReader(files.tokens).lengths, files.tokens.name, Path(settings.png))
 
@@ -149,7 +152,7 @@ def take_over(settings: LegacySettings, check: bool) -> None:
     check_output(settings.output_prefix)
     tokenizer = load_tokenizer(Path(settings.tokenizer_path))
     if check:
-        print(f"ok: {len(IndexedReader(Path(settings.input)))} rows can be read")
+        print(f"ok: {len(IndexedReader(legacy_tokens(Path(settings.input))))} rows can be read")
         return
     content = import_legacy(Path(settings.input), Path(settings.output_prefix), tokenizer)
     logger.info(

@@ -3,6 +3,7 @@
 # in a few minutes, or with your own model and rows. What is done already is not done again.
 # 在 CPU 上走完全程：从 jsonl 到会回答问题的 Hugging Face 模型。默认用微型 Qwen2.5 和示例数据，几分钟完成；
 # 也可用你自己的模型和数据。已完成的步骤不会重做。
+: "${BASH_VERSION:?this is a bash script, run it so / 请用 bash 运行: bash $0}"
 set -euo pipefail
 VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 

@@ -2,11 +2,12 @@
 # Step 1 on MetaX, pretraining: jsonl text to Megatron's .bin and .idx.
 # 第 1 步（MetaX，预训练）：把 jsonl 文本转换为 Megatron 的 .bin 和 .idx。
 # Not run on hardware / 未在硬件上运行
+: "${BASH_VERSION:?this is a bash script, run it so / 请用 bash 运行: bash $0}"
 set -euo pipefail
 VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Needed / 必填
-: "${INPUT:=}"          # .jsonl, plain, .gz or .zst, or a JSON array; a folder, a glob or a list / 文件、目录、通配符或列表
+: "${INPUT:=}"          # .jsonl, also .gz .zst .bz2 .xz, or a JSON array; a folder, a glob or a list / 文件、目录、通配符或列表
 : "${OUTPUT_PREFIX:=}"  # writes {OUTPUT_PREFIX}_{JSON_KEY}_document.bin and .idx / 输出文件的前缀
 : "${TOKENIZER_PATH:=}" # Hugging Face folder with tokenizer.json / 含 tokenizer.json 的目录
 
@@ -16,6 +17,9 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${EOD_TOKEN:=auto}"      # auto: <|endoftext|>; or a token's text / auto 为 <|endoftext|>，或填写某个 token
 : "${SPECIAL_TOKENS:=text}" # spelled in a document: text, error or parse / 文中的特殊 token：当作文本、报错或解析
 : "${ON_ERROR:=stop}"       # stop at a bad row, or skip: to {OUTPUT_PREFIX}.rejects / 遇坏行停止，或跳过并写入 .rejects
+
+# Memory / 内存
+: "${MAX_ROW_BYTES:=16777216}" # a longer row is a bad row; a byte takes 10 of memory, in tokenizers 330 / 更长的行算坏行
 
 # Work / 运行
 : "${TOKENIZER_ENGINE:=auto}" # auto: gigatoken where it is exact; or gigatoken, tokenizers / 分词引擎

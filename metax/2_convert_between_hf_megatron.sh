@@ -2,6 +2,7 @@
 # Step 2 on MetaX: a Hugging Face model to a Megatron checkpoint, or back to safetensors. Needs no GPU.
 # 第 2 步（MetaX）：Hugging Face 模型与 Megatron 检查点互相转换。不需要 GPU。
 # Not run on hardware / 未在硬件上运行
+: "${BASH_VERSION:?this is a bash script, run it so / 请用 bash 运行: bash $0}"
 set -euo pipefail
 VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Step 2 on NVIDIA: a Hugging Face model to a Megatron checkpoint, or back to safetensors. Needs no GPU.
 # 第 2 步（NVIDIA）：Hugging Face 模型与 Megatron 检查点互相转换。不需要 GPU。
+: "${BASH_VERSION:?this is a bash script, run it so / 请用 bash 运行: bash $0}"
 set -euo pipefail
 VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Step 3 on NVIDIA: train Qwen2.5, or turn a distributed checkpoint into torch format.
 # 第 3 步（NVIDIA）：训练 Qwen2.5，或把分布式检查点转换为 torch 格式。
+: "${BASH_VERSION:?this is a bash script, run it so / 请用 bash 运行: bash $0}"
 set -euo pipefail
 VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 

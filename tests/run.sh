@@ -19,6 +19,8 @@ done
 (($# == 0)) || STAGES=("$@")
 
 bash common/shell/setup_venv.sh requirements/dev.txt || exit
+# The tests of the scripts make locales of other people.
+[[ -d /usr/share/i18n/charmaps ]] || apt-get install -y --no-install-recommends locales || exit
 export PATH="$VENV/bin:$PATH" PYTHON="$VENV/bin/python"
 
 status=0

@@ -1,6 +1,5 @@
 """checksums.json of a torch_dist checkpoint: of each file its size and CRC-32. Older checkpoints have none."""
 
-import json
 import os
 import zlib
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from common.checkpoint.disk import BLOCK_BYTES, DiskFile, ahead, load
 from common.errors import KitError
+from common.json_file import read_json, shown
 
 CHECKSUMS = "checksums.json"
 SMALL_FILES = (".metadata", "common.pt", "metadata.json")
@@ -28,14 +28,13 @@ def read_facts(folder: Path) -> Facts:
     path = folder / CHECKSUMS
     if not path.is_file():
         return {}
-    try:
-        told = json.loads(path.read_bytes())
-        found = {str(name): {key: int(facts[key]) for key in ("bytes", "crc32")} for name, facts in told.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise KitError(f"{path} is damaged ({error!r}): {REMEDY}") from error
-    for name in found:
+    told = read_json(path, REMEDY)
+    for name, facts in told.items():
+        sound = isinstance(facts, dict) and all(type(facts.get(key)) is int for key in ("bytes", "crc32"))
+        if not sound:
+            raise KitError(f"{path} is damaged (of {shown(name)} it tells {shown(facts)}): {REMEDY}")
         check_inside(path, name)
-    return found
+    return told
 
 
 def check_size(path: Path, size: int, facts: Facts) -> None:

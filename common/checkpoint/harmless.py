@@ -5,7 +5,6 @@ each item of the .distcp files (torch.load's `weights_only` is not set for the i
 state, and in old versions for none), of torch format the files of every rank; and the pickles in `_extra_state`.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata
 
 from common.checkpoint.archive_reader import ArchiveReader
 from common.checkpoint.dist_share import BACKEND, COMMON
@@ -22,6 +21,7 @@ from common.checkpoint.layout import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 from common.checkpoint.pickled_tensors import PickledStorage
 from common.checkpoint.torch_dist import load_metadata
 from common.errors import KitError
+from common.json_file import read_json
 
 _THREADS = 8  # what takes time is the waiting for a network's file system
 _SMALL_BYTES = 1024  # the pickle of one tensor has 200
@@ -77,13 +77,10 @@ class _Item:
 
 def _check_backends(path: Path) -> None:
     """Raises KitError for other backends: Megatron-Core takes from here by whose code it reads the folder."""
-    try:
-        told = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise KitError(f"{path} cannot be read ({error}): copy the checkpoint again") from error
+    told = read_json(path, "copy the checkpoint again")
     for name in ("sharded_backend", "common_backend"):
-        known, found = (BACKEND | COMMON)[name], told.get(name) if isinstance(told, dict) else None
-        if found != known:
+        known = (BACKEND | COMMON)[name]
+        if told.get(name) != known:
             raise KitError(
                 f"{path} names another {name} than {known}, which alone is read: convert it where it is read"
             )
@@ -92,19 +89,14 @@ def _check_backends(path: Path) -> None:
 def _items(path: Path, metadata: Metadata) -> dict[str, list[_Item]]:
     """The items of each file of the checkpoint, in the order of their places."""
     files: dict[str, list[_Item]] = {}
-    if not isinstance(metadata.storage_data, dict):
-        raise KitError(f"{path / '.metadata'} does not tell where its tensors are: copy the checkpoint again")
     for index, info in metadata.storage_data.items():
-        told = vars(info) if hasattr(info, "__dict__") else {}
-        file, offset, length = (told.get(name) for name in ("relative_path", "offset", "length"))
-        if type(index) is not MetadataIndex or type(offset) is not int or type(length) is not int:
-            raise KitError(f"{path / '.metadata'} does not tell where each tensor is: copy the checkpoint again")
-        if type(file) is not str or Path(file).name != file or told.get("transform_descriptors"):
+        file = info.relative_path
+        if Path(file).name != file or vars(info).get("transform_descriptors"):
             raise KitError(
-                f"{path / '.metadata'} places {index.fqn} in {str(file)[:200]!r}, which is no plain file of the"
+                f"{path / '.metadata'} places {index.fqn[:200]!r} in {file[:200]!r}, which is no plain file of the"
                 " checkpoint: take it from a source you trust"
             )
-        files.setdefault(file, []).append(_Item(index.fqn, offset, length))
+        files.setdefault(file, []).append(_Item(index.fqn, info.offset, info.length))
     return {file: sorted(items, key=lambda item: item.offset) for file, items in files.items()}
 
 

@@ -19,6 +19,7 @@ from common.checkpoint.disk import DiskFile, Writer, ahead
 from common.checkpoint.lazy import LazyTensor, same_bits
 from common.checkpoint.mapping import EMBEDDING, OUTPUT, check_names, is_skipped
 from common.errors import KitError
+from common.json_file import read_json
 from common.log import logger
 from common.model.config import QwenConfig, read_config
 
@@ -89,14 +90,13 @@ class HfReader:
 
 def read_index(path: Path) -> dict[str, str]:
     """Tensor to file, as an index of safetensors tells it."""
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(tensor): str(file) for tensor, file in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KitError(f"{path} is no index of safetensors ({error!r}): copy it again from the model") from error
-    for file in set(files.values()):
+    remedy = "copy it again from the model"
+    listed = read_json(path, remedy).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise KitError(f"{path} is no index of safetensors, whose weight_map gives each tensor's file: {remedy}")
+    for file in set(listed.values()):
         check_inside(path, file)
-    return files
+    return listed
 
 
 def _open(path: Path) -> tuple[Any, dict[str, tuple[DiskFile, int, int]]]:
@@ -104,8 +104,9 @@ def _open(path: Path) -> tuple[Any, dict[str, tuple[DiskFile, int, int]]]:
     if not path.is_file():
         raise KitError(f"{path} is missing: copy it again from the model")
     try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        with path.open("rb") as stream:  # safetensors takes no name that is not UTF-8
+            file = safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt")
+    except SafetensorError as error:
         raise KitError(f"{path} is no whole safetensors file ({error}): copy it again from the model") from error
     mapped = DiskFile(path)
     (length,) = struct.unpack("<Q", mapped.map[:8])

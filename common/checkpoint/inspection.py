@@ -14,8 +14,10 @@ from common.checkpoint.layout import OPTIMIZER_FILE, RELEASE, Checkpoint, find_c
 from common.checkpoint.mapping import OUTPUT, TABLE, canonical_name, implementation_of, is_skipped, num_layers
 from common.checkpoint.megatron_folder import chunk_keys, generic_name, is_weight, rank_files
 from common.checkpoint.origin import common_state
+from common.checkpoint.stand_ins import is_whole
 from common.checkpoint.torch_dist import DistReader
 from common.errors import KitError
+from common.json_file import shown
 from common.model.config import read_config
 
 WRITTEN_BY = {"written_by": "this kit, step 2"}  # what step 2 leaves in a checkpoint
@@ -105,11 +107,18 @@ def _writer(state: dict[str, Any]) -> str:
     if state.get("run"):
         return "this kit, step 3"
     if state.get("written_by"):
-        return str(state["written_by"])
-    known = ", ".join(f"{name} {arguments[name]}" for name in ARGUMENTS if arguments.get(name) is not None)
+        return _plain(state["written_by"])
+    known = ", ".join(f"{name} {_plain(arguments[name])}" for name in ARGUMENTS if arguments.get(name) is not None)
     if "hf_ckpt_path" in arguments or "target_tensor_model_parallel_size" in arguments:
         return f"the converter of Pai-Megatron-Patch or of the kit before this one ({known})"
     return f"Megatron-LM or the like ({known})" if arguments else "not told: it holds no arguments"
+
+
+def _plain(value: Any) -> str:
+    """A value of the checkpoint in a line of text; of one that may be of any length or depth its kind."""
+    if isinstance(value, (bool, float)) or is_whole(value):
+        return str(value)
+    return shown(value)[1:-1] if isinstance(value, str) else type(value).__name__
 
 
 def _dist(checkpoint: Checkpoint) -> dict[str, str]:

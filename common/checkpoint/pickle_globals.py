@@ -26,6 +26,7 @@ from common.checkpoint.stand_ins import (
     Plain,
     Record,
     inert_class,
+    is_whole,
     named_fields,
     require,
 )
@@ -46,18 +47,26 @@ class NumpyDtype:
         require(state[:2] in ((3, "<"), (3, "|")) and state[2:] == (None, None, None, -1, -1, 0))
 
 
-def is_key(value: Any, depth: int = 3) -> bool:
-    """Whether `value` may be the key of a dict: hashing it runs no code of others, and is quickly done."""
+def is_key(value: Any, size: int = MAX_DIMENSIONS) -> bool:
+    """Whether `value` may be the key of a dict: hashing it runs no code of others, and is quickly done.
+
+    So it is of at most some `size` parts, one in the other or beside it: hashing goes through all of them.
+    """
     kind = type(value)
-    if kind in SCALARS or kind is dcp.MetadataIndex or kind is torch.Size:
+    if kind is int:
+        return is_whole(value)
+    if kind in SCALARS or kind is dcp.MetadataIndex:
         return True
+    if kind is torch.Size:
+        return len(value) <= size
     if kind is tuple or kind is frozenset:
-        return len(value) <= MAX_DIMENSIONS and depth > 0 and all(is_key(one, depth - 1) for one in value)
+        return len(value) <= size and all(is_key(one, size // (len(value) + 1)) for one in value)
     return isinstance(value, Inert) and value.hashable
 
 
 def _elements(values: Any) -> list[Any]:
     require(type(values) in (list, tuple) and all(is_key(value) for value in values))
+    require(len(values) - len(set(map(hash, values))) <= MAX_DIMENSIONS)  # of one hash
     return list(values)
 
 
@@ -77,7 +86,7 @@ def _bytearray(*args: Any) -> bytearray:
 
 
 def _range(*args: Any) -> range:
-    require(all(type(arg) is int for arg in args))
+    require(all(is_whole(arg) for arg in args))
     return range(*args)
 
 
@@ -106,7 +115,7 @@ def _defaultdict(factory: Any) -> collections.defaultdict[Any, Any]:
 
 
 def _size(sizes: Any) -> torch.Size:
-    require(type(sizes) is tuple and len(sizes) <= MAX_DIMENSIONS and all(type(size) is int for size in sizes))
+    require(type(sizes) is tuple and len(sizes) <= MAX_DIMENSIONS and all(is_whole(size) for size in sizes))
     return torch.Size(sizes)
 
 
@@ -126,7 +135,7 @@ def _torch_version(text: Any) -> str:
 
 
 def _memory_format(value: Any) -> Any:
-    require(type(value) is int)
+    require(is_whole(value))
     if hasattr(dcp, "_MEM_FORMAT_ENCODING"):
         return dcp._MEM_FORMAT_ENCODING(value)
     from torch.distributed._shard.sharded_tensor.metadata import MEM_FORMAT_ENCODING  # until torch 2.2
@@ -166,6 +175,7 @@ def _restore_fields(value: Any, state: Any) -> None:
 def _restore_index(value: Any, state: Any) -> None:
     """Of the key of a dict: its fields are hashed."""
     require(type(state) is dict and all(type(one) in _INDEX_FIELDS.get(name, ()) for name, one in state.items()))
+    require(all(is_key(one) for one in state.values()))
     value.__dict__.update(state)
 
 

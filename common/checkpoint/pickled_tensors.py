@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from common.checkpoint.stand_ins import SCALARS, Global, require
+from common.checkpoint.stand_ins import SCALARS, Global, is_count, require
 
 _STORAGE_DTYPES = torch.storage._storage_type_to_dtype_map()
 STORAGES = ("UntypedStorage", *_STORAGE_DTYPES)
@@ -47,7 +47,7 @@ def storage_of(pid: Any, *, parts: int) -> PickledStorage:
     kind, key, location, count = pid[1:5]
     require(type(kind) is Global and kind.name in STORAGES and type(key) is str)
     require(type(location) is str and _LOCATION.fullmatch(location) is not None)
-    require(type(count) is int and count >= 0)
+    require(is_count(count))
     dtype = _STORAGE_DTYPES.get(kind.name, torch.uint8)
     return PickledStorage(key, dtype, count * dtype.itemsize)
 
@@ -57,7 +57,7 @@ def _check(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any
     require(type(storage) is PickledStorage and type(dtype) is torch.dtype and type(requires_grad) is bool)
     require(type(size) in (tuple, torch.Size) and type(stride) in (tuple, torch.Size) and len(size) == len(stride))
     require(len(size) <= MAX_DIMENSIONS)
-    require(all(type(number) is int and number >= 0 for number in (offset, *size, *stride)))
+    require(all(is_count(number) for number in (offset, *size, *stride)))
     require(hooks is None or type(hooks) is collections.OrderedDict and not hooks)
     numel = math.prod(size)
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) if numel else -1
@@ -112,6 +112,7 @@ def rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
 
 def _check_attributes(state: Any) -> None:
     """Raises ValueError unless the attributes that a tensor would be given are scalars under names of their own."""
+    require(type(state) is not tuple or len(state) == 2)
     for part in state if type(state) is tuple else (state,):
         require(part is None or type(part) is dict)
         for name, one in (part or {}).items():

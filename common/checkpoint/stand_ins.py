@@ -118,6 +118,16 @@ class Buffer(Record):
         self.state = state
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number of 64 bits: what is reckoned with a longer one takes as long as the file likes."""
+    return type(value) is int and -(1 << 63) <= value < 1 << 63
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is one that counts."""
+    return is_whole(value) and value >= 0
+
+
 def require(condition: bool) -> None:
     """Raises ValueError unless `condition` holds."""
     if not condition:

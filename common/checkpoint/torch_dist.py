@@ -22,6 +22,7 @@ from common.checkpoint.archive import MappedFile
 from common.checkpoint.checksums import check_inside, check_size, check_small_files, read_facts
 from common.checkpoint.disk import load
 from common.checkpoint.lazy import in_rows, tensor_bytes
+from common.checkpoint.metadata_types import fault_of_types
 from common.checkpoint.rectangles import Rectangle, fault_of_cover
 from common.checkpoint.unpickle import RestrictedUnpickler
 from common.errors import KitError
@@ -204,4 +205,6 @@ def load_metadata(path: Path, *, foreign: bool = False) -> dcp.Metadata:
             gc.enable()
     if not isinstance(metadata, dcp.Metadata) or getattr(metadata, "storage_data", None) is None:
         raise KitError(f"{path} holds no metadata of torch.distributed.checkpoint: the checkpoint is not whole")
+    if fault := fault_of_types(metadata):
+        raise KitError(f"{path} {fault}: copy the checkpoint again")
     return metadata

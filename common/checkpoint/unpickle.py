@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy
 
 from common.checkpoint.pickle_globals import RESTORE, find_global, is_key
-from common.checkpoint.stand_ins import SCALARS, Global, Inert
+from common.checkpoint.stand_ins import Global, Inert
 from common.errors import KitError
 
 _AS_THEY_ARE = [opcode[0] for opcode in (
@@ -25,12 +25,15 @@ _AS_THEY_ARE = [opcode[0] for opcode in (
     pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8,
     pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8,
     pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.TUPLE,
-    pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.GLOBAL, pickle.STACK_GLOBAL,
+    pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.GLOBAL, pickle.STACK_GLOBAL,
     pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.MEMOIZE, pickle.BINPERSID,
 )]  # fmt: skip
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 _SIZED = frozenset({str, bytes, list, tuple, dict})
 _COPIES = 8  # of each byte: the pickler has those of an array copied twice, from text of up to two bytes for each
+_WEIGHT, _SET_BYTES, _CLASS_BYTES = 64, 256, 2048  # of memory: of a byte of the file, of an empty set, of a class
+_SMALL_BYTES = 1 << 16
+_SAME_HASHES = 1000  # keys of one hash are compared one by one, and all but those of text can be chosen
 _WITHOUT = ", or convert it by step 2 to Hugging Face and back, which does without"
 _python_unpickler: Any = pickle._Unpickler
 
@@ -46,6 +49,12 @@ def _name(value: Any) -> str:
         return f"{value.module}.{value.name}"
     kind = value if isinstance(value, type) else type(value)
     return f"{kind.__module__}.{kind.__name__}"
+
+
+def _readable(text: str) -> str:
+    """`text` without what a terminal obeys, and not longer than a line or two."""
+    shown = "".join(one if one.isprintable() else repr(one)[1:-1] for one in text[:300])
+    return shown + ("..." if len(text) > 300 else "")
 
 
 def _left_out(name: str) -> Callable[[Any], None]:
@@ -71,6 +80,9 @@ class RestrictedUnpickler(_python_unpickler):
         self.stream, self.source, self.foreign = stream, source, foreign
         self.size = len(stream.getbuffer())
         self.left = _COPIES * self.size  # bytes and elements that calls may copy
+        self.free = _WEIGHT * self.size + _SMALL_BYTES  # of memory, for what takes far more than its opcodes
+        self.hashes: dict[int, set[int]] = {}  # of the keys of each dict and set, by its id
+        self.same_hashes = 0
 
     def load(self) -> Any:
         """The object; raises KitError for what is not allowed, and anything else where it is damaged."""
@@ -105,8 +117,8 @@ class RestrictedUnpickler(_python_unpickler):
     def refuse(self, what: str, way_out: str = "") -> NoReturn:
         """Raises KitError: the source does `what`."""
         raise KitError(
-            f"{self.source} {what}, which loading weights does not need and which could run code: it was not loaded;"
-            f" take the file from a source you trust{way_out}"
+            f"{self.source} {_readable(what)}, which loading weights does not need and which could run code: it was not"
+            f" loaded; take the file from a source you trust{way_out}"
         )
 
     def find_class(self, module: str, name: str) -> Any:
@@ -115,6 +127,8 @@ class RestrictedUnpickler(_python_unpickler):
         if found is None:
             known = find_global(module, name, foreign=True) is not None
             self.refuse(f"asks for {module}.{name}", _WITHOUT if known else "")
+        if self.foreign and isinstance(found, type):
+            self._weigh(_CLASS_BYTES)
         return found
 
     def persistent_load(self, pid: Any) -> Any:
@@ -126,6 +140,20 @@ class RestrictedUnpickler(_python_unpickler):
         self.left -= size
         if self.left < 0:
             self.refuse("copies what it holds again and again")
+
+    def _weigh(self, size: int) -> None:
+        """Counts memory."""
+        self.free -= size
+        if self.free < 0:
+            self.refuse("makes sets or classes without end")
+
+    def _check_keys(self, keys: list[Any], hashes: set[int]) -> None:
+        """Counts keys of one hash, beside `hashes` of a dict or set: some megabytes can have it search for hours."""
+        before = len(hashes)
+        hashes.update(map(hash, keys))
+        self.same_hashes += before + len(keys) - len(hashes)
+        if self.same_hashes > _SAME_HASHES:
+            self.refuse("has keys of one hash, or one key again and again")
 
     def _make(self, called: Any, args: Any, *, new: bool) -> Any:
         name = _name(called)
@@ -182,11 +210,15 @@ class RestrictedUnpickler(_python_unpickler):
         target = self.stack[-1]
         if type(target) not in _DICTS or len(items) % 2:
             self.refuse(f"sets entries of {type(target).__name__}")
-        for i in range(0, len(items), 2):
-            key = items[i]
-            if type(key) not in SCALARS and not is_key(key):
+        keys = items[::2]
+        for key in keys:
+            if type(key) is not str and not is_key(key):
                 self.refuse(f"has {type(key).__name__} as a key")
-            target[key] = items[i + 1]
+        hashed = [key for key in keys if type(key) is not str]
+        if hashed:
+            self._check_keys(hashed, self.hashes.setdefault(id(target), set()))
+        for key, value in zip(keys, items[1::2], strict=True):
+            target[key] = value
 
     def load_append(self) -> None:
         """One element of a list."""
@@ -201,18 +233,26 @@ class RestrictedUnpickler(_python_unpickler):
             self.refuse(f"appends to {type(self.stack[-1]).__name__}")
         self.stack[-1].extend(items)
 
+    def load_empty_set(self) -> None:
+        """A set."""
+        self._weigh(_SET_BYTES)
+        self.append(set())
+
     def load_additems(self) -> None:
         """Elements of a set."""
-        items = self.pop_mark()
-        if type(self.stack[-1]) is not set or not all(is_key(item) for item in items):
-            self.refuse(f"adds to {type(self.stack[-1]).__name__} what is no plain value")
-        self.stack[-1].update(items)
+        items, target = self.pop_mark(), self.stack[-1]
+        if type(target) is not set or not all(is_key(item) for item in items):
+            self.refuse(f"adds to {type(target).__name__} what is no plain value")
+        self._check_keys(items, self.hashes.setdefault(id(target), set()))
+        target.update(items)
 
     def load_frozenset(self) -> None:
         """A frozenset."""
         items = self.pop_mark()
         if not all(is_key(item) for item in items):
             self.refuse("has a frozenset of what is no plain value")
+        self._weigh(_SET_BYTES)
+        self._check_keys(items, set())
         self.append(frozenset(items))
 
     def load_long_binput(self) -> None:
@@ -227,6 +267,7 @@ class RestrictedUnpickler(_python_unpickler):
     dispatch.update({
         pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_newobj, pickle.BUILD[0]: load_build,
         pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.APPEND[0]: load_append,
-        pickle.APPENDS[0]: load_appends, pickle.ADDITEMS[0]: load_additems, pickle.FROZENSET[0]: load_frozenset,
+        pickle.APPENDS[0]: load_appends, pickle.EMPTY_SET[0]: load_empty_set,
+        pickle.ADDITEMS[0]: load_additems, pickle.FROZENSET[0]: load_frozenset,
         pickle.LONG_BINPUT[0]: load_long_binput, pickle.FRAME[0]: load_frame,
     })  # fmt: skip

@@ -112,7 +112,7 @@ def locked(folder: Path, part: int | None) -> Iterator[None]:
 
 def _run(job: Job, started: float) -> dict[str, Any] | None:
     before = [path.stat() for path in job.inputs]
-    spans = cut(job.inputs, job.partitions)
+    spans = cut(job.inputs, job.partitions, job.max_row_bytes)
     numbers = range(job.partitions) if job.partition_index is None else [job.partition_index]
     total = sum(span.size for number in numbers for span in spans[number])
     chunk_bytes = min(MAX_CHUNK_BYTES, max(MIN_CHUNK_BYTES, total // (job.workers * 8)))

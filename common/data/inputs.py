@@ -4,15 +4,13 @@ import glob
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
-from common.data.files import ENDINGS, decompressed, layout_of
-from common.data.json_array import ArrayError, elements
+from common.data.files import ENDINGS, KINDS_OF_FILES, decompressed, layout_of, readable
+from common.data.json_array import ArrayError
+from common.data.reading import MAX_ROW_BYTES, NEWLINE, element_blocks, line_blocks, pass_line, read_span
 from common.errors import KitError
-
-KINDS_OF_FILES = ".jsonl, plain, .gz or .zst, or a JSON array"
 
 
 @dataclass(frozen=True)
@@ -22,6 +20,7 @@ class Span:
     path: Path
     start: int
     end: int | None
+    max_row_bytes: int = MAX_ROW_BYTES
 
     @property
     def size(self) -> int:
@@ -34,6 +33,7 @@ class Chunk:
     """Whole rows of a file, a line each, as bytes; `start` counts uncompressed bytes, `size` those on the disk.
 
     first_element: the number of the first row in a file that is one JSON array; there `start` is not known.
+    cut: the length in bytes of the last row where it is over max_row_bytes and `data` has its beginning alone, else 0.
     """
 
     path: Path
@@ -41,6 +41,8 @@ class Chunk:
     data: bytes
     size: int
     first_element: int | None = None
+    max_row_bytes: int = MAX_ROW_BYTES
+    cut: int = 0
 
     def error(self, offset: int, cause: object) -> KitError:
         """The KitError for the row at `offset` of this chunk: file, line and cause."""
@@ -53,7 +55,6 @@ class Chunk:
         return f"line {Lines(self.path).number_at(self.start + offset)}"
 
 
-NEWLINE = b"\n"
 Task = Span | Chunk
 
 
@@ -93,7 +94,7 @@ def _files_of(word: str) -> list[Path]:
         if path.is_dir():
             inside = sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS))
             if not inside:
-                raise KitError(f"INPUT: the folder {path} holds no .jsonl, .jsonl.gz or .jsonl.zst file")
+                raise KitError(f"INPUT: the folder {path} holds no {' or '.join(ENDINGS)} file")
             files += inside
         else:
             files.append(path)
@@ -109,7 +110,7 @@ def _check_readable(path: Path) -> None:
         raise KitError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def cut(files: list[Path], parts: int) -> list[list[Span]]:
+def cut(files: list[Path], parts: int, max_row_bytes: int = MAX_ROW_BYTES) -> list[list[Span]]:
     """`parts` lists of spans that together are all files in order, about equal in bytes; some files are not cut."""
     sizes = [file.stat().st_size for file in files]
     bounds = [sum(sizes) * i // parts for i in range(parts + 1)]
@@ -123,11 +124,11 @@ def cut(files: list[Path], parts: int) -> list[list[Span]]:
                 continue
             if whole:
                 if low <= 0:
-                    spans[part].append(Span(file, 0, None))
+                    spans[part].append(Span(file, 0, None, max_row_bytes))
                 continue
             start, end = (line_start(file, min(max(bound, 0), size)) for bound in (low, high))
             if start < end:
-                spans[part].append(Span(file, start, end))
+                spans[part].append(Span(file, start, end, max_row_bytes))
         before += size
     return spans
 
@@ -138,7 +139,7 @@ def line_start(path: Path, offset: int) -> int:
         return 0
     with path.open("rb") as stream:
         stream.seek(offset - 1)
-        stream.readline()
+        pass_line(stream)
         return stream.tell()
 
 
@@ -150,7 +151,7 @@ def tasks(span: Span, size: int) -> Iterator[Task]:
     start = span.start
     while start < span.end:
         end = span.end if span.end - start <= size else min(span.end, line_start(span.path, start + size))
-        yield Span(span.path, start, end)
+        yield replace(span, start=start, end=end)
         start = end
 
 
@@ -158,18 +159,12 @@ def load(task: Task) -> Chunk:
     """The rows of `task`; raises KitError when the file cannot be read, or is shorter than it was."""
     if isinstance(task, Chunk):
         return task
-    assert task.end is not None
-    try:
-        with task.path.open("rb", buffering=0) as stream:
-            stream.seek(task.start)
-            data = stream.read(task.size)
-            while len(data) < task.size and (more := stream.read(task.size - len(data))):
-                data += more
-    except OSError as error:
-        raise KitError(f"{task.path} cannot be read: {error}") from error
-    if len(data) < task.size:
+    with readable(task.path), task.path.open("rb", buffering=0) as stream:
+        stream.seek(task.start)
+        block = read_span(stream, task.size, task.max_row_bytes)
+    if block.size < task.size:
         raise KitError(f"{task.path} was changed while it was read: run the same command again")
-    return Chunk(task.path, task.start, data, task.size)
+    return Chunk(task.path, task.start, block.rows, task.size, max_row_bytes=task.max_row_bytes, cut=block.cut)
 
 
 def read_chunks(span: Span, size: int) -> Iterator[Chunk]:
@@ -178,39 +173,16 @@ def read_chunks(span: Span, size: int) -> Iterator[Chunk]:
         yield from map(load, tasks(span, size))
         return
     layout = layout_of(span.path)
+    at = disk = rows = 0
     try:
-        with span.path.open("rb") as raw:
-            stream = decompressed(raw, layout.compression)
-            blocks = _elements(stream, size) if layout.array else _lines(stream, size)
-            at = disk = rows = 0
-            for data in blocks:
-                now = raw.tell()
-                yield Chunk(span.path, at, data, now - disk, rows + 1 if layout.array else None)
-                at, disk, rows = at + len(data), now, rows + (data.count(NEWLINE) if layout.array else 0)
+        with readable(span.path), span.path.open("rb") as raw:
+            blocks = element_blocks if layout.array else line_blocks
+            for block in blocks(decompressed(raw, layout.compression), size, span.max_row_bytes):
+                now, first = raw.tell(), rows + 1 if layout.array else None
+                yield Chunk(span.path, at, block.rows, now - disk, first, span.max_row_bytes, block.cut)
+                at, disk, rows = at + block.size, now, rows + (block.rows.count(NEWLINE) if layout.array else 0)
     except ArrayError as error:
         raise KitError(f"{span.path} is one JSON array, but {error}") from error
-    except (OSError, EOFError) as error:
-        raise KitError(f"{span.path} cannot be read: {error}") from error
-
-
-def _lines(stream: BinaryIO, size: int) -> Iterator[bytes]:
-    while data := stream.read(size):
-        if not data.endswith(NEWLINE):
-            data += stream.readline()
-        yield data
-
-
-def _elements(stream: BinaryIO, size: int) -> Iterator[bytes]:
-    lines, length = [], 0
-    for element in elements(stream):
-        # A lone surrogate cannot be there: the text was decoded from UTF-8.
-        lines.append(element.encode() + NEWLINE)
-        length += len(lines[-1])
-        if length >= size:
-            yield b"".join(lines)
-            lines, length = [], 0
-    if lines:
-        yield b"".join(lines)
 
 
 class Lines:

@@ -17,6 +17,7 @@ from common.data.encoded import BAD_ROWS
 from common.data.fingerprint import Fingerprints
 from common.data.indexed import IndexedReader, IndexedWriter
 from common.data.inputs import Span, Task, tasks
+from common.data.reading import MAX_ROW_BYTES
 from common.data.rejects import RejectsWriter
 from common.data.workers import Encoder, Workers
 from common.errors import KitError
@@ -44,6 +45,7 @@ class Job:
     partitions: int
     partition_index: int | None = None
     skip_bad_rows: bool = False
+    max_row_bytes: int = MAX_ROW_BYTES
 
     def final(self, stream: str) -> Path:
         """The prefix of the finished files of `stream`."""

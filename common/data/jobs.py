@@ -9,6 +9,7 @@ from typing import Any
 
 from common.data import engines
 from common.data.chat import ChatTemplate
+from common.data.files import KINDS_OF_FILES
 from common.data.ids import tell_smaller_model
 from common.data.indexed import bin_path, idx_path, token_dtype
 from common.data.inputs import cut, find_inputs
@@ -16,6 +17,7 @@ from common.data.job import Job
 from common.data.jsonl import BadRowError, BadRows, first_rows, one_row
 from common.data.manifest import manifest_path
 from common.data.pretrain import SPECIAL_TOKENS, PretrainEncoder
+from common.data.reading import MAX_ROW_BYTES
 from common.data.rejects import rejects_path
 from common.data.rows import FORMATS, format_of, is_weighted
 from common.data.sft import SftEncoder, sample_pieces
@@ -26,13 +28,14 @@ from common.log import logger
 from common.settings import option
 
 FIRST_ROWS = 200
-HELP_INPUT = (
-    "a .jsonl, .jsonl.gz or .jsonl.zst file, or one JSON array; a folder or a glob of them, or several of these"
-)
+HELP_INPUT = f"a file ({KINDS_OF_FILES}); a folder or a glob of them, or several of these"
 HELP_TOKENIZER = "Hugging Face folder with tokenizer.json"
 HELP_EOD = "auto: <|endoftext|>, or the tokenizer's own end of text; else a token's text"
 HELP_ENGINE = "auto: gigatoken where it gives the same ids; or gigatoken, or tokenizers"
 HELP_ERROR = "stop at the first bad row, or skip: write bad rows to {OUTPUT_PREFIX}.rejects and count them"
+HELP_ROW = (
+    "a row of more bytes is a bad row; a byte of text takes some 10 bytes of memory in gigatoken, 330 in tokenizers"
+)
 HELP_WORKERS = "processes; default: one a core"
 HELP_PARTITIONS = "parts that are written apart, then joined; a run taken up again keeps finished ones"
 HELP_INDEX = "write this part alone, from 0; when all are there: python -m common.preprocess merge"
@@ -50,6 +53,7 @@ class PretrainSettings:
     eod_token: str = option("auto", HELP_EOD)
     special_tokens: str = option("text", "special tokens spelled in a document: text, error or parse", SPECIAL_TOKENS)
     on_error: str = option("stop", HELP_ERROR, ("stop", "skip"))
+    max_row_bytes: int = option(MAX_ROW_BYTES, HELP_ROW)
     tokenizer_engine: str = option("auto", HELP_ENGINE, engines.ENGINES)
     workers: int | None = option(None, HELP_WORKERS)
     partitions: int = option(1, HELP_PARTITIONS)
@@ -59,10 +63,11 @@ class PretrainSettings:
         """What is to be done; raises KitError for all that can be known to be wrong beforehand."""
         check_output(self.output_prefix)
         check_partitions(self.partitions, self.partition_index)
+        at_least_one("MAX_ROW_BYTES", self.max_row_bytes)
         tokenizer = load_tokenizer(Path(self.tokenizer_path))
         eod = chosen_eod(tokenizer, self.append_eod, self.eod_token)
         inputs = find_inputs(self.input)
-        sample = engines.sample_texts(cut(inputs, 1)[0], self.json_key)
+        sample = engines.sample_texts(cut(inputs, 1, self.max_row_bytes)[0], self.json_key)
         engines.choose(tokenizer, self.tokenizer_engine, self.special_tokens == "parse", sample)
         skip = self.on_error == "skip"
         job = Job(
@@ -77,12 +82,14 @@ class PretrainSettings:
                     "json_key": self.json_key,
                     "append_eod": self.append_eod,
                     "special_tokens": self.special_tokens,
+                    **row_limit(self.max_row_bytes, skip),
                 },
             },
             workers=count_workers(self.workers),
             partitions=self.partitions,
             partition_index=self.partition_index,
             skip_bad_rows=skip,
+            max_row_bytes=self.max_row_bytes,
         )
         return check_apart(job)
 
@@ -105,6 +112,7 @@ class SftSettings:
     append_eod: bool = option(False, "end each conversation with EOD_TOKEN, which is not learned")
     eod_token: str = option("auto", HELP_EOD)
     on_error: str = option("stop", HELP_ERROR, ("stop", "skip"))
+    max_row_bytes: int = option(MAX_ROW_BYTES, HELP_ROW)
     tokenizer_engine: str = option("auto", HELP_ENGINE, engines.ENGINES)
     workers: int | None = option(None, HELP_WORKERS)
     partitions: int = option(1, HELP_PARTITIONS)
@@ -114,6 +122,7 @@ class SftSettings:
         """What is to be done; raises KitError for all that can be known to be wrong beforehand."""
         check_output(self.output_prefix)
         check_partitions(self.partitions, self.partition_index)
+        at_least_one("MAX_ROW_BYTES", self.max_row_bytes)
         if self.seq_length is not None:
             at_least_one("SEQ_LENGTH", self.seq_length)
         tokenizer = load_tokenizer(Path(self.tokenizer_path))
@@ -143,22 +152,24 @@ class SftSettings:
                     "loss_turns": self.loss_turns,
                     "loss_weights": encoder.weighted,
                     "append_eod": self.append_eod,
+                    **row_limit(self.max_row_bytes, encoder.skip_bad_rows),
                 },
             },
             workers=count_workers(self.workers),
             partitions=self.partitions,
             partition_index=self.partition_index,
             skip_bad_rows=encoder.skip_bad_rows,
+            max_row_bytes=self.max_row_bytes,
         )
         return check_apart(job)
 
     def _encoder(self, tokenizer: TextTokenizer, eod: EndToken | None, inputs: list[Path]) -> SftEncoder:
         """The encoder, by what the first rows tell; `tokenizer` has its engine then."""
         skip = self.on_error == "skip"
-        kind = detect_format(inputs, skip) if self.format == "auto" else self.format
+        kind = detect_format(inputs, skip, self.max_row_bytes) if self.format == "auto" else self.format
         rows = [
             (f"a turn of {chunk.path} at byte {chunk.start + at}", row)
-            for chunk, at, row in islice(first_rows(inputs, skip=True), FIRST_ROWS)
+            for chunk, at, row in islice(first_rows(inputs, True, self.max_row_bytes), FIRST_ROWS)
         ]
         encoder = SftEncoder(
             tokenizer,
@@ -184,6 +195,14 @@ def has_weights(encoder: SftEncoder, row: dict[str, Any]) -> bool:
     with suppress(BadRowError), one_row():
         return is_weighted(encoder.conversation(row))
     return False
+
+
+def row_limit(max_row_bytes: int, skip: bool) -> dict[str, int]:
+    """What the manifest says of MAX_ROW_BYTES: only where rows may have been left out by a limit of the user's.
+
+    So a run that a long row stopped goes on with what it had written when the limit is set higher.
+    """
+    return {"max_row_bytes": max_row_bytes} if skip and max_row_bytes != MAX_ROW_BYTES else {}
 
 
 def check_partitions(partitions: int, index: int | None) -> None:
@@ -245,9 +264,9 @@ def describe_tokenizer(tokenizer: TextTokenizer, eod: EndToken | None) -> dict[s
     }
 
 
-def detect_format(inputs: list[Path], skip: bool = False) -> str:
+def detect_format(inputs: list[Path], skip: bool = False, max_row_bytes: int = MAX_ROW_BYTES) -> str:
     """The format of the first row, with `skip` of the first good one, said in the log; raises KitError without any."""
-    for chunk, offset, row in first_rows(inputs, skip):
+    for chunk, offset, row in first_rows(inputs, skip, max_row_bytes):
         with BadRows(chunk, skip).row(offset):
             kind = format_of(row)
             logger.info("rows are of format %s, as the first of %s", kind, chunk.path)

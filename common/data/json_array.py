@@ -1,131 +1,214 @@
-"""One JSON array as rows: its elements one by one, in memory that does not grow with the file."""
+"""One JSON array as rows: its elements one by one, in memory that grows with neither the file nor an element."""
 
-import codecs
 import json
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-BLOCK = 1 << 20
-_SPACE = re.compile(r"[ \t\r\n]*")
-_NUMBER = re.compile(r"[-+.eE0-9]+\Z")
-_DECODER = json.JSONDecoder()
+from common.data.files import BOM
+
+try:
+    import orjson
+except ModuleNotFoundError:  # the same elements come out, slower
+    orjson = None  # type: ignore[assignment]
+
+BLOCK, MAX_BLOCK = 1 << 20, 4 << 20
+KEPT_BYTES = 1 << 10  # of a row that is too long
+_SPACE = re.compile(rb"[ \t\r\n]*")
+_STRUCTURE = re.compile(rb'["{}\[\]]')
+_SCALAR_END = re.compile(rb"[ \t\r\n,\]}]")
 
 
 class ArrayError(Exception):
     """What is wrong with the array, at which element."""
 
 
-def elements(stream: BinaryIO) -> Iterator[str]:
-    """Each element of the array in `stream` as its JSON text on one line; raises ArrayError.
+class Element(NamedTuple):
+    """An element's JSON text on one line, and its length in bytes; of one that is too long only the beginning."""
 
-    A newline within an element is space between its tokens, since JSON strings hold none.
+    text: bytes
+    length: int
+
+
+def elements(stream: BinaryIO, max_bytes: int) -> Iterator[Element]:
+    """The elements of the array in `stream`; raises ArrayError where its structure is broken.
+
+    What is wrong within an element is left to whoever parses it, as long as it is clear where the element ends. A
+    newline within an element is space between its tokens, since JSON strings hold none.
     """
     text = _Text(stream)
     text.skip()
-    text.take("[")
+    text.take(b"[")
     number = 1
     while True:
         text.skip()
-        if text.peek() == "]" and number == 1:
+        if text.peek() == b"]" and number == 1:
             break
-        yield text.element(number).replace("\r", " ").replace("\n", " ")
+        yield text.element(number, max_bytes)
         text.skip()
-        if text.peek() == "]":
+        if text.peek() == b"]":
             break
-        if text.peek() != ",":
+        if text.peek() != b",":
             raise ArrayError(f"after element {number} stands {text.shown()}, not a comma or the array's end")
-        text.take(",")
+        text.take(b",")
         text.skip()
-        if text.peek() == "]":
+        if text.peek() == b"]":
             raise ArrayError(f"a comma follows the last element, number {number}: remove the comma")
         number += 1
-    text.take("]")
+    text.take(b"]")
     text.skip()
     if text.peek():
         raise ArrayError(f"after the array's end stands {text.shown()}: a file is one array, or one row a line")
 
 
 class _Text:
-    """The text of a stream, of which only what is being read is kept."""
+    """The bytes of a stream, of which only what is being read is kept."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._text, self._at, self._bytes, self._ended = "", 0, 0, False
-
-    def _more(self, size: int = 0) -> bool:
-        """Reads on; whether there was more."""
-        if self._ended:
-            return False
-        block = self._stream.read(size or BLOCK)
-        self._ended = not block
-        try:
-            new = self._decoder.decode(block, self._ended)
-        except UnicodeDecodeError as error:
-            where = self._bytes + len(block) - (len(error.object) - error.start)
-            raise ArrayError(
-                f"byte {error.object[error.start]:#04x} at offset {where} is not UTF-8: convert the file to UTF-8"
-            ) from None
-        self._bytes += len(block)
-        self._text, self._at = self._text[self._at :] + new, 0
-        return not self._ended
-
-    def peek(self) -> str:
-        """The next character, "" at the end."""
-        while self._at == len(self._text) and self._more():
+        self._data, self._at, self._size = b"", 0, BLOCK
+        self._more()
+        while BOM.startswith(self._data[: len(BOM)]) and len(self._data) < len(BOM) and self._more():
             pass
-        return self._text[self._at : self._at + 1]
+        self._data = self._data.removeprefix(BOM)
+
+    def _more(self) -> bool:
+        """Reads on; whether there was more. A long element is read in ever larger pieces, so that few are joined."""
+        block = self._stream.read(self._size)
+        self._data, self._at = self._data[self._at :] + block, 0
+        return bool(block)
+
+    def peek(self) -> bytes:
+        """The next byte, none at the end."""
+        while self._at == len(self._data) and self._more():
+            pass
+        return self._data[self._at : self._at + 1]
 
     def skip(self) -> None:
         """Passes over space."""
         while self.peek():
-            found = _SPACE.match(self._text, self._at)
+            found = _SPACE.match(self._data, self._at)
             assert found
             self._at = found.end()
-            if self._at < len(self._text):
+            if self._at < len(self._data):
                 return
 
-    def take(self, character: str) -> None:
-        """Passes over `character`, which is next."""
-        assert self.peek() == character
+    def take(self, byte: bytes) -> None:
+        """Passes over `byte`, which is next."""
+        assert self.peek() == byte
         self._at += 1
 
     def shown(self) -> str:
         """The beginning of what is next, for a message."""
-        return repr(self._text[self._at : self._at + 40]) if self.peek() else "the end of the file"
-
-    def element(self, number: int) -> str:
-        """Passes over the JSON value that is next; returns its text."""
-        size = BLOCK
-        while True:
-            failure = None
-            try:
-                _, end = _DECODER.raw_decode(self._text, self._at)
-                if self._ended or not self._may_go_on(end):
-                    break
-            except RecursionError:
-                raise ArrayError(f"element {number} is nested too deeply") from None
-            except json.JSONDecodeError as error:
-                failure = error
-                if self._is_final(error):
-                    raise ArrayError(self._told(number, error)) from None
-            if not self._more(size) and failure is not None:
-                raise ArrayError(self._told(number, failure)) from None
-            size *= 2  # a long element is tried again a few times, not once a block
-        start, self._at = self._at, end
-        return self._text[start:end]
-
-    def _may_go_on(self, end: int) -> bool:
-        """Whether the value that ends at `end` may be the beginning of a longer one: a number at the text's end."""
-        return end == len(self._text) or (
-            self._text[self._at] in "-0123456789" and _NUMBER.match(self._text, end) is not None
+        return (
+            repr(self._data[self._at : self._at + 40].decode(errors="replace"))
+            if self.peek()
+            else "the end of the file"
         )
 
-    def _is_final(self, error: json.JSONDecodeError) -> bool:
-        """Whether no further text can mend `error`: it is not at the text's end, where a word may be cut in two."""
-        return not error.msg.startswith("Unterminated string") and error.pos < len(self._text) - 16
+    def element(self, number: int, max_bytes: int) -> Element:
+        """Passes over the value that is next."""
+        self._size, walk = BLOCK, _Walk()
+        head, left_out = b"", 0
+        while (end := walk.end(self._data, self._at)) is None:
+            if len(self._data) - self._at > max_bytes:
+                head = head or self._data[self._at : self._at + KEPT_BYTES]
+                kept = walk.forget(self._data)
+                left_out += len(self._data) - self._at - len(kept)
+                self._data, self._at = kept, 0
+            elif not head:
+                self._size = min(2 * self._size, MAX_BLOCK)
+            if not self._more():
+                end = self._at_end(number, walk, bool(head))
+                break
+        text, self._at, self._size = self._data[self._at : end], end, BLOCK
+        length = left_out + len(text)
+        if length > max_bytes:
+            return Element(_on_one_line((head or text)[:KEPT_BYTES]), length)
+        _check(number, text)
+        return Element(_on_one_line(text), length)
 
-    def _told(self, number: int, error: json.JSONDecodeError) -> str:
-        near = self._text[max(self._at, error.pos - 30) : error.pos + 30]
-        return f"element {number} is no JSON ({error.msg} at {near!r})"
+    def _at_end(self, number: int, walk: "_Walk", cut: bool) -> int:
+        """Where a value ends that nothing follows; raises ArrayError where it is none."""
+        if walk.scalar and not cut:
+            return len(self._data)
+        if not cut:
+            _check(number, self._data[self._at :])
+        raise ArrayError(f"element {number} is no JSON: the file ends within it")
+
+
+class _Walk:
+    """Where a value ends, by its brackets and quotes; taken up again when more of it was read."""
+
+    def __init__(self) -> None:
+        self._depth, self._in_string, self._string, self._done, self._begun = 0, False, 0, 0, False
+        self.scalar = False
+
+    def end(self, data: bytes, start: int) -> int | None:
+        """Where the value that begins at data[start] ends; None when `data` ends before.
+
+        What was looked at once is not looked at again; the value must begin at 0 when it is asked for once more.
+        """
+        at = max(self._done, start)
+        if not self._begun:
+            self._begun, self.scalar = True, data[start : start + 1] not in (b"{", b"[", b'"')
+        if self.scalar:
+            found = _SCALAR_END.search(data, at)
+            self._done = len(data) - start
+            return found.start() if found else None
+        while True:
+            if self._in_string:
+                quote = data.find(b'"', at)
+                if quote < 0:
+                    break
+                at = quote + 1
+                if self._is_escaped(data, quote):
+                    continue
+                self._in_string = False
+            else:
+                found = _STRUCTURE.search(data, at)
+                if not found:
+                    break
+                at = found.end()
+                mark = found.group()
+                if mark == b'"':
+                    self._in_string, self._string = True, at
+                    continue
+                self._depth += 1 if mark in b"{[" else -1
+            if self._depth == 0:
+                return at
+        self._done, self._string = len(data) - start, max(0, self._string - start)
+        return None
+
+    def _is_escaped(self, data: bytes, quote: int) -> bool:
+        first = quote
+        while first > self._string and data[first - 1] == 0x5C:
+            first -= 1
+        return (quote - first) % 2 == 1
+
+    def forget(self, data: bytes) -> bytes:
+        """What must stand before the rest of the value when `data` is dropped: a backslash that escapes it."""
+        kept = b"\\" if self._in_string and self._is_escaped(data, len(data)) else b""
+        self._done, self._string = len(kept), 0
+        return kept
+
+
+def _on_one_line(text: bytes) -> bytes:
+    return text.replace(b"\r", b" ").replace(b"\n", b" ")
+
+
+def _check(number: int, text: bytes) -> None:
+    """Raises ArrayError unless `text` is JSON in form: else it may not be clear where the element ends."""
+    if orjson:
+        try:
+            orjson.loads(text)
+            return
+        except ValueError:
+            pass  # the standard parser judges
+    try:
+        json.loads(text.decode(errors="replace"))
+    except json.JSONDecodeError as error:
+        near = error.doc[max(0, error.pos - 30) : error.pos + 30]
+        raise ArrayError(f"element {number} is no JSON ({error.msg} at {near!r})") from None
+    except (ValueError, RecursionError):
+        pass  # a number of too many digits, or too deep: the row is bad, the array is whole

@@ -2,17 +2,18 @@
 
 import json
 import re
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jsonlines
-
 from common.data.files import BOM, layout_of
-from common.data.inputs import NEWLINE, Chunk, Span, read_chunks
+from common.data.inputs import Chunk, Span, read_chunks
+from common.data.reading import MAX_ROW_BYTES, NEWLINE, beginning
 from common.errors import KitError
 
 try:
@@ -21,10 +22,20 @@ except ModuleNotFoundError:  # the same records come out, slower
     orjson = None  # type: ignore[assignment]
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+# Whole numbers of 64 bits have fewer digits; the fast parser makes a float of a longer one.
+_DIGITS = bytes(0x30 if 0x30 <= byte < 0x3A else 0 for byte in range(256))
+_EXACT_DIGITS = 18
+# The fast parser's limit, held for the standard one too, whose own differs by the Python.
+MAX_DEPTH = 1024
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class BadRowError(Exception):
     """What is wrong with one row; whoever knows its place makes a KitError of it."""
+
+
+class LongRowError(BadRowError):
+    """A row has more bytes than MAX_ROW_BYTES."""
 
 
 @contextmanager
@@ -55,11 +66,12 @@ def bad_row(error: Exception) -> BadRowError:
 
 
 class Reject(NamedTuple):
-    """A row that was not used: where it begins in its chunk, its bytes, and why."""
+    """A row that was not used: where it begins in its chunk, its bytes (`whole`, or the first of them), and why."""
 
     offset: int
     row: bytes
     cause: str
+    whole: bool = True
 
 
 class BadRows:
@@ -87,7 +99,8 @@ class BadRows:
             raise self._chunk.error(offset, f"{error}{hint}") from None
         end = self._chunk.data.find(NEWLINE, offset)
         row = self._chunk.data[offset : end if end >= 0 else len(self._chunk.data)]
-        self.rows.append(Reject(offset, row, str(error)))
+        whole = not isinstance(error, LongRowError)
+        self.rows.append(Reject(offset, row if whole else beginning(row, self._chunk.max_row_bytes), str(error), whole))
 
 
 def records(chunk: Chunk, counts: Counter[str], bad: BadRows | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -97,17 +110,27 @@ def records(chunk: Chunk, counts: Counter[str], bad: BadRows | None = None) -> I
     """
     bad = bad or BadRows(chunk)
     offset = 0
-    for line in _lines(chunk.data):
+    lines = _lines(chunk.data)
+    for number, line in enumerate(lines, 1):
         content = line.removeprefix(BOM) if chunk.start + offset == 0 else line
         if content.strip():
             record = None
             with bad.row(offset):
+                _check_length(chunk.cut if chunk.cut and number == len(lines) else len(line), chunk.max_row_bytes)
                 record = parse(content)
             if record is not None:
                 yield offset, record
         else:
             counts["blank lines"] += 1
         offset += len(line) + 1
+
+
+def _check_length(num_bytes: int, max_row_bytes: int) -> None:
+    if num_bytes > max_row_bytes:
+        raise LongRowError(
+            f"it has {num_bytes} bytes, and MAX_ROW_BYTES is {max_row_bytes}: split it, or set MAX_ROW_BYTES higher;"
+            " to encode a byte of text gigatoken needs some 10 bytes of memory, tokenizers 330"
+        )
 
 
 def _lines(data: bytes) -> list[bytes]:
@@ -119,7 +142,7 @@ def _lines(data: bytes) -> list[bytes]:
 
 def strings_at_once(chunk: Chunk, name: str) -> list[str] | None:
     """The string in field `name` of each row, fast; None when any row is not plainly that: `records` then tells."""
-    if orjson is None:
+    if orjson is None or chunk.cut:
         return None
     # Views, not `split`: no line is copied.
     data, view, start, texts = chunk.data, memoryview(chunk.data), 0, []
@@ -127,6 +150,8 @@ def strings_at_once(chunk: Chunk, name: str) -> list[str] | None:
         while start < len(data):
             end = data.find(NEWLINE, start)
             end = end if end >= 0 else len(data)
+            if end - start > chunk.max_row_bytes:
+                return None
             texts.append(orjson.loads(view[start:end])[name])
             start = end + 1
     except (ValueError, KeyError, TypeError):
@@ -134,18 +159,22 @@ def strings_at_once(chunk: Chunk, name: str) -> list[str] | None:
     return texts if set(map(type, texts)) <= {str} else None
 
 
-def first_rows(files: list[Path], skip: bool | None = None) -> Iterator[tuple[Chunk, int, dict[str, Any]]]:
+def first_rows(
+    files: list[Path], skip: bool | None = None, max_row_bytes: int = MAX_ROW_BYTES
+) -> Iterator[tuple[Chunk, int, dict[str, Any]]]:
     """(a chunk of one row, offset in it, record) of each row of `files`; with `skip` bad rows are passed over."""
     for file in files:
-        whole = Span(file, 0, None if layout_of(file).whole else file.stat().st_size)
+        whole = Span(file, 0, None if layout_of(file).whole else file.stat().st_size, max_row_bytes)
         for chunk in read_chunks(whole, 1):
             for offset, row in records(chunk, Counter(), BadRows(chunk, skip)):
                 yield chunk, offset, row
 
 
-def first_row(files: list[Path], skip: bool | None = None) -> tuple[Chunk, int, dict[str, Any]]:
+def first_row(
+    files: list[Path], skip: bool | None = None, max_row_bytes: int = MAX_ROW_BYTES
+) -> tuple[Chunk, int, dict[str, Any]]:
     """The first of `first_rows`; raises KitError without any."""
-    for found in first_rows(files, skip):
+    for found in first_rows(files, skip, max_row_bytes):
         return found
     raise KitError(f"INPUT holds no row: {', '.join(map(str, files))} are blank")
 
@@ -153,15 +182,19 @@ def first_row(files: list[Path], skip: bool | None = None) -> tuple[Chunk, int, 
 def parse(line: bytes) -> dict[str, Any]:
     """The JSON object that `line` is; raises BadRowError saying what it is instead.
 
-    The fast parser reads first; what it refuses, the standard one judges, so both give the same text.
+    The fast parser reads first; what it refuses, or may round, the standard one judges: both give the same record.
     """
     try:
-        record = orjson.loads(line) if orjson else _load_slowly(line)
+        record = orjson.loads(line) if orjson and not _has_long_number(line) else _load_slowly(line)
     except ValueError:
         record = _load_slowly(line)
     if not isinstance(record, dict):
         raise BadRowError(f"it is a JSON {kind_of_json(record)}, not an object: write one object a line")
     return record
+
+
+def _has_long_number(line: bytes) -> bool:
+    return b"0" * (_EXACT_DIGITS + 1) in line.translate(_DIGITS)
 
 
 def _load_slowly(line: bytes) -> Any:
@@ -172,27 +205,36 @@ def _load_slowly(line: bytes) -> Any:
             f"byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8: convert the file to UTF-8"
         ) from None
     try:
-        record = json.loads(text) if orjson else _read_by_jsonlines(text)
-    except RecursionError:
-        raise BadRowError("its JSON is nested too deeply") from None
-    except ValueError as error:
+        with _room_for(line):
+            record = json.loads(text)
+            if _SURROGATE.search(line):
+                json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadRowError(r"it holds half of a surrogate pair (\ud800 to \udfff), which is no character") from None
+    except json.JSONDecodeError as error:
         raise BadRowError(_why_no_json(text, error)) from None
-    if _SURROGATE.search(line):
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise BadRowError(r"it holds half of a surrogate pair (\ud800 to \udfff), which is no character") from None
+    except ValueError:
+        most = sys.get_int_max_str_digits()
+        raise BadRowError(f"it holds a whole number of more than {most} digits: write it as a string") from None
     return record
 
 
-def _read_by_jsonlines(text: str) -> Any:
-    if text[0] in jsonlines.jsonlines.SKIPPABLE_SINGLE_INITIAL_CHARS:
-        return json.loads(text)  # which refuses what jsonlines passes over
+@contextmanager
+def _room_for(line: bytes) -> Iterator[None]:
+    """Lets the parser go as deep as `line` is nested; raises BadRowError where that is too deep."""
+    if line.count(b"[") + line.count(b"{") < MAX_DEPTH // 2:
+        yield
+        return
+    steps = {0x5B: 1, 0x7B: 1, 0x5D: -1, 0x7D: -1}
+    depth = max(accumulate(steps.get(byte, 0) for byte in _STRING.sub(b"", line)), default=0)
+    if depth > MAX_DEPTH:
+        raise BadRowError(f"its JSON is nested too deeply, more than {MAX_DEPTH} levels")
+    limit = sys.getrecursionlimit()
     try:
-        return jsonlines.Reader([text], loads=json.loads).read(allow_none=True)
-    except jsonlines.InvalidLineError as error:
-        assert isinstance(error.__cause__, ValueError)
-        raise error.__cause__ from None
+        sys.setrecursionlimit(limit + 2 * MAX_DEPTH)
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def _why_no_json(text: str, error: ValueError) -> str:

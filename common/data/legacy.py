@@ -6,6 +6,7 @@ learned. The last token of each conversation in it is stored as -1 - id; what fo
     becomes the document [a b c d] with the mask [0 0 1 1].
 """
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,36 @@ def split_row(row: np.ndarray, where: str) -> list[tuple[np.ndarray, np.ndarray]
     return found
 
 
+def legacy_tokens(given: Path) -> Path:
+    """The files, without .bin or .idx, of `given`: the old kit's OUTPUT_PREFIX, or the full ..._text_document."""
+    full = Path(f"{given}_text_document")
+    return full if idx_path(full).is_file() and not idx_path(given).is_file() else given
+
+
+def refuse_legacy(files: manifest.DataFiles) -> None:
+    """Raises KitError, with the command that takes it over, where `files` is the old kit's fine-tuning data."""
+    if files.manifest or files.loss_mask:
+        return
+    reader = IndexedReader(files.tokens)
+    if reader.dtype != np.int32 or not len(reader):
+        return
+    try:
+        split_row(reader[0], "")
+    except KitError:
+        return
+    prefix = str(files.tokens).removesuffix("_text_document")
+    words = ["--input", prefix, "--output-prefix", f"{prefix}_imported"]
+    raise KitError(
+        f"{files.tokens} is fine-tuning data of the old kit, rows of tokens and labels: take it over, with the folder"
+        f" of the model as TOKENIZER_PATH, by `python -m common.preprocess import-legacy {shlex.join(words)}"
+        f' --tokenizer-path "$TOKENIZER_PATH"`, then set TRAIN_MODE=finetune'
+        f" DATASET_PATH={shlex.quote(prefix + '_imported')}"
+    )
+
+
 def import_legacy(source: Path, output_prefix: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
-    """The manifest of what was written to `output_prefix` of the old files `source` (without .bin or .idx)."""
+    """The manifest of what was written to `output_prefix` of the old data `source`, as `legacy_tokens` takes it."""
+    source = legacy_tokens(source)
     reader = IndexedReader(source)
     if reader.dtype != np.int32:
         raise KitError(f"{source} holds {reader.dtype}, the old kit's rows int32: give its fine-tuning data")

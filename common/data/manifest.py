@@ -12,6 +12,7 @@ from common.errors import KitError
 
 FORMAT = "qwen-kit-data"
 VERSION = 1
+OF_NAMES = "backslashreplace"  # a byte of a name that is not UTF-8, to Python a half surrogate, becomes JSON's \\udc..
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ def manifest_path(output_prefix: Path) -> Path:
 
 def hash_json(value: Any) -> str:
     """sha256 of `value` as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors=OF_NAMES)).hexdigest()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes `value` to `path`, which never holds half of it."""
     partial = Path(f"{path}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
+    with partial.open("w", encoding="utf-8", errors=OF_NAMES) as stream:
         stream.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
         stream.flush()
         os.fsync(stream.fileno())

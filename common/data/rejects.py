@@ -1,16 +1,16 @@
 """The rejects file: a line of JSON for each row that ON_ERROR=skip left out, with its file, its place and the cause."""
 
 import base64
+import json
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jsonlines
-
 from common.data.indexed import sync
 from common.data.inputs import Chunk, Lines, Task, load
 from common.data.jsonl import Reject
+from common.data.manifest import OF_NAMES
 
 
 def rejects_path(output_prefix: Path) -> Path:
@@ -23,20 +23,19 @@ class RejectsWriter:
 
     def __init__(self, path: Path) -> None:
         self._path, self._partial = path, Path(f"{path}.partial")
-        self._writer: jsonlines.Writer | None = None
         self._stream: Any = None
         self._lines: dict[Path, Lines] = {}
 
     def add(self, task: Task, rejects: list[Reject]) -> None:
         """Appends the rejects of `task`."""
-        if rejects and self._writer is None:
-            self._stream = self._partial.open("w", encoding="utf-8")
-            self._writer = jsonlines.Writer(self._stream)
+        if rejects and self._stream is None:
+            self._stream = self._partial.open("w", encoding="utf-8", errors=OF_NAMES)
         chunk = load(task) if rejects else None
         for reject in rejects:
-            assert self._writer and chunk
+            assert chunk
             place = self._place(chunk, reject.offset)
-            self._writer.write({"file": str(task.path), **place, "cause": reject.cause, **_shown(reject.row)})
+            told = {"file": str(task.path), **place, "cause": reject.cause, **_shown(reject)}
+            self._stream.write(json.dumps(told, ensure_ascii=False) + "\n")
 
     def _place(self, chunk: Chunk, offset: int) -> dict[str, int]:
         if chunk.first_element is not None:
@@ -62,12 +61,13 @@ class RejectsWriter:
             self._partial.unlink(missing_ok=True)
 
 
-def _shown(row: bytes) -> dict[str, str]:
-    """The row as text, or in base64 where it is not UTF-8: nothing of it is lost."""
+def _shown(reject: Reject) -> dict[str, str]:
+    """The row as text, or in base64 where it is not UTF-8: nothing of it is lost but where it is too long."""
+    name = "row" if reject.whole else "row_start"
     try:
-        return {"row": row.decode("utf-8")}
+        return {name: reject.row.decode("utf-8")}
     except UnicodeDecodeError:
-        return {"row_base64": base64.b64encode(row).decode("ascii")}
+        return {f"{name}_base64": base64.b64encode(reject.row).decode("ascii")}
 
 
 def join(parts: list[Path], path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.data.indexed import IndexedReader, open_mask, open_tokens
+from common.data.legacy import refuse_legacy
 from common.data.manifest import DataFiles
 from common.data.order import DocumentOrder, GroupedOrder, ListedOrder, Order, is_listed, keyed, order_name
 from common.data.sft_samples import SftSamples, fit
@@ -75,6 +76,7 @@ def open_samples(
 
     check: hold the whole of the index files against each other, see IndexedReader. listed: see PretrainSamples.
     """
+    refuse_legacy(files)
     if files.kind != KIND_OF_MODE[train_mode]:
         raise KitError(
             f'{files.tokens} is "{files.kind}" data, but TRAIN_MODE={train_mode} learns "{KIND_OF_MODE[train_mode]}"'

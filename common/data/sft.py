@@ -1,25 +1,31 @@
 """Conversations to tokens and the mask of those that are learned.
 
-The chat template renders a conversation whole and, for each answer, up to its header. Where the second is the
-beginning of the first, the cut between prompt and answer is known without any marker. The pieces are encoded apart,
-so a prompt's ids are those that the model sees at inference, whatever the answer begins with.
+The text is the chat template's, and `common.data.answers` says what of it is learned. The pieces are encoded apart, so
+an answer that is learned follows its header by the ids that the model has at inference, whatever the answer begins
+with; and all ids of the first prompt are those of inference. Those of a later prompt are too, unless an answer before
+it is learned and begins with a newline: Qwen2.5's tokenizer makes one token of that and the header's newline once both
+are read as a prompt, and one sequence cannot hold the two. The log counts such answers; LOSS_TURNS=last has none.
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.data.answers import Answers
 from common.data.chat import ChatTemplate
 from common.data.encoded import BAD_ROWS, Encoded
 from common.data.indexed import token_dtype
 from common.data.inputs import Chunk
 from common.data.jsonl import BadRowError, BadRows, one_row, records
 from common.data.reasoning import check_reasoning, texts_of
+from common.data.rendering import Glue
 from common.data.rows import Conversation, format_among, is_weighted, to_conversation
 from common.data.tokenizer import EndToken, TextTokenizer
+
+JOINED = "answers that begin with a newline, which the prompts of answers after them join to their header at inference"
 
 
 class Piece(NamedTuple):
@@ -38,6 +44,7 @@ class SftEncoder:
     same_format: a row whose fields tell another format is an error.
     weighted: the mask is float32 and a row's `loss` may be any weight; else it is uint8.
     skip_bad_rows: a row that cannot be used is counted and kept aside, and is no error.
+    glues: what the template was found to put around answers.
     """
 
     tokenizer: TextTokenizer
@@ -50,6 +57,7 @@ class SftEncoder:
     same_format: bool = True
     weighted: bool = False
     skip_bad_rows: bool = False
+    glues: dict[tuple[bool, str], Glue] = field(default_factory=dict, compare=False)
 
     @property
     def mask_dtype(self) -> np.dtype[Any]:
@@ -101,7 +109,7 @@ class SftEncoder:
         if not self.weighted and is_weighted(talk):
             raise BadRowError("its field 'loss' is a weight, and LOSS_WEIGHTS is false: set LOSS_WEIGHTS=true")
         hidden = check_reasoning(talk, {i for i, _ in self._learned(talk)}, self._render)
-        pieces = list(self.pieces(talk))
+        pieces = list(self.pieces(talk, counts))
         if not any(piece.loss for piece in pieces):
             raise BadRowError("nothing of it is learned: LOSS_TURNS=last, and the last answer's 'loss' is 0")
         "".join(piece.text for piece in pieces).encode()  # what is no character shows here, not in a chunk's encoding
@@ -115,24 +123,31 @@ class SftEncoder:
         )
         return pieces
 
-    def pieces(self, talk: Conversation) -> Iterator[Piece]:
-        """The rendered conversation in pieces; raises BadRowError when the template's renderings disagree."""
-        whole = self._render(talk, len(talk.messages))
+    def pieces(self, talk: Conversation, counts: Counter[str]) -> Iterator[Piece]:
+        """The rendered conversation in pieces; raises BadRowError when what is learned cannot be told."""
         self._check_tools(talk)
-        at = 0
-        for i, loss in self._learned(talk):
-            prompt = self._render(talk, i, True)
-            end = self._end_of_answer(talk, i, whole, prompt)
-            header = len(prompt)
-            if self.loss_on == "turn":
-                header = len(self._render(talk, i))
-            yield Piece(whole[at:header], 0)
-            if header < len(prompt):
-                yield Piece(whole[header : len(prompt)], loss)
-            yield Piece(whole[len(prompt) : end], loss)
-            at = end
+        losses = dict(self._learned(talk))
+        earlier = "its 'loss' to false" if self.loss_turns == "last" else "LOSS_TURNS=last"
+        found = Answers(
+            self.template, self.tokenizer, talk, self.loss_on == "turn",
+            f"set {earlier}, or give the turns as rows of their own", self.glues,
+        )  # fmt: skip
+        whole, at, joins = found.whole, 0, list[bool]()
+        for answer, loss in zip(found.find(list(losses)), losses.values(), strict=True):
+            before = answer.header if self.loss_on == "turn" else answer.start
+            yield Piece(whole[at:before] + ("" if before < answer.start else answer.opened), 0)
+            if before < answer.start:
+                yield Piece(whole[before : answer.start] + answer.opened, loss)
+            text = whole[answer.start : answer.end] if answer.text is None else answer.text
+            yield Piece(text, loss)
+            at = answer.end
+            joins.append(whole[answer.start - 1 : answer.start].isspace() and "\n" in text[: -len(text.lstrip())])
         if at < len(whole):
             yield Piece(whole[at:], 0)
+        if any(joins[:-1]):
+            found.notes[JOINED] += sum(joins[:-1])
+        if found.notes:
+            counts.update(found.notes)
 
     def _check_tools(self, talk: Conversation) -> None:
         """Raises BadRowError unless the template shows the row's tools before the first answer."""
@@ -144,12 +159,16 @@ class SftEncoder:
         first = next(i for i, message in enumerate(talk.messages) if message["role"] == "assistant")
         shown = self._render(talk, first) if talk.tools else ""
         for tool in talk.tools or []:
-            name = tool.get("function", tool).get("name")
+            function = tool.get("function", tool)
+            name = function.get("name") if isinstance(function, dict) else None
             if not isinstance(name, str) or name not in shown:
-                raise BadRowError(f"the chat template does not show the tool {name!r} of field 'tools'")
+                raise BadRowError(
+                    f"the chat template does not show the tool {name!r} of field 'tools': remove the field, or put a"
+                    f" chat_template.jinja of your own into {self.template.folder}"
+                )
 
-    def _render(self, talk: Conversation, turns: int, add_generation_prompt: bool = False) -> str:
-        return self.template.render(talk.messages[:turns], add_generation_prompt, talk.tools)
+    def _render(self, talk: Conversation, turns: int) -> str:
+        return self.template.render(talk.messages[:turns], False, talk.tools, talk.template_kwargs)
 
     def _learned(self, talk: Conversation) -> Iterator[tuple[int, float]]:
         """(number of the message, weight) of each answer that is learned."""
@@ -159,39 +178,6 @@ class SftEncoder:
             loss = float(self.loss_turns == "all" or i == answers[-1]) if own is None else own
             if loss:
                 yield i, loss
-
-    def _end_of_answer(self, talk: Conversation, i: int, whole: str, prompt: str) -> int:
-        """Where the end token after the answer, message `i`, ends in `whole`."""
-        if not whole.startswith(prompt):
-            raise BadRowError(
-                f"the chat template renders what comes before turn {i + 1} otherwise once more turns follow:"
-                " set LOSS_TURNS=last, or give the turns as rows of their own"
-            )
-        message = talk.messages[i]
-        if "tool_calls" in message:
-            return self._end_of_calls(talk, i, whole, prompt)
-        answer = message["content"]
-        shown = answer if whole.startswith(answer, len(prompt)) else answer.strip()
-        if not whole.startswith(shown, len(prompt)):
-            raise BadRowError(f"the chat template changes the text of turn {i + 1}: what is learned cannot be told")
-        end = len(prompt) + len(shown)
-        token = self.tokenizer.special_at(whole, end)
-        if not token:
-            raise BadRowError(f"the chat template puts no special token after turn {i + 1}: an answer would never end")
-        return end + len(token)
-
-    def _end_of_calls(self, talk: Conversation, i: int, whole: str, prompt: str) -> int:
-        """As `_end_of_answer` for a turn that calls tools, whose text is the template's own."""
-        through = self._render(talk, i + 1)
-        end = self.tokenizer.last_special_end(through)
-        if end <= len(prompt) or through[end:].strip():
-            raise BadRowError(f"the chat template puts no special token after turn {i + 1}: an answer would never end")
-        if not through.startswith(prompt) or not whole.startswith(through[:end]):
-            raise BadRowError(f"the chat template renders the calls of turn {i + 1} otherwise once more turns follow")
-        names = [call.get("function", call)["name"] for call in talk.messages[i]["tool_calls"]]
-        if any(name not in whole[len(prompt) : end] for name in names):
-            raise BadRowError(f"the chat template does not show the calls of turn {i + 1}")
-        return end
 
     def _encode(self, conversations: list[list[Piece]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids int32, loss mask) of each conversation."""

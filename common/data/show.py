@@ -9,7 +9,7 @@ from common.data.indexed import open_mask, open_tokens
 from common.data.manifest import DataFiles
 from common.data.samples import check_mask
 from common.data.tokenizer import TextTokenizer
-from common.errors import KitError
+from common.errors import KitError, visible
 
 GREEN_BOLD, PLAIN = "\x1b[1;32m", "\x1b[0m"
 
@@ -70,9 +70,9 @@ def mark_ids(ids: np.ndarray, learned: np.ndarray, before: str, after: str) -> s
 
 
 def mark(tokenizer: TextTokenizer, ids: np.ndarray, learned: np.ndarray, before: str, after: str) -> str:
-    """The text of `ids`; stretches where `learned` is true stand between `before` and `after`."""
+    """The `visible` text of `ids`; stretches where `learned` is true stand between `before` and `after`."""
     text = ""
     for is_learned, stretch in groupby(zip(ids.tolist(), learned.tolist(), strict=True), key=lambda pair: pair[1]):
-        piece = tokenizer.decode([number for number, _ in stretch])
+        piece = visible(tokenizer.decode([number for number, _ in stretch]))
         text += f"{before}{piece}{after}" if is_learned else piece
     return text

@@ -1,7 +1,6 @@
 """A Hugging Face folder's `tokenizer.json`: text to ids and back, and its end-of-document token."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from common.errors import KitError
+from common.json_file import read_json, shown
 
 EncodeFlat = Callable[[Sequence[str], bool], tuple[np.ndarray, np.ndarray]]
 END_OF_TEXT = "<|endoftext|>"
@@ -151,14 +151,20 @@ def find_eod(tokenizer: TextTokenizer, wanted: str) -> EndToken:
     number = tokenizer.token_id(END_OF_TEXT)
     if number is not None:
         return EndToken(number, END_OF_TEXT, "the tokenizer")
-    named = _read(tokenizer.folder / "tokenizer_config.json").get("eos_token")
+    path = tokenizer.folder / "tokenizer_config.json"
+    named = _read(path).get("eos_token")
     token = named.get("content") if isinstance(named, dict) else named
+    if token is not None and not isinstance(token, str):
+        raise KitError(f"{path}: eos_token={shown(named)} is no token: set EOD_TOKEN to one")
     if token and (number := tokenizer.token_id(token)) is not None:
         return EndToken(number, token, "tokenizer_config.json")
-    ends = _read(tokenizer.folder / "generation_config.json").get("eos_token_id")
+    path = tokenizer.folder / "generation_config.json"
+    ends = _read(path).get("eos_token_id")
     first = ends[0] if isinstance(ends, list) and ends else ends
-    if isinstance(first, int):
-        return EndToken(first, tokenizer.decode([first]), "generation_config.json")
+    if ends not in (None, []):
+        if type(first) is not int or not 0 <= first < 1 << 32 or not (token := tokenizer.decode([first])):
+            raise KitError(f"{path}: eos_token_id={shown(ends)} is no token of the tokenizer: set EOD_TOKEN to one")
+        return EndToken(first, token, "generation_config.json")
     raise KitError(
         f"{tokenizer.folder}: the tokenizer has no {END_OF_TEXT}, and neither tokenizer_config.json nor"
         " generation_config.json names an end-of-text token: set EOD_TOKEN to one"
@@ -166,7 +172,4 @@ def find_eod(tokenizer: TextTokenizer, wanted: str) -> EndToken:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise KitError(f"{path} is no JSON ({error}): copy it again from the model") from error
+    return read_json(path, "copy it again from the model") if path.is_file() else {}

@@ -1,8 +1,10 @@
-"""The characters that Hugging Face's tokenizers and gigatoken bring into NFC in different ways.
+r"""The characters that Hugging Face's tokenizers and gigatoken bring into NFC, or part from others, in different ways.
 
-tokenizers has the tables of Unicode 9 (its crate unicode-normalization-alignments 0.1.12), gigatoken those of today.
-They differ on marks that got a combining class since, which NFC puts in order, and on scripts whose characters compose.
-Which these are was found by encoding each code point by both, alone and beside marks of other classes; a test does so.
+For NFC tokenizers has the tables of Unicode 9 (its crate unicode-normalization-alignments 0.1.12), gigatoken those of
+today. They differ on marks that got a combining class since, which NFC puts in order, and on scripts whose characters
+compose. For the split pattern's letters and digits, \p{L} and \p{N}, each has another Unicode, too.
+Which these are was found by encoding each code point by both, alone and beside others:
+tests/bench/compare_engines.py does so.
 """
 
 from collections.abc import Sequence
@@ -11,8 +13,17 @@ import numpy as np
 
 from common.data.tokenizer import EncodeFlat, TextTokenizer
 
-# First and last of each range; a whole block where its characters compose or it got marks one after the other.
+# First and last of each range.
+LETTERS_AND_DIGITS = (
+    *((0x088F, 0x088F), (0x0C5C, 0x0C5C), (0x0CDC, 0x0CDC), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2), (0xA7D4, 0xA7D4)),
+    *((0xA7F1, 0xA7F1), (0x10940, 0x10959), (0x10EC5, 0x10EC7), (0x11DB0, 0x11DDB), (0x11DE0, 0x11DE9)),
+    *((0x16EA0, 0x16EB8), (0x16EBB, 0x16ED3), (0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E)),
+    *((0x18D80, 0x18DF2), (0x1E6C0, 0x1E6DE), (0x1E6E0, 0x1E6E2), (0x1E6FE, 0x1E6FF), (0x2B73A, 0x2B73F)),
+    *((0x2CEA2, 0x2CEAD), (0x323B0, 0x33479)),
+)
+# A whole block where its characters compose or it got marks one after the other.
 RANGES = (
+    *LETTERS_AND_DIGITS,
     *((0x07FD, 0x07FD), (0x0897, 0x089F), (0x08CA, 0x08D3), (0x09FE, 0x09FE), (0x0C3C, 0x0C3C), (0x0D3B, 0x0D3C)),
     *((0x0EBA, 0x0EBA), (0x1715, 0x1715), (0x1ABF, 0x1AFF), (0x1DF6, 0x1DFA), (0xA82C, 0xA82C)),
     *((0x105C0, 0x105FF), (0x10D24, 0x10D27), (0x10D69, 0x10D6D), (0x10EAB, 0x10EAC), (0x10EFA, 0x10EFF)),

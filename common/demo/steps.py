@@ -1,12 +1,14 @@
 """One step of the quickstart: a command that is shown, run, logged, and not run again once its result is there.
 
     WORK_DIR/steps/NAME.json     written when the command has ended well: the command, what it read, its seconds
+    WORK_DIR/steps/lock          held by the run that is at work
     WORK_DIR/logs/NAME.log       all that it said
 
 A step is done when it has that mark and its result is whole; a mark of another command or input is an error.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -16,7 +18,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 
 from common.data.manifest import write_json
 from common.errors import KitError
+from common.log import logger
 
 KIT = Path(__file__).parents[2]
 WIDTH = 100
@@ -105,6 +108,7 @@ def environment(step: Step) -> dict[str, str]:
             declared |= set(DECLARED.findall((KIT / word).read_text(encoding="utf-8")))
     declared |= {"PYTHONPATH"} if step.command[0] == "bash" else set()  # the scripts set it
     kept = {name: value for name, value in os.environ.items() if name not in declared or name == PORT}
+    kept["PYTHONIOENCODING"] = "utf-8"  # in which `_execute` reads, whatever the locale
     if step.listens:
         kept.setdefault(PORT, str(free_port()))
     return {**kept, **step.settings}
@@ -134,7 +138,33 @@ class Runner:
         return self.work_dir / "logs" / f"{step.name}.log"
 
     def run(self) -> None:
-        """Runs each step that is not done; raises KitError when one fails, or was done with other settings before."""
+        """Runs each step that is not done.
+
+        Raises KitError when one fails or was done with other settings before, or another run is at work in WORK_DIR.
+        """
+        with self._alone():
+            self._run()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other runs out of WORK_DIR; the system lets it go when the process ends, however it does."""
+        lock = self.work_dir / "steps" / "lock"  # NFS locks no folder, and no file that is opened to be read
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise KitError(
+                    f"another quickstart is at work in WORK_DIR={self.work_dir}: wait for it, or give another WORK_DIR"
+                ) from error
+            except OSError as error:
+                logger.warning("WORK_DIR=%s takes no lock (%s): let no other run in there", self.work_dir, error)
+            yield
+        finally:
+            os.close(handle)
+
+    def _run(self) -> None:
         for step in self.steps:
             self._check_same(step)
         for number, step in enumerate(self.steps, 1):

@@ -19,6 +19,7 @@ from typing import IO, Any
 from common.doctor.finding import Finding
 from common.platforms import current
 from common.platforms.base import Platform
+from common.start import from_kit
 
 TIMEOUT_S = 180  # eight processes import torch, and NCCL looks for its ways
 GRACE_S = 10  # for the others to end, once one has failed
@@ -54,14 +55,15 @@ def bus_bandwidth(size: int, ranks: int, seconds: float) -> float:
 
 def run(ranks: int) -> tuple[float, str]:
     """(seconds of one all-reduce, what went wrong); one of them is 0 or empty. No process is left behind."""
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "common.doctor.all_reduce"]
     with tempfile.TemporaryDirectory() as folder:
         said = [(Path(folder) / f"rank{rank}").open("w+", errors="replace") for rank in range(ranks)]
-        processes = [
-            subprocess.Popen([*command, str(rank), str(ranks), folder], env=environment, stdout=out, stderr=out)
-            for rank, out in enumerate(said)
-        ]
+        with from_kit():
+            environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
+            processes = [
+                subprocess.Popen([*command, str(rank), str(ranks), folder], env=environment, stdout=out, stderr=out)
+                for rank, out in enumerate(said)
+            ]
         try:
             failure = _wait(processes, said)
             seconds = 0.0 if failure else float(_last_line(said[0], SECONDS).removeprefix(SECONDS))

@@ -21,7 +21,7 @@ FITS = (
     ((2, 1), ">=0.11,<0.12", ">=4.47,<4.56"),
 )
 # What the kit and megatron-core import besides; torch, megatron-core and transformers are told by themselves.
-NEEDED = ("numpy", "packaging", "tokenizers", "safetensors", "jinja2", "tqdm", "jsonlines", "psutil")
+NEEDED = ("numpy", "packaging", "tokenizers", "safetensors", "jinja2", "tqdm", "psutil", "pydantic")
 KEEP_TORCH = "with `--no-deps`, or with the image's versions as constraints, so that pip leaves torch alone"
 
 

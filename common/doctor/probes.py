@@ -15,6 +15,7 @@ from typing import Any
 
 from common import mcore
 from common.platforms import current
+from common.start import from_kit
 
 TIMEOUT_S = 300
 
@@ -180,10 +181,11 @@ def _device() -> Any:
 
 def run(names: list[str]) -> dict[str, tuple[bool, Any]]:
     """(whether it works, what it says) of each probe; they run in one process, in order, and end with it."""
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "common.doctor.probes", *names]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)
+        with from_kit():
+            told = {**os.environ, "PYTHONWARNINGS": "ignore"}
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=told, check=False)
         ended = f"its process ended with {done.returncode}" + (f": {_last_line(done.stderr)}" if done.stderr else "")
         printed = done.stdout
     except subprocess.TimeoutExpired as error:

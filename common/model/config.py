@@ -1,15 +1,20 @@
 """QwenConfig: a model's shape and mathematics, read from its `config.json` and nowhere else."""
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import KitError
+from common.json_file import read_json, shown
+from common.model.config_fields import (
+    MODEL_TYPES,
+    head_dim,
+    parse_fields,
+    parse_yarn,
+    rope_theta,
+    unsupported,
+)
 from common.model.rope import Yarn
-
-MODEL_TYPES = ("qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -99,82 +104,41 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise KitError(f"{folder} has no config.json: give a folder with the Hugging Face model's config.json")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise KitError(f"{path} is no JSON ({error}): copy it again from the model") from error
-    if not isinstance(values, dict):
-        raise KitError(f"{path} holds no JSON object: copy it again from the model")
-    return values
+    return read_json(path, "copy it again from the model")
 
 
 def load_config(folder: Path) -> QwenConfig:
-    """The QwenConfig of `folder`; raises KitError when a field is missing or the model unknown."""
+    """The QwenConfig of `folder`; raises KitError as `parse_config` does, and where there is no config.json."""
     return parse_config(read_config(folder), folder / "config.json")
 
 
 def parse_config(values: dict[str, Any], source: Path) -> QwenConfig:
-    """The QwenConfig that `values` hold, in the layout of transformers 4 or 5; `source` is named in errors."""
-    if values.get("model_type") not in MODEL_TYPES:
-        raise KitError(f"{source}: model_type={values.get('model_type')!r} is not known; known: {list(MODEL_TYPES)}")
-    rope = values.get("rope_parameters") or {}
-    theta = values.get("rope_theta", rope.get("rope_theta"))
-    scaling = values.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
-    yarn = _yarn(scaling)
-    heads = _need(values, "num_attention_heads", source)
-    hidden = _need(values, "hidden_size", source)
-    if theta is None:
-        raise KitError(f"{source} has no rope_theta: add it from the model's own config.json")
+    """The QwenConfig that `values` hold, in the layout of transformers 4 or 5; `source` is named in errors.
+
+    Raises KitError where the model is unknown, and for each field that is missing, of another type than transformers
+    writes, or outside any model's range.
+    """
+    model_type = values.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise KitError(f"{source}: model_type={shown(model_type)} is not known; known: {list(MODEL_TYPES)}")
+    fields = parse_fields(values, source)
+    yarn = parse_yarn(fields, source)
     return QwenConfig(
-        hidden_size=hidden,
-        intermediate_size=_need(values, "intermediate_size", source),
-        num_hidden_layers=_need(values, "num_hidden_layers", source),
-        num_attention_heads=heads,
-        num_key_value_heads=values.get("num_key_value_heads") or heads,
-        vocab_size=_need(values, "vocab_size", source),
-        rms_norm_eps=_need(values, "rms_norm_eps", source),
-        rope_theta=float(theta),
-        tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-        max_position_embeddings=_need(values, "max_position_embeddings", source),
-        head_dim=values.get("head_dim") or hidden // heads,
-        dtype=values.get("torch_dtype") or values.get("dtype") or "float32",
-        initializer_range=float(values.get("initializer_range", 0.02)),
+        hidden_size=fields.hidden_size,
+        intermediate_size=fields.intermediate_size,
+        num_hidden_layers=fields.num_hidden_layers,
+        num_attention_heads=fields.num_attention_heads,
+        num_key_value_heads=fields.num_key_value_heads or fields.num_attention_heads,
+        vocab_size=fields.vocab_size,
+        rms_norm_eps=fields.rms_norm_eps,
+        rope_theta=rope_theta(fields, source),
+        tie_word_embeddings=fields.tie_word_embeddings,
+        max_position_embeddings=fields.max_position_embeddings,
+        head_dim=head_dim(fields, values["model_type"], source),
+        dtype=fields.torch_dtype or fields.dtype or "float32",
+        initializer_range=fields.initializer_range,
         yarn=yarn,
-        qkv_bias=values["model_type"] == "qwen2",
-        qk_norm=values["model_type"] == "qwen3",
-        unsupported=tuple(_unsupported(values, None if yarn else scaling)),
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
+        unsupported=unsupported(fields, model_type, yarn),
     )
-
-
-def _yarn(scaling: dict[str, Any] | None) -> Yarn | None:
-    """The YaRN that `scaling` asks for; None where it asks for something else, or more than is built here."""
-    fields = {name: value for name, value in (scaling or {}).items() if name not in ("type", "rope_type", "rope_theta")}
-    known = {field.name for field in dataclasses.fields(Yarn)}
-    kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type")
-    if kind != "yarn" or not {"factor", "original_max_position_embeddings"} <= fields.keys() <= known:
-        return None
-    return Yarn(**fields)
-
-
-def _need(values: dict[str, Any], name: str, source: Path) -> Any:
-    if values.get(name) is None:
-        raise KitError(f"{source} has no {name}: add it from the model's own config.json")
-    return values[name]
-
-
-def _unsupported(values: dict[str, Any], scaling: dict[str, Any] | None) -> list[str]:
-    """The fields, with their values, whose mathematics is not built here."""
-    found = []
-    if scaling:
-        found.append(f"rope_scaling={scaling}")
-    if values.get("use_sliding_window"):
-        found.append("use_sliding_window=true")
-    if any(kind != "full_attention" for kind in values.get("layer_types") or []):
-        found.append("layer_types other than full_attention")
-    if values.get("hidden_act", "silu") != "silu":
-        found.append(f"hidden_act={values['hidden_act']}")
-    if values["model_type"] == "qwen3" and values.get("attention_bias"):
-        found.append("attention_bias=true")
-    if values.get("attention_dropout"):
-        found.append(f"attention_dropout={values['attention_dropout']}")
-    return found

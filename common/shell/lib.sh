@@ -3,6 +3,17 @@
 # What the steps share: the settings' help, required settings, and one way to run a command.
 # Sourced by the body of a step, after the vendor's script has its settings and VENDOR, its folder.
 
+set +o posix # as where `sh` is bash
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 402)) || {
+  printf '%s: bash %s is too old: run it with bash 4.2 or later\n' "$0" "$BASH_VERSION" >&2
+  exit 2
+}
+
+# Here bytes are parsed, whatever the user's locale: in GBK a comment in UTF-8 is no text, in Turkish i is not the small I.
+# Python gets the user's own.
+LOCALE=${LC_ALL:-}
+export LC_ALL=C
+
 STEP=$(realpath -- "${BASH_SOURCE[-1]}")
 BODY=${BASH_SOURCE[1]}
 KIT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -19,7 +30,7 @@ settings() {
 describe() {
   awk '
     /^# / { heading = substr($0, 3); next }
-    /^: "\$\{/ {
+    /^: "\$\{[A-Z0-9_]+:=/ {
       if (heading != "") printf "\n%s\n", heading
       heading = ""
       end = match($0, /}" +# /)
@@ -99,6 +110,15 @@ old_name() {
   printf -v "$1" %s "$old"
 }
 
+# in_users_locale WORD...: becomes the command, in the locale that the script was started in.
+in_users_locale() {
+  if [[ -n $LOCALE ]]; then
+    exec env LC_ALL="$LOCALE" "$@"
+  else
+    exec env -u LC_ALL "$@"
+  fi
+}
+
 # flags NAME...: adds --name-with-dashes VALUE to ARGS for each setting that is not empty.
 flags() {
   local name flag
@@ -110,27 +130,53 @@ flags() {
 
 # The Python to run, as an absolute path.
 find_python() {
-  local python=${PYTHON:-$KIT/.venv/bin/python}
-  [[ -n $PYTHON || -x $python ]] || python=python3
-  python=$(command -v -- "$python") || die "PYTHON=$PYTHON is no program: bash common/shell/setup_venv.sh makes .venv"
+  local wanted=${PYTHON:-$KIT/.venv/bin/python} python
+  [[ -n $PYTHON || -x $wanted ]] || wanted=python3
+  python=$(command -v -- "$wanted") ||
+    die "${PYTHON:+PYTHON=}$wanted is no program: bash common/shell/setup_venv.sh makes .venv; or set PYTHON to a Python"
   [[ $python == /* ]] || python=$PWD/$python
   printf '%s\n' "$python"
 }
 
+# quoted WORD...: the words as a line that any shell of POSIX reads; bash's own %q is for bash alone.
+quoted() {
+  local word line='' quote="'\\''"
+  for word; do
+    if [[ -z $word || $word == *[!A-Za-z0-9_./:=,@%+-]* ]]; then
+      word=${word//\'/"$quote"}
+      word="'$word'"
+    fi
+    line+=" $word"
+  done
+  printf '%s\n' "${line:1}"
+}
+
+# python_path: the kit, then the caller's PYTHONPATH, whose folders may be relative to his.
+python_path() {
+  local folder folders path=$KIT
+  IFS=: read -r -d '' -a folders < <(printf '%s\0' "${PYTHONPATH:-}")
+  for folder in ${folders[@]+"${folders[@]}"}; do
+    [[ -z $folder ]] || path+=:$([[ $folder == /* ]] || printf '%s/' "$PWD")$folder
+  done
+  printf '%s\n' "$path"
+}
+
 # run WORD...: becomes `python -m WORD... ARGS FLAGS`; the line it prints does the same from any folder and shell.
+# Before 3.11 Python takes modules from the folder it starts in, and a folder `common` where the user stands must not be
+# taken for ours: it starts in the kit's, and goes to KIT_CWD first of all (common/start.py).
 run() {
-  local program name words
+  local program name words line
   program=$(find_python)
-  words=(env -C "$PWD" "PYTHONPATH=$KIT${PYTHONPATH:+:$PYTHONPATH}" "KIT_PLATFORM=$KIT_PLATFORM")
-  words+=(PYTHONSAFEPATH=1) # a folder `common` where the user stands must not be taken for ours
+  words=("PYTHONPATH=$(python_path)" PYTHONSAFEPATH=1 "KIT_CWD=$PWD" "KIT_PLATFORM=$KIT_PLATFORM")
   for name in $(settings "$VENDOR/env.sh"); do words+=("$name=${!name}"); done
-  words+=("$program" -m "$@" "${ARGS[@]}" "${FLAGS[@]}")
+  words+=("$program" -m "$@" ${ARGS[@]+"${ARGS[@]}"} ${FLAGS[@]+"${FLAGS[@]}"}) # empty ones are unset before bash 4.4
+  line="env -C $(quoted "$KIT" "${words[@]}")"
+  env -C / true 2>/dev/null || line="cd $(quoted "$KIT") && env $(quoted "${words[@]}")" # coreutils before 8.28
   if [[ $DRY_RUN == true ]]; then
-    printf '%q ' "${words[@]}" | sed 's/ $/\n/'
+    printf '%s\n' "$line"
   else
-    printf '+' >&2
-    printf ' %q' "${words[@]}" >&2
-    printf '\n' >&2
-    exec "${words[@]}"
+    printf '+ %s\n' "$line" >&2
+    cd -- "$KIT" || exit
+    in_users_locale "${words[@]}"
   fi
 }

@@ -5,5 +5,5 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 begin "$@"
 
 flags "${SETTINGS[@]}"
-[[ -n $PYTHON || $DRY_RUN == true ]] || bash "$KIT/common/shell/setup_venv.sh"
+[[ -n $PYTHON || $DRY_RUN == true ]] || (in_users_locale bash "$KIT/common/shell/setup_venv.sh")
 run common.demo run

@@ -9,6 +9,7 @@
 #   TORCH_INDEX_URL       index for torch alone, as PyTorch's CPU index (PyPI's torch for Linux brings gigabytes of
 #                         CUDA packages) / 仅用于 torch 的索引，例如 PyTorch 的 CPU 索引，可免去数 GB 的 CUDA 包
 #   PIP_INDEX_URL         pip's own: a mirror for everything else / pip 自带的设置：其余依赖的镜像
+: "${BASH_VERSION:?this is a bash script, run it so / 请用 bash 运行: bash $0}"
 set -euo pipefail
 
 case ${1:-} in -h | --help) sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0" && exit 0 ;; esac
@@ -24,8 +25,11 @@ die() {
 
 # with_included FILE: FILE, and the files that it takes in by -r.
 with_included() {
+  local line
   printf '%s\n' "$1"
-  sed -n "s|^-r |${1%/*}/|p" "$1"
+  while read -r line; do
+    [[ $line != '-r '* ]] || printf '%s\n' "${1%/*}/${line#-r }"
+  done <"$1"
 }
 
 # stamp_of FILE: the file in VENV that holds the hash of FILE as it was installed.

@@ -22,6 +22,7 @@ from torch.distributed.run import parse_args, run
 from common.errors import LAST_WORDS, KitError, left_word
 from common.log import logger
 from common.settings import to_flags
+from common.start import from_kit
 from common.training import determinism
 from common.training.config import TrainSettings
 from common.training.deadline import STARTED
@@ -64,7 +65,8 @@ def run_ranks(settings: TrainSettings, roll: Roll | None) -> None:
         choose_gloo_interface(address)
     words = torchrun_words(settings, address, roll is not None and roll.serves)
     try:
-        run(parse_args([*words, "-m", "common.train", *to_flags(settings)]))
+        with from_kit():
+            run(parse_args([*words, "-m", "common.train", *to_flags(settings)]))
     except ChildFailedError as error:
         raise SystemExit(_tell_failure(error)) from None
     except SignalException as error:  # SIGQUIT: torchrun has ended the processes

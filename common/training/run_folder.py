@@ -25,8 +25,8 @@ LOCK_WAIT_S = 30  # what a killed rank needs to end, with all that it holds of a
 
 
 def existing_part(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    """`path`, or the nearest above it that is there: a folder, or what can be none, as a link that leads nowhere."""
+    return next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
 
 
 def free_bytes(path: Path) -> int:
@@ -68,7 +68,7 @@ def check_folder(plan: Plan) -> None:
     there = existing_part(folder)
     try:
         if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "it is a file", str(there))
+            raise NotADirectoryError(errno.ENOTDIR, "it is no folder", str(there))
         write_test(there)
         free = free_bytes(there)
     except OSError as error:

@@ -82,7 +82,8 @@ use_fake_python() {
   cat >"$PYTHON" <<END
 #!/usr/bin/env bash
 printf '%s\n' "\$\$" >"\$0.pid"
-{ pwd; env | grep -E '^(PYTHONPATH|PYTHONSAFEPATH|KIT_PLATFORM|$names)=' | sort; printf '<%s>\n' "\$@"; } >"\$0.record"
+printf 'LC_ALL=%s\n' "\${LC_ALL-<unset>}" >"\$0.locale"
+{ pwd; env | grep -E '^(PYTHONPATH|PYTHONSAFEPATH|KIT_PLATFORM|KIT_CWD|$names)=' | sort; printf '<%s>\n' "\$@"; } >"\$0.record"
 exit 7
 END
   chmod +x "$PYTHON"

@@ -299,3 +299,19 @@ def test_a_wrong_sum_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "    import torch.distributed\n    torch.distributed.all_reduce = lambda box: None\n"
     )
     assert "AssertionError: the sum is wrong" in run_all_reduce(monkeypatch, PYTHONPATH=f"{tmp_path}:{ROOT}").found
+
+
+@pytest.mark.parametrize("lane", ["cpu", "nvidia", "metax"])
+def test_the_versions_that_are_asked_for_take_in_what_each_lane_pins(
+    lane: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The image brings torch, its Dockerfile megatron-core: NGC 24.03 and maca 2.27.
+    torch = {"nvidia": "2.3.0a0+40ec155e58.nv24.3", "metax": "2.1.2+metax2.27"}
+    pinned = (ROOT / "requirements" / f"{lane}.txt").read_text()
+    versions = re.findall(r"(torch|megatron-core|transformers)==([\d.]+\d)", pinned)
+    assert {name for name, _ in versions} >= {"megatron-core", "transformers"}
+    installed = {"torch": torch[lane]} if lane in torch else {}
+    monkeypatch.setattr(packages, "version", lambda name: {**dict(versions), **installed}.get(name, ""))
+    for column, name in ((1, "megatron-core"), (2, "transformers")):
+        for version in {version for each, version in versions if each == name}:
+            assert packages.fits(name, version, packages._wanted(column), "").status == "ok", (name, version)

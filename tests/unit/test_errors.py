@@ -89,3 +89,109 @@ def test_a_command_refuses_without_a_traceback() -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr and "/nowhere" in done.stderr
+
+
+def ended(body: str, folder: Path, **more: str) -> subprocess.CompletedProcess[bytes]:
+    """A process in `folder` whose main is `body`."""
+    program = (
+        "import os, pathlib, resource\nfrom common import errors\ndef main():\n    " + body + "\nerrors.run(main)\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **more},
+        capture_output=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("open('nowhere/a')", b"error: nowhere/a: No such file or directory: give a path that is there"),
+        ("os.mkdir('file/a')", b"error: file/a: Not a directory: mend the path, or give another one"),
+        ("open('.', 'w')", b"error: .: Is a directory: mend the path, or give another one"),
+        ("open('x' * 300)", b"error: " + b"x" * 300 + b": File name too long: mend the path, or give another one"),
+        ("open('loop')", b"error: loop: Too many levels of symbolic links: a symbolic link leads back to itself"),
+        ("pathlib.Path('loop').resolve(); open('loop')", b"loop: Too many levels of symbolic links: a symbolic link"),
+        ("stream = open('/dev/full', 'wb', 0); stream.write(b'x')", b"error: No space left on device: make room (df,"),
+        ("os.replace('file', 'nowhere/b')", b"error: file -> nowhere/b: No such file or directory: "),
+        (
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)); [open('file') for _ in range(9)]",
+            b"error: file: Too many open files: let more files be open at once: ulimit -n 65536",
+        ),
+        ("open(b'\\xca\\xfd')", b"error: \\udcca\\udcfd: No such file or directory: "),
+    ],
+)  # fmt: skip
+def test_what_the_system_refuses_is_one_line_with_path_cause_and_remedy(tmp_path: Path, body: str, told: bytes) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    done = ended(body, tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1), done.stderr
+    assert told in done.stderr
+
+
+@pytest.mark.parametrize("body", ["raise OSError('of ours')", "raise RuntimeError('of ours')", "1 / 0"])
+def test_what_names_neither_a_path_nor_a_cause_keeps_its_traceback(tmp_path: Path, body: str) -> None:
+    done = ended(body, tmp_path)
+    assert done.returncode == 1 and b"Traceback" in done.stderr
+
+
+def test_a_socket_that_is_closed_is_not_taken_for_a_reader_that_has_enough(tmp_path: Path) -> None:
+    done = ended("import socket; a, b = socket.socketpair(); b.close(); a.send(b'x'); a.send(b'x')", tmp_path)
+    assert done.returncode == 1 and b"BrokenPipeError" in done.stderr
+
+
+def test_a_reader_that_has_enough_ends_a_command_in_silence(tmp_path: Path) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from common import errors
+errors.run(lambda: [print(number) for number in range(100000)])
+"""
+    (tmp_path / "lines.py").write_text(program)
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} lines.py | head -n 1; echo ${{PIPESTATUS[0]}}"], cwd=tmp_path,
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("0\n141\n", "")
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", rb"\u6570 \U0001f600"), ("gbk", b"\xca\xfd \\U0001f600")])
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path, encoding: str, shown: bytes) -> None:
+    body = "print('\u6570 \U0001f600'); raise errors.KitError('\u6570 \U0001f600')"
+    done = ended(body, tmp_path, PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stdout, done.stderr) == (2, shown + b"\n", b"error: " + shown + b"\n")
+
+
+@pytest.mark.parametrize("module", ["argparse", "json", "common"])
+def test_what_the_kit_starts_is_its_own_whatever_lies_where_the_user_stands(tmp_path: Path, module: str) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / f"{module}.py").write_text("raise SystemExit('not the one that is meant')\n")
+    program = """
+from pathlib import Path
+from common.doctor import probes
+print(probes.run(["nothing"]), Path.cwd())
+"""
+    (tmp_path / "start.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KIT_PLATFORM": "cpu"}
+    environment.pop("PYTHONSAFEPATH", None)  # as before Python 3.11
+    done = subprocess.run(
+        [sys.executable, "../start.py"], cwd=tmp_path / "own", env=environment, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout == f"{{'nothing': (False, \"KeyError: 'nothing'\")}} {tmp_path / 'own'}\n", done
+
+
+def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+    done = ended("pass", tmp_path, KIT_CWD=str(tmp_path / "gone"))
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+    assert b"gone cannot be entered (No such file or directory)" in done.stderr
+
+
+def test_a_message_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        errors.run(raising(KitError("role '\x1b[2J\u202e' is none\n\tof 你")))
+    assert capsys.readouterr().err == "error: role '\\x1b[2J\\u202e' is none\n\tof 你\n"
+
+
+def test_another_pipe_that_breaks_is_our_own_mistake() -> None:
+    with pytest.raises(BrokenPipeError):
+        errors.run(raising(BrokenPipeError()))

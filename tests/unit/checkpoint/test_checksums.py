@@ -74,10 +74,20 @@ def test_a_file_that_was_cut_or_is_missing_is_named(folder: Path) -> None:
         check_all_files(folder)
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"common.pt": 3}', '{"common.pt": {"bytes": "x", "crc32": 0}}'])
-def test_damaged_checksums_are_named(folder: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "holds no JSON object"),
+        ("{", "is no JSON"),
+        ('{"common.pt": 3}', "is damaged .*'common.pt' it tells 3"),
+        ('{"common.pt": {"bytes": "x", "crc32": 0}}', "is damaged"),
+        ('{"common.pt": {"bytes": true, "crc32": 0}}', "is damaged"),
+        ('{"../common.pt": {"bytes": 1, "crc32": 0}}', "is damaged"),
+    ],
+)
+def test_damaged_checksums_are_named(folder: Path, content: str, told: str) -> None:
     (folder / CHECKSUMS).write_text(content)
-    with pytest.raises(KitError, match="checksums.json is damaged"):
+    with pytest.raises(KitError, match=rf"checksums\.json {told}"):
         DistReader(folder)
 
 

@@ -193,7 +193,7 @@ def test_files_that_are_not_the_checkpoints_are_refused(tmp_path: Path) -> None:
         ("relative_path", "/dev/zero", "in '/dev/zero', which is no plain file of the checkpoint"),
         ("relative_path", "nothing", "nothing is missing"),
         ("transform_descriptors", ["stream.zstd"], "which is no plain file of the checkpoint"),
-        ("offset", -1, "copy it again"),
+        ("offset", -1, "does not tell where each tensor is"),
         ("length", 1 << 40, "copy it again"),
         ("length", "1", "does not tell where each tensor is"),
     ):
@@ -218,7 +218,7 @@ def test_another_backend_is_refused(field: str, tmp_path: Path) -> None:
     with pytest.raises(KitError, match=rf"metadata\.json names another {field} than torch"):
         check_harmless(checkpoint)
     path.write_text("[" * 100_000)
-    with pytest.raises(KitError, match=r"metadata\.json cannot be read"):
+    with pytest.raises(KitError, match=r"metadata\.json is nested deeper than 64"):
         check_harmless(checkpoint)
 
 

@@ -180,10 +180,23 @@ def test_an_index_and_files_that_disagree_are_told(tmp_path: Path) -> None:
         HfReader(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "\xff"])
-def test_an_index_that_is_none_is_told(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "is no JSON"),
+        ("{", "is no JSON"),
+        ("\xff", "is no JSON"),
+        ("[]", "holds no JSON object"),
+        ("{}", "is no index of safetensors"),
+        ('{"weight_map": []}', "is no index of safetensors"),
+        ('{"weight_map": null}', "is no index of safetensors"),
+        ('{"weight_map": {"a": 1}}', "is no index of safetensors"),
+        ('{"weight_map": {"a": "x", "a": "y"}}', "is no JSON .*'a' stands there twice"),
+    ],
+)
+def test_an_index_that_is_none_is_told(tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / INDEX).write_bytes(text.encode("latin1"))
-    with pytest.raises(KitError, match="is no index of safetensors"):
+    with pytest.raises(KitError, match=rf"model\.safetensors\.index\.json {told}"):
         HfReader(tmp_path)
 
 

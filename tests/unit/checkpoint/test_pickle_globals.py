@@ -3,6 +3,7 @@
 import collections
 import io
 import pickle
+import struct
 import subprocess
 import sys
 import time
@@ -50,6 +51,7 @@ def tensor(offset: int = 0, size: int = 2, stride: int = 1, hooks: bytes = HOOKS
     return call(rebuild, storage, number(offset), number(size) + b"\x85", number(stride) + b"\x85", NO, hooks)
 
 
+LONG = b"\x8b" + struct.pack("<i", 3 << 20) + b"\x7f" * (3 << 20)  # a number of 3 MiB
 OBJECT = entry(word("f0"), dtype("O") + b"K\0\x86")
 FIELD = entry(word("f0"), dtype("f4") + b"K\0\x86")
 INDEX = named("torch.distributed.checkpoint.metadata", "MetadataIndex")
@@ -84,6 +86,22 @@ HOSTILE = {
         b"](" + b"B\x10\x27\0\0" + bytes(10_000) + b"\x94" + (named("builtins", "bytearray") + b"h\0\x85R") * 99 + b"e",
         "copies what it holds again and again",
     ),
+    "memory: sets": (b"](" + b"\x8f" * 100_000 + b"e", "makes sets or classes without end"),
+    "memory: frozensets": (b"](" + b"(\x91" * 100_000 + b"e", "makes sets or classes without end"),
+    "time: a long number as a key": (b"}" + LONG + b"\x94" + b"Ns" + b"h\0Ns" * 10_000, "has int as a key"),
+    "time: a long number in a range": (call(named("builtins", "range"), NONE, LONG, b"K\3"), r"calls builtins\.range"),
+    "time: a long number of bytes": (call(named("builtins", "bytes"), LONG), r"calls builtins\.bytes"),
+    "time: a long format": (
+        call(named("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"), LONG), r"calls torch\.distributed",
+    ),
+    "time: tuples in a key": (b"}" + b"((" + b"N" * 60 + b"t\x94" + b"h\0" * 60 + b"tNs", "has tuple as a key"),
+    "time: one key": (b"}(" + b"K\1\x85N" * 1002 + b"u", "has keys of one hash, or one key again and again"),
+    "time: one element": (b"\x8f(" + b"K\1" * 1002 + b"\x90", "has keys of one hash, or one key again and again"),
+    "time: attributes of many dicts": (
+        call(named("torch._tensor", "_rebuild_from_type_v2"), NONE, NONE, NONE, b"(" + b"}" * 100 + b"t"),
+        r"calls torch\._tensor\._rebuild_from_type_v2",
+    ),
+    "what a terminal obeys": (named("a\x1b[2J\n" + "b" * 500, "c"), r"asks for a\\x1b\[2J\\nb{200,300}\.\.\., which"),
     "a stack of tuples as a key": (b"}" + b")" + b"\x85" * 100_000 + b"Ns", "has tuple as a key"),
     "a set of lists": (b"\x8f(]\x90", "adds to set what is no plain value"),
     "an enum of its own": (

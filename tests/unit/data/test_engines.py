@@ -1,9 +1,12 @@
 import json
 import logging
+import random
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +89,51 @@ def test_a_tokenizer_that_it_cannot_load_is_left_to_tokenizers(
     assert tokenizer.engine == "tokenizers" and "encoded by tokenizers: gigatoken is not used, it cannot load" in said()
     with pytest.raises(KitError, match="TOKENIZER_ENGINE=gigatoken: it cannot load .*: set TOKENIZER_ENGINE=auto or"):
         choose(tokenizer, "gigatoken", False, [])
+
+
+def add_token(tokenizer: dict, **how: Any) -> None:
+    number = max(token["id"] for token in tokenizer["added_tokens"]) + 1
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tokenizer["added_tokens"].append({"id": number, "content": "<loc>", **plain, **how})
+
+
+def set_pattern(content: dict, pattern: str) -> None:
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+
+
+OTHERWISE = {
+    "single_word": (lambda c: add_token(c, single_word=True), "'<loc>' is to be found"),
+    "special single_word": (lambda c: add_token(c, single_word=True, special=True), "'<loc>' is to be found"),
+    "unknown field": (lambda c: add_token(c, greedy=True), "'<loc>' is to be found"),
+    "within a special": (lambda c: add_token(c, content="im_end"), "'im_end' within a special one"),
+    "across a special": (lambda c: add_token(c, content="|>x"), "'\\|>x' within a special one"),
+    "normalizer": (lambda c: c.update(normalizer={"type": "NFKC"}), "the normalizer NFKC"),
+    "marks": (lambda c: set_pattern(c, r"\p{L}+|\p{M}+"), "M in the split pattern"),
+    "words": (lambda c: set_pattern(c, r"\w+"), r"\\w in the split pattern"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_gigatoken_does_otherwise_is_left_to_tokenizers(
+    qwen: Path, tmp_path: Path, said: Callable[[], str], name: str
+) -> None:
+    change, told = OTHERWISE[name]
+    tokenizer = load_tokenizer(changed(qwen, tmp_path / "other", change))
+    choose(tokenizer, "auto", False, [])
+    assert tokenizer.engine == "tokenizers" and re.search(f"gigatoken is not used, .*{told}", said())
+
+
+@pytest.mark.parametrize("how", [{}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}])
+def test_other_added_tokens_get_the_same_ids(qwen: Path, tmp_path: Path, how: dict[str, bool]) -> None:
+    folder = changed(qwen, tmp_path / "added", lambda content: add_token(content, **how))
+    tokenizer, chance = load_tokenizer(folder), random.Random(0)
+    words = ["<loc>", "<LOC>", " ", "\n", "a", "1", "!", "\u4e00", "\u3000", "e\u0301", "_", "<|im_end|>"]
+    texts = ["".join(chance.choices(words, k=6)) for _ in range(2000)]
+    for parse_special in (True, False):
+        ids, lengths = Gigatoken((folder / "tokenizer.json").read_bytes()).encode_flat(texts, parse_special)
+        expected = tokenizer.encode_batch(texts, parse_special)
+        assert ids.tolist() == [number for row in expected for number in row]
+        assert lengths.tolist() == list(map(len, expected))
 
 
 def test_without_the_package_tokenizers_is_used(

@@ -123,6 +123,45 @@ def test_a_bad_line_is_told_with_file_line_and_cause(
         read_all([path], size=16)
 
 
+SAME = {
+    "64 bits": b'{"a": [18446744073709551615, -9223372036854775808]}',
+    "more": b'{"a": [18446744073709551616, -9223372036854775809, 1234567890123456789012345678901234567890]}',
+    "400 digits": b'{"a": ' + b"9" * 400 + b"}",
+    "float": b'{"a": [0.1, 1e308, 1e-400, -0, 1E5, 0.1000000000000000055511151231257827]}',
+    "infinite": b'{"a": [1e400]}',
+    "no number": b'{"a": [NaN, -Infinity]}',
+    "twice": b'{"a": 1, "a": 2}',
+    "deep": b'{"a": ' + b"[" * 1023 + b"]" * 1023 + b"}",
+}
+REFUSED = {
+    "digits": (b'{"a": ' + b"9" * 5000 + b"}", "a whole number of more than 4300 digits"),
+    "deeper": (b'{"a": ' + b"[" * 1024 + b"]" * 1024 + b"}", "nested too deeply, more than 1024 levels"),
+    "objects": (b'{"a":' * 4000 + b"1" + b"}" * 4000, "nested too deeply"),
+    "deep surrogate": (b'{"a": ' + b"[" * 1023 + rb'"\ud800"' + b"]" * 1023 + b"}", "half of a surrogate pair"),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_both_parsers_give_the_record_that_the_standard_one_gives(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    fast = parse(SAME[name])
+    monkeypatch.setattr(jsonl, "orjson", None)
+    slow = parse(SAME[name])
+    if name == "deep":  # deeper than Python compares
+        assert str(fast.keys()) == str(slow.keys())
+    else:
+        assert repr(slow) == repr(fast) == repr(json.loads(SAME[name]))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("name", REFUSED)
+def test_both_parsers_refuse_alike(monkeypatch: pytest.MonkeyPatch, name: str, fast: bool) -> None:
+    if not fast:
+        monkeypatch.setattr(jsonl, "orjson", None)
+    line, told = REFUSED[name]
+    with pytest.raises(BadRowError, match=told):
+        parse(line)
+
+
 def test_what_the_fast_parser_refuses_the_standard_one_may_take() -> None:
     record = parse(rb'{"text": "\ud83d\ude00", "score": NaN}')
     assert record["text"] == "😀" and record["score"] != record["score"]

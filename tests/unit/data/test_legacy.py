@@ -1,14 +1,21 @@
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from common import preprocess
 from common.data.indexed import IndexedReader, IndexedWriter
-from common.data.legacy import import_legacy, split_row
-from common.data.manifest import resolve
+from common.data.legacy import import_legacy, refuse_legacy, split_row
+from common.data.manifest import DataFiles, resolve
+from common.data.samples import open_samples
 from common.data.tokenizer import load_tokenizer
 from common.errors import KitError
 
+ROOT = Path(__file__).parents[3]
 PAD, S = 500, 12
 
 
@@ -84,3 +91,37 @@ def test_what_is_no_old_data_is_told(qwen: Path, tmp_path: Path, row: list[int],
 def test_data_of_another_type_is_told(qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(KitError, match="holds uint16, the old kit's rows int32"):
         import_legacy(write(tmp_path / "old", [[1, 2]], "<u2"), tmp_path / "data", load_tokenizer(qwen))
+
+
+@pytest.mark.parametrize("given", ["an old one", "an old one_text_document"])
+def test_what_would_train_on_it_or_show_it_names_the_command_that_takes_it_over(
+    qwen: Path, tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "an old one_text_document", [old_row(A, B), old_row(C)])
+    files = resolve(str(tmp_path / given))
+    told = []
+    for train_mode in ("pretrain", "finetune"):
+        with pytest.raises(KitError) as error:
+            open_samples(files, train_mode=train_mode, seq_length=4, seed=0)
+        told.append(str(error.value))
+    words = ["--data", str(files.tokens), "--tokenizer-path", str(qwen)]
+    for command in (["show", *words], ["stats", *words[:2]]):
+        monkeypatch.setattr("sys.argv", ["preprocess", *command])
+        with pytest.raises(KitError) as error:
+            preprocess.main()
+        told.append(str(error.value))
+    assert len(set(told)) == 1, told
+    command, settings = told[0].split("`")[1], told[0].split("TRAIN_MODE=finetune ")[1]
+    command = command.replace("python", shlex.quote(sys.executable), 1)
+    done = subprocess.run(
+        ["bash", "-c", f"{command} && {settings} && echo $DATASET_PATH"],
+        env={**os.environ, "TOKENIZER_PATH": str(qwen), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    samples = open_samples(resolve(done.stdout.strip()), train_mode="finetune", seq_length=8, seed=0)
+    assert samples.samples_per_epoch == 3
+
+
+def test_data_of_pretraining_is_not_taken_for_it(tmp_path: Path) -> None:
+    for name, rows in {"odd": [[1, 2, 3]], "plain": [[1, 2, 3, 4]], "empty": []}.items():
+        refuse_legacy(DataFiles("pretrain", write(tmp_path / name, rows)))

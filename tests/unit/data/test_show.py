@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,42 @@ def test_what_cannot_be_ids_and_a_mask_of_other_data_are_told(
         mask.add_document([1])
     with pytest.raises(KitError, match="a_loss_mask_document does not fit"):
         list(show(resolve(str(data)), tokenizer, 0, 1, colour=False))
+
+
+ROW = "a\x1b[2Jb \x1b]0;title\x07 \u202egnp\u2066 \r\x9b \U0001f600 \u4f60\t\n\U0001f469\u200d\U0001f469"
+
+
+@pytest.fixture
+def written(tmp_path: Path, qwen: Path) -> list[str]:
+    """The command that shows many documents of ROW."""
+    tokenizer = load_tokenizer(qwen)
+    with IndexedWriter(tmp_path / "a_text_document", "<u2") as tokens:
+        for _ in range(3000):
+            tokens.add_document(tokenizer.encode_batch([ROW])[0])
+    command = [sys.executable, "-m", "common.preprocess", "show", "--data", str(tmp_path / "a")]
+    return [*command, "--tokenizer-path", str(qwen), "--index", "0", "--count", "3000"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "wide"),
+    [
+        ("utf-8", "\U0001f600 \u4f60"),
+        ("gbk", "\\U0001f600 \u4f60"),
+        ("latin-1", "\\U0001f600 \\u4f60"),
+        ("ascii", "\\U0001f600 \\u4f60"),
+    ],
+)
+def test_what_a_terminal_would_obey_or_cannot_show_is_escaped(written: list[str], encoding: str, wide: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([*written[:-1], "1"], env=environment, capture_output=True, check=True)
+    text = done.stdout.decode(encoding).split("\n", 1)[1]
+    assert text.startswith(rf"a\x1b[2Jb \x1b]0;title\x07 \u202egnp\u2066 \r\x9b {wide}" + "\t\n")
+    assert not set(text) & set("\x1b\x07\x9b\r\u202e\u2066")
+
+
+def test_a_reader_that_goes_ends_it_without_a_word(written: list[str]) -> None:
+    process = subprocess.Popen(written, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr and process.stdout.readline().startswith(b"--- document 0 of 3000")
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+    process.stderr.close()

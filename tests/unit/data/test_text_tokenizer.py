@@ -78,6 +78,27 @@ def test_end_of_document_by_rule(qwen: Path, tmp_path: Path) -> None:
     assert (find_eod(other, "auto").token, find_eod(other, "auto").source) == ("b", "generation_config.json")
 
 
+@pytest.mark.parametrize("token", [3, ["<end>"], {"content": 5}, True])
+def test_an_end_token_of_another_type_is_told(token: object, tmp_path: Path) -> None:
+    with pytest.raises(KitError, match=r"tokenizer_config\.json: eos_token=.* is no token: set EOD_TOKEN to one"):
+        find_eod(load_tokenizer(without_endoftext(tmp_path, {"eos_token": token}, {})), "auto")
+
+
+@pytest.mark.parametrize("number", [-1, 3, 1 << 40, True, "1", 1.0, [None], [[1]], {"a": 1}])
+def test_an_end_tokens_id_that_is_none_is_told(number: object, tmp_path: Path) -> None:
+    with pytest.raises(KitError, match=r"generation_config\.json: eos_token_id=.* is no token of the tokenizer"):
+        find_eod(load_tokenizer(without_endoftext(tmp_path, {}, {"eos_token_id": number})), "auto")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_a_file_beside_the_tokenizer_that_is_no_json_object_is_told(name: str, tmp_path: Path) -> None:
+    folder = without_endoftext(tmp_path, {}, {})
+    for text in ("[]", "{", "1", "[" * 10**5):
+        (folder / name).write_text(text)
+        with pytest.raises(KitError, match=rf"{name} (is no JSON|holds no JSON object|is nested deeper)"):
+            find_eod(load_tokenizer(folder), "auto")
+
+
 def test_no_end_of_document_is_told(qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(KitError, match="EOD_TOKEN=<eod> is .* tokens"):
         find_eod(load_tokenizer(qwen), "<eod>")

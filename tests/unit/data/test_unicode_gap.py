@@ -9,7 +9,8 @@ import pytest
 
 from common.data.engines import Gigatoken
 from common.data.tokenizer import EncodeFlat, TextTokenizer, load_tokenizer
-from common.data.unicode_gap import different, exact
+from common.data.unicode_gap import LETTERS_AND_DIGITS, different, exact
+from tests.bench.compare_engines import show_splits
 
 # Plane 0 without surrogates, plane 1, and of plane 2 what decomposes; above are no marks and nothing that composes.
 CODE_POINTS = [*range(0x80, 0xD800), *range(0xE000, 0x20000), *range(0x2F800, 0x2FA20)]
@@ -47,6 +48,21 @@ def test_every_code_point(engines: tuple[TextTokenizer, EncodeFlat, EncodeFlat],
     assert bool(found) == (form != "{}")  # without the remedy there is what to remedy
     assert set(found) <= {texts[number] for number in different(texts)}
     assert differing(tokenizer, mended, [*found, "plain", *found[:1]]) == []
+
+
+@pytest.mark.parametrize("form", ["a{}", "{}\n", "'{}a"])
+def test_letters_and_digits_of_another_unicode(qwen: Path, tmp_path: Path, form: str) -> None:
+    """With their neighbours, and all up to the Chinese: by a vocabulary that shows where the pattern parts."""
+    show_splits(qwen, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    engine = Gigatoken((tmp_path / "tokenizer.json").read_bytes()).encode_flat
+    near = {c for first, last in LETTERS_AND_DIGITS for c in range(first - 20, last + 20)}
+    texts = [form.format(chr(c)) for c in sorted({*near, *range(0x80, 0x3400)})]
+    found = set(differing(tokenizer, engine, texts))
+    ours = {form.format(chr(c)) for first, last in LETTERS_AND_DIGITS for c in range(first, last + 1)}
+    assert found and (ours <= found or form == "a{}")  # which does not tell digits from others
+    assert found <= {texts[number] for number in different(texts)}
+    assert differing(tokenizer, exact(engine, tokenizer), texts) == []
 
 
 def test_every_pair_that_composes(engines: tuple[TextTokenizer, EncodeFlat, EncodeFlat]) -> None:

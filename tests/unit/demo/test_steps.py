@@ -1,5 +1,6 @@
 """A step is run as it is shown, once, and again where its result is missing or broken off."""
 
+import errno
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -33,6 +35,33 @@ def writes(work: Path, name: str, text: str = "whole", **more: object) -> Step:
         name=name, title=f"Write {name}", command=("bash", "-c", program), output=folder,
         whole=lambda path: (path / "result").is_file(), **more,
     )  # fmt: skip
+
+
+def test_a_second_run_in_one_folder_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    program = f"""
+import pathlib
+from common.demo.steps import Runner, Step
+work = pathlib.Path({str(tmp_path)!r})
+command = ("bash", "-c", "mkdir -p $0/slow; echo begun | tee $0/slow/rows; read < $0/go", str(work))
+Runner(work, [Step("slow", "t", command, work / "slow")], print).run()
+"""
+    os.mkfifo(tmp_path / "go")
+    first = subprocess.Popen([sys.executable, "-c", program], cwd=KIT, stdout=subprocess.DEVNULL)
+    rows = tmp_path / "slow" / "rows"
+    while not rows.is_file():
+        assert first.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(KitError, match=f"another quickstart is at work in WORK_DIR={tmp_path}: wait"):
+        run(tmp_path, writes(tmp_path, "slow"))
+    (tmp_path / "go").write_text("\n")
+    assert first.wait() == 0 and rows.read_text() == "begun\n"
+    run(tmp_path, writes(tmp_path, "next"))
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOSYS, "Function not implemented")):
+        run(tmp_path, writes(tmp_path, "first"))
+    assert [each.message for each in caplog.records if "takes no lock" in each.message]
 
 
 def run(work: Path, *chosen: Step) -> Told:

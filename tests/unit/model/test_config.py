@@ -1,12 +1,13 @@
 """What is read from a config.json, compared with transformers' own reading, and what is refused."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, Qwen2Config
+from transformers import AutoConfig, Qwen2Config, Qwen3Config
 
 from common.errors import KitError
 from common.model.config import QwenConfig, load_config, parse_config
@@ -113,9 +114,17 @@ def test_another_model_type_is_refused_with_the_known_ones(kind: Any) -> None:
         ({"rope_scaling": {"type": "yarn", "mscale": 2.0, **YARN}}, "'mscale': 2.0"),
         ({"rope_theta": ..., "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}}, "'rope_type': 'linear'"),
         ({"use_sliding_window": True}, "use_sliding_window=true"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types other than full_attention"),
+        ({"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "layer_types other than full_attention"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"attention_bias": False}, "attention_bias=false"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=true"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_scaling": {"type": "default", "factor": 2.0}}, "rope_scaling={'type': 'default', 'factor': 2.0}"),
+        ({"is_causal": False}, "is_causal=false"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "architectures=['Qwen2ForSequenceClassification']"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "code of its own (auto_map)"),
     ],
 )
 def test_mathematics_that_is_not_built_is_refused_by_name(changes: dict[str, Any], said: str) -> None:
@@ -137,6 +146,80 @@ def test_a_folder_without_a_usable_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="holds no JSON object"):
         load_config(write(tmp_path, "[1]"))
     assert load_config(write(tmp_path, json.dumps(QWEN_7B))) == parse()
+
+
+@pytest.mark.parametrize("name", ["type", "rope_type"])
+@pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
+def test_rope_of_the_default_kind_is_plain_rope(where: str, name: str) -> None:
+    qwen = parse(**{where: {name: "default", "rope_theta": 1e6}})
+    assert qwen == parse()
+    qwen.check_trainable()
+
+
+def test_a_field_that_is_null_or_not_known_is_as_transformers_takes_it() -> None:
+    nulls = ("num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters", "layer_types", "quantization_config")
+    qwen = parse(**dict.fromkeys(nulls), _name_or_path="a", max_window_layers="x", sliding_window=None, new_field=[{}])
+    assert (qwen.num_key_value_heads, qwen.head_dim, qwen.unsupported) == (28, 128, ())
+
+
+def test_qwen3_without_head_dim_has_128_as_in_transformers() -> None:
+    assert parse(model_type="qwen3", hidden_size=1024, num_attention_heads=16, num_key_value_heads=8).head_dim == 128
+    assert Qwen3Config(hidden_size=1024, num_attention_heads=16).head_dim == 128
+
+
+WRONG = [
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false': it must be a valid boolean"),
+    ({"tie_word_embeddings": 0}, "tie_word_embeddings=0: it must be a valid boolean"),
+    ({"use_sliding_window": "false"}, "use_sliding_window='false': it must be a valid boolean"),
+    ({"num_hidden_layers": "2"}, "num_hidden_layers='2': it must be a valid integer"),
+    ({"num_hidden_layers": True}, "num_hidden_layers=True: it must be a valid integer"),
+    ({"num_hidden_layers": 28.0}, "num_hidden_layers=28.0: it must be a valid integer"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: it must be less than or equal to 10000"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0: it must be greater than or equal to 1"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0: it must be greater than or equal to 1"),
+    ({"num_attention_heads": -28}, "num_attention_heads=-28: it must be greater"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=28"),
+    ({"num_key_value_heads": 56}, "num_key_value_heads=56 must divide num_attention_heads=28"),
+    ({"hidden_size": [3584]}, "hidden_size=[3584]: it must be a valid integer"),
+    ({"hidden_size": 3585}, "hidden_size=3585 is no even multiple of num_attention_heads=28, and there is no head_dim"),
+    ({"head_dim": 0}, "head_dim=0: it must be greater than or equal to 2"),
+    ({"head_dim": 63}, "head_dim=63: it must be a multiple of 2"),
+    ({"vocab_size": 10**12}, "vocab_size=1000000000000: it must be less than or equal to 100000000"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6': it must be a valid number"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan: it must be a finite number"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps=0: it must be greater than 0"),
+    ({"rope_theta": math.inf}, "rope_theta=inf: it must be a finite number"),
+    ({"rope_theta": 1}, "rope_theta=1: it must be greater than 1"),
+    ({"rope_theta": True}, "rope_theta=True: it must be a valid number"),
+    ({"max_position_embeddings": {}}, "max_position_embeddings={}: it must be a valid integer"),
+    ({"initializer_range": None, "torch_dtype": "auto"}, "torch_dtype='auto': it must be 'bfloat16', 'float16' or"),
+    ({"dtype": "float32"}, "torch_dtype=bfloat16, dtype=float32 contradict each other"),
+    ({"rope_parameters": [1]}, "rope_parameters=[1]: it must be a valid dictionary"),
+    ({"rope_scaling": "yarn"}, "rope_scaling='yarn': it must be a valid dictionary"),
+    ({"rope_scaling": {"type": "yarn", **YARN, "factor": "4"}}, "rope_scaling.factor='4': it must be a valid number"),
+    ({"rope_scaling": {"type": "yarn", **YARN, "factor": 0}}, "rope_scaling.factor=0: it must be greater"),
+    ({"rope_scaling": {"type": ["yarn"]}}, "rope_scaling.type=['yarn']: it must be a valid string"),
+    ({"rope_scaling": {"type": "yarn", "rope_type": "default"}}, "is of rope_type 'default' and type 'yarn': keep one"),
+    ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta=1000000.0, rope_parameters.rope_theta=5.0 contradict"),
+    ({"rope_scaling": {"type": "a"}, "rope_parameters": {"type": "b"}}, "rope_scaling and rope_parameters differ"),
+    ({"layer_types": "full_attention"}, "layer_types='full_attention': it must be a valid list"),
+    ({"layer_types": ["full_attention"]}, "layer_types names 1 layers of num_hidden_layers=28"),
+    ({"hidden_act": 1}, "hidden_act=1: it must be a valid string"),
+    ({"attention_dropout": "0.0"}, "attention_dropout='0.0': it must be a valid number"),
+    ({"model_type": ["qwen2"]}, "model_type=['qwen2'] is not known"),
+    ({"vocab_size": "9" * 1000}, "vocab_size='" + "9" * 96 + "...: it must be a valid integer"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, said", WRONG, ids=[said[:40] for _, said in WRONG])
+def test_a_field_of_another_type_or_range_is_named_with_what_it_must_be(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(KitError, match=rf"^model/config.json: .*{re.escape(said)}"):
+        parse(**changes)
+
+
+def test_several_faults_are_told_together() -> None:
+    with pytest.raises(KitError, match="hidden_size='a': .*; vocab_size=-1: "):
+        parse(hidden_size="a", vocab_size=-1)
 
 
 @pytest.mark.parametrize("tp, rows", [(1, 152064), (2, 152064), (8, 152064), (5, 152065), (7, 152068)])
