@@ -29,16 +29,13 @@ def check_report(report: Report, path: Path | None) -> None:
 
 
 def check_report_place(path: Path) -> None:
-    """Raises KitError unless a report can be written to `path`."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, f"there is no folder {path.parent}")
-        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise KitError(f"--report={path} cannot be written ({error.strerror}): give another place") from error
+    """Raises OSError with the path unless a report can be written to `path`."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
+    with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def write_report(path: Path, report: Report, settings: Any) -> None:
