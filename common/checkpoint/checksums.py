@@ -12,7 +12,7 @@ from common.json_file import read_json, shown
 
 CHECKSUMS = "checksums.json"
 SMALL_FILES = (".metadata", "common.pt", "metadata.json")
-REMEDY = "copy the checkpoint again, or go on from the one before"
+REMEDY = "copy the checkpoint again, or go on from the one before; if it was changed on purpose, remove checksums.json"
 
 Facts = dict[str, dict[str, int]]  # name -> {"bytes": size, "crc32": checksum}
 

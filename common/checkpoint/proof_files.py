@@ -52,7 +52,8 @@ class HfTensors:
         listed = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ["model.safetensors"]
         self._file_of: dict[str, Any] = {}
         for name in set(listed):
-            file = safe_open(folder / name, framework="pt")
+            with (folder / name).open("rb") as stream:  # safetensors takes no name that is not UTF-8
+                file = safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt")
             self._file_of |= dict.fromkeys(file.keys(), file)
 
     @property
