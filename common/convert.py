@@ -4,15 +4,12 @@ It needs no GPU, no Megatron-Core and no model in memory: tensors go from file t
 """
 
 import argparse
-import dataclasses
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +19,26 @@ from common import errors, log
 from common.checkpoint.arguments import megatron_arguments
 from common.checkpoint.checksums import check_all_files
 from common.checkpoint.dist_share import write_dist
-from common.checkpoint.hf_folder import HfReader, check_weights, parse_size, write_safetensors
+from common.checkpoint.hf_folder import HfReader, check_unquantized, check_weights, parse_size, write_safetensors
 from common.checkpoint.inspection import WRITTEN_BY, inspect_folder
 from common.checkpoint.layout import (
     MODEL_FILE,
     RELEASE,
     Checkpoint,
-    copy_model_files,
     find_checkpoint,
     rank_dir_name,
     write_tracker,
 )
 from common.checkpoint.mapping import IMPLEMENTATIONS
 from common.checkpoint.megatron_folder import open_megatron
+from common.checkpoint.model_files import REPORT, copy_model_files, model_files
 from common.checkpoint.pipeline import Layout
 from common.checkpoint.planning import ExpectedFolder, plan_dist, plan_hf, plan_ranks
+from common.checkpoint.report import check_report, check_report_place, write_report
 from common.checkpoint.streams import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
-from common.checkpoint.target import REPORT, check_target, write_whole
+from common.checkpoint.target import check_room, check_target, write_whole
 from common.checkpoint.torch_format import save_rank_files
-from common.checkpoint.verify import Report, verify
+from common.checkpoint.verify import verify
 from common.errors import KitError
 from common.log import Progress, logger
 from common.model.config import load_config, read_config
@@ -50,6 +48,7 @@ from common.start import from_kit
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HF_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
+HELP_DROP_ROWS = "leave out rows of an embedding above vocab_size even where they hold values"
 HELP_DTYPE = "of the written weights; default: as they are"
 
 
@@ -77,6 +76,7 @@ class ToHuggingFace:
     hf_model_path: str | None = option(None, "config.json and tokenizer; default: what the checkpoint carries")
     dtype: str | None = option(None, HELP_DTYPE, tuple(DTYPES))
     max_shard_size: str = option("5GB", "largest safetensors file, unless one tensor is larger")
+    drop_rows: bool = option(False, HELP_DROP_ROWS)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Verify:
     hf_model_path: str = option(help="Hugging Face folder")
     load_checkpoint_path: str = option(help="Megatron checkpoint: its folder, or one iteration's")
     dtype: str | None = option(None, "compare after casting both to it", tuple(DTYPES))
+    drop_rows: bool = option(False, HELP_DROP_ROWS)
     report: str | None = option(None, "file for every tensor's shape, dtype, bytes and checksum, as JSON")
     logits: bool = option(False, "run both models in float32 too, in 8 bytes a parameter")
     text: str | None = option(None, "what they read with --logits; default: a few lines")
@@ -103,6 +104,7 @@ def to_megatron(settings: ToMegatron, check: bool, plan: bool = False) -> None:
     source_folder, target = Path(settings.load_checkpoint_path), Path(settings.save_checkpoint_path)
     check_target(target, source_folder)
     qwen = load_config(source_folder)
+    check_unquantized(source_folder)
     pipeline_layers = parse_pipeline_layers(settings.pipeline_layers)
     layout = Layout(settings.tp, settings.pp, settings.vpp, settings.transformer_impl, pipeline_layers)
     if settings.ckpt_format == "torch_dist":
@@ -119,6 +121,7 @@ def to_megatron(settings: ToMegatron, check: bool, plan: bool = False) -> None:
     reader = HfReader(source_folder)
     check_weights(reader, hf_shapes(qwen), qwen)
     source = Source(reader, qwen, dtype)
+    check_room(target, written_bytes(source, layout if settings.ckpt_format == "torch" else None, source_folder))
     if check:
         print(f"ok: {len(reader.names)} tensors can be converted to {target}")
         return
@@ -138,6 +141,21 @@ def to_megatron(settings: ToMegatron, check: bool, plan: bool = False) -> None:
 
     write_whole(target, write)
     logger.info("LOAD_CHECKPOINT_PATH=%s", target)
+
+
+def written_bytes(source: Source, layout: Layout | None, folder: Path) -> int:
+    """What a Megatron checkpoint of `layout`, or torch_dist, takes on the disk, but for headers."""
+    if layout is None:
+        tensors = [block.tensor for block in dist_blocks(source)]
+    else:
+        states = [rank_chunks(source, layout, p, t) for p in range(layout.pp) for t in range(layout.tp)]
+        tensors = [tensor for state in states for chunk in state.values() for tensor in chunk.values()]
+    return sum(tensor.num_bytes for tensor in tensors) + bytes_beside(folder)
+
+
+def bytes_beside(folder: Path) -> int:
+    """The bytes of the files of a model that are no weights."""
+    return sum((folder / name).stat().st_size for name in model_files(folder).files)
 
 
 def _write_torch_dist(source: Source, folder: Path) -> None:
@@ -169,11 +187,14 @@ def to_hf(settings: ToHuggingFace, check: bool, plan: bool = False) -> None:
     if not settings.hf_model_path and not (checkpoint.folder / "config.json").is_file():
         raise KitError(f"{checkpoint.folder} carries no config.json: set HF_MODEL_PATH to the model it came from")
     qwen = load_config(model_folder)
-    reader = open_megatron(checkpoint, qwen)
-    tensors = hf_tensors(reader, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+    check_unquantized(model_folder)
+    reader = open_megatron(checkpoint, qwen, drop_rows=settings.drop_rows)
+    dtype = DTYPES[settings.dtype] if settings.dtype else None
+    tensors = hf_tensors(reader, qwen, dtype)
     if plan:
         print(*plan_hf(tensors, max_shard_bytes), sep="\n")
         return
+    check_room(target, sum(tensor.num_bytes for tensor in tensors.values()) + bytes_beside(model_folder))
     if check:
         print(f"ok: {len(tensors)} tensors of {checkpoint.path} can be converted to {target}")
         return
@@ -187,7 +208,7 @@ def to_hf(settings: ToHuggingFace, check: bool, plan: bool = False) -> None:
         with progress(sum(tensor.num_bytes for tensor in tensors.values())) as done:
             names = write_safetensors(folder, tensors, max_shard_bytes, done)
         logger.info("%d tensors in %d files", len(tensors), len(names) - (len(names) > 1))
-        report = verify(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+        report = verify(folder, checkpoint, qwen, dtype, from_megatron=True, drop_rows=settings.drop_rows)
         write_report((target if report.errors else folder) / REPORT, report, settings)
         check_report(report, target / REPORT)
 
@@ -205,49 +226,23 @@ def set_dtype(path: Path, dtype: str) -> None:
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_report(report: Report, path: Path | None) -> None:
-    """Tells what was compared; raises KitError unless both sides hold the same bits."""
-    if report.errors:
-        told = "; ".join(report.errors[:5])
-        told += f" and {len(report.errors) - 5} more" if len(report.errors) > 5 else ""
-        told += f" (all in {path})" if path else ""
-        raise KitError(f"the proof failed: {told}: copy the source again, and report this")
-    logger.info("proof: %s", report.line())
-    if report.non_finite:
-        logger.warning("%d values are NaN or infinite: they are written as they are", report.non_finite)
-
-
-def write_report(path: Path, report: Report, settings: Any) -> None:
-    """Writes what was compared as JSON: every tensor of both sides, totals, settings and versions."""
-    content = {
-        "settings": dataclasses.asdict(settings),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "safetensors": version("safetensors"),
-        },
-        "totals": {"tensors": report.num_tensors, "bytes": report.num_bytes, "non_finite": report.non_finite},
-        "result": report.line(),
-        "errors": report.errors,
-        "hugging_face": report.hugging_face,
-        "megatron": report.megatron,
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def compare(settings: Verify, check: bool) -> None:
     """Compares the two sides; with `check` only looks whether they can be compared."""
     folder, checkpoint = Path(settings.hf_model_path), need_checkpoint(settings.load_checkpoint_path)
+    if settings.report:
+        check_report_place(Path(settings.report))
     qwen = load_config(folder)
+    check_unquantized(folder)
     check_weights(HfReader(folder), hf_shapes(qwen), qwen)
-    open_megatron(checkpoint, qwen)
+    open_megatron(checkpoint, qwen, drop_rows=settings.drop_rows)
     if check:
         print(f"ok: {folder} and {checkpoint.path} can be compared")
         return
     files = check_all_files(checkpoint.path)
     if files:
         logger.info("%s: %d files are as they were written, by size and CRC-32", checkpoint.path, files)
-    report = verify(folder, checkpoint, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+    dtype = DTYPES[settings.dtype] if settings.dtype else None
+    report = verify(folder, checkpoint, qwen, dtype, drop_rows=settings.drop_rows)
     if settings.report:
         write_report(Path(settings.report), report, settings)
     check_report(report, Path(settings.report) if settings.report else None)

@@ -15,11 +15,11 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${DTYPE:=}" # of the written weights: bf16, fp16 or fp32; empty: as they are / 写出权重的类型；空：不变
 
 # huggingface-to-megatron / 转为 Megatron
-: "${TP:=2}"                   # tensor parallel size, as in step 3 / 张量并行，与第 3 步一致
-: "${PP:=2}"                   # pipeline parallel size, as in step 3 / 流水线并行，与第 3 步一致
-: "${VPP:=1}"                  # virtual pipeline chunks a rank / 每个 rank 的虚拟流水线块数
+: "${TP:=2}"                   # of torch format: tensor parallel size / torch 格式的张量并行
+: "${PP:=2}"                   # of torch format: pipeline parallel size / torch 格式的流水线并行
+: "${VPP:=1}"                  # of torch format: virtual chunks a rank / torch 格式的虚拟流水线块数
 : "${PIPELINE_LAYERS:=}"       # layers of each stage, as 7,7,8,6; empty: even / 各阶段的层数，如 7,7,8,6；空：均分
-: "${CKPT_FORMAT:=torch}"      # torch or torch_dist / 检查点格式
+: "${CKPT_FORMAT:=torch_dist}" # torch_dist: loads at any TP, PP; torch: at those above / torch_dist 可在任意 TP、PP 下加载；torch 只能在上面的
 : "${TRANSFORMER_IMPL:=local}" # names of the weights: transformer_engine or local / 权重命名
 
 # megatron-to-huggingface / 转为 Hugging Face

@@ -12,9 +12,15 @@ from common.json_file import read_json, shown
 
 CHECKSUMS = "checksums.json"
 SMALL_FILES = (".metadata", "common.pt", "metadata.json")
-REMEDY = "copy the checkpoint again, or go on from the one before"
+REMEDY = "copy the checkpoint again, or go on from the one before; if it was changed on purpose, remove checksums.json"
 
 Facts = dict[str, dict[str, int]]  # name -> {"bytes": size, "crc32": checksum}
+
+
+def check_inside(path: Path, name: str) -> None:
+    """Raises KitError unless `name`, that the file `path` tells, is that of a file in its own folder."""
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise KitError(f"{path} names {name!r}, which is not in its folder: copy it again from where it came")
 
 
 def read_facts(folder: Path) -> Facts:
@@ -25,8 +31,9 @@ def read_facts(folder: Path) -> Facts:
     told = read_json(path, REMEDY)
     for name, facts in told.items():
         sound = isinstance(facts, dict) and all(type(facts.get(key)) is int for key in ("bytes", "crc32"))
-        if not sound or Path(name).name != name:
+        if not sound:
             raise KitError(f"{path} is damaged (of {shown(name)} it tells {shown(facts)}): {REMEDY}")
+        check_inside(path, name)
     return told
 
 

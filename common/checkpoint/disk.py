@@ -10,6 +10,8 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
+import threading
 import weakref
 import zlib
 from collections import deque
@@ -29,7 +31,13 @@ BLOCK_BYTES = 8 << 20
 SECTOR = 4096  # direct access wants places, lengths and memory at multiples of it
 BLOCKS_AHEAD = 3
 BLOCKS_BEHIND = 3  # that a Writer may still be writing
+MAX_OPEN_FILES = 16  # of those that are mapped; each has two descriptors
+REMEDY = "give it back, or give the right path"
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_int64)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _END: Any = object()
 _free: list[mmap.mmap] = []  # buffers of a block that nothing uses now
 
@@ -100,7 +108,7 @@ def _made_indirect(handle: int, error: OSError) -> bool:
 class DiskFile:
     """A file mapped copy-on-write: tensors share its pages, and writing to them does not reach the file.
 
-    `load` reads a tensor that lies in it in one go.
+    `load` reads a tensor that lies in it in one go. However many files there are, few of them are open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,13 +117,12 @@ class DiskFile:
             self.size = path.stat().st_size
             if not self.size:
                 raise KitError(f"{path} is empty: copy it again from where it came")
-            with path.open("rb") as stream:
-                self.map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-            self.map.madvise(mmap.MADV_RANDOM)  # what is looked at in place is small; all else is loaded
+            self.map = _Map(path, self.size)
         except OSError as error:
-            raise KitError(f"{path} cannot be read ({error.strerror}): give it back, or give the right path") from error
-        self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
-        _mapped[self.map] = _Mapped(path, self.bytes.data_ptr(), self.size)
+            remedy = "raise the limit, as by `ulimit -n 4096`" if error.errno == errno.EMFILE else REMEDY
+            raise KitError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
+        self.bytes = torch.from_numpy(self.map.array)
+        _mapped[self.map] = _Mapped(path, self.map)
 
     def tensor(self, start: int, size: int, dtype: torch.dtype) -> Tensor:
         """What lies at bytes [start, start + size), [n] of `dtype`; copied only where it lies at an odd place."""
@@ -123,21 +130,71 @@ class DiskFile:
         return (data.clone() if start % dtype.itemsize else data).view(dtype)
 
 
+class _Map:
+    """The pages of a file; unlike mmap.mmap it keeps no descriptor. `map[a:b]` are bytes of it."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            told = os.fstat(handle)
+            if stat.S_ISDIR(told.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            address = _libc.mmap(None, size, protection, mmap.MAP_PRIVATE, handle, 0)
+        finally:
+            number = ctypes.get_errno()
+            os.close(handle)
+        if address in (None, ctypes.c_void_p(-1).value):
+            raise OSError(number, os.strerror(number), str(path))
+        weakref.finalize(self, _libc.munmap, address, size).atexit = False
+        _libc.madvise(address, size, mmap.MADV_RANDOM)  # what is looked at in place is small; all else is loaded
+        self.address, self.size, self.identity = address, size, (told.st_dev, told.st_ino)
+        # By which numpy finds the memory; an array of it keeps this alive.
+        self.__array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 3}
+
+    @property
+    def array(self) -> Any:
+        """All of it, [size] uint8."""
+        return np.asarray(self)
+
+    def __getitem__(self, place: slice) -> bytes:
+        return bytes(self.array[place].data)
+
+
+class _Handles:
+    """The descriptors by which a file is read: through the page cache, and past it."""
+
+    def __init__(self, path: Path, identity: tuple[int, int]) -> None:
+        self.cached = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.cached).atexit = False
+        told = os.fstat(self.cached)
+        if (told.st_dev, told.st_ino) != identity:
+            raise OSError(errno.ESTALE, "the file was replaced by another while it was read", str(path))
+        self.direct = _open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.direct).atexit = False
+
+
 class _Mapped:
     """A mapped file, found by the address of what lies in it."""
 
-    def __init__(self, path: Path, address: int, size: int) -> None:
-        self.address, self.size = address, size
-        self._cached, self._direct = os.open(path, os.O_RDONLY), _open(path, os.O_RDONLY)
-        for handle in (self._cached, self._direct):
-            weakref.finalize(self, os.close, handle).atexit = False
+    def __init__(self, path: Path, pages: _Map) -> None:
+        self.path, self.address, self.size, self._identity = path, pages.address, pages.size, pages.identity
+
+    def _handles(self) -> _Handles:
+        """Those of this file; of the files that were read least lately they are closed, when nothing reads them."""
+        with _open_lock:
+            handles = _open_files.pop(self, None) or _Handles(self.path, self._identity)
+            _open_files[self] = handles
+            while len(_open_files) > MAX_OPEN_FILES:
+                del _open_files[next(iter(_open_files.keys()))]
+        return handles
 
     def read(self, start: int, size: int) -> Tensor:
         """The bytes [start, start + size), [size] uint8; raises OSError when they cannot be read."""
         first = start - start % SECTOR
         done, end = 0, start + size - first
-        array = _buffer(end)
-        handle = self._cached if self._in_cache(first, start + size) else self._direct
+        array, handles = _buffer(end), self._handles()
+        handle = handles.cached if self._in_cache(first, start + size) else handles.direct
         if not _is_direct(handle):
             os.posix_fadvise(handle, first, end, os.POSIX_FADV_WILLNEED)
         while done < end:
@@ -160,7 +217,9 @@ class _Mapped:
         return _libc.mincore(address, ctypes.c_size_t(end - start), told) == 0 and 2 * told.raw.count(1) > pages
 
 
-_mapped: "weakref.WeakKeyDictionary[mmap.mmap, _Mapped]" = weakref.WeakKeyDictionary()
+_mapped: "weakref.WeakKeyDictionary[_Map, _Mapped]" = weakref.WeakKeyDictionary()
+_open_files: "weakref.WeakKeyDictionary[_Mapped, _Handles]" = weakref.WeakKeyDictionary()  # the last read is the last
+_open_lock = threading.Lock()
 
 
 def load(tensor: Tensor) -> Tensor:

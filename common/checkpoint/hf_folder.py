@@ -6,7 +6,7 @@ A safetensors file is a u64 length, a JSON header {name: {dtype, shape, data_off
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.checkpoint.checksums import check_inside
 from common.checkpoint.disk import DiskFile, Writer, ahead
 from common.checkpoint.lazy import LazyTensor, same_bits
-from common.checkpoint.mapping import check_names
+from common.checkpoint.mapping import EMBEDDING, OUTPUT, check_names, is_skipped
 from common.errors import KitError
 from common.json_file import read_json
-from common.model.config import QwenConfig
+from common.log import logger
+from common.model.config import QwenConfig, read_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 HEADER_ALIGNMENT = 8
+VOCABULARIES = tuple(name for row in (EMBEDDING, OUTPUT) for name in (row.te, *row.hf))
+QUANTIZED_BY = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # GPTQ, AWQ, ModelOpt
 
 
 class HfReader:
@@ -90,6 +94,8 @@ def read_index(path: Path) -> dict[str, str]:
     listed = read_json(path, remedy).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise KitError(f"{path} is no index of safetensors, whose weight_map gives each tensor's file: {remedy}")
+    for file in set(listed.values()):
+        check_inside(path, file)
     return listed
 
 
@@ -190,8 +196,31 @@ def check_weights(reader: HfReader, expected: Mapping[str, tuple[int, ...]], qwe
     check_names(found, expected, str(reader.folder))
     for name, shape in expected.items():
         if reader.shape(name) != shape:
-            raise KitError(
-                f"{reader.folder}: {name} has shape {list(reader.shape(name))}, config.json asks for {list(shape)}:"
-                " its config.json belongs to another model"
-            )
+            raise wrong_shape(reader.folder, name, reader.shape(name), shape)
         reader.dtype(name)
+    buffers = [name for name in reader.names if is_skipped(name)]
+    if buffers:
+        logger.info("%d buffers are not carried (%s, ...): config.json tells them", len(buffers), buffers[0])
+
+
+def wrong_shape(where: Path, name: str, shape: Sequence[int], expected: Sequence[int]) -> KitError:
+    """What to tell of a tensor that has not the shape that config.json asks for."""
+    remedy = "its config.json belongs to another model"
+    if name in VOCABULARIES and shape[1:] == expected[1:]:
+        remedy = f"set vocab_size to {shape[0]} there if the embedding was resized; else it belongs to another model"
+    return KitError(f"{where}: {name} has shape {list(shape)}, config.json asks for {list(expected)}: {remedy}")
+
+
+def check_unquantized(folder: Path) -> None:
+    """Raises KitError where the weights of a model are quantized (GPTQ, AWQ, FP8, ...), by what its folder says."""
+    told = read_config(folder).get("quantization_config")
+    source = "config.json has a quantization_config"
+    for name in QUANTIZED_BY:
+        if not told and (folder / name).is_file():
+            told, source = {"quant_method": name}, f"it holds {name}"
+    if told:
+        method = told.get("quant_method", "unknown") if isinstance(told, dict) else told
+        raise KitError(
+            f"{folder} is a quantized model ({method}; {source}): it has no weights of"
+            " bf16, fp16 or fp32: give the model that it was made from"
+        )

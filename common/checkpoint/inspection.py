@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.checkpoint.hf_folder import INDEX, SINGLE, HfReader
 from common.checkpoint.layout import OPTIMIZER_FILE, RELEASE, Checkpoint, find_checkpoint, list_iterations
-from common.checkpoint.mapping import TABLE, canonical_name, implementation_of, is_skipped, num_layers
+from common.checkpoint.mapping import OUTPUT, TABLE, canonical_name, implementation_of, is_skipped, num_layers
 from common.checkpoint.megatron_folder import chunk_keys, generic_name, is_weight, rank_files
 from common.checkpoint.origin import common_state
 from common.checkpoint.stand_ins import is_whole
@@ -70,12 +70,14 @@ def _hugging_face(folder: Path) -> dict[str, str]:
     config, reader = read_config(folder), HfReader(folder)
     dtypes = [reader.dtype(name) for name in reader.names]
     numels = [torch.Size(reader.shape(name)).numel() for name in reader.names]
+    copies = config.get("tie_word_embeddings") is True and "lm_head.weight" in reader.names
+    copied = torch.Size(reader.shape("lm_head.weight")).numel() if copies else 0
     num_bytes = sum(numel * dtype.itemsize for numel, dtype in zip(numels, dtypes, strict=True))
     fields = ", ".join(f"{name} {config.get(name)}" for name in CONFIG_FIELDS)
     return {
         "format": "Hugging Face, safetensors",
         "model": f"{config.get('model_type')}, {fields}, {_tied(config)}",
-        "weights": Weights(len(numels), sum(numels), num_bytes).line(dtypes),
+        "weights": Weights(len(numels), sum(numels) - copied, num_bytes).line(dtypes),
         "files": str(len(list(folder.glob("*.safetensors")))),
         "on disk": size(_bytes_of(folder)),
     }
@@ -121,12 +123,12 @@ def _plain(value: Any) -> str:
 
 def _dist(checkpoint: Checkpoint) -> dict[str, str]:
     stored = DistReader(checkpoint.path).tensors
-    weights, dtypes = Weights(), []
+    copied, weights, dtypes = _tied_copy(checkpoint), Weights(), []
     for key, tensor in stored.items():
         if is_weight(key):
             numel = torch.Size(tensor.shape).numel()
             weights.num_tensors += 1
-            weights.num_parameters += numel
+            weights.num_parameters += 0 if key in copied else numel
             weights.num_bytes += numel * tensor.dtype.itemsize
             dtypes.append(tensor.dtype)
     numbered = any(num_layers([key]) for key in stored)
@@ -145,11 +147,12 @@ def _ranks(checkpoint: Checkpoint) -> dict[str, str]:
     keys = chunk_keys(files[0, 0], checkpoint.path)
     layers = [num_layers(files[pp_rank, 0].get(key, {})) for key in keys for pp_rank in range(pp)]
     named = [(rank, name, value) for rank, state in files.items() for name, value in _tensors(state, keys)]
-    weights = Weights()
+    copied, weights = _tied_copy(checkpoint), Weights()
     for (_, tp_rank), name, tensor in named:
         weights.num_tensors += 1
         weights.num_bytes += tensor.nbytes
-        weights.num_parameters += tensor.numel() if tp_rank == 0 or not _held_by_all(name) else 0
+        again = name in copied or tp_rank > 0 and _held_by_all(name)
+        weights.num_parameters += 0 if again else tensor.numel()
     state = files[0, 0]
     with_optimizer = "optimizer" in state or any(checkpoint.path.glob(f"mp_rank_*/{OPTIMIZER_FILE}"))
     return {
@@ -158,6 +161,16 @@ def _ranks(checkpoint: Checkpoint) -> dict[str, str]:
         "weights": weights.line(tensor.dtype for _, _, tensor in named),
         "optimizer": "yes" if with_optimizer else "no",
     }
+
+
+def _tied_copy(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The output layer of a model of which config.json, or Megatron's arguments, say that it is the embedding."""
+    if (checkpoint.folder / "config.json").is_file():
+        tied = read_config(checkpoint.folder).get("tie_word_embeddings") is True
+    else:
+        arguments = common_state(checkpoint).get("args")
+        tied = getattr(arguments, "untie_embeddings_and_output_weights", None) is False
+    return (OUTPUT.te,) if tied else ()
 
 
 def _tensors(state: dict[str, Any], keys: list[str]) -> Iterator[tuple[str, Tensor]]:

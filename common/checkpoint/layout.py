@@ -10,7 +10,6 @@ The names are Megatron-LM's (megatron/training/checkpointing.py).
 
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,17 +21,6 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE: Literal["release"] = "release"
 MODEL_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "*.tiktoken",
-)
 
 
 @dataclass(frozen=True)
@@ -133,19 +121,3 @@ def list_iterations(folder: Path) -> list[int]:
 def _written(folder: Path) -> list[str]:
     names = [str(number) for number in list_iterations(folder)]
     return names + ([RELEASE] if format_of(folder / RELEASE) else [])
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The files of `folder` that belong to the model beside its weights."""
-    return sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
-
-
-def copy_model_files(source: Path, target: Path) -> None:
-    """Copies config, generation and tokenizer files and the chat template, byte for byte."""
-    target.mkdir(parents=True, exist_ok=True)
-    if source.resolve() == target.resolve():
-        return
-    for path in model_files(source):
-        partial = target / (path.name + ".partial")
-        shutil.copyfile(path, partial)
-        partial.replace(target / path.name)

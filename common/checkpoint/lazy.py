@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint.disk import BLOCK_BYTES, empty, load
+from common.errors import KitError
 
 # Tensors, or views of mapped files, that lie side by side (joined along the last dimension).
 Beside = Sequence[Tensor]
@@ -17,12 +18,14 @@ Beside = Sequence[Tensor]
 class LazyTensor:
     """A tensor of known shape and dtype, made of `parts` a few rows at a time when it is written.
 
-    `parts` gives what lies one below the other in it, cast to its dtype when it is made.
+    `parts` gives what lies one below the other in it, cast to its dtype when it is made. Making it raises KitError
+    where the cast would make a value infinite.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: Callable[[], Iterable[Beside]]
+    name: str = ""  # for messages
 
     @property
     def numel(self) -> int:
@@ -39,7 +42,7 @@ class LazyTensor:
         size = 0
         for beside in self.parts():
             for rows in in_rows(beside):
-                block = tensor_bytes(_joined([load(part) for part in rows], self.dtype))
+                block = tensor_bytes(_joined([load(part) for part in rows], self.dtype, self.name))
                 size += block.nbytes
                 if block.nbytes:
                     yield block
@@ -60,7 +63,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return all(np.array_equal(mine, its) for mine, its in pairs)
 
 
-def _joined(parts: Beside, dtype: torch.dtype) -> Tensor:
+def _joined(parts: Beside, dtype: torch.dtype, name: str) -> Tensor:
     """`parts` side by side in row-major order; no copy where there is one, which lies so already."""
     if len(parts) == 1 and parts[0].is_contiguous() and parts[0].dtype == dtype:
         return parts[0]
@@ -68,7 +71,22 @@ def _joined(parts: Beside, dtype: torch.dtype) -> Tensor:
     joined = empty((*parts[0].shape[:-1], sum(widths)), dtype)
     for part, place in zip(parts, joined.split(widths, dim=-1), strict=True):
         place.copy_(part)
+        if part.dtype != dtype:
+            _check_cast(part, place, name)
     return joined
+
+
+def _check_cast(before: Tensor, after: Tensor, name: str) -> None:
+    """Raises KitError where a value became infinite."""
+    if not after.numel() or all(torch.isfinite(end) for end in torch.aminmax(after)):
+        return
+    beyond = before[torch.isinf(after) & torch.isfinite(before)]
+    if beyond.numel():
+        kind = str(after.dtype).removeprefix("torch.")
+        raise KitError(
+            f"{name} holds {beyond[0].item():g}, and {kind} ends at {torch.finfo(after.dtype).max:g}: it would become"
+            " infinite; set DTYPE to bf16 or fp32, or leave it empty"
+        )
 
 
 def in_rows(beside: Beside) -> Iterator[Beside]:

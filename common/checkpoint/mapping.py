@@ -225,7 +225,13 @@ def num_layers(names: Iterable[str]) -> int:
 def check_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:
     """Raises KitError naming each tensor that is missing or unknown."""
     have, need = {name for name in found if not is_skipped(name)}, set(expected)
-    for what, names in (("lacks", need - have), ("holds the unknown", have - need)):
+    lacking = need - have
+    if lacking in ({"lm_head.weight"}, {OUTPUT.te}) and have <= need:
+        raise KitError(
+            f"{where} lacks {lacking.pop()}, and its config.json does not tie the embeddings: set tie_word_embeddings"
+            " to true there if the model's output layer is its embedding; else a file is not whole, copy it again"
+        )
+    for what, names in (("lacks", lacking), ("holds the unknown", have - need)):
         if names:
             shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise KitError(f"{where} {what} {shown}: its config.json belongs to another model, or a file is not whole")

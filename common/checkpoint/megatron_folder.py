@@ -1,7 +1,7 @@
 """A Megatron checkpoint's weights, whichever its format and layout, as Hugging Face tensors."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from common.checkpoint.disk import load
+from common.checkpoint.hf_folder import wrong_shape
 from common.checkpoint.layout import MODEL_FILE, Checkpoint, rank_dir_name
-from common.checkpoint.lazy import same_bits
+from common.checkpoint.lazy import in_rows, same_bits
 from common.checkpoint.mapping import (
     EMBEDDING,
     LAYERS,
@@ -25,13 +27,17 @@ from common.checkpoint.mapping import (
     rows_of,
     unshard,
 )
+from common.checkpoint.rectangles import Rectangle
 from common.checkpoint.torch_dist import DistReader
 from common.checkpoint.torch_format import load_rank_file
+from common.checkpoint.vocabulary import check_rows
 from common.errors import KitError
 from common.log import logger
 from common.model.config import QwenConfig
 
 _RANK_DIR = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(_\d{3})?")
+# Megatron-Core's own names beside the model's (megatron/training/checkpointing.py, core/optimizer/).
+_OTHERS = re.compile(r"(chained_\d+\.)?optimizer\.|(rng_state|rerun_state_machine_state|opt_param_scheduler)\b")
 _LAYER_KEY = re.compile(re.escape(LAYERS) + r"(\d+)\.")
 
 
@@ -49,15 +55,15 @@ class MegatronReader(Protocol):
         ...
 
 
-def open_megatron(checkpoint: Checkpoint, qwen: QwenConfig) -> MegatronReader:
-    """The weights of `checkpoint`, checked against `qwen`."""
-    return (DistWeights if checkpoint.format == "torch_dist" else RankWeights)(checkpoint.path, qwen)
+def open_megatron(checkpoint: Checkpoint, qwen: QwenConfig, *, drop_rows: bool = False) -> MegatronReader:
+    """The weights of `checkpoint`, checked against `qwen`; drop_rows: as vocabulary.check_rows says."""
+    return (DistWeights if checkpoint.format == "torch_dist" else RankWeights)(checkpoint.path, qwen, drop_rows)
 
 
 class DistWeights:
     """Weights in torch_dist format: whole tensors, layers stacked or numbered."""
 
-    def __init__(self, path: Path, qwen: QwenConfig) -> None:
+    def __init__(self, path: Path, qwen: QwenConfig, drop_rows: bool = False) -> None:
         self._reader, self._qwen = DistReader(path), qwen
         self.description = "torch_dist"
         stored = {key: tensor for key, tensor in self._reader.tensors.items() if is_weight(key)}
@@ -74,7 +80,12 @@ class DistWeights:
             if row.stage == "layer" and self._stacked:
                 expected = (qwen.num_hidden_layers, *megatron_shape(row, qwen))
             if shape != expected:
-                raise _wrong_shape(path, key, shape, expected)
+                raise wrong_shape(path, key, shape, expected)
+            self._reader.check_cover(key)
+            if row.vocabulary:
+                above = Rectangle((qwen.vocab_size, 0), (shape[0] - qwen.vocab_size, shape[1]))
+                rows = (block for _, block, _ in self._reader.blocks(key, above))
+                check_rows(rows, path, key, qwen.vocab_size, drop_rows)
         self._read = lru_cache(maxsize=1)(self._reader.read)  # the parts of one row are asked for in turn
 
     def _key(self, row: Row, layer: int | None) -> str:
@@ -91,21 +102,14 @@ class DistWeights:
 
 
 def is_weight(key: str) -> bool:
-    """Whether a torch_dist key is the model's, not the optimizer's, the random state's or a buffer."""
-    return key.startswith(("embedding.", "decoder.", "output_layer.")) and not is_skipped(key)
+    """Whether a torch_dist key is the model's, or unknown: not the optimizer's, the random state's or a buffer."""
+    return not _OTHERS.match(key) and not is_skipped(key)
 
 
 def _differing_copy(path: Path) -> KitError:
     return KitError(
         f"{path}: config.json ties the embeddings, but {OUTPUT.te} differs from the embedding:"
         " set tie_word_embeddings to false in config.json if the model has both"
-    )
-
-
-def _wrong_shape(path: Path, key: str, shape: Sequence[int], expected: Sequence[int]) -> KitError:
-    return KitError(
-        f"{path}: {key} has shape {list(shape)}, config.json asks for {list(expected)}:"
-        " its config.json belongs to another model"
     )
 
 
@@ -121,7 +125,7 @@ class _Place:
 class RankWeights:
     """Weights in torch format: a file for each tensor and pipeline rank, virtual chunks within it."""
 
-    def __init__(self, path: Path, qwen: QwenConfig) -> None:
+    def __init__(self, path: Path, qwen: QwenConfig, drop_rows: bool = False) -> None:
         self._path, self._qwen = path, qwen
         self._files = rank_files(path)
         self.tp = 1 + max(tp for _, tp in self._files)
@@ -133,6 +137,9 @@ class RankWeights:
         self.description = f"torch, TP={self.tp} PP={self.pp} VPP={self.vpp}, {implementation_of(names)} names"
         self._check_shapes()
         self._check_copies()
+        for row in rows_of(qwen):
+            if row.vocabulary:
+                check_rows(self._rows_above(row), path, self._places[row.te, None].name, qwen.vocab_size, drop_rows)
 
     def _find(self, chunks: list[str]) -> dict[tuple[str, int | None], _Place]:
         """(row's Megatron name, layer) to place; layers are counted over the chunks in the model's order."""
@@ -182,7 +189,13 @@ class RankWeights:
                     rows = max(sum(shape[:1]) * self.tp, self._qwen.padded_vocab_size(self.tp))
                     expected = megatron_shape(row, self._qwen, self.tp, rows)
                     if shape != expected:
-                        raise _wrong_shape(self._path, self._places[row.te, layer].name, shape, expected)
+                        raise wrong_shape(self._path, self._places[row.te, layer].name, shape, expected)
+
+    def _rows_above(self, row: Row) -> Iterator[Tensor]:
+        """The rows of an embedding above vocab_size, in memory, a block at a time."""
+        for tp_rank, shard in enumerate(self._shards(row, None)):
+            for (rows,) in in_rows([shard[max(self._qwen.vocab_size - tp_rank * len(shard), 0) :]]):
+                yield load(rows)
 
     def _check_copies(self) -> None:
         """Warns where tensor ranks hold different copies of what they should share; refuses an untied tied model."""

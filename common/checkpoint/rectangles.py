@@ -1,5 +1,6 @@
 """Rectangular blocks of a tensor: those that a run of its elements is made of, and what two have in common."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -26,12 +27,33 @@ class Rectangle:
             return None
         return Rectangle(tuple(start for start, _ in spans), tuple(end - start for start, end in spans))
 
+    def lies_in(self, outer: "Rectangle") -> bool:
+        """Whether it has the dimensions of `outer` and reaches nowhere out of it."""
+        ends = zip(self.offsets, self.sizes, outer.offsets, outer.sizes, strict=False)
+        inside = all(b <= a and m >= 0 and a + m <= b + n for a, m, b, n in ends)
+        return len(self.offsets) == len(self.sizes) == len(outer.sizes) and inside
+
     def within(self, outer: "Rectangle") -> tuple[slice, ...]:
         """Where it lies in a tensor that holds `outer`."""
         return tuple(
             slice(offset - start, offset - start + size)
             for offset, size, start in zip(self.offsets, self.sizes, outer.offsets, strict=True)
         )
+
+
+def fault_of_cover(whole: Rectangle, blocks: Iterable[Rectangle]) -> str | None:
+    """Why `blocks` do not hold each element of `whole` once, and no others; None where they do."""
+    ordered = sorted(blocks, key=lambda block: block.offsets)
+    current: list[Rectangle] = []  # those before, that reach as far in the first dimension
+    for block in ordered:
+        if not block.lies_in(whole):
+            return f"has a block at {list(block.offsets)} of {list(block.sizes)} that reaches out of it"
+        current = [one for one in current if one.offsets[:1] == () or one.offsets[0] + one.sizes[0] > block.offsets[0]]
+        if any(one.common(block) for one in current):
+            return f"has two blocks that lie over one another at {list(block.offsets)}"
+        current.append(block)
+    found = sum(block.numel for block in ordered)
+    return None if found == whole.numel else f"has {found} of {whole.numel} elements"
 
 
 def rectangles(shape: Shape, start: int, end: int) -> list[Rectangle]:

@@ -34,7 +34,7 @@ def hf_tensors(reader: MegatronReader, qwen: QwenConfig, dtype: torch.dtype | No
             raise KitError(f"{row.megatron_name('local', layer)} is of {stored}: set DTYPE to bf16, fp16 or fp32")
         for part, name in enumerate(row.hf_names(layer)):
             parts = partial(reader.hf_parts, row, layer, part)
-            tensors[name] = LazyTensor(hf_shape(name, qwen), dtype or stored, parts)
+            tensors[name] = LazyTensor(hf_shape(name, qwen), dtype or stored, parts, name)
     return tensors
 
 
@@ -77,7 +77,7 @@ class Source:
         """Tensor rank `tp_rank`'s part of `row`."""
         names = row.hf_names(layer)
         shape = megatron_shape(row, self.qwen, tp)
-        return LazyTensor(shape, self.dtype(names[0]), partial(self._parts, row, names, tp_rank, tp))
+        return LazyTensor(shape, self.dtype(names[0]), partial(self._parts, row, names, tp_rank, tp), " + ".join(names))
 
     def _parts(self, row: Row, names: tuple[str, ...], tp_rank: int, tp: int) -> list[list[Tensor]]:
         rows = self.qwen.padded_vocab_size(tp)
@@ -107,7 +107,7 @@ def dist_blocks(source: Source) -> Iterator[Block]:
         if layer is None:
             yield Block(row.te, tensor.shape, (0,) * len(tensor.shape), tensor)
         else:
-            block = LazyTensor((1, *tensor.shape), tensor.dtype, tensor.parts)
+            block = LazyTensor((1, *tensor.shape), tensor.dtype, tensor.parts, tensor.name)
             yield Block(
                 row.te.replace("{i}.", ""), (num_layers, *tensor.shape), (layer, *(0,) * len(tensor.shape)), block
             )

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 
 from common.checkpoint.archive import MappedFile
-from common.checkpoint.checksums import check_size, check_small_files, read_facts
+from common.checkpoint.checksums import check_inside, check_size, check_small_files, read_facts
 from common.checkpoint.disk import load
 from common.checkpoint.lazy import in_rows, tensor_bytes
 from common.checkpoint.metadata_types import fault_of_types
-from common.checkpoint.rectangles import Rectangle
+from common.checkpoint.rectangles import Rectangle, fault_of_cover
 from common.checkpoint.unpickle import RestrictedUnpickler
 from common.errors import KitError
 
@@ -59,6 +59,8 @@ class DistReader:
             self.tensors = self._stored_tensors(metadata)
             where = {index.fqn: info for index, info in metadata.storage_data.items() if index.offset is None}
             entries = metadata.state_dict_metadata.items()
+            for info in where.values():
+                check_inside(path / ".metadata", str(info.relative_path))
             self.objects = {key: where[key] for key, entry in entries if isinstance(entry, dcp.BytesStorageMetadata)}
         except KitError:
             raise
@@ -83,13 +85,17 @@ class DistReader:
         }
 
     def _stored(self, key: str, entry: dcp.TensorStorageMetadata, where: dict[Any, Any]) -> StoredTensor:
-        chunks = []
+        chunks, whole = [], Rectangle((0,) * len(entry.size), _tuple(entry.size))
         for chunk in entry.chunks:
+            block = Rectangle(_tuple(chunk.offsets), _tuple(chunk.sizes))
+            if not block.lies_in(whole):
+                raise KitError(f"{self.path}: .metadata tells a block of {key} that is out of it: copy it again")
             info = where.get((key, _tuple(chunk.offsets)))
             if info is None:
                 raise KitError(
                     f"{self.path}: .metadata tells no place for {key} at {list(chunk.offsets)}: copy it again"
                 )
+            check_inside(self.path / ".metadata", str(info.relative_path))
             place = (info.relative_path, info.offset, info.length)
             chunks.append(StoredChunk(_tuple(chunk.offsets), _tuple(chunk.sizes), *place))
         return StoredTensor(_tuple(entry.size), entry.properties.dtype, tuple(chunks))
@@ -104,23 +110,35 @@ class DistReader:
     def read(self, key: str, layer: int | None = None) -> Tensor:
         """The whole tensor `key`, or the part of a stacked one that is `layer`'s.
 
-        No copy where one block is all of it. Raises KitError when blocks are missing.
+        No copy where one block is all of it. Raises KitError unless its blocks hold each element once.
         """
         stored = self.tensors[key]
+        first = () if layer is None else (layer,)
         shape = stored.shape if layer is None else stored.shape[1:]
-        blocks = [chunk for chunk in stored.chunks if layer is None or _holds(chunk, layer)]
-        if len(blocks) == 1 and (blocks[0].sizes if layer is None else blocks[0].sizes[1:]) == shape:
-            return self._part(stored, blocks[0], layer)
-        sizes = [torch.Size(block.sizes if layer is None else block.sizes[1:]) for block in blocks]
-        filled, numel = sum(size.numel() for size in sizes), torch.Size(shape).numel()
-        if filled != numel:
-            raise KitError(f"{self.path}: {key} has {filled} of {numel} elements: the checkpoint is not whole")
-        whole = torch.empty(shape, dtype=stored.dtype)
-        for block in blocks:
-            part = self._part(stored, block, layer)
-            at = block.offsets if layer is None else block.offsets[1:]
-            whole[tuple(slice(start, start + size) for start, size in zip(at, part.shape, strict=True))] = part
-        return whole
+        wanted = Rectangle((*first, *(0,) * len(shape)), (*(1 for _ in first), *shape))
+        common = self._common(key, wanted)
+        if len(common) == 1 and common[0][2] == wanted and (layer is not None or common[0][1] == wanted):
+            return self._part(stored, common[0][0], layer)
+        whole = torch.empty(wanted.sizes, dtype=stored.dtype)
+        for chunk, block, part in common:
+            whole[part.within(wanted)] = self._part(stored, chunk, None)[part.within(block)]
+        return whole.reshape(shape)
+
+    def check_cover(self, key: str) -> None:
+        """Raises KitError unless the blocks of `key` hold each of its elements once."""
+        shape = self.tensors[key].shape
+        self._common(key, Rectangle((0,) * len(shape), shape))
+
+    def _common(self, key: str, wanted: Rectangle) -> list[tuple[StoredChunk, Rectangle, Rectangle]]:
+        """Each stored block that has something of `wanted`, as a rectangle, and what it has.
+
+        Raises KitError unless they have all of it, each element once.
+        """
+        chunks = ((chunk, Rectangle(chunk.offsets, chunk.sizes)) for chunk in self.tensors[key].chunks)
+        common = [(chunk, block, part) for chunk, block in chunks if (part := block.common(wanted))]
+        if fault := fault_of_cover(wanted, (part for _, _, part in common)):
+            raise KitError(f"{self.path}: {key} {fault}: the checkpoint is not whole; copy it again")
+        return common
 
     def blocks(self, key: str, wanted: Rectangle) -> Iterator[tuple[tuple[slice, ...], Tensor, "Checksum | None"]]:
         """What of the tensor `key` lies in `wanted`, some megabytes at a time: where in it, and the values there.
@@ -129,11 +147,7 @@ class DistReader:
         KitError where blocks are missing.
         """
         stored = self.tensors[key]
-        chunks = ((chunk, Rectangle(chunk.offsets, chunk.sizes)) for chunk in stored.chunks)
-        common = [(chunk, block, part) for chunk, block in chunks if (part := block.common(wanted))]
-        filled = sum(part.numel for _, _, part in common)
-        if filled != wanted.numel:
-            raise KitError(f"{self.path}: {key} has {filled} of {wanted.numel} elements: the checkpoint is not whole")
+        common = self._common(key, wanted)
         for chunk, block, part in sorted(common, key=lambda each: (each[0].file, each[0].start)):
             value, file = self._part(stored, chunk, None), self._file(chunk.file)
             whole = part == block and chunk.start in file.checksums
@@ -167,10 +181,6 @@ class Checksum:
             raise KitError(
                 f"{self.path} is damaged: a block has not the checksum that it was written with: copy it again"
             )
-
-
-def _holds(chunk: StoredChunk, layer: int) -> bool:
-    return chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
 
 
 def _tuple(size: Any) -> tuple[int, ...]:

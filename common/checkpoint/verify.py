@@ -1,8 +1,8 @@
 """Whether a Hugging Face folder and a Megatron checkpoint hold the same weights, bit for bit.
 
-Nothing here is shared with what converts: names, order of heads and divisions are written down once more, from the
-definition of each layout, and compared slice by slice. Every element of the Hugging Face side must be met on the
-Megatron side, and every element of the Megatron side must be one of them, or in a row that pads the vocabulary.
+Nothing here is shared with what converts: names, order of heads and divisions are written down once more
+(proof_slices.py), and files are read by other ways (proof_files.py). Every element of the Hugging Face side must be met
+on the Megatron side, and every element of the Megatron side must be one of them, or in a row that pads the vocabulary.
 """
 
 import itertools
@@ -11,29 +11,19 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from common.checkpoint.disk import ahead, load
-from common.checkpoint.hf_folder import HfReader
+from common.checkpoint.disk import BLOCK_BYTES, ahead
 from common.checkpoint.layout import MODEL_FILE, Checkpoint
-from common.checkpoint.lazy import in_rows, same_bits, tensor_bytes
-from common.checkpoint.torch_dist import DistReader
-from common.checkpoint.torch_format import load_rank_file
+from common.checkpoint.lazy import same_bits, tensor_bytes
+from common.checkpoint.proof_files import DistTensors, HfTensor, HfTensors, Stored, num_bytes, rank_state
+from common.checkpoint.proof_slices import Slice, slices
+from common.checkpoint.vocabulary import Padding
 from common.model.config import QwenConfig
-
-
-class Slice(NamedTuple):
-    """Rows (and columns) of a Hugging Face tensor that lie at `row` of a Megatron tensor."""
-
-    name: str
-    rows: range
-    columns: range | None  # None: all
-    row: int
 
 
 class Shard(NamedTuple):
@@ -42,7 +32,7 @@ class Shard(NamedTuple):
     name: str  # with the layer's number in the whole model
     tp_rank: int
     tp: int
-    tensor: Tensor
+    tensor: Stored
 
 
 @dataclass
@@ -52,6 +42,9 @@ class Report:
     num_tensors: int = 0
     num_bytes: int = 0
     non_finite: int = 0
+    made_zero: int = 0  # values that are not zero, and are by the cast
+    other_copies: int = 0  # of norms, by tensor ranks that hold another than rank 0
+    dropped_rows: int = 0  # above vocab_size, that hold values
     errors: list[str] = field(default_factory=list)
     hugging_face: list[dict[str, Any]] = field(default_factory=list)  # every tensor, with its checksum
     megatron: list[dict[str, Any]] = field(default_factory=list)
@@ -60,81 +53,125 @@ class Report:
         """The report in one line."""
         told = f"{self.num_tensors} tensors, {self.num_bytes / 1e9:.2f} GB: "
         told += "all bits agree" if not self.errors else f"{len(self.errors)} differences"
-        return told + (f"; {self.non_finite} values are NaN or infinite" if self.non_finite else "")
+        counted = {
+            "values are NaN or infinite": self.non_finite,
+            "values became zero by the cast": self.made_zero,
+            "copies of norms differ from rank 0's, which was taken": self.other_copies,
+            "rows above vocab_size were left out": self.dropped_rows,
+        }
+        return told + "".join(f"; {number} {what}" for what, number in counted.items() if number)
 
 
-HF_LAYER = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-}
-HEAD_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")  # of one head's size
-COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")  # divided by columns
-OUTSIDE = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
-}
-IGNORED = re.compile(r"_extra_state|inv_freq")
+NORMS = re.compile(r"norm\.weight$|layer_norm_weight$")  # which every tensor rank holds whole
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+IGNORED = re.compile(r"(^|\.)_extra_state(\d+|/.*)?$|\.rotary_(pos_)?emb\.inv_freq$|^rotary_pos_emb\.inv_freq$")
+OTHERS = re.compile(r"^((chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine_state|opt_param_scheduler)")
 
 
-def verify(folder: Path, checkpoint: Checkpoint, qwen: QwenConfig, dtype: torch.dtype | None = None) -> Report:
-    """The comparison of the two sides; `dtype`: what the side that was written was cast to, if it was."""
-    report, hf = Report(), HfReader(folder)
+def verify(
+    folder: Path,
+    checkpoint: Checkpoint,
+    qwen: QwenConfig,
+    dtype: torch.dtype | None = None,
+    *,
+    from_megatron: bool = False,
+    drop_rows: bool = False,
+) -> Report:
+    """The comparison of the two sides; `dtype`: what the side that was written was cast to, if it was.
+
+    from_megatron: norms are rank 0's, and copies of other tensor ranks that differ are counted only. drop_rows: so are
+    rows above `vocab_size` that hold values.
+    """
+    report, hf = Report(), HfTensors(folder)
     shards = _dist_shards if checkpoint.format == "torch_dist" else _rank_shards
-    met: Counter[str] = Counter()
-    checksums: dict[str, _Checksum] = {}
-    mine, tp = _Checksum(), 1
-    for block in ahead(_blocks(shards(checkpoint.path, qwen), hf, qwen, checksums)):
-        if block.mine is None:
-            report.megatron.append(_noted(block.shard.tensor, mine, block.shard.name, tensor_rank=block.shard.tp_rank))
-            mine, tp = _Checksum(), block.shard.tp
-            continue
-        mine.add(block.row, block.mine)
-        if block.piece is None:
-            if block.shard.name not in ("embedding.word_embeddings.weight", "output_layer.weight"):
-                told = f"{len(block.mine)} rows too many"
-                report.errors.append(f"{block.shard.name} of tensor rank {block.shard.tp_rank} has {told}")
-            continue
-        if block.source is not None:
-            met[block.piece.name] += block.source.numel()
-            if block.piece.columns is None:
-                checksums.setdefault(block.piece.name, _Checksum()).add(block.source_row, block.source)
-        told = f"{block.shard.name} of tensor rank {block.shard.tp_rank} differs from {block.piece.name}"
-        if told not in report.errors and not _same_bits(block.mine, block.source, dtype):
-            report.errors.append(told)
-        report.non_finite += _non_finite(block.mine if dtype is None else block.mine.to(dtype))
-    _account(hf, qwen, tp, met, checksums, report, checkpoint.path)
+    proof = _Proof(report, dtype, from_megatron)
+    for block in ahead(_blocks(shards(checkpoint.path, qwen), hf, qwen)):
+        proof.take(block)
+    for name, padding in proof.paddings.items():
+        if padding.trained and drop_rows:
+            report.dropped_rows += padding.rows
+        elif padding.trained:
+            report.errors.append(f"{name} has {padding.rows} rows above vocab_size={qwen.vocab_size} that hold values")
+    _account(hf, qwen, proof, checkpoint.path)
     return report
 
 
-def _account(
-    hf: HfReader,
-    qwen: QwenConfig,
-    tp: int,
-    met: Counter[str],
-    checksums: dict[str, "_Checksum"],
-    report: Report,
-    where: Path,
-) -> None:
+class _Proof:
+    """What was seen so far, block by block."""
+
+    def __init__(self, report: Report, dtype: torch.dtype | None, from_megatron: bool) -> None:
+        self.report, self._dtype, self._from_megatron = report, dtype, from_megatron
+        self.met: Counter[str] = Counter()
+        self.checksums: dict[str, _Checksum] = {}
+        self.paddings: dict[str, Padding] = {}
+        self.tp = 1
+        self._mine = _Checksum()
+        self._differing: set[str] = set()  # what was said of a tensor, once
+
+    def take(self, block: "_Block") -> None:
+        """Compares a block, and notes its shard when that has ended."""
+        shard = block.shard
+        if block.mine is None:
+            self.report.megatron.append(_noted(shard.tensor, self._mine, shard.name, tensor_rank=shard.tp_rank))
+            self._mine, self.tp = _Checksum(), shard.tp
+            return
+        self._mine.add(block.row, block.mine)
+        if block.piece is not None:
+            self._compare(block, block.mine, block.piece)
+        elif shard.name in VOCABULARY:
+            self.paddings.setdefault(shard.name, Padding()).add(block.mine)
+        else:
+            told = f"{len(block.mine)} rows too many"
+            self.report.errors.append(f"{shard.name} of tensor rank {shard.tp_rank} has {told}")
+
+    def _compare(self, block: "_Block", mine: Tensor, piece: Slice) -> None:
+        shard, source = block.shard, block.source
+        if source is not None:
+            self.met[piece.name] += source.numel()
+            if piece.columns is None:
+                self.checksums.setdefault(piece.name, _Checksum()).add(block.source_row, source)
+            self._count_lost(mine, source, piece.name)
+        self.report.non_finite += _non_finite(mine if self._dtype is None else mine.to(self._dtype))
+        if _same_bits(mine, source, self._dtype):
+            return
+        told = f"{shard.name} of tensor rank {shard.tp_rank} differs from {piece.name}"
+        if told in self._differing:
+            return
+        self._differing.add(told)
+        if self._from_megatron and source is not None and shard.tp_rank and NORMS.search(shard.name):
+            self.report.other_copies += 1
+        else:
+            self.report.errors.append(told)
+
+    def _count_lost(self, mine: Tensor, source: Tensor, name: str) -> None:
+        """Counts what the cast made zero, and notes an error where it made values infinite."""
+        for before in (mine, source):
+            if self._dtype is None or before.dtype == self._dtype:
+                continue
+            after = before.to(self._dtype)
+            self.report.made_zero += int(torch.count_nonzero(before) - torch.count_nonzero(after))
+            infinite = _non_finite(after) - _non_finite(before)
+            if infinite:
+                kind = str(self._dtype).removeprefix("torch.")
+                self.report.errors.append(f"{name}: {infinite} values are beyond {kind} and became infinite")
+
+
+def _account(hf: HfTensors, qwen: QwenConfig, proof: _Proof, where: Path) -> None:
     """Notes every Hugging Face tensor, and those of which not every element was met."""
-    tied_head = {"lm_head.weight"} if qwen.tie_word_embeddings else set()
-    for name in sorted(set(hf.names) - tied_head):
+    report, tied_head = proof.report, {"lm_head.weight"} if qwen.tie_word_embeddings else set()
+    for name in hf.names:
+        if name in tied_head or IGNORED.search(name):
+            continue
         tensor = hf.tensor(name)
-        report.hugging_face.append(_noted(tensor, checksums.get(name, _Checksum()), name))
-        size = tensor.numel()
+        report.hugging_face.append(_noted(tensor, proof.checksums.get(name, _Checksum()), name))
+        size = torch.Size(tensor.shape).numel()
         report.num_tensors += 1
-        report.num_bytes += size * tensor.element_size()
-        wanted = {tp * size} if name.endswith("norm.weight") else {size}  # every tensor rank holds the norms
+        report.num_bytes += num_bytes(tensor)
+        wanted = {proof.tp * size} if name.endswith("norm.weight") else {size}  # every tensor rank holds the norms
         if name == "model.embed_tokens.weight" and qwen.tie_word_embeddings:
             wanted.add(2 * size)  # the last stage's copy
-        if met[name] not in wanted:
-            report.errors.append(f"{name}: {met[name]} of its {size} elements are in {where}")
+        if proof.met[name] not in wanted:
+            report.errors.append(f"{name}: {proof.met[name]} of its {size} elements are in {where}")
 
 
 class _Block(NamedTuple):
@@ -148,36 +185,38 @@ class _Block(NamedTuple):
     source_row: int = 0
 
 
-def _blocks(
-    shards: Iterable[Shard], hf: HfReader, qwen: QwenConfig, checksums: dict[str, "_Checksum"]
-) -> Iterator[_Block]:
+def _blocks(shards: Iterable[Shard], hf: HfTensors, qwen: QwenConfig) -> Iterator[_Block]:
     """Every shard from its first row to its last, then that it ended."""
-
-    @lru_cache(maxsize=1)  # tensor ranks take columns of one in turn
-    def whole(name: str) -> Tensor:
-        tensor = load(hf.tensor(name))
-        checksums.setdefault(name, _Checksum()).add(0, tensor)
-        return tensor
-
     for shard in shards:
-        covered = 0
-        for piece in slices(shard.name, shard.tp_rank, shard.tp, qwen, shard.tensor.shape[0]):
+        covered, rows = 0, shard.tensor.shape[0]
+        for piece in slices(shard.name, shard.tp_rank, shard.tp, qwen, rows):
             piece = piece._replace(columns=piece.columns if shard.tp > 1 else None)
-            source = hf.tensor(piece.name) if piece.columns is None else whole(piece.name)
-            source = source[piece.rows.start : piece.rows.stop]
-            if piece.columns is not None:
-                source = source[:, piece.columns.start : piece.columns.stop]
-            mine = shard.tensor[piece.row : piece.row + len(piece.rows)]
-            at = piece.row, piece.rows.start
-            for pair in in_rows([mine, source] if mine.shape == source.shape else [mine]):
-                loaded = [load(part) for part in pair]
-                yield _Block(shard, loaded[0], at[0], piece, loaded[1] if len(loaded) > 1 else None, at[1])
-                at = at[0] + len(loaded[0]), at[1] + len(loaded[0])
+            yield from _pairs(shard, piece, hf.get(piece.name))
             covered += len(piece.rows)
-        for (padding,) in in_rows([shard.tensor[covered:]]):
-            yield _Block(shard, load(padding), covered)
-            covered += len(padding)
+        for start, stop in _row_blocks(shard.tensor, covered, rows):
+            yield _Block(shard, shard.tensor.rows(start, stop), start)
         yield _Block(shard, None)
+
+
+def _pairs(shard: Shard, piece: Slice, source: HfTensor | None) -> Iterator[_Block]:
+    """The rows of `piece` on both sides; those of Megatron's alone where the shapes are not the same."""
+    mine, first = shard.tensor, piece.row
+    last = min(piece.row + len(piece.rows), mine.shape[0])
+    fits = source is not None and last - first == len(piece.rows) and piece.rows.stop <= source.shape[0]
+    width = () if source is None else source.shape[1:] if piece.columns is None else (len(piece.columns),)
+    fits = fits and mine.shape[1:] == width
+    for start, stop in _row_blocks(mine, first, last):
+        at, its = piece.rows.start + start - first, None
+        if fits and source is not None:
+            its = source.rows(at, at + stop - start, piece.columns).contiguous()
+        yield _Block(shard, mine.rows(start, stop), start, piece, its, at)
+
+
+def _row_blocks(tensor: Stored, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) in parts of a few megabytes."""
+    step = max(1, BLOCK_BYTES // max(num_bytes(tensor) // max(tensor.shape[0], 1), 1))
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
 
 
 class _Checksum:
@@ -193,13 +232,15 @@ class _Checksum:
             self.rows += len(block)
 
 
-def _noted(tensor: Tensor, checksum: _Checksum, name: str, **more: int) -> dict[str, Any]:
+def _noted(tensor: Stored, checksum: _Checksum, name: str, **more: int) -> dict[str, Any]:
     """What a report tells of a tensor; it is read once more where not all rows of it went by."""
-    if checksum.rows != len(tensor):
+    rows = tensor.shape[0]
+    if checksum.rows != rows:
         checksum = _Checksum()
-        for (rows,) in in_rows([tensor]):
-            checksum.add(checksum.rows, load(rows))
-    told = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "bytes": tensor.nbytes}
+        for start, stop in _row_blocks(tensor, 0, rows):
+            checksum.add(start, tensor.rows(start, stop))
+    kind = str(tensor.dtype).removeprefix("torch.")
+    told = {"shape": list(tensor.shape), "dtype": kind, "bytes": num_bytes(tensor)}
     return {"name": name, **more, **told, "crc32": f"{checksum.value:08x}"}
 
 
@@ -218,47 +259,6 @@ def _non_finite(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
 
 
-def slices(name: str, tp_rank: int, tp: int, qwen: QwenConfig, num_rows: int) -> Iterator[Slice]:
-    """Which Hugging Face rows a Megatron tensor of `num_rows` rows holds, in its own order."""
-    found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
-    if found is None:
-        hf_name = OUTSIDE[name]
-        if name == "decoder.final_layernorm.weight":
-            yield Slice(hf_name, range(qwen.hidden_size), None, 0)
-            return
-        if name == "output_layer.weight" and qwen.tie_word_embeddings:
-            hf_name = "model.embed_tokens.weight"
-        first = tp_rank * num_rows
-        yield Slice(hf_name, range(first, min(first + num_rows, qwen.vocab_size)), None, 0)
-        return
-    prefix, kind = f"model.layers.{found[1]}.", found[2]
-    if kind.startswith("self_attention.linear_qkv.") and kind not in HF_LAYER:
-        yield from _attention(f"{prefix}self_attn.", kind.rsplit(".", 1)[-1], tp_rank, tp, qwen)
-    elif kind == "mlp.linear_fc1.weight":
-        size = qwen.intermediate_size // tp
-        for i, part in enumerate(("gate", "up")):
-            yield Slice(f"{prefix}mlp.{part}_proj.weight", range(tp_rank * size, (tp_rank + 1) * size), None, i * size)
-    elif kind in COLUMNS:
-        width = qwen.num_attention_heads * qwen.head_dim if "proj" in kind else qwen.intermediate_size
-        columns = range(tp_rank * width // tp, (tp_rank + 1) * width // tp)
-        yield Slice(prefix + HF_LAYER[kind], range(qwen.hidden_size), columns, 0)
-    else:
-        size = qwen.head_dim if kind in HEAD_NORMS else qwen.hidden_size
-        yield Slice(prefix + HF_LAYER[kind], range(size), None, 0)
-
-
-def _attention(prefix: str, kind: str, tp_rank: int, tp: int, qwen: QwenConfig) -> Iterator[Slice]:
-    """For each group of this rank: the heads of its queries, its key head, its value head."""
-    heads_a_group = qwen.num_attention_heads // qwen.num_key_value_heads
-    groups = qwen.num_key_value_heads // tp
-    row = 0
-    for group in range(tp_rank * groups, (tp_rank + 1) * groups):
-        for part, first_head, heads in (("q", group * heads_a_group, heads_a_group), ("k", group, 1), ("v", group, 1)):
-            rows = range(first_head * qwen.head_dim, (first_head + heads) * qwen.head_dim)
-            yield Slice(f"{prefix}{part}_proj.{kind}", rows, None, row)
-            row += len(rows)
-
-
 def _rank_shards(path: Path, qwen: QwenConfig) -> Iterator[Shard]:
     """Every tensor of every rank's file, its layer numbered over the whole model."""
     ranks = {}
@@ -266,7 +266,7 @@ def _rank_shards(path: Path, qwen: QwenConfig) -> Iterator[Shard]:
         tp_rank, stage = (int(word) for word in f"{folder.name}_0".split("_")[2:4])
         ranks[tp_rank, stage] = folder
     tp, pp = (1 + max(numbers) for numbers in zip(*ranks, strict=True))
-    files = {rank: load_rank_file(folder / MODEL_FILE) for rank, folder in ranks.items()}
+    files = {rank: rank_state(folder / MODEL_FILE) for rank, folder in ranks.items()}
     names = [key for key in files[0, 0] if re.fullmatch(r"model\d*", key)]
     before = 0
     for chunk in sorted(names, key=lambda name: (len(name), name)):  # model2 before model10
@@ -287,13 +287,13 @@ def _numbered(name: str, before: int) -> str:
 
 def _dist_shards(path: Path, qwen: QwenConfig) -> Iterator[Shard]:
     """Every weight of a torch_dist checkpoint, whole, one a layer."""
-    reader = DistReader(path)
-    for key in reader.tensors:
-        if IGNORED.search(key) or not key.startswith(("embedding.", "decoder.", "output_layer.")):
+    files = DistTensors(path)
+    for key in files.entries:
+        if IGNORED.search(key) or OTHERS.search(key):
             continue
         stacked = re.fullmatch(r"decoder\.layers\.(\D.*)", key)
         if stacked is None:
-            yield Shard(key, 0, 1, reader.read(key))
+            yield Shard(key, 0, 1, files.tensor(key))
             continue
         for layer in range(qwen.num_hidden_layers):
-            yield Shard(f"decoder.layers.{layer}.{stacked[1]}", 0, 1, reader.read(key, layer))
+            yield Shard(f"decoder.layers.{layer}.{stacked[1]}", 0, 1, files.tensor(key, layer))

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from common.checkpoint.layout import find_checkpoint, model_files
+from common.checkpoint.layout import find_checkpoint
+from common.checkpoint.model_files import model_files
 from common.data.sources import find_inputs
 from common.demo.answers import ANSWERS, kind_of
 from common.demo.corpus import CHATS, NUM_QUESTIONS, QUESTIONS, TEXTS
@@ -139,7 +140,8 @@ class Commands:
         chosen, kind = self.settings, own_kind(self.settings)
         assert chosen.input and chosen.hf_model_path
         files, folder = find_inputs(chosen.input), Path(chosen.hf_model_path).absolute()
-        reads = tuple(path.absolute() for path in (*files, *model_files(folder), *folder.glob("*.safetensors")))
+        beside = [folder / name for name in model_files(folder).files]
+        reads = tuple(path.absolute() for path in (*files, *beside, *folder.glob("*.safetensors")))
         paths = [shown(path.absolute()) for path in files]
         rows = paths[0] if len(paths) == 1 else shlex.join(paths)
         wanted = {
@@ -190,7 +192,6 @@ class Commands:
             "CONVERT_TYPE": "huggingface-to-megatron",
             "LOAD_CHECKPOINT_PATH": model,
             "SAVE_CHECKPOINT_PATH": self.path("megatron"),
-            "TP": str(self.settings.tp),
         }
         step = self.script("megatron", "2_convert_between_hf_megatron.sh", settings)
         return replace(step, whole=whole_checkpoint)

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.layout import list_iterations, model_files
+from common.checkpoint.layout import list_iterations
+from common.checkpoint.model_files import model_files
 from common.checkpoint.size import checkpoint_bytes
 from common.data.indexed import sync
 from common.errors import KitError
@@ -97,7 +98,8 @@ class RunFolder:
         self._device = self.path.stat().st_dev
         self._remove_leftovers()
         # Kept, since the folder may be the very one that is lost: a few megabytes.
-        self._model_files = {each.name: each.read_bytes() for each in model_files(plan.start.model_folder)}
+        folder = plan.start.model_folder
+        self._model_files = {name: (folder / name).read_bytes() for name in model_files(folder).files}
 
     def probe(self) -> None:
         """Raises OSError unless a checkpoint can be written now, to the disk that the run began with."""
@@ -120,6 +122,7 @@ class RunFolder:
         partial.mkdir()
         for name, content in self._model_files.items():
             if not (self.path / name).exists():
+                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
                 write_file(self.path / name, content)
         return partial
 

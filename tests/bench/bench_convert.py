@@ -44,10 +44,10 @@ import sys, time
 from common import convert
 seconds = []
 verify = convert.verify
-def timed(*given):
+def timed(*given, **named):
     start = time.perf_counter(), time.process_time()
     try:
-        return verify(*given)
+        return verify(*given, **named)
     finally:
         seconds.extend((time.perf_counter() - start[0], time.process_time() - start[1]))
 convert.verify = timed

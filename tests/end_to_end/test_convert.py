@@ -214,6 +214,7 @@ def start_script(folder: Path, **settings: Any) -> subprocess.Popen[str]:
 
 def test_the_script_converts_there_and_back_and_tells_a_mistake(tmp_path: Path, qwen: dict[bool, Path]) -> None:
     there = {"CONVERT_TYPE": "huggingface-to-megatron", "LOAD_CHECKPOINT_PATH": qwen[True], "PP": 2, "VPP": 2}
+    there |= {"CKPT_FORMAT": "torch"}
     mistaken = start_script(tmp_path, **there, TP=3, SAVE_CHECKPOINT_PATH="new")
     process = start_script(tmp_path, **there, TP=2, SAVE_CHECKPOINT_PATH="a b/megatron")
     out, err = process.communicate(timeout=120)
@@ -240,7 +241,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         "hf-to-megatron", {"load_checkpoint_path": "{root}/config"}, "config holds neither model.safetensors.index"),
     "other weights": (
         "hf-to-megatron", {"load_checkpoint_path": "{root}/other"},
-        "other lacks lm_head.weight: its config.json belongs to another model, or a file is not whole"),
+        "other lacks lm_head.weight, and its config.json does not tie the embeddings: set tie_word_embeddings to true"),
     "TP": ("hf-to-megatron", {"tp": 3}, "TP=3 does not divide num_attention_heads=4 of this model: use TP in [1, 2]"),
     "TP of groups": (
         "hf-to-megatron", {"tp": 4}, "TP=4 does not divide num_key_value_heads=2 of this model: use TP in [1, 2]"),
@@ -273,7 +274,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         "megatron-to-hf", {"load_checkpoint_path": "{root}/bare"},
         "bare carries no config.json: set HF_MODEL_PATH to the model it came from"),
     "another model": (
-        "megatron-to-hf", {"hf_model_path": "{root}/other"}, "lacks output_layer.weight: its config.json belongs to"),
+        "megatron-to-hf", {"hf_model_path": "{root}/other"}, "lacks output_layer.weight, and its config.json does"),
     "lost": (
         "megatron-to-hf", {"load_checkpoint_path": "{root}/lost"},
         "names iter_0000007, which is not there: give that folder back, or write one of ['release'] there"),

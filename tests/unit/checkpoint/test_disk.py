@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import random
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from common.checkpoint import disk
 from common.checkpoint.disk import SECTOR, DiskFile, Writer, ahead, load
+from common.errors import KitError
 
 NEAR_SECTORS = [0, 1, SECTOR - 1, SECTOR, SECTOR + 1, 3 * SECTOR + 5]
 
@@ -162,6 +164,42 @@ def test_a_files_handles_are_closed_with_the_last_of_its_tensors(tmp_path: Path)
     del tensor
     gc.collect()
     assert num_handles() == handles
+
+
+def test_few_of_many_files_are_open(tmp_path: Path) -> None:
+    files = []
+    handles = num_handles()
+    for i in range(60):
+        (tmp_path / str(i)).write_bytes(bytes([i]) * 3)
+        files.append(DiskFile(tmp_path / str(i)))
+    assert num_handles() == handles
+    for _ in range(2):
+        assert [load(file.bytes).tolist() for file in files] == [[i] * 3 for i in range(60)]
+        assert num_handles() <= handles + 2 * disk.MAX_OPEN_FILES
+    del files
+    gc.collect()
+    assert num_handles() == handles
+
+
+def test_a_file_that_was_replaced_is_not_read_for_the_one_that_is_mapped(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    file = DiskFile(tmp_path / "file")
+    (tmp_path / "new").write_bytes(b"new")
+    (tmp_path / "new").replace(tmp_path / "file")
+    assert bytes(file.bytes.numpy()) == file.map[0:3] == b"old"
+    with pytest.raises(OSError, match="the file was replaced by another while it was read"):
+        load(file.bytes)
+
+
+def test_what_to_do_where_no_file_can_be_opened_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(KitError, match=r"Too many open files\): raise the limit, as by `ulimit -n 4096`"):
+            DiskFile(tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_pages_in_the_cache_are_known(tmp_path: Path) -> None:

@@ -45,7 +45,9 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_others_checkpoints_give_their_weights(foreign: Path, kind: str) -> None:
     qwen, checkpoint = load_config(foreign / "hf"), find_checkpoint(foreign / kind)
     assert checkpoint
-    reader = open_megatron(checkpoint, qwen)
+    with pytest.raises(KitError, match=r"has 128 rows, .* vocab_size=11: the 117 above hold values.* --drop-rows true"):
+        open_megatron(checkpoint, qwen)  # it cannot tell them from words
+    reader = open_megatron(checkpoint, qwen, drop_rows=True)
     expected = load_file(foreign / "hf" / "model.safetensors")
     found = {
         name: joined(reader.hf_parts(row, layer, part))
@@ -53,8 +55,10 @@ def test_others_checkpoints_give_their_weights(foreign: Path, kind: str) -> None
         for part, name in enumerate(row.hf_names(layer))
     }
     assert set(found) == set(expected) and all(same_bits(found[name], expected[name]) for name in found)
-    report = verify(foreign / "hf", checkpoint, qwen)
-    assert (report.errors, report.num_tensors) == ([], len(expected))
+    assert len(verify(foreign / "hf", checkpoint, qwen).errors) == 2
+    report = verify(foreign / "hf", checkpoint, qwen, drop_rows=True)
+    assert (report.errors, report.num_tensors, report.dropped_rows) == ([], len(expected), 2 * 117)
+    assert report.line().endswith("all bits agree; 234 rows above vocab_size were left out")
 
 
 def test_what_torch_would_make_of_their_own_classes_is_told_before(foreign: Path) -> None:

@@ -18,6 +18,7 @@ from common.checkpoint.hf_folder import (
     INDEX,
     SINGLE,
     HfReader,
+    check_unquantized,
     check_weights,
     parse_size,
     plan_shards,
@@ -260,3 +261,58 @@ def test_an_untied_model_needs_its_output_layer(tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}, tmp_path / SINGLE)
     with pytest.raises(KitError, match=r"lacks lm_head\.weight"):
         check(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
+def test_a_quantized_model_is_refused_by_what_it_says(tmp_path: Path, method: str) -> None:
+    write_hf(tmp_path)
+    check_unquantized(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for value in (None, {}):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
+        check_unquantized(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    with pytest.raises(KitError, match=rf"is a quantized model \({method}; .*: give the model that it was made from"):
+        check_unquantized(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+def test_a_quantizers_own_file_tells_it_too(tmp_path: Path, name: str) -> None:
+    write_hf(tmp_path)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(KitError, match=rf"is a quantized model .* it holds {name}"):
+        check_unquantized(tmp_path)
+
+
+def test_a_resized_embedding_is_told_by_vocab_size(tmp_path: Path) -> None:
+    qwen, weights = write_hf(tmp_path)
+    weights["model.embed_tokens.weight"] = torch.randn(14, 8)
+    save_file(weights, tmp_path / "model.safetensors")
+    told = r"embed_tokens\.weight has shape \[14, 8\], config\.json asks for \[11, 8\]: set vocab_size to 14 there"
+    with pytest.raises(KitError, match=told):
+        check_weights(HfReader(tmp_path), hf_sizes(qwen), qwen)
+
+
+def test_an_output_layer_that_is_not_there_is_told_by_the_tie(tmp_path: Path) -> None:
+    qwen, weights = write_hf(tmp_path)
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(KitError, match=r"lacks lm_head\.weight, .* set tie_word_embeddings to true there if"):
+        check_weights(HfReader(tmp_path), hf_sizes(qwen), qwen)
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(
+        KitError, match=r"lacks lm_head\.weight, model\.norm\.weight: its config\.json belongs to another"
+    ):
+        check_weights(HfReader(tmp_path), hf_sizes(qwen), qwen)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "{root}/elsewhere.safetensors",
+                                  "a/../../elsewhere.safetensors", "..", "", "a\\b"])  # fmt: skip
+def test_an_index_names_no_file_outside_its_folder(tmp_path: Path, name: str) -> None:
+    _, weights = write_hf(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    listed = dict.fromkeys(weights, name.format(root=tmp_path))
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(KitError, match=r"index\.json names .*, which is not in its folder"):
+        HfReader(tmp_path / "model")

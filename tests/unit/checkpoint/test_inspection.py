@@ -17,6 +17,8 @@ from common.errors import KitError
 from common.model.config import QwenConfig
 from tests.unit.checkpoint.small import dist_state, write_hf, write_ranks
 
+HEAD = "output_layer.weight"
+
 # h 8, ffn 8, 4 heads, 2 groups of 2 numbers, 4 layers: qkv 64 + 16, proj 64, fc1 128, fc2 64, two norms 16.
 A_LAYER = 8 * 8 + 8 + 8 * 8 + 4 * 8 + 4 * 8 + 4 + 4 + 3 * 8 * 8 + 2 * 8
 PARAMETERS = 2 * 11 * 8 + 8 + 4 * A_LAYER
@@ -128,6 +130,26 @@ def test_a_torch_dist_folder(tmp_path: Path, stacked: bool, tensors: int) -> Non
     dist_folder(tmp_path / "iter_0000006", qwen, weights, stacked, **moment)
     told = inspect_folder(tmp_path / "iter_0000006")
     assert told["optimizer"] == "yes" and told["weights"] == weighs
+
+
+@pytest.mark.parametrize("told_by", ["config.json", "arguments"])
+def test_a_tied_copy_is_counted_once(tmp_path: Path, told_by: str) -> None:
+    qwen, weights = write_hf(tmp_path / "hf", tie_word_embeddings=True)
+    path = write_ranks(tmp_path / "a" / "release", weights, qwen, [[range(2)], [range(2, 4)]], tp=2)
+    dist_folder(tmp_path / "b" / "release", qwen, weights, True, **{HEAD: weights["model.embed_tokens.weight"]})
+    state = torch.load(path / "mp_rank_00_001" / "model_optim_rng.pt", weights_only=False)
+    assert HEAD in state["model"]
+    if told_by == "arguments":
+        for folder in path.iterdir():
+            change(folder / "model_optim_rng.pt", {"args": Namespace(untie_embeddings_and_output_weights=False)})
+    else:
+        for folder in (tmp_path / "a", tmp_path / "b"):
+            (folder / "config.json").write_text((tmp_path / "hf" / "config.json").read_text())
+        numel = sum(tensor.numel() for tensor in weights.values())
+        assert inspect_folder(tmp_path / "b" / "release")["weights"].startswith(f"{numel:,} parameters")
+    more = 8  # a row that pads the vocabulary to what TP=2 divides
+    numel = sum(tensor.numel() for tensor in weights.values()) + more
+    assert inspect_folder(path)["weights"].startswith(f"{numel:,} parameters")
 
 
 def test_what_is_none_of_these_is_told(tmp_path: Path) -> None:

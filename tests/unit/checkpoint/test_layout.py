@@ -6,13 +6,11 @@ import pytest
 
 from common.checkpoint.layout import (
     Checkpoint,
-    copy_model_files,
     find_checkpoint,
     format_of,
     iteration_dir,
     iteration_number,
     list_iterations,
-    model_files,
     rank_dir_name,
     read_tracker,
     write_tracker,
@@ -122,20 +120,3 @@ def test_whole_iterations_are_listed_by_number(tmp_path: Path) -> None:
     make(tmp_path, "iter_0000400")
     assert list_iterations(tmp_path) == [20, 200, 10000000]
     assert list_iterations(tmp_path / "nowhere") == []
-
-
-def test_the_models_own_files_are_copied_byte_for_byte(tmp_path: Path) -> None:
-    ours = (
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-        "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "qwen.tiktoken",
-    )  # fmt: skip
-    source = make(tmp_path / "source", *ours, "model.safetensors", "README.md", "tokenizer.json.bak", "a/config.json")
-    (source / "chat_template.dir").mkdir()
-    assert [path.name for path in model_files(source)] == sorted(ours)
-    target = make(tmp_path / "new" / "target", "config.json", "notes.txt")
-    (source / "vocab.json").write_bytes(b"\xff\r\n")
-    copy_model_files(source, target)
-    assert names(target) == sorted([*ours, "notes.txt"])
-    assert all((target / name).read_bytes() == (source / name).read_bytes() for name in ours)
-    copy_model_files(source, source)
-    assert (source / "config.json").read_text() == "config.json"

@@ -107,14 +107,34 @@ def test_the_stored_dtype_is_told(tmp_path: Path) -> None:
     assert set(dtypes.values()) == {torch.bfloat16}
 
 
-def test_a_vocabulary_padded_further_is_cut_off(tmp_path: Path) -> None:
+def test_a_vocabulary_padded_further_is_cut_off(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     qwen, weights = write_hf(tmp_path / "hf", tie_word_embeddings=True)
     path = write_ranks(tmp_path / "release", weights, qwen, ONE, tp=2)
+    said.set_level("INFO", logger.name)
     padded = torch.cat([weights["model.embed_tokens.weight"], torch.ones(5, 8)])  # 16 rows, not the 12 that TP=2 needs
     for rank in range(2):
         rows = padded[rank * 8 : rank * 8 + 8].clone()
         change(path / f"mp_rank_{rank:02d}", lambda state, rows=rows: state["model"].update({WORDS: rows}))
     assert same(hf_weights(reader(path, qwen), qwen), weights)
+    (told,) = said.records
+    assert "has 16 rows, and config.json says vocab_size=11: the 5 above pad it" in told.getMessage()
+
+
+@pytest.mark.parametrize("dist", [True, False])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rows_above_the_vocabulary_that_hold_values_are_refused(tmp_path: Path, dist: bool, rows: int) -> None:
+    qwen, weights = write_hf(tmp_path / "hf", tie_word_embeddings=True)
+    padded = torch.cat([weights["model.embed_tokens.weight"], torch.randn(rows, 8)])
+    if dist:
+        path = save_dist(tmp_path / "release", dist_state(weights, qwen) | {WORDS: padded})
+    else:
+        path = write_ranks(tmp_path / "release", weights, qwen, ONE)
+        change(path / "mp_rank_00", lambda state: state["model"].update({WORDS: padded.clone()}))
+    checkpoint = Checkpoint(tmp_path, path, "release", "torch_dist" if dist else "torch")
+    told = rf"has {11 + rows} rows, and config\.json says vocab_size=11: the {rows} above hold values"
+    with pytest.raises(KitError, match=told):
+        open_megatron(checkpoint, qwen)
+    assert same(hf_weights(open_megatron(checkpoint, qwen, drop_rows=True), qwen), weights)
 
 
 def test_a_vocabulary_that_is_too_small_is_told(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from common.checkpoint.rectangles import Rectangle, rectangles
+from common.checkpoint.rectangles import Rectangle, fault_of_cover, rectangles
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -33,3 +33,39 @@ def test_what_two_have_in_common() -> None:
     assert one.common(Rectangle((3, 0), (5, 4))) == Rectangle((3, 2), (1, 2))
     assert one.common(Rectangle((4, 0), (1, 9))) is None
     assert Rectangle((3, 2), (1, 2)).within(one) == (slice(3, 4), slice(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "fault"),
+    [
+        ([((0, 0), (2, 3)), ((2, 0), (2, 3))], None),
+        ([((0, 0), (4, 1)), ((0, 2), (4, 1)), ((0, 1), (4, 1))], None),
+        ([((1, 0), (3, 3)), ((0, 0), (1, 2)), ((0, 2), (1, 1))], None),
+        ([((0, 0), (2, 3)), ((0, 0), (2, 3))], "has two blocks that lie over one another at [0, 0]"),
+        ([((0, 0), (3, 3)), ((1, 0), (1, 3))], "has two blocks that lie over one another at [1, 0]"),
+        ([((0, 0), (4, 2)), ((3, 1), (1, 2)), ((0, 2), (2, 1))], "has two blocks that lie over one another at [3, 1]"),
+        ([((0, 0), (2, 3)), ((3, 0), (1, 3))], "has 9 of 12 elements"),
+        ([], "has 0 of 12 elements"),
+        ([((0, 0), (2, 3)), ((2, 0), (3, 2))], "has a block at [2, 0] of [3, 2] that reaches out of it"),
+        ([((0,), (12,))], "has a block at [0] of [12] that reaches out of it"),
+    ],
+)
+def test_blocks_that_do_not_hold_each_element_once_are_told(
+    blocks: list[tuple[tuple[int, ...], tuple[int, ...]]], fault: str | None
+) -> None:
+    assert fault_of_cover(Rectangle((0, 0), (4, 3)), [Rectangle(*block) for block in blocks]) == fault
+
+
+def test_a_random_cover_is_whole_and_each_change_of_it_is_not() -> None:
+    dice = random.Random(5)
+    for _ in range(300):
+        shape = tuple(dice.randint(1, 6) for _ in range(dice.randint(1, 3)))
+        ends = sorted({0, torch.Size(shape).numel(), *(dice.randint(0, torch.Size(shape).numel()) for _ in range(3))})
+        whole = Rectangle((0,) * len(shape), shape)
+        blocks = [block for a, b in zip(ends, ends[1:], strict=False) for block in rectangles(shape, a, b)]
+        dice.shuffle(blocks)
+        assert fault_of_cover(whole, blocks) is None
+        assert fault_of_cover(whole, blocks[1:]) is not None
+        assert fault_of_cover(whole, [*blocks, dice.choice(blocks)]) is not None
+        if len(blocks) > 1:  # one comes twice in another's place
+            assert fault_of_cover(whole, [*blocks[1:], blocks[1]]) is not None

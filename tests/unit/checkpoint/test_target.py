@@ -1,17 +1,20 @@
 """A folder is there as a whole or not at all, whenever the run that writes it is killed."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from common.checkpoint.target import check_target, write_whole
+from common.checkpoint.target import check_room, check_target, write_whole
 from common.errors import KitError
 
 ROOT = Path(__file__).parents[3]
@@ -66,7 +69,8 @@ def test_everything_gets_its_final_place(tmp_path: Path, names: tuple[str, ...],
 def test_nothing_shows_before_all_is_written(tmp_path: Path) -> None:
     def look(folder: Path) -> None:
         write(MEGATRON)(folder)
-        assert [path.name for path in tmp_path.iterdir()] == [".unfinished"] and folder.parent == tmp_path
+        names = sorted(path.name for path in tmp_path.iterdir())
+        assert names == [".unfinished", ".unfinished.json"] and folder.parent == tmp_path
 
     write_whole(tmp_path, look)
 
@@ -115,22 +119,90 @@ def test_the_folder_that_is_read_and_a_file_are_refused(tmp_path: Path) -> None:
         check_target(tmp_path / "file", tmp_path / "source")
 
 
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """What a run leaves that is killed when all but the tracker has its final place."""
+    folder = tmp_path / "killed"
+    (folder / ".unfinished").mkdir(parents=True)
+    write(MEGATRON)(folder)
+    names = [name for name in MEGATRON if name != TRACKER]
+    (folder / TRACKER).rename(folder / ".unfinished" / TRACKER)
+    told = {name: [(folder / name).stat().st_ino, len(name), (folder / name).stat().st_mtime_ns] for name in names}
+    (folder / ".unfinished.json").write_text(json.dumps({"published": told}))
+    return folder
+
+
+def test_what_a_killed_run_left_is_replaced(killed: Path) -> None:
+    check_target(killed, killed.parent / "source")
+    write_whole(killed, write(HUGGING_FACE))
+    assert content(killed) == whole(HUGGING_FACE)
+
+
 @pytest.mark.parametrize(
-    "foreign", ["notes.txt", "model_mine.safetensors", "iter_0000100/mp_rank_00/model_optim_rng.pt", ".hidden"]
-)
-def test_what_a_killed_run_cannot_have_left_is_never_removed(tmp_path: Path, foreign: str) -> None:
-    names = (".unfinished/config.json", "tokenizer.json", foreign, TRACKER)
-    write(names)(tmp_path)
-    with pytest.raises(KitError, match=f"is not empty, it holds {Path(foreign).parts[0]}: choose"):
-        check_target(tmp_path, tmp_path / "source")
-    assert content(tmp_path) == whole(names)
+    "foreign",
+    ["notes.txt", "model_mine.safetensors", "iter_0000100/mp_rank_00/model_optim_rng.pt", ".hidden", "release/mine.pt",
+     "config.json", "tokenizer.json", "release/mp_rank_01/x.pt", "model.safetensors", TRACKER],
+)  # fmt: skip
+def test_what_a_killed_run_did_not_write_is_never_removed(killed: Path, foreign: str) -> None:
+    (killed / foreign).unlink(missing_ok=True)
+    write((foreign,))(killed)
+    (killed / foreign).write_text("mine")
+    before = content(killed)
+    for attempt in (lambda: check_target(killed, Path("/source")), lambda: write_whole(killed, write(MEGATRON))):
+        with pytest.raises(KitError, match=f"is not empty, it holds {Path(foreign).parts[0]}: choose"):
+            attempt()
+    assert content(killed) == before
 
 
-def test_remains_of_another_layout_do_not_mix_with_what_is_written(tmp_path: Path) -> None:
-    write((".unfinished/x", "release/mp_rank_00_001/model_optim_rng.pt", "model-00003-of-00003.safetensors"))(tmp_path)
-    check_target(tmp_path, tmp_path / "source")
-    write_whole(tmp_path, write(MEGATRON))
-    assert content(tmp_path) == whole(MEGATRON)
+@pytest.mark.parametrize("mark", [None, "", "[]", '{"published": 3}', '{"published": {"config.json": null}}', "{}"])
+def test_a_mark_that_names_nothing_gives_nothing_away(tmp_path: Path, mark: str | None) -> None:
+    write((".unfinished/x", *HUGGING_FACE))(tmp_path)
+    if mark is not None:
+        (tmp_path / ".unfinished.json").write_text(mark)
+    before = content(tmp_path)
+    with pytest.raises(KitError, match="is not empty, it holds"):
+        write_whole(tmp_path, write(MEGATRON))
+    assert content(tmp_path) == before
+
+
+def test_a_target_that_cannot_be_written_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KitError, match=r"/proc/target cannot be written: .*: mend it and run the same command again"):
+        check_target(Path("/proc/target"), tmp_path)
+    check_room(tmp_path / "a" / "b", 0)
+    told = r"b cannot be written: \[Errno 28\] No space left on device, .* GB are free, and 1000000000.00 GB are needed"
+    with pytest.raises(KitError, match=told):
+        check_room(tmp_path / "a" / "b", 10**18)
+
+
+def test_the_room_that_a_killed_run_takes_counts_as_free(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    left = sum(path.stat().st_size for path in killed.rglob("*") if path.is_file())
+    check_room(killed, left)
+    with pytest.raises(KitError, match="No space left"):
+        check_room(killed, left + 1)
+
+
+def test_all_is_on_the_disk_before_it_is_called_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    synced, renamed = os.fsync, Path.replace
+
+    def note_sync(handle: int) -> None:
+        done.append(f"sync {str(Path(f'/proc/self/fd/{handle}').readlink()).removeprefix(str(tmp_path))}")
+        synced(handle)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        done.append(f"rename {target.relative_to(tmp_path)}")
+        return renamed(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    write_whole(tmp_path / "a" / "b", write(MEGATRON))
+    first = done.index("rename a/b/release")
+    folders = ("release", "release/mp_rank_00", "release/mp_rank_01")
+    assert all(f"sync /a/b/.unfinished/{name}" in done[:first] for name in (*MEGATRON, *folders))
+    assert "sync " in done[:first] and "sync /a" in done[:first]  # the names of the new folders
+    last = [place for place in done if place.startswith("rename") or place == "sync /a/b"][-4:]
+    assert last == ["rename a/b/config.json", "sync /a/b", f"rename a/b/{TRACKER}", "sync /a/b"]
 
 
 def test_a_run_killed_at_any_step_leaves_nothing_that_looks_finished_and_can_be_repeated() -> None:

@@ -5,6 +5,7 @@ import json
 import pickle
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -248,6 +249,26 @@ def test_metadata_and_data_that_disagree_are_told(tmp_path: Path) -> None:
     change(tmp_path, lambda metadata: metadata.storage_data.pop(places["a"]))
     with pytest.raises(KitError, match=r"\.metadata tells no place for a at \[0\]: copy it again"):
         DistReader(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../a/__0_0.distcp", "/etc/passwd", "", ".."])
+def test_metadata_names_no_file_outside_its_folder(tmp_path: Path, name: str) -> None:
+    write(tmp_path, whole("a", torch.ones(2)))
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    (index,) = metadata.storage_data
+    metadata.storage_data[index] = replace(metadata.storage_data[index], relative_path=name)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(KitError, match=r"\.metadata names .*, which is not in its folder"):
+        DistReader(tmp_path)
+
+
+def test_blocks_over_one_another_are_told(tmp_path: Path) -> None:
+    state = torch.randn(4, 8, 6)
+    half = state[:, :4]
+    reader = DistReader(write(tmp_path, block(FC2, (4, 8, 6), (0, 0, 0), half), block(FC2, (4, 8, 6), (0, 2, 0), half)))
+    for ask in (lambda: reader.read(FC2), lambda: reader.read(FC2, 1), lambda: reader.check_cover(FC2)):
+        with pytest.raises(KitError, match=r"linear_fc2\.weight has two blocks that lie over one another at"):
+            ask()
 
 
 def test_metadata_that_is_none_is_told(tmp_path: Path) -> None:
