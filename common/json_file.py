@@ -14,9 +14,8 @@ MAX_DIGITS = 300  # of a whole number: a float holds no more
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The JSON object in the file at `path`; raises KitError, which ends in `remedy`, for what else is there.
 
-    Where it may not be read, PermissionError is left as it is.
-
-    So also where a name stands twice with two values, of which readers take either, or where text is no Unicode.
+    So also where a name stands twice with two values, of which readers take either, or where text is no Unicode. Where
+    it may not be read, PermissionError is left as it is.
     """
     try:
         with path.open("rb") as stream:
