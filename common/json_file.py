@@ -12,13 +12,16 @@ MAX_DIGITS = 300  # of a whole number: a float holds no more
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in the file at `path`; raises KitError, which ends in `remedy`, for whatever else is there.
+    """The JSON object in the file at `path`; raises KitError, which ends in `remedy`, for what else is there.
 
-    So also where a name stands twice with two values, of which readers take either, or where text is no Unicode.
+    So also where a name stands twice with two values, of which readers take either, or where text is no Unicode. Where
+    it may not be read, PermissionError is left as it is.
     """
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
+    except PermissionError:
+        raise  # no copy mends that
     except OSError as error:
         raise KitError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
     if len(data) > MAX_BYTES:

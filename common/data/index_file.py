@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from common.errors import KitError
+from common.errors import KitError, told_of
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -132,7 +132,7 @@ def open_index(prefix: Path) -> IndexFile:
         with data.open("rb"):  # may it be read?
             sizes = path.stat().st_size, data.stat().st_size
     except OSError as error:
-        raise KitError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise KitError(told_of(error) or f"{path} cannot be read: {error}") from error
     return _parse(path, data, head, *sizes)
 
 
