@@ -20,6 +20,7 @@ ENGINES = ("auto", "gigatoken", "tokenizers")
 NAME = "TOKENIZER_ENGINE"
 SAMPLE_BYTES = 1 << 19
 SAMPLE_PLACES = 16
+SAMPLE_READ_BYTES = 1 << 16  # at a time
 # Beside the special tokens: what a sample of the user's own text may lack. Composed and not, marks alone, NUL,
 # line ends, digits, contractions, spaces at an end, right-to-left text, characters of four bytes and joined ones.
 PROBES = (
@@ -187,7 +188,7 @@ def _texts_from(span: Span, offset: int, json_key: str) -> Iterator[tuple[str, s
     rows = span if span.end is None else replace(span, start=line_start(span.path, span.start + offset))
     if rows.end is not None and rows.start >= rows.end:
         return
-    for chunk in read_chunks(rows, 1):
+    for chunk in read_chunks(rows, SAMPLE_READ_BYTES):
         for at, row in records(chunk, Counter(), BadRows(chunk, skip=True)):
             try:
                 text = string_field(row, json_key)
