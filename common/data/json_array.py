@@ -38,6 +38,8 @@ def elements(stream: BinaryIO, max_bytes: int) -> Iterator[Element]:
     """
     text = _Text(stream)
     text.skip()
+    if text.peek() != b"[":
+        raise ArrayError(f"it begins with {text.shown()}, which is no JSON: remove what stands before the array")
     text.take(b"[")
     number = 1
     while True:

@@ -1,22 +1,10 @@
-"""What reads a file that somebody else wrote, as the commands do; each takes the bytes of one case.
-
-    python -m tests.fuzz.surfaces SEED NAME=NUMBER ...       prints as JSON what came of the cases of each
-
-Held for every case: KitError alone escapes, in SECONDS, with MEMORY beyond what the process has, and no code runs.
-"""
+"""What reads a checkpoint or a model's small files, as the commands do; each takes the bytes of one case."""
 
 import json
-import resource
-import signal
-import sys
-import tempfile
-import time
-import traceback
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -30,71 +18,10 @@ from common.checkpoint.layout import find_checkpoint
 from common.checkpoint.megatron_folder import open_megatron
 from common.checkpoint.streams import hf_shapes, hf_tensors
 from common.data.tokenizer import find_eod, load_tokenizer
-from common.errors import KitError
 from common.model.config import load_config
 from tests.fuzz import configs, pickles
+from tests.fuzz.bounds import Case
 from tests.unit.checkpoint.small import dist_state, megatron_state, write_hf
-
-ROOT = Path(__file__).parents[2]
-SECONDS, MEMORY = 5, 1 << 30
-Case = Callable[[bytes], None]
-RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "os.remove",
-        "shutil.rmtree", "ctypes.dlopen", "os.putenv")  # fmt: skip
-
-
-class SlowError(BaseException):
-    """A case took longer than SECONDS."""
-
-
-def main() -> None:
-    seed, told = int(sys.argv[1]), {}
-    for name, count in (word.split("=") for word in sys.argv[2:]):
-        with tempfile.TemporaryDirectory() as folder:
-            given, take = SURFACES[name](Path(folder), seed, int(count))
-            told[name] = run(given, take)
-    print(json.dumps(told))
-
-
-def run(given: Iterator[bytes], take: Case) -> dict[str, Any]:
-    """How many cases were read and refused, and of those that were neither: the bytes in hex, and why."""
-    told: dict[str, Any] = {"read": 0, "refused": 0, "escaped": [], "slowest": 0.0}
-    ran: list[str] = []
-    sys.addaudithook(lambda event, _: ran.append(event) if event in RUNS else None)
-    signal.signal(signal.SIGALRM, _too_slow)
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, resource.RLIM_INFINITY))
-    for data in given:
-        ran.clear()
-        start = time.monotonic()
-        why = _outcome(take, data)
-        told["slowest"] = max(told["slowest"], time.monotonic() - start)
-        if why in ("read", "refused") and not ran:
-            told[why] += 1
-        else:
-            told["escaped"].append([data.hex(), f"{why} {ran or ''}"])
-    return told
-
-
-def _too_slow(*_: Any) -> None:
-    raise SlowError
-
-
-def _outcome(take: Case, data: bytes) -> str:
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        take(data)
-    except KitError as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, MemoryError):
-                return "took too much memory"
-            cause = cause.__cause__ or cause.__context__
-        return "refused"
-    except BaseException:
-        return traceback.format_exc()[-1500:]
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    return "read"
 
 
 def read_checkpoint(folder: Path) -> None:
@@ -213,6 +140,3 @@ def tokenizer_config(folder: Path, seed: int, count: int) -> tuple[Iterator[byte
 
 
 SURFACES = {each.__name__: each for each in (rank_file, metadata, common, distcp, config, tokenizer_config)}
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,8 @@ import pytest
 
 from common.checkpoint.inspection import inspect_folder
 from tests.fuzz import configs, pickles
-from tests.fuzz.surfaces import ROOT, common
+from tests.fuzz.bounds import ROOT
+from tests.fuzz.surfaces import common
 from tests.unit.checkpoint.opcodes import archive, entry, named, word
 
 COUNTS = {"rank_file": 60, "metadata": 200, "common": 60, "distcp": 30, "config": 400, "tokenizer_config": 300}
@@ -22,7 +23,7 @@ COUNTS = {"rank_file": 60, "metadata": 200, "common": 60, "distcp": 30, "config"
 @pytest.fixture(scope="module")
 def told() -> dict[str, Any]:
     asked = [f"{name}={count}" for name, count in COUNTS.items()]
-    command = [sys.executable, "-m", "tests.fuzz.surfaces", "1", *asked]
+    command = [sys.executable, "-m", "tests.fuzz.bounds", "1", *asked]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout))
@@ -36,7 +37,7 @@ def test_nothing_but_a_message_comes_of_a_damaged_or_hostile_file(surface: str, 
 
 WORSE = """
 import sys
-from tests.fuzz.surfaces import run
+from tests.fuzz.bounds import run
 def take(data):
     if data == b"runs": import os; os.system("true")
     if data == b"grows": bytearray(2 << 30)

@@ -1,0 +1,121 @@
+"""What holds for every case: nothing but a message comes of it, in SECONDS, in MEMORY beyond what is held, by no code.
+
+    python -m tests.fuzz.bounds SEED NAME=NUMBER ... [--last FILE]      prints as JSON what came of the cases of each
+
+FILE holds the case that is being read, for whoever finds the process dead.
+"""
+
+import argparse
+import errno
+import importlib
+import json
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import KitError, told_of
+
+ROOT = Path(__file__).parents[2]
+SECONDS, MEMORY = 5, 1 << 30
+Case = Callable[[bytes], None]
+Surface = Callable[[Path, int, int], tuple[Iterator[bytes], Case]]
+RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "os.remove",
+        "shutil.rmtree", "ctypes.dlopen", "os.putenv")  # fmt: skip
+CHECKPOINT = ("rank_file", "metadata", "common", "distcp", "config", "tokenizer_config")
+DATA = ("rows", "jsonl", "json_array", "gzip", "zst", "index", "manifest", "safetensors")
+MODULES = dict.fromkeys(CHECKPOINT, "tests.fuzz.surfaces") | dict.fromkeys(DATA, "tests.fuzz.data_surfaces")
+
+
+class SlowError(BaseException):
+    """A case took longer than SECONDS."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("seed", type=int)
+    parser.add_argument("cases", nargs="+")
+    parser.add_argument("--last", type=Path)
+    asked, told = parser.parse_args(), {}
+    for name, count in (word.split("=") for word in asked.cases):
+        with tempfile.TemporaryDirectory() as folder:
+            given, take = surface(name)(Path(folder), asked.seed, int(count))
+            told[name] = run(_kept(given, asked.last) if asked.last else given, take)
+    print(json.dumps(told))
+
+
+def surface(name: str) -> Surface:
+    """The surface `name`; what it needs is imported here."""
+    made: Surface = importlib.import_module(MODULES[name]).SURFACES[name]
+    return made
+
+
+def _kept(given: Iterator[bytes], last: Path) -> Iterator[bytes]:
+    for data in given:
+        last.write_bytes(data)
+        yield data
+
+
+def run(given: Iterator[bytes], take: Case) -> dict[str, Any]:
+    """How many cases were read and refused, and of those that were neither: the bytes in hex, and why.
+
+    slowest: seconds; memory: bytes that the process had beyond those before, at most.
+    """
+    told: dict[str, Any] = {"read": 0, "refused": 0, "escaped": [], "slowest": 0.0, "memory": 0}
+    ran: list[str] = []
+    sys.addaudithook(lambda event, _: ran.append(event) if event in RUNS else None)
+    signal.signal(signal.SIGALRM, _too_slow)
+    pages, resident = (int(word) for word in Path("/proc/self/statm").read_text().split()[:2])
+    held = pages * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, resource.RLIM_INFINITY))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on (proc(5))
+    for data in given:
+        ran.clear()
+        start = time.monotonic()
+        why = _outcome(take, data)
+        told["slowest"] = max(told["slowest"], time.monotonic() - start)
+        if why in ("read", "refused") and not ran:
+            told[why] += 1
+        else:
+            told["escaped"].append([data.hex(), f"{why} {ran or ''}"])
+    told["memory"] = max(0, _peak() - resident * resource.getpagesize())
+    return told
+
+
+def _peak() -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) << 10 if found else 0
+
+
+def _too_slow(*_: Any) -> None:
+    raise SlowError
+
+
+def _outcome(take: Case, data: bytes) -> str:
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        take(data)
+    except KitError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, MemoryError):
+                return "took too much memory"
+            cause = cause.__cause__ or cause.__context__
+        return "refused"
+    except BaseException as error:
+        if told_of(error) and isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            return "refused"  # by the system, which the commands tell in one line
+        return traceback.format_exc()[-1500:]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return "read"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Mutants of data's files: `..._cases(seed, number)` gives `number` of them, the same for the same seed."""
+
+import gzip
+import json
+import random
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from backports import zstd
+
+from tests.fuzz.configs import DEEP
+from tests.fuzz.pickles import WIDE, byte_cases
+
+ROWS = [
+    {"text": "The cat sat."},
+    {"text": "今天天气很好 😀", "n": 12.5},
+    {"text": 'a\nb\\"', "more": [1, None, {"x": True}]},
+    {"text": ""},
+    {"text": "x" * 300, "n": -7},
+]
+OTHER_ROWS = [{"text": f"row {i} of another", "n": i} for i in range(40)]
+NUMBERS = (
+    b"1e400", b"-1e400", b"1e-400", b"-0", b"-0.0", b"00", b"01", b"1.", b".5", b"+1", b"0x10", b"1_000", b"NaN",
+    b"Infinity", b"-Infinity", b"-", b"1e", b"9007199254740993", b"18446744073709551616", b"-9223372036854775809",
+    b"9" * 30, b"9" * 400, b"9" * 5000, b"1." + b"1" * 5000, b"0." + b"0" * 400 + b"1", b"1E+2", b"12345678901234567.9",
+)  # fmt: skip
+TEXTS = (
+    b"a", b"\\ud800", b"\\ud83d\\ude00", b"\xed\xa0\x80", b"\xff", b"\xe4\xbb", b"a\tb", b"\\x", b"\\u12", b"\xc0\x80",
+    b"\xf4\x90\x80\x80", b"\xe2\x80\xa8", b"\x85", b"\x0c", b"a" * 200_000, b"\\" * 999, b"\xef\xbb\xbf",
+)  # fmt: skip
+LINES = (
+    b"", b" ", b"\t", b"\r", b"\xef\xbb\xbf", b"\0", b"null", b"1", b'"x"', b"[]", b"{}", b"[1]", b"{", b"}", b"#",
+    b"//", b'{"text": "a"} {"text": "b"}', b'{"text": "a"},', b'{"text": "a", "text": "b"}', b"{'text': 'a'}",
+    b'{"text": "a",}', b'{"\xef\xbb\xbftext": "a"}', b"a" * 200_000, b"\0" * 5000,
+    *(b'{"text": "' + each + b'"}' for each in TEXTS),
+    *(each.encode() for each in DEEP), b'{"text": "a", "deep": ' + b"[" * 900 + b"]" * 900 + b"}",
+)  # fmt: skip
+ENDS = (b"\n", b"\n", b"\n", b"\r\n", b"\r", b"\n\n", b"", b"\n\r", b" \n", b"\0\n", b"\xe2\x80\xa8", b"\x0b")
+
+
+def as_lines(rows: list[dict[str, Any]]) -> bytes:
+    """jsonl."""
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def _odd_number(chosen: random.Random) -> bytes:
+    return b'{"text": "a", "n": ' + chosen.choice(NUMBERS) + b"}"
+
+
+def jsonl_cases(seed: int, count: int) -> Iterator[bytes]:
+    """Lines that are rows, odd ones among them, odd ends of lines; or any bytes."""
+    chosen = random.Random(seed)
+    for _ in range(count):
+        lines = [json.dumps(row, ensure_ascii=chosen.random() < 0.3).encode() for row in ROWS[: chosen.randrange(6)]]
+        for _ in range(chosen.choice((0, 0, 1, 1, 2))):
+            odd = _odd_number(chosen) if chosen.random() < 0.4 else chosen.choice(LINES)
+            lines.insert(chosen.randrange(len(lines) + 1), odd)
+        end = chosen.choice(ENDS)
+        text = b"".join(line + (chosen.choice(ENDS) if chosen.random() < 0.1 else end) for line in lines)
+        yield _with_ends(chosen, text)
+
+
+def _with_ends(chosen: random.Random, text: bytes) -> bytes:
+    """`text` with what may stand before it, cut off, or with other bytes in it."""
+    draw = chosen.random()
+    if draw < 0.25 and text:
+        return next(byte_cases(chosen.randrange(1 << 30), 1, text))
+    if draw < 0.32:
+        return b"\xef\xbb\xbf" + text
+    if draw < 0.36:
+        return text[: chosen.randrange(len(text) + 1)]
+    if draw < 0.4:
+        return chosen.choice(
+            (text.decode("latin1").encode("utf-16"), text[:9000] * 300, b"\n" * 5000 + text, text + b"\0")
+        )
+    return text
+
+
+def json_array_cases(seed: int, count: int) -> Iterator[bytes]:
+    """One array of rows: odd elements, separators and space; or any bytes."""
+    chosen = random.Random(seed)
+    space = (b"", b"", b" ", b"\n", b"\r\n  ", b"\t", b"\x0b", b"\0", b"/**/", b"\xef\xbb\xbf", b" " * 3000)
+    for _ in range(count):
+        elements = [json.dumps(row, indent=chosen.choice((None, 2))).encode() for row in ROWS[: chosen.randrange(6)]]
+        if chosen.random() < 0.5:
+            odd = _odd_number(chosen) if chosen.random() < 0.5 else chosen.choice(LINES)
+            elements.insert(chosen.randrange(len(elements) + 1), odd)
+        comma = chosen.choice(space) + chosen.choice((b",",) * 9 + (b"", b",,", b";")) + chosen.choice(space)
+        opened = chosen.choice((b"[",) * 12 + (b"[[", b"[,", b"{", b""))
+        closed = chosen.choice((b"]",) * 12 + (b"", b",]", b"]]", b"] []", b"]\n{}", b"}"))
+        yield _with_ends(chosen, chosen.choice(space) + opened + comma.join(elements) + closed + chosen.choice(space))
+
+
+def gzip_cases(seed: int, count: int) -> Iterator[bytes]:
+    """Members of two files' rows."""
+    members = [gzip.compress(as_lines(rows), level, mtime=0) for rows in (ROWS, OTHER_ROWS) for level in (0, 9)]
+    # A name, a comment and a field more in the header (RFC 1952, 2.3).
+    members.append(members[1][:3] + b"\x1c" + members[1][4:10] + b"\2\0abname\0comment\0" + members[1][10:])
+    bombs = [
+        gzip.compress(as_lines(ROWS[:1]) * 300_000, 1),
+        gzip.compress(b'{"text": "' + b"a" * (48 << 20) + b'"}\n', 1),
+    ]
+    return _compressed(seed, count, members, [gzip.compress(b""), b"\0" * 40], bombs, 10)
+
+
+def zst_cases(seed: int, count: int) -> Iterator[bytes]:
+    """Frames of two files' rows, each with its checksum; and frames that are to be skipped (RFC 8878, 3.1)."""
+    name = zstd.CompressionParameter
+    options = [{name.checksum_flag: 1, name.compression_level: level} for level in (1, 19)]
+    options.append({name.checksum_flag: 1, name.content_size_flag: 0, name.window_log: 27})
+    frames = [zstd.compress(as_lines(rows), options=each) for rows in (ROWS, OTHER_ROWS) for each in options]
+    skipped = [
+        b"\x50\x2a\x4d\x18" + struct.pack("<I", size) + b"\0" * min(size, 9) for size in (0, 9, 10, (1 << 32) - 1)
+    ]
+    bombs = [
+        zstd.compress(as_lines(ROWS[:1]) * 300_000, options=options[0]),
+        zstd.compress(b'{"text": "' + b"a" * (48 << 20) + b'"}\n', options=options[1]),
+    ]
+    return _compressed(seed, count, frames, [*skipped, zstd.compress(b"", options=options[0])], bombs, 12)
+
+
+def _compressed(
+    seed: int, count: int, frames: list[bytes], empty: list[bytes], bombs: list[bytes], head: int
+) -> Iterator[bytes]:
+    """Frames one after another, cut, their bits turned (of `head`, their first bytes, more often), with more behind."""
+    chosen = random.Random(seed)
+    for _ in range(count):
+        if chosen.random() < 0.002:
+            yield chosen.choice(bombs)
+            continue
+        parts = [chosen.choice(frames) for _ in range(chosen.choice((1, 1, 1, 2, 3)))]
+        if chosen.random() < 0.2:
+            parts.insert(chosen.randrange(len(parts) + 1), chosen.choice(empty))
+        data = bytearray(b"".join(parts))
+        for _ in range(chosen.choice((0, 1, 1, 2))):
+            _damage(chosen, data, parts, head)
+        yield bytes(data)
+
+
+def _damage(chosen: random.Random, data: bytearray, parts: list[bytes], head: int) -> None:
+    begun = sum(map(len, parts[: chosen.randrange(len(parts))]))
+    at = chosen.choice(
+        (begun + chosen.randrange(head), chosen.randrange(len(data) or 1), len(data) - chosen.randrange(9))
+    )
+    if not 0 <= at < len(data):
+        return
+    change: list[Callable[[], Any]] = [
+        lambda: data.__setitem__(at, data[at] ^ 1 << chosen.randrange(8)),
+        lambda: data.__setitem__(at, chosen.randrange(256)),
+        lambda: data.__delitem__(slice(at, None)),
+        lambda: data.__delitem__(slice(at, at + chosen.choice((1, 2, 8)))),
+        lambda: data.extend(chosen.choice((b"\0", b"\n", b"x", b"\0" * 512, b"{}\n", chosen.randbytes(20), data[:at]))),
+        lambda: data.__setitem__(slice(at, at), data[at : at + 40] * chosen.choice((1, 9))),
+    ]
+    chosen.choice(change)()
+
+
+def index_cases(seed: int, count: int, index: bytes, data: bytes) -> Iterator[bytes]:
+    """An index, after its length as u64, and the data: bytes and fields of the one, sizes of the other."""
+    chosen = random.Random(seed)
+    n, m = struct.unpack_from("<QQ", index, 18)
+    for _ in range(count):
+        made, other = bytearray(index), data
+        for _ in range(chosen.choice((0, 1, 1, 1, 2, 3))):
+            _change_index(chosen, made, n, m)
+        draw = chosen.random()
+        if draw < 0.1:
+            made = bytearray(next(byte_cases(chosen.randrange(1 << 30), 1, bytes(made))))
+        elif draw < 0.3:
+            other = chosen.choice(
+                (data[: chosen.randrange(len(data))], data + data[: chosen.randrange(9)], data * 2, b"")
+            )
+        yield struct.pack("<Q", len(made)) + bytes(made) + other
+
+
+def _change_index(chosen: random.Random, made: bytearray, n: int, m: int) -> None:
+    """Another number in the header or the arrays; another size."""
+    at, size = chosen.choice(((9, 8), (17, 1), (18, 8), (26, 8), (34, 4), (34 + 4 * n, 8), (34 + 12 * n, 8)))
+    if at >= 34:
+        at += size * chosen.randrange(m if at == 34 + 12 * n else n)
+    if len(made) < at + size or chosen.random() < 0.1:
+        del made[chosen.randrange(len(made) + 1) :]
+        return
+    old = int.from_bytes(made[at : at + size], "little")
+    new = chosen.choice((old + 1, old - 1, old * 2, old ^ 1 << chosen.randrange(8 * size), chosen.choice(WIDE), n, m))
+    made[at : at + size] = (new & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+    if chosen.random() < 0.1:
+        made.extend(b"\0" * chosen.choice((1, 4, 8, 12)))
+
+
+def safetensors_cases(seed: int, count: int, source: bytes, index: dict[str, Any]) -> Iterator[bytes]:
+    """A file of safetensors: its header's length, fields and bytes, its tensors' bytes; or `index`, as JSON."""
+    chosen = random.Random(seed)
+    (length,) = struct.unpack_from("<Q", source)
+    header, data = json.loads(source[8 : 8 + length]), source[8 + length :]
+    plain = byte_cases(seed, count, source)
+    for _ in range(count):
+        text, draw, told, after = next(plain), chosen.random(), 0, data
+        if draw < 0.1:
+            yield text
+            continue
+        if draw < 0.3:
+            yield _index_case(chosen, index)
+            continue
+        made = json.loads(json.dumps(header))
+        for _ in range(chosen.choice((0, 1, 1, 1, 2))):
+            _change_header(chosen, made, len(data))
+        text = json.dumps(made).encode()
+        if chosen.random() < 0.1:
+            text = chosen.choice(
+                (text + b" " * 9, text + b"\0", b" " + text, b'{"norm.weight":{},' + text[1:], text[:-1])
+            )
+        told = len(text) if chosen.random() < 0.9 else chosen.choice((len(text) + 1, len(text) - 1, *WIDE))
+        if chosen.random() < 0.1:
+            after = chosen.choice((data[: chosen.randrange(len(data))], data + b"\0", data * 2, b""))
+        yield struct.pack("<Q", told) + text + after
+
+
+def _change_header(chosen: random.Random, made: dict[str, Any], size: int) -> None:
+    name = chosen.choice(sorted(made))
+    odd: tuple[Any, ...] = (None, -1, 0, 1, 2.5, "8", [], {}, [8, 8], True, 1 << 40, (1 << 64) - 1, 1 << 64, "x" * 3000)
+    if chosen.random() < 0.2 or not isinstance(made[name], dict):
+        moved = made.pop(name)
+        if chosen.random() < 0.7:
+            made[chosen.choice(("x", "", name + "x", "__metadata__", "model.norm.weight", "../x", "\0", "\u0301"))] = (
+                moved
+            )
+        return
+    field = chosen.choice(("dtype", "shape", "data_offsets", "data_offsets", "more"))
+    if field == "dtype":
+        made[name][field] = chosen.choice(("BF16", "F16", "F64", "I8", "U8", "BOOL", "F8_E4M3", "I32", "f32", "", *odd))
+    elif field in made[name] and isinstance(made[name][field], list) and made[name][field] and chosen.random() < 0.8:
+        values, at = made[name][field], chosen.randrange(len(made[name][field]))
+        old = values[at] if isinstance(values[at], int) else 0
+        values[at] = chosen.choice((old + 1, old - 1, old + 4, old * 2, 0, size, size + 4, *odd))
+        if chosen.random() < 0.2:
+            values.append(chosen.choice((0, 1, 2)))
+    else:
+        made[name][field] = chosen.choice(odd)
+
+
+def _index_case(chosen: random.Random, index: dict[str, Any]) -> bytes:
+    made = json.loads(json.dumps(index))
+    files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2, 3)]
+    files += ["../x.safetensors", "", ".", "/etc/passwd", "config.json", None, 1, [], "\0", "\ud800", "a" * 5000]
+    for _ in range(chosen.choice((0, 1, 1, 2))):
+        name = chosen.choice(sorted(made["weight_map"]))
+        if chosen.random() < 0.3:
+            made["weight_map"].pop(name)
+        made["weight_map"][chosen.choice((name, name, name, "x", ""))] = chosen.choice(files)
+    text = json.dumps(made).encode()
+    if chosen.random() < 0.3:
+        text = next(byte_cases(chosen.randrange(1 << 30), 1, text))
+    return text.replace(b"{", b"{ ", 1)

@@ -1,0 +1,93 @@
+"""A few hundred mutants of each kind of data that somebody else may have written, read as step 1 and training read it.
+
+In a process of its own: nothing but a message comes of them, in time, in little memory; and what is read is right.
+"""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.data.indexed import IndexedWriter
+from common.data.sft import SftEncoder
+from tests.fuzz import __main__ as by_hand
+from tests.fuzz import data_surfaces, files, rows
+from tests.fuzz.bounds import ROOT
+
+COUNTS = {"rows": 400, "jsonl": 300, "json_array": 300, "gzip": 300, "zst": 300, "index": 400, "safetensors": 300}
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Any]:
+    asked = [f"{name}={count}" for name, count in COUNTS.items()]
+    command = [sys.executable, "-m", "tests.fuzz.bounds", "1", *asked]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("surface", COUNTS)
+def test_what_is_read_of_a_mutant_is_right(surface: str, told: dict[str, Any]) -> None:
+    assert told[surface]["escaped"] == []
+    assert told[surface]["read"] > COUNTS[surface] // 20 and told[surface]["refused"] > COUNTS[surface] // 4
+
+
+def test_the_same_seed_gives_the_same_cases() -> None:
+    for cases in (rows.cases, files.jsonl_cases, files.json_array_cases, files.gzip_cases, files.zst_cases):
+        assert list(cases(3, 20)) == list(cases(3, 20)) != list(cases(4, 20))
+
+
+def test_rows_that_are_lost_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, take = data_surfaces.SURFACES["gzip"](tmp_path, 0, 0)
+    take(gzip.compress(files.as_lines(files.ROWS)))
+    monkeypatch.setattr(data_surfaces, "read_rows", lambda _: files.ROWS[:-1])
+    with pytest.raises(AssertionError):
+        take(gzip.compress(files.as_lines(files.ROWS)))
+
+
+def test_documents_that_are_others_would_be_found(tmp_path: Path) -> None:
+    _, take = data_surfaces.SURFACES["index"](tmp_path, 0, 0)
+    with IndexedWriter(tmp_path / "other", "<u2") as writer:
+        writer.add_document(np.array([1, 2, 3]))
+    index, data = ((tmp_path / f"other.{end}").read_bytes() for end in ("idx", "bin"))
+    with pytest.raises(AssertionError):
+        take(len(index).to_bytes(8, "little") + index + data)
+
+
+def test_a_row_that_is_rendered_otherwise_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, take = data_surfaces.SURFACES["rows"](tmp_path, 0, 0)
+    case = b"qwen3 all answer whole system\n" + json.dumps(rows.SOURCES[0]).encode()
+    take(case)
+    pieces = SftEncoder.pieces_of_row
+    monkeypatch.setattr(SftEncoder, "pieces_of_row", lambda *given: pieces(*given)[:-1])
+    with pytest.raises(AssertionError):
+        take(case)
+
+
+def test_by_hand_a_case_that_escapes_is_kept_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = {"read": 3, "refused": 4, "escaped": [[b"bad".hex(), "why"]], "slowest": 1.25, "memory": 7 << 20}
+    monkeypatch.setattr(by_hand, "run_chunk", lambda name, seed, number: (name, seed, part))
+    monkeypatch.setattr(by_hand.tempfile, "mkdtemp", lambda **_: str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["fuzz", "--number", "1500", "--surface", "gzip", "--seed", "2"])
+    with pytest.raises(SystemExit) as ended:
+        by_hand.main()
+    assert ended.value.code == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].split() == ["gzip", "16", "6", "8", "2", "1.25", "s", "7", "MiB"]
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["gzip_2000000_0", "gzip_2000000_0.txt", "gzip_2000001_0", "gzip_2000001_0.txt"]
+    assert (tmp_path / "gzip_2000001_0").read_bytes() == b"bad" and str(tmp_path) in out
+
+
+def test_by_hand_a_process_that_dies_is_a_case_that_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_hand.sys, "executable", "/bin/false")
+    name, seed, part = by_hand.run_chunk("gzip", 5, 10)
+    assert (name, seed, part["read"], len(part["escaped"])) == ("gzip", 5, 0, 1)
+    assert "the process ended" in part["escaped"][0][1]
