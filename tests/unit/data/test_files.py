@@ -244,6 +244,7 @@ ARRAYS = {
     "bad": (b'[{"text" "a"}' + b" " * 100 + b"]", 'element 1 is no JSON .*at \'{"text" "a"}'),
     "cut character": (b'["\xe4\xbd', "element 1 is no JSON .Unterminated string"),
     "deep": (b"[" * 300000, "nested too deeply|is no JSON"),
+    "before": (b'\x0b[{"text": "a"}]', "it begins with .*which is no JSON"),
 }
 
 
