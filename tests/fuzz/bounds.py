@@ -29,7 +29,7 @@ Surface = Callable[[Path, int, int], tuple[Iterator[bytes], Case]]
 RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "os.remove",
         "shutil.rmtree", "ctypes.dlopen", "os.putenv")  # fmt: skip
 CHECKPOINT = ("rank_file", "metadata", "common", "distcp", "config", "tokenizer_config")
-DATA = ("rows", "jsonl", "json_array", "gzip", "zst", "index", "manifest", "safetensors")
+DATA = ("rows", "jsonl", "json_array", "gzip", "zst", "index", "safetensors")
 MODULES = dict.fromkeys(CHECKPOINT, "tests.fuzz.surfaces") | dict.fromkeys(DATA, "tests.fuzz.data_surfaces")
 
 

@@ -98,10 +98,10 @@ def gzip_cases(seed: int, count: int) -> Iterator[bytes]:
     # A name, a comment and a field more in the header (RFC 1952, 2.3).
     members.append(members[1][:3] + b"\x1c" + members[1][4:10] + b"\2\0abname\0comment\0" + members[1][10:])
     bombs = [
-        gzip.compress(as_lines(ROWS[:1]) * 300_000, 1),
-        gzip.compress(b'{"text": "' + b"a" * (48 << 20) + b'"}\n', 1),
+        gzip.compress(as_lines(ROWS[:1]) * 300_000, 1, mtime=0),
+        gzip.compress(b'{"text": "' + b"a" * (48 << 20) + b'"}\n', 1, mtime=0),
     ]
-    return _compressed(seed, count, members, [gzip.compress(b""), b"\0" * 40], bombs, 10)
+    return _compressed(seed, count, members, [gzip.compress(b"", mtime=0), b"\0" * 40], bombs, 10)
 
 
 def zst_cases(seed: int, count: int) -> Iterator[bytes]:

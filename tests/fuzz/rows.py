@@ -69,7 +69,7 @@ def cases(seed: int, count: int) -> Iterator[bytes]:
     for _ in range(count):
         row = copy.deepcopy(chosen.choice(SOURCES))
         for _ in range(chosen.choice((0, 1, 1, 1, 2, 2, 4))):
-            _change(chosen, row)
+            change(chosen, row)
         text = _written(chosen, row)
         if chosen.random() < 0.1:
             text = next(byte_cases(chosen.randrange(1 << 30), 1, text))
@@ -98,7 +98,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from _places(value[key])
 
 
-def _change(chosen: random.Random, row: dict[str, Any]) -> None:
+def change(chosen: random.Random, row: dict[str, Any]) -> None:
     """Changes one place in `row`, which the fewer have the deeper they lie."""
     places = list(_places(row))
     if not places or chosen.random() < 0.15:

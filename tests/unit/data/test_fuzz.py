@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.indexed import IndexedWriter
+from common.data.indexed import IndexedReader, IndexedWriter
 from common.data.sft import SftEncoder
 from tests.fuzz import __main__ as by_hand
 from tests.fuzz import data_surfaces, files, rows
@@ -52,9 +52,13 @@ def test_rows_that_are_lost_would_be_found(tmp_path: Path, monkeypatch: pytest.M
 
 def test_documents_that_are_others_would_be_found(tmp_path: Path) -> None:
     _, take = data_surfaces.SURFACES["index"](tmp_path, 0, 0)
+    tokens = IndexedReader(tmp_path / "data")[2]
+    data = (tmp_path / "data.bin").read_bytes()
     with IndexedWriter(tmp_path / "other", "<u2") as writer:
-        writer.add_document(np.array([1, 2, 3]))
-    index, data = ((tmp_path / f"other.{end}").read_bytes() for end in ("idx", "bin"))
+        for document in ([5, 6], [7, 1], tokens, [0], [65499]):
+            writer.add_document(np.array(document))
+    index = (tmp_path / "other.idx").read_bytes()
+    assert (tmp_path / "other.bin").read_bytes() == data
     with pytest.raises(AssertionError):
         take(len(index).to_bytes(8, "little") + index + data)
 
