@@ -120,8 +120,9 @@ class Job:
     def _hashed(self, number: int, old: dict[str, Any], hashed: Callable[..., SpanHash]) -> dict[str, Any]:
         path, (size, changed) = self.inputs[number], self.stamps[number]
         now = {"path": str(path), "size": size, "mtime_ns": changed}
-        if not self.verify_input and {name: old.get(name) for name in now} == now:
-            return {**now, "blocks_sha256": old["blocks_sha256"]}
+        told = old.get("blocks_sha256")
+        if told and not self.verify_input and {name: old.get(name) for name in now} == now:
+            return {**now, "blocks_sha256": told}
         return {**now, "blocks_sha256": hash_of_blocks(hashed(path, 0, size, size).result()["blocks"])}
 
 

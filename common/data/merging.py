@@ -5,7 +5,6 @@ make up its share. `merge` joins the claims of one plan, which is a hash over th
 tokenizer and the settings.
 """
 
-import json
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from common.data.encoded import DROPPED, NOT_USED
 from common.data.fingerprint import SpanHash, hash_of_blocks
 from common.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, sync
 from common.data.job import Job, identity_of, parts_folder
-from common.data.parts import Finished, is_whole, read_state
+from common.data.parts import Finished, is_whole, read_state, read_value
 from common.errors import KitError
 from common.log import logger
 
@@ -63,7 +62,7 @@ def claim(job: Job, parts: list[Finished]) -> None:
 
 def _read_claim(path: Path) -> Claim:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_value(path)
         manifest.check_fields(value, CLAIM)
         if (value.get("format"), value.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"it is of another version than {VERSION}")

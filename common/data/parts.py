@@ -6,6 +6,7 @@ places and write them in the same way.
 """
 
 import json
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
@@ -65,6 +66,8 @@ class Finished:
         manifest.check_fields(value, kinds)
         for record in value["records"]:
             manifest.check_fields(record, RECORD)
+            if b"\0" in os.fsencode(record["path"]):  # which raises ValueError for half a surrogate pair
+                raise ValueError("its 'path' is none")
         if not all(isinstance(number, int) for number in value["counts"].values()):
             raise ValueError("'counts' holds what is no number")
         return cls(**{name: value[name] for name in kinds})
@@ -81,9 +84,17 @@ RECORD: dict[str, type] = {
 }  # fmt: skip
 
 
+def read_value(path: Path) -> Any:
+    """The JSON in `path`; raises OSError, or ValueError when it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_state(path: Path) -> Finished:
     """The part whose state `path` is; raises OSError, or ValueError when it is none."""
-    return Finished.from_json(json.loads(path.read_text(encoding="utf-8")))
+    return Finished.from_json(read_value(path))
 
 
 class Earlier:

@@ -30,7 +30,9 @@ RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen",
         "shutil.rmtree", "ctypes.dlopen", "os.putenv")  # fmt: skip
 CHECKPOINT = ("rank_file", "metadata", "common", "distcp", "config", "tokenizer_config")
 DATA = ("rows", "jsonl", "json_array", "gzip", "zst", "index", "safetensors")
+STATES = ("manifest", "part")
 MODULES = dict.fromkeys(CHECKPOINT, "tests.fuzz.surfaces") | dict.fromkeys(DATA, "tests.fuzz.data_surfaces")
+MODULES |= dict.fromkeys(STATES, "tests.fuzz.states")
 
 
 class SlowError(BaseException):

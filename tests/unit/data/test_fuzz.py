@@ -19,7 +19,17 @@ from tests.fuzz import __main__ as by_hand
 from tests.fuzz import data_surfaces, files, rows
 from tests.fuzz.bounds import ROOT
 
-COUNTS = {"rows": 400, "jsonl": 300, "json_array": 300, "gzip": 300, "zst": 300, "index": 400, "safetensors": 300}
+COUNTS = {
+    "rows": 400,
+    "jsonl": 300,
+    "json_array": 300,
+    "gzip": 300,
+    "zst": 300,
+    "index": 400,
+    "safetensors": 300,
+    "manifest": 200,
+    "part": 200,
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,116 @@
+"""What reads the JSON files that step 1 leaves: manifests, and the states of parts and runs that are not joined yet."""
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.data import engine
+from common.data.blend import read_blend
+from common.data.encoded import Encoded
+from common.data.ids import check_ids
+from common.data.indexed import open_tokens
+from common.data.inputs import Chunk
+from common.data.job import Job
+from common.data.manifest import manifest_path, resolve
+from common.data.parts import Earlier
+from common.data.samples import check_against_manifest
+from common.data.show import show
+from common.data.stats import report
+from common.data.tokenizer import TextTokenizer, load_tokenizer
+from common.demo.tokenizer import write_tokenizer
+from tests.fuzz.bounds import Case, Surface
+from tests.fuzz.configs import cases
+from tests.fuzz.rows import change
+
+FIELDS = ("kind", "files", "tokens", "loss_mask", "documents", "inputs", "path", "size", "blocks", "head", "tail",
+          "largest_id", "tokenizer", "version", "format", "parts", "plan", "facts", "index")  # fmt: skip
+
+
+def _cases(seed: int, count: int, source: dict[str, Any]) -> Iterator[bytes]:
+    """Of the JSON `source`: values anywhere in it are changed as in rows, or as in other JSON files."""
+    chosen, plain = random.Random(seed), cases(seed, count, source, FIELDS)
+    for text in plain:
+        if chosen.random() < 0.5:
+            made = copy.deepcopy(source)
+            for _ in range(chosen.choice((1, 1, 2, 3))):
+                change(chosen, made)
+            text = json.dumps(made).encode()
+        yield text
+
+
+def encode(chunk: Chunk) -> Encoded:
+    """A line is the document of its bytes, all of which are learned."""
+    lines = chunk.data.split(b"\n")[:-1]
+    tokens = np.frombuffer(b"".join(lines), np.uint8).astype(np.uint16)
+    streams = {"tokens": tokens, "loss_mask": np.ones(tokens.size, np.uint8)}
+    made = Encoded(streams, np.array([len(line) for line in lines], np.int32))
+    made.counts["read"] = len(lines)
+    return made
+
+
+def _job(folder: Path, partitions: int = 1, index: int | None = None) -> Job:
+    path = folder / "rows.jsonl"
+    if not path.exists():
+        path.write_text("".join(f"row {i:06d}\n" for i in range(40)))
+    streams = {
+        "loss_mask": ("loss_mask_document", np.dtype(np.uint8)),
+        "tokens": ("text_document", np.dtype("<u2")),
+    }
+    return Job("sft", folder / "data", [path], streams, encode, {"settings": {"loss_on": "answer"}}, 1,
+               partitions, index)  # fmt: skip
+
+
+def manifest(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
+    """The manifest of fine-tuning data, as training, show, stats and step 1 itself read it."""
+    job = _job(folder)
+    engine.run(job)
+    path = manifest_path(job.output_prefix)
+    source = json.loads(path.read_text())
+    write_tokenizer(folder / "tokenizer", ["the cat sat on the mat"] * 4, 300)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    documents = [each.tolist() for each in open_tokens(resolve(str(job.output_prefix)).tokens)]
+
+    def take(data: bytes) -> None:
+        path.write_bytes(data)
+        _read(job, tokenizer, documents)
+
+    return _cases(seed, count, source), take
+
+
+def _read(job: Job, tokenizer: TextTokenizer, documents: list[list[int]]) -> None:
+    ((_, files),) = read_blend(str(job.output_prefix))
+    tokens = open_tokens(files.tokens)
+    check_against_manifest(files, tokens)
+    check_ids(files, tokens, tokenizer.vocab_size, Path("config.json"))
+    for _ in (*report(files, [4, 16], 8), *show(files, tokenizer, 0, 1, False)):
+        pass
+    engine.check(job)
+    assert files.loss_mask is None or [each.tolist() for each in tokens] == documents
+
+
+def part(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
+    """The state of a part and the claim of a run, as the next run and merge read them."""
+    for index in (0, 1):
+        engine.run(_job(folder, 2, index))
+    parts = _job(folder, 2).folder
+    sources = [json.loads(next(iter(sorted(parts.glob(name)))).read_text()) for name in ("part_*.json", "run_*.json")]
+    paths = [next(iter(sorted(parts.glob(name)))) for name in ("part_*.json", "run_*.json")]
+    whole = [path.read_bytes() for path in paths]
+    given = [_cases(seed + i, count, source) for i, source in enumerate(sources)]
+
+    def take(data: bytes) -> None:
+        which = data[0]
+        paths[which].write_bytes(data[1:])
+        paths[1 - which].write_bytes(whole[1 - which])
+        Earlier(parts)
+        engine.merge(folder / "data", check=True)
+
+    return (bytes([i % 2]) + next(given[i % 2]) for i in range(count)), take
+
+
+SURFACES: dict[str, Surface] = {"manifest": manifest, "part": part}
