@@ -20,15 +20,15 @@ from tests.fuzz import data_surfaces, files, rows
 from tests.fuzz.bounds import ROOT
 
 COUNTS = {
-    "rows": 400,
-    "jsonl": 300,
-    "json_array": 300,
-    "gzip": 300,
-    "zst": 300,
+    "rows": 200,
+    "jsonl": 150,
+    "json_array": 200,
+    "gzip": 120,
+    "zst": 120,
     "index": 400,
     "safetensors": 300,
-    "manifest": 200,
-    "part": 200,
+    "manifest": 100,
+    "part": 100,
 }
 
 
