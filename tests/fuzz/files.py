@@ -97,12 +97,13 @@ def gzip_cases(seed: int, count: int) -> Iterator[bytes]:
     members = [gzip.compress(as_lines(rows), level, mtime=0) for rows in (ROWS, OTHER_ROWS) for level in (0, 9)]
     # A name, a comment and a field more in the header (RFC 1952, 2.3).
     members.append(members[1][:3] + b"\x1c" + members[1][4:10] + b"\2\0abname\0comment\0" + members[1][10:])
-    bombs: Callable[[], list[bytes]] = (
-        lambda: [  # noqa: E731  made where one is drawn: they take a second
+
+    def bombs() -> list[bytes]:  # made where one is drawn: they take a second
+        return [
             gzip.compress(as_lines(ROWS[:1]) * 300_000, 1, mtime=0),
             gzip.compress(b'{"text": "' + b"a" * (48 << 20) + b'"}\n', 1, mtime=0),
         ]
-    )
+
     return _compressed(seed, count, members, [gzip.compress(b"", mtime=0), b"\0" * 40], bombs, 10)
 
 
@@ -115,12 +116,13 @@ def zst_cases(seed: int, count: int) -> Iterator[bytes]:
     skipped = [
         b"\x50\x2a\x4d\x18" + struct.pack("<I", size) + b"\0" * min(size, 9) for size in (0, 9, 10, (1 << 32) - 1)
     ]
-    bombs: Callable[[], list[bytes]] = (
-        lambda: [  # noqa: E731  made where one is drawn: they take a second
+
+    def bombs() -> list[bytes]:  # made where one is drawn: they take a second
+        return [
             zstd.compress(as_lines(ROWS[:1]) * 300_000, options=options[0]),
             zstd.compress(b'{"text": "' + b"a" * (48 << 20) + b'"}\n', options=options[1]),
         ]
-    )
+
     return _compressed(seed, count, frames, [*skipped, zstd.compress(b"", options=options[0])], bombs, 12)
 
 
