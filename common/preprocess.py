@@ -65,19 +65,26 @@ class LegacySettings:
     tokenizer_path: str = option(help="Hugging Face folder with the tokenizer that the data was made with")
 
 
+USUAL_SEQ_LENGTHS = (2048, 4096, 8192, 16384, 32768)  # the first is the scripts' own
+
+
 def check_first_row(job: Job) -> None:
     """Raises KitError when the first row cannot be encoded as `job` asks."""
     chunk, _, _ = first_row(job.inputs, job.skip_bad_rows, job.max_row_bytes)
     job.encode(chunk)
 
 
-def report_too_long(job: Job, seq_length: int) -> None:
-    """Logs how many samples training at `seq_length` would have to drop or cut."""
+def report_too_long(job: Job, seq_length: int | None) -> None:
+    """Logs how many samples training would not take whole at `seq_length`, or at the usual ones that are too small."""
     lengths = IndexedReader(job.final("tokens")).lengths
-    logger.info(
-        "%d of %d samples have more than SEQ_LENGTH + 1 = %d tokens: TRUNCATE=drop, left or right is for them",
-        int((lengths > seq_length + 1).sum()), lengths.size, seq_length + 1,
-    )  # fmt: skip
+    told = []
+    for tokens in [seq_length] if seq_length else USUAL_SEQ_LENGTHS:
+        too_long = int((lengths > tokens + 1).sum())
+        if not seq_length and not too_long:
+            break
+        told.append(f"{too_long} of {lengths.size} samples have more than SEQ_LENGTH + 1 = {tokens + 1} tokens")
+    if told:
+        logger.info("%s: step 3 refuses them unless TRUNCATE is drop, left or right", "; ".join(told))
 
 
 def write(settings: PretrainSettings | SftSettings, check: bool) -> None:
@@ -95,7 +102,7 @@ def write(settings: PretrainSettings | SftSettings, check: bool) -> None:
         job.described["tokenizer"]["vocab_size"],
     )  # fmt: skip
     written = engine.run(job)
-    if written and isinstance(settings, SftSettings) and settings.seq_length:
+    if written and isinstance(settings, SftSettings):
         report_too_long(job, settings.seq_length)
 
 

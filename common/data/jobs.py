@@ -114,7 +114,7 @@ class SftSettings:
     loss_weights: str = option(
         "auto", "a turn's `loss` may be any weight; auto: if one of the first rows has such", ("auto", "true", "false")
     )
-    seq_length: int | None = option(None, "only to report what would be too long")
+    seq_length: int | None = option(None, "step 3's, to count what is too long; without it: at 2048, 4096, ...")
     append_eod: bool = option(False, "end each conversation with EOD_TOKEN, which is not learned")
     eod_token: str = option("auto", HELP_EOD)
     on_error: str = option("stop", HELP_ERROR, ("stop", "skip"))
