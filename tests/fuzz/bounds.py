@@ -12,6 +12,7 @@ import json
 import re
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -50,6 +51,15 @@ def main() -> None:
             given, take = surface(name)(Path(folder), asked.seed, int(count))
             told[name] = run(_kept(given, asked.last) if asked.last else given, take)
     print(json.dumps(told))
+
+
+def in_a_child(counts: dict[str, int], seed: int = 1) -> dict[str, Any]:
+    """What came of so many cases of each surface, read in a process of its own."""
+    asked = [f"{name}={count}" for name, count in counts.items()]
+    command = [sys.executable, "-m", "tests.fuzz.bounds", str(seed), *asked]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(json.loads(done.stdout))
 
 
 def surface(name: str) -> Surface:

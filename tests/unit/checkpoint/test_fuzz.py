@@ -13,7 +13,7 @@ import pytest
 
 from common.checkpoint.inspection import inspect_folder
 from tests.fuzz import configs, pickles
-from tests.fuzz.bounds import ROOT
+from tests.fuzz.bounds import ROOT, in_a_child
 from tests.fuzz.surfaces import common
 from tests.unit.checkpoint.opcodes import archive, entry, named, word
 
@@ -22,11 +22,7 @@ COUNTS = {"rank_file": 60, "metadata": 200, "common": 60, "distcp": 30, "config"
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, Any]:
-    asked = [f"{name}={count}" for name, count in COUNTS.items()]
-    command = [sys.executable, "-m", "tests.fuzz.bounds", "1", *asked]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(json.loads(done.stdout))
+    return in_a_child(COUNTS)
 
 
 @pytest.mark.parametrize("surface", COUNTS)

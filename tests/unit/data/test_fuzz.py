@@ -5,7 +5,6 @@ In a process of its own: nothing but a message comes of them, in time, in little
 
 import gzip
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from common.data.indexed import IndexedReader, IndexedWriter
 from common.data.sft import SftEncoder
 from tests.fuzz import __main__ as by_hand
 from tests.fuzz import data_surfaces, files, rows
-from tests.fuzz.bounds import ROOT
+from tests.fuzz.bounds import in_a_child
 
 COUNTS = {
     "rows": 200,
@@ -34,11 +33,7 @@ COUNTS = {
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, Any]:
-    asked = [f"{name}={count}" for name, count in COUNTS.items()]
-    command = [sys.executable, "-m", "tests.fuzz.bounds", "1", *asked]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(json.loads(done.stdout))
+    return in_a_child(COUNTS)
 
 
 @pytest.mark.parametrize("surface", COUNTS)
