@@ -22,6 +22,7 @@ def test_a_file_system_without_locks_is_told_and_no_error(
     number: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("kit"), "handlers", [])
     lock(0, "/data/x", saying(number))
     assert len(caplog.messages) == 1 and "/data/x: the file system has no locks" in caplog.text
 

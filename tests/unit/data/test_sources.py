@@ -16,6 +16,7 @@ def test_a_folder_gives_its_files_of_rows_and_tells_the_rest(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("kit"), "handlers", [])
     caplog.set_level(logging.INFO, "kit")
     (tmp_path / "sub").mkdir()
     others = ("._a.jsonl", ".x", "d.json", "e.jsonl.lz4", "README")
@@ -33,6 +34,7 @@ def test_a_file_that_is_named_twice_is_told_by_any_of_its_names(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("kit"), "handlers", [])
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "a.jsonl"
     path.write_text("1\n")
