@@ -95,11 +95,8 @@ def test_fine_tuning_data_supervises_answers_alone(tmp_path: Path, qwen: Path) -
     _, err = run("sft", **{**flags, "seq_length": longest - 1})
     assert f" 0 of 30 samples have more than SEQ_LENGTH + 1 = {longest} tokens" in err
     long = [{"instruction": "", "input": "a", "output": "12 " * words} for words in (1, 3000, 6000)]
-    flags |= {
-        "input": write_rows(tmp_path / "long.jsonl", long),
-        "output_prefix": tmp_path / "long",
-        "seq_length": None,
-    }
+    flags |= {"input": write_rows(tmp_path / "long.jsonl", long), "output_prefix": tmp_path / "long"}
+    del flags["seq_length"]
     _, err = run("sft", **flags)
     assert "2 of 3 samples have more than SEQ_LENGTH + 1 = 2049 tokens; 1 of 3" in err and "8193" not in err
     assert "samples have more" not in run("sft", **{**flags, "input": path, "output_prefix": tmp_path / "short"})[1]

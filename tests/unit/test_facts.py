@@ -60,8 +60,7 @@ def plan(work: Path, platform: Platform, **changes: Any) -> Plan:
 def told(work: Path, platform: Platform, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
     """What is logged of a plan."""
     caplog.clear()
-    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO, logger="kit"):
-        patch.setattr(logging.getLogger("kit"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="kit"):
         describe(plan(work, platform, **changes))
     return caplog.text
 

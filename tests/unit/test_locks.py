@@ -1,6 +1,5 @@
 import errno
 import fcntl
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,7 @@ def saying(number: int) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told_and_no_error(
-    number: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("kit"), "handlers", [])
+def test_a_file_system_without_locks_is_told_and_no_error(number: int, caplog: pytest.LogCaptureFixture) -> None:
     lock(0, "/data/x", saying(number))
     assert len(caplog.messages) == 1 and "/data/x: the file system has no locks" in caplog.text
 

@@ -9,8 +9,6 @@ from common import log
 def test_off_a_terminal_progress_is_a_line_a_minute(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("kit"), "handlers", [])
     caplog.set_level(logging.INFO, "kit")
     now = [0.0]
     monkeypatch.setattr("common.log.time.monotonic", lambda: now[0])

@@ -15,7 +15,6 @@ from common.data.indexed import IndexedWriter
 from common.data.manifest import DataFiles
 from common.data.samples import open_samples
 from common.errors import KitError
-from common.log import logger
 
 
 class Numbered:
@@ -71,9 +70,8 @@ def test_it_is_megatrons_blend_but_for_a_sample_or_two(weights: list[str]) -> No
 
 
 def test_an_epoch_is_as_long_as_the_datasets_together_and_members_count_their_own(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level(logging.INFO, "kit")
     made = blended("0.75", "0.25", sizes=(100, 300))
     assert made.samples_per_epoch == 400

@@ -17,16 +17,14 @@ from common.data.engines import Gigatoken, UnusableError, choose, sample_texts
 from common.data.inputs import Span, whole_spans
 from common.data.tokenizer import TextTokenizer, load_tokenizer
 from common.errors import KitError
-from common.log import logger
 from tests.tiny import TEXTS
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     """What the log says."""
-    monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level(logging.INFO, "kit")
     return lambda: caplog.text
 

@@ -57,9 +57,7 @@ def test_a_scan_finds_the_one_that_is_larger(
 def test_a_long_scan_is_done_once_for_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from common.log import logger
 
-    monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(ids, "KEEP_BYTES", 1)
     caplog.set_level("INFO", "kit")
     scans: list[Path] = []
@@ -85,12 +83,8 @@ def test_ids_of_a_tokenizer_with_holes_fit_their_type() -> None:
     assert made.vocab_size == 70_001 and token_dtype(made.vocab_size) == np.int32
 
 
-def test_a_model_with_fewer_ids_than_the_tokenizer_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from common.log import logger
+def test_a_model_with_fewer_ids_than_the_tokenizer_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
-    monkeypatch.setattr(logger, "propagate", True)
     tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
     tokenizer.add_tokens([AddedToken(f"<{i}>") for i in range(419)])
     assert TextTokenizer(tmp_path, tokenizer, "").vocab_size == 420

@@ -81,9 +81,7 @@ def test_wrong_splits_are_told(split: str) -> None:
 def test_windows_hold_the_documents_in_the_epochs_order_and_the_rest_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, listed: bool
 ) -> None:
-    import common.log
 
-    common.log.logger.propagate = True
     monkeypatch.setattr(order, "GROUP", 5)
     with caplog.at_level("INFO", "kit"):
         samples = pretrain(pretrain_data(tmp_path), listed=listed)
@@ -236,9 +234,7 @@ def firsts(samples: Samples) -> list[tuple[int, int]]:
 
 
 def test_too_long_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    import common.log
 
-    common.log.logger.propagate = True
     # 17 tokens fill 16 positions; 18 do not fit.
     files = sft_data(tmp_path, [17, 18, 5])
     with pytest.raises(KitError, match=r"1 of 3 samples have more than SEQ_LENGTH \+ 1 = 17 tokens, the longest 18"):
@@ -254,9 +250,7 @@ def test_too_long_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_a_cut_that_leaves_nothing_to_learn_drops_the_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    import common.log
 
-    common.log.logger.propagate = True
     # The first token that is kept is no label.
     at_end, at_start = [0] * 19 + [1], [1, 1, 0, 1] + [0] * 16
     files = sft_data(tmp_path, [20, 20, 4], [at_end, at_start, [0, 1, 1, 1]])

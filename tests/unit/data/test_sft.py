@@ -146,9 +146,7 @@ def test_special_tokens_in_an_answer_do_not_end_it(qwen: Path) -> None:
 def test_without_a_template_chatml_is_used_and_said(
     qwen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import common.log
 
-    common.log.logger.propagate = True
     with caplog.at_level("INFO", "kit"):
         made = encoder(with_template(qwen, tmp_path / "bare", None))
     assert "has no chat template: ChatML is used" in caplog.text and not made.template.own

@@ -12,11 +12,7 @@ def names(text: object) -> list[str]:
     return [path.name for path in find_inputs(str(text))]
 
 
-def test_a_folder_gives_its_files_of_rows_and_tells_the_rest(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("kit"), "handlers", [])
+def test_a_folder_gives_its_files_of_rows_and_tells_the_rest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kit")
     (tmp_path / "sub").mkdir()
     others = ("._a.jsonl", ".x", "d.json", "e.jsonl.lz4", "README")
@@ -31,10 +27,8 @@ def test_a_folder_gives_its_files_of_rows_and_tells_the_rest(
 
 
 def test_a_file_that_is_named_twice_is_told_by_any_of_its_names(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("kit"), "handlers", [])
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "a.jsonl"
     path.write_text("1\n")

@@ -12,7 +12,6 @@ from common.errors import KitError
 from common.estimate import check
 from common.estimate.constants import GIB
 from common.estimate.memory import rank_memory
-from common.log import logger
 from common.model.config import load_config
 from common.platforms.base import Platform
 from common.platforms.cpu import CPU
@@ -35,8 +34,7 @@ def plan(folder: Path, platform: Platform = NVIDIA, **changes: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
+def _heard(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kit")
 
 

@@ -52,7 +52,6 @@ def test_flash_attention_4_gives_what_sdpa_gives_where_megatron_core_has_it(flas
 def test_transformer_engines_own_is_left_where_none_works(
     flash_4: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="kit"):
         assert choose(("flash_attn_4",), HEADS, CPU, engine=True) is FlashAttention4
         monkeypatch.setattr(flash_4, "_flash_attn_bwd", raising)
@@ -70,20 +69,14 @@ def test_with_a_mask_or_in_float32_it_is_sdpa(flash: Any) -> None:
     assert flash.GROUPS == []
 
 
-def test_the_first_that_works_is_taken_and_said(
-    flash: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
+def test_the_first_that_works_is_taken_and_said(flash: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="kit"):
         assert choose(("flash_attn", "sdpa"), HEADS, CPU) is FlashAttention
         assert choose(("sdpa", "flash_attn"), HEADS, CPU) is SdpaAttention
     assert caplog.messages == ["core attention: flash_attn", "core attention: sdpa"]
 
 
-def test_one_that_is_not_there_is_passed_over_and_said(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
+def test_one_that_is_not_there_is_passed_over_and_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="kit"):
         assert choose(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
     assert caplog.messages == ["core attention: sdpa (flash_attn: no module flash_attn)"]
@@ -148,7 +141,6 @@ def test_a_flash_kernel_that_keeps_no_order_is_passed_over(
         return right(q, k, v, softmax_scale=softmax_scale, causal=causal)
 
     monkeypatch.setattr(flash, "flash_attn_func", older)
-    monkeypatch.setattr(logging.getLogger("kit"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="kit"):
         assert choose(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
     assert (

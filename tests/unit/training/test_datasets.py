@@ -56,11 +56,9 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path, model: Path, caplo
 
 
 def test_where_it_cannot_be_known_the_log_says_so(
-    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from common.log import logger
 
-    monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level("INFO", "kit")
     check_tokenizer(read_blend(str(dataset(tmp_path, "bare", 3, None))), model)
     assert "is not known: " in caplog.text and "bare_text_document has no manifest" in caplog.text

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from common.errors import KitError
-from common.log import logger
 from common.training.loop import check_first_loss
 
 
@@ -29,9 +28,8 @@ def test_over_the_bound_the_run_stops() -> None:
     ("kind", "loss", "said"), [("weights", 11.5, True), ("weights", 4.0, False), ("random", 11.9, False)]
 )
 def test_weights_that_know_nothing_are_told(
-    kind: str, loss: float, said: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    kind: str, loss: float, said: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level(logging.INFO, "kit")
     check_first_loss(plan(kind, None), loss)
     assert ("guessing among all tokens gives 11.93" in caplog.text) == said

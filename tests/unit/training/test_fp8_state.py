@@ -149,7 +149,6 @@ def test_a_run_without_it_says_that_scales_start_anew(
     first.step(0, "delayed")
     saved = fp8_state(first.model)
     monkeypatch.setattr(module, "transformer_engine_version", lambda: engine)
-    monkeypatch.setattr(module.logger, "propagate", True)
     caplog.set_level("INFO")
     assert bool(fp8_state(first.model)) == (engine != (1, 5))
     restore_fp8_state(other.model, saved)
