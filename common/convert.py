@@ -16,12 +16,19 @@ from typing import Any
 import torch
 
 from common import errors, log
-from common.checkpoint.arguments import megatron_arguments
-from common.checkpoint.checksums import check_all_files
-from common.checkpoint.dist_share import write_dist
-from common.checkpoint.hf_folder import HfReader, check_unquantized, check_weights, parse_size, write_safetensors
-from common.checkpoint.inspection import WRITTEN_BY, inspect_folder
-from common.checkpoint.layout import (
+from common.checkpoint.conversion.planning import ExpectedFolder, plan_dist, plan_hf, plan_ranks
+from common.checkpoint.conversion.streams import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
+from common.checkpoint.conversion.target import check_room, check_target, write_whole
+from common.checkpoint.formats.arguments import megatron_arguments
+from common.checkpoint.formats.dist_share import write_dist
+from common.checkpoint.formats.hf_folder import (
+    HfReader,
+    check_unquantized,
+    check_weights,
+    parse_size,
+    write_safetensors,
+)
+from common.checkpoint.formats.layout import (
     MODEL_FILE,
     RELEASE,
     Checkpoint,
@@ -29,19 +36,18 @@ from common.checkpoint.layout import (
     rank_dir_name,
     write_tracker,
 )
-from common.checkpoint.mapping import IMPLEMENTATIONS
-from common.checkpoint.megatron_folder import open_megatron
-from common.checkpoint.model_files import REPORT, copy_model_files, model_files
-from common.checkpoint.pipeline import Layout
-from common.checkpoint.planning import ExpectedFolder, plan_dist, plan_hf, plan_ranks
-from common.checkpoint.report import check_report, check_report_place, write_report
-from common.checkpoint.streams import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
-from common.checkpoint.target import check_room, check_target, write_whole
-from common.checkpoint.torch_format import save_rank_files
-from common.checkpoint.verify import verify
+from common.checkpoint.formats.mapping import IMPLEMENTATIONS
+from common.checkpoint.formats.megatron_folder import open_megatron
+from common.checkpoint.formats.model_files import REPORT, copy_model_files, model_files
+from common.checkpoint.formats.pipeline import Layout
+from common.checkpoint.formats.torch_format import save_rank_files
+from common.checkpoint.io.checksums import check_all_files
+from common.checkpoint.verification.inspection import WRITTEN_BY, inspect_folder
+from common.checkpoint.verification.report import check_report, check_report_place, write_report
+from common.checkpoint.verification.verify import verify
 from common.errors import KitError
 from common.log import Progress, logger
-from common.model.config import load_config, read_config
+from common.model.shape.config import load_config, read_config
 from common.parallel import parse_pipeline_layers
 from common.settings import add_options, check_environment, from_namespace, option
 from common.start import from_kit

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from common import errors, log, mcore
-from common.checkpoint.layout import Checkpoint, find_checkpoint
-from common.checkpoint.megatron_folder import open_megatron
-from common.checkpoint.pipeline import Layout
-from common.checkpoint.streams import Source, hf_tensors, rank_chunks
+from common.checkpoint.conversion.streams import Source, hf_tensors, rank_chunks
+from common.checkpoint.formats.layout import Checkpoint, find_checkpoint
+from common.checkpoint.formats.megatron_folder import open_megatron
+from common.checkpoint.formats.pipeline import Layout
 from common.errors import KitError
-from common.model.config import QwenConfig, load_config
+from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms.cpu import CPU
 from common.settings import add_options, from_namespace, option
@@ -76,7 +76,7 @@ def hugging_face_outputs(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
 def megatron_outputs(checkpoint: Checkpoint, qwen: QwenConfig, tokens: Tensor) -> dict[str, Tensor]:
     """The same of Megatron-Core's model with the checkpoint's weights."""
     from common.model.build import ModelOptions, build_model
-    from common.training.distributed import process_group
+    from common.training.launching.process_group import process_group
 
     sizes = ParallelSizes(1)
     with process_group(CPU, sizes, 1234, 5):

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from common import errors, log
-from common.data import engine, stats
-from common.data.indexed import IndexedReader
-from common.data.job import Job
-from common.data.jobs import HELP_TOKENIZER, PretrainSettings, SftSettings, at_least_one, check_output
-from common.data.jsonl import first_row
-from common.data.legacy import import_legacy, legacy_tokens, refuse_legacy
-from common.data.manifest import resolve
-from common.data.show import show
-from common.data.tokenizer import load_tokenizer
+from common.data.dataset import stats
+from common.data.dataset.indexed import IndexedReader
+from common.data.dataset.legacy import import_legacy, legacy_tokens, refuse_legacy
+from common.data.dataset.manifest import resolve
+from common.data.dataset.show import show
+from common.data.job import runner as engine
+from common.data.job.job import Job
+from common.data.job.steps import HELP_TOKENIZER, PretrainSettings, SftSettings, at_least_one, check_output
+from common.data.sources.jsonl import first_row
+from common.data.tokenizer.tokenizer import load_tokenizer
 from common.errors import KitError
 from common.log import logger
 from common.settings import add_options, check_environment, from_namespace, option

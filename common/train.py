@@ -12,9 +12,10 @@ from common.errors import KitError
 from common.log import logger
 from common.platforms import check_machine, current
 from common.settings import add_options, check_environment, from_namespace
-from common.training import determinism, signals
-from common.training.config import TrainSettings
-from common.training.lifetime import end_with_parent
+from common.training.launching import signals
+from common.training.launching.parent_death import end_with_parent
+from common.training.planning import determinism
+from common.training.settings import TrainSettings
 
 
 def main() -> None:
@@ -47,11 +48,11 @@ def train(settings: TrainSettings) -> None:
     if settings.deterministic:
         determinism.apply()
     logger.setLevel(logging.WARNING)  # the process that started this one has told what the plan is
-    from common.training.plan import plan_run
+    from common.training.planning.plan import plan_run
 
     plan = plan_run(settings, platform)
     log.setup()
-    from common.training.loop import run_plan  # imports Megatron-Core, which the check does not need
+    from common.training.loop.run import run_plan  # imports Megatron-Core, which the check does not need
 
     with errors.exit_at_once():
         run_plan(plan, requests)
@@ -61,12 +62,12 @@ def launch(settings: TrainSettings, *, check_only: bool) -> None:
     """What the user's command does: checks, and starts the ranks unless `check_only`."""
     signals.listen_in_launcher()
     from common.estimate.check import check_host_memory, check_memory
-    from common.training.devices import check_devices
-    from common.training.fit import check_packages
-    from common.training.interfaces import check_gloo_interface
-    from common.training.plan import describe, plan_run
-    from common.training.run_folder import check_folder
-    from common.training.tracking import check_tracking
+    from common.training.launching.interfaces import check_gloo_interface
+    from common.training.loop.tracking import check_tracking
+    from common.training.planning.compatibility import check_packages
+    from common.training.planning.devices import check_devices
+    from common.training.planning.plan import describe, plan_run
+    from common.training.state.run_folder import check_folder
 
     platform = current()
     try:
@@ -84,7 +85,7 @@ def launch(settings: TrainSettings, *, check_only: bool) -> None:
             check_gloo_interface()
     except KitError as error:
         if settings.nnodes > 1 and not check_only:
-            from common.training.rollcall import report_failure
+            from common.training.launching.preflight import report_failure
 
             report_failure(settings, error)
         raise
@@ -92,7 +93,7 @@ def launch(settings: TrainSettings, *, check_only: bool) -> None:
     if check_only:
         print("ok: the run can start")
         return
-    from common.training.launch import launch as start  # imports torchrun
+    from common.training.launching.launcher import launch as start  # imports torchrun
 
     start(plan)
 

@@ -7,10 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common.data.jsonl import BadRowError, BadRows, first_row, first_rows, string_field
-from common.data.manifest import write_json
-from common.data.rows import Message, format_of, to_messages
-from common.data.sources import find_inputs
+from common.data.dataset.manifest import write_json
+from common.data.sources.discovery import find_inputs
+from common.data.sources.jsonl import BadRowError, BadRows, first_row, first_rows, string_field
+from common.data.templates.rows import Message, format_of, to_messages
 from common.errors import KitError
 
 ANSWERS = "answers.json"

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from common.checkpoint.layout import find_checkpoint
-from common.checkpoint.model_files import model_files
-from common.data.sources import find_inputs
+from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.formats.model_files import model_files
+from common.data.sources.discovery import find_inputs
 from common.demo.answers import ANSWERS, kind_of
 from common.demo.corpus import CHATS, NUM_QUESTIONS, QUESTIONS, TEXTS
 from common.demo.steps import KIT, Step, shown

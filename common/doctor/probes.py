@@ -50,7 +50,7 @@ def masked_attention() -> str:
     """Attention with a mask, as rows of several samples need it: no sample sees another."""
     import torch
 
-    from common.model.attention import block_causal_mask
+    from common.model.layers.attention import block_causal_mask
 
     segments = torch.tensor([[0] * 24 + [1] * 40], device=_device())
     query = torch.randn(64, 1, 4, 64, device=_device()).bfloat16()
@@ -128,8 +128,9 @@ def quack_kernels() -> str:
     """QuACK's products with SwiGLU and the loss inside; without a device their import."""
     import torch
 
-    from common.model import gated_mlp, quack_loss
-    from common.model.quack_products import QuackProducts
+    from common.model.kernels import quack_loss
+    from common.model.kernels.quack_products import QuackProducts
+    from common.model.layers import gated_mlp
 
     products, loss = QuackProducts(), quack_loss.QuackLoss()
     if not torch.cuda.is_available():
@@ -142,7 +143,7 @@ def quack_kernels() -> str:
 def megatron() -> str:
     """Megatron-Core's model, optimizer and checkpoints, as training imports them."""
     mcore.prepare(current())
-    import common.training.loop  # noqa: F401
+    import common.training.loop.run  # noqa: F401
 
     return "imports, as training does"
 
@@ -157,7 +158,7 @@ PROBES: dict[str, Callable[[], Any]] = {
 
 
 def _attention(kind: str) -> str:
-    from common.model.attention import KINDS, why_not
+    from common.model.layers.attention import KINDS, why_not
 
     failure = why_not(KINDS[kind], (8, 2, 64), _device())
     assert not failure, failure
@@ -167,7 +168,7 @@ def _attention(kind: str) -> str:
 def _sdpa(query: Any, mask: Any) -> Any:
     from types import SimpleNamespace
 
-    from common.model.attention import SdpaAttention
+    from common.model.layers.attention import SdpaAttention
 
     config = SimpleNamespace(softmax_scale=None, context_parallel_size=1)
     return SdpaAttention(config, 1, None, "self")(query, query, query, mask)

@@ -8,7 +8,7 @@ from common import errors
 from common.estimate.gpus import find_gpu
 from common.estimate.layouts import EstimateSettings, estimate_all
 from common.estimate.report import as_values, report
-from common.model.config import load_config
+from common.model.shape.config import load_config
 from common.settings import add_options, from_namespace
 
 

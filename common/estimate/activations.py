@@ -8,8 +8,8 @@ q, k, f, v this rank's share of query rows, key rows, intermediate_size and voca
 from dataclasses import dataclass
 
 from common.estimate.weights import ELEMENT_BYTES, Chunk, vocabulary_parameters
-from common.model.chunks import chunk_size, fused_chunk_size
-from common.model.config import QwenConfig
+from common.model.shape.chunks import chunk_size, fused_chunk_size
+from common.model.shape.config import QwenConfig
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def query_key_norm_bytes(work: Work) -> int:
 def attention_tensors(work: Work) -> dict[str, int]:
     """What the attention of a layer keeps, from the QKV product's output to its own.
 
-    Query, key and value are tensors of their own where common/model/qkv_rope.py makes them (megatron-core 0.15 and
+    Query, key and value are tensors of their own where kernels/qkv_rope.py makes them (megatron-core 0.15 and
     later), and in Transformer Engine's attention. Else the local value is a view of the QKV product, which it keeps as
     a whole; so does a checkpointed attention's (selective), whose inputs are the tensors before that.
     """

@@ -9,12 +9,12 @@ from common.estimate.memory import RankMemory, rank_memory
 from common.log import logger
 from common.platforms import available_memory
 from common.platforms.base import Platform
-from common.training.config import TrainSettings
-from common.training.devices import smallest_device
-from common.training.fit import check_fused_products
-from common.training.memory import what_takes_less
-from common.training.plan import Plan
-from common.training.run_folder import bytes_of_checkpoint
+from common.training.loop.memory import what_takes_less
+from common.training.planning.compatibility import check_fused_products
+from common.training.planning.devices import smallest_device
+from common.training.planning.plan import Plan
+from common.training.settings import TrainSettings
+from common.training.state.run_folder import bytes_of_checkpoint
 
 NEAR = 0.95  # of the device's memory; what CUDA, NCCL and the allocator's gaps take is not in the estimate's peak
 STAGES_ERR = 0.07  # of the activations, where there are several stages (tests/unit/estimate/test_memory.py)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from common.errors import KitError
 from common.platforms import PLATFORMS
 from common.platforms.base import Platform
-from common.training.metrics import peak_tflops
+from common.training.loop.metrics import peak_tflops
 
 MEASURED = ("H100", "H200")  # the types whose times the constants are fitted to
 

@@ -10,10 +10,10 @@ from common.estimate.goodput import LLAMA_3_GPU_MTBF_HOURS
 from common.estimate.gpus import Gpu
 from common.estimate.memory import RankMemory, rank_memory
 from common.estimate.speed import Speed, speed
-from common.model.config import QwenConfig
+from common.model.shape.config import QwenConfig
 from common.settings import option
-from common.training.config import TrainSettings
-from common.training.fit import check_fit
+from common.training.planning.compatibility import check_fit
+from common.training.settings import TrainSettings
 
 RECOMPUTE = ("none", "selective", "full")
 TENSOR_PARALLEL = (1, 2, 4, 8)

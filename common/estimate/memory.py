@@ -15,11 +15,11 @@ from common.estimate.weights import (
     state_bytes,
     vocabulary_parameters,
 )
-from common.model.config import QwenConfig
+from common.model.shape.config import QwenConfig
 from common.platforms.base import Platform
-from common.training.config import TrainSettings
+from common.training.settings import TrainSettings
 
-# As in common/training/optimizer.py, which imports torch; a test holds them together.
+# As in common/training/state/training_state.py, which imports torch; a test holds them together.
 OPTIMIZER_PART = 1 << 28
 
 
@@ -78,7 +78,7 @@ def rank_memory(settings: TrainSettings, platform: Platform, qwen: QwenConfig, p
 def optimizer_bytes(settings: TrainSettings, platform: Platform, qwen: QwenConfig, parameters: int) -> int:
     """What the optimizer's step needs for a moment, when no pass is running."""
     shard = -(-parameters // (settings.sizes.dp * settings.sizes.cp))
-    # A step at once is of a part of the parameters (PART in common/training/optimizer.py) or of the largest one.
+    # A step at once is of a part of the parameters (PART in state/training_state.py) or of the largest one.
     part = min(shard, max(OPTIMIZER_PART, vocabulary_parameters(qwen, settings.tp)))
     if settings.optimizer_state == "bf16":
         return 10 * part  # both moments in float32, and one of them in bf16 again

@@ -10,8 +10,8 @@ from common.estimate.layouts import Estimate, EstimateSettings, Refusal
 from common.estimate.memory import RankMemory, work_of
 from common.estimate.upkeep import Upkeep, checkpoint_values, upkeep, upkeep_lines, upkeep_values
 from common.estimate.weights import adam_bytes
-from common.model.config import QwenConfig
-from common.model.parameters import num_parameters
+from common.model.shape.config import QwenConfig
+from common.model.shape.parameters import num_parameters
 
 GIB = 2**30
 LAYOUT = ("tp", "pp", "vpp", "cp", "micro_batch_size", "recompute")

@@ -15,9 +15,9 @@ from common.estimate.constants import (
 from common.estimate.gpus import Gpu
 from common.estimate.memory import work_of
 from common.estimate.weights import GRADIENT_BYTES, Chunk, adam_bytes, chunk_parameters, chunks_of_rank
-from common.model.config import QwenConfig
+from common.model.shape.config import QwenConfig
 from common.platforms.base import Platform
-from common.training.config import TrainSettings
+from common.training.settings import TrainSettings
 
 Cost = dict[str, float]
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from common.checkpoint.size import checkpoint_bytes
+from common.checkpoint.formats.size import checkpoint_bytes
 from common.estimate.goodput import Interruptions, best_interval, best_steps, seconds_between_faults, shares
 from common.estimate.layouts import EstimateSettings
-from common.model.config import QwenConfig
+from common.model.shape.config import QwenConfig
 
 GB = 1e9
 COPY_GB_S = 48  # from a GPU to pinned memory: 43.2 GB of Qwen2.5-3B in 0.9 s on an H200 (docs/benchmarks.md)

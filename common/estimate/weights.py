@@ -5,8 +5,8 @@ Letters: h hidden_size, f intermediate_size, v rows of the padded vocabulary.
 
 from dataclasses import dataclass
 
-from common.model.config import QwenConfig
-from common.model.parameters import ELEMENT_BYTES, layer_parameters, vocabulary_parameters
+from common.model.shape.config import QwenConfig
+from common.model.shape.parameters import ELEMENT_BYTES, layer_parameters, vocabulary_parameters
 from common.parallel import ParallelSizes
 
 GRADIENT_BYTES = 4  # float32 buffers (grad_reduce_in_fp32)

@@ -10,14 +10,14 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from common.mcore import chunk_place, first_and_last_differ, single_qkv_rope, weight_gradient_fusion
-from common.model.config import QwenConfig
-from common.model.gated_mlp import use
-from common.model.gpt import QwenModel
-from common.model.joined_norm import join
-from common.model.kernels import Kernels, choose_kernels, with_working_kernels
-from common.model.layer_spec import block_spec
-from common.model.options import ModelOptions
-from common.model.rope import yarn_frequencies
+from common.model.kernels.selection import Kernels, choose_kernels, with_working_kernels
+from common.model.layers.gated_mlp import use
+from common.model.layers.gpt import QwenModel
+from common.model.layers.layer_spec import block_spec
+from common.model.layers.residual_norm import join
+from common.model.shape.config import QwenConfig
+from common.model.shape.options import ModelOptions
+from common.model.shape.rope import yarn_frequencies
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
 from common.te import fp8_options

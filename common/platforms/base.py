@@ -20,7 +20,7 @@ class Platform:
     checkpoint_format: str  # what a run saves unless told otherwise: torch_dist or torch
     fused_kernels: bool  # Megatron-Core's fused SwiGLU, bias-dropout and cross-entropy work here
     ran_on_hardware: bool
-    core_attention: tuple[str, ...] = ("sdpa",)  # kinds of common.model.attention: the first that works is taken
+    core_attention: tuple[str, ...] = ("sdpa",)  # kinds of common.model.layers.attention: the first that works is taken
     masked_attention: bool = True  # attention takes a mask, which rows of several samples need
     unproven_formats: tuple[str, ...] = ()  # checkpoint formats that a run may use, with a warning
     oldest_cuda: str = ""  # the CUDA that torch must have been built for, or a later one; empty: any

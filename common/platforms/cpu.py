@@ -4,10 +4,11 @@ from common.platforms.base import Platform
 
 
 def _prepare() -> None:
-    from common.platforms import cuda_stand_in, gloo_stand_in  # import torch, which reading the facts must not
+    from common.platforms import cuda_shim as cuda_shim  # import torch, which reading the facts must not
+    from common.platforms import gloo_shim as gloo_shim
 
-    gloo_stand_in.install()
-    cuda_stand_in.install()
+    gloo_shim.install()
+    cuda_shim.install()
 
 
 CPU = Platform(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from common.model.attention import KINDS, why_not
+from common.model.layers.attention import KINDS, why_not
 
 # size: tokens, micro-batch, query heads, key-value groups, head size
 SHAPES = {

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint.hf_folder import write_safetensors
-from common.checkpoint.lazy import LazyTensor
+from common.checkpoint.formats.hf_folder import write_safetensors
+from common.checkpoint.io.lazy import LazyTensor
 from common.demo.model import Shape, tensor_shapes
 
 KIT = Path(__file__).parents[2]

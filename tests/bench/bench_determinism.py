@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from common.checkpoint.layout import find_checkpoint
+from common.checkpoint.formats.layout import find_checkpoint
 from common.logits import CheckpointTensors
-from common.model.config import load_config
+from common.model.shape.config import load_config
 from common.platforms import detect
 from tests.tiny import TEXTS, tiny_qwen
 

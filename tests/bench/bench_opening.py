@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from common.data.indexed import IndexedReader, IndexedWriter
-from common.data.samples import PretrainSamples
+from common.data.dataset.indexed import IndexedReader, IndexedWriter
+from common.data.dataset.samples import PretrainSamples
 
 MILLION = 1_000_000
 TOKENS, SEQ_LENGTH, SAMPLES = 4, 512, 1000

@@ -2,7 +2,7 @@
 
     python -m tests.bench.bench_planning
 
-No tensor is made: what each rank would write is worked out from the shapes as `common.training.shards` does it, then
+No tensor is made: what each rank would write is worked out from the shapes as `state/shards.py` does it, then
 what rank 0 does alone with all of it: receive the lists, make `.metadata`, pickle it. Reading it again is what each
 rank does to go on.
 """
@@ -16,10 +16,10 @@ from math import prod
 
 import torch
 
-from common.checkpoint.dist_share import Share, Written, metadata_of
-from common.checkpoint.mapping import megatron_shape, rows_of
-from common.checkpoint.rectangles import Rectangle, rectangles
-from common.model.config import QwenConfig
+from common.checkpoint.formats.dist_share import Share, Written, metadata_of
+from common.checkpoint.formats.mapping import megatron_shape, rows_of
+from common.checkpoint.io.rectangles import Rectangle, rectangles
+from common.model.shape.config import QwenConfig
 from tests.bench.goodput import models
 
 TP, PP, DP = 8, 4, 32

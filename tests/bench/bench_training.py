@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.model.config import QwenConfig, load_config
-from common.training.metrics import flops_per_token
+from common.model.shape.config import QwenConfig, load_config
+from common.training.loop.metrics import flops_per_token
 
 KIT = Path(__file__).parents[2]
 ITERATIONS = 5
@@ -105,7 +105,7 @@ def without_saving() -> None:
 
     from common import train
 
-    with patch("common.training.store.Store.save"):  # a bench of steps; bench_save.py measures saves
+    with patch("common.training.state.save.Store.save"):  # a bench of steps; bench_save.py measures saves
         train.main()
 
 

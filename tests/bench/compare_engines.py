@@ -3,7 +3,7 @@
     python -m tests.bench.compare_engines FOLDER [TEXTS]    (some minutes)
 
 FOLDER holds a tokenizer.json. Its vocabulary is replaced for the code points by one that shows where the split pattern
-parts: each byte merges with some neighbours. What differs is printed as ranges; common/data/unicode_gap.py must hold
+parts: each byte merges with some neighbours. What differs is printed as ranges; tokenizer/unicode_gap.py must hold
 them. The texts are encoded by the tokenizer as it is, and by step 1's engine none may differ.
 """
 
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from common.data.engines import Gigatoken
-from common.data.tokenizer import EncodeFlat, TextTokenizer, load_tokenizer
-from common.data.unicode_gap import different, exact
+from common.data.tokenizer.backends import Gigatoken
+from common.data.tokenizer.tokenizer import EncodeFlat, TextTokenizer, load_tokenizer
+from common.data.tokenizer.unicode_gap import different, exact
 
 FORMS = ("{}", "a{}", "{}\n", "!{}", " {}", "'{}a", "1{}", "{}\u0301", "\u0345{}", "{}\u0334")
 BESIDE = ("a", "!", "'", "\u0120")  # a space, as byte-level BPE writes it

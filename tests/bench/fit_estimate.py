@@ -11,7 +11,7 @@ allocated_gib (torch.cuda.max_memory_allocated), and where there is more to tell
     kernel_s                   seconds of a step in the kernels of a name in constants.SECONDS
     packing                    its memory is judged; its rate hangs on the lengths of the samples, and is not
     read_after_step            1: the peak is that of the first step, whose passes run before Adam makes its moments
-    before_kernels             true: before common/model/swiglu.py and qkv_rope.py; its rate is fitted with more memory
+    before_kernels             true: before kernels/swiglu.py and qkv_rope.py; its rate is fitted with more memory
                                traffic, of a share fitted too, and not judged
 
 Rows of the shapes and the length in FITTED are fitted, the others judged. Exits 1 where a judged peak is off by more
@@ -34,8 +34,8 @@ from common.estimate.layouts import Estimate, estimate
 from common.estimate.memory import work_of
 from common.estimate.speed import Cost, add, chunk_cost, step_cost
 from common.estimate.weights import MASTER_BYTES, MOMENT_BYTES, Chunk
-from common.model.config import QwenConfig, parse_config
-from common.training.config import TrainSettings
+from common.model.shape.config import QwenConfig, parse_config
+from common.training.settings import TrainSettings
 
 DATA = Path(__file__).parent / "data" / "steps.json"
 FITTED = {"shapes": ("0.5B", "3B"), "seq": 4096}

@@ -16,7 +16,7 @@ from common.estimate.goodput import Interruptions, best_interval, best_steps, se
 from common.estimate.gpus import find_gpu
 from common.estimate.layouts import EstimateSettings, estimate_all
 from common.estimate.upkeep import GB, span, upkeep
-from common.model.config import QwenConfig, parse_config
+from common.model.shape.config import QwenConfig, parse_config
 
 DATA = Path(__file__).parent / "data" / "steps.json"
 QWEN_72B = {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common.model.config import load_config
-from common.training.metrics import flops_per_token
+from common.model.shape.config import load_config
+from common.training.loop.metrics import flops_per_token
 
 
 def rows(arguments: argparse.Namespace, vocab_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -24,9 +24,9 @@ def rows(arguments: argparse.Namespace, vocab_size: int) -> Iterator[tuple[torch
         while True:
             window = torch.randint(0, vocab_size, (arguments.micro_batch_size, arguments.seq_length + 1), device="cuda")
             yield window[:, :-1], window[:, 1:]
-    from common.data.batches import Batches
-    from common.data.manifest import resolve
-    from common.data.samples import open_samples
+    from common.data.dataset.batches import Batches
+    from common.data.dataset.manifest import resolve
+    from common.data.dataset.samples import open_samples
 
     samples = open_samples(
         resolve(arguments.data), train_mode="pretrain", seq_length=arguments.seq_length, seed=arguments.seed

@@ -15,7 +15,7 @@ import torch
 from common import log, mcore
 from common.platforms import current
 from common.settings import add_options, from_namespace
-from common.training.config import TrainSettings
+from common.training.settings import TrainSettings
 
 WARM_UP, TIMED, PROFILED = 3, 4, 1
 MS = 1e3  # the profiler counts microseconds
@@ -47,25 +47,25 @@ def main() -> None:
     log.quiet_libraries()
     platform = current()
     mcore.prepare(platform)
-    from common.training.distributed import process_group
-    from common.training.loop import begin, open_batches
-    from common.training.metrics import attention_flops_per_token, flops_per_token
-    from common.training.optimizer import build_trainee
-    from common.training.plan import plan_run
-    from common.training.step import train_step
+    from common.training.launching.process_group import process_group
+    from common.training.loop.metrics import attention_flops_per_token, flops_per_token
+    from common.training.loop.run import begin, open_batches
+    from common.training.loop.step import train_step
+    from common.training.planning.plan import plan_run
+    from common.training.state.training_state import build_training_state
 
     plan = plan_run(settings, platform)
     assert plan.train is not None
     with process_group(platform, plan.sizes, settings.seed, settings.distributed_timeout_min):
-        trainee = build_trainee(plan)
-        begin(plan, trainee)
+        training_state = build_training_state(plan)
+        begin(plan, training_state)
         data = open_batches(plan, plan.train, 0).read_from(0, plan.sizes.vpp)
         for _ in range(WARM_UP):
-            train_step(plan, trainee, data, 0, False)
+            train_step(plan, training_state, data, 0, False)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(TIMED):
-            train_step(plan, trainee, data, 0, False)
+            train_step(plan, training_state, data, 0, False)
         torch.cuda.synchronize()
         seconds = (time.perf_counter() - start) / TIMED
         tokens = settings.global_batch_size * settings.seq_length
@@ -74,7 +74,7 @@ def main() -> None:
         print(f"{1e3 * seconds:.1f} ms a step, {tokens / seconds:,.0f} tokens/s, {tflops:.0f} TFLOP/s, {peak:.1f} GiB")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(PROFILED):
-                train_step(plan, trainee, data, 0, False)
+                train_step(plan, training_state, data, 0, False)
             torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     attention = attention_flops_per_token(plan.qwen, settings.seq_length)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from common import errors, train
-from common.training import loop
+from common.training.loop import run as loop
 
 
 def main() -> None:

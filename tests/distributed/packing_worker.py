@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from common import log, mcore
 from common.platforms.cpu import CPU
-from common.training.plan import Plan
+from common.training.planning.plan import Plan
 from tests.distributed.worker import plan_of
 
 Batch = dict[str, torch.Tensor]
@@ -60,18 +60,18 @@ def of_size(plan: Plan, rows: int, micro_batch_size: int = 1) -> Plan:
 
 def gradients(plan: Plan, batch: Batch, micro_batch_size: int = 1) -> tuple[float, list[torch.Tensor]]:
     """The mean loss of `batch` and this rank's gradients."""
-    from common.training.load import load_weights
-    from common.training.optimizer import build_trainee
-    from common.training.step import mean_loss, run_microbatches, total_of
+    from common.training.loop.step import mean_loss, run_microbatches, total_of
+    from common.training.state.load import load_weights
+    from common.training.state.training_state import build_training_state
 
     plan = of_size(plan, len(batch["tokens"]), micro_batch_size)
-    trainee = build_trainee(plan)
+    training_state = build_training_state(plan)
     assert plan.start.checkpoint
-    load_weights(plan, trainee, plan.start.checkpoint)
+    load_weights(plan, training_state, plan.start.checkpoint)
     starts = range(0, len(batch["tokens"]), micro_batch_size)
     parts = [{name: x[i : i + micro_batch_size] for name, x in batch.items()} for i in starts]
-    report = total_of(plan, run_microbatches(plan, trainee, [iter(parts)], forward_only=False))
-    found = [p.main_grad.clone() for chunk in trainee.model for p in chunk.parameters()]
+    report = total_of(plan, run_microbatches(plan, training_state, [iter(parts)], forward_only=False))
+    found = [p.main_grad.clone() for chunk in training_state.model for p in chunk.parameters()]
     return mean_loss(report), found
 
 
@@ -79,13 +79,13 @@ def logits(plan: Plan, batch: Batch) -> torch.Tensor | None:
     """This rank's part of the logits [rows, s, v / tp]; None but on the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from common.model.attention import block_causal_mask
-    from common.training.load import load_weights
-    from common.training.optimizer import build_trainee
+    from common.model.layers.attention import block_causal_mask
+    from common.training.state.load import load_weights
+    from common.training.state.training_state import build_training_state
 
-    trainee = build_trainee(plan)
+    training_state = build_training_state(plan)
     assert plan.start.checkpoint
-    load_weights(plan, trainee, plan.start.checkpoint)
+    load_weights(plan, training_state, plan.start.checkpoint)
     size = batch["tokens"].shape[1]
     parts = iter([{name: x[i : i + 1] for name, x in batch.items()} for i in range(len(batch["tokens"]))])
 
@@ -97,7 +97,7 @@ def logits(plan: Plan, batch: Batch) -> torch.Tensor | None:
 
     with torch.no_grad():
         outputs = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter([]), model=trainee.model,
+            forward_step_func=forward_step, data_iterator=iter([]), model=training_state.model,
             num_microbatches=len(batch["tokens"]), seq_length=size, micro_batch_size=1, forward_only=True,
             collect_non_loss_data=True,
         )  # fmt: skip
@@ -154,7 +154,7 @@ def compare_joined(plan: Plan, packed: Batch, apart: Batch) -> dict[str, Any]:
     """How `packed`, all of it one micro-batch of joined rows, differs from `apart` in loss and gradients."""
     loss_alone, grads_alone = gradients(plan, apart)
     with (
-        patch("common.model.kernels.core_attention", lambda *_: SegmentAttention),
+        patch("common.model.kernels.selection.core_attention", lambda *_: SegmentAttention),
         patch.object(Plan, "joins_rows", True),
     ):
         loss, grads = gradients(plan, packed, len(packed["tokens"]))
@@ -165,7 +165,7 @@ def compare_joined(plan: Plan, packed: Batch, apart: Batch) -> dict[str, Any]:
 def main() -> None:
     log.quiet_libraries()
     mcore.prepare(CPU)
-    from common.training.distributed import process_group
+    from common.training.launching.process_group import process_group
 
     task = json.loads(sys.argv[1])
     packed = torch.load(task["batch"])

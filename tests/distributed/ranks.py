@@ -62,7 +62,7 @@ def main() -> None:
     log.quiet_libraries()
     mcore.prepare(CPU)
     mcore.prepare = lambda platform: None  # it is done, and is not to be done twice
-    import common.training.loop  # noqa: F401  what every rank imports
+    import common.training.loop.run  # noqa: F401  what every rank imports
 
     gc.freeze()  # else a rank's first collection copies the memory that it shares with the others
 

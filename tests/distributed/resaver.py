@@ -16,18 +16,19 @@ from megatron.core import dist_checkpointing
 
 from common import errors, train
 from common.mcore import OPTIMIZER_SHARDING, content_metadata, save_options
-from common.training import load, loop
-from common.training.state import _sharded, describe_run, model_shards, random_state
+from common.training.loop import run as loop
+from common.training.state import load
+from common.training.state.contents import _sharded, describe_run, model_shards, random_state
 
 
 def save_theirs(training: Any, folder: Path) -> None:
     """Megatron-Core's whole way: gathered, and written by its strategy."""
-    trainee = training.trainee
-    state = model_shards(trainee)
+    training_state = training.training_state
+    state = model_shards(training_state)
     how = {"metadata": content_metadata(OPTIMIZER_SHARDING)}
-    state["optimizer"] = trainee.optimizer.sharded_state_dict(state, is_loading=False, **how)
+    state["optimizer"] = training_state.optimizer.sharded_state_dict(state, is_loading=False, **how)
     state["rng_state"] = _sharded("rng_state", [random_state()])
-    state |= {"opt_param_scheduler": trainee.scheduler.state_dict(), "iteration": training.progress.iteration}
+    state |= {"opt_param_scheduler": training_state.scheduler.state_dict(), "iteration": training.progress.iteration}
     state |= {"run": describe_run(training.plan, training.progress), "checkpoint_version": 3.0} | save_options()
     dist_checkpointing.save(state, str(folder))
 
@@ -44,7 +45,7 @@ def resave(training: Any) -> None:
     if os.environ["RESAVER"] == "theirs_save":
         save_theirs(training, final)
     else:
-        assert training.store.save(training.trainee, training.progress)
+        assert training.store.save(training.training_state, training.progress)
     training.store.close()
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from common.checkpoint.layout import find_checkpoint
-from common.checkpoint.size import checkpoint_bytes
-from common.model.config import load_config
+from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.formats.size import checkpoint_bytes
+from common.model.shape.config import load_config
 from tests.distributed.launch import convert, run, train_forked, words
 from tests.tiny import TEXTS, tiny_qwen
 

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from common.training.hang import Beat, who_hangs
+from common.training.launching.hang_detector import Beat, who_hangs
 from tests.distributed.launch import steps
 from tests.distributed.user import ENDLESS, Run
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.model.config import load_config
+from common.model.shape.config import load_config
 from tests.distributed.launch import ROOT, convert, export, run, steps, train, train_forked, words
 from tests.tiny import TEXTS, tiny_qwen
 from tests.unit.checkpoint.small import write_ranks

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.data.batches import collate
-from common.data.indexed import IndexedWriter
-from common.data.manifest import DataFiles
-from common.data.samples import open_samples
+from common.data.dataset.batches import collate
+from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.manifest import DataFiles
+from common.data.dataset.samples import open_samples
 from tests.distributed.launch import convert, worker
 from tests.tiny import tiny_qwen
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.checkpoint.torch_dist import DistReader
+from common.checkpoint.formats.torch_dist import DistReader
 from tests.distributed.launch import convert, forked, free_port, run, steps, train_forked, words
 from tests.tiny import tiny_qwen
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
-from common.data.manifest import resolve
-from common.data.samples import open_samples
+from common.data.dataset.manifest import resolve
+from common.data.dataset.samples import open_samples
 from tests.distributed.launch import (
     convert,
     export,

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from common import log, mcore
-from common.checkpoint.layout import find_checkpoint
-from common.model.config import load_config
+from common.checkpoint.formats.layout import find_checkpoint
+from common.model.shape.config import load_config
 from common.parallel import ParallelSizes
 from common.platforms.cpu import CPU
-from common.training.config import TrainSettings
-from common.training.plan import Plan, Start
+from common.training.planning.plan import Plan, Start
+from common.training.settings import TrainSettings
 
 
 def plan_of(settings: dict[str, Any], folder: Path) -> Plan:
@@ -40,12 +40,12 @@ def logits_of(plan: Plan, tokens: torch.Tensor) -> torch.Tensor | None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from common.training.load import load_weights
-    from common.training.optimizer import build_trainee
+    from common.training.state.load import load_weights
+    from common.training.state.training_state import build_training_state
 
-    trainee = build_trainee(plan)
+    training_state = build_training_state(plan)
     assert plan.start.checkpoint
-    load_weights(plan, trainee, plan.start.checkpoint)
+    load_weights(plan, training_state, plan.start.checkpoint)
     position_ids = torch.arange(tokens.shape[1]).expand(tokens.shape)
 
     def forward_step(data: Any, model: Any) -> Any:
@@ -53,7 +53,8 @@ def logits_of(plan: Plan, tokens: torch.Tensor) -> torch.Tensor | None:
 
     with torch.no_grad():
         outputs = get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=[iter([]) for _ in trainee.model], model=trainee.model,
+            forward_step_func=forward_step, data_iterator=[iter([]) for _ in training_state.model],
+            model=training_state.model,
             num_microbatches=plan.sizes.pp if plan.sizes.vpp > 1 else 1,  # interleaving needs as many
             seq_length=tokens.shape[1], micro_batch_size=tokens.shape[0], forward_only=True, collect_non_loss_data=True,
         )  # fmt: skip
@@ -69,17 +70,17 @@ def logits_of(plan: Plan, tokens: torch.Tensor) -> torch.Tensor | None:
 def gradients_of(plan: Plan, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The loss of `batch` and each parameter's gradient, as the optimizer is about to see them."""
     from common.model.build import unwrap
-    from common.training.load import load_weights
-    from common.training.optimizer import build_trainee
-    from common.training.step import mean_loss, run_microbatches, total_of
+    from common.training.loop.step import mean_loss, run_microbatches, total_of
+    from common.training.state.load import load_weights
+    from common.training.state.training_state import build_training_state
 
-    trainee = build_trainee(plan)
+    training_state = build_training_state(plan)
     assert plan.start.checkpoint
-    load_weights(plan, trainee, plan.start.checkpoint)
+    load_weights(plan, training_state, plan.start.checkpoint)
     size = plan.settings.micro_batch_size
     parts = [{name: x[i : i + size] for name, x in batch.items()} for i in range(0, len(batch["tokens"]), size)]
-    report = total_of(plan, run_microbatches(plan, trainee, [iter(parts)], forward_only=False))
-    gradients = {name: p.main_grad.clone() for name, p in unwrap(trainee.model[0]).named_parameters()}
+    report = total_of(plan, run_microbatches(plan, training_state, [iter(parts)], forward_only=False))
+    gradients = {name: p.main_grad.clone() for name, p in unwrap(training_state.model[0]).named_parameters()}
     return {"loss": mean_loss(report), "gradients": gradients}
 
 
@@ -87,7 +88,7 @@ def main() -> None:
     """Does each run."""
     log.quiet_libraries()
     mcore.prepare(CPU)
-    from common.training.distributed import process_group
+    from common.training.launching.process_group import process_group
 
     task = json.loads(sys.argv[1])
     batch = torch.load(task["batch"])

@@ -12,8 +12,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
-from common.data.indexed import IndexedWriter
-from common.data.tokenizer import load_tokenizer
+from common.data.dataset.indexed import IndexedWriter
+from common.data.tokenizer.tokenizer import load_tokenizer
 from tests.end_to_end.steps import chats, files, run, texts, write_rows
 from tests.tiny import tiny_qwen
 

@@ -10,7 +10,7 @@ from typing import Any
 import jsonlines
 import pytest
 
-from common.data.indexed import IndexedReader
+from common.data.dataset.indexed import IndexedReader
 from tests.end_to_end.steps import ROOT, write_rows
 from tests.tiny import tiny_qwen
 

@@ -18,17 +18,17 @@ from backports import zstd as zstd_file
 from safetensors.torch import load, save_file
 from tokenizers import AddedToken
 
-from common.checkpoint.hf_folder import INDEX, SINGLE, HfReader, check_weights
-from common.checkpoint.streams import hf_shapes
-from common.data.answers import RESTORED
-from common.data.chat import ChatTemplate
-from common.data.files import layout_of
-from common.data.ids import scan
-from common.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, open_tokens
-from common.data.inputs import Chunk, Span, read_chunks
-from common.data.jsonl import BadRows, first_rows, records, strings_at_once
-from common.data.sft import SftEncoder
-from common.data.tokenizer import find_eod, load_tokenizer
+from common.checkpoint.conversion.streams import hf_shapes
+from common.checkpoint.formats.hf_folder import INDEX, SINGLE, HfReader, check_weights
+from common.data.dataset.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, open_tokens
+from common.data.dataset.token_ids import scan
+from common.data.sources.files import layout_of
+from common.data.sources.inputs import Chunk, Span, read_chunks
+from common.data.sources.jsonl import BadRows, first_rows, records, strings_at_once
+from common.data.templates.answers import RESTORED
+from common.data.templates.chat import ChatTemplate
+from common.data.templates.sft import SftEncoder
+from common.data.tokenizer.tokenizer import find_eod, load_tokenizer
 from common.demo.tokenizer import train_tokenizer
 from tests.fuzz import files
 from tests.fuzz import rows as row_cases

@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from common.data import engine
-from common.data.blend import read_blend
-from common.data.encoded import Encoded
-from common.data.ids import check_ids
-from common.data.indexed import open_tokens
-from common.data.inputs import Chunk
-from common.data.job import Job
-from common.data.manifest import manifest_path, resolve
-from common.data.parts import Earlier
-from common.data.samples import check_against_manifest
-from common.data.show import show
-from common.data.stats import report
-from common.data.tokenizer import TextTokenizer, load_tokenizer
+from common.data.dataset.blend import read_blend
+from common.data.dataset.indexed import open_tokens
+from common.data.dataset.manifest import manifest_path, resolve
+from common.data.dataset.samples import check_against_manifest
+from common.data.dataset.show import show
+from common.data.dataset.stats import report
+from common.data.dataset.token_ids import check_ids
+from common.data.job import runner as engine
+from common.data.job.job import Job
+from common.data.job.parts import Earlier
+from common.data.sources.inputs import Chunk
+from common.data.tokenizer.encoded import Encoded
+from common.data.tokenizer.tokenizer import TextTokenizer, load_tokenizer
 from common.demo.tokenizer import write_tokenizer
 from tests.fuzz.bounds import Case, Surface
 from tests.fuzz.configs import cases

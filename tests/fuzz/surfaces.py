@@ -11,14 +11,14 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from common.checkpoint.harmless import check_harmless
-from common.checkpoint.hf_folder import HfReader, check_weights
-from common.checkpoint.inspection import inspect_folder
-from common.checkpoint.layout import find_checkpoint
-from common.checkpoint.megatron_folder import open_megatron
-from common.checkpoint.streams import hf_shapes, hf_tensors
-from common.data.tokenizer import find_eod, load_tokenizer
-from common.model.config import load_config
+from common.checkpoint.conversion.streams import hf_shapes, hf_tensors
+from common.checkpoint.formats.hf_folder import HfReader, check_weights
+from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.formats.megatron_folder import open_megatron
+from common.checkpoint.verification.harmless import check_harmless
+from common.checkpoint.verification.inspection import inspect_folder
+from common.data.tokenizer.tokenizer import find_eod, load_tokenizer
+from common.model.shape.config import load_config
 from tests.fuzz import configs, pickles
 from tests.fuzz.bounds import Case
 from tests.unit.checkpoint.small import dist_state, megatron_state, write_hf

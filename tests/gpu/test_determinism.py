@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import embedding
 
 from common.doctor.packages import version
-from common.model.attention import KINDS, why_not
-from common.training import determinism
+from common.model.layers.attention import KINDS, why_not
+from common.training.planning import determinism
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

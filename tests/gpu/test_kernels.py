@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.doctor.packages import version
-from common.model.loss import LinearCrossEntropy, TorchKernels, Vocabulary
+from common.model.layers.loss import LinearCrossEntropy, TorchKernels, Vocabulary
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -27,7 +27,7 @@ def needs(package: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [1000, 151936])
 def test_both_kernels_give_the_same_statistics_and_gradients(dtype: torch.dtype, columns: int) -> None:
-    from common.model.loss_kernels import TritonKernels
+    from common.model.kernels.loss_kernels import TritonKernels
 
     torch.manual_seed(0)
     logits = (4 * torch.randn(65, columns, device="cuda")).to(dtype)
@@ -68,8 +68,8 @@ def test_the_whole_loss_over_several_chunks_is_that_of_cross_entropy(name: str, 
 
 
 def whole_loss(name: str) -> Any:
-    from common.model.loss_kernels import TritonKernels
-    from common.model.quack_loss import QuackLoss
+    from common.model.kernels.loss_kernels import TritonKernels
+    from common.model.kernels.quack_loss import QuackLoss
 
     if name == "triton":
         return TritonKernels()
@@ -80,7 +80,7 @@ def whole_loss(name: str) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [4864, 1300])
 def test_swiglu_and_its_gradient(dtype: torch.dtype, width: int) -> None:
-    from common.model.swiglu import bias_swiglu
+    from common.model.kernels.swiglu import bias_swiglu
 
     torch.manual_seed(0)
     values = (3 * torch.randn(33, 2, 2 * width, device="cuda")).to(dtype).requires_grad_()
@@ -103,7 +103,7 @@ def test_swiglu_and_its_gradient(dtype: torch.dtype, width: int) -> None:
 def test_queries_keys_and_values_are_split_and_rotated(
     dtype: torch.dtype, s: int, b: int, g: int, r: int, d: int
 ) -> None:
-    from common.model.qkv_rope import split_and_rotate
+    from common.model.kernels.qkv_rope import split_and_rotate
 
     torch.manual_seed(0)
     mixed = torch.randn(s, b, g, (r + 2) * d, device="cuda").to(dtype).requires_grad_()
@@ -131,7 +131,7 @@ def test_queries_keys_and_values_are_split_and_rotated(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "h"), [(33, 896), (20000, 1536), (4097, 3584), (2, 8192)])
 def test_norms_and_those_of_a_sum(dtype: torch.dtype, n: int, h: int) -> None:
-    from common.model.norm_kernels import TritonNorms
+    from common.model.kernels.norm_kernels import TritonNorms
 
     torch.manual_seed(0)
     x, residual = (torch.randn(n, h, device="cuda").to(dtype).requires_grad_() for _ in range(2))
@@ -160,7 +160,7 @@ def test_norms_and_those_of_a_sum(dtype: torch.dtype, n: int, h: int) -> None:
 
 @pytest.mark.parametrize("heads", [(14, 2, 64), (16, 2, 128), (28, 4, 128), (8, 8, 128)])
 def test_flash_attention_4_is_right_where_it_is_installed(heads: tuple[int, int, int]) -> None:
-    from common.model.attention import KINDS, why_not
+    from common.model.layers.attention import KINDS, why_not
 
     needs("flash_attn_4")
     assert why_not(KINDS["flash_attn_4"], heads, torch.device("cuda")) == ""
@@ -168,8 +168,8 @@ def test_flash_attention_4_is_right_where_it_is_installed(heads: tuple[int, int,
 
 @pytest.mark.parametrize(("hidden_size", "width"), [(896, 4864), (1536, 8960), (2048, 11008), (3584, 18944 // 4)])
 def test_quacks_products_are_right_where_they_are_installed(hidden_size: int, width: int) -> None:
-    from common.model.gated_mlp import why_not
-    from common.model.quack_products import QuackProducts
+    from common.model.kernels.quack_products import QuackProducts
+    from common.model.layers.gated_mlp import why_not
 
     needs("quack_kernels")
     assert why_not(QuackProducts(), hidden_size, width, torch.device("cuda")) == ""
@@ -177,7 +177,7 @@ def test_quacks_products_are_right_where_they_are_installed(hidden_size: int, wi
 
 @pytest.mark.parametrize(("hidden_size", "vocab_size"), [(896, 151936), (1536, 151936), (2048, 151936), (3584, 152064)])
 def test_quacks_loss_is_right_where_it_is_installed(hidden_size: int, vocab_size: int) -> None:
-    from common.model.quack_loss import QuackLoss, why_not
+    from common.model.kernels.quack_loss import QuackLoss, why_not
 
     needs("quack_kernels")
     assert why_not(QuackLoss(), hidden_size, vocab_size, torch.device("cuda")) == ""

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from common.convert import ToMegatron, to_megatron
-from common.data.manifest import resolve
-from common.data.samples import open_samples
+from common.data.dataset.manifest import resolve
+from common.data.dataset.samples import open_samples
 from tests.tiny import TEXTS, tiny_qwen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -245,7 +245,7 @@ setup() {
   # For the expert, after --.
   expert='NUM_WORKERS|SEQUENCE_PARALLEL|CORE_ATTENTION|FUSED_PRODUCTS'
   for step in 1_preprocess_pretrain:common.preprocess.PretrainSettings 1_preprocess_sft:common.preprocess.SftSettings \
-    3_run_mcore_qwen:common.training.config.TrainSettings; do
+    3_run_mcore_qwen:common.training.settings.TrainSettings; do
     script=${step%:*}.sh class=${step#*:}
     echo "$class"
     run -0 settings_of_python "from ${class%.*} import ${class##*.} as kind"

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.indexed import IndexedWriter
+from common.data.dataset.indexed import IndexedWriter
 from common.doctor import machine, packages
 from common.errors import KitError
 from common.estimate.gpus import find_gpu
-from common.model.attention import FlashAttention, SdpaAttention
 from common.model.build import transformer_config
-from common.model.kernels import core_attention
-from common.model.options import ModelOptions
+from common.model.kernels.selection import core_attention
+from common.model.layers.attention import FlashAttention, SdpaAttention
+from common.model.shape.options import ModelOptions
 from common.platforms import PLATFORMS, on_cpu
 from common.platforms.base import Platform
 from common.platforms.metax import METAX
-from common.training.config import TrainSettings
-from common.training.metrics import peak_tflops
-from common.training.plan import Plan, describe, plan_run
+from common.training.loop.metrics import peak_tflops
+from common.training.planning.plan import Plan, describe, plan_run
+from common.training.settings import TrainSettings
 from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ from common.platforms import on_cpu
 from common.platforms.metax import METAX
 platform = on_cpu(METAX)
 mcore.prepare(platform)
-from common.training.distributed import process_group
+from common.training.launching.process_group import process_group
 import torch.distributed as dist
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
 with process_group(platform, ParallelSizes(1), 1, 1):

@@ -30,24 +30,30 @@ LAYERS = [
     {"estimate"},
     {"preprocess", "convert", "logits", "train", "doctor"},
 ]
+# The rooms of a part, lowest first; a file that stands beside them is one of its own.
+ROOMS = {
+    "data": ["sources", "tokenizer", "dataset", "templates", "job"],
+    "model": ["shape", "probe", "layers", "kernels", "build"],
+    "checkpoint": ["io", "untrusted", "formats", "conversion", "verification"],
+    "training": ["settings", "planning", "launching", "state", "loop"],
+}
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 
 # What the light commands must never load; the tokenizer's chat template is rendered by transformers, when it is needed.
 HEAVY = ("megatron", "transformers")
-HEAVY_ALLOWED = {("common.data.chat", "transformers")}
+HEAVY_ALLOWED = {("common.data.templates.chat", "transformers")}
 LIGHT_COMMANDS = ("common.preprocess", "common.convert")
 
 OPTIONAL = ("transformer_engine", "apex", "flash_attn")
 # Need triton.
-KERNELS = (
-    "common.model.loss_kernels", "common.model.norm_kernels", "common.model.qkv_rope", "common.model.quack_loss",
-    "common.model.swiglu",
-)  # fmt: skip
+KERNELS = tuple(
+    f"common.model.kernels.{name}" for name in ("loss_kernels", "norm_kernels", "qkv_rope", "quack_loss", "swiglu")
+)
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
 
 
 def module_name(path: Path) -> str:
-    """`common/data/sft.py` -> `common.data.sft`, `common/data/__init__.py` -> `common.data`."""
+    """`common/data/templates/sft.py` -> `common.data.templates.sft`, `common/data/__init__.py` -> `common.data`."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -141,6 +147,20 @@ def test_imports_point_down(module: str) -> None:
     assert not upward, f"{module} must not import common.{', common.'.join(sorted(upward))}"
 
 
+@pytest.mark.parametrize("part", sorted(ROOMS))
+def test_imports_between_rooms_point_down(part: str) -> None:
+    place = {room: number for number, room in enumerate(ROOMS[part])}
+    inside = {name: name.split(".")[2] for name in MODULES if name.startswith(f"common.{part}.")}
+    assert set(inside.values()) == set(place), f"ROOMS[{part!r}] does not name every room"
+    upward = {
+        (name, other)
+        for name, room in inside.items()
+        for other in own_imports(name) & set(inside)
+        if place[inside[other]] > place[room]
+    }
+    assert not upward, f"these import what stands above them: {sorted(upward)}"
+
+
 def test_nothing_but_the_demo_imports_the_demo() -> None:
     users = {module for module in MODULES if any(name.startswith("common.demo") for name in own_imports(module))}
     assert not {user for user in users if not user.startswith("common.demo")}
@@ -173,8 +193,8 @@ def test_rendering_a_chat_template_loads_no_model_class(tmp_path: Path) -> None:
     program = """
 import json, pathlib, sys
 from tests.tiny import tiny_qwen
-from common.data.chat import ChatTemplate
-from common.data.tokenizer import load_tokenizer
+from common.data.templates.chat import ChatTemplate
+from common.data.tokenizer.tokenizer import load_tokenizer
 folder = tiny_qwen(pathlib.Path(sys.argv[1]))
 assert ChatTemplate(load_tokenizer(folder)).render([{"role": "user", "content": "x"}])
 print(json.dumps(sorted(sys.modules)))

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from common import mcore
-from common.checkpoint.layout import Checkpoint
-from common.checkpoint.origin import check_ranks
+from common.checkpoint.formats.layout import Checkpoint
+from common.checkpoint.formats.origin import check_ranks
 from common.errors import KitError
 from common.mcore import check_pipeline_layers
 from common.model.build import pipeline_options

@@ -22,7 +22,7 @@ from common.settings import (
     option,
     to_flags,
 )
-from common.training.config import TrainSettings
+from common.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

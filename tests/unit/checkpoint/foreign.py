@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.model.config import QwenConfig, load_config
+from common.model.shape.config import QwenConfig, load_config
 from tests.unit.checkpoint.small import write_ranks
 
 TRACKER = "latest_checkpointed_iteration.txt"

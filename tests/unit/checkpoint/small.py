@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.model.config import QwenConfig, load_config
+from common.model.shape.config import QwenConfig, load_config
 
 SHAPE = {
     "hidden_size": 8,

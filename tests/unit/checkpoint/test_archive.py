@@ -16,10 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.checkpoint import archive as archives
-from common.checkpoint.archive import ALIGNMENT, ArchiveWriter, MappedFile, _ZipWriter, write_archive, write_archives
-from common.checkpoint.disk import BLOCK_BYTES
-from common.checkpoint.lazy import LazyTensor, tensor_bytes
+from common.checkpoint.formats import archive as archives
+from common.checkpoint.formats.archive import (
+    ALIGNMENT,
+    ArchiveWriter,
+    MappedFile,
+    _ZipWriter,
+    write_archive,
+    write_archives,
+)
+from common.checkpoint.io.disk import BLOCK_BYTES
+from common.checkpoint.io.lazy import LazyTensor, tensor_bytes
 from common.errors import KitError
 from tests.unit.checkpoint.small import same_bits
 

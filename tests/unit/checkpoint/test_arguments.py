@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint.arguments import megatron_arguments
-from common.checkpoint.pipeline import Layout
+from common.checkpoint.formats.arguments import megatron_arguments
+from common.checkpoint.formats.pipeline import Layout
 from tests.unit.checkpoint.small import write_hf
 
 

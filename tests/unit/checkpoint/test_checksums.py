@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint.checksums import CHECKSUMS, check_all_files
-from common.checkpoint.dist_share import Block, write_dist
-from common.checkpoint.lazy import LazyTensor
-from common.checkpoint.rectangles import Rectangle
-from common.checkpoint.torch_dist import DistReader
+from common.checkpoint.formats.dist_share import Block, write_dist
+from common.checkpoint.formats.torch_dist import DistReader
+from common.checkpoint.io.checksums import CHECKSUMS, check_all_files
+from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.io.rectangles import Rectangle
 from common.errors import KitError
 
 LARGE = torch.arange(5_000_000, dtype=torch.float32).view(1000, 5000)  # over two blocks of the writer

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from common.checkpoint import disk
-from common.checkpoint.disk import SECTOR, DiskFile, Writer, ahead, load
+from common.checkpoint.io import disk
+from common.checkpoint.io.disk import SECTOR, DiskFile, Writer, ahead, load
 from common.errors import KitError
 
 NEAR_SECTORS = [0, 1, SECTOR - 1, SECTOR, SECTOR + 1, 3 * SECTOR + 5]

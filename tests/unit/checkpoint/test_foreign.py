@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.checkpoint.harmless import check_harmless
-from common.checkpoint.inspection import inspect_folder
-from common.checkpoint.layout import find_checkpoint
-from common.checkpoint.megatron_folder import open_megatron
-from common.checkpoint.pipeline import whole_model
-from common.checkpoint.verify import verify
+from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.formats.megatron_folder import open_megatron
+from common.checkpoint.formats.pipeline import whole_model
+from common.checkpoint.verification.harmless import check_harmless
+from common.checkpoint.verification.inspection import inspect_folder
+from common.checkpoint.verification.verify import verify
 from common.errors import KitError
-from common.model.config import load_config
+from common.model.shape.config import load_config
 from tests.unit.checkpoint.small import joined, same_bits, write_hf, write_ranks
 
 ROOT = Path(__file__).parents[3]

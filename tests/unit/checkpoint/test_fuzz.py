@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from common.checkpoint.inspection import inspect_folder
+from common.checkpoint.verification.inspection import inspect_folder
 from tests.fuzz import configs, pickles
 from tests.fuzz.bounds import ROOT, in_a_child
 from tests.fuzz.surfaces import common

@@ -20,9 +20,9 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.enums import ModelType
 from torch.distributed.checkpoint import metadata as dcp
 
-from common.checkpoint import harmless
-from common.checkpoint.harmless import check_harmless
-from common.checkpoint.layout import Checkpoint
+from common.checkpoint.formats.layout import Checkpoint
+from common.checkpoint.verification import harmless
+from common.checkpoint.verification.harmless import check_harmless
 from common.errors import KitError
 from tests.unit.checkpoint.opcodes import Runs, archive, named
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from common.checkpoint.hf_folder import (
+from common.checkpoint.formats.hf_folder import (
     INDEX,
     SINGLE,
     HfReader,
@@ -24,9 +24,9 @@ from common.checkpoint.hf_folder import (
     plan_shards,
     write_safetensors,
 )
-from common.checkpoint.lazy import LazyTensor
+from common.checkpoint.io.lazy import LazyTensor
 from common.errors import KitError
-from common.model.config import load_config
+from common.model.shape.config import load_config
 from tests.tiny import tiny_qwen
 from tests.unit.checkpoint.small import hf_sizes, same_bits, write_hf
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.checkpoint.dist_share import Block, write_dist
-from common.checkpoint.inspection import inspect_folder
-from common.checkpoint.lazy import LazyTensor
+from common.checkpoint.formats.dist_share import Block, write_dist
+from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.verification.inspection import inspect_folder
 from common.errors import KitError
-from common.model.config import QwenConfig
+from common.model.shape.config import QwenConfig
 from tests.unit.checkpoint.small import dist_state, write_hf, write_ranks
 
 HEAD = "output_layer.weight"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint.layout import (
+from common.checkpoint.formats.layout import (
     Checkpoint,
     find_checkpoint,
     format_of,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from common.checkpoint.mapping import (
+from common.checkpoint.formats.mapping import (
     EMBEDDING,
     OUTPUT,
     TABLE,
@@ -29,7 +29,7 @@ from common.checkpoint.mapping import (
     unshard,
 )
 from common.errors import KitError
-from common.model.config import QwenConfig
+from common.model.shape.config import QwenConfig
 from tests.unit.checkpoint.small import joined
 
 QWEN = QwenConfig(

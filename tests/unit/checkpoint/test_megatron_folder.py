@@ -9,12 +9,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from common.checkpoint.layout import Checkpoint
-from common.checkpoint.megatron_folder import MegatronReader, open_megatron
-from common.checkpoint.pipeline import whole_model
+from common.checkpoint.formats.layout import Checkpoint
+from common.checkpoint.formats.megatron_folder import MegatronReader, open_megatron
+from common.checkpoint.formats.pipeline import whole_model
 from common.errors import KitError
 from common.log import logger
-from common.model.config import QwenConfig
+from common.model.shape.config import QwenConfig
 from tests.unit.checkpoint.small import dist_state, joined, same_bits, write_hf, write_ranks
 
 ONE = [[range(4)]]

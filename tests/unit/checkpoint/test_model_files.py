@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint import model_files as module
-from common.checkpoint.model_files import copy_model_files, model_files
+from common.checkpoint.formats import model_files as module
+from common.checkpoint.formats.model_files import copy_model_files, model_files
 from common.log import logger
 
 OURS = (

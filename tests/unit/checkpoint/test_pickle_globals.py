@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 
-from common.checkpoint.archive import MappedFile
-from common.checkpoint.unpickle import RestrictedUnpickler
+from common.checkpoint.formats.archive import MappedFile
+from common.checkpoint.untrusted.unpickle import RestrictedUnpickler
 from common.errors import KitError
 from tests.unit.checkpoint.opcodes import archive, call, entry, named, number, several, whole, word
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from common.checkpoint.mapping import EMBEDDING, OUTPUT
-from common.checkpoint.pipeline import Layout, chunks_of, tensors_of, whole_model
+from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT
+from common.checkpoint.formats.pipeline import Layout, chunks_of, tensors_of, whole_model
 from common.errors import KitError
-from common.model.config import QwenConfig
+from common.model.shape.config import QwenConfig
 
 QWEN = QwenConfig(
     hidden_size=8,

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint.disk import BLOCK_BYTES
-from common.checkpoint.lazy import LazyTensor
-from common.checkpoint.mapping import EMBEDDING, OUTPUT, Row
-from common.checkpoint.pipeline import Layout, chunks_of, tensors_of, whole_model
-from common.checkpoint.planning import BASE_MEMORY_BYTES, ExpectedFolder, plan_dist, plan_hf, plan_ranks
-from common.checkpoint.streams import Source, hf_shapes
+from common.checkpoint.conversion.planning import BASE_MEMORY_BYTES, ExpectedFolder, plan_dist, plan_hf, plan_ranks
+from common.checkpoint.conversion.streams import Source, hf_shapes
+from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT, Row
+from common.checkpoint.formats.pipeline import Layout, chunks_of, tensors_of, whole_model
+from common.checkpoint.io.disk import BLOCK_BYTES
+from common.checkpoint.io.lazy import LazyTensor
 from common.errors import KitError
-from common.model.config import QwenConfig, parse_config
+from common.model.shape.config import QwenConfig, parse_config
 from tests.unit.checkpoint.small import write_hf
 
 # layers, hidden, heads, groups, ffn, vocabulary, tied, parameters (Hugging Face's model cards, and a count by hand).

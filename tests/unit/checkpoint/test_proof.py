@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from common.checkpoint.layout import Checkpoint
-from common.checkpoint.verify import verify
+from common.checkpoint.formats.layout import Checkpoint
+from common.checkpoint.verification.verify import verify
 from common.errors import KitError
 from tests.unit.checkpoint.small import write_hf, write_ranks
 from tests.unit.checkpoint.test_verify import TWO, WORDS, Pair, flip

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from common.checkpoint.rectangles import Rectangle, fault_of_cover, rectangles
+from common.checkpoint.io.rectangles import Rectangle, fault_of_cover, rectangles
 
 
 @pytest.mark.parametrize("seed", range(20))

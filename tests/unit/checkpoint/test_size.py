@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint.mapping import megatron_shape, rows_of
-from common.checkpoint.size import checkpoint_bytes
-from common.model.config import QwenConfig, parse_config
-from common.model.parameters import num_parameters
+from common.checkpoint.formats.mapping import megatron_shape, rows_of
+from common.checkpoint.formats.size import checkpoint_bytes
+from common.model.shape.config import QwenConfig, parse_config
+from common.model.shape.parameters import num_parameters
 
 SHAPES = json.loads((Path(__file__).parents[2] / "bench" / "data" / "steps.json").read_text())["shapes"]
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.checkpoint.hf_folder import HfReader
-from common.checkpoint.layout import Checkpoint
-from common.checkpoint.megatron_folder import open_megatron
-from common.checkpoint.pipeline import Layout
-from common.checkpoint.streams import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
+from common.checkpoint.conversion.streams import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
+from common.checkpoint.formats.hf_folder import HfReader
+from common.checkpoint.formats.layout import Checkpoint
+from common.checkpoint.formats.megatron_folder import open_megatron
+from common.checkpoint.formats.pipeline import Layout
 from common.errors import KitError
 from tests.unit.checkpoint.small import hf_sizes, megatron_state, same_bits, write_hf, write_ranks
 

@@ -19,10 +19,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
-from common.checkpoint.checksums import CHECKSUMS
-from common.checkpoint.dist_share import Block, write_dist
-from common.checkpoint.lazy import LazyTensor
-from common.checkpoint.torch_dist import DistReader
+from common.checkpoint.formats.dist_share import Block, write_dist
+from common.checkpoint.formats.torch_dist import DistReader
+from common.checkpoint.io.checksums import CHECKSUMS
+from common.checkpoint.io.lazy import LazyTensor
 from common.errors import KitError
 from tests.unit.checkpoint.small import same_bits
 

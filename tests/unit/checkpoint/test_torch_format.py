@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from common.checkpoint.lazy import LazyTensor
-from common.checkpoint.torch_format import load_rank_file, save_rank_files
+from common.checkpoint.formats.torch_format import load_rank_file, save_rank_files
+from common.checkpoint.io.lazy import LazyTensor
 from common.errors import KitError
 from tests.unit.checkpoint.small import same_bits
 

@@ -17,9 +17,9 @@ from megatron.core.enums import ModelType
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.enums import AttnBackend
 
-from common.checkpoint.archive import MappedFile, write_archive
-from common.checkpoint.stand_ins import Inert
-from common.checkpoint.unpickle import RestrictedUnpickler
+from common.checkpoint.formats.archive import MappedFile, write_archive
+from common.checkpoint.untrusted.placeholders import Inert
+from common.checkpoint.untrusted.unpickle import RestrictedUnpickler
 from common.errors import KitError
 from tests.unit.checkpoint.opcodes import Runs, call, named, whole, word
 

@@ -11,10 +11,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.checkpoint.layout import Checkpoint
-from common.checkpoint.proof_slices import slices
-from common.checkpoint.verify import Report, verify
-from common.model.config import QwenConfig
+from common.checkpoint.formats.layout import Checkpoint
+from common.checkpoint.verification.proof_slices import slices
+from common.checkpoint.verification.verify import Report, verify
+from common.model.shape.config import QwenConfig
 from tests.unit.checkpoint.small import dist_state, write_hf, write_ranks
 
 QWEN = QwenConfig(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint.zip_records import read_data_start, read_records
+from common.checkpoint.untrusted.zip_records import read_data_start, read_records
 from tests.unit.checkpoint.opcodes import archive
 
 SOUND = archive(b"K\x05", **{"data/0": b"12345678"})

@@ -6,10 +6,10 @@ import psutil
 import pytest
 import torch
 
-from common.data.batches import Batches
-from common.data.indexed import IndexedWriter
-from common.data.manifest import DataFiles
-from common.data.samples import Samples, open_samples
+from common.data.dataset.batches import Batches
+from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.manifest import DataFiles
+from common.data.dataset.samples import Samples, open_samples
 
 SEQ = 4
 

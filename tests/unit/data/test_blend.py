@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.blend import BlendedSamples, read_blend
-from common.data.indexed import IndexedWriter
-from common.data.manifest import DataFiles
-from common.data.samples import open_samples
+from common.data.dataset.blend import BlendedSamples, read_blend
+from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.manifest import DataFiles
+from common.data.dataset.samples import open_samples
 from common.errors import KitError
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data import index_file
-from common.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, open_mask, open_tokens
-from common.data.manifest import DataFiles
-from common.data.samples import open_samples
+from common.data.dataset import index_file
+from common.data.dataset.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, open_mask, open_tokens
+from common.data.dataset.manifest import DataFiles
+from common.data.dataset.samples import open_samples
 from common.errors import KitError
 
 DOCUMENTS = [[5, 6, 7], [1], [], [64000] * 20, [0, 65499], [3] * 9]

@@ -15,11 +15,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data import files, json_array
-from common.data.files import layout_of
-from common.data.inputs import Span, cut, read_chunks, whole_spans
-from common.data.jsonl import BadRows, first_row, records
-from common.data.sources import find_inputs
+from common.data.sources import files, json_array
+from common.data.sources.discovery import find_inputs
+from common.data.sources.files import layout_of
+from common.data.sources.inputs import Span, cut, read_chunks, whole_spans
+from common.data.sources.jsonl import BadRows, first_row, records
 from common.errors import KitError
 
 ROWS = b"".join(b'{"text": "row %d"}\n' % i for i in range(20000))
@@ -146,7 +146,7 @@ def test_a_bomb_is_read_in_little_memory(tmp_path: Path) -> None:
     code = """if True:
         import resource, sys
         from pathlib import Path
-        from common.data.inputs import Span, read_chunks
+        from common.data.sources.inputs import Span, read_chunks
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(sum(len(chunk.data) for chunk in read_chunks(Span(Path(sys.argv[1]), 0, None), 1 << 20)))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -287,7 +287,7 @@ def test_a_bad_element_is_a_bad_row_and_the_others_are_read(
 ) -> None:
     if not fast:
         monkeypatch.setattr(json_array, "orjson", None)
-        monkeypatch.setattr("common.data.jsonl.orjson", None)
+        monkeypatch.setattr("common.data.sources.jsonl.orjson", None)
     monkeypatch.setattr(json_array, "BLOCK", block)
     element, told = BAD_ELEMENTS[name]
     path = tmp_path / "a.json"

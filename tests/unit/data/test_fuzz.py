@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.indexed import IndexedReader, IndexedWriter
-from common.data.sft import SftEncoder
+from common.data.dataset.indexed import IndexedReader, IndexedWriter
+from common.data.templates.sft import SftEncoder
 from tests.fuzz import __main__ as by_hand
 from tests.fuzz import data_surfaces, files, rows
 from tests.fuzz.bounds import in_a_child

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from common.data import indexed
-from common.data.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, token_dtype
+from common.data.dataset import indexed
+from common.data.dataset.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, token_dtype
 from common.errors import KitError
 
 DOCUMENTS = [[5, 6, 7], [1], [399] * 50, [0, 65499]]
@@ -154,7 +154,8 @@ def test_missing_truncated_and_foreign_files_are_told(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_documents(tmp_path: Path) -> None:
     program = (
-        "import sys, resource, numpy as np; from pathlib import Path; from common.data.indexed import IndexedWriter\n"
+        "import sys, resource, numpy as np; from pathlib import Path\n"
+        "from common.data.dataset.indexed import IndexedWriter\n"
         "with IndexedWriter(Path(sys.argv[1]), '<u2') as writer:\n"
         "    for _ in range(int(sys.argv[2])):\n"
         "        writer.add_documents(np.ones(200000, np.uint16), np.ones(200000, np.int64))\n"

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data import jsonl
-from common.data.inputs import Chunk, Span, cut, read_chunks, whole_spans
-from common.data.jsonl import BadRowError, first_row, parse, records, string_field
-from common.data.sources import find_inputs
+from common.data.sources import jsonl
+from common.data.sources.discovery import find_inputs
+from common.data.sources.inputs import Chunk, Span, cut, read_chunks, whole_spans
+from common.data.sources.jsonl import BadRowError, first_row, parse, records, string_field
 from common.errors import KitError
 
 

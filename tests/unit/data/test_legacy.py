@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from common import preprocess
-from common.data.indexed import IndexedReader, IndexedWriter
-from common.data.legacy import import_legacy, refuse_legacy, split_row
-from common.data.manifest import DataFiles, resolve
-from common.data.samples import open_samples
-from common.data.tokenizer import load_tokenizer
+from common.data.dataset.indexed import IndexedReader, IndexedWriter
+from common.data.dataset.legacy import import_legacy, refuse_legacy, split_row
+from common.data.dataset.manifest import DataFiles, resolve
+from common.data.dataset.samples import open_samples
+from common.data.tokenizer.tokenizer import load_tokenizer
 from common.errors import KitError
 
 ROOT = Path(__file__).parents[3]

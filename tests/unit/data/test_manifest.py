@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from common.data import manifest
-from common.data.indexed import IndexedWriter
-from common.data.manifest import DataFiles, resolve
+from common.data.dataset import manifest
+from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.manifest import DataFiles, resolve
 from common.errors import KitError
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.chat import ChatTemplate
-from common.data.encoded import BAD_ROWS, Encoded
-from common.data.inputs import Chunk
-from common.data.jsonl import BadRowError, BadRows, one_row
-from common.data.merging import notes
-from common.data.pretrain import PretrainEncoder
-from common.data.sft import SftEncoder
-from common.data.tokenizer import load_tokenizer
+from common.data.job.merging import notes
+from common.data.job.pretrain import PretrainEncoder
+from common.data.sources.inputs import Chunk
+from common.data.sources.jsonl import BadRowError, BadRows, one_row
+from common.data.templates.chat import ChatTemplate
+from common.data.templates.sft import SftEncoder
+from common.data.tokenizer.encoded import BAD_ROWS, Encoded
+from common.data.tokenizer.tokenizer import load_tokenizer
 from common.errors import KitError
 
 # Of the form of those that show reasoning in answers after the last question; one call's field is joined as text.

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data import order
-from common.data.indexed import IndexedReader, IndexedWriter
-from common.data.order import GroupedOrder, KeyedPermutation, ListedOrder, keyed
+from common.data.dataset import order
+from common.data.dataset.indexed import IndexedReader, IndexedWriter
+from common.data.dataset.order import GroupedOrder, KeyedPermutation, ListedOrder, keyed
 
 
 def listed(permutation: KeyedPermutation) -> list[int]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.packing import pack
+from common.data.dataset.packing import pack
 
 ROW = 4096
 RANDOM = np.random.default_rng(0)

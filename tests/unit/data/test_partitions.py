@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data import engine, fingerprint
-from common.data.encoded import BAD_ROWS, Encoded
-from common.data.inputs import Chunk
-from common.data.job import Job
-from common.data.jsonl import BadRowError, BadRows
-from common.data.rejects import rejects_path
+from common.data.dataset import fingerprint
+from common.data.job import runner as engine
+from common.data.job.job import Job
+from common.data.job.rejects import rejects_path
+from common.data.sources.inputs import Chunk
+from common.data.sources.jsonl import BadRowError, BadRows
+from common.data.tokenizer.encoded import BAD_ROWS, Encoded
 from common.errors import KitError
 
 
@@ -188,7 +189,7 @@ def test_two_runs_of_one_part_and_a_run_of_all_are_kept_apart(tmp_path: Path) ->
     made = job(tmp_path, 2, 0)
     made.folder.mkdir(parents=True)
     program = (
-        "import sys; from pathlib import Path; from common.data.engine import locked\n"
+        "import sys; from pathlib import Path; from common.data.job.runner import locked\n"
         "with locked(Path(sys.argv[1]), 0):\n    print(flush=True); input()"
     )
     command = [sys.executable, "-c", program, str(made.folder)]

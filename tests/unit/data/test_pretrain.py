@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from common.data import jsonl
-from common.data.encoded import BAD_ROWS, Encoded
-from common.data.inputs import Chunk
-from common.data.pretrain import PretrainEncoder
-from common.data.tokenizer import find_eod, load_tokenizer
+from common.data.job.pretrain import PretrainEncoder
+from common.data.sources import jsonl
+from common.data.sources.inputs import Chunk
+from common.data.tokenizer.encoded import BAD_ROWS, Encoded
+from common.data.tokenizer.tokenizer import find_eod, load_tokenizer
 from common.errors import KitError
 
 SPELLED = "special tokens spelled in documents, "

@@ -15,12 +15,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data import json_array, reading
-from common.data.encoded import Encoded
-from common.data.inputs import Chunk, Files, cut, read_chunks, tasks, whole_spans
-from common.data.jsonl import BadRows, records, strings_at_once
-from common.data.rejects import RejectsWriter
-from common.data.workers import Workers
+from common.data.job.rejects import RejectsWriter
+from common.data.job.workers import Workers
+from common.data.sources import json_array, reading
+from common.data.sources.inputs import Chunk, Files, cut, read_chunks, tasks, whole_spans
+from common.data.sources.jsonl import BadRows, records, strings_at_once
+from common.data.tokenizer.encoded import Encoded
 from common.errors import KitError
 
 LIMIT = 100
@@ -96,9 +96,9 @@ def test_a_row_of_120_mb_takes_no_memory(tmp_path: Path, kind: str) -> None:
         import resource, sys
         from collections import Counter
         from pathlib import Path
-        from common.data.inputs import load, tasks, whole_spans
-        from common.data.jsonl import BadRows, records
-        from common.data.reading import NEWLINE
+        from common.data.sources.inputs import load, tasks, whole_spans
+        from common.data.sources.jsonl import BadRows, records
+        from common.data.sources.reading import NEWLINE
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         lines = 0
         for chunk in (load(task) for task, _ in tasks(whole_spans([Path(sys.argv[1])]), 1 << 20)):

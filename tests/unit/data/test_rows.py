@@ -2,8 +2,8 @@ from typing import Any
 
 import pytest
 
-from common.data.jsonl import BadRowError
-from common.data.rows import format_of, to_messages
+from common.data.sources.jsonl import BadRowError
+from common.data.templates.rows import format_of, to_messages
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data import order
-from common.data.indexed import IndexedWriter
-from common.data.manifest import DataFiles
-from common.data.samples import Samples, open_samples, split_documents
+from common.data.dataset import order
+from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.manifest import DataFiles
+from common.data.dataset.samples import Samples, open_samples, split_documents
 from common.errors import KitError
 
 LENGTHS = [7, 1, 30, 4, 4, 2, 55, 9, 12, 3, 0, 17]

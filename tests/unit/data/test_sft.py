@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from common.data.chat import CHATML, ChatTemplate
-from common.data.inputs import Chunk
-from common.data.rows import Message
-from common.data.sft import SftEncoder
-from common.data.tokenizer import find_eod, load_tokenizer
+from common.data.sources.inputs import Chunk
+from common.data.templates.chat import CHATML, ChatTemplate
+from common.data.templates.rows import Message
+from common.data.templates.sft import SftEncoder
+from common.data.tokenizer.tokenizer import find_eod, load_tokenizer
 from common.demo.tokenizer import write_tokenizer
 from common.errors import KitError
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.chat import ChatTemplate
-from common.data.encoded import BAD_ROWS, Encoded
-from common.data.inputs import Chunk
-from common.data.jsonl import BadRowError
-from common.data.rows import is_weighted, to_conversation
-from common.data.sft import SftEncoder
-from common.data.tokenizer import load_tokenizer
+from common.data.sources.inputs import Chunk
+from common.data.sources.jsonl import BadRowError
+from common.data.templates.chat import ChatTemplate
+from common.data.templates.rows import is_weighted, to_conversation
+from common.data.templates.sft import SftEncoder
+from common.data.tokenizer.encoded import BAD_ROWS, Encoded
+from common.data.tokenizer.tokenizer import load_tokenizer
 from common.errors import KitError
 
 # Of the form of Qwen2.5's: tools in a system turn, calls as JSON between tags.
@@ -224,7 +224,7 @@ def test_a_sample_whose_text_the_tokenizer_loses_is_a_bad_row(tools: Path, monke
 
 
 def test_the_sample_for_the_engines_is_bounded_and_passes_over_bad_rows(tools: Path) -> None:
-    from common.data.sft import sample_pieces
+    from common.data.templates.sft import sample_pieces
 
     made = encoder(tools)
     rows = [("a", {"messages": TALK}), ("bad", {"messages": []}), ("b", {"messages": TALK}), ("c", {"messages": TALK})]

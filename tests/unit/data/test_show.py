@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from common.data import manifest
-from common.data.indexed import IndexedWriter
-from common.data.manifest import resolve
-from common.data.show import GREEN_BOLD, PLAIN, show
-from common.data.tokenizer import TextTokenizer, load_tokenizer
+from common.data.dataset import manifest
+from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.manifest import resolve
+from common.data.dataset.show import GREEN_BOLD, PLAIN, show
+from common.data.tokenizer.tokenizer import TextTokenizer, load_tokenizer
 from common.errors import KitError
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data.indexed import IndexedWriter
-from common.data.manifest import DataFiles
-from common.data.stats import draw, fill_rows, histogram, report, supervised_tokens, write_png
+from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.manifest import DataFiles
+from common.data.dataset.stats import draw, fill_rows, histogram, report, supervised_tokens, write_png
 from common.errors import KitError
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data import engine, inputs, parts
-from common.data.encoded import Encoded
-from common.data.indexed import IndexedReader
-from common.data.inputs import Chunk
-from common.data.job import Job
-from common.data.jsonl import BadRowError, BadRows
-from common.data.sources import find_inputs
+from common.data.dataset.indexed import IndexedReader
+from common.data.job import parts
+from common.data.job import runner as engine
+from common.data.job.job import Job
+from common.data.sources import inputs
+from common.data.sources.discovery import find_inputs
+from common.data.sources.inputs import Chunk
+from common.data.sources.jsonl import BadRowError, BadRows
+from common.data.tokenizer.encoded import Encoded
 from common.errors import KitError
 
 
@@ -164,7 +166,7 @@ def test_a_finished_run_answers_by_size_and_time_or_by_hash(tmp_path: Path, monk
     engine.run(job(tmp_path))
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.data.fingerprint.hash_bytes", None)  # nothing is read
+        patch.setattr("common.data.dataset.fingerprint.hash_bytes", None)  # nothing is read
         engine.run(job(tmp_path))
     os.utime(path, (1, 1))
     engine.run(job(tmp_path))  # it is read, and is the same

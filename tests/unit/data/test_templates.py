@@ -10,12 +10,12 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-import common.data.chat
-from common.data.answers import RESTORED, SHORTER
-from common.data.chat import ChatTemplate
-from common.data.jsonl import BadRowError
-from common.data.sft import JOINED, Piece, SftEncoder
-from common.data.tokenizer import TextTokenizer, load_tokenizer
+import common.data.templates.chat
+from common.data.sources.jsonl import BadRowError
+from common.data.templates.answers import RESTORED, SHORTER
+from common.data.templates.chat import ChatTemplate
+from common.data.templates.sft import JOINED, Piece, SftEncoder
+from common.data.tokenizer.tokenizer import TextTokenizer, load_tokenizer
 from common.demo.tokenizer import train_tokenizer
 from common.errors import KitError
 
@@ -300,7 +300,7 @@ def test_a_token_that_transformers_adds_by_itself_is_no_fault_of_the_folder(
     """As Llama's class does for R1-Distill-Qwen, by the versions of transformers that still use it there."""
     text = (TEMPLATES / "r1_distill.jinja").read_text()
     folder = write(tmp_path / "r1", "r1", text, **({"unk_token": "<unk>"} if named else {}))
-    real = common.data.chat._load
+    real = common.data.templates.chat._load
 
     def load(tokenizer: TextTokenizer) -> Any:
         loaded = real(tokenizer)
@@ -308,7 +308,7 @@ def test_a_token_that_transformers_adds_by_itself_is_no_fault_of_the_folder(
         assert len(loaded) == tokenizer.vocab_size + 1
         return loaded
 
-    monkeypatch.setattr(common.data.chat, "_load", load)
+    monkeypatch.setattr(common.data.templates.chat, "_load", load)
     if named:
         with pytest.raises(KitError, match="it lacks '<unk>'"):
             encoder(folder)

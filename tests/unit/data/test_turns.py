@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from common.data.jsonl import BadRowError
-from common.data.rows import Conversation, format_among, format_of, to_conversation
-from common.data.turns import turn_of
+from common.data.sources.jsonl import BadRowError
+from common.data.templates.rows import Conversation, format_among, format_of, to_conversation
+from common.data.templates.turns import turn_of
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"name": "f", "arguments": {"x": 1}}

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data.engines import Gigatoken
-from common.data.tokenizer import EncodeFlat, TextTokenizer, load_tokenizer
-from common.data.unicode_gap import LETTERS_AND_DIGITS, different, exact
+from common.data.tokenizer.backends import Gigatoken
+from common.data.tokenizer.tokenizer import EncodeFlat, TextTokenizer, load_tokenizer
+from common.data.tokenizer.unicode_gap import LETTERS_AND_DIGITS, different, exact
 from tests.bench.compare_engines import show_splits
 
 # Plane 0 without surrogates, plane 1, and of plane 2 what decomposes; above are no marks and nothing that composes.

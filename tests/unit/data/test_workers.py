@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data import workers as workers_module
-from common.data.encoded import Encoded
-from common.data.inputs import Chunk, Span, load, pieces_of
-from common.data.jsonl import Reject
-from common.data.workers import Workers
+from common.data.job import workers as workers_module
+from common.data.job.workers import Workers
+from common.data.sources.inputs import Chunk, Span, load, pieces_of
+from common.data.sources.jsonl import Reject
+from common.data.tokenizer.encoded import Encoded
 from common.errors import KitError
 
 

@@ -8,7 +8,7 @@ from common.demo.__main__ import judge
 from common.demo.answers import Answer
 from common.demo.report import losses, one_line, report, score
 from common.demo.steps import Runner, Step
-from common.training.metrics import Interval, Meter
+from common.training.loop.metrics import Interval, Meter
 
 
 def training_log(path: Path, *losses_at: tuple[int, float]) -> Path:

@@ -17,7 +17,7 @@ import pytest
 from common.demo import steps
 from common.demo.steps import KIT, Runner, Step, environment, said, shown, wrap
 from common.errors import KitError
-from common.training.metrics import Interval, Meter
+from common.training.loop.metrics import Interval, Meter
 
 
 class Told(list[str]):

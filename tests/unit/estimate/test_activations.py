@@ -9,9 +9,9 @@ from common.estimate.activations import Work, final_norm_bytes, kept_by_chunk, l
 from common.estimate.memory import work_of
 from common.estimate.schedule import moments
 from common.estimate.weights import Chunk, chunks_of_rank
-from common.model.config import load_config
+from common.model.shape.config import load_config
 from common.platforms.cpu import CPU
-from common.training.config import TrainSettings
+from common.training.settings import TrainSettings
 from tests.unit.estimate.ranks import count, write_config
 
 

@@ -12,12 +12,12 @@ from common.errors import KitError
 from common.estimate import check
 from common.estimate.constants import GIB
 from common.estimate.memory import rank_memory
-from common.model.config import load_config
+from common.model.shape.config import load_config
 from common.platforms.base import Platform
 from common.platforms.cpu import CPU
 from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
-from common.training.config import TrainSettings
+from common.training.settings import TrainSettings
 from tests.unit.estimate.ranks import write_config
 
 H100 = 79.1 * GIB

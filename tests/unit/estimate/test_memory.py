@@ -9,15 +9,16 @@ import torch
 from common.estimate import activations, memory
 from common.estimate.memory import rank_memory, work_of
 from common.estimate.weights import Chunk, chunk_parameters
-from common.model import chunks, loss
-from common.model.config import QwenConfig, load_config
-from common.model.loss import TorchKernels
+from common.model.layers import loss
+from common.model.layers.loss import TorchKernels
+from common.model.shape import chunks
+from common.model.shape.config import QwenConfig, load_config
 from common.platforms.base import Platform
 from common.platforms.cpu import CPU
 from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
-from common.training import optimizer
-from common.training.config import TrainSettings
+from common.training.settings import TrainSettings
+from common.training.state import training_state as optimizer
 from tests.unit.estimate.ranks import count, write_config
 
 WHOLE = Chunk(4, first=True, last=True)

@@ -11,9 +11,9 @@ from common.estimate.gpus import Gpu, find_gpu
 from common.estimate.memory import work_of
 from common.estimate.speed import chunk_cost, speed
 from common.estimate.weights import Chunk
-from common.model.config import QwenConfig, load_config
-from common.training.config import TrainSettings
-from common.training.metrics import flops_per_token
+from common.model.shape.config import QwenConfig, load_config
+from common.training.loop.metrics import flops_per_token
+from common.training.settings import TrainSettings
 from tests.unit.estimate.ranks import write_config
 
 H100 = find_gpu("H100")

@@ -6,7 +6,7 @@ import pytest
 
 from common.estimate.layouts import EstimateSettings
 from common.estimate.upkeep import span
-from common.training.config import TrainSettings
+from common.training.settings import TrainSettings
 
 
 @pytest.mark.parametrize(

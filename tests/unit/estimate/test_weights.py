@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from common.estimate.weights import chunk_parameters, chunks_of_rank, state_bytes
-from common.model.config import load_config
+from common.model.shape.config import load_config
 from common.parallel import ParallelSizes, parse_pipeline_layers
 from tests.unit.estimate.ranks import count, write_config
 

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common import log
-from common.model.config import load_config
-from common.model.gated_mlp import TorchProducts
+from common.model.layers.gated_mlp import TorchProducts
+from common.model.shape.config import load_config
 from common.platforms.cpu import CPU
-from common.training.config import TrainSettings
-from common.training.plan import Plan, Start
+from common.training.planning.plan import Plan, Start
+from common.training.settings import TrainSettings
 
 SCALAR_BYTES = 8  # left out: the loss's scale
 
@@ -50,7 +50,7 @@ def fused_rms_norm(x: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float
 
 
 class FusedNormOfSum(torch.autograd.Function):
-    """Keeps what the kernel of common/model/norm_kernels.py keeps: the sum, a float32 a row, weight."""
+    """Keeps what the kernel of common/model/kernels/norm_kernels.py keeps: the sum, a float32 a row, weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
@@ -76,7 +76,7 @@ class InPlace(TorchProducts):
 
 
 class SplitAndRotate(torch.autograd.Function):
-    """Keeps what the kernel of common/model/qkv_rope.py keeps: nothing of its input."""
+    """Keeps what the kernel of common/model/kernels/qkv_rope.py keeps: nothing of its input."""
 
     @staticmethod
     def forward(ctx: Any, mixed: torch.Tensor, parts: list[int]) -> tuple[torch.Tensor, ...]:
@@ -170,43 +170,43 @@ def batch_of(plan: Plan) -> dict[str, torch.Tensor]:
 
 def peak(plan: Plan) -> dict[str, Any]:
     """The most bytes that a step made at once, its optimizer's part included."""
-    from common.training.optimizer import build_trainee
-    from common.training.state import initialise_optimizer
-    from common.training.step import train_step
+    from common.training.loop.step import train_step
+    from common.training.state.contents import initialise_optimizer
+    from common.training.state.training_state import build_training_state
 
-    trainee = build_trainee(plan)
-    initialise_optimizer(trainee)
-    data = [iter([batch_of(plan) for _ in range(plan.num_microbatches)]) for _ in trainee.model]
+    training_state = build_training_state(plan)
+    initialise_optimizer(training_state)
+    data = [iter([batch_of(plan) for _ in range(plan.num_microbatches)]) for _ in training_state.model]
     with Live() as live:
-        train_step(plan, trainee, data, 0, False)
+        train_step(plan, training_state, data, 0, False)
     return {"peak": live.most}
 
 
 def count(plan: Plan, activations: bool) -> dict[str, Any]:
     """Parameters, bytes of the state, and the most that autograd kept at once during a step."""
     from common.model.build import unwrap
-    from common.training.optimizer import build_trainee
-    from common.training.state import initialise_optimizer, optimizer_parts
-    from common.training.step import run_microbatches
+    from common.training.loop.step import run_microbatches
+    from common.training.state.contents import initialise_optimizer, optimizer_parts
+    from common.training.state.training_state import build_training_state
 
-    trainee = build_trainee(plan)
+    training_state = build_training_state(plan)
     result: dict[str, Any] = {
-        "parameters": sum(p.numel() for chunk in trainee.model for p in unwrap(chunk).parameters()),
-        "weights": sum(p.nbytes for chunk in trainee.model for p in unwrap(chunk).parameters()),
-        "gradients": sum(p.main_grad.nbytes for chunk in trainee.model for p in unwrap(chunk).parameters()),
+        "parameters": sum(p.numel() for chunk in training_state.model for p in unwrap(chunk).parameters()),
+        "weights": sum(p.nbytes for chunk in training_state.model for p in unwrap(chunk).parameters()),
+        "gradients": sum(p.main_grad.nbytes for chunk in training_state.model for p in unwrap(chunk).parameters()),
     }
     if activations:
-        ledger = Ledger(trainee.model)
-        data = [iter([batch_of(plan) for _ in range(plan.num_microbatches)]) for _ in trainee.model]
+        ledger = Ledger(training_state.model)
+        data = [iter([batch_of(plan) for _ in range(plan.num_microbatches)]) for _ in training_state.model]
         with torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
-            run_microbatches(plan, trainee, data, forward_only=False)
+            run_microbatches(plan, training_state, data, forward_only=False)
         assert ledger.now == 0, "the step is over, and autograd still keeps something"
         result["kept"] = ledger.most
     else:
-        initialise_optimizer(trainee)
+        initialise_optimizer(training_state)
         seen: dict[int, int] = {}
-        own = {p.untyped_storage().data_ptr() for chunk in trainee.model for p in unwrap(chunk).parameters()}
-        for part in optimizer_parts(trainee.optimizer):
+        own = {p.untyped_storage().data_ptr() for chunk in training_state.model for p in unwrap(chunk).parameters()}
+        for part in optimizer_parts(training_state.optimizer):
             main = [p for group in part.optimizer.param_groups for p in group["params"]]
             state = [x for each in part.optimizer.state.values() for x in each.values() if torch.is_tensor(x)]
             for tensor in (*main, *(x for x in state if x.numel() > 1)):
@@ -222,18 +222,18 @@ def main() -> None:
     from megatron.core import parallel_state
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
-    from common.model import kernels
-    from common.model.loss import TorchKernels
-    from common.training.distributed import seed_everything
+    from common.model.kernels import selection as kernels
+    from common.model.layers.loss import TorchKernels
+    from common.training.launching.process_group import seed_everything
 
     composite = torch.nn.functional.rms_norm
     kernels.loss_kernels = lambda *_: TorchKernels()
-    sys.modules["common.model.swiglu"] = SimpleNamespace(bias_swiglu=bias_swiglu_impl)  # type: ignore[assignment]
-    sys.modules["common.model.qkv_rope"] = SimpleNamespace(  # type: ignore[assignment]
+    sys.modules["common.model.kernels.swiglu"] = SimpleNamespace(bias_swiglu=bias_swiglu_impl)  # type: ignore[assignment]
+    sys.modules["common.model.kernels.qkv_rope"] = SimpleNamespace(  # type: ignore[assignment]
         split_and_rotate=lambda mixed, _, __, parts: SplitAndRotate.apply(mixed, parts)
     )
     norms = SimpleNamespace(norm=FusedNorm.apply, norm_of_sum=FusedNormOfSum.apply)
-    sys.modules["common.model.norm_kernels"] = SimpleNamespace(TritonNorms=lambda: norms)  # type: ignore[assignment]
+    sys.modules["common.model.kernels.norm_kernels"] = SimpleNamespace(TritonNorms=lambda: norms)  # type: ignore[assignment]
     kernels.fuse_rotary_embedding = lambda: None  # torch.compile, for which a CPU needs a C++ compiler
     new_group = dist.new_group
     dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})

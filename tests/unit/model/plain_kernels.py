@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from common.model.loss import TorchKernels
+from common.model.layers.loss import TorchKernels
 
 
 def bias_swiglu(gate_and_up: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
@@ -31,7 +31,7 @@ def split_and_rotate(
 
 
 class TritonNorms:
-    """As common.model.joined_norm.Norms."""
+    """As common.model.layers.residual_norm.Norms."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()
@@ -44,10 +44,10 @@ class TritonNorms:
 
 
 MODULES = {
-    "common.model.swiglu": SimpleNamespace(bias_swiglu=bias_swiglu),
-    "common.model.qkv_rope": SimpleNamespace(split_and_rotate=split_and_rotate),
-    "common.model.norm_kernels": SimpleNamespace(TritonNorms=TritonNorms),
-    "common.model.loss_kernels": SimpleNamespace(TritonKernels=type("TritonKernels", (TorchKernels,), {})),
+    "common.model.kernels.swiglu": SimpleNamespace(bias_swiglu=bias_swiglu),
+    "common.model.kernels.qkv_rope": SimpleNamespace(split_and_rotate=split_and_rotate),
+    "common.model.kernels.norm_kernels": SimpleNamespace(TritonNorms=TritonNorms),
+    "common.model.kernels.loss_kernels": SimpleNamespace(TritonKernels=type("TritonKernels", (TorchKernels,), {})),
 }
 
 

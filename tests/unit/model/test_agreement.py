@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from common.errors import KitError
-from common.model.config import QwenConfig, load_config
-from common.model.options import ModelOptions
+from common.model.shape.config import QwenConfig, load_config
+from common.model.shape.options import ModelOptions
 from common.parallel import ParallelSizes
 from common.platforms import PLATFORMS
 from tests.distributed.launch import forked
@@ -59,17 +59,17 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
         f"loss: beside matrix products (QuACK: {SAID} (rank 1 of 2))",
     ),
     "triton": (
-        "common.model.qkv_rope", "ImportError", {},
+        "common.model.kernels.qkv_rope", "ImportError", {},
         {**BOTH, "products": "NoneType", "norms": "NoneType", "loss": "TorchKernels"},
         "Triton's kernels: passed over, PyTorch's and Megatron-Core's own are slower (ImportError: libcute.so: cannot"
         " open shared object file (rank 1 of 2))",
     ),
     "triton's norms": (
-        "common.model.norm_kernels", "TypeError", {}, {**BOTH, "norms": "NoneType"},
+        "common.model.kernels.norm_kernels", "TypeError", {}, {**BOTH, "norms": "NoneType"},
         f"norms: apart from the sums before them (Triton: {SAID} (rank 1 of 2))",
     ),
     "triton's loss": (
-        "common.model.loss_kernels", "TypeError", {}, {**BOTH, "loss": "TorchKernels"},
+        "common.model.kernels.loss_kernels", "TypeError", {}, {**BOTH, "loss": "TorchKernels"},
         f"loss: by PyTorch (Triton: {SAID} (rank 1 of 2))",
     ),
     "flash_attn": (
@@ -111,7 +111,7 @@ def test_what_fails_on_one_rank_is_passed_over_by_both_and_they_train(case: str,
             f"FUSED_PRODUCTS=true, and QuACK has no SwiGLU inside matrix products here: {SAID}",
         ),
         (
-            {"module": "common.model.swiglu", "fused_products": "true"},
+            {"module": "common.model.kernels.swiglu", "fused_products": "true"},
             f"FUSED_PRODUCTS=true, and QuACK has no SwiGLU and loss inside matrix products here: Triton: {SAID}",
         ),
         (
@@ -129,8 +129,8 @@ def test_what_is_asked_for_and_fails_on_one_rank_ends_both(task: dict[str, str],
 def main() -> None:
     """Builds and trains a model in a rank, one module of which fails on rank 1."""
     task = json.loads(sys.argv[1])
-    from common.model import kernels
-    from common.training.distributed import process_group
+    from common.model.kernels import selection as kernels
+    from common.training.launching.process_group import process_group
     from tests.unit.model import plain_kernels
 
     plain_kernels.install()

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from common.errors import KitError
-from common.model.attention import FlashAttention, FlashAttention4, SdpaAttention, block_causal_mask, choose, why_not
+from common.model.layers.attention import (
+    FlashAttention,
+    FlashAttention4,
+    SdpaAttention,
+    block_causal_mask,
+    choose,
+    why_not,
+)
 
 CPU, HEADS = torch.device("cpu"), (8, 2, 16)
 STAND_INS = Path(__file__).parents[2] / "stand_ins"

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoConfig, Qwen2Config, Qwen3Config
 
 from common.errors import KitError
-from common.model.config import QwenConfig, load_config, parse_config
-from common.model.rope import Yarn
+from common.model.shape.config import QwenConfig, load_config, parse_config
+from common.model.shape.rope import Yarn
 from tests.tiny import tiny_qwen
 
 # Qwen2.5-7B-Instruct's config.json, in the layout of transformers 4.

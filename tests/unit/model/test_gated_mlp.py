@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from common.model.gated_mlp import GatedProduct, TorchProducts, why_not
-from common.model.quack_products import QuackProducts
+from common.model.kernels.quack_products import QuackProducts
+from common.model.layers.gated_mlp import GatedProduct, TorchProducts, why_not
 
 CPU = torch.device("cpu")
 N, H, F = 40, 24, 64

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.model import chunks
-from common.model.loss import LinearCrossEntropy, TorchKernels, Vocabulary
+from common.model.layers.loss import LinearCrossEntropy, TorchKernels, Vocabulary
+from common.model.shape import chunks
 
 
 def case(num_tokens: int = 50, rows: int = 50) -> tuple[torch.Tensor, ...]:
@@ -75,7 +75,7 @@ def test_without_gradients_only_losses_are_made() -> None:
 
 PROGRAM = """
 import json, sys, torch, torch.distributed as dist
-from common.model.loss import LinearCrossEntropy, TorchKernels, Vocabulary
+from common.model.layers.loss import LinearCrossEntropy, TorchKernels, Vocabulary
 from tests.unit.model.test_loss import case, expected
 dist.init_process_group("gloo")
 rank = dist.get_rank()

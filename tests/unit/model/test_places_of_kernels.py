@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import silu
 
 from common import mcore
-from common.model.config import QwenConfig, load_config
+from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms import PLATFORMS
 from tests.distributed.launch import free_port
@@ -104,7 +104,7 @@ def main() -> None:
     """Compares the model of the folder with itself, in a process that has no other use."""
     mcore.prepare(CPU)
     mcore.mend_training()
-    from common.training.distributed import process_group
+    from common.training.launching.process_group import process_group
 
     sizes = ParallelSizes(int(os.environ["WORLD_SIZE"]), tp=int(os.environ["WORLD_SIZE"]))
     with process_group(CPU, sizes, 1234, 5):
@@ -113,9 +113,12 @@ def main() -> None:
 
 def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
     """What a model gives with other code in these places, and without."""
-    from common.model import build, kernels
-    from common.model.gated_mlp import TorchProducts  # these import Megatron-Core, which is to be prepared before
-    from common.model.loss import LossInputs, LossParts, TorchKernels
+    from common.model import build
+    from common.model.kernels import selection as kernels
+    from common.model.layers.gated_mlp import (
+        TorchProducts,  # these import Megatron-Core, which is to be prepared before
+    )
+    from common.model.layers.loss import LossInputs, LossParts, TorchKernels
 
     groups, heads = qwen.num_key_value_heads // sizes.tp, qwen.num_attention_heads // sizes.tp
     plain = outputs(qwen, sizes)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from common.model.chunks import fused_chunk_size
-from common.model.loss import LinearCrossEntropy, TorchKernels, Vocabulary
+from common.model.layers.loss import LinearCrossEntropy, TorchKernels, Vocabulary
+from common.model.shape.chunks import fused_chunk_size
 
 CPU = torch.device("cpu")
 
@@ -16,14 +16,14 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def quack_loss(quack: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module, whose other kernels, of Triton, are PyTorch's here."""
-    kernels: Any = ModuleType("common.model.loss_kernels")
+    kernels: Any = ModuleType("common.model.kernels.loss_kernels")
     kernels.TritonKernels = TorchKernels
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
-    monkeypatch.delitem(sys.modules, "common.model.quack_loss", raising=False)
-    from common.model import quack_loss
+    monkeypatch.delitem(sys.modules, "common.model.kernels.quack_loss", raising=False)
+    from common.model.kernels import quack_loss
 
     yield quack_loss
-    sys.modules.pop("common.model.quack_loss", None)
+    sys.modules.pop("common.model.kernels.quack_loss", None)
 
 
 def losses_and_gradients(kernels: Any, rows: int, num_tokens: int, group: Any = None) -> list[torch.Tensor]:

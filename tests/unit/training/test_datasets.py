@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data import engine
-from common.data.blend import BlendedSamples, read_blend
-from common.data.encoded import Encoded
-from common.data.indexed import IndexedWriter
-from common.data.inputs import Chunk
-from common.data.manifest import FORMAT
+from common.data.dataset.blend import BlendedSamples, read_blend
+from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.manifest import FORMAT
+from common.data.job import runner as engine
+from common.data.sources.inputs import Chunk
+from common.data.tokenizer.encoded import Encoded
 from common.errors import KitError
-from common.training.config import TrainSettings
-from common.training.datasets import check_tokenizer, content_hash, open_data
+from common.training.planning.datasets import check_tokenizer, content_hash, open_data
+from common.training.settings import TrainSettings
 
 SHA_OF_AB = "fb8e20fc2e4c3f248c60c39bd652f3c1347298bb977b8b4d5903b85055620603"  # sha256 of b"ab"
 

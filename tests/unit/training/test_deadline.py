@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from common.training import deadline
-from common.training.deadline import STARTED, Deadline
+from common.training.planning import deadline
+from common.training.planning.deadline import STARTED, Deadline
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import KitError
-from common.training import determinism
-from common.training.config import TrainSettings
+from common.training.planning import determinism
+from common.training.settings import TrainSettings
 
 ROOT = Path(__file__).parents[3]
 
@@ -60,7 +60,7 @@ def test_sums_without_an_order_are_refused() -> None:
 def test_a_rank_takes_deterministic_algorithms_and_gets_the_environment() -> None:
     program = """
 import json, os, torch
-from common.training import determinism
+from common.training.planning import determinism
 determinism.apply()
 cudnn = torch.backends.cudnn
 print(json.dumps([torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),

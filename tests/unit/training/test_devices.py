@@ -10,8 +10,8 @@ from common.errors import KitError
 from common.platforms.cpu import CPU
 from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
-from common.training import devices
-from common.training.config import TrainSettings
+from common.training.planning import devices
+from common.training.settings import TrainSettings
 
 # What the process that asks finds in torch's place.
 STAND_IN = """

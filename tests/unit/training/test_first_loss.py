@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.errors import KitError
-from common.training.loop import check_first_loss
+from common.training.loop.run import check_first_loss
 
 
 def plan(kind: str, most: float | None) -> Any:

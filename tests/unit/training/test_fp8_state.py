@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from common.checkpoint.torch_format import load_rank_file
+from common.checkpoint.formats.torch_format import load_rank_file
 from common.errors import KitError
-from common.training import fp8_state as module
-from common.training.config import TrainSettings
-from common.training.fp8_state import fp8_state, has_fp8_state, restore_fp8_state
+from common.training.settings import TrainSettings
+from common.training.state import fp8_state as module
+from common.training.state.fp8_state import fp8_state, has_fp8_state, restore_fp8_state
 
 LENGTH, FP8_MAX = 2, 448.0
 INPUTS = (1, 2, 9, 1, 3, 5, 4, 8)  # the fourth step scales by the third's

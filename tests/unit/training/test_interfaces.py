@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from common.errors import KitError
-from common.training.interfaces import (
+from common.training.launching.interfaces import (
     address_towards,
     check_gloo_interface,
     choose_gloo_interface,

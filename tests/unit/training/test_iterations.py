@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from common.training.config import TrainSettings
-from common.training.plan import Progress, count_iterations
+from common.training.planning.plan import Progress, count_iterations
+from common.training.settings import TrainSettings
 
 
 def settings(**changes: Any) -> TrainSettings:

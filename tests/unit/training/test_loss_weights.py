@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from common.training import loss_weights
-from common.training.hang import Heartbeat
-from common.training.loss_weights import LossWeights
-from common.training.step import forward_step
+from common.training.launching.hang_detector import Heartbeat
+from common.training.loop.step import forward_step
+from common.training.state import loss_weights
+from common.training.state.loss_weights import LossWeights
 
 CPU = torch.device("cpu")
 GROUPS = {"pipeline": 1.0, "data": 2.0}  # what each adds up to, in parts of this rank's: the other stages have nothing
@@ -85,7 +85,7 @@ def test_without_a_weight_the_gradients_stay_the_zeros_that_they_are() -> None:
 
 def test_a_micro_batch_counts_its_weights_when_it_is_trained_on_and_not_when_it_is_measured() -> None:
     plan: Any = SimpleNamespace(platform=SimpleNamespace(device="cpu"), sizes=SimpleNamespace(cp=1), joins_rows=False)
-    trainee: Any = SimpleNamespace(heartbeat=Heartbeat(), loss_weights=LossWeights(CPU))
+    training_state: Any = SimpleNamespace(heartbeat=Heartbeat(), loss_weights=LossWeights(CPU))
     rows = {"tokens": torch.ones(2, 3, dtype=torch.long), "labels": torch.ones(2, 3, dtype=torch.long),
             "loss_mask": torch.tensor([[0.5, 0.25, 0], [0, 1, 0.125]])}  # fmt: skip
 
@@ -94,7 +94,7 @@ def test_a_micro_batch_counts_its_weights_when_it_is_trained_on_and_not_when_it_
 
     for counted in (0.0, 1.875):
         with torch.set_grad_enabled(counted > 0):
-            output, loss_of = forward_step(plan, trainee)(iter([dict(rows)]), model)
+            output, loss_of = forward_step(plan, training_state)(iter([dict(rows)]), model)
             total, _, report = loss_of(output)
         assert (total.item(), report.tolist()) == (3.75, [3.75, 1.875])
-        assert trainee.loss_weights.total.item() == counted
+        assert training_state.loss_weights.total.item() == counted

@@ -14,8 +14,8 @@ from common.platforms.base import Platform
 from common.platforms.cpu import CPU
 from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
-from common.training.config import TrainSettings
-from common.training.memory import explained_lack_of_memory
+from common.training.loop.memory import explained_lack_of_memory
+from common.training.settings import TrainSettings
 
 # Seen on an H100 with torch 2.11, micro-batch 4 of 2,048 tokens, 3B.
 OF_TORCH = (

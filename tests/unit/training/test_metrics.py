@@ -9,10 +9,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from common.model.config import load_config
+from common.model.shape.config import load_config
 from common.platforms.cpu import CPU
 from common.platforms.nvidia import NVIDIA
-from common.training.metrics import Interval, Meter, Stopwatch, clock, flops_per_token, peak_tflops
+from common.training.loop.metrics import Interval, Meter, Stopwatch, clock, flops_per_token, peak_tflops
 from tests.tiny import tiny_qwen
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.checkpoint.layout import find_checkpoint, write_tracker
-from common.data.indexed import IndexedWriter
+from common.checkpoint.formats.layout import find_checkpoint, write_tracker
+from common.data.dataset.indexed import IndexedWriter
 from common.platforms.cpu import CPU
-from common.training import nodes
-from common.training.config import TrainSettings
-from common.training.nodes import data_facts, differences, facts_of, hash_file, hash_samples, start_facts
-from common.training.plan import Plan, Start, plan_run
+from common.training.launching import nodes
+from common.training.launching.nodes import data_facts, differences, facts_of, hash_file, hash_samples, start_facts
+from common.training.planning.plan import Plan, Start, plan_run
+from common.training.settings import TrainSettings
 from tests.tiny import tiny_qwen
 
 
@@ -44,7 +44,7 @@ def test_what_is_a_nodes_own_is_no_difference(work: Path, tmp_path: Path) -> Non
     own = {name for name in (field.name.upper() for field in dataclasses.fields(TrainSettings)) if name not in here}
     assert own == {name.upper() for name in nodes.NOT_COMPARED}
     assert {"torch", "megatron-core", "Python", "KIT_PLATFORM", "the model's config.json"} <= here.keys()
-    assert here["common/training/nodes.py"] == hash_file(Path(nodes.__file__))
+    assert here["common/training/launching/nodes.py"] == hash_file(Path(nodes.__file__))
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data import order
-from common.data.indexed import IndexedWriter
+from common.data.dataset import order
+from common.data.dataset.indexed import IndexedWriter
 from common.errors import KitError
 from tests.tiny import tiny_qwen
 from tests.unit.training.test_plan import RUN, plan, write_run

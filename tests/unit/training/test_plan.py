@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint.layout import RELEASE, iteration_dir, write_tracker
-from common.data.indexed import IndexedWriter
+from common.checkpoint.formats.layout import RELEASE, iteration_dir, write_tracker
+from common.data.dataset.indexed import IndexedWriter
 from common.errors import KitError
-from common.model.config import load_config
+from common.model.shape.config import load_config
 from common.platforms import PLATFORMS
 from common.platforms.base import Platform
 from common.platforms.cpu import CPU
 from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
-from common.training.config import TrainSettings
-from common.training.datasets import content_hash
-from common.training.plan import Plan, describe, find_start, plan_run
+from common.training.planning.datasets import content_hash
+from common.training.planning.plan import Plan, describe, find_start, plan_run
+from common.training.settings import TrainSettings
 from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[3]

@@ -2,8 +2,8 @@
 
 import torch
 
-from common.model.attention import joined_rows
-from common.training.step import context_parallel_part
+from common.model.layers.attention import joined_rows
+from common.training.loop.step import context_parallel_part
 
 
 def test_segments_begin_where_their_number_changes_and_at_each_row() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from common.training.config import TrainSettings
-from common.training.retention import RECORD, Record, Retention, superfluous
-from common.training.run_folder import RunFolder
+from common.training.settings import TrainSettings
+from common.training.state.retention import RECORD, Record, Retention, superfluous
+from common.training.state.run_folder import RunFolder
 
 ITERATIONS = [10, 20, 30, 40, 50, 60]
 

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from common.errors import KitError
-from common.training import run_folder
-from common.training.run_folder import LOCK_FILE, RunFolder, check_lock, take_lock
+from common.training.state import run_folder
+from common.training.state.run_folder import LOCK_FILE, RunFolder, check_lock, take_lock
 
 ROOT = Path(__file__).parents[3]
 NEEDED_BYTES = 1000
 HOLD = """
 import sys
 from pathlib import Path
-from common.training.run_folder import take_lock
+from common.training.state.run_folder import take_lock
 take_lock(Path(sys.argv[1]))
 print("taken", flush=True)
 sys.stdin.read()

@@ -11,14 +11,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.training.signals import LAUNCHER
+from common.training.launching.signals import LAUNCHER
 
 ROOT = Path(__file__).parents[3]
 # Each line on its input is answered with what was heard, once the thread that waits has nothing left to take.
 RANK = """
 import signal, sys, time
-from common.training import signals
-from common.training.signals import hold, listen_in_rank
+from common.training.launching import signals
+from common.training.launching.signals import hold, listen_in_rank
 signals.DOUBLE_S = float(sys.argv[1]) if sys.argv[1:] else signals.DOUBLE_S
 hold()
 requests = listen_in_rank()
@@ -148,7 +148,7 @@ print(json.dumps(masks)""",
 LAUNCHER_PROGRAM = f"""
 import os, subprocess, sys
 from common import log
-from common.training.signals import hold, listen_in_launcher
+from common.training.launching.signals import hold, listen_in_launcher
 log.setup()
 hold()
 listen_in_launcher()

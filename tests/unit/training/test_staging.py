@@ -2,7 +2,7 @@
 
 import torch
 
-from common.training.staging import ALIGNMENT, BLOCK_BYTES, HostCopy, blocks_of
+from common.training.state.staging import ALIGNMENT, BLOCK_BYTES, HostCopy, blocks_of
 
 TENSORS = [
     torch.arange(7, dtype=torch.float32), torch.ones((), dtype=torch.bfloat16), torch.empty(0),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.errors import KitError
-from common.training.transfers import copy_beside, host_buffer
+from common.training.state.transfers import copy_beside, host_buffer
 
 
 def cudart(code: int, calls: list[tuple[int, int, int]]) -> Any:

@@ -1,0 +1,1 @@
+"""Readers of files that anybody may have written: no code of theirs runs."""

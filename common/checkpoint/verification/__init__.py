@@ -1,0 +1,1 @@
+"""What proves a checkpoint whole, and what it is."""

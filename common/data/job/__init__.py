@@ -1,0 +1,1 @@
+"""Step 1 as a job: its parts, workers, and their merging."""

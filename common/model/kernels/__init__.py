@@ -1,0 +1,1 @@
+"""Fused kernels, and which of them a run takes."""

@@ -1,0 +1,1 @@
+"""Qwen's layers as Megatron-Core's modules."""

@@ -1,0 +1,65 @@
+"""Megatron-Core's GPTModel, whose last stage gives the weighted losses without ever holding all logits."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+from common.model.layers.loss import LinearCrossEntropy, Vocabulary
+from common.model.layers.tp_mappings import enter
+from common.model.layers.weights import await_weights
+
+
+class QwenModel(GPTModel):
+    """GPTModel with the output layer and its loss in one, where labels are given.
+
+    num_tokens: rows of the vocabulary that are tokens; the rest pads it to what TP divides.
+    loss_kernels: what LinearCrossEntropy computes by.
+    """
+
+    def __init__(self, *args: Any, num_tokens: int, loss_kernels: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._num_tokens = num_tokens
+        self._kernels = loss_kernels
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The hidden states on a stage that is not the last; else logits [b, s, v], or with labels losses [b, s].
+
+        The losses are float32 and multiplied by loss_mask [b, s]; their gradient must be the same for all, as a sum's.
+        """
+        if labels is None or not self.post_process:
+            return super().forward(input_ids, position_ids, attention_mask, **kwargs)
+        assert loss_mask is not None
+        self.post_process: bool = False  # the hidden states, after the final norm
+        try:
+            hidden = super().forward(input_ids, position_ids, attention_mask, **kwargs)
+        finally:
+            self.post_process = True
+        await_weights(self.output_layer)
+        weight = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        losses = self._losses(hidden, weight, labels.t().reshape(-1), loss_mask.t().reshape(-1))
+        return losses.view(labels.shape[1], labels.shape[0]).t()
+
+    def _losses(
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """float32 [s * b] from hidden [s, b, h], or this rank's part of s under sequence parallelism."""
+        hidden = enter(hidden, self.config)
+        first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
+        num_tokens = min(max(self._num_tokens - first, 0), weight.shape[0])
+        vocabulary = Vocabulary(parallel_state.get_tensor_model_parallel_group(), first, num_tokens)
+        wanted = torch.is_grad_enabled() and hidden.requires_grad
+        return LinearCrossEntropy.apply(
+            hidden.flatten(0, 1), weight, labels, loss_mask.float(), vocabulary, self._kernels, wanted
+        )

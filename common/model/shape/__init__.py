@@ -1,0 +1,1 @@
+"""A model's shape, by its config.json."""

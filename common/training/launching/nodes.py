@@ -1,0 +1,100 @@
+"""What must be the same on every node of a run, as named facts whose differences can be said."""
+
+import platform as python_platform
+import socket
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+
+from common.data.dataset.blend import read_blend
+from common.data.dataset.fingerprint import DATA_SAMPLES, HASHED, hash_file, hash_samples
+from common.data.dataset.indexed import bin_path, idx_path
+from common.training.planning.plan import Plan, Start
+
+Facts = dict[str, str]
+
+KIT = Path(__file__).parents[2]
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "transformers", "numpy")
+# A node's own; a folder may bear another name on each node, so what lies in it is compared instead.
+NOT_COMPARED = (
+    "node_rank", "master_addr", "rdzv_endpoint", "wandb_save_path", "save_checkpoint_path", "load_checkpoint_path",
+    "hf_model_path", "dataset_path", "valid_dataset_path",
+)  # fmt: skip
+WEIGHT_SAMPLES = 16
+SHOWN_DIFFERENCES = 5
+
+
+def node_name(number: int | None = None) -> str:
+    """How messages call this node: `node 1 (host)`, or by its host alone where a rendezvous numbers the nodes."""
+    host = socket.gethostname()
+    return host if number is None else f"node {number} ({host})"
+
+
+def facts_of(plan: Plan) -> Facts:
+    """Settings, versions, the kit's code, the model's config and tokenizer, and the data."""
+    settings = plan.settings
+    chosen = {field.name.upper(): str(getattr(settings, field.name)) for field in fields(settings)}
+    for name in NOT_COMPARED:
+        del chosen[name.upper()]
+    model = {name: plan.start.model_folder / name for name in ("config.json", "tokenizer.json")}
+    return {
+        **chosen,
+        "KIT_PLATFORM": plan.platform.name,
+        **versions(),
+        **{str(path.relative_to(KIT)): hash_file(path) for path in sorted((KIT / "common").rglob("*.py"))},
+        **{f"the model's {name}": hash_file(path) for name, path in model.items() if path.is_file()},
+        **(data_facts("DATASET_PATH", settings.dataset_path) if plan.train else {}),
+        **(data_facts("VALID_DATASET_PATH", settings.valid_dataset_path) if plan.train else {}),
+    }
+
+
+def versions() -> Facts:
+    """Of Python and of the packages a run's numbers depend on; those that are not installed are left out."""
+    found = {"Python": ".".join(python_platform.python_version_tuple()[:2])}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def data_facts(setting: str, text: str | None) -> Facts:
+    """Of each dataset that `text` names its weight and its files: indexes hashed whole, tokens by samples."""
+    found: Facts = {}
+    for number, (weight, files) in enumerate(read_blend(text, setting)) if text else ():
+        where = f"{setting}[{number}]"
+        found[f"{where}'s weight"] = str(weight)
+        for prefix in filter(None, (files.tokens, files.loss_mask)):
+            found[f"{where} {idx_path(prefix).name}"] = hash_file(idx_path(prefix))
+            found[f"{where} {bin_path(prefix).name}"] = hash_samples(bin_path(prefix), DATA_SAMPLES)
+    return found
+
+
+def start_facts(start: Start) -> Facts:
+    """Where a run starts, and the files of the weights that are read: names, sizes, samples of their bytes."""
+    if start.checkpoint is None:
+        return {"start": start.kind}
+    path = start.checkpoint.path
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {
+        "start": f"{start.kind} from {path.name}",
+        **{f"{path.name}/{file.relative_to(path)}": hash_samples(file, WEIGHT_SAMPLES) for file in files},
+    }
+
+
+def differences(reference: Facts, there: str, mine: Facts, here: str) -> str:
+    """What is not the same on both nodes, in words; empty where all is."""
+    found = []
+    for name in dict.fromkeys((*reference, *mine)):
+        theirs, own = reference.get(name), mine.get(name)
+        if theirs == own:
+            continue
+        if theirs is None or own is None:
+            found.append(f"{name} is on {here if theirs is None else there} alone")
+        elif own.startswith(HASHED):
+            found.append(f"{name} differs")
+        else:
+            found.append(f"{name} is {own} on {here}, {theirs} on {there}")
+    more = f", and {len(found) - SHOWN_DIFFERENCES} more" if len(found) > SHOWN_DIFFERENCES else ""
+    return f"{', '.join(found[:SHOWN_DIFFERENCES])}{more}" if found else ""

@@ -1,0 +1,1 @@
+"""What a run will do, settled and checked before any process of it starts."""

@@ -1,0 +1,62 @@
+"""What is said of a kernel that fails, on one rank or on many."""
+
+import pytest
+import torch
+
+from common.model.probe import UnusableError, find_fault, need, outcome, tell_ranks, tried
+
+
+def raised(error: BaseException) -> str:
+    def attempt() -> None:
+        raise error
+
+    part, failure = outcome(attempt)
+    assert part is None
+    return failure
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UnusableError("it is made for Hopper GPUs"), "it is made for Hopper GPUs"),
+        (ModuleNotFoundError("No module named 'quack'", name="quack"), "no module quack"),
+        (ImportError("libcute.so: no such file"), "ImportError: libcute.so: no such file"),
+        (TypeError("\n takes 1 argument\n  at line 3"), "TypeError: takes 1 argument"),
+        (AssertionError(), "AssertionError: no message"),
+        (SystemExit(3), "SystemExit: 3"),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_whatever_is_raised_becomes_one_line(error: BaseException, said: str) -> None:
+    assert raised(error) == said
+
+
+def test_ctrl_c_is_no_failure_of_a_kernel() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        raised(KeyboardInterrupt())
+
+
+def test_without_a_process_group_this_process_decides() -> None:
+    assert tried(lambda: 7) == (7, "")
+    assert tried(lambda: need("no such tile")) == (None, "no such tile")
+    assert tried(lambda: need("")) == (None, "")
+
+
+@pytest.mark.parametrize(
+    ("failures", "line"),
+    [
+        (["no module quack"] * 4, "no module quack"),
+        (["", "E: a", "", ""], "E: a (rank 1 of 4)"),
+        (["E: a", "", "E: b", "E: a"], "E: a (ranks 0, 3 of 4); E: b (rank 2 of 4)"),
+        (["E: a", "E: b"], "E: a (rank 0 of 2); E: b (rank 1 of 2)"),
+        ([""] + ["E: a"] * 1023, "E: a (ranks 1, 2, 3, 4, 5, 6, 7, 8 and 1015 more of 1024)"),
+    ],
+)
+def test_the_line_names_the_ranks_unless_all_fail_alike(failures: list[str], line: str) -> None:
+    assert tell_ranks(failures) == line
+
+
+def test_results_that_are_no_numbers_are_a_fault_wherever_they_stand() -> None:
+    one = torch.ones(3)
+    assert find_fault(lambda: [one, one], lambda: [one, one]) == ""
+    assert find_fault(lambda: [one, one * float("nan")], lambda: [one, one]) == "its results are off by nan%"

@@ -1,0 +1,166 @@
+"""Which kernels a model is built with: QuACK's where they work, else a reason in the log, or an error if asked for."""
+
+import json
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import KitError
+from common.model.build import transformer_config
+from common.model.kernels import selection as kernels
+from common.model.layers import gated_mlp
+from common.model.layers.attention import KINDS
+from common.model.layers.loss import TorchKernels
+from common.model.shape.config import load_config
+from common.model.shape.options import ModelOptions
+from common.parallel import ParallelSizes
+from common.platforms.cpu import CPU
+from tests.distributed.launch import forked
+from tests.tiny import tiny_qwen
+from tests.unit.model import plain_kernels
+
+ONE = ParallelSizes(1)
+FUSED = replace(CPU, fused_kernels=True)
+OPTIONS = ModelOptions("bf16", "local", "none")
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="kit")
+    return caplog
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that says it is one, and computes as a CPU."""
+    monkeypatch.setattr(kernels, "_device", lambda _: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    judge = gated_mlp.why_not
+    monkeypatch.setattr(gated_mlp, "why_not", lambda *given: judge(*given[:3], torch.device("cpu")))
+
+
+def products(folder: Path, **changes: Any) -> Any:
+    qwen = load_config(tiny_qwen(folder))
+    return kernels.mlp_products(qwen, ONE, replace(OPTIONS, **changes), FUSED, None)
+
+
+def test_elsewhere_than_on_hopper_there_are_none(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    assert products(tmp_path) is None
+    assert log.messages == ["SwiGLU: beside matrix products (QuACK: it is made for Hopper GPUs)"]
+    with pytest.raises(KitError, match=r"FUSED_PRODUCTS=true, and QuACK has no SwiGLU inside matrix products here"):
+        products(tmp_path, fused_products="true")
+
+
+def test_where_quack_is_missing_its_module_is_named(
+    hopper: None, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    assert products(tmp_path) is None
+    assert log.messages == ["SwiGLU: beside matrix products (QuACK: no module quack)"]
+
+
+def test_where_quack_works_it_is_taken(
+    hopper: None, quack: Any, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert type(products(tmp_path)).__name__ == "QuackProducts"
+    assert log.messages == ["SwiGLU: inside matrix products, by QuACK"]
+    monkeypatch.setattr(quack, "gemm_gated", lambda *given, **how: 1 / 0)
+    assert products(tmp_path) is None
+    assert log.messages[1:] == ["SwiGLU: beside matrix products (QuACK: ZeroDivisionError: division by zero)"]
+
+
+@pytest.mark.parametrize("changes", [{"fused_products": "false"}, {"precision": "fp32"}], ids=str)
+def test_where_it_is_not_wanted_it_is_not_tried(
+    changes: dict[str, Any], hopper: None, quack: Any, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    assert products(tmp_path, **changes) is None
+    assert not log.messages
+
+
+def test_without_triton_the_loss_is_pytorchs(tmp_path: Path) -> None:
+    assert type(kernels.loss_kernels(load_config(tiny_qwen(tmp_path)), ONE, OPTIONS, CPU)) is TorchKernels
+
+
+def test_where_triton_fails_no_kernel_of_it_is_taken(log: pytest.LogCaptureFixture) -> None:
+    """Here there is none."""
+    platform = kernels.with_working_kernels(FUSED, OPTIONS)
+    assert platform == replace(FUSED, fused_kernels=False)
+    assert log.messages == [
+        "Triton's kernels: passed over, PyTorch's and Megatron-Core's own are slower (no module triton)"
+    ]
+    with pytest.raises(KitError, match="FUSED_PRODUCTS=true, and QuACK has no SwiGLU and loss .*Triton: no module tri"):
+        kernels.with_working_kernels(FUSED, replace(OPTIONS, fused_products="true"))
+
+
+@pytest.mark.parametrize(
+    ("swiglu", "said"),
+    [
+        (plain_kernels.bias_swiglu, ""),
+        (lambda x, _: x.chunk(2, -1)[0] * x.chunk(2, -1)[1], "its results are off by "),
+        (lambda x, _: plain_kernels.bias_swiglu(x, None) * float("nan"), "its results are off by nan%"),
+        (lambda x, _: int("no compiler"), "ValueError: invalid literal for int"),
+    ],
+    ids=["right", "wrong", "no number", "failing"],
+)
+def test_tritons_kernels_are_tried(swiglu: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "common.model.kernels.swiglu", SimpleNamespace(bias_swiglu=swiglu))
+    monkeypatch.setitem(sys.modules, "common.model.kernels.qkv_rope", SimpleNamespace(split_and_rotate=None))
+    put: list[Any] = []
+    monkeypatch.setattr(kernels, "use_kernels", lambda *given: put.extend(given))
+    monkeypatch.setattr(kernels, "fuse_rotary_embedding", lambda: None)
+    found, failure = kernels.tried(lambda: kernels._triton_kernels(torch.device("cpu")))
+    assert failure.startswith(said) and bool(failure) == bool(said)
+    assert kernels.with_working_kernels(FUSED, OPTIONS).fused_kernels is (not said)
+    assert put == ([] if said else [swiglu, None])
+
+
+def test_products_that_are_asked_for_and_have_no_norms_under_transformer_engine_are_refused(tmp_path: Path) -> None:
+    assert products(tmp_path, transformer_impl="transformer_engine") is None
+    with pytest.raises(KitError, match="need norms of ours"):
+        products(tmp_path, transformer_impl="transformer_engine", fused_products="true")
+
+
+def test_a_deterministic_run_says_what_it_takes_in_the_place_of_what(
+    tmp_path: Path, log: pytest.LogCaptureFixture, deterministic: None
+) -> None:
+    qwen, options = load_config(tiny_qwen(tmp_path)), replace(OPTIONS, deterministic=True)
+    kernels.choose_kernels(qwen, ONE, options, CPU)
+    assert log.messages[-1] == "deterministic: torch's deterministic algorithms, which a CPU takes anyway"
+    assert transformer_config(qwen, ONE, options, CPU).deterministic_mode is True
+    assert transformer_config(qwen, ONE, OPTIONS, CPU).deterministic_mode is False
+    told = {kind: kernels._in_place(kind, replace(CPU, device="cuda"))[0] for kind in (None, *KINDS.values())}
+    assert "Transformer Engine" in told[None] and "without cuDNN" in told[KINDS["sdpa"]]
+    assert (
+        told[KINDS["flash_attn"]]
+        == told[KINDS["flash_attn_4"]]
+        == ("attention gradients added in a fixed order of blocks, not as they come")
+    )
+
+
+def test_kernels_are_not_chosen_as_deterministic_while_torch_is_not(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        kernels.choose_kernels(load_config(tiny_qwen(tmp_path)), ONE, replace(OPTIONS, deterministic=True), CPU)
+
+
+def test_a_deterministic_model_leaves_its_embedding_to_torch(tmp_path: Path) -> None:
+    """Which adds a token's gradients in float32 on a GPU; Megatron-Core's, by index, adds them in bf16."""
+    tiny_qwen(tmp_path)
+    told = json.loads(forked(1, "tests.unit.model.test_kernels", [str(tmp_path)]).splitlines()[-1])
+    assert told == {"config": True, "embedding": False}
+
+
+if __name__ == "__main__":
+    from common.model.build import build_model
+    from common.training.launching.process_group import process_group
+
+    torch.use_deterministic_algorithms(True)
+    with process_group(CPU, ONE, 1234, 1):
+        (built,) = build_model(load_config(Path(sys.argv[1])), ONE, replace(OPTIONS, deterministic=True), CPU, 32)
+        model: Any = built.module
+        flags = model.config.deterministic_mode, model.embedding.word_embeddings.deterministic_mode
+        print(json.dumps(dict(zip(("config", "embedding"), flags, strict=True))))

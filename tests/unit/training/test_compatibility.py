@@ -1,0 +1,140 @@
+"""What the kind of layers or the installed packages cannot do is refused before anything starts."""
+
+import re
+from typing import Any
+
+import pytest
+
+from common import mcore
+from common.errors import KitError
+from common.platforms import PLATFORMS
+from common.training.planning import compatibility as fit
+from common.training.planning.compatibility import check_layers, check_packages
+from common.training.settings import TrainSettings
+
+
+def settings(**changes: Any) -> TrainSettings:
+    given: dict[str, Any] = {"save_checkpoint_path": "s", "dataset_path": "d", "train_iters": 1, "seq_length": 32}
+    return TrainSettings(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "said"),
+    [
+        ("cpu", {"gpus": 2, "cp": 2}, "CP=2 needs TRANSFORMER_IMPL=transformer_engine"),
+        ("nvidia", {"gpus": 2, "cp": 2, "seq_length": 30}, "SEQ_LENGTH=30 cannot be divided by 2 x CP x TP = 4"),
+        ("nvidia", {"gpus": 2, "cp": 2, "reset_attention": True}, "CP=2 and RESET_ATTENTION=true do not go together"),
+        ("cpu", {"fp8_format": "hybrid"}, "FP8_FORMAT=hybrid needs TRANSFORMER_IMPL="),
+        ("cpu", {"tp_comm_overlap": True, "gpus": 2, "tp": 2}, "TP_COMM_OVERLAP=true needs TRANSFORMER_IMPL="),
+        ("nvidia", {"tp_comm_overlap": True}, "TP_COMM_OVERLAP=true with TP=1 and SEQUENCE_PARALLEL=True: it needs TP"),
+        (
+            "nvidia",
+            {"core_attention": "flash_attn_4", "gpus": 2, "cp": 2},
+            "CORE_ATTENTION=flash_attn_4 cannot do CP=2",
+        ),
+        (
+            "nvidia",
+            {"core_attention": "sdpa", "packing": True, "train_mode": "finetune"},
+            "CORE_ATTENTION=sdpa cannot do PACKING=true",
+        ),
+        ("metax", {"fused_products": "true"}, "FUSED_PRODUCTS=true needs an NVIDIA GPU, and this is metax"),
+        (
+            "nvidia",
+            {"fused_products": "true", "fp8_format": "hybrid"},
+            "FUSED_PRODUCTS=true does not go together with FP8_FORMAT=hybrid",
+        ),
+        (
+            "nvidia",
+            {"fused_products": "true", "precision": "fp32"},
+            "FUSED_PRODUCTS=true does not go together with PRECISION=fp32",
+        ),
+        ("metax", {"optimizer_state": "bf16"}, "OPTIMIZER_STATE=bf16 needs Transformer Engine, and metax has none"),
+        ("metax", {"transformer_impl": "transformer_engine"}, "metax has no Transformer Engine: set it to local"),
+    ],
+    ids=str,
+)
+def test_refusals(platform: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(KitError, match=re.escape(said)):
+        check_layers(settings(**changes), PLATFORMS[platform])
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes"),
+    [
+        ("nvidia", {"gpus": 2, "cp": 2}),
+        ("nvidia", {"fp8_format": "hybrid", "optimizer_state": "bf16"}),
+        ("nvidia", {"fused_products": "true", "packing": True, "train_mode": "finetune"}),
+        ("nvidia", {"tp_comm_overlap": True, "gpus": 2, "tp": 2}),
+        ("cpu", {"reset_attention": True}),
+    ],
+    ids=str,
+)
+def test_what_goes_together_is_let_pass(platform: str, changes: dict[str, Any]) -> None:
+    check_layers(settings(**changes), PLATFORMS[platform])
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, *modules: str) -> None:
+    """What package metadata says, and which modules an import would find."""
+    versions = {"transformer-engine": engine, "megatron-core": megatron}
+
+    def version(name: str) -> str:
+        found = versions[name]
+        if found is None:
+            raise mcore.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(mcore.metadata, "version", version)
+    monkeypatch.setattr(fit, "find_spec", lambda name: name in modules or None)
+
+
+OF_NGC_24_03 = [
+    ({"packing": True, "train_mode": "finetune"}, "PACKING=true needs Transformer Engine 1.7 or later, and 1.4",
+     "set TRANSFORMER_IMPL=local, or PACKING=false"),
+    ({"reset_attention": True}, "RESET_ATTENTION=true needs Transformer Engine 1.7 or later, and 1.4",
+     "set TRANSFORMER_IMPL=local, or RESET_ATTENTION=false"),
+    ({"optimizer_state": "bf16"}, "OPTIMIZER_STATE=bf16 needs Transformer Engine 2.1 or later, and 1.4",
+     "set it to fp32"),
+    ({"fp8_format": "hybrid"}, "FP8_RECIPE=tensorwise needs Transformer Engine 2.2 or later, and 1.4",
+     "use FP8_RECIPE=delayed"),
+    ({"fp8_format": "e4m3", "fp8_recipe": "blockwise"}, "FP8_RECIPE=blockwise needs Transformer Engine 2.3 or later",
+     "use FP8_RECIPE=delayed"),
+    ({"tp_comm_overlap": True, "gpus": 2, "tp": 2}, "TP_COMM_OVERLAP=true needs Transformer Engine 1.9 or later",
+     "set it to false"),
+    ({"fused_products": "true"}, "FUSED_PRODUCTS=true, and quack is not there", "requirements/hopper.txt, or set"),
+    ({"core_attention": "flash_attn_4"}, "CORE_ATTENTION=flash_attn_4, and flash_attn is not", "requirements/hopper"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "said", "remedy"), OF_NGC_24_03, ids=str)
+def test_what_ngc_24_03_lacks_is_refused_with_the_remedy(
+    changes: dict[str, Any], said: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings(**changes)
+    installed(monkeypatch, "1.4.0.dev0+0fbc76a", "0.14.0")
+    with pytest.raises(KitError, match=f"{re.escape(said)}.*{re.escape(remedy)}"):
+        check_packages(chosen, PLATFORMS["nvidia"])
+    installed(monkeypatch, "2.11.0", "0.16.1", "quack", "flash_attn")
+    check_packages(chosen, PLATFORMS["nvidia"])
+
+
+def test_what_ngc_24_03_has_is_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "1.4.0", "0.14.0")
+    check_packages(settings(), PLATFORMS["nvidia"])
+    check_packages(settings(fp8_format="hybrid", fp8_recipe="delayed"), PLATFORMS["nvidia"])
+    local = {"transformer_impl": "local", "packing": True, "train_mode": "finetune"}
+    check_packages(settings(**local), PLATFORMS["nvidia"])
+
+
+def test_layers_of_transformer_engine_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, None, "0.16.1")
+    with pytest.raises(KitError, match=r"TRANSFORMER_IMPL=transformer_engine needs .*none is .*set it to local"):
+        check_packages(settings(), PLATFORMS["nvidia"])
+    check_packages(settings(transformer_impl="local"), PLATFORMS["nvidia"])
+    for platform in ("cpu", "metax"):
+        check_packages(settings(), PLATFORMS[platform])
+
+
+def test_what_is_installed_here_is_nothing_to_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, None, "0.16.1")
+    for changes, _, _ in OF_NGC_24_03:
+        check_layers(settings(**changes), PLATFORMS["nvidia"])

@@ -1,0 +1,103 @@
+"""The words that torchrun is started with, the port it meets at, and what is told of a process that fails."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.run import config_from_args, parse_args
+
+from common.errors import LAST_WORDS
+from common.training.launching.launcher import _tell_failure, torchrun_words, with_port
+from common.training.settings import TrainSettings
+
+
+def config(monkeypatch: pytest.MonkeyPatch, serves: bool = False, **changes: Any) -> Any:
+    """torchrun's own reading of the words, among variables that would say otherwise."""
+    for name, value in {"NNODES": "9", "NODE_RANK": "0", "RDZV_BACKEND": "etcd", "RDZV_ENDPOINT": "x:1"}.items():
+        monkeypatch.setenv(f"PET_{name}", value)
+    monkeypatch.setenv("PET_MAX_RESTARTS", "7")
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    words = torchrun_words(settings(**changes), "10.0.0.3", serves)
+    return config_from_args(parse_args([*words, "-m", "common.train"]))[0]
+
+
+def test_numbered_nodes_meet_at_the_master_for_as_long_as_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = config(
+        monkeypatch, nnodes=4, node_rank=3, gpus=2, master_addr="a", master_port=7, distributed_timeout_min=3
+    )
+    assert (found.min_nodes, found.max_nodes, found.nproc_per_node, found.max_restarts) == (4, 4, 2, 0)
+    assert (found.rdzv_backend, found.rdzv_endpoint) == ("static", "a:7")
+    assert found.rdzv_configs["rank"] == 3 and int(found.rdzv_configs["timeout"]) == 180
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_a_rendezvous_has_the_timeout_and_one_host(monkeypatch: pytest.MonkeyPatch, serves: bool) -> None:
+    import os
+
+    given = {"nnodes": 2, "rdzv_endpoint": "a:7", "rdzv_id": "run", "max_restarts": 3, "distributed_timeout_min": 2}
+    found = config(monkeypatch, serves, **given)
+    assert (found.rdzv_backend, found.rdzv_endpoint, found.run_id) == ("c10d", "a:7", "run")
+    assert (found.max_restarts, found.local_addr) == (3, "10.0.0.3")
+    configuration = {"join_timeout": "120", "read_timeout": "120", "is_host": str(serves).lower()}
+    assert {name: str(value) for name, value in found.rdzv_configs.items() if name != "timeout"} == configuration
+    assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+def test_one_node_restarts_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = config(monkeypatch, max_restarts=1)
+    assert (found.rdzv_backend, found.rdzv_endpoint, found.max_nodes) == ("c10d", "localhost:0", 1)
+    assert found.rdzv_configs["is_host"] == "true"
+
+
+def settings(**changes: Any) -> TrainSettings:
+    return TrainSettings(save_checkpoint_path="s", dataset_path="d", epochs=1.0, **changes)
+
+
+def test_a_node_alone_meets_at_a_port_that_is_free_so_that_runs_do_not_meet_each_other() -> None:
+    ports = [with_port(settings()).meeting_place[1] for _ in range(2)]
+    taken = [socket.socket() for _ in ports]
+    for port, one in zip(ports, taken, strict=True):
+        assert port >= 1024
+        one.bind(("", port))
+    for one in taken:
+        one.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"nnodes": 2}, ("localhost", 29500)),  # the others cannot know of another
+        ({"master_port": 7}, ("localhost", 7)),
+        ({"rdzv_endpoint": "a:8"}, ("a", 8)),
+    ],
+)
+def test_a_port_that_others_are_told_stays(changes: dict[str, Any], place: tuple[str, int]) -> None:
+    assert with_port(settings(**changes)).meeting_place == place
+
+
+def failure(local_rank: int, exitcode: int, timestamp: int) -> ProcessFailure:
+    found = ProcessFailure(local_rank, 100 + local_rank, exitcode, "/nowhere")
+    found.timestamp = timestamp
+    return found
+
+
+def test_the_process_that_was_killed_is_named_before_those_that_complain_of_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(LAST_WORDS, str(tmp_path))
+    (tmp_path / "error_0").write_text("connection reset by peer")
+    failures = {4: failure(0, 1, 10), 5: failure(1, 1, 11), 6: failure(2, -9, 12), 7: failure(3, -15, 13)}
+    assert _tell_failure(ChildFailedError("train", failures)) == 1
+    assert caplog.messages == ["rank 6 was ended first, by SIGKILL: is the host's memory used up (dmesg)?"]
+
+
+def test_of_processes_that_failed_the_first_is_named_with_its_traceback_and_its_code(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(LAST_WORDS, str(tmp_path))
+    (tmp_path / "error_1").write_text("ValueError: it")
+    failures = {4: failure(0, 1, 12), 5: failure(1, 3, 11)}
+    assert _tell_failure(ChildFailedError("train", failures)) == 3
+    assert caplog.messages == ["rank 5 ended first, with exit code 3", "traceback of rank 5:\nValueError: it"]

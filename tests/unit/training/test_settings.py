@@ -1,0 +1,97 @@
+"""Step 3's settings: which are taken, and which are refused with value, rule and remedy."""
+
+import re
+from typing import Any
+
+import pytest
+
+from common.errors import KitError
+from common.training.settings import TrainSettings
+
+
+def settings(**changes: Any) -> TrainSettings:
+    return TrainSettings(**{"save_checkpoint_path": "save", "dataset_path": "data", "epochs": 1.0, **changes})
+
+
+def test_the_defaults_are_a_run() -> None:
+    chosen = settings()
+    assert chosen.sizes.world_size == chosen.sizes.dp == 1
+    assert settings(gpus=8, nnodes=2, tp=2, pp=2).sizes.dp == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_iters": 5, "epochs": None},
+        {"exit_interval": 1, "eval_interval": 0, "keep_checkpoints": 0, "clip_grad": 0.0, "num_workers": 0},
+        {"min_lr": 6.5e-5},
+        {"min_lr": 0.0},
+        {"node_rank": 1, "nnodes": 2, "master_addr": "a"},
+        {"nnodes": 2, "rdzv_endpoint": "[::1]:29400", "max_restarts": 1},
+        {"max_restarts": 1},
+        {"train_mode": "finetune", "packing": True},
+        {"train_mode": "pretrain", "reset_attention": True},
+        {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "l", "dataset_path": None, "epochs": None},
+    ],
+    ids=str,
+)
+def test_values_at_the_edge_are_taken(changes: dict[str, Any]) -> None:
+    settings(**changes)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["seq_length", "micro_batch_size", "global_batch_size", "save_interval", "log_interval", "gpus", "nnodes",
+     "distributed_timeout_min", "exit_interval", "train_iters"],
+)  # fmt: skip
+def test_a_count_is_at_least_one(name: str) -> None:
+    changes: dict[str, Any] = {name: 0} | ({"epochs": None} if name == "train_iters" else {})
+    with pytest.raises(KitError, match=f"{name.upper()}=0: it must be at least 1"):
+        settings(**changes)
+
+
+@pytest.mark.parametrize(
+    "name", ["keep_checkpoints", "eval_interval", "eval_iters", "lr_warmup_iters", "clip_grad", "max_restarts"]
+)
+def test_what_may_be_nothing_is_not_negative(name: str) -> None:
+    settings(**{name: 0})
+    with pytest.raises(KitError, match=f"{name.upper()}=-1: it must not be negative"):
+        settings(**{name: -1})
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"epochs": 0.0}, "EPOCHS=0.0: it must be a number above 0"),
+        ({"epochs": float("inf")}, "EPOCHS=inf: it must be a number above 0"),
+        ({"epochs": float("nan")}, "EPOCHS=nan: it must be a number above 0"),
+        ({"train_iters": 5}, "EPOCHS=1.0 and TRAIN_ITERS=5: set one of them"),
+        ({"epochs": None}, "EPOCHS=None and TRAIN_ITERS=None: set one of them"),
+        ({"min_lr": 1e-3}, "MIN_LR=0.001: it must lie between 0 and LR=6.5e-05"),
+        ({"min_lr": -1e-9}, "MIN_LR=-1e-09: it must lie between 0 and LR=6.5e-05"),
+        ({"weight_decay": -0.1}, "WEIGHT_DECAY=-0.1: it must not be negative"),
+        ({"adam_beta1": 1.0}, "ADAM_BETA1=1.0: it must be at least 0 and below 1"),
+        ({"adam_beta2": -0.1}, "ADAM_BETA2=-0.1: it must be at least 0 and below 1"),
+        ({"node_rank": 1}, "NODE_RANK=1: it must be below NNODES=1"),
+        ({"node_rank": -1, "nnodes": 2}, "NODE_RANK=-1: it must be below NNODES=2"),
+        ({"node_rank": 1, "nnodes": 2}, "MASTER_ADDR=localhost on NODE_RANK=1: set it to the address of node 0"),
+        ({"max_restarts": 1, "nnodes": 2}, "MAX_RESTARTS=1 with NNODES=2: nodes that return need a meeting place"),
+        ({"rdzv_endpoint": "node0"}, "RDZV_ENDPOINT=node0: give host:port"),
+        ({"max_restarts": 1, "is_initial_run": "true"}, "IS_INITIAL_RUN=true with MAX_RESTARTS=1"),
+        ({"dataset_path": None}, "training needs what step 1 wrote: set DATASET_PATH"),
+        ({"train_or_convert_ckpt": "convert"}, "LOAD_CHECKPOINT_PATH is not set: convert reads"),
+        ({"tp": 0}, "TP=0: it must be at least 1"),
+        ({"tp": 3}, "1 GPUs (GPUS x NNODES) cannot be divided by TP=3"),
+        ({"vpp": 2}, "VPP=2 needs pipeline stages, but PP=1"),
+        ({"gpus": 2, "tp": 2, "seq_length": 33}, "SEQ_LENGTH=33 cannot be divided by TP=2"),
+        ({"gpus": 4, "global_batch_size": 12}, "GLOBAL_BATCH_SIZE=12 cannot be divided by MICRO_BATCH_SIZE=2 x 4"),
+        ({"packing": True}, "PACKING=true is for TRAIN_MODE=finetune"),
+        ({"recompute_num_layers": 2}, "RECOMPUTE_NUM_LAYERS=2 goes with RECOMPUTE=full, not none"),
+        ({"recompute_num_layers": 0, "recompute": "full"}, "RECOMPUTE_NUM_LAYERS=0: it must be at least 1"),
+        ({"precision": "fp32", "fp8_format": "e4m3"}, "FP8_FORMAT=e4m3 and OPTIMIZER_STATE=fp32 need PRECISION=bf16"),
+        ({"train_mode": "finetune", "reset_attention": True}, "RESET_ATTENTION=true is for TRAIN_MODE=pretrain"),
+    ],
+)
+def test_a_contradiction_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(KitError, match=re.escape(said)):
+        settings(**changes)
