@@ -1,11 +1,11 @@
-"""Megatron-Core 0.16."""
+"""Megatron-Core 0.16, the last for Python 3.10 and 3.11."""
 
 from common.engine.base import Engine
 
 
 class MegatronCore016(Engine):
-    """The newest, as the base class describes it."""
+    """As the base class describes it."""
 
     release = "0.16.1"
-    environment = "torch 2.6 or later (a CPU, NGC 24.12 and later)"
+    environment = "torch 2.6 or later on Python 3.10 or 3.11 (a CPU)"
     oldest_torch = (2, 6)

@@ -8,18 +8,20 @@ from common.engine.base import Engine
 from common.engine.v0_11 import MegatronCore011
 from common.engine.v0_14 import MegatronCore014
 from common.engine.v0_16 import MegatronCore016
+from common.engine.v0_19 import MegatronCore019
 from common.errors import KitError
 
 ENGINES: tuple[Engine, ...] = (  # oldest first
     MegatronCore011(),
     MegatronCore014(),
     MegatronCore016(),
+    MegatronCore019(),
 )
 
 
 def installed_engine() -> Engine:
     """The engine of the installed megatron-core; raises KitError when it is missing or not supported."""
-    *others, newest = (f"{engine.release} beside {engine.environment}" for engine in ENGINES)
+    *others, newest = (f"{engine.release} for {engine.environment}" for engine in ENGINES)
     works = f"this kit works with {', '.join(others)} and {newest}"
     remedy = "pip install --no-deps megatron-core==VERSION, the one of these for this machine"
     try:

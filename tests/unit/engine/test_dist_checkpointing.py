@@ -26,7 +26,7 @@ def test_an_optimizer_that_the_version_does_not_load_is_refused(
         dist_checkpointing.check_optimizer_sharding(kind, Path("/run"), same_ranks=True)
 
 
-@pytest.mark.parametrize("text", ["0.11.0", "0.14.0", "0.16.1"])
+@pytest.mark.parametrize("text", ["0.11.0", "0.14.0", "0.16.1", "0.19.2"])
 def test_the_oldest_layout_loads_everywhere_at_its_own_sizes_alone(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[3]
         ("0.11.0", (0, 11)),
         ("0.14.0rc7+a4306f7", (0, 14)),
         ("0.16.1", (0, 16)),
+        ("0.19.2", (0, 19)),
     ],
 )
 def test_a_supported_version_is_read(
@@ -33,14 +34,29 @@ def test_a_supported_version_is_read(
 
 
 WORK = (
-    "this kit works with 0.11.0 beside torch 2.1 (MetaX's maca 2.27), 0.14.0 beside torch 2.2 to 2.5 (NVIDIA's NGC"
-    " 24.03) and 0.16.1 beside torch 2.6 or later (a CPU, NGC 24.12 and later): pip install --no-deps"
-    " megatron-core==VERSION, the one"
+    "this kit works with 0.11.0 for torch 2.1 (MetaX's maca 2.27), 0.14.0 for torch 2.2 to 2.5 (NVIDIA's NGC 24.03),"
+    " 0.16.1 for torch 2.6 or later on Python 3.10 or 3.11 (a CPU) and 0.19.2 for torch 2.6 or later on Python 3.12 or"
+    " later (a CPU, NGC 24.12 and later): pip install --no-deps megatron-core==VERSION, the one"
 )
 
 
 @pytest.mark.parametrize(
-    "text", ["0.9.0", "0.10.0", "0.12.3", "0.13.1", "0.15.3", "0.17.0", "0.17rc1", "1.0.0", "1.11.0", "1.16", "1", "x"]
+    "text",
+    [
+        "0.9.0",
+        "0.10.0",
+        "0.12.3",
+        "0.13.1",
+        "0.15.3",
+        "0.17.1",
+        "0.18.0",
+        "0.20.0",
+        "1.0.0",
+        "1.11.0",
+        "1.16",
+        "1",
+        "x",
+    ],
 )
 def test_any_other_version_is_refused_with_those_that_work_and_where(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
