@@ -43,6 +43,10 @@ class Engine:
         first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
         return first(**where), last(**where), stage
 
+    def mlp_submodules(self, layer: Any) -> Any:
+        """The MLPSubmodules in the TransformerLayerSubmodules `layer`, to be changed in place."""
+        return layer.mlp.keywords["submodules"]
+
     def sharded_optimizer_state(
         self, optimizer: Any, model_state: dict[str, Any], metadata: dict[str, Any]
     ) -> dict[str, Any]:

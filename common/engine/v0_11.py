@@ -38,3 +38,7 @@ class MegatronCore011(Engine):
     def uses_decoupled_grad(self, optimizer_config: Any) -> bool:
         """As of every version; FP8 makes no difference yet."""
         return bool(optimizer_config.use_precision_aware_optimizer)
+
+    def mlp_submodules(self, layer: Any) -> Any:
+        """As of every version; a dense MLP is a ModuleSpec."""
+        return layer.mlp.submodules

@@ -1,5 +1,7 @@
 """Megatron-Core 0.14, for NVIDIA's NGC 24.03."""
 
+from typing import Any
+
 from common.engine.base import Engine
 
 
@@ -12,3 +14,7 @@ class MegatronCore014(Engine):
     numpy_2 = False
     fused_residual_norms = False
     legacy_optimizer_shardings = ("dp_zero_gather_scatter", "fully_sharded_model_space")
+
+    def mlp_submodules(self, layer: Any) -> Any:
+        """As of every version; a dense MLP is a ModuleSpec."""
+        return layer.mlp.submodules
