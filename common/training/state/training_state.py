@@ -14,10 +14,10 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from common.engine.patches import mend_training
+from common.engine.transformer_engine import optimizer_state_options
 from common.log import logger
-from common.mcore import mend_training
 from common.model.build import ModelOptions, build_model
-from common.te import optimizer_state_options
 from common.training.launching.hang_detector import Heartbeat
 from common.training.planning.plan import Plan
 from common.training.settings import TrainSettings
