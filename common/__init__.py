@@ -9,9 +9,8 @@ Imports point down (tests/unit/test_layers.py); docs/architecture.md shows the r
     training     plan, ranks, loop, state
     checkpoint   formats, conversion, verification
     model, data  shape and layers; jsonl to micro-batches
-    te           what each version of Transformer Engine supports
     locks        one writer per folder
-    settings  log  parallel  platforms  mcore  json_file
+    settings  log  parallel  platforms  engine  json_file
     errors  start
 """
 

@@ -19,9 +19,9 @@ declare -A AREAS=(
   [data]='tests/unit/data tests/end_to_end/test_preprocess_rows.py'
   [model]='tests/unit/model tests/unit/test_logits.py'
   [checkpoint]='tests/unit/checkpoint tests/end_to_end/test_convert.py tests/end_to_end/test_convert_commands.py'
-  [training]='tests/unit/training tests/unit/test_parallel.py tests/unit/test_pipeline_layers.py
+  [training]='tests/unit/training tests/unit/test_parallel.py
     tests/distributed/test_tracking.py'
-  [engine]='tests/unit/test_mcore.py tests/unit/test_engine_options.py tests/unit/test_platforms.py
+  [engine]='tests/unit/engine tests/unit/test_platforms.py
     tests/unit/test_facts.py tests/unit/test_doctor.py tests/distributed/test_packing.py'
   [estimate]='tests/unit/estimate'
   [demo]='tests/unit/demo'
