@@ -10,7 +10,8 @@ Imports point down (tests/unit/test_layers.py); docs/architecture.md shows the r
     checkpoint   formats, conversion, verification
     model, data  shape and layers; jsonl to micro-batches
     locks        one writer per folder
-    settings  log  parallel  platforms  engine  json_file
+    progress     a bar for long work on files
+    settings  log  parallel  platforms  engine  json_file  folders
     errors  start
 """
 
@@ -23,6 +24,6 @@ if sys.hexversion < 0x030A0000:  # older versions cannot parse what follows
 
 from common import start
 
-sys.excepthook = start.tell_missing_package
+sys.excepthook = start.report_missing_package
 start.use_utf8()
-start.enter_folder()
+start.enter_working_dir()

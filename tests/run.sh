@@ -25,8 +25,8 @@ declare -A AREAS=(
     tests/unit/test_facts.py tests/unit/test_doctor.py tests/distributed/test_packing.py'
   [estimate]='tests/unit/estimate'
   [demo]='tests/unit/demo'
-  [base]='tests/unit/test_errors.py tests/unit/test_json_file.py tests/unit/test_locks.py tests/unit/test_log.py
-    tests/unit/test_settings.py tests/docs'
+  [base]='tests/unit/test_errors.py tests/unit/test_folders.py tests/unit/test_json_file.py tests/unit/test_locks.py
+    tests/unit/test_progress.py tests/unit/test_settings.py tests/docs'
   [shell]='tests/shell'
 )
 : "${VENV:=$KIT/.venv}"
