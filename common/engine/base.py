@@ -17,6 +17,7 @@ class Engine:
     bf16_moments: bool = True  # OptimizerConfig.store_param_remainders
     fused_residual_norms: bool = True  # its layers call norms and sums where layers/residual_norm.py replaces them
     uneven_pipeline_layers: bool = True  # any number of layers in any chunk: pipeline_model_parallel_layout
+    quiet_loggers: tuple[str, ...] = ()  # those that warn at every start of what no user can change
     # Layouts of the distributed optimizer in torch_dist checkpoints of older kits that its dist_checkpointing loads.
     legacy_optimizer_shardings: tuple[str, ...] = ("dp_zero_gather_scatter",)
 
