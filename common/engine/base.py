@@ -19,6 +19,7 @@ class Engine:
     fused_residual_norms: bool = True  # its layers call norms and sums where layers/residual_norm.py replaces them
     separate_postprocess: bool = True  # GPTModel's output layer and loss are a method of their own, _postprocess
     uneven_pipeline_layers: bool = True  # any number of layers in any chunk: pipeline_model_parallel_layout
+    quiet_loggers: tuple[str, ...] = ()  # those that warn at every start of what no user can change
     # Layouts of the distributed optimizer in torch_dist checkpoints of older kits that its dist_checkpointing loads.
     legacy_optimizer_shardings: tuple[str, ...] = ("dp_zero_gather_scatter",)
 

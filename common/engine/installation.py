@@ -1,5 +1,6 @@
 """Whether the installed Megatron-Core can be imported here, and what is prepared before it is."""
 
+import logging
 from importlib import metadata
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -44,4 +45,6 @@ def prepare(platform: Any) -> None:
     check_installed()
     mend_numpy_without_dtypes()
     mend_metadata_of_newer_torch()
+    for name in installed_engine().quiet_loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
     platform.prepare()

@@ -1,11 +1,15 @@
 """Whether the installed Megatron-Core is what is imported, and has the numpy that it needs."""
 
+import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common.engine import installation
+from common.engine.base import Engine
+from common.engine.versions import ENGINES
 from common.errors import KitError
 from tests.unit.engine.installed import install
 
@@ -43,3 +47,15 @@ def test_a_checkout_that_stands_before_the_installed_package_is_refused(
     monkeypatch.setattr(sys, "path", [str(tmp_path / "Megatron-LM"), *sys.path])
     with pytest.raises(KitError, match=f"loads {core}/__init__.py, not the installed .* out of PYTHONPATH"):
         installation.check_origin()
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+def test_loggers_that_warn_of_what_no_user_can_change_are_quiet(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    monkeypatch.setattr(installation, "installed_engine", lambda: engine)
+    monkeypatch.setattr(installation, "check_installed", lambda: None)
+    installation.prepare(SimpleNamespace(prepare=lambda: None))
+    assert logger.level == (logging.ERROR if engine.version == (0, 19) else logging.WARNING)
