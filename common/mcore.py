@@ -99,7 +99,7 @@ def mend_metadata_of_newer_torch() -> None:
 
 
 # The layout in which the distributed optimizer is saved to torch_dist: Megatron-Core's from 0.16 on. It is written and
-# read by `common.training.state.shards`, so by every version here.
+# read by `common.training.checkpointing.shards`, so by every version here.
 OPTIMIZER_SHARDING = "fully_reshardable"
 # Those of this kit's older checkpoints, with the versions that load each. The first loads at the same TP and PP alone.
 OLD_OPTIMIZER_SHARDINGS = {

@@ -62,12 +62,12 @@ def launch(settings: TrainSettings, *, check_only: bool) -> None:
     """What the user's command does: checks, and starts the ranks unless `check_only`."""
     signals.listen_in_launcher()
     from common.estimate.check import check_host_memory, check_memory
+    from common.training.checkpointing.run_folder import check_folder
     from common.training.launching.interfaces import check_gloo_interface
     from common.training.loop.tracking import check_tracking
     from common.training.planning.compatibility import check_packages
     from common.training.planning.devices import check_devices
     from common.training.planning.plan import describe, plan_run
-    from common.training.state.run_folder import check_folder
 
     platform = current()
     try:

@@ -257,5 +257,6 @@ def test_a_rank_that_runs_out_of_memory_says_so_and_ends_while_the_others_wait_f
     (told,) = (line for line in log.splitlines() if line.startswith("error: "))
     assert told.startswith("error: rank 1 is out of memory (") and "can't allocate memory" in told
     assert told.endswith(
-        "): what takes less: a MICRO_BATCH_SIZE below 2, a SEQ_LENGTH below 32, more GPUs, with TP over 1 or PP over 1"
+        "): to use less memory: a MICRO_BATCH_SIZE below 2, a SEQ_LENGTH below 32, more GPUs, with TP over 1 or PP"
+        " over 1"
     )

@@ -101,7 +101,7 @@ def test_the_first_step_is_hugging_faces(work: Path, impl: str) -> None:
 
 def memory(log: str) -> float:
     """GiB allocated at most, of the log's line."""
-    found = re.search(r"GiB allocated / reserved / there are: ([\d.]+)", log)
+    found = re.search(r"GiB allocated / reserved / total: ([\d.]+)", log)
     assert found, log[-3000:]
     return float(found[1])
 

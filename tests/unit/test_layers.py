@@ -35,7 +35,7 @@ ROOMS = {
     "data": ["sources", "tokenizer", "dataset", "templates", "job"],
     "model": ["shape", "probe", "layers", "kernels", "build"],
     "checkpoint": ["io", "untrusted", "formats", "conversion", "verification"],
-    "training": ["settings", "planning", "launching", "state", "loop"],
+    "training": ["settings", "planning", "launching", "state", "checkpointing", "loop"],
 }
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 

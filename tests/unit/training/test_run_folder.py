@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 
 from common.errors import KitError
-from common.training.state import run_folder
-from common.training.state.run_folder import LOCK_FILE, RunFolder, check_lock, take_lock
+from common.training.checkpointing import folder_lock, run_folder
+from common.training.checkpointing.folder_lock import LOCK_FILE, check_lock, take_lock
+from common.training.checkpointing.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[3]
 NEEDED_BYTES = 1000
 HOLD = """
 import sys
 from pathlib import Path
-from common.training.state.run_folder import take_lock
+from common.training.checkpointing.folder_lock import take_lock
 take_lock(Path(sys.argv[1]))
 print("taken", flush=True)
 sys.stdin.read()
@@ -64,12 +65,12 @@ def test_a_second_run_is_refused_by_name_until_the_first_one_has_died(
 ) -> None:
     named = rf"another run \(process {holder.pid} on {socket.gethostname()}, since .*\): wait for it, stop it, or"
     with pytest.raises(KitError, match=named):
-        take_lock(tmp_path / "run", wait_s=0)
+        take_lock(tmp_path / "run", timeout_s=0)
     (tmp_path / "run" / LOCK_FILE).write_text("{}")
     with pytest.raises(KitError, match=r"another run \(unknown\)"):
-        take_lock(tmp_path / "run", wait_s=0)
+        take_lock(tmp_path / "run", timeout_s=0)
     holder.kill()
-    handle = take_lock(tmp_path / "run", wait_s=10)
+    handle = take_lock(tmp_path / "run", timeout_s=10)
     assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == os.getpid()
     os.close(handle)
 
@@ -80,7 +81,7 @@ def test_looking_for_a_lock_makes_nothing_and_holds_nothing(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
     (tmp_path / LOCK_FILE).touch()
     check_lock(tmp_path)
-    os.close(take_lock(tmp_path, wait_s=0))
+    os.close(take_lock(tmp_path, timeout_s=0))
 
 
 def test_without_locks_a_run_goes_on_and_says_so(
@@ -89,9 +90,9 @@ def test_without_locks_a_run_goes_on_and_says_so(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
     assert take_lock(tmp_path) == -1
-    assert "no locks are to be had there ([Errno 37] No locks available): let one run alone write" in caplog.text
+    assert "the file system has no locks ([Errno 37] No locks available): start only one run" in caplog.text
 
 
 def test_what_a_killed_run_left_is_removed_and_nothing_else(
@@ -119,7 +120,7 @@ def test_a_checkpoint_takes_the_place_of_an_older_one_of_its_name(tmp_path: Path
         folder.publish(partial, final)
         assert [path.name for path in final.iterdir()] == [content] and not partial.exists()
     assert len(list(folder.path.glob("*.removing_*"))) == 1
-    folder.remove_asides()
+    folder.remove_replaced()
     assert sorted(path.name for path in folder.path.iterdir()) == [LOCK_FILE, "config.json", "iter_0000005"]
 
 
@@ -142,7 +143,7 @@ def test_a_removal_that_failed_is_made_up_for(tmp_path: Path, model: Path, monke
         with pytest.raises(OSError, match="busy"):
             folder.remove(checkpoint)
     assert not checkpoint.exists() and list(folder.path.glob("*.removing_*"))
-    folder.remove_asides()
+    folder.remove_replaced()
     assert not list(folder.path.glob("*.removing_*"))
 
 
@@ -158,10 +159,10 @@ def test_too_little_room_is_told_before_a_checkpoint_is_begun(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(plan(tmp_path / "run", model))
-    folder.probe()
+    folder.check_writable()
     monkeypatch.setattr(run_folder, "free_bytes", lambda path: NEEDED_BYTES - 1)
-    with pytest.raises(OSError, match=r"0\.00 GB are free, and a checkpoint takes 0\.00 GB") as told:
-        folder.probe()
+    with pytest.raises(OSError, match=r"0\.00 GB free, and a checkpoint takes 0\.00 GB") as told:
+        folder.check_writable()
     assert told.value.errno == errno.ENOSPC
     assert sorted(path.name for path in folder.path.iterdir()) == [LOCK_FILE]  # the file of the try is gone
 
@@ -180,18 +181,18 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_and_another_disk_in_its_place_are_told(disk: Path, model: Path) -> None:
     folder = RunFolder(plan(disk / "run", model))
-    folder.probe()
+    folder.check_writable()
     with (disk / "other").open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
         while True:
             stream.write(b"x" * 4096)
     with pytest.raises(OSError, match="No space left") as told:
-        folder.probe()
+        folder.check_writable()
     assert told.value.errno == errno.ENOSPC
     assert sorted(path.name for path in folder.path.iterdir()) == [LOCK_FILE]
     (disk / "other").unlink()
-    folder.probe()
+    folder.check_writable()
     os.close(folder._lock)
     subprocess.run(["umount", "-l", str(disk)], check=True)
     with pytest.raises(OSError, match="it is on another disk than when the run began: is it mounted"):
-        folder.probe()
+        folder.check_writable()
     assert not (disk / "run").exists()

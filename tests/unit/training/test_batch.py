@@ -3,7 +3,7 @@
 import torch
 
 from common.model.layers.attention import joined_rows
-from common.training.loop.step import context_parallel_part
+from common.training.loop.batch import context_parallel_slice
 
 
 def test_segments_begin_where_their_number_changes_and_at_each_row() -> None:
@@ -15,6 +15,6 @@ def test_segments_begin_where_their_number_changes_and_at_each_row() -> None:
 
 def test_context_parallel_ranks_share_the_row_and_the_work() -> None:
     rows = torch.arange(16).reshape(2, 8)
-    parts = [context_parallel_part(rows, 2, rank) for rank in range(2)]
+    parts = [context_parallel_slice(rows, 2, rank) for rank in range(2)]
     assert parts[0].tolist() == [[0, 1, 6, 7], [8, 9, 14, 15]]
     assert parts[1].tolist() == [[2, 3, 4, 5], [10, 11, 12, 13]]

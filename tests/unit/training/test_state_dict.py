@@ -1,13 +1,10 @@
 """Weights are put into the model, and the optimizer's own copies of them are left to the optimizer's state."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
 from common.errors import KitError
-from common.training.state.contents import load_chunks
+from common.training.checkpointing.state_dict import load_model_state_dict
 
 
 class MasterWeights:
@@ -22,22 +19,18 @@ class MasterWeights:
             copy.copy_(p.data)
 
 
-def training_state(model: torch.nn.Module) -> Any:
-    return SimpleNamespace(model=[model], optimizer=MasterWeights(model))
-
-
 def test_the_model_is_loaded_and_the_master_weights_keep_every_bit() -> None:
     source, target = (torch.nn.Linear(2, 3, dtype=torch.bfloat16) for _ in range(2))
-    both = training_state(target)
-    load_chunks(both, {"model": source.state_dict()})
+    optimizer = MasterWeights(target)
+    load_model_state_dict([target], {"model": source.state_dict()})
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
-    assert all((copy == torch.tensor(1 / 3)).all() for copy in both.optimizer.copies)
+    assert all((copy == torch.tensor(1 / 3)).all() for copy in optimizer.copies)
 
 
 def test_a_weight_too_few_or_too_many_is_an_error_and_extra_state_is_not() -> None:
     model = torch.nn.Linear(2, 3)
     whole = model.state_dict()
-    load_chunks(training_state(model), {"model": {**whole, "layer._extra_state": None}})
+    load_model_state_dict([model], {"model": {**whole, "layer._extra_state": None}})
     for wrong in ({"weight": whole["weight"]}, {**whole, "other": whole["bias"]}):
         with pytest.raises(KitError, match="bias|other"):
-            load_chunks(training_state(model), {"model": wrong})
+            load_model_state_dict([model], {"model": wrong})

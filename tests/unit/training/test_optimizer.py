@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common.training.settings import TrainSettings
-from common.training.state.training_state import _parts, apply_settings, build_scheduler, step_in_parts
+from common.training.state.optimizer import _parts, step_in_parts
+from common.training.state.scheduler import build_scheduler, override_checkpoint_settings
 
 
 class CountingAdam(torch.optim.Optimizer):
@@ -99,10 +100,10 @@ def test_the_commands_settings_take_the_place_of_a_checkpoints_and_what_changed_
     saved = {"max_lr": 5e-3, "min_lr": 1e-4, "eps": 1e-8, "betas": [0.9, 0.95], "lr": 5e-3, "weight_decay": 0.0}
     optimizer = SimpleNamespace(param_groups=[dict(saved), dict(saved)])
     chosen = settings()
-    training_state: Any = SimpleNamespace(optimizer=optimizer, scheduler=build_scheduler(optimizer, chosen, 160))
-    assert apply_settings(training_state, chosen) == [
+    scheduler = build_scheduler(optimizer, chosen, 160)
+    assert override_checkpoint_settings(optimizer, scheduler, chosen) == [
         "LR 0.005 -> 0.001", "ADAM_BETA1, ADAM_BETA2 (0.9, 0.95) -> (0.9, 0.999)",
     ]  # fmt: skip
     for group in optimizer.param_groups:
         assert (group["max_lr"], group["betas"]) == (1e-3, (0.9, 0.999)) and group["lr"] == pytest.approx(1e-3)
-    assert apply_settings(training_state, chosen) == []
+    assert override_checkpoint_settings(optimizer, scheduler, chosen) == []
