@@ -20,7 +20,7 @@ from common.log import logger
 from common.mcore import OPTIMIZER_SHARDING
 from common.training.checkpointing.optimizer_state import initialize_optimizer_state, load_param_groups
 from common.training.checkpointing.save_torch import rank_dir
-from common.training.checkpointing.shards import TensorShard, optimizer_shards, weight_shards
+from common.training.checkpointing.shards import StateShard, optimizer_shards, weight_shards
 from common.training.checkpointing.state_dict import (
     has_same_layout,
     legacy_state_dict,
@@ -106,7 +106,7 @@ def _resume_torch_dist(plan: Plan, training_state: TrainingState, checkpoint: Ch
     }
 
 
-def load_shards(shards: Iterable[TensorShard], reader: DistReader) -> None:
+def load_shards(shards: Iterable[StateShard], reader: DistReader) -> None:
     """Fills the tensors of `shards`; raises KitError if the checkpoint does not fit them, or is damaged.
 
     Rows of a padded vocabulary that the checkpoint lacks are not changed.
@@ -125,7 +125,7 @@ def load_shards(shards: Iterable[TensorShard], reader: DistReader) -> None:
 
 
 @torch.no_grad()
-def _load_shard(shard: TensorShard, reader: DistReader) -> int:
+def _load_shard(shard: StateShard, reader: DistReader) -> int:
     """The number of bytes that were read."""
     stored = reader.tensors.get(shard.key)
     shape = stored.shape if stored else None

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from common.checkpoint.formats.dist_share import Block, Share, write_share
 from common.checkpoint.io.lazy import LazyTensor
-from common.training.checkpointing.shards import TensorShard
+from common.training.checkpointing.shards import StateShard
 from common.training.checkpointing.staging import StagingBuffer, iter_blocks
 from common.training.checkpointing.state_dict import RankStateDict
 from common.training.launching.hang_detector import Heartbeat
@@ -32,7 +32,7 @@ class TorchDistWriter:
         self._share: Share | None = None
         self._error: Exception | None = None
 
-    def allocate_staging(self, shards: list[TensorShard]) -> None:
+    def allocate_staging(self, shards: list[StateShard]) -> None:
         """Starts to allocate, in a thread, the memory that `write` stages `shards` in."""
         tensors, device = [shard.tensor for shard in shards], torch.cuda.current_device()
 
@@ -92,7 +92,7 @@ class TorchDistWriter:
         return self._share
 
 
-def _blocks(shards: list[TensorShard]) -> list[Block]:
+def _blocks(shards: list[StateShard]) -> list[Block]:
     return [
         Block(each.key, each.global_shape, each.place.offsets, LazyTensor(each.place.sizes, each.tensor.dtype, tuple))
         for each in shards

@@ -24,7 +24,7 @@ STATES = (MASTER, "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class TensorShard:
+class StateShard:
     """A contiguous part of a rank's state, and its place in a tensor of the checkpoint."""
 
     key: str
@@ -37,7 +37,7 @@ class TensorShard:
 
 def weight_shards(
     training_state: TrainingState, sharded_state_dict: dict[str, Any], *, own: bool
-) -> Iterator[TensorShard]:
+) -> Iterator[StateShard]:
     """The weights of this rank's chunks; `own`: only what lies in this data-parallel rank's share.
 
     sharded_state_dict: from `state_dict.sharded_model_state_dict`.
@@ -52,7 +52,7 @@ def weight_shards(
         yield from _shards(sharded, param.detach().view(-1)[start:end], start, sharded.key)
 
 
-def optimizer_shards(training_state: TrainingState, sharded_state_dict: dict[str, Any]) -> Iterator[TensorShard]:
+def optimizer_shards(training_state: TrainingState, sharded_state_dict: dict[str, Any]) -> Iterator[StateShard]:
     """Master weights and moments of this rank, not copied; they must exist, as after the first step."""
     sharded_tensors = {sharded.data: sharded for sharded in _sharded_tensors(sharded_state_dict)}
     for param, (optimizer, (start, _)) in _param_ranges(training_state).items():
@@ -90,7 +90,7 @@ def _sharded_tensors(sharded_state_dict: dict[str, Any]) -> list[Any]:
     return [each for chunk in sharded_state_dict.values() for each in nested_values(chunk) if isinstance(each, kinds)]
 
 
-def _shards(sharded: Any, flat: Tensor, start: int, key: str) -> Iterator[TensorShard]:
+def _shards(sharded: Any, flat: Tensor, start: int, key: str) -> Iterator[StateShard]:
     """`flat`, elements [start, start + n) of the parameter of `sharded`, in the tensors that it is saved as."""
     end = start + flat.numel()
     for stored, first in _stored_tensors(replace(sharded, key=key)):
@@ -104,7 +104,7 @@ def _shards(sharded: Any, flat: Tensor, start: int, key: str) -> Iterator[Tensor
             place = Rectangle((*offsets[:stacked], *(o + b for o, b in local)), (1,) * stacked + block.sizes)
             tensor = flat[at : at + block.numel].view(place.sizes)
             is_main = _is_main_replica(stored.replica_id)
-            yield TensorShard(
+            yield StateShard(
                 stored.key, tuple(stored.global_shape), place, tensor, is_main, stored.allow_shape_mismatch
             )
             at += block.numel

@@ -15,7 +15,7 @@ from common.training.checkpointing.optimizer_state import (
     initialize_optimizer_state,
     param_groups_to_save,
 )
-from common.training.checkpointing.shards import TensorShard, optimizer_shards, weight_shards
+from common.training.checkpointing.shards import StateShard, optimizer_shards, weight_shards
 from common.training.launching.process_group import random_state, restore_random_state
 from common.training.planning.plan import Plan, Progress
 from common.training.state.fp8_state import fp8_state, has_fp8_state, restore_fp8_state
@@ -28,7 +28,7 @@ LAYOUT = ("tp", "pp", "vpp", "cp", "dp")
 class RankStateDict:
     """What a rank writes to a torch_dist checkpoint, and what is written once for all ranks."""
 
-    shards: list[TensorShard]
+    shards: list[StateShard]
     objects: dict[str, Any]  # by Megatron-Core's keys of sharded objects
     common: dict[str, Any]
 
@@ -50,7 +50,7 @@ def generate_state_dict(plan: Plan, training_state: TrainingState, progress: Pro
     return RankStateDict(shards, objects, common)
 
 
-def shards_to_save(plan: Plan, training_state: TrainingState) -> list[TensorShard]:
+def shards_to_save(plan: Plan, training_state: TrainingState) -> list[StateShard]:
     """The shards of weights and optimizer that this rank writes; the optimizer must have its state."""
     sharded_state_dict = sharded_model_state_dict(training_state.model)
     shards = list(weight_shards(training_state, sharded_state_dict, own=True))

@@ -103,7 +103,7 @@ def describe_non_finite(
     loss_ranks = [rank for rank, (starts, _) in enumerate(ranks) if starts]
     gradient_ranks = [rank for rank, (_, finite) in enumerate(ranks) if not finite]
     last = consumed_samples + plan.settings.global_batch_size - 1
-    where = f"samples {consumed_samples} to {last}, of which each micro-batch's loss is finite"
+    where = f"samples {consumed_samples} to {last}, all with a finite loss"
     if samples:
         where = f"the loss is not finite on rank {listed(loss_ranks)}, in samples {listed(samples)}"
     return f"gradient norm {grad_norm:g}: {where}; gradients are not finite on rank {listed(gradient_ranks)}"
