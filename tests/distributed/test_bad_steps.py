@@ -82,4 +82,4 @@ def test_steps_above_skip_grad_norm_are_counted_and_skipped(poisoned: Path) -> N
     given = settings(poisoned, "spikes", **own, TRAIN_ITERS=4, EPOCHS="")
     log = step3({**given, "SKIP_GRAD_NORM": 1e-3, "MAX_BAD_STEPS": 0, "LR": 0.1}, poisoned / "spikes.log")
     assert len(re.findall(r"skipped: the gradient norm \S+ is above SKIP_GRAD_NORM=0.001", log)) == 4
-    assert "(4 skipped)" in log and "weights are not finite" not in log
+    assert "(4 skipped in all)" in log and "weights are not finite" not in log
