@@ -7,7 +7,8 @@ import argparse
 import logging
 import os
 
-from common import errors, log, mcore
+from common import errors, log
+from common.engine import installation
 from common.errors import KitError
 from common.log import logger
 from common.platforms import check_machine, current
@@ -30,7 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     log.setup()
     settings = from_namespace(TrainSettings, arguments)
-    mcore.check_origin()
+    installation.check_origin()
     signals.hold()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         train(settings)
@@ -44,7 +45,7 @@ def train(settings: TrainSettings) -> None:
     requests = signals.listen_in_rank()
     platform = current()
     log.quiet_libraries()
-    mcore.prepare(platform)
+    installation.prepare(platform)
     if settings.deterministic:
         determinism.apply()
     logger.setLevel(logging.WARNING)  # the process that started this one has told what the plan is

@@ -9,7 +9,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common.mcore import chunk_place, first_and_last_differ, single_qkv_rope, weight_gradient_fusion
+from common.engine.patches import single_qkv_rope, weight_gradient_fusion
+from common.engine.pipeline_layers import first_and_last_differ
+from common.engine.transformer_engine import fp8_options
+from common.engine.versions import installed_engine
 from common.model.kernels.selection import Kernels, choose_kernels, with_working_kernels
 from common.model.layers.gated_mlp import use
 from common.model.layers.gpt import QwenModel
@@ -20,7 +23,6 @@ from common.model.shape.options import ModelOptions
 from common.model.shape.rope import yarn_frequencies
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
-from common.te import fp8_options
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -139,7 +141,7 @@ def _chunk(
 ) -> torch.nn.Module:
     chunk = index * sizes.pp + parallel_state.get_pipeline_model_parallel_rank()
     num_layers = qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers)[chunk]
-    first, last, more = chunk_place(index, sizes.vpp)
+    first, last, more = installed_engine().chunk_place(index, sizes.vpp)
     model = QwenModel(
         num_tokens=qwen.vocab_size,
         loss_kernels=kernels.loss,

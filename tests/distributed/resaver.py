@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from common import errors, train
-from common.mcore import OPTIMIZER_SHARDING, content_metadata, save_options
+from common.engine.dist_checkpointing import OPTIMIZER_SHARDING, content_metadata, save_options
 from common.training.checkpointing import load
 from common.training.checkpointing.state_dict import describe_run, sharded_model_state_dict, sharded_object
 from common.training.launching.process_group import random_state

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from common.mcore import make_optimizer_state
+from common.engine.optimizer import make_optimizer_state
 from common.training.state.optimizer import distributed_optimizers
 from common.training.state.training_state import TrainingState
 

@@ -6,9 +6,15 @@ from typing import Any
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from common.engine.dist_checkpointing import (
+    OPTIMIZER_SHARDING,
+    content_metadata,
+    save_options,
+    sharded_optimizer_state,
+)
+from common.engine.versions import installed_engine
 from common.errors import KitError
 from common.log import logger
-from common.mcore import OPTIMIZER_SHARDING, chunk_place, content_metadata, save_options, sharded_optimizer_state
 from common.model.build import unwrap
 from common.training.checkpointing.optimizer_state import (
     ensure_optimizer_state,
@@ -89,7 +95,7 @@ def sharded_model_state_dict(model: list[Any]) -> dict[str, Any]:
     keys, metadata = model_keys(len(model)), content_metadata(OPTIMIZER_SHARDING)
     state_dict = {}
     for index, (key, chunk) in enumerate(zip(keys, model, strict=True)):
-        chunk_place(index, len(keys))
+        installed_engine().chunk_place(index, len(keys))
         sharded = unwrap(chunk).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
         state_dict[key] = {name: value for name, value in sharded.items() if not name.endswith("_extra_state")}
     return state_dict

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from common.data.dataset.batches import Batch
+from common.engine.optimizer import clip_gradients
 from common.log import listed
-from common.mcore import clip_gradients
 from common.training.loop.forward_step import forward_backward, sum_reporting_losses
 from common.training.planning.plan import Plan
 from common.training.state.optimizer import distributed_optimizers

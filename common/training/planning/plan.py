@@ -12,9 +12,10 @@ from common.checkpoint.verification.harmless import check_harmless
 from common.data.dataset.blend import BlendedSamples
 from common.data.dataset.order import order_name
 from common.data.dataset.samples import Samples
+from common.engine.dist_checkpointing import check_optimizer_sharding
+from common.engine.installation import check_installed
 from common.errors import KitError
 from common.log import logger
-from common.mcore import check_installed, check_optimizer_sharding
 from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform

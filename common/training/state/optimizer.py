@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+from common.engine.transformer_engine import optimizer_state_options
 from common.log import logger
-from common.te import optimizer_state_options
 from common.training.settings import TrainSettings
 from common.training.state.optimizer_offload import OffloadedState, check_host_memory, released_gradients
 

@@ -7,7 +7,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from common.mcore import mend_training
+from common.engine.patches import mend_training
 from common.model.build import ModelOptions, build_model
 from common.training.launching.hang_detector import Heartbeat
 from common.training.planning.plan import Plan
