@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common.checkpoint.formats.layout import iteration_dir, read_tracker
+from common.checkpoint.formats.checkpoint_paths import iteration_dir, read_tracker
 from common.data.dataset.batches import Batch, Batches
 from common.data.dataset.samples import Samples
 from common.errors import leave_word

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from common.checkpoint.formats.layout import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
+from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 from common.checkpoint.formats.mapping import rename_parameters
-from common.checkpoint.formats.torch_dist import DistReader
+from common.checkpoint.formats.torch_dist_reader import TorchDistReader
 from common.checkpoint.formats.torch_format import load_rank_file
-from common.checkpoint.io.rectangles import Rectangle
+from common.checkpoint.io.chunks import Chunk
 from common.errors import KitError
 from common.log import logger
 from common.mcore import OPTIMIZER_SHARDING
@@ -42,7 +42,9 @@ READERS = 4  # threads: one alone takes zlib's 1.3 GB/s of checksums, whatever t
 def load_weights(plan: Plan, training_state: TrainingState, checkpoint: Checkpoint) -> None:
     """The weights of `checkpoint` alone, into model and master weights."""
     if checkpoint.format == "torch_dist":
-        load_parts(weight_parts(training_state, model_shards(training_state), own=False), DistReader(checkpoint.path))
+        load_parts(
+            weight_parts(training_state, model_shards(training_state), own=False), TorchDistReader(checkpoint.path)
+        )
     else:
         load_chunks(training_state, _load_rank(plan, checkpoint))
     training_state.optimizer.reload_model_params()  # the float32 master weights are copies
@@ -85,7 +87,7 @@ def _resume_dist(plan: Plan, training_state: TrainingState, checkpoint: Checkpoi
         return state
     initialise_optimizer(training_state)
     load_groups(training_state, common["optimizer"]["optimizer"]["param_groups"])
-    reader, shards = DistReader(checkpoint.path), model_shards(training_state)
+    reader, shards = TorchDistReader(checkpoint.path), model_shards(training_state)
     load_parts(
         itertools.chain(weight_parts(training_state, shards, own=False), optimizer_state_parts(training_state, shards)),
         reader,
@@ -94,7 +96,7 @@ def _resume_dist(plan: Plan, training_state: TrainingState, checkpoint: Checkpoi
     return {**common, **{each.key: reader.object(each.unique_key) for each in objects}}
 
 
-def load_parts(parts: Iterable[Part], reader: DistReader) -> None:
+def load_parts(parts: Iterable[Part], reader: TorchDistReader) -> None:
     """Fills the tensors of `parts`; raises KitError where the checkpoint has not what fits them, or is damaged.
 
     The rows of a padded vocabulary that the checkpoint has not stay as they are.
@@ -113,7 +115,7 @@ def load_parts(parts: Iterable[Part], reader: DistReader) -> None:
 
 
 @torch.no_grad()
-def _load_part(part: Part, reader: DistReader) -> int:
+def _load_part(part: Part, reader: TorchDistReader) -> int:
     """The number of bytes that were read."""
     stored = reader.tensors.get(part.key)
     found = stored.shape if stored else None
@@ -122,9 +124,9 @@ def _load_part(part: Part, reader: DistReader) -> int:
             f"{reader.path} has {part.key} of shape {list(found) if found else 'none'}, and this model needs"
             f" {list(part.global_shape)}: check config.json, TP, PP, VPP and TRANSFORMER_IMPL"
         )
-    place, num_bytes = part.place.common(Rectangle((0,) * len(found), found)) if found else part.place, 0
+    place, num_bytes = part.place.overlap(Chunk((0,) * len(found), found)) if found else part.place, 0
     if place is not None:
-        inner = part.tensor[place.within(part.place)]
+        inner = part.tensor[place.slices_in(part.place)]
         for at, values, checksum in reader.blocks(part.key, place):
             if checksum:
                 checksum.take(values)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from common.checkpoint.formats.dist_share import Share, write_rest
-from common.checkpoint.formats.layout import iteration_dir, write_tracker
+from common.checkpoint.formats.checkpoint_paths import iteration_dir, write_tracker
+from common.checkpoint.formats.torch_dist_writer import RankWriteResults, finish_checkpoint
 from common.log import logger
 from common.training.launching.hang_detector import Heartbeat
 from common.training.launching.process_group import Meeting, errors_of_ranks
@@ -121,14 +121,14 @@ class Store:
         if writing is None or not (wait or self.meeting.all_are(writing.writer.is_done)):
             return writing is None
         self._writing, writer = None, writing.writer
-        shares: list[Share] = []
+        shares: list[RankWriteResults] = []
         if not self._done(lambda: shares.append(writer.result()), writing.partial, meet=writer.asynchronous):
             return False
         shares = self.meeting.gather(shares[0])
 
         def complete() -> None:
             if self.folder:
-                write_rest(writing.partial, shares, writing.common)
+                finish_checkpoint(writing.partial, shares, writing.common)
 
         if not self._done(complete, writing.partial):
             return False

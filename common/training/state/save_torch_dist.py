@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.checkpoint.formats.dist_share import Block, Share, write_share
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.formats.torch_dist_writer import RankWriteResults, TensorShard, write_data_file
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.training.launching.hang_detector import Heartbeat
 from common.training.state.shards import Part
 from common.training.state.staging import HostCopy, blocks_of
@@ -38,7 +38,7 @@ class ShareWriter:
         self.host = HostCopy()
         self._thread: threading.Thread | None = None
         self._preparing: threading.Thread | None = None
-        self._share: Share | None = None
+        self._share: RankWriteResults | None = None
         self._error: Exception | None = None
 
     def prepare(self, parts: list[Part]) -> None:
@@ -67,7 +67,7 @@ class ShareWriter:
         objects = {key: _saved(value) for key, value in content.objects.items()}
         if not self.asynchronous:
             tensors = [part.tensor for part in content.parts]
-            self._share = write_share(
+            self._share = write_data_file(
                 path, _blocks(content.parts), objects, blocks_of(tensors), lambda size: self.heartbeat.beat("saving")
             )
             return
@@ -76,7 +76,7 @@ class ShareWriter:
 
         def write() -> None:
             try:
-                self._share = write_share(path, blocks, objects, blocks_of(copies))
+                self._share = write_data_file(path, blocks, objects, blocks_of(copies))
             except Exception as error:  # raised by `result`, in the thread that trains
                 self._error = error
 
@@ -88,7 +88,7 @@ class ShareWriter:
         """Whether this rank's share is written, or has failed."""
         return self._thread is None or not self._thread.is_alive()
 
-    def result(self) -> Share:
+    def result(self) -> RankWriteResults:
         """What was written, when it is; raises what went wrong."""
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(1)
@@ -100,9 +100,11 @@ class ShareWriter:
         return self._share
 
 
-def _blocks(parts: list[Part]) -> list[Block]:
+def _blocks(parts: list[Part]) -> list[TensorShard]:
     return [
-        Block(part.key, part.global_shape, part.place.offsets, LazyTensor(part.place.sizes, part.tensor.dtype, tuple))
+        TensorShard(
+            part.key, part.global_shape, part.place.offsets, LazyTensor(part.place.sizes, part.tensor.dtype, tuple)
+        )
         for part in parts
     ]
 

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from common.checkpoint.io.rectangles import Rectangle, rectangles
+from common.checkpoint.io.chunks import Chunk, chunks_of_range
 from common.training.state.training_state import TrainingState, optimizer_parts
 
 MASTER = "param"  # the master weights' name in a checkpoint, beside exp_avg and exp_avg_sq
@@ -28,7 +28,7 @@ class Part:
 
     key: str
     global_shape: tuple[int, ...]
-    place: Rectangle
+    place: Chunk
     tensor: Tensor  # of the place's sizes
     saved_here: bool  # else another tensor- or pipeline-parallel rank has the same and saves it
     padded: bool  # whether the checkpoint's tensor may be smaller, as a vocabulary that is padded for other TP is
@@ -94,11 +94,11 @@ def _parts(sharded: Any, flat: Tensor, start: int, key: str) -> Iterator[Part]:
         shape = tuple(stored.local_shape)
         begin = max(start, first)
         at = begin - start
-        for block in rectangles(shape, begin - first, min(end, first + stored.data.numel()) - first):
+        for block in chunks_of_range(shape, begin - first, min(end, first + stored.data.numel()) - first):
             offsets = tuple(stored.global_offset)
             stacked = stored.prepend_axis_num
             local = zip(offsets[stacked:], block.offsets, strict=True)
-            place = Rectangle((*offsets[:stacked], *(o + b for o, b in local)), (1,) * stacked + block.sizes)
+            place = Chunk((*offsets[:stacked], *(o + b for o, b in local)), (1,) * stacked + block.sizes)
             tensor = flat[at : at + block.numel].view(place.sizes)
             saved = _first_replica(stored.replica_id)
             yield Part(stored.key, tuple(stored.global_shape), place, tensor, saved, stored.allow_shape_mismatch)
