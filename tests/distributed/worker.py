@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from common import log
-from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.engine.installation import prepare
 from common.model.shape.config import load_config
 from common.parallel import ParallelSizes

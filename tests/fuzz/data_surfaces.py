@@ -18,7 +18,7 @@ from backports import zstd as zstd_file
 from safetensors.torch import load, save_file
 from tokenizers import AddedToken
 
-from common.checkpoint.conversion.streams import hf_shapes
+from common.checkpoint.conversion.state_dict_adapter import hf_shapes
 from common.checkpoint.formats.hf_folder import INDEX, SINGLE, HfReader, check_weights
 from common.data.dataset.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, open_tokens
 from common.data.dataset.token_ids import scan

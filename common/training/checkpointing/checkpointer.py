@@ -14,8 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from common.checkpoint.formats.dist_share import Share, write_rest
-from common.checkpoint.formats.layout import iteration_dir, write_tracker
+from common.checkpoint.formats.checkpoint_paths import iteration_dir, write_tracker
+from common.checkpoint.formats.torch_dist_writer import RankWriteResults, finish_checkpoint
 from common.log import logger
 from common.training.checkpointing.optimizer_state import has_optimizer_state
 from common.training.checkpointing.retention import Retention
@@ -99,14 +99,14 @@ class Checkpointer:
         if pending is None or not (wait or self.meeting.all_are(pending.writer.is_done)):
             return pending is None
         self._pending, writer = None, pending.writer
-        shares: list[Share] = []
-        if not self._try(lambda: shares.append(writer.result()), pending.partial, wait_for_ranks=writer.async_save):
+        results: list[RankWriteResults] = []
+        if not self._try(lambda: results.append(writer.result()), pending.partial, wait_for_ranks=writer.async_save):
             return False
-        shares = self.meeting.gather(shares[0])
+        results = self.meeting.gather(results[0])
 
         def write_metadata() -> None:
             if self.folder:
-                write_rest(pending.partial, shares, pending.common)
+                finish_checkpoint(pending.partial, results, pending.common)
 
         if not self._try(write_metadata, pending.partial):
             return False

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from common.checkpoint.formats.layout import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
+from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 from common.checkpoint.formats.mapping import rename_parameters
-from common.checkpoint.formats.torch_dist import DistReader
+from common.checkpoint.formats.torch_dist_reader import TorchDistReader
 from common.checkpoint.formats.torch_format import load_rank_file
-from common.checkpoint.io.rectangles import Rectangle
+from common.checkpoint.io.chunks import Chunk
 from common.engine.dist_checkpointing import OPTIMIZER_SHARDING
 from common.errors import KitError
 from common.log import logger
@@ -53,7 +53,7 @@ def load_weights(plan: Plan, training_state: TrainingState, checkpoint: Checkpoi
     """Loads the weights of `checkpoint` into the model and the master weights."""
     if checkpoint.format == "torch_dist":
         sharded_state_dict = sharded_model_state_dict(training_state.model)
-        load_shards(weight_shards(training_state, sharded_state_dict, own=False), DistReader(checkpoint.path))
+        load_shards(weight_shards(training_state, sharded_state_dict, own=False), TorchDistReader(checkpoint.path))
     else:
         load_model_state_dict(training_state.model, _load_rank_file(plan, checkpoint))
     training_state.optimizer.reload_model_params()  # the float32 master weights are copies
@@ -96,7 +96,7 @@ def _resume_torch_dist(plan: Plan, training_state: TrainingState, checkpoint: Ch
         return state_dict
     initialize_optimizer_state(training_state)
     load_param_groups(training_state, common["optimizer"]["optimizer"]["param_groups"])
-    reader, sharded_state_dict = DistReader(checkpoint.path), sharded_model_state_dict(training_state.model)
+    reader, sharded_state_dict = TorchDistReader(checkpoint.path), sharded_model_state_dict(training_state.model)
     weights = weight_shards(training_state, sharded_state_dict, own=False)
     load_shards(itertools.chain(weights, optimizer_shards(training_state, sharded_state_dict)), reader)
     objects = sharded_objects(plan, training_state) if same_layout else []
@@ -106,7 +106,7 @@ def _resume_torch_dist(plan: Plan, training_state: TrainingState, checkpoint: Ch
     }
 
 
-def load_shards(shards: Iterable[StateShard], reader: DistReader) -> None:
+def load_shards(shards: Iterable[StateShard], reader: TorchDistReader) -> None:
     """Fills the tensors of `shards`; raises KitError if the checkpoint does not fit them, or is damaged.
 
     Rows of a padded vocabulary that the checkpoint lacks are not changed.
@@ -125,7 +125,7 @@ def load_shards(shards: Iterable[StateShard], reader: DistReader) -> None:
 
 
 @torch.no_grad()
-def _load_shard(shard: StateShard, reader: DistReader) -> int:
+def _load_shard(shard: StateShard, reader: TorchDistReader) -> int:
     """The number of bytes that were read."""
     stored = reader.tensors.get(shard.key)
     shape = stored.shape if stored else None
@@ -136,9 +136,9 @@ def _load_shard(shard: StateShard, reader: DistReader) -> int:
             f"{reader.path} has {shard.key} of shape {list(shape) if shape else 'none'}, and this model needs"
             f" {list(shard.global_shape)}: check config.json, TP, PP, VPP and TRANSFORMER_IMPL"
         )
-    place, num_bytes = shard.place.common(Rectangle((0,) * len(shape), shape)) if shape else shard.place, 0
+    place, num_bytes = shard.place.overlap(Chunk((0,) * len(shape), shape)) if shape else shard.place, 0
     if place is not None:
-        inner = shard.tensor[place.within(shard.place)]
+        inner = shard.tensor[place.slices_in(shard.place)]
         for at, values, checksum in reader.blocks(shard.key, place):
             if checksum:
                 checksum.take(values)

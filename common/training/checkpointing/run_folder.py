@@ -7,9 +7,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from common.checkpoint.formats.layout import list_iterations
+from common.checkpoint.formats.checkpoint_paths import list_iterations
+from common.checkpoint.formats.checkpoint_size import checkpoint_bytes
 from common.checkpoint.formats.model_files import model_files
-from common.checkpoint.formats.size import checkpoint_bytes
 from common.data.dataset.indexed import sync
 from common.errors import KitError
 from common.log import logger

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from common.checkpoint.formats.arguments import megatron_arguments
-from common.checkpoint.formats.layout import MODEL_FILE, OPTIMIZER_FILE, rank_dir_name
-from common.checkpoint.formats.pipeline import Layout
+from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, OPTIMIZER_FILE, rank_dir_name
+from common.checkpoint.formats.megatron_args import megatron_arguments
+from common.checkpoint.formats.parallel_layout import ParallelLayout
 from common.data.dataset.indexed import sync
 from common.model.build import unwrap
 from common.training.checkpointing.optimizer_state import ensure_optimizer_state, param_groups_to_save
@@ -45,7 +45,7 @@ def save_torch(
     target = rank_dir(folder)
     is_main_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     sizes = plan.sizes
-    layout = Layout(sizes.tp, sizes.pp, sizes.vpp, plan.transformer_impl, sizes.pipeline_layers)
+    layout = ParallelLayout(sizes.tp, sizes.pp, sizes.vpp, plan.transformer_impl, sizes.pipeline_layers)
     state: dict[str, Any] = {
         "args": megatron_arguments(plan.qwen, layout),
         "checkpoint_version": 3.0,

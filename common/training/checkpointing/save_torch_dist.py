@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.checkpoint.formats.dist_share import Block, Share, write_share
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.formats.torch_dist_writer import RankWriteResults, TensorShard, write_data_file
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.training.checkpointing.shards import StateShard
 from common.training.checkpointing.staging import StagingBuffer, iter_blocks
 from common.training.checkpointing.state_dict import RankStateDict
@@ -29,7 +29,7 @@ class TorchDistWriter:
         self.staging = StagingBuffer()
         self._thread: threading.Thread | None = None
         self._allocation: threading.Thread | None = None
-        self._share: Share | None = None
+        self._results: RankWriteResults | None = None
         self._error: Exception | None = None
 
     def allocate_staging(self, shards: list[StateShard]) -> None:
@@ -53,22 +53,22 @@ class TorchDistWriter:
             self._allocation = None
             if self._error:
                 raise self._error
-        self._share, self._error = None, None
+        self._results, self._error = None, None
         path = folder / f"__{dist.get_rank()}_0.distcp"
         objects = {key: _serialize(value) for key, value in state_dict.objects.items()}
         tensors = [shard.tensor for shard in state_dict.shards]
         if not self.async_save:
-            self._share = write_share(
-                path, _blocks(state_dict.shards), objects, iter_blocks(tensors),
+            self._results = write_data_file(
+                path, _tensor_shards(state_dict.shards), objects, iter_blocks(tensors),
                 lambda size: self.heartbeat.beat("saving"),
             )  # fmt: skip
             return
         copies = self.staging.stage(tensors)
-        blocks = _blocks(state_dict.shards)  # without the tensors themselves
+        tensor_shards = _tensor_shards(state_dict.shards)  # without the tensors themselves
 
         def write() -> None:
             try:
-                self._share = write_share(path, blocks, objects, iter_blocks(copies))
+                self._results = write_data_file(path, tensor_shards, objects, iter_blocks(copies))
             except Exception as error:  # raised by `result`, in the training thread
                 self._error = error
 
@@ -80,7 +80,7 @@ class TorchDistWriter:
         """Whether this rank's file is written, or has failed."""
         return self._thread is None or not self._thread.is_alive()
 
-    def result(self) -> Share:
+    def result(self) -> RankWriteResults:
         """What was written; blocks until the file is complete, and raises the error of its thread."""
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(1)
@@ -88,13 +88,15 @@ class TorchDistWriter:
         self._thread = None
         if self._error is not None:
             raise self._error
-        assert self._share is not None
-        return self._share
+        assert self._results is not None
+        return self._results
 
 
-def _blocks(shards: list[StateShard]) -> list[Block]:
+def _tensor_shards(shards: list[StateShard]) -> list[TensorShard]:
     return [
-        Block(each.key, each.global_shape, each.place.offsets, LazyTensor(each.place.sizes, each.tensor.dtype, tuple))
+        TensorShard(
+            each.key, each.global_shape, each.place.offsets, LazyTensor(each.place.sizes, each.tensor.dtype, tuple)
+        )
         for each in shards
     ]
 

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from common.checkpoint.io.rectangles import Rectangle, rectangles
+from common.checkpoint.io.chunks import Chunk, chunks_of_range
 from common.training.state.optimizer import distributed_optimizers
 from common.training.state.training_state import TrainingState
 
@@ -29,7 +29,7 @@ class StateShard:
 
     key: str
     global_shape: tuple[int, ...]
-    place: Rectangle
+    place: Chunk
     tensor: Tensor  # of the place's sizes
     is_main_replica: bool  # else another tensor- or pipeline-parallel rank saves the same data
     allow_shape_mismatch: bool  # the checkpoint's tensor may be smaller: a vocabulary padded for another TP
@@ -97,11 +97,11 @@ def _shards(sharded: Any, flat: Tensor, start: int, key: str) -> Iterator[StateS
         shape = tuple(stored.local_shape)
         begin = max(start, first)
         at = begin - start
-        for block in rectangles(shape, begin - first, min(end, first + stored.data.numel()) - first):
+        for block in chunks_of_range(shape, begin - first, min(end, first + stored.data.numel()) - first):
             offsets = tuple(stored.global_offset)
             stacked = stored.prepend_axis_num
             local = zip(offsets[stacked:], block.offsets, strict=True)
-            place = Rectangle((*offsets[:stacked], *(o + b for o, b in local)), (1,) * stacked + block.sizes)
+            place = Chunk((*offsets[:stacked], *(o + b for o, b in local)), (1,) * stacked + block.sizes)
             tensor = flat[at : at + block.numel].view(place.sizes)
             is_main = _is_main_replica(stored.replica_id)
             yield StateShard(

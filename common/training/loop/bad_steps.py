@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common.checkpoint.formats.layout import iteration_dir, read_tracker
+from common.checkpoint.formats.checkpoint_paths import iteration_dir, read_tracker
 from common.training.launching.process_group import fail_together
 from common.training.loop.progress_bar import log_beside_bar
 from common.training.loop.train_step import StepResult

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from common.checkpoint.formats.layout import Checkpoint, find_checkpoint
-from common.checkpoint.formats.origin import check_ranks, description_of
-from common.checkpoint.verification.harmless import check_harmless
+from common.checkpoint.formats.checkpoint_paths import Checkpoint, find_checkpoint
+from common.checkpoint.formats.common_state import check_parallel_sizes, run_metadata
+from common.checkpoint.verification.pickle_scan import check_pickles
 from common.data.dataset.blend import BlendedSamples
 from common.data.dataset.order import order_name
 from common.data.dataset.samples import Samples
@@ -103,7 +103,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     qwen = load_config(start.model_folder)
     check_fit(settings, platform, qwen)
     if start.checkpoint:
-        check_ranks(start.checkpoint, settings.sizes, qwen)
+        check_parallel_sizes(start.checkpoint, settings.sizes, qwen)
     train = valid = None
     progress = progress_of(start)
     if settings.train_or_convert_ckpt == "train":
@@ -129,7 +129,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     # The last, since it takes longest; Megatron-Core has not touched the folder yet. One rank of a node looks: the
     # others wait for it in the process group, which all of them begin, before they read anything.
     if start.checkpoint and os.environ.get("LOCAL_RANK", "0") == "0":
-        check_harmless(start.checkpoint)
+        check_pickles(start.checkpoint)
     return plan
 
 
@@ -137,7 +137,7 @@ def progress_of(start: Start) -> Progress:
     """How far the run is that `start` resumes."""
     if start.kind != "resume" or start.checkpoint is None:
         return Progress()
-    return Progress(**(description_of(start.checkpoint).get("progress") or {}))
+    return Progress(**(run_metadata(start.checkpoint).get("progress") or {}))
 
 
 def was_planned() -> bool:
@@ -152,7 +152,7 @@ def order_of(start: Start) -> str | None:
     """
     if start.kind != "resume" or start.checkpoint is None:
         return None
-    return str((description_of(start.checkpoint).get("data") or {}).get("order", order_name(True)))
+    return str((run_metadata(start.checkpoint).get("data") or {}).get("order", order_name(True)))
 
 
 def check_warmup(plan: Plan) -> None:
@@ -169,7 +169,7 @@ def check_resume(plan: Plan) -> None:
     """Raises KitError unless the run can go on from where the checkpoint's was."""
     checkpoint = plan.start.checkpoint
     assert checkpoint
-    run = description_of(checkpoint)
+    run = run_metadata(checkpoint)
     if not run:
         raise KitError(
             f"{checkpoint.path} was not written by this kit's training, so there is no run to resume: set"

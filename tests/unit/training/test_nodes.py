@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.checkpoint.formats.layout import find_checkpoint, write_tracker
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint, write_tracker
 from common.data.dataset.indexed import IndexedWriter
 from common.platforms.cpu import CPU
 from common.training.launching import nodes

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint.formats.layout import RELEASE, iteration_dir, write_tracker
+from common.checkpoint.formats.checkpoint_paths import RELEASE, iteration_dir, write_tracker
 from common.data.dataset.indexed import IndexedWriter
 from common.errors import KitError
 from common.model.shape.config import load_config

@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 
-from common.checkpoint.formats.pipeline import Layout
+from common.checkpoint.formats.parallel_layout import ParallelLayout
 from common.model.shape.config import QwenConfig
 
 
-def megatron_arguments(qwen: QwenConfig, layout: Layout) -> Namespace:
+def megatron_arguments(qwen: QwenConfig, layout: ParallelLayout) -> Namespace:
     """The arguments of a model of this shape and layout (megatron/training/checkpointing.py, load_args_...)."""
     return Namespace(
         num_layers=qwen.num_hidden_layers,

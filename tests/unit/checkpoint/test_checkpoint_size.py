@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint.formats.mapping import megatron_shape, rows_of
-from common.checkpoint.formats.size import checkpoint_bytes
+from common.checkpoint.formats.checkpoint_size import checkpoint_bytes
+from common.checkpoint.formats.mapping import megatron_shape, param_mappings
 from common.model.shape.config import QwenConfig, parse_config
 from common.model.shape.parameters import num_parameters
 
@@ -22,7 +22,7 @@ def config(name: str) -> QwenConfig:
 def elements(qwen: QwenConfig) -> int:
     """Elements of all Megatron tensors."""
     times = {"layer": qwen.num_hidden_layers}
-    return sum(math.prod(megatron_shape(row, qwen)) * times.get(row.stage, 1) for row in rows_of(qwen))
+    return sum(math.prod(megatron_shape(row, qwen)) * times.get(row.stage, 1) for row in param_mappings(qwen))
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint.formats.arguments import megatron_arguments
-from common.checkpoint.formats.pipeline import Layout
+from common.checkpoint.formats.megatron_args import megatron_arguments
+from common.checkpoint.formats.parallel_layout import ParallelLayout
 from tests.unit.checkpoint.small import write_hf
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_arguments_are_those_of_the_model_and_the_layout(tmp_path: Path, tied: bool) -> None:
     qwen, _ = write_hf(tmp_path, tie_word_embeddings=tied)
-    assert vars(megatron_arguments(qwen, Layout(2, 4, 1, "local"))) == {
+    assert vars(megatron_arguments(qwen, ParallelLayout(2, 4, 1, "local"))) == {
         "num_layers": 4,
         "hidden_size": 8,
         "ffn_hidden_size": 8,
@@ -40,4 +40,4 @@ def test_arguments_are_those_of_the_model_and_the_layout(tmp_path: Path, tied: b
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
     }
-    assert megatron_arguments(qwen, Layout(1, 2, 2, "local")).virtual_pipeline_model_parallel_size == 2
+    assert megatron_arguments(qwen, ParallelLayout(1, 2, 2, "local")).virtual_pipeline_model_parallel_size == 2

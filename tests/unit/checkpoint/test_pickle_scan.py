@@ -20,9 +20,9 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.enums import ModelType
 from torch.distributed.checkpoint import metadata as dcp
 
-from common.checkpoint.formats.layout import Checkpoint
-from common.checkpoint.verification import harmless
-from common.checkpoint.verification.harmless import check_harmless
+from common.checkpoint.formats.checkpoint_paths import Checkpoint
+from common.checkpoint.verification import pickle_scan
+from common.checkpoint.verification.pickle_scan import check_pickles
 from common.errors import KitError
 from tests.unit.checkpoint.opcodes import Runs, archive, named
 
@@ -74,7 +74,7 @@ def change_metadata(checkpoint: Checkpoint, edit: Callable[[Any], object]) -> No
 def test_what_megatron_core_writes_passes_and_is_loaded(tmp_path: Path) -> None:
     arguments = Namespace(model_type=ModelType.encoder_or_decoder, params_dtype=torch.bfloat16, save=Path("/a"))
     checkpoint = write(tmp_path / "iter_0000001", rng_state=RANDOM, common={"run": {"args": arguments, "x": [1, None]}})
-    check_harmless(checkpoint)
+    check_pickles(checkpoint)
     with torch.serialization.safe_globals([Namespace, ModelType, type(Path())]):
         loaded = megatron_loads(checkpoint, "rng_state")
     assert torch.equal(loaded["weight"], torch.arange(8.0)) and loaded["common"]["run"]["args"] == arguments
@@ -86,7 +86,7 @@ def test_code_in_metadata_is_named_and_not_run(where: str, tmp_path: Path) -> No
     checkpoint, proof = write(tmp_path / "iter_0000001"), tmp_path / "ran"
     change_metadata(checkpoint, lambda metadata: setattr(metadata, where, code(proof)))
     with pytest.raises(KitError, match=r"iter_0000001/\.metadata asks for _?io\.open, .*it was not loaded"):
-        check_harmless(checkpoint)
+        check_pickles(checkpoint)
     assert not proof.exists()
     megatron_loads(checkpoint)
     assert proof.exists()  # what would have been
@@ -96,7 +96,7 @@ def test_code_in_an_object_among_the_tensors_is_named_and_not_run(tmp_path: Path
     proof = tmp_path / "ran"
     checkpoint = write(tmp_path / "iter_0000001", rng_state=[{"random_rng_state": code(proof)}])
     with pytest.raises(KitError, match=r"iter_0000001/__0_\d\.distcp asks for _?io\.open, .*it was not loaded"):
-        check_harmless(checkpoint)
+        check_pickles(checkpoint)
     assert not proof.exists()
     megatron_loads(checkpoint, "rng_state")
     assert proof.exists()
@@ -114,10 +114,10 @@ def test_code_in_the_place_of_a_tensor_or_of_the_common_part_is_named(tmp_path: 
 
     change_metadata(checkpoint, move)
     with pytest.raises(KitError, match=r"__0_\d\.distcp asks for posix\.system"):
-        check_harmless(checkpoint)
+        check_pickles(checkpoint)
     (checkpoint.path / "common.pt").write_bytes(whole)
     with pytest.raises(KitError, match=r"common\.pt asks for posix\.system"):
-        check_harmless(checkpoint)
+        check_pickles(checkpoint)
 
 
 def fp8_tensor(value: Any) -> torch.Tensor:
@@ -138,8 +138,8 @@ SCALES = {"scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(16, 3), "e
     fp8_tensor(SCALES), saved(SCALES), saved(SCALES, old=True), torch.empty(0, dtype=torch.uint8), io.BytesIO(), None,
 ])  # fmt: skip
 def test_fp8_state_passes(state: Any, tmp_path: Path) -> None:
-    check_harmless(write(tmp_path / "iter_0000001", **{STATE: state}))
-    check_harmless(rank_files(tmp_path / "torch", {"model": {STATE: state, "weight": torch.ones(2)}}))
+    check_pickles(write(tmp_path / "iter_0000001", **{STATE: state}))
+    check_pickles(rank_files(tmp_path / "torch", {"model": {STATE: state, "weight": torch.ones(2)}}))
 
 
 @pytest.mark.parametrize("how", [fp8_tensor, saved, lambda value: saved(value, old=True)])
@@ -147,9 +147,9 @@ def test_code_in_fp8_state_is_named(how: Callable[[Any], Any], tmp_path: Path) -
     proof = tmp_path / "ran"
     state = how({**SCALES, "recipe": code(proof)})
     with pytest.raises(KitError, match=r"__0_\d\.distcp asks for _?io\.open"):
-        check_harmless(write(tmp_path / "iter_0000001", **{STATE: state}))
+        check_pickles(write(tmp_path / "iter_0000001", **{STATE: state}))
     with pytest.raises(KitError, match=r"mp_rank_00/model_optim_rng\.pt asks for _?io\.open"):
-        check_harmless(rank_files(tmp_path / "torch", {"model": {STATE: state}}))
+        check_pickles(rank_files(tmp_path / "torch", {"model": {STATE: state}}))
     assert not proof.exists()
 
 
@@ -161,7 +161,7 @@ def test_storages_in_fp8_state_are_no_larger_than_what_is_there(tmp_path: Path) 
         value: Any = torch.frombuffer(bytearray(grown), dtype=torch.uint8)
         value = value if isinstance(state, torch.Tensor) else io.BytesIO(grown)
         with pytest.raises(KitError, match="holds an _extra_state that is damaged|calls torch"):
-            check_harmless(write(tmp_path / f"{len(data)}" / "iter_0000001", **{STATE: value}))
+            check_pickles(write(tmp_path / f"{len(data)}" / "iter_0000001", **{STATE: value}))
 
 
 def rank_files(path: Path, state: Any, *optimizers: Any) -> Checkpoint:
@@ -177,11 +177,11 @@ def rank_files(path: Path, state: Any, *optimizers: Any) -> Checkpoint:
 def test_code_in_the_optimizer_of_any_rank_is_named(tmp_path: Path) -> None:
     sound, proof = {0: {(torch.bfloat16, torch.float32): {"param": torch.ones(4)}}}, tmp_path / "ran"
     model = {"model": {"a": torch.ones(2)}, "args": Namespace(kind=ModelType.encoder_or_decoder), "rng_state": RANDOM}
-    check_harmless(rank_files(tmp_path / "sound", model, sound, sound))
+    check_pickles(rank_files(tmp_path / "sound", model, sound, sound))
     with pytest.raises(KitError, match=r"mp_rank_01/distrib_optim\.pt asks for _?io\.open"):
-        check_harmless(rank_files(tmp_path / "second", model, sound, {**sound, "a": code(proof)}))
+        check_pickles(rank_files(tmp_path / "second", model, sound, {**sound, "a": code(proof)}))
     with pytest.raises(KitError, match=r"mp_rank_00/model_optim_rng\.pt asks for _?io\.open"):
-        check_harmless(rank_files(tmp_path / "model", {**model, "args": code(proof)}, sound))
+        check_pickles(rank_files(tmp_path / "model", {**model, "args": code(proof)}, sound))
     assert not proof.exists()
 
 
@@ -203,10 +203,10 @@ def test_files_that_are_not_the_checkpoints_are_refused(tmp_path: Path) -> None:
             lambda found, field=field, value=value: setattr(next(iter(found.storage_data.values())), field, value),
         )
         with pytest.raises(KitError, match=told):
-            check_harmless(checkpoint)
+            check_pickles(checkpoint)
     (checkpoint.path / ".metadata").write_bytes(pickle.dumps(dcp.Metadata({}, None, [1])))
     with pytest.raises(KitError, match="does not tell where its tensors are"):
-        check_harmless(checkpoint)
+        check_pickles(checkpoint)
 
 
 @pytest.mark.parametrize("field", ["sharded_backend", "common_backend"])
@@ -216,10 +216,10 @@ def test_another_backend_is_refused(field: str, tmp_path: Path) -> None:
     path = checkpoint.path / "metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: "zarr"}))
     with pytest.raises(KitError, match=rf"metadata\.json names another {field} than torch"):
-        check_harmless(checkpoint)
+        check_pickles(checkpoint)
     path.write_text("[" * 100_000)
     with pytest.raises(KitError, match=r"metadata\.json is nested deeper than 64"):
-        check_harmless(checkpoint)
+        check_pickles(checkpoint)
 
 
 def test_no_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +234,6 @@ def test_no_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         count[0] += len(data)
         return data
 
-    monkeypatch.setattr(harmless.os, "pread", counted)
-    check_harmless(Checkpoint(tmp_path, path, 1, "torch_dist"))
+    monkeypatch.setattr(pickle_scan.os, "pread", counted)
+    check_pickles(Checkpoint(tmp_path, path, 1, "torch_dist"))
     assert 0 < count[0] < 100_000 < sum(file.stat().st_size for file in path.iterdir()) / 600

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint.formats.layout import (
+from common.checkpoint.formats.checkpoint_paths import (
     Checkpoint,
     find_checkpoint,
     format_of,

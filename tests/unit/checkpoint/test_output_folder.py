@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from common.checkpoint.conversion.target import check_room, check_target, write_whole
+from common.checkpoint.conversion.output_folder import check_room, check_target, write_whole
 from common.errors import KitError
 
 ROOT = Path(__file__).parents[3]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT
-from common.checkpoint.formats.pipeline import Layout, chunks_of, tensors_of, whole_model
+from common.checkpoint.formats.parallel_layout import ParallelLayout, chunks_of, tensors_of, whole_model
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
 
@@ -39,7 +39,7 @@ LAYER = [
 
 def drawn(pp: int, vpp: int, layers: int = 8, each: tuple[int, ...] = ()) -> dict[tuple[int, str], list[int]]:
     """(pipeline rank, chunk's key) to its layers."""
-    found = chunks_of(replace(QWEN, num_hidden_layers=layers), Layout(1, pp, vpp, "local", each))
+    found = chunks_of(replace(QWEN, num_hidden_layers=layers), ParallelLayout(1, pp, vpp, "local", each))
     return {(chunk.pp_rank, chunk.key): list(chunk.layers) for chunk in found}
 
 
@@ -62,15 +62,15 @@ def test_virtual_chunks_go_round_the_stages() -> None:
 
 @pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (2, 4)])
 def test_the_first_and_the_last_chunk_are_one_each(pp: int, vpp: int) -> None:
-    chunks = chunks_of(QWEN, Layout(1, pp, vpp, "local"))
+    chunks = chunks_of(QWEN, ParallelLayout(1, pp, vpp, "local"))
     assert [chunk.first for chunk in chunks] == [True] + [False] * (pp * vpp - 1)
     assert [chunk.last for chunk in chunks] == [False] * (pp * vpp - 1) + [True]
     assert (chunks[0].pp_rank, chunks[-1].pp_rank) == (0, pp - 1)
 
 
 def test_a_chunk_counts_its_layers_from_zero() -> None:
-    first, second = chunks_of(QWEN, Layout(1, 2, 1, "transformer_engine"))
-    te = Layout(1, 2, 1, "transformer_engine")
+    first, second = chunks_of(QWEN, ParallelLayout(1, 2, 1, "transformer_engine"))
+    te = ParallelLayout(1, 2, 1, "transformer_engine")
     names = [f"decoder.layers.{position}.{name}" for position in range(4) for name in LAYER]
     placed = tensors_of(QWEN, te, first)
     assert [each.name for each in placed] == ["embedding.word_embeddings.weight", *names]
@@ -81,7 +81,7 @@ def test_a_chunk_counts_its_layers_from_zero() -> None:
 
 
 def test_local_names_have_norms_of_their_own() -> None:
-    local = Layout(1, 1, 1, "local")
+    local = ParallelLayout(1, 1, 1, "local")
     (chunk,) = chunks_of(QWEN, local)
     names = {each.name for each in tensors_of(QWEN, local, chunk)}
     assert {"decoder.layers.7.input_layernorm.weight", "decoder.layers.7.pre_mlp_layernorm.weight"} <= names
@@ -90,13 +90,13 @@ def test_local_names_have_norms_of_their_own() -> None:
 
 def test_a_tied_model_has_a_copy_of_its_embedding_on_another_last_stage() -> None:
     for pp, vpp in ((2, 1), (2, 2)):
-        layout = Layout(1, pp, vpp, "local")
+        layout = ParallelLayout(1, pp, vpp, "local")
         chunks = chunks_of(TIED, layout)
         rows = [[(each.name, each.row) for each in tensors_of(TIED, layout, chunk)] for chunk in chunks]
         assert rows[-1][-1] == ("output_layer.weight", EMBEDDING)
         assert not any(name == "output_layer.weight" for chunk in rows[:-1] for name, _ in chunk)
-    (only,) = chunks_of(TIED, Layout(1, 1, 1, "local"))
-    assert all(each.name != "output_layer.weight" for each in tensors_of(TIED, Layout(1, 1, 1, "local"), only))
+    (only,) = chunks_of(TIED, ParallelLayout(1, 1, 1, "local"))
+    assert all(each.name != "output_layer.weight" for each in tensors_of(TIED, ParallelLayout(1, 1, 1, "local"), only))
 
 
 def test_each_chunk_may_have_a_number_of_layers_of_its_own() -> None:
@@ -115,7 +115,7 @@ def test_each_chunk_may_have_a_number_of_layers_of_its_own() -> None:
     ("pp", "vpp", "each"), [(1, 1, ()), (2, 1, ()), (2, 4, ()), (8, 1, ()), (3, 1, (3, 3, 2)), (2, 2, (1, 2, 4, 1))]
 )
 def test_every_tensor_lies_in_one_place(qwen: QwenConfig, pp: int, vpp: int, each: tuple[int, ...]) -> None:
-    layout = Layout(1, pp, vpp, "local", each)
+    layout = ParallelLayout(1, pp, vpp, "local", each)
     counted = Counter(
         (each.row, each.layer)
         for chunk in chunks_of(qwen, layout)
@@ -153,7 +153,7 @@ def test_the_whole_model_in_its_order() -> None:
 )
 def test_sizes_that_cannot_be_are_told(sizes: tuple[int, int, int], told: str) -> None:
     with pytest.raises(KitError, match=told):
-        Layout(*sizes, "local").check(QWEN)
+        ParallelLayout(*sizes, "local").check(QWEN)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_sizes_that_cannot_be_are_told(sizes: tuple[int, int, int], told: str) -
 )
 def test_layers_that_are_not_the_models_are_told(each: tuple[int, ...], told: str) -> None:
     with pytest.raises(KitError, match=told):
-        Layout(1, 3, 1, "local", each).check(QWEN)
+        ParallelLayout(1, 3, 1, "local", each).check(QWEN)
 
 
 def test_sizes_that_can_be_pass() -> None:
-    Layout(1, 3, 1, "local", (3, 2, 3)).check(QWEN)
+    ParallelLayout(1, 3, 1, "local", (3, 2, 3)).check(QWEN)
     for sizes in ((1, 1, 1), (2, 8, 1), (2, 2, 4), (1, 4, 2)):
-        Layout(*sizes, "local").check(QWEN)
+        ParallelLayout(*sizes, "local").check(QWEN)

@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.checkpoint.conversion.planning import BASE_MEMORY_BYTES, ExpectedFolder, plan_dist, plan_hf, plan_ranks
-from common.checkpoint.conversion.streams import Source, hf_shapes
-from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT, Row
-from common.checkpoint.formats.pipeline import Layout, chunks_of, tensors_of, whole_model
+from common.checkpoint.conversion.conversion_plan import (
+    BASE_MEMORY_BYTES,
+    ExpectedFolder,
+    plan_dist,
+    plan_hf,
+    plan_ranks,
+)
+from common.checkpoint.conversion.state_dict_adapter import Source, hf_shapes
+from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT, ParamMapping
+from common.checkpoint.formats.parallel_layout import ParallelLayout, chunks_of, tensors_of, whole_model
 from common.checkpoint.io.disk import BLOCK_BYTES
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.errors import KitError
 from common.model.shape.config import QwenConfig, parse_config
 from tests.unit.checkpoint.small import write_hf
@@ -48,16 +54,16 @@ def legal_tp(qwen: QwenConfig) -> list[int]:
     )]  # fmt: skip
 
 
-def layouts(qwen: QwenConfig) -> list[Layout]:
+def layouts(qwen: QwenConfig) -> list[ParallelLayout]:
     """Every TP with every PP up to 8: even where the layers divide, with two chunks where they do, uneven otherwise."""
     found = []
     for tp in legal_tp(qwen):
         for pp in range(1, 9):
             each, rest = divmod(qwen.num_hidden_layers, pp)
             uneven = tuple(each + (stage < rest) for stage in range(pp)) if rest else ()
-            found.append(Layout(tp, pp, 1, "local", uneven))
+            found.append(ParallelLayout(tp, pp, 1, "local", uneven))
             if pp > 1 and not qwen.num_hidden_layers % (2 * pp):
-                found.append(Layout(tp, pp, 2, "transformer_engine"))
+                found.append(ParallelLayout(tp, pp, 2, "transformer_engine"))
     return found
 
 
@@ -78,7 +84,7 @@ def test_every_element_has_one_place_at_every_layout(name: str) -> None:
     whole = {(row, layer): source.megatron(row, layer, 0, 1).numel for row, layer in whole_model(qwen)}
     for layout in layouts(qwen):
         layout.check(qwen)
-        held: Counter[tuple[Row, int | None]] = Counter()
+        held: Counter[tuple[ParamMapping, int | None]] = Counter()
         copies = 0
         for chunk in chunks_of(qwen, layout):
             for placed in tensors_of(qwen, layout, chunk):
@@ -97,7 +103,7 @@ def test_a_plan_needs_config_and_index_alone(tmp_path: Path) -> None:
     index = {"weight_map": dict.fromkeys(hf_shapes(qwen), "model-00001-of-00002.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     source = Source(ExpectedFolder(tmp_path, qwen, torch.float16), qwen, None)
-    lines = list(plan_ranks(source, Layout(2, 2, 1, "local")))
+    lines = list(plan_ranks(source, ParallelLayout(2, 2, 1, "local")))
     (line,) = [
         line for line in lines if "mp_rank_01_001" in line and "layers.1.self_attention.linear_qkv.weight" in line
     ]
@@ -137,8 +143,8 @@ def test_time_and_memory_are_those_of_the_disk_and_of_what_is_held_at_once() -> 
     size = 2 * sum(torch.Size(shape).numel() for shape in hf_shapes(qwen).values())
     for plan, held in (
         (plan_dist(source), 0),
-        (plan_ranks(source, Layout(1, 1, 1, "local")), 2 * BLOCK_BYTES),
-        (plan_ranks(source, Layout(8, 1, 1, "local")), 2 * 8192 * 29568 + 16 * BLOCK_BYTES),  # down_proj
+        (plan_ranks(source, ParallelLayout(1, 1, 1, "local")), 2 * BLOCK_BYTES),
+        (plan_ranks(source, ParallelLayout(8, 1, 1, "local")), 2 * 8192 * 29568 + 16 * BLOCK_BYTES),  # down_proj
     ):
         *_, last = plan
         assert last.startswith(f"time: about {2 * size / 1e9:.0f} s to read and write them on a disk of 1 GB/s, and as")
@@ -149,4 +155,6 @@ def test_time_and_memory_are_those_of_the_disk_and_of_what_is_held_at_once() -> 
 def test_megatrons_sizes_are_counted_in_the_plan(size: QwenConfig) -> None:
     source = Source(ExpectedFolder(Path("/nowhere"), size, torch.bfloat16), size, None)
     numel = sum(torch.Size(shape).numel() for shape in hf_shapes(size).values())
-    assert any(f" {2 * numel:,} bytes in 1 files" in line for line in plan_ranks(source, Layout(1, 1, 1, "local")))
+    assert any(
+        f" {2 * numel:,} bytes in 1 files" in line for line in plan_ranks(source, ParallelLayout(1, 1, 1, "local"))
+    )

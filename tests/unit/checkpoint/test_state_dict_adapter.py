@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.checkpoint.conversion.streams import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
+from common.checkpoint.conversion.state_dict_adapter import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
+from common.checkpoint.formats.checkpoint_paths import Checkpoint
 from common.checkpoint.formats.hf_folder import HfReader
-from common.checkpoint.formats.layout import Checkpoint
 from common.checkpoint.formats.megatron_folder import open_megatron
-from common.checkpoint.formats.pipeline import Layout
+from common.checkpoint.formats.parallel_layout import ParallelLayout
 from common.errors import KitError
 from tests.unit.checkpoint.small import hf_sizes, megatron_state, same_bits, write_hf, write_ranks
 
@@ -38,7 +38,7 @@ def test_a_ranks_file_is_the_one_put_together_by_hand(
     pp, vpp = len(stages), len(stages[0])
     each = tuple(len(stages[stage][v]) for v in range(vpp) for stage in range(pp))
     for stage, tp_rank, v in ((stage, tp_rank, v) for stage in range(pp) for tp_rank in range(tp) for v in range(vpp)):
-        made = rank_chunks(source, Layout(tp, pp, vpp, impl, each), stage, tp_rank)
+        made = rank_chunks(source, ParallelLayout(tp, pp, vpp, impl, each), stage, tp_rank)
         assert list(made) == (["model"] if vpp == 1 else ["model0", "model1"])
         first, last = stage == v == 0, stage == pp - 1 and v == vpp - 1
         expected = megatron_state(
@@ -78,7 +78,7 @@ def test_either_direction_casts_when_asked(tmp_path: Path, dtype: torch.dtype | 
     source = Source(HfReader(tmp_path), qwen, dtype)
     wanted = dtype or torch.float32
     state = megatron_state(weights, qwen, range(4), first=True, last=True)
-    made = rank_chunks(source, Layout(1, 1, 1, "transformer_engine"), 0, 0)["model"]
+    made = rank_chunks(source, ParallelLayout(1, 1, 1, "transformer_engine"), 0, 0)["model"]
     assert all(same_bits(made[name].produce(), tensor.to(wanted)) for name, tensor in state.items())
     path = write_ranks(tmp_path / "release", weights, qwen, [[range(4)]])
     reader = open_megatron(Checkpoint(tmp_path, path, "release", "torch"), qwen)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, _weights_only_unpickler
 from torch.distributed.checkpoint import metadata as dcp
 
-from common.checkpoint.formats.torch_dist import load_metadata
+from common.checkpoint.formats.torch_dist_reader import load_metadata
 from common.checkpoint.io.disk import empty
 from common.checkpoint.untrusted.archive_reader import ArchiveReader
 from common.checkpoint.untrusted.pickled_tensors import TensorStub

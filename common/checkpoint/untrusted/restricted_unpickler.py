@@ -1,7 +1,7 @@
 """Unpickling that runs no code of the file: plain objects are made, Megatron's become inert, all else is refused.
 
 Python's own unpickler with a hand on each opcode that calls, makes or changes something, and without those that torch,
-Megatron-Core and pickle's protocols 2 to 5 do not write in a checkpoint. What a name stands for: `pickle_globals`.
+Megatron-Core and pickle's protocols 2 to 5 do not write in a checkpoint. What a name stands for: `allowed_globals`.
 """
 
 import collections
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy
 
-from common.checkpoint.untrusted.pickle_globals import RESTORE, find_global, is_key
+from common.checkpoint.untrusted.allowed_globals import RESTORE, find_global, is_key
 from common.checkpoint.untrusted.placeholders import Global, Inert
 from common.errors import KitError
 

@@ -11,13 +11,13 @@ PIPELINE_LAYERS=1,3,3,1 gives the chunks other sizes: 0 | 1 2 3 | 4 5 6 | 7.
 import itertools
 from dataclasses import dataclass
 
-from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT, Row, rows_of
+from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT, ParamMapping, param_mappings
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """The parallel sizes of a checkpoint in torch format; `transformer_impl` decides the parameters' names.
 
     `pipeline_layers`: the layers of each chunk in the model's order; empty: as many each.
@@ -45,12 +45,12 @@ class Placed:
     """One tensor of a chunk: its Megatron name there, its row, and its layer's number in the whole model."""
 
     name: str
-    row: Row
+    row: ParamMapping
     layer: int | None
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ModelChunk:
     """The part of the model that one pipeline rank holds under one key of its file."""
 
     key: str  # model, or model0, model1, ...
@@ -60,12 +60,12 @@ class Chunk:
     last: bool
 
 
-def chunks_of(qwen: QwenConfig, layout: Layout) -> list[Chunk]:
+def chunks_of(qwen: QwenConfig, layout: ParallelLayout) -> list[ModelChunk]:
     """The chunks in the order of their layers; chunk c lies on stage c % PP."""
     sizes = qwen.chunk_layers(layout.pp, layout.vpp, layout.pipeline_layers)
     ends = list(itertools.accumulate(sizes))
     return [
-        Chunk(
+        ModelChunk(
             key="model" if layout.vpp == 1 else f"model{index // layout.pp}",
             pp_rank=index % layout.pp,
             layers=range(end - size, end),
@@ -76,13 +76,13 @@ def chunks_of(qwen: QwenConfig, layout: Layout) -> list[Chunk]:
     ]
 
 
-def tensors_of(qwen: QwenConfig, layout: Layout, chunk: Chunk) -> list[Placed]:
+def tensors_of(qwen: QwenConfig, layout: ParallelLayout, chunk: ModelChunk) -> list[Placed]:
     """The tensors of `chunk`, in the order of the model.
 
     A tied model's last stage holds a copy of the embedding as its output layer, where it is not the first stage too.
     """
     impl = layout.transformer_impl
-    rows = rows_of(qwen)
+    rows = param_mappings(qwen)
     placed = [Placed(row.megatron_name(impl), row, None) for row in rows if row.stage == "first" and chunk.first]
     for position, layer in enumerate(chunk.layers):
         placed += [Placed(row.megatron_name(impl, position), row, layer) for row in rows if row.stage == "layer"]
@@ -92,10 +92,10 @@ def tensors_of(qwen: QwenConfig, layout: Layout, chunk: Chunk) -> list[Placed]:
     return placed
 
 
-def whole_model(qwen: QwenConfig) -> list[tuple[Row, int | None]]:
+def whole_model(qwen: QwenConfig) -> list[tuple[ParamMapping, int | None]]:
     """Each row with each of its layers, in the order of the model."""
-    rows = rows_of(qwen)
-    listed: list[tuple[Row, int | None]] = [(row, None) for row in rows if row.stage == "first"]
+    rows = param_mappings(qwen)
+    listed: list[tuple[ParamMapping, int | None]] = [(row, None) for row in rows if row.stage == "first"]
     for layer in range(qwen.num_hidden_layers):
         listed += [(row, layer) for row in rows if row.stage == "layer"]
     return listed + [(row, None) for row in rows if row.stage == "last"]

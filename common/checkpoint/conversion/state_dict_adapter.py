@@ -8,13 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from common.checkpoint.formats.dist_share import Block
 from common.checkpoint.formats.hf_folder import CODES
-from common.checkpoint.formats.mapping import Row, hf_shape, megatron_shape, merge, shard
+from common.checkpoint.formats.mapping import ParamMapping, hf_shape, megatron_shape, merge, shard
 from common.checkpoint.formats.megatron_folder import MegatronReader
-from common.checkpoint.formats.pipeline import Layout, chunks_of, tensors_of, whole_model
+from common.checkpoint.formats.parallel_layout import ParallelLayout, chunks_of, tensors_of, whole_model
+from common.checkpoint.formats.torch_dist_writer import TensorShard
 from common.checkpoint.io.disk import load
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
 
@@ -73,13 +73,13 @@ class Source:
         """The dtype in which the tensor `name` is written."""
         return self._dtype or self.reader.dtype(name)
 
-    def megatron(self, row: Row, layer: int | None, tp_rank: int, tp: int) -> LazyTensor:
+    def megatron(self, row: ParamMapping, layer: int | None, tp_rank: int, tp: int) -> LazyTensor:
         """Tensor rank `tp_rank`'s part of `row`."""
         names = row.hf_names(layer)
         shape = megatron_shape(row, self.qwen, tp)
         return LazyTensor(shape, self.dtype(names[0]), partial(self._parts, row, names, tp_rank, tp), " + ".join(names))
 
-    def _parts(self, row: Row, names: tuple[str, ...], tp_rank: int, tp: int) -> list[list[Tensor]]:
+    def _parts(self, row: ParamMapping, names: tuple[str, ...], tp_rank: int, tp: int) -> list[list[Tensor]]:
         rows = self.qwen.padded_vocab_size(tp)
         # What is divided by columns is read once for all tensor ranks, which are written in turn.
         tensor = self._in_memory if row.axis == 1 and tp > 1 else self.reader.tensor
@@ -87,7 +87,7 @@ class Source:
         return [[piece] for piece in merge(row, parts, self.qwen)]
 
 
-def rank_chunks(source: Source, layout: Layout, pp_rank: int, tp_rank: int) -> dict[str, dict[str, LazyTensor]]:
+def rank_chunks(source: Source, layout: ParallelLayout, pp_rank: int, tp_rank: int) -> dict[str, dict[str, LazyTensor]]:
     """The chunks of one rank's file in torch format."""
     return {
         chunk.key: {
@@ -99,15 +99,15 @@ def rank_chunks(source: Source, layout: Layout, pp_rank: int, tp_rank: int) -> d
     }
 
 
-def dist_blocks(source: Source) -> Iterator[Block]:
+def dist_blocks(source: Source) -> Iterator[TensorShard]:
     """The blocks of a torch_dist checkpoint: whole tensors, those of the layers stacked, a block a layer."""
     num_layers = source.qwen.num_hidden_layers
     for row, layer in whole_model(source.qwen):
         tensor = source.megatron(row, layer, 0, 1)
         if layer is None:
-            yield Block(row.te, tensor.shape, (0,) * len(tensor.shape), tensor)
+            yield TensorShard(row.te, tensor.shape, (0,) * len(tensor.shape), tensor)
         else:
             block = LazyTensor((1, *tensor.shape), tensor.dtype, tensor.parts, tensor.name)
-            yield Block(
+            yield TensorShard(
                 row.te.replace("{i}.", ""), (num_layers, *tensor.shape), (layer, *(0,) * len(tensor.shape)), block
             )

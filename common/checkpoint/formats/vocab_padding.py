@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from common.checkpoint.io.lazy import tensor_bytes
+from common.checkpoint.io.lazy_tensor import tensor_bytes
 from common.errors import KitError
 from common.log import logger
 

@@ -16,16 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.checkpoint.formats.archive import (
+from common.checkpoint.formats.torch_archive import (
     ALIGNMENT,
+    ArchiveFile,
     ArchiveWriter,
-    MappedFile,
     _ZipWriter,
     write_archive,
     write_archives,
 )
 from common.checkpoint.io.disk import BLOCK_BYTES
-from common.checkpoint.io.lazy import LazyTensor, tensor_bytes
+from common.checkpoint.io.lazy_tensor import LazyTensor, tensor_bytes
 from common.errors import KitError
 from tests.unit.checkpoint.small import same_bits
 
@@ -95,11 +95,11 @@ def test_torch_loads_arguments_beside_tensors(tmp_path: Path) -> None:
     arguments = Namespace(num_layers=4, rotary_base=10**6, dtype=torch.bfloat16, virtual=None)
     path = put(tmp_path / "a.pt", archive({"args": arguments, "model": OrderedDict(a=torch.ones(2))}))
     assert torch.load(path, weights_only=False)["args"] == arguments
-    assert MappedFile(path).read()["args"] == arguments
+    assert ArchiveFile(path).read()["args"] == arguments
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
-    assert same(MappedFile(put(tmp_path / "a.pt", archive(TENSORS))).read(), TENSORS)
+    assert same(ArchiveFile(put(tmp_path / "a.pt", archive(TENSORS))).read(), TENSORS)
 
 
 def test_one_tensor_saved_twice_is_one_record(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_records_lie_at_multiples_of_64_with_their_checksums() -> None:
 @pytest.mark.parametrize("write", [archive, torch_save])
 def test_an_archive_may_lie_inside_a_larger_file(tmp_path: Path, before: int, write: Callable[[Any], bytes]) -> None:
     first, second = write(TENSORS), write({"other": torch.ones(3)})
-    file = MappedFile(put(tmp_path / "a.distcp", b"x" * before + first + second + b"PK\5\6 and so on"))
+    file = ArchiveFile(put(tmp_path / "a.distcp", b"x" * before + first + second + b"PK\5\6 and so on"))
     loaded = file.read(before, len(first))
     assert same(loaded, TENSORS) and not any(each.data_ptr() % each.itemsize for each in loaded.values())
     assert same(file.read(before + len(first), len(second)), {"other": torch.ones(3)})
@@ -169,7 +169,7 @@ def test_whatever_torch_saves_beside_weights_is_read(tmp_path: Path) -> None:
         "size": torch.Size([2, 3]),
         "plain": [None, True, 2**70, "人", b"\xff\0", b"", bytearray(b"a"), {1}, 1.5, complex(1, 2), range(3)],
     }
-    loaded = MappedFile(put(tmp_path / "a.pt", torch_save(state))).read()
+    loaded = ArchiveFile(put(tmp_path / "a.pt", torch_save(state))).read()
     assert same(loaded.pop("size"), state.pop("size"))
     assert same(dict(loaded["linear"]), dict(state["linear"])) and same_bits(loaded["parameter"], state["parameter"])
     assert same({**loaded, "linear": 0, "parameter": 0}, {**state, "linear": 0, "parameter": 0})
@@ -179,15 +179,15 @@ def test_attributes_of_a_tensor_are_left_out(tmp_path: Path) -> None:
     tensor = torch.ones(2)
     tensor.sequence_parallel = True  # type: ignore[attr-defined]
     assert torch.load(io.BytesIO(torch_save(tensor))).sequence_parallel
-    loaded = MappedFile(put(tmp_path / "a.pt", torch_save(tensor))).read()
+    loaded = ArchiveFile(put(tmp_path / "a.pt", torch_save(tensor))).read()
     assert same_bits(loaded, tensor) and not hasattr(loaded, "sequence_parallel")
 
 
 def test_writing_to_a_mapped_tensor_does_not_reach_the_file(tmp_path: Path) -> None:
     path = put(tmp_path / "a.pt", archive({"a": torch.zeros(1000)}))
     before = path.read_bytes()
-    MappedFile(path).read()["a"].fill_(1)
-    assert path.read_bytes() == before and not MappedFile(path).read()["a"].any()
+    ArchiveFile(path).read()["a"].fill_(1)
+    assert path.read_bytes() == before and not ArchiveFile(path).read()["a"].any()
 
 
 @pytest.mark.parametrize("write", [archive, torch_save])
@@ -196,7 +196,7 @@ def test_a_file_cut_short_anywhere_is_told(tmp_path: Path, write: Callable[[Any]
     for length in [*range(1, len(data), 37), len(data) - 1]:
         path = put(tmp_path / "cut.pt", data[:length])
         with pytest.raises(KitError, match=r"cut\.pt is no whole file of torch\.save .*: copy it again"):
-            MappedFile(path).read()
+            ArchiveFile(path).read()
 
 
 @pytest.mark.parametrize("write", [archive, torch_save])
@@ -207,7 +207,7 @@ def test_a_damaged_byte_gives_an_error_that_names_the_file(tmp_path: Path, write
         damaged = bytearray(data)
         damaged[at] ^= 0xFF
         try:
-            MappedFile(put(tmp_path / "bad.pt", damaged)).read()  # where it pads, and the numbers, may be anything
+            ArchiveFile(put(tmp_path / "bad.pt", damaged)).read()  # where it pads, and the numbers, may be anything
         except KitError as error:
             refused += 1
             assert "bad.pt" in str(error)
@@ -216,14 +216,14 @@ def test_a_damaged_byte_gives_an_error_that_names_the_file(tmp_path: Path, write
 
 def test_files_that_are_no_archive_are_told(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"none\.pt cannot be read \(No such file"):
-        MappedFile(tmp_path / "none.pt")
+        ArchiveFile(tmp_path / "none.pt")
     with pytest.raises(KitError, match=r"cannot be read \(Is a directory"):
-        MappedFile(tmp_path)
+        ArchiveFile(tmp_path)
     with pytest.raises(KitError, match=r"a\.pt is empty"):
-        MappedFile(put(tmp_path / "a.pt", b""))
+        ArchiveFile(put(tmp_path / "a.pt", b""))
     old = torch_save({"a": 1}, _use_new_zipfile_serialization=False)
     with pytest.raises(KitError, match="is no whole file of torch.save"):
-        MappedFile(put(tmp_path / "a.pt", old)).read()
+        ArchiveFile(put(tmp_path / "a.pt", old)).read()
 
 
 def rezipped(data: bytes, compress: bool = False, **records: bytes) -> bytes:
@@ -238,16 +238,16 @@ def rezipped(data: bytes, compress: bool = False, **records: bytes) -> bytes:
 
 def test_records_of_another_kind_are_told(tmp_path: Path) -> None:
     data = archive({"a": torch.ones(3)})
-    assert same(MappedFile(put(tmp_path / "a.pt", rezipped(data))).read(), {"a": torch.ones(3)})
+    assert same(ArchiveFile(put(tmp_path / "a.pt", rezipped(data))).read(), {"a": torch.ones(3)})
     with pytest.raises(KitError, match="record b'archive/data.pkl' is compressed"):
-        MappedFile(put(tmp_path / "a.pt", rezipped(data, compress=True))).read()
+        ArchiveFile(put(tmp_path / "a.pt", rezipped(data, compress=True))).read()
     with pytest.raises(KitError, match="was written big-endian"):
-        MappedFile(put(tmp_path / "a.pt", rezipped(data, byteorder=b"big"))).read()
+        ArchiveFile(put(tmp_path / "a.pt", rezipped(data, byteorder=b"big"))).read()
     with pytest.raises(KitError, match="record data/0 is missing or too short"):
-        MappedFile(put(tmp_path / "a.pt", rezipped(data, **{"data/0": b"1234"}))).read()
+        ArchiveFile(put(tmp_path / "a.pt", rezipped(data, **{"data/0": b"1234"}))).read()
     lost = data.replace(b"archive/data/0", b"archive/data/9")
     with pytest.raises(KitError, match="record data/0 is missing or too short"):
-        MappedFile(put(tmp_path / "a.pt", lost)).read()
+        ArchiveFile(put(tmp_path / "a.pt", lost)).read()
 
 
 def test_records_beyond_4_gib_are_found_by_torch(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_records_beyond_4_gib_are_found_by_torch(tmp_path: Path) -> None:
         assert writer.close() == stream.tell() > 4 << 30
     for mapped in (True, False):
         assert same(torch.load(path, weights_only=True, mmap=mapped), tensors)
-    assert same(MappedFile(path).read(), tensors)
+    assert same(ArchiveFile(path).read(), tensors)
 
 
 class Sparse(io.FileIO):
@@ -291,7 +291,7 @@ def test_a_tensor_larger_than_4_gib_is_read_by_torch(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     with Sparse(path, "w") as stream:
         write_archive(stream, {name: lazy(tensor) for name, tensor in tensors.items()})
-    for loaded in (torch.load(path, weights_only=True, mmap=True), MappedFile(path).read()):
+    for loaded in (torch.load(path, weights_only=True, mmap=True), ArchiveFile(path).read()):
         for found in (loaded.pop("large"), loaded.pop("far and large")):
             assert found.shape == large.shape and found[[0, 1, -2, -1]].tolist() == [3, 0, 0, 5]
         assert same(loaded, {"first": tensors["first"], "last": tensors["last"]})

@@ -17,9 +17,9 @@ from megatron.core.enums import ModelType
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.enums import AttnBackend
 
-from common.checkpoint.formats.archive import MappedFile, write_archive
+from common.checkpoint.formats.torch_archive import ArchiveFile, write_archive
 from common.checkpoint.untrusted.placeholders import Inert
-from common.checkpoint.untrusted.unpickle import RestrictedUnpickler
+from common.checkpoint.untrusted.restricted_unpickler import RestrictedUnpickler
 from common.errors import KitError
 from tests.unit.checkpoint.opcodes import Runs, call, named, whole, word
 
@@ -121,11 +121,11 @@ def test_a_checkpoint_file_that_would_run_code_is_refused(tmp_path: Path) -> Non
     path, proof = tmp_path / "model_optim_rng.pt", tmp_path / "ran"
     torch.save({"model": {"a": torch.ones(2)}, "args": Runs(os.system, f"touch {proof}")}, path)
     with pytest.raises(KitError, match=r"model_optim_rng\.pt asks for posix\.system"):
-        MappedFile(path).read()
+        ArchiveFile(path).read()
     with path.open("wb") as stream:
         write_archive(stream, {"args": Runs(os.system, f"touch {proof}")})
     with pytest.raises(KitError, match=r"model_optim_rng\.pt asks for posix\.system"):
-        MappedFile(path).read()
+        ArchiveFile(path).read()
     assert not proof.exists()
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from common.checkpoint.io.crc32 import crc32
-from common.checkpoint.io.disk import DiskFile, ahead
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.io.disk import MappedFile, ahead
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.checkpoint.untrusted.archive_reader import ArchiveReader
 from common.checkpoint.untrusted.pickled_tensors import PickledStorage
 from common.checkpoint.untrusted.zip_records import Record, read_data_start
@@ -193,7 +193,7 @@ class _ZipWriter:
         return self.position
 
 
-class MappedFile(DiskFile):
+class ArchiveFile(MappedFile):
     """A mapped file with archives in it; `checksums` are the CRC-32 of the data of those that were read, by place."""
 
     def __init__(self, path: Path) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.formats.layout import TRACKER
+from common.checkpoint.formats.checkpoint_paths import TRACKER
 from common.checkpoint.formats.model_files import REPORT
 from common.data.dataset.indexed import sync
 from common.errors import KitError

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from common.checkpoint.formats.dist_share import BACKEND, COMMON
-from common.checkpoint.formats.layout import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
-from common.checkpoint.formats.torch_dist import load_metadata
+from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
+from common.checkpoint.formats.torch_dist_reader import load_metadata
+from common.checkpoint.formats.torch_dist_writer import BACKEND, COMMON
 from common.checkpoint.untrusted.archive_reader import ArchiveReader
 from common.checkpoint.untrusted.extra_state import check_extra_state
 from common.checkpoint.untrusted.pickled_tensors import PickledStorage
@@ -28,7 +28,7 @@ _SMALL_BYTES = 1024  # the pickle of one tensor has 200
 EXTRA_STATE = "_extra_state"
 
 
-def check_harmless(checkpoint: Checkpoint) -> None:
+def check_pickles(checkpoint: Checkpoint) -> None:
     """Raises KitError, naming the file and what it asks for, when a pickle of `checkpoint` could run code.
 
     Also where one asks for more memory than it is large, or is damaged. Tensors are not read: time and memory go with

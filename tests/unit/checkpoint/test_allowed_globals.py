@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 
-from common.checkpoint.formats.archive import MappedFile
-from common.checkpoint.untrusted.unpickle import RestrictedUnpickler
+from common.checkpoint.formats.torch_archive import ArchiveFile
+from common.checkpoint.untrusted.restricted_unpickler import RestrictedUnpickler
 from common.errors import KitError
 from tests.unit.checkpoint.opcodes import archive, call, entry, named, number, several, whole, word
 
@@ -154,12 +154,12 @@ def test_tensors_that_torch_does_not_write_are_refused(kind: str, tmp_path: Path
     value, records, told = IN_ARCHIVES[kind]
     (tmp_path / "a.pt").write_bytes(archive(value, **records))
     with pytest.raises(KitError, match=rf"a\.pt .*{told}"):
-        MappedFile(tmp_path / "a.pt").read()
+        ArchiveFile(tmp_path / "a.pt").read()
 
 
 def test_the_same_tensor_is_read_where_it_is_sound(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(archive(tensor(), **{"data/0": bytes(8)}))
-    assert torch.equal(MappedFile(tmp_path / "a.pt").read(), torch.zeros(2))
+    assert torch.equal(ArchiveFile(tmp_path / "a.pt").read(), torch.zeros(2))
     assert torch.equal(torch.load(tmp_path / "a.pt", weights_only=False), torch.zeros(2))
 
 

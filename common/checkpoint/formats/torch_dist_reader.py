@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 
-from common.checkpoint.formats.archive import MappedFile
+from common.checkpoint.formats.torch_archive import ArchiveFile
 from common.checkpoint.io.checksums import check_inside, check_size, check_small_files, read_facts
+from common.checkpoint.io.chunks import Chunk, coverage_error
 from common.checkpoint.io.crc32 import crc32
 from common.checkpoint.io.disk import load
-from common.checkpoint.io.lazy import in_rows, tensor_bytes
-from common.checkpoint.io.rectangles import Rectangle, fault_of_cover
+from common.checkpoint.io.lazy_tensor import in_rows, tensor_bytes
 from common.checkpoint.untrusted.metadata_types import fault_of_types
-from common.checkpoint.untrusted.unpickle import RestrictedUnpickler
+from common.checkpoint.untrusted.restricted_unpickler import RestrictedUnpickler
 from common.errors import KitError
 
 
@@ -48,7 +48,7 @@ class StoredTensor:
     chunks: tuple[StoredChunk, ...]
 
 
-class DistReader:
+class TorchDistReader:
     """The tensors of a torch_dist checkpoint by their keys; raises KitError when it is damaged or incomplete."""
 
     def __init__(self, path: Path) -> None:
@@ -67,9 +67,9 @@ class DistReader:
         except Exception as error:  # pickle lets out whatever its objects raise
             raise KitError(f"{path / '.metadata'} cannot be read ({error!r}): copy the checkpoint again") from error
 
-        def open_file(name: str) -> MappedFile:
+        def open_file(name: str) -> ArchiveFile:
             """The file, as long as when it was written."""
-            file = MappedFile(path / name)
+            file = ArchiveFile(path / name)
             check_size(path / name, file.size, facts)
             return file
 
@@ -85,10 +85,10 @@ class DistReader:
         }
 
     def _stored(self, key: str, entry: dcp.TensorStorageMetadata, where: dict[Any, Any]) -> StoredTensor:
-        chunks, whole = [], Rectangle((0,) * len(entry.size), _tuple(entry.size))
+        chunks, whole = [], Chunk((0,) * len(entry.size), _tuple(entry.size))
         for chunk in entry.chunks:
-            block = Rectangle(_tuple(chunk.offsets), _tuple(chunk.sizes))
-            if not block.lies_in(whole):
+            block = Chunk(_tuple(chunk.offsets), _tuple(chunk.sizes))
+            if not block.is_within(whole):
                 raise KitError(f"{self.path}: .metadata tells a block of {key} that is out of it: copy it again")
             info = where.get((key, _tuple(chunk.offsets)))
             if info is None:
@@ -115,32 +115,32 @@ class DistReader:
         stored = self.tensors[key]
         first = () if layer is None else (layer,)
         shape = stored.shape if layer is None else stored.shape[1:]
-        wanted = Rectangle((*first, *(0,) * len(shape)), (*(1 for _ in first), *shape))
+        wanted = Chunk((*first, *(0,) * len(shape)), (*(1 for _ in first), *shape))
         common = self._common(key, wanted)
         if len(common) == 1 and common[0][2] == wanted and (layer is not None or common[0][1] == wanted):
             return self._part(stored, common[0][0], layer)
         whole = torch.empty(wanted.sizes, dtype=stored.dtype)
         for chunk, block, part in common:
-            whole[part.within(wanted)] = self._part(stored, chunk, None)[part.within(block)]
+            whole[part.slices_in(wanted)] = self._part(stored, chunk, None)[part.slices_in(block)]
         return whole.reshape(shape)
 
     def check_cover(self, key: str) -> None:
         """Raises KitError unless the blocks of `key` hold each of its elements once."""
         shape = self.tensors[key].shape
-        self._common(key, Rectangle((0,) * len(shape), shape))
+        self._common(key, Chunk((0,) * len(shape), shape))
 
-    def _common(self, key: str, wanted: Rectangle) -> list[tuple[StoredChunk, Rectangle, Rectangle]]:
+    def _common(self, key: str, wanted: Chunk) -> list[tuple[StoredChunk, Chunk, Chunk]]:
         """Each stored block that has something of `wanted`, as a rectangle, and what it has.
 
         Raises KitError unless they have all of it, each element once.
         """
-        chunks = ((chunk, Rectangle(chunk.offsets, chunk.sizes)) for chunk in self.tensors[key].chunks)
-        common = [(chunk, block, part) for chunk, block in chunks if (part := block.common(wanted))]
-        if fault := fault_of_cover(wanted, (part for _, _, part in common)):
+        chunks = ((chunk, Chunk(chunk.offsets, chunk.sizes)) for chunk in self.tensors[key].chunks)
+        common = [(chunk, block, part) for chunk, block in chunks if (part := block.overlap(wanted))]
+        if fault := coverage_error(wanted, (part for _, _, part in common)):
             raise KitError(f"{self.path}: {key} {fault}: the checkpoint is not whole; copy it again")
         return common
 
-    def blocks(self, key: str, wanted: Rectangle) -> Iterator[tuple[tuple[slice, ...], Tensor, "Checksum | None"]]:
+    def blocks(self, key: str, wanted: Chunk) -> Iterator[tuple[tuple[slice, ...], Tensor, "Checksum | None"]]:
         """What of the tensor `key` lies in `wanted`, some megabytes at a time: where in it, and the values there.
 
         With those of a block that is read whole comes its checksum, to be given each of them in their order. Raises
@@ -152,12 +152,12 @@ class DistReader:
             value, file = self._part(stored, chunk, None), self._file(chunk.file)
             whole = part == block and chunk.start in file.checksums
             checksum = Checksum(file.checksums[chunk.start], value.nbytes, file.path) if whole else None
-            at = part.within(wanted)
+            at = part.slices_in(wanted)
             if not value.dim():
                 yield at, value, None
                 continue
             row = at[0].start
-            for (rows,) in in_rows([value[part.within(block)]]):
+            for (rows,) in in_rows([value[part.slices_in(block)]]):
                 yield (slice(row, row + len(rows)), *at[1:]), load(rows), checksum
                 row += len(rows)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from common.checkpoint.formats.layout import Checkpoint
+from common.checkpoint.formats.checkpoint_paths import Checkpoint
 from common.checkpoint.verification.verify import verify
 from common.errors import KitError
 from tests.unit.checkpoint.small import write_hf, write_ranks

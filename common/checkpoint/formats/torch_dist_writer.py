@@ -16,11 +16,11 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from common.checkpoint.formats.archive import ALIGNMENT, ArchiveWriter, of_size, write_archive
+from common.checkpoint.formats.torch_archive import ALIGNMENT, ArchiveWriter, of_size, write_archive
 from common.checkpoint.io.checksums import CHECKSUMS, Facts
 from common.checkpoint.io.crc32 import crc32
 from common.checkpoint.io.disk import Writer, ahead
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.data.dataset.indexed import sync
 
 DATA_FILE = "__0_0.distcp"
@@ -29,7 +29,7 @@ COMMON = {"common_backend": "torch", "common_backend_version": 1}
 
 
 @dataclass(frozen=True)
-class Block:
+class TensorShard:
     """A block to be written: its place in the global tensor, [1, ...] at a layer for stacked ones."""
 
     key: str
@@ -39,7 +39,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Written:
+class WriteResult:
     """What lies in a file: a block, or, where `dtype` is None, an object."""
 
     key: str
@@ -53,26 +53,26 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankWriteResults:
     """What a rank wrote."""
 
-    entries: tuple[Written, ...]
+    entries: tuple[WriteResult, ...]
     files: Facts
 
 
-def write_share(
+def write_data_file(
     path: Path,
-    blocks: Sequence[Block],
+    blocks: Sequence[TensorShard],
     objects: dict[str, bytes],
     data: Iterator[memoryview],
     done: Callable[[int], None] = lambda size: None,
-) -> Share:
+) -> RankWriteResults:
     """Writes the file `path`, all of which is on the disk when this returns; `done` is told bytes as they go.
 
     data: that of `blocks` in row-major order, one after the other. objects: what torch.save makes of them, by their
     keys. Raises OSError when the disk refuses.
     """
-    entries: list[Written] = []
+    entries: list[WriteResult] = []
     with Writer(path, checked=True) as stream:
         position = 0
         for block in blocks:
@@ -83,17 +83,17 @@ def write_share(
             archive.write(of_size(data, block.tensor.num_bytes))
             length = archive.close()
             shapes = (block.tensor.dtype, block.global_shape, block.offsets, block.tensor.shape)
-            entries.append(Written(block.key, path.name, position, length, *shapes))
+            entries.append(WriteResult(block.key, path.name, position, length, *shapes))
             position += length
             done(block.tensor.num_bytes)
         for key, value in objects.items():
             stream.write(value)
-            entries.append(Written(key, path.name, position, len(value)))
+            entries.append(WriteResult(key, path.name, position, len(value)))
             position += len(value)
-    return Share(tuple(entries), {path.name: stream.facts})
+    return RankWriteResults(tuple(entries), {path.name: stream.facts})
 
 
-def metadata_of(shares: Iterable[Share]) -> dcp.Metadata:
+def build_metadata(shares: Iterable[RankWriteResults]) -> dcp.Metadata:
     """What `.metadata` holds for all of them."""
     tensors: dict[str, Any] = {}
     storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
@@ -112,7 +112,7 @@ def metadata_of(shares: Iterable[Share]) -> dcp.Metadata:
     return dcp.Metadata(tensors, None, storage)
 
 
-def write_rest(folder: Path, shares: Sequence[Share], common: dict[str, Any]) -> None:
+def finish_checkpoint(folder: Path, shares: Sequence[RankWriteResults], common: dict[str, Any]) -> None:
     """Writes what makes `shares` a checkpoint: common.pt, metadata.json, checksums.json, and `.metadata` last.
 
     `common` must hold plain values only: Megatron-Core loads it with torch.load's `weights_only`. Raises OSError.
@@ -123,7 +123,7 @@ def write_rest(folder: Path, shares: Sequence[Share], common: dict[str, Any]) ->
     files["common.pt"] = stream.facts
     rest = {
         "metadata.json": json.dumps(BACKEND | COMMON).encode(),
-        ".metadata": pickle.dumps(metadata_of(shares)),  # without it the folder is no checkpoint
+        ".metadata": pickle.dumps(build_metadata(shares)),  # without it the folder is no checkpoint
     }
     files |= {name: {"bytes": len(content), "crc32": crc32(content)} for name, content in rest.items()}
     for name, content in {CHECKSUMS: json.dumps(files).encode(), **rest}.items():
@@ -133,9 +133,11 @@ def write_rest(folder: Path, shares: Sequence[Share], common: dict[str, Any]) ->
     sync(folder)  # the names of all files
 
 
-def write_dist(path: Path, blocks: Iterable[Block], common: dict[str, Any], done: Callable[[int], None]) -> None:
+def write_torch_dist(
+    path: Path, blocks: Iterable[TensorShard], common: dict[str, Any], done: Callable[[int], None]
+) -> None:
     """Writes `blocks` as a checkpoint of one data file; `done` is told bytes as they go."""
     path.mkdir(parents=True, exist_ok=True)
     blocks = list(blocks)
     data = ahead(part for block in blocks for part in block.tensor.blocks())
-    write_rest(path, [write_share(path / DATA_FILE, blocks, {}, data, done)], common)
+    finish_checkpoint(path, [write_data_file(path / DATA_FILE, blocks, {}, data, done)], common)

@@ -3,16 +3,16 @@
 import re
 from typing import Any
 
-from common.checkpoint.formats.archive import MappedFile
-from common.checkpoint.formats.layout import MODEL_FILE, Checkpoint, rank_dir_name
+from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, Checkpoint, rank_dir_name
 from common.checkpoint.formats.mapping import num_layers
+from common.checkpoint.formats.torch_archive import ArchiveFile
 from common.checkpoint.formats.torch_format import load_rank_file
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
 from common.parallel import ParallelSizes
 
 
-def description_of(checkpoint: Checkpoint) -> dict[str, Any]:
+def run_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     """What this kit's training notes in each checkpoint under `run`; empty in a checkpoint of others."""
     run = common_state(checkpoint).get("run") or {}
     if not isinstance(run, dict):
@@ -25,7 +25,7 @@ def common_state(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.format == "torch":
         return _first_rank_file(checkpoint)
     path = checkpoint.path / "common.pt"
-    state = MappedFile(path).read() if path.is_file() else {}
+    state = ArchiveFile(path).read() if path.is_file() else {}
     if not isinstance(state, dict):
         raise KitError(f"{path} holds no dict: it is no file of a Megatron checkpoint")
     return state
@@ -35,7 +35,7 @@ def _first_rank_file(checkpoint: Checkpoint) -> dict[str, Any]:
     return load_rank_file(min(checkpoint.path.glob(f"mp_rank_*/{MODEL_FILE}")))
 
 
-def check_ranks(checkpoint: Checkpoint, sizes: ParallelSizes, qwen: QwenConfig) -> None:
+def check_parallel_sizes(checkpoint: Checkpoint, sizes: ParallelSizes, qwen: QwenConfig) -> None:
     """Raises KitError unless a checkpoint in torch format has the TP, PP, VPP and stages of the run that loads it."""
     if checkpoint.format == "torch_dist":
         return

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint.conversion.streams import Source, dist_blocks, hf_shapes
-from common.checkpoint.formats.dist_share import DATA_FILE
+from common.checkpoint.conversion.state_dict_adapter import Source, dist_blocks, hf_shapes
+from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, RELEASE, rank_dir_name
 from common.checkpoint.formats.hf_folder import INDEX, plan_shards, read_index, shard_names
-from common.checkpoint.formats.layout import MODEL_FILE, RELEASE, rank_dir_name
 from common.checkpoint.formats.mapping import check_names
-from common.checkpoint.formats.pipeline import Layout, chunks_of, tensors_of
+from common.checkpoint.formats.parallel_layout import ParallelLayout, chunks_of, tensors_of
+from common.checkpoint.formats.torch_dist_writer import DATA_FILE
 from common.checkpoint.io.disk import BLOCK_BYTES
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.model.shape.config import QwenConfig
 
 DISK_BYTES_PER_SECOND = 1e9
@@ -40,7 +40,7 @@ class ExpectedFolder:
         raise AssertionError(name)
 
 
-def plan_ranks(source: Source, layout: Layout) -> Iterator[str]:
+def plan_ranks(source: Source, layout: ParallelLayout) -> Iterator[str]:
     """The lines of a conversion to torch format."""
     files: dict[str, list[LazyTensor]] = {}
     at_once = 0  # what is divided by columns is held for all tensor ranks

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from common.checkpoint.io.rectangles import Rectangle, fault_of_cover, rectangles
+from common.checkpoint.io.chunks import Chunk, chunks_of_range, coverage_error
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -17,22 +17,22 @@ def test_a_run_of_elements_is_a_few_blocks_in_order(seed: int) -> None:
         start = dice.randint(0, numel)
         end = dice.randint(start, numel)
         values, found = torch.arange(numel).view(shape), []
-        blocks = rectangles(shape, start, end)
+        blocks = chunks_of_range(shape, start, end)
         for block in blocks:
-            found += values[block.within(Rectangle((0,) * len(shape), shape))].flatten().tolist()
+            found += values[block.slices_in(Chunk((0,) * len(shape), shape))].flatten().tolist()
         assert found == list(range(start, end)) and len(blocks) <= 2 * len(shape) - 1
 
 
 def test_a_number_is_a_block_without_dimensions() -> None:
-    assert rectangles((), 0, 1) == [Rectangle((), ())]
-    assert rectangles((3,), 2, 2) == []
+    assert chunks_of_range((), 0, 1) == [Chunk((), ())]
+    assert chunks_of_range((3,), 2, 2) == []
 
 
 def test_what_two_have_in_common() -> None:
-    one = Rectangle((0, 2), (4, 3))
-    assert one.common(Rectangle((3, 0), (5, 4))) == Rectangle((3, 2), (1, 2))
-    assert one.common(Rectangle((4, 0), (1, 9))) is None
-    assert Rectangle((3, 2), (1, 2)).within(one) == (slice(3, 4), slice(0, 2))
+    one = Chunk((0, 2), (4, 3))
+    assert one.overlap(Chunk((3, 0), (5, 4))) == Chunk((3, 2), (1, 2))
+    assert one.overlap(Chunk((4, 0), (1, 9))) is None
+    assert Chunk((3, 2), (1, 2)).slices_in(one) == (slice(3, 4), slice(0, 2))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_what_two_have_in_common() -> None:
 def test_blocks_that_do_not_hold_each_element_once_are_told(
     blocks: list[tuple[tuple[int, ...], tuple[int, ...]]], fault: str | None
 ) -> None:
-    assert fault_of_cover(Rectangle((0, 0), (4, 3)), [Rectangle(*block) for block in blocks]) == fault
+    assert coverage_error(Chunk((0, 0), (4, 3)), [Chunk(*block) for block in blocks]) == fault
 
 
 def test_a_random_cover_is_whole_and_each_change_of_it_is_not() -> None:
@@ -61,11 +61,11 @@ def test_a_random_cover_is_whole_and_each_change_of_it_is_not() -> None:
     for _ in range(300):
         shape = tuple(dice.randint(1, 6) for _ in range(dice.randint(1, 3)))
         ends = sorted({0, torch.Size(shape).numel(), *(dice.randint(0, torch.Size(shape).numel()) for _ in range(3))})
-        whole = Rectangle((0,) * len(shape), shape)
-        blocks = [block for a, b in zip(ends, ends[1:], strict=False) for block in rectangles(shape, a, b)]
+        whole = Chunk((0,) * len(shape), shape)
+        blocks = [block for a, b in zip(ends, ends[1:], strict=False) for block in chunks_of_range(shape, a, b)]
         dice.shuffle(blocks)
-        assert fault_of_cover(whole, blocks) is None
-        assert fault_of_cover(whole, blocks[1:]) is not None
-        assert fault_of_cover(whole, [*blocks, dice.choice(blocks)]) is not None
+        assert coverage_error(whole, blocks) is None
+        assert coverage_error(whole, blocks[1:]) is not None
+        assert coverage_error(whole, [*blocks, dice.choice(blocks)]) is not None
         if len(blocks) > 1:  # one comes twice in another's place
-            assert fault_of_cover(whole, [*blocks[1:], blocks[1]]) is not None
+            assert coverage_error(whole, [*blocks[1:], blocks[1]]) is not None
