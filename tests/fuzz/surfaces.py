@@ -17,7 +17,8 @@ from common.checkpoint.formats.layout import find_checkpoint
 from common.checkpoint.formats.megatron_folder import open_megatron
 from common.checkpoint.verification.harmless import check_harmless
 from common.checkpoint.verification.inspection import inspect_folder
-from common.data.tokenizer.tokenizer import find_eod, load_tokenizer
+from common.data.tokenizer.eod import find_eod
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.model.shape.config import load_config
 from tests.fuzz import configs, pickles
 from tests.fuzz.bounds import Case

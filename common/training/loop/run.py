@@ -12,8 +12,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common.checkpoint.formats.layout import iteration_dir, read_tracker
-from common.data.dataset.batches import Batch, Batches
-from common.data.dataset.samples import Samples
+from common.data.dataset.data_loader import Batch, MicroBatchLoader
+from common.data.dataset.sample_dataset import SampleDataset
 from common.errors import leave_word
 from common.log import logger
 from common.training.launching.hang_detector import HangDetector
@@ -77,7 +77,7 @@ def watch_for_hangs(settings: TrainSettings, training_state: TrainingState) -> N
 class Readers:
     """What reads this rank's training and validation batches, in processes of its own."""
 
-    def __init__(self, plan: Plan, train: Samples, valid: Samples | None) -> None:
+    def __init__(self, plan: Plan, train: SampleDataset, valid: SampleDataset | None) -> None:
         self.num_chunks = plan.sizes.vpp
         self.train = open_batches(plan, train, plan.progress.consumed_samples)
         self.valid = open_batches(plan, valid, 0) if valid and plan.settings.eval_interval else None
@@ -210,7 +210,7 @@ class Training:
         self.report.zero_()
         self.since_log = 0
 
-    def evaluate(self, valid: Batches) -> bool:
+    def evaluate(self, valid: MicroBatchLoader) -> bool:
         """Logs the loss on the validation samples, from their beginning, EVAL_ITERS global batches at most.
 
         Returns whether it was broken off since a rank was asked to stop.
@@ -303,10 +303,10 @@ def check_first_loss(plan: Plan, loss: float) -> None:
         logger.info("note: the first loss is %.2f, and guessing among all tokens gives %.2f: %s", loss, guess, told)
 
 
-def open_batches(plan: Plan, samples: Samples, start_sample: int) -> Batches:
+def open_batches(plan: Plan, samples: SampleDataset, start_sample: int) -> MicroBatchLoader:
     """This rank's endless micro-batches from `start_sample` on."""
     settings = plan.settings
-    return Batches(
+    return MicroBatchLoader(
         samples,
         start_sample=start_sample,
         global_batch_size=settings.global_batch_size,

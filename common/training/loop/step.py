@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from common.data.dataset.batches import Batch
+from common.data.dataset.data_loader import Batch
 from common.log import listed
 from common.mcore import clip_gradients
 from common.model.layers.attention import block_causal_mask, joined_rows

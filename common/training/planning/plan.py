@@ -9,9 +9,9 @@ from pathlib import Path
 from common.checkpoint.formats.layout import Checkpoint, find_checkpoint
 from common.checkpoint.formats.origin import check_ranks, description_of
 from common.checkpoint.verification.harmless import check_harmless
-from common.data.dataset.blend import BlendedSamples
-from common.data.dataset.order import order_name
-from common.data.dataset.samples import Samples
+from common.data.dataset.blended_dataset import BlendedDataset
+from common.data.dataset.sample_dataset import SampleDataset
+from common.data.dataset.shuffle import order_name
 from common.errors import KitError
 from common.log import logger
 from common.mcore import check_installed, check_optimizer_sharding
@@ -55,8 +55,8 @@ class Plan:
     start: Start
     transformer_impl: str
     ckpt_format: str
-    train: Samples | None
-    valid: Samples | None
+    train: SampleDataset | None
+    valid: SampleDataset | None
     train_iters: int
     progress: Progress = Progress()
     data_hash: str = ""
@@ -83,7 +83,7 @@ class Plan:
         """What a position in the data means: a run resumes only where all of it is the same."""
         chosen = self.settings
         assert self.train is not None
-        blend = {"blend": self.train.description} if isinstance(self.train, BlendedSamples) else {}
+        blend = {"blend": self.train.description} if isinstance(self.train, BlendedDataset) else {}
         return {
             "train_mode": chosen.train_mode,
             "samples_per_epoch": self.train.samples_per_epoch,
