@@ -17,7 +17,8 @@ from common.checkpoint.formats.hf_folder import HfReader, check_weights
 from common.checkpoint.formats.megatron_folder import open_megatron
 from common.checkpoint.verification.inspection import inspect_folder
 from common.checkpoint.verification.pickle_scan import check_pickles
-from common.data.tokenizer.tokenizer import find_eod, load_tokenizer
+from common.data.tokenizer.eod import find_eod
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.model.shape.config import load_config
 from tests.fuzz import configs, pickles
 from tests.fuzz.bounds import Case

@@ -17,7 +17,7 @@ from typing import Any
 
 from common.checkpoint.formats.checkpoint_paths import TRACKER
 from common.checkpoint.formats.model_files import REPORT
-from common.data.dataset.indexed import sync
+from common.data.dataset.indexed_dataset import sync
 from common.errors import KitError
 from common.locks import lock
 

@@ -21,7 +21,7 @@ from common.checkpoint.io.checksums import CHECKSUMS, Facts
 from common.checkpoint.io.crc32 import crc32
 from common.checkpoint.io.disk import Writer, ahead
 from common.checkpoint.io.lazy_tensor import LazyTensor
-from common.data.dataset.indexed import sync
+from common.data.dataset.indexed_dataset import sync
 
 DATA_FILE = "__0_0.distcp"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.data.dataset.indexed import idx_path, sync
+from common.data.dataset.indexed_dataset import idx_path, sync
 from common.errors import KitError
 
 FORMAT = "qwen-kit-data"
@@ -64,7 +64,7 @@ def read(output_prefix: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise KitError(f"{path} is no JSON ({error}): write the data again with step 1") from error
+        raise KitError(f"{path} is not JSON ({error}): write the data again with step 1") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return None
     version = content.get("version")

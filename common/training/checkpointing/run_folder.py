@@ -10,7 +10,7 @@ from pathlib import Path
 from common.checkpoint.formats.checkpoint_paths import list_iterations
 from common.checkpoint.formats.checkpoint_size import checkpoint_bytes
 from common.checkpoint.formats.model_files import model_files
-from common.data.dataset.indexed import sync
+from common.data.dataset.indexed_dataset import sync
 from common.errors import KitError
 from common.log import logger
 from common.training.checkpointing.folder_lock import LOCK_FILE, check_lock, take_lock

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from common.data.dataset.batches import Batch
+from common.data.dataset.data_loader import Batch
 from common.model.layers.attention import block_causal_mask, joined_rows
 from common.training.planning.plan import Plan
 

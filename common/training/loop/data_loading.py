@@ -1,16 +1,18 @@
-"""The path of a rank's data, from the datasets to the micro-batches of a step:
+"""The path of a rank's data, from the datasets to the loss of a micro-batch.
 
-planning/datasets.py    open_data      DATASET_PATH to `Plan.train` and `Plan.valid`, of type Samples
-data_loading.py         DataLoaders    samples to this rank's micro-batches, read ahead by worker processes
-batch.py                prepare_batch  a micro-batch to tensors on the device, and the arguments of attention
-forward_step.py         forward_step   a batch to the loss
+    planning/datasets.py    open_data      DATASET_PATH to `Plan.train` and `Plan.valid`, each a SampleDataset
+    data_loading.py         DataLoaders    samples to this rank's micro-batches, read ahead by worker processes
+    batch.py                prepare_batch  a micro-batch to tensors on the device, and the arguments of attention
+    forward_step.py         forward_step   a batch to its loss
+
+Training and evaluation take the same path.
 """
 
 import os
 from collections.abc import Iterator
 
-from common.data.dataset.batches import Batch, Batches
-from common.data.dataset.samples import Samples
+from common.data.dataset.data_loader import Batch, MicroBatchLoader
+from common.data.dataset.sample_dataset import SampleDataset
 from common.training.planning.plan import Plan
 
 
@@ -33,10 +35,10 @@ class DataLoaders:
         return self.valid.read_from(0, self.num_chunks)
 
 
-def build_data_loader(plan: Plan, samples: Samples, start_sample: int) -> Batches:
+def build_data_loader(plan: Plan, samples: SampleDataset, start_sample: int) -> MicroBatchLoader:
     """This rank's endless micro-batches of `samples` from `start_sample` on."""
     settings = plan.settings
-    return Batches(
+    return MicroBatchLoader(
         samples,
         start_sample=start_sample,
         global_batch_size=settings.global_batch_size,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from common.data.dataset.batches import Batch
+from common.data.dataset.data_loader import Batch
 from common.training.loop.forward_step import forward_backward, mean_loss, sum_reporting_losses
 from common.training.loop.progress_bar import log_beside_bar
 from common.training.loop.train_step import reduce_flags

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from common.data.dataset.batches import Batch
+from common.data.dataset.data_loader import Batch
 from common.training.loop.batch import prepare_batch
 from common.training.planning.plan import Plan
 from common.training.state.training_state import TrainingState

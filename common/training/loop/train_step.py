@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from common.data.dataset.batches import Batch
+from common.data.dataset.data_loader import Batch
 from common.engine.optimizer import clip_gradients
 from common.log import listed
 from common.training.loop.forward_step import forward_backward, sum_reporting_losses

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 
-from common.data.dataset.batches import Batch
+from common.data.dataset.data_loader import Batch
 from common.errors import leave_word
 from common.log import logger
 from common.training.checkpointing.checkpointer import Checkpointer

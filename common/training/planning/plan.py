@@ -9,9 +9,9 @@ from pathlib import Path
 from common.checkpoint.formats.checkpoint_paths import Checkpoint, find_checkpoint
 from common.checkpoint.formats.common_state import check_parallel_sizes, run_metadata
 from common.checkpoint.verification.pickle_scan import check_pickles
-from common.data.dataset.blend import BlendedSamples
-from common.data.dataset.order import order_name
-from common.data.dataset.samples import Samples
+from common.data.dataset.blended_dataset import BlendedDataset
+from common.data.dataset.sample_dataset import SampleDataset
+from common.data.dataset.shuffle import order_name
 from common.engine.dist_checkpointing import check_optimizer_sharding
 from common.engine.installation import check_installed
 from common.errors import KitError
@@ -56,8 +56,8 @@ class Plan:
     start: Start
     transformer_impl: str
     ckpt_format: str
-    train: Samples | None
-    valid: Samples | None
+    train: SampleDataset | None
+    valid: SampleDataset | None
     train_iters: int
     progress: Progress = Progress()
     data_hash: str = ""
@@ -84,7 +84,7 @@ class Plan:
         """What a position in the data means: a run resumes only where all of it is the same."""
         chosen = self.settings
         assert self.train is not None
-        blend = {"blend": self.train.description} if isinstance(self.train, BlendedSamples) else {}
+        blend = {"blend": self.train.description} if isinstance(self.train, BlendedDataset) else {}
         return {
             "train_mode": chosen.train_mode,
             "samples_per_epoch": self.train.samples_per_epoch,
