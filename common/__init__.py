@@ -11,7 +11,7 @@ Imports point one way (tests/unit/test_layers.py):
     model, data what is trained, and on what
     locks       one run at a time in a folder
     settings  log  parallel  platforms  engine  json_file
-    errors  start
+    errors  start  files
 """
 
 import sys

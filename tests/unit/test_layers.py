@@ -21,7 +21,7 @@ COMMON = ROOT / "common"
 
 # Lowest first. Parts on one layer do not know each other.
 LAYERS = [
-    {"errors", "start"},
+    {"errors", "start", "files"},
     {"settings", "log", "parallel", "platforms", "engine", "json_file"},
     {"locks"},
     {"model", "data"},

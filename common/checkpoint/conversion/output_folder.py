@@ -17,8 +17,8 @@ from typing import Any
 
 from common.checkpoint.formats.checkpoint_paths import TRACKER
 from common.checkpoint.formats.model_files import REPORT
-from common.data.dataset.indexed_dataset import sync
 from common.errors import KitError
+from common.files import existing_part, sync, write_atomically
 from common.locks import lock
 
 UNFINISHED, MARK = ".unfinished", ".unfinished.json"
@@ -36,7 +36,7 @@ def check_target(folder: Path, source: Path) -> None:
     try:
         if folder.is_dir():
             _check_empty(folder)
-        with tempfile.TemporaryFile(dir=_existing(folder)):  # which has no name, where the file system can do so
+        with tempfile.TemporaryFile(dir=existing_part(folder)):  # which has no name, where the file system can do so
             pass
     except OSError as error:
         raise _refused(folder, error) from error
@@ -46,15 +46,10 @@ def _refused(folder: Path, error: OSError) -> KitError:
     return KitError(f"{folder} cannot be written: {error}: mend it and run the same command again")
 
 
-def _existing(folder: Path) -> Path:
-    """`folder`, or the nearest above it that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-
-
 def check_room(folder: Path, num_bytes: int) -> None:
     """Raises KitError unless the disk of `folder` has room for `num_bytes`, what is left of a killed run being gone."""
     left = _remains(folder) if folder.is_dir() else []
-    free = shutil.disk_usage(_existing(folder)).free + sum(map(_bytes_of, left))
+    free = shutil.disk_usage(existing_part(folder)).free + sum(map(_bytes_of, left))
     if free < num_bytes:
         told = f"{os.strerror(errno.ENOSPC)}, {free / 1e9:.2f} GB are free, and {num_bytes / 1e9:.2f} GB are needed"
         raise _refused(folder, OSError(errno.ENOSPC, told))
@@ -126,11 +121,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write_mark(folder: Path, published: dict[str, Identity]) -> None:
-    partial = folder / (MARK + ".partial")
-    partial.write_text(json.dumps({"published": published}), encoding="utf-8")
-    sync(partial)
-    partial.replace(folder / MARK)
-    sync(folder)
+    write_atomically(folder / MARK, json.dumps({"published": published}).encode())
 
 
 def _read_mark(folder: Path) -> dict[str, Identity]:

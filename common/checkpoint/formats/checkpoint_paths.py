@@ -8,14 +8,13 @@
 The names are Megatron-LM's (megatron/training/checkpointing.py).
 """
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.data.dataset.indexed_dataset import sync
 from common.errors import KitError
+from common.files import write_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE: Literal["release"] = "release"
@@ -58,13 +57,7 @@ def read_tracker(folder: Path) -> int | Literal["release"] | None:
 
 def write_tracker(folder: Path, iteration: int | str) -> None:
     """Writes the tracker file in one step: a reader finds the old one or the new one."""
-    partial = folder / (TRACKER + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(f"{iteration}\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(folder / TRACKER)
-    sync(folder)
+    write_atomically(folder / TRACKER, f"{iteration}\n".encode())
 
 
 def find_checkpoint(folder: Path) -> Checkpoint | None:

@@ -21,7 +21,7 @@ from common.checkpoint.io.checksums import CHECKSUMS, Facts
 from common.checkpoint.io.crc32 import crc32
 from common.checkpoint.io.disk import Writer, ahead
 from common.checkpoint.io.lazy_tensor import LazyTensor
-from common.data.dataset.indexed_dataset import sync
+from common.files import sync, write_synced
 
 DATA_FILE = "__0_0.distcp"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -127,9 +127,7 @@ def finish_checkpoint(folder: Path, shares: Sequence[RankWriteResults], common: 
     }
     files |= {name: {"bytes": len(content), "crc32": crc32(content)} for name, content in rest.items()}
     for name, content in {CHECKSUMS: json.dumps(files).encode(), **rest}.items():
-        with (folder / name).open("wb") as file:
-            file.write(content)
-        sync(folder / name)
+        write_synced(folder / name, content)
     sync(folder)  # the names of all files
 
 

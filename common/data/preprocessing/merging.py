@@ -14,13 +14,14 @@ import numpy as np
 
 from common.data.dataset import manifest
 from common.data.dataset.file_hash import hash_of_blocks
-from common.data.dataset.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, bin_path, idx_path, sync
+from common.data.dataset.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, bin_path, idx_path
 from common.data.encoders.encoded import DROPPED
 from common.data.preprocessing import rejects
 from common.data.preprocessing.job import identity_of, parts_folder
 from common.data.preprocessing.parts import FinishedPart
 from common.data.templates.fields import NOT_USED
 from common.errors import KitError
+from common.files import sync
 
 NO_NOTES = {"read", "supervised"}
 MAX_UNUSED_FIELDS = 30

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from common.data.dataset.indexed_dataset import sync
 from common.data.dataset.manifest import OF_NAMES
 from common.data.sources.bad_rows import RejectedRow
+from common.files import sync
 
 
 def rejects_path(output_prefix: Path) -> Path:

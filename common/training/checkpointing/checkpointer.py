@@ -16,10 +16,11 @@ import torch.distributed as dist
 
 from common.checkpoint.formats.checkpoint_paths import iteration_dir, write_tracker
 from common.checkpoint.formats.torch_dist_writer import RankWriteResults, finish_checkpoint
+from common.files import PARTIAL
 from common.log import logger
 from common.training.checkpointing.optimizer_state import has_optimizer_state
 from common.training.checkpointing.retention import Retention
-from common.training.checkpointing.run_folder import PARTIAL, RunFolder, size_of
+from common.training.checkpointing.run_folder import RunFolder, size_of
 from common.training.checkpointing.save_torch import make_rank_dirs, save_torch
 from common.training.checkpointing.save_torch_dist import TorchDistWriter
 from common.training.checkpointing.state_dict import generate_state_dict, shards_to_save

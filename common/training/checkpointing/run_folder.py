@@ -10,23 +10,18 @@ from pathlib import Path
 from common.checkpoint.formats.checkpoint_paths import list_iterations
 from common.checkpoint.formats.checkpoint_size import checkpoint_bytes
 from common.checkpoint.formats.model_files import model_files
-from common.data.dataset.indexed_dataset import sync
 from common.errors import KitError
+from common.files import PARTIAL, existing_part, sync, write_atomically
 from common.log import logger
 from common.training.checkpointing.folder_lock import LOCK_FILE, check_lock, take_lock
 from common.training.planning.plan import Plan
 
-PARTIAL, REMOVING = ".partial", ".removing"  # suffixes of folders that are being written, or removed
-
-
-def existing_part(path: Path) -> Path:
-    """`path`, or its nearest parent that exists: a folder, or something else, such as a dangling link."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+REMOVING = ".removing"  # suffix of folders that are being removed, as PARTIAL is of those that are being written
 
 
 def free_bytes(path: Path) -> int:
     """The bytes that a user can still write to the file system of `path`."""
-    stats = os.statvfs(existing_part(path))
+    stats = os.statvfs(existing_part(path, os.path.lexists))
     return stats.f_bavail * stats.f_frsize
 
 
@@ -60,7 +55,7 @@ def check_folder(plan: Plan) -> None:
     size_bytes = bytes_of_checkpoint(plan)
     if plan.settings.nnodes == 1:  # with several, a node that rejoins would meet its own run's lock
         check_lock(folder)
-    parent = existing_part(folder)
+    parent = existing_part(folder, os.path.lexists)  # a folder, or something that cannot hold one
     try:
         if not parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "it is not a folder", str(parent))
@@ -98,7 +93,7 @@ class RunFolder:
 
     def check_writable(self) -> None:
         """Raises OSError unless a checkpoint can be written now, to the disk that the run began with."""
-        moved = existing_part(self.path).stat().st_dev != self._device
+        moved = existing_part(self.path, os.path.lexists).stat().st_dev != self._device
         if moved and not (self.path / LOCK_FILE).exists():
             raise OSError(errno.ENODEV, "it is on another disk than when the run began: is it mounted?", str(self.path))
         self.path.mkdir(parents=True, exist_ok=True)
@@ -118,7 +113,7 @@ class RunFolder:
         for name, content in self._model_files.items():
             if not (self.path / name).exists():
                 (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-                write_file(self.path / name, content)
+                write_atomically(self.path / name, content)
         return partial
 
     def publish(self, partial: Path, final: Path) -> None:
@@ -148,17 +143,6 @@ class RunFolder:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if paths:
             logger.info("removed leftovers of a killed run: %s", ", ".join(path.name for path in paths))
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes `content` to `path` atomically; it is on the disk when this returns."""
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    sync(path.parent)
 
 
 def size_of(checkpoint: Path) -> int:

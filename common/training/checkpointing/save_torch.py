@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, OPTIMIZER_FILE, rank_dir_name
 from common.checkpoint.formats.megatron_args import megatron_arguments
 from common.checkpoint.formats.parallel_layout import ParallelLayout
-from common.data.dataset.indexed_dataset import sync
+from common.files import sync
 from common.model.build import unwrap
 from common.training.checkpointing.optimizer_state import ensure_optimizer_state, param_groups_to_save
 from common.training.checkpointing.state_dict import describe_run, model_keys

@@ -1,6 +1,7 @@
 """What the kind of layers or the installed packages cannot do is refused before anything starts."""
 
 import re
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -79,10 +80,10 @@ def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str
     def version(name: str) -> str:
         found = versions[name]
         if found is None:
-            raise versions.metadata.PackageNotFoundError(name)
+            raise metadata.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(versions.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(fit, "find_spec", lambda name: name in modules or None)
 
 
