@@ -1,4 +1,4 @@
-"""How the GPUs of a run are divided: tensor, pipeline, context and data parallel sizes."""
+"""Parallel sizes of a run: tensor, pipeline, context and data parallelism."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from common.errors import KitError
 
 
 def parse_pipeline_layers(text: str | None) -> tuple[int, ...]:
-    """(7, 7, 8, 6) for "7,7,8,6", nothing for nothing; raises KitError unless each is a number above 0."""
+    """(7, 7, 8, 6) for "7,7,8,6", () for an empty text or None; raises KitError unless each is a positive integer."""
     words = text.split(",") if text else []
     if not all(word.strip().isdecimal() and int(word) for word in words):
         raise KitError(f"PIPELINE_LAYERS={text}: give the layers of each pipeline stage with commas, as 7,7,8,6")
@@ -17,8 +17,8 @@ def parse_pipeline_layers(text: str | None) -> tuple[int, ...]:
 class ParallelSizes:
     """The sizes of a run; `world_size` = tp x pp x cp x dp ranks.
 
-    Raises KitError when `world_size` is no multiple of tp x pp x cp, or VPP is asked for without pipeline stages.
-    Whether `pipeline_layers` are those of a model, QwenConfig.chunk_layers tells.
+    Raises KitError if `world_size` is not a multiple of tp x pp x cp, or if VPP is set without pipeline stages.
+    QwenConfig.chunk_layers checks that `pipeline_layers` fit the model.
     """
 
     world_size: int
@@ -26,7 +26,7 @@ class ParallelSizes:
     pp: int = 1
     vpp: int = 1
     cp: int = 1
-    pipeline_layers: tuple[int, ...] = ()  # of each chunk in the model's order; empty: as many each
+    pipeline_layers: tuple[int, ...] = ()  # per chunk, in the model's order; empty: the same number in each
 
     def __post_init__(self) -> None:
         for name in ("world_size", "tp", "pp", "vpp", "cp"):
@@ -42,12 +42,12 @@ class ParallelSizes:
 
     @property
     def dp(self) -> int:
-        """Data-parallel replicas."""
+        """The data-parallel size: the number of replicas of the model."""
         return self.world_size // (self.tp * self.pp * self.cp)
 
     @property
     def replicas(self) -> int:
-        """The ranks that hold the same weights, dp x cp: gradients are reduced, and the optimizer is cut, over them."""
+        """The number of ranks with the same weights, dp x cp, over which the optimizer is sharded."""
         return self.dp * self.cp
 
     def dp_rank(self, rank: int) -> int:
@@ -55,7 +55,7 @@ class ParallelSizes:
         return rank // (self.tp * self.cp) % self.dp
 
     def num_microbatches(self, global_batch_size: int, micro_batch_size: int) -> int:
-        """Micro-batches a replica runs in one step; raises KitError when the sizes do not divide."""
+        """The number of micro-batches per replica and step; raises KitError if the batch sizes do not divide."""
         if global_batch_size % (micro_batch_size * self.dp):
             raise KitError(
                 f"GLOBAL_BATCH_SIZE={global_batch_size} cannot be divided by MICRO_BATCH_SIZE={micro_batch_size}"

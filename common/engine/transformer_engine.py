@@ -1,4 +1,4 @@
-"""What is asked of Transformer Engine, by the versions that have it: told from package metadata alone."""
+"""Features of Transformer Engine by version, checked from package metadata: nothing is imported."""
 
 import re
 from collections.abc import Callable
@@ -15,26 +15,26 @@ FP8_SINCE = {"delayed": (1, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}  # ge
 BF16_MOMENTS_SINCE = (2, 1)  # the dtypes of FusedAdam's moments
 
 
-def check_engine() -> None:
-    """Raises KitError where there is no Transformer Engine, whose layers are to be used."""
+def check_installed() -> None:
+    """Raises KitError unless Transformer Engine, whose layers are to be used, is installed."""
     _need("TRANSFORMER_IMPL=transformer_engine", (1, 0), "install it (the NVIDIA image has it), or set it to local")
 
 
 def check_packed_sequences(setting: str) -> None:
-    """Raises KitError for a Transformer Engine under 1.7, whose attention knows no causal mask within packed samples.
+    """Raises KitError for Transformer Engine before 1.7, whose attention has no causal mask within packed samples.
 
-    Megatron-Core asks for that mask from 1.7 on.
+    Megatron-Core passes that mask from 1.7 on.
     """
     _need(f"{setting}=true", PACKED_SINCE, f"set TRANSFORMER_IMPL=local, or {setting}=false")
 
 
 def check_tp_comm_overlap() -> None:
-    """Raises KitError for a Transformer Engine under 1.9, which makes its buffers through MPI alone."""
+    """Raises KitError for Transformer Engine before 1.9, which creates its buffers with MPI only."""
     _need("TP_COMM_OVERLAP=true", TP_COMM_OVERLAP_SINCE, "set it to false")
 
 
 def check_fp8(fp8_format: str, fp8_recipe: str) -> None:
-    """Raises KitError where Transformer Engine or Megatron-Core is too old for matrix products in FP8."""
+    """Raises KitError if Transformer Engine or Megatron-Core is too old for this FP8 recipe."""
     if fp8_format == "none":
         return
     remedy = "use FP8_FORMAT=none" if fp8_recipe == "delayed" else "use FP8_RECIPE=delayed"
@@ -44,7 +44,7 @@ def check_fp8(fp8_format: str, fp8_recipe: str) -> None:
 
 
 def fp8_options(fp8_format: str, fp8_recipe: str) -> dict[str, Any]:
-    """TransformerConfig's fields for FP8; raises KitError where Transformer Engine or Megatron-Core is too old."""
+    """TransformerConfig's fields for FP8; raises KitError if Transformer Engine or Megatron-Core is too old."""
     if fp8_format == "none":
         return {}
     check_fp8(fp8_format, fp8_recipe)
@@ -53,29 +53,30 @@ def fp8_options(fp8_format: str, fp8_recipe: str) -> dict[str, Any]:
 
 
 def check_optimizer_state(kind: str) -> None:
-    """Raises KitError where Transformer Engine or Megatron-Core is too old for moments in bf16."""
+    """Raises KitError if Transformer Engine or Megatron-Core is too old for moments in bf16."""
     if kind == "bf16":
         _need_megatron("OPTIMIZER_STATE=bf16", lambda engine: engine.bf16_moments, "set it to fp32")
         _need("OPTIMIZER_STATE=bf16", BF16_MOMENTS_SINCE, "set it to fp32")
 
 
 def optimizer_state_options(kind: str) -> dict[str, Any]:
-    """OptimizerConfig's fields: none but for bf16 moments (Megatron-Core's precision-aware optimizer); raises KitError.
+    """OptimizerConfig's fields for bf16 moments (Megatron-Core's precision-aware optimizer), none for others.
 
-    Transformer Engine's Adam could keep of the master weights the 16 bits that bf16 parameters lack; a checkpoint would
-    then hold those in place of weights (fully_reshardable writes what it finds, as float32), so they are kept whole.
+    Raises KitError if Transformer Engine or Megatron-Core is too old. Master weights stay whole: Transformer Engine's
+    Adam could store only the 16 bits that bf16 parameters lack (store_param_remainders), but fully_reshardable would
+    write those to a checkpoint as if they were weights.
     """
     if kind != "bf16":
         return {}
     check_optimizer_state(kind)
-    import torch  # the estimate reads this file without it
+    import torch  # the estimate imports this module without torch
 
     moments = dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), torch.bfloat16)
     return {"use_precision_aware_optimizer": True, "store_param_remainders": False, **moments}
 
 
 def transformer_engine_version() -> tuple[int, int] | None:
-    """Major and minor of the installed Transformer Engine; None where there is none."""
+    """Major and minor version of the installed Transformer Engine; None if it is not installed."""
     try:
         text = metadata.version("transformer-engine")
     except metadata.PackageNotFoundError:

@@ -225,9 +225,9 @@ def test_a_python_without_packages_is_told_what_is_missing(tmp_path: Path) -> No
     assert (done.returncode, done.stderr) == (1, "")
     lines = done.stdout.splitlines()
     (missing,) = (line for line in lines if line.startswith("fail  packages"))
-    assert missing.endswith("not there: " + ", ".join(packages.NEEDED))
+    assert missing.endswith("not installed: " + ", ".join(packages.NEEDED))
     assert "bash common/shell/setup_venv.sh" in lines[lines.index(missing) + 1]
-    assert "fail  torch                not there" in lines and "operation" not in done.stdout
+    assert "fail  torch                not installed" in lines and "operation" not in done.stdout
     assert not [line for line in lines if "<4.56" in line], "of the transformers that the oldest torch asks for"
 
 

@@ -104,7 +104,7 @@ def check_packages(settings: TrainSettings, platform: Platform) -> None:
     Told by the launcher, before any process: from package metadata, and from where an import would look.
     """
     if (settings.transformer_impl or platform.transformer_impl) == "transformer_engine":
-        transformer_engine.check_engine()
+        transformer_engine.check_installed()
         for setting in kept_apart(settings):
             transformer_engine.check_packed_sequences(setting)
     if settings.tp_comm_overlap:

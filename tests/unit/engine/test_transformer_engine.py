@@ -25,6 +25,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str
     [
         ("2.11.0", "0.16.1", ("none", "tensorwise"), {}),
         ("2.11.0", "0.16.1", ("hybrid", "tensorwise"), {"fp8": "hybrid", "fp8_recipe": "tensorwise"}),
+        ("2.11.0", "0.19.2", ("hybrid", "blockwise"), {"fp8": "hybrid", "fp8_recipe": "blockwise"}),
         ("1.4.0+abc", "0.14.0", ("e4m3", "delayed"), {"fp8": "e4m3", "fp8_recipe": "delayed"}),
         ("1.4.0", "0.11.0", ("hybrid", "delayed"), {"fp8": "hybrid"}),
     ],
