@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from common.errors import KitError
-from common.parallel import ParallelSizes
+from common.parallel import ParallelSizes, is_local_rank_zero
 from common.platforms.base import Platform
 from common.training.launching.hang_detector import Heartbeat
 from common.training.launching.nodes import differences, start_facts
@@ -48,7 +48,7 @@ def process_group(platform: Platform, sizes: ParallelSizes, seed: int, timeout_m
 def check_same_start(start: Start) -> None:
     """Raises KitError unless every node is about to read the same weights. A collective call, before they are read."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (socket.gethostname(), start_facts(start)) if is_first_of_node() else None)
+    dist.all_gather_object(found, (socket.gethostname(), start_facts(start)) if is_local_rank_zero() else None)
     (first, reference), *others = (each for each in found if each)
     texts = [(host, differences(reference, first, facts, host)) for host, facts in others]
     wrong = [f"{host} does not start from what {first} starts from: {text}" for host, text in texts if text]
@@ -61,12 +61,7 @@ def check_same_start(start: Start) -> None:
 
 def fail_together(message: str) -> NoReturn:
     """Of what every rank finds alike one process of a node speaks: raises KitError there, SystemExit in the others."""
-    raise KitError(message) if is_first_of_node() else SystemExit(2)
-
-
-def is_first_of_node() -> bool:
-    """Whether this is the process of its node that speaks for it."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    raise KitError(message) if is_local_rank_zero() else SystemExit(2)
 
 
 def seed_everything(seed: int) -> None:

@@ -17,7 +17,7 @@ from common.engine.installation import check_installed
 from common.errors import KitError
 from common.log import logger
 from common.model.shape.config import QwenConfig, load_config
-from common.parallel import ParallelSizes
+from common.parallel import ParallelSizes, is_local_rank_zero
 from common.platforms.base import Platform
 from common.training.planning.compatibility import check_fit
 from common.training.planning.datasets import content_hash, open_data
@@ -128,7 +128,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         check_warmup(plan)
     # The last, since it takes longest; Megatron-Core has not touched the folder yet. One rank of a node looks: the
     # others wait for it in the process group, which all of them begin, before they read anything.
-    if start.checkpoint and os.environ.get("LOCAL_RANK", "0") == "0":
+    if start.checkpoint and is_local_rank_zero():
         check_pickles(start.checkpoint)
     return plan
 
