@@ -84,7 +84,7 @@ class TorchDistWriter:
         """What was written; blocks until the file is complete, and raises the error of its thread."""
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(1)
-            self.heartbeat.beat("waiting for a save to end")
+            self.heartbeat.beat("waiting for the pending save")
         self._thread = None
         if self._error is not None:
             raise self._error

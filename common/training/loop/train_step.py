@@ -48,7 +48,7 @@ def train_step(
     training_state.optimizer.zero_grad()
     reporting_losses = forward_backward(plan, training_state, data_iterators, forward_only=False)
     reporting_loss = sum_reporting_losses(plan, reporting_losses)
-    training_state.heartbeat.beat("the optimizer's step")
+    training_state.heartbeat.beat("optimizer step")
     training_state.optimizer.prepare_grads()
     grad_norm = get_grad_norm(training_state)
     stop, loss_is_finite = reduce_flags(reporting_loss, stop)

@@ -36,16 +36,16 @@ class Trainer:
         self.plan, self.training_state, self.progress = plan, training_state, plan.progress
         self.checkpointer, self.loaders, self.requests = checkpointer, loaders, requests
         self.deadline = Deadline(plan.settings.exit_duration_min)
-        self.log, self.bad_steps = TrainingLog(plan), BadSteps(plan)
+        self.training_log, self.bad_steps = TrainingLog(plan), BadSteps(plan)
         self.save_is_postponed = False  # a save was due at a bad step
 
     def run(self) -> None:
         """Trains to the last step, or until a stop is requested; the last completed step is saved."""
         data_iterators = self.loaders.train_iterators(self.progress.consumed_samples)
         bar = progress_bar(self.plan, self.progress)
-        self.log.stopwatch.lap()
+        self.training_log.stopwatch.lap()
         stopped = False
-        with self.log.tracker:
+        with self.training_log.tracker:
             while self.progress.iteration < self.plan.train_iters and not stopped:
                 stopped = self.step(data_iterators)
                 bar.update()
@@ -66,10 +66,10 @@ class Trainer:
         )
         self.progress = Progress(before.iteration + 1, before.consumed_samples + settings.global_batch_size)
         iteration = self.progress.iteration
-        self.log.add(result)
+        self.training_log.add(result)
         self.bad_steps.count(iteration, result)
-        if self.log.is_due(iteration):
-            loss = self.log.log(self.progress, result.grad_norm, learning_rate, self.bad_steps)
+        if self.training_log.is_due(iteration):
+            loss = self.training_log.log(self.progress, result.grad_norm, learning_rate, self.bad_steps)
             if iteration == 1 and not self.bad_steps.total:
                 check_first_loss(self.plan, loss)
         self.bad_steps.check(iteration)
@@ -82,15 +82,15 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Evaluates and logs the loss on the validation samples; returns whether a stop request interrupted it."""
-        self.log.stopwatch.pause()
+        self.training_log.stopwatch.pause()
         iteration = self.progress.iteration
         data_iterators = self.loaders.valid_iterators()
         loss = evaluate(self.plan, self.training_state, data_iterators, num_eval_batches(self.plan), self._should_stop)
         log_evaluation(self.plan, iteration, loss)
         if loss is not None:
-            self.log.tracker.log(iteration, validation_loss=loss)
+            self.training_log.tracker.log(iteration, validation_loss=loss)
             self.checkpointer.record(iteration, validation_loss=loss)
-        self.log.stopwatch.resume()
+        self.training_log.stopwatch.resume()
         return loss is None
 
     def save_if_due(self, before: Progress, stop: bool) -> bool:
@@ -110,10 +110,10 @@ class Trainer:
         if due or self.save_is_postponed or retry:
             if stop:
                 logger.info("stop requested: saving iteration %d", iteration)
-            self.log.stopwatch.pause()
+            self.training_log.stopwatch.pause()
             self.save_is_postponed = False
             self.save(ends)
-            self.log.stopwatch.resume()
+            self.training_log.stopwatch.resume()
         return ends
 
     def save(self, ends: bool) -> None:
