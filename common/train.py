@@ -6,9 +6,11 @@ Each of those runs this module again, finds torchrun's variables in its environm
 import argparse
 import logging
 import os
+import sys
 
 from common import errors, log
 from common.engine import installation
+from common.engine.overrides import join_words
 from common.errors import KitError
 from common.log import logger
 from common.platforms import check_machine, current
@@ -28,7 +30,7 @@ def main() -> None:
     )
     add_options(parser, TrainSettings)
     parser.add_argument("--check", action="store_true", help="check the settings, the model and the data, and stop")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(join_words(sys.argv[1:]))
     log.setup()
     settings = from_namespace(TrainSettings, arguments)
     installation.check_origin()

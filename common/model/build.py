@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from common.engine.overrides import named_refusals, overrides
 from common.engine.patches import single_qkv_rope, weight_gradient_fusion
 from common.engine.pipeline_layers import first_and_last_differ
 from common.engine.transformer_engine import fp8_options
@@ -34,7 +35,8 @@ def transformer_config(
     dtype = DTYPES[options.precision]
     fused = platform.fused_kernels
     engine = options.transformer_impl == "transformer_engine"
-    return TransformerConfig(
+    return _with_overrides(
+        options.mcore,
         num_layers=qwen.num_hidden_layers,
         hidden_size=qwen.hidden_size,
         ffn_hidden_size=qwen.intermediate_size,
@@ -82,6 +84,12 @@ def transformer_config(
         **fp8_options(options.fp8_format, options.fp8_recipe),
         **_recompute(options),
     )
+
+
+def _with_overrides(mcore: tuple[str, ...], **fields: Any) -> TransformerConfig:
+    """The config of `fields`, and of those that are set by name; raises KitError where Megatron-Core refuses them."""
+    with named_refusals(mcore):
+        return TransformerConfig(**{**fields, **overrides(mcore)["transformer"]})
 
 
 def pipeline_options(chunk_layers: tuple[int, ...], vpp: int) -> dict[str, Any]:

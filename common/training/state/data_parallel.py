@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+from common.engine.overrides import named_refusals, overrides
 from common.training.settings import TrainSettings
 
 
@@ -15,13 +16,15 @@ def wrap_model(chunks: list[torch.nn.Module], settings: TrainSettings) -> list[D
     training/training.py does the same).
     """
     overlap_grad_reduce, overlap_param_gather = settings.overlaps
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=overlap_grad_reduce,
-        overlap_param_gather=overlap_param_gather,
-        bucket_size=40_000_000 if overlap_grad_reduce else None,
-    )
+    fields: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": overlap_grad_reduce,
+        "overlap_param_gather": overlap_param_gather,
+        "bucket_size": 40_000_000 if overlap_grad_reduce else None,
+    }
+    with named_refusals(settings.mcore):
+        config = DistributedDataParallelConfig(**{**fields, **overrides(settings.mcore)["ddp"]})
     return [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)

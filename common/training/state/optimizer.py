@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+from common.engine.overrides import named_refusals, overrides
 from common.engine.transformer_engine import optimizer_state_options
 from common.log import logger
 from common.training.settings import TrainSettings
@@ -36,20 +37,22 @@ def build_optimizer(settings: TrainSettings, model: list[Any]) -> tuple[Any, lis
 
 def optimizer_config(settings: TrainSettings) -> OptimizerConfig:
     """Adam with decoupled weight decay, its state sharded over the data-parallel ranks."""
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps,
-        clip_grad=settings.clip_grad,
-        bf16=settings.precision == "bf16",
-        params_dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
-        use_distributed_optimizer=True,
+    fields: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": settings.lr,
+        "min_lr": settings.min_lr,
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "adam_eps": settings.adam_eps,
+        "clip_grad": settings.clip_grad,
+        "bf16": settings.precision == "bf16",
+        "params_dtype": torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+        "use_distributed_optimizer": True,
         **optimizer_state_options(settings.optimizer_state),
-    )
+    }
+    with named_refusals(settings.mcore):
+        return OptimizerConfig(**{**fields, **overrides(settings.mcore)["optimizer"]})
 
 
 def distributed_optimizers(optimizer: Any) -> list[Any]:

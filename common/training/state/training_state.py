@@ -61,6 +61,7 @@ def model_options(plan: Plan) -> ModelOptions:
         core_attention=settings.core_attention,
         fused_products=settings.fused_products,
         deterministic=settings.deterministic,
+        mcore=settings.mcore,
         joins_rows=plan.joins_rows,
         weighted=any(data.weighted for data in (plan.train, plan.valid) if data),
     )
