@@ -64,7 +64,7 @@ def test_a_long_scan_is_done_once_for_the_same_file(
     monkeypatch.setattr(id_range, "scan_id_range", lambda tokens: scans.append(tokens.prefix) or scan_id_range(tokens))
     tokens = data(tmp_path / "a", [7, 8])
     files = DataFiles("pretrain", tokens.prefix)
-    assert [id_range(files, tokens) for _ in range(3)] == [(0, 8)] * 3 and len(scans) == 1
+    assert [id_range.id_range(files, tokens) for _ in range(3)] == [(0, 8)] * 3 and len(scans) == 1
     assert "a.bin is not known, it has no manifest: its" in caplog.text and "its ids are 0 to 8" in caplog.text
     os.utime(tmp_path / "a.bin", ns=(1, 1))
     assert id_range.id_range(files, data(tmp_path / "a", [7, 9])) == (0, 9) and len(scans) == 2
