@@ -74,7 +74,7 @@ def test_what_goes_together_is_let_pass(platform: str, changes: dict[str, Any]) 
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, *modules: str) -> None:
-    """What package metadata says, and which modules an import would find."""
+    """Fakes the versions in package metadata and the modules that an import would find."""
     versions = {"transformer-engine": engine, "megatron-core": megatron}
 
     def version(name: str) -> str:
