@@ -1,7 +1,6 @@
-"""Small files written durably, and the folder in which a path would be created."""
+"""Files written durably: flushed to the disk, and replaced atomically."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 PARTIAL = ".partial"  # suffix of what is being written
@@ -30,8 +29,3 @@ def write_atomically(path: Path, content: bytes) -> None:
     write_synced(partial, content)
     partial.replace(path)
     sync(path.parent)
-
-
-def existing_part(path: Path, exists: Callable[[Path], bool] = Path.is_dir) -> Path:
-    """`path`, or the nearest of its parents that `exists`: by default, that is a folder."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if exists(each))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from common.errors import KitError
 
 
-def is_local_rank_zero() -> bool:
-    """Whether this process is the first rank of its node, or not a rank at all."""
+def is_node_leader() -> bool:
+    """Whether this process reports for its node: local rank 0, or not a rank at all."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.doctor.finding import Finding, judge
 from common.errors import KitError
-from common.files import existing_part
+from common.folders import existing_part
 from common.platforms import available_memory, check_machine, detect
 from common.platforms.base import Platform
 

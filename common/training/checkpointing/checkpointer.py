@@ -25,7 +25,7 @@ from common.training.checkpointing.save_torch import make_rank_dirs, save_torch
 from common.training.checkpointing.save_torch_dist import TorchDistWriter
 from common.training.checkpointing.state_dict import generate_state_dict, shards_to_save
 from common.training.launching.hang_detector import Heartbeat
-from common.training.launching.process_group import Meeting, errors_of_ranks
+from common.training.launching.process_group import HostGroup, errors_of_ranks
 from common.training.planning.plan import Plan, Progress
 from common.training.state.data_parallel import gather_params
 from common.training.state.training_state import TrainingState
@@ -51,7 +51,7 @@ class Checkpointer:
         self.plan = plan
         self.path = Path(plan.settings.save_checkpoint_path)
         self.writer: TorchDistWriter | None = None
-        self.meeting = Meeting(heartbeat)
+        self.host_group = HostGroup(heartbeat)
         self.overdue = False  # whether the last save failed
         self.last_save_s = 0.0  # how long the last save took
         self._pending: _PendingSave | None = None
@@ -76,12 +76,12 @@ class Checkpointer:
         No collective call.
         """
         if self.plan.settings.async_save and self.writer is None and has_optimizer_state(training_state):
-            self.writer = TorchDistWriter(self.meeting.heartbeat, async_save=True)
+            self.writer = TorchDistWriter(self.host_group.heartbeat, async_save=True)
             self.writer.allocate_staging(shards_to_save(self.plan, training_state))
 
     def save(self, training_state: TrainingState, progress: Progress) -> bool:
         """Saves a checkpoint of `progress`, or, with ASYNC_SAVE, starts to; returns whether that succeeded."""
-        if self._pending and not self.meeting.all_are(self._pending.writer.is_done):
+        if self._pending and not self.host_group.all_ready(self._pending.writer.is_done):
             logger.info("waiting for the previous checkpoint to be written")
         self.finalize(wait=True)
         began, final = time.monotonic(), iteration_dir(self.path, progress.iteration)
@@ -97,13 +97,13 @@ class Checkpointer:
     def finalize(self, *, wait: bool) -> bool:
         """Publishes the pending checkpoint if it is written, or with `wait` when it is; False if that failed."""
         pending = self._pending
-        if pending is None or not (wait or self.meeting.all_are(pending.writer.is_done)):
+        if pending is None or not (wait or self.host_group.all_ready(pending.writer.is_done)):
             return pending is None
         self._pending, writer = None, pending.writer
         results: list[RankWriteResults] = []
         if not self._try(lambda: results.append(writer.result()), pending.partial, wait_for_ranks=writer.async_save):
             return False
-        results = self.meeting.gather(results[0])
+        results = self.host_group.gather(results[0])
 
         def write_metadata() -> None:
             if self.folder:
@@ -156,7 +156,7 @@ class Checkpointer:
         self, training_state: TrainingState, progress: Progress, partial: Path, final: Path, began: float
     ) -> bool:
         if self.writer is None:
-            self.writer = TorchDistWriter(self.meeting.heartbeat, async_save=self.plan.settings.async_save)
+            self.writer = TorchDistWriter(self.host_group.heartbeat, async_save=self.plan.settings.async_save)
         writer, state_dict = self.writer, generate_state_dict(self.plan, training_state, progress)
         if not self._try(lambda: writer.write(state_dict, partial), partial, wait_for_ranks=not writer.async_save):
             return False
@@ -198,7 +198,7 @@ class Checkpointer:
                 raise
             disk_error = error
         if wait_for_ranks:
-            self.meeting.all_are(ready=True)
+            self.host_group.all_ready(ready=True)
         errors = errors_of_ranks(disk_error)
         if errors:
             self.overdue = True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import KitError
+from common.locks import lock
 from common.log import logger
 
 LOCK_FILE = ".lock"
@@ -16,7 +17,7 @@ LOCK_TIMEOUT_S = 30  # what a killed rank needs to end and to free its GPU
 
 
 def take_lock(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> int:
-    """The file descriptor that holds the lock on `folder` while it is open; -1 if the file system has no locks.
+    """The file descriptor that holds the lock on `folder` while it is open.
 
     Raises KitError if another run still holds it after `timeout_s` seconds. The system releases it when this process
     and those that it has forked since have ended, in whatever way.
@@ -27,7 +28,7 @@ def take_lock(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> int:
     end, logged = time.monotonic() + timeout_s, False
     while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, folder, fcntl.flock)
             break
         except BlockingIOError as error:
             if time.monotonic() > end:
@@ -39,10 +40,6 @@ def take_lock(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> int:
                 logger.info("waiting for the run that writes to %s (%s)", folder, _holder(path))
                 logged = True
             time.sleep(0.2)
-        except OSError as error:
-            logger.warning("%s: the file system has no locks (%s): start only one run that writes there", path, error)
-            os.close(handle)
-            return -1
     path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}))
     return handle
 
@@ -50,9 +47,7 @@ def take_lock(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> int:
 def check_lock(folder: Path) -> None:
     """Raises KitError if another run writes to `folder`; leaves nothing there and holds nothing."""
     if folder.is_dir() and (folder / LOCK_FILE).exists():
-        handle = take_lock(folder)
-        if handle >= 0:
-            os.close(handle)
+        os.close(take_lock(folder))
 
 
 def _holder(path: Path) -> str:

@@ -1,9 +1,7 @@
 """SAVE_CHECKPOINT_PATH: checked before a run, and the folder that a run's checkpoints are published in."""
 
 import errno
-import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -11,26 +9,13 @@ from common.checkpoint.formats.checkpoint_paths import list_iterations
 from common.checkpoint.formats.checkpoint_size import checkpoint_bytes
 from common.checkpoint.formats.model_files import model_files
 from common.errors import KitError
-from common.files import PARTIAL, existing_part, sync, write_atomically
+from common.files import PARTIAL, sync, write_atomically
+from common.folders import check_writable, existing_part, free_bytes, write_test
 from common.log import logger
 from common.training.checkpointing.folder_lock import LOCK_FILE, check_lock, take_lock
 from common.training.planning.plan import Plan
 
 REMOVING = ".removing"  # suffix of folders that are being removed, as PARTIAL is of those that are being written
-
-
-def free_bytes(path: Path) -> int:
-    """The bytes that a user can still write to the file system of `path`."""
-    stats = os.statvfs(existing_part(path, os.path.lexists))
-    return stats.f_bavail * stats.f_frsize
-
-
-def write_test(folder: Path) -> None:
-    """Writes a file to the existing `folder` and removes it; raises OSError."""
-    # Unbuffered: on a full disk, closing would raise again, and leave the file until it is collected.
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".write_test_", buffering=0) as stream:
-        stream.write(b"x" * 4096)
-        os.fsync(stream.fileno())
 
 
 def bytes_of_checkpoint(plan: Plan) -> int:
@@ -55,16 +40,8 @@ def check_folder(plan: Plan) -> None:
     size_bytes = bytes_of_checkpoint(plan)
     if plan.settings.nnodes == 1:  # with several, a node that rejoins would meet its own run's lock
         check_lock(folder)
-    parent = existing_part(folder, os.path.lexists)  # a folder, or something that cannot hold one
-    try:
-        if not parent.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "it is not a folder", str(parent))
-        write_test(parent)
-        free = free_bytes(parent)
-    except OSError as error:
-        raise KitError(
-            f"SAVE_CHECKPOINT_PATH={folder} cannot be written to ({error}): fix that, or use another folder"
-        ) from error
+    check_writable(folder, f"SAVE_CHECKPOINT_PATH={folder}")
+    free = free_bytes(folder)
     size = f"a checkpoint of this run takes {size_bytes / 1e9:.2f} GB"
     if free < size_bytes:
         raise KitError(
@@ -91,9 +68,9 @@ class RunFolder:
         source = plan.start.model_folder
         self._model_files = {name: (source / name).read_bytes() for name in model_files(source).files}
 
-    def check_writable(self) -> None:
+    def check_disk(self) -> None:
         """Raises OSError unless a checkpoint can be written now, to the disk that the run began with."""
-        moved = existing_part(self.path, os.path.lexists).stat().st_dev != self._device
+        moved = existing_part(self.path).stat().st_dev != self._device
         if moved and not (self.path / LOCK_FILE).exists():
             raise OSError(errno.ENODEV, "it is on another disk than when the run began: is it mounted?", str(self.path))
         self.path.mkdir(parents=True, exist_ok=True)
@@ -105,7 +82,7 @@ class RunFolder:
 
     def begin(self, final: Path) -> Path:
         """A new, empty folder to write to, beside `final`; also restores the model's own files beside it."""
-        self.check_writable()
+        self.check_disk()
         partial = final.with_name(final.name + PARTIAL)
         if partial.exists():
             shutil.rmtree(partial)

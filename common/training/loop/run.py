@@ -9,7 +9,7 @@ from common.training.checkpointing.checkpointer import Checkpointer
 from common.training.checkpointing.load import load_checkpoint
 from common.training.launching.hang_detector import HangDetector, Heartbeat
 from common.training.launching.process_group import check_same_start, process_group
-from common.training.launching.signals import Requests
+from common.training.launching.signals import StopRequests
 from common.training.loop.data_loading import DataLoaders
 from common.training.loop.memory import explain_out_of_memory
 from common.training.loop.trainer import Trainer
@@ -18,7 +18,7 @@ from common.training.settings import TrainSettings
 from common.training.state.training_state import build_training_state
 
 
-def run_plan(plan: Plan, requests: Requests) -> None:
+def run_plan(plan: Plan, requests: StopRequests) -> None:
     """Trains, or converts the newest distributed checkpoint to torch format, as planned."""
     settings = plan.settings
     if plan.train and plan.progress.iteration >= plan.train_iters:

@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterator
 
 from common.data.dataset.data_loader import Batch
-from common.errors import leave_word
 from common.log import logger
 from common.training.checkpointing.checkpointer import Checkpointer
-from common.training.launching.signals import Requests
+from common.training.launching.rank_exit import STOPPED_AT, write_exit_reason
+from common.training.launching.signals import StopRequests
 from common.training.loop.bad_steps import BadSteps, check_weights
 from common.training.loop.data_loading import DataLoaders
 from common.training.loop.evaluation import evaluate, log_evaluation, num_eval_batches
@@ -31,7 +31,7 @@ class Trainer:
         training_state: TrainingState,
         checkpointer: Checkpointer,
         loaders: DataLoaders,
-        requests: Requests,
+        requests: StopRequests,
     ) -> None:
         self.plan, self.training_state, self.progress = plan, training_state, plan.progress
         self.checkpointer, self.loaders, self.requests = checkpointer, loaders, requests
@@ -53,7 +53,7 @@ class Trainer:
             self.checkpointer.close()
         iteration = self.progress.iteration
         if stopped and iteration < self.plan.train_iters and not self._exits_here():
-            leave_word("stopped", f"stopped and saved at iteration {iteration} of {self.plan.train_iters}")
+            write_exit_reason(STOPPED_AT, f"stopped and saved at iteration {iteration} of {self.plan.train_iters}")
         logger.info("stopped after iteration %d of %d", iteration, self.plan.train_iters)
 
     def step(self, data_iterators: list[Iterator[Batch]]) -> bool:
@@ -126,7 +126,7 @@ class Trainer:
 
     def _should_stop(self) -> bool:
         """Whether this rank received a stop request, or the deadline is near."""
-        return self.requests.heard is not None or self.deadline.is_near(self.checkpointer.last_save_s)
+        return self.requests.received is not None or self.deadline.is_near(self.checkpointer.last_save_s)
 
     def _is_last(self) -> bool:
         return self.progress.iteration == self.plan.train_iters

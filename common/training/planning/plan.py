@@ -18,7 +18,7 @@ from common.engine.overrides import describe_overrides, overrides
 from common.errors import KitError
 from common.log import logger
 from common.model.shape.config import QwenConfig, load_config
-from common.parallel import ParallelSizes, is_local_rank_zero
+from common.parallel import ParallelSizes, is_node_leader
 from common.platforms.base import Platform
 from common.training.planning.compatibility import check_fit
 from common.training.planning.datasets import content_hash, open_data
@@ -130,7 +130,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         check_warmup(plan)
     # The last, since it takes longest; Megatron-Core has not touched the folder yet. One rank of a node looks: the
     # others wait for it in the process group, which all of them begin, before they read anything.
-    if start.checkpoint and is_local_rank_zero():
+    if start.checkpoint and is_node_leader():
         check_pickles(start.checkpoint)
     return plan
 

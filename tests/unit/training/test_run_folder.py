@@ -99,10 +99,10 @@ def test_too_little_room_is_told_before_a_checkpoint_is_begun(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(plan(tmp_path / "run", model))
-    folder.check_writable()
+    folder.check_disk()
     monkeypatch.setattr(run_folder, "free_bytes", lambda path: NEEDED_BYTES - 1)
     with pytest.raises(OSError, match=r"0\.00 GB free, and a checkpoint takes 0\.00 GB") as told:
-        folder.check_writable()
+        folder.check_disk()
     assert told.value.errno == errno.ENOSPC
     assert sorted(path.name for path in folder.path.iterdir()) == [LOCK_FILE]  # the file of the try is gone
 
@@ -121,18 +121,18 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_and_another_disk_in_its_place_are_told(disk: Path, model: Path) -> None:
     folder = RunFolder(plan(disk / "run", model))
-    folder.check_writable()
+    folder.check_disk()
     with (disk / "other").open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
         while True:
             stream.write(b"x" * 4096)
     with pytest.raises(OSError, match="No space left") as told:
-        folder.check_writable()
+        folder.check_disk()
     assert told.value.errno == errno.ENOSPC
     assert sorted(path.name for path in folder.path.iterdir()) == [LOCK_FILE]
     (disk / "other").unlink()
-    folder.check_writable()
+    folder.check_disk()
     os.close(folder._lock)
     subprocess.run(["umount", "-l", str(disk)], check=True)
     with pytest.raises(OSError, match="it is on another disk than when the run began: is it mounted"):
-        folder.check_writable()
+        folder.check_disk()
     assert not (disk / "run").exists()
