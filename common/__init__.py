@@ -12,7 +12,7 @@ Imports point down (tests/unit/test_layers.py); docs/architecture.md shows the r
     locks        one writer per folder
     progress     a bar for long work on files
     settings  log  parallel  platforms  engine  json_file  folders
-    errors  start
+    errors  start  files
 """
 
 import sys

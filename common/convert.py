@@ -16,19 +16,10 @@ from typing import Any
 import torch
 
 from common import errors, log
-from common.checkpoint.conversion.planning import ExpectedFolder, plan_dist, plan_hf, plan_ranks
-from common.checkpoint.conversion.streams import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
-from common.checkpoint.conversion.target import check_room, check_target, write_whole
-from common.checkpoint.formats.arguments import megatron_arguments
-from common.checkpoint.formats.dist_share import write_dist
-from common.checkpoint.formats.hf_folder import (
-    HfReader,
-    check_unquantized,
-    check_weights,
-    parse_size,
-    write_safetensors,
-)
-from common.checkpoint.formats.layout import (
+from common.checkpoint.conversion.conversion_plan import ExpectedFolder, plan_dist, plan_hf, plan_ranks
+from common.checkpoint.conversion.output_folder import check_room, check_target, write_whole
+from common.checkpoint.conversion.state_dict_adapter import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
+from common.checkpoint.formats.checkpoint_paths import (
     MODEL_FILE,
     RELEASE,
     Checkpoint,
@@ -36,10 +27,19 @@ from common.checkpoint.formats.layout import (
     rank_dir_name,
     write_tracker,
 )
+from common.checkpoint.formats.hf_folder import (
+    HfReader,
+    check_unquantized,
+    check_weights,
+    parse_size,
+    write_safetensors,
+)
 from common.checkpoint.formats.mapping import IMPLEMENTATIONS
+from common.checkpoint.formats.megatron_args import megatron_arguments
 from common.checkpoint.formats.megatron_folder import open_megatron
 from common.checkpoint.formats.model_files import REPORT, copy_model_files, model_files
-from common.checkpoint.formats.pipeline import Layout
+from common.checkpoint.formats.parallel_layout import ParallelLayout
+from common.checkpoint.formats.torch_dist_writer import write_torch_dist
 from common.checkpoint.formats.torch_format import save_rank_files
 from common.checkpoint.io.checksums import check_all_files
 from common.checkpoint.verification.inspection import WRITTEN_BY, inspect_folder
@@ -113,9 +113,9 @@ def to_megatron(settings: ToMegatron, check: bool, plan: bool = False) -> None:
     qwen = load_config(source_folder)
     check_unquantized(source_folder)
     pipeline_layers = parse_pipeline_layers(settings.pipeline_layers)
-    layout = Layout(settings.tp, settings.pp, settings.vpp, settings.transformer_impl, pipeline_layers)
+    layout = ParallelLayout(settings.tp, settings.pp, settings.vpp, settings.transformer_impl, pipeline_layers)
     if settings.ckpt_format == "torch_dist":
-        layout = Layout(1, 1, 1, "transformer_engine")
+        layout = ParallelLayout(1, 1, 1, "transformer_engine")
         logger.info(
             "torch_dist holds whole tensors: TP, PP, VPP, PIPELINE_LAYERS and TRANSFORMER_IMPL are training's to choose"
         )
@@ -150,7 +150,7 @@ def to_megatron(settings: ToMegatron, check: bool, plan: bool = False) -> None:
     logger.info("LOAD_CHECKPOINT_PATH=%s", target)
 
 
-def written_bytes(source: Source, layout: Layout | None, folder: Path) -> int:
+def written_bytes(source: Source, layout: ParallelLayout | None, folder: Path) -> int:
     """What a Megatron checkpoint of `layout`, or torch_dist, takes on the disk, but for headers."""
     if layout is None:
         tensors = [block.tensor for block in dist_blocks(source)]
@@ -168,10 +168,10 @@ def bytes_beside(folder: Path) -> int:
 def _write_torch_dist(source: Source, folder: Path) -> None:
     blocks = list(dist_blocks(source))
     with progress(sum(block.tensor.num_bytes for block in blocks)) as done:
-        write_dist(folder, blocks, {"checkpoint_version": 3.0, "iteration": 0, **WRITTEN_BY}, done)
+        write_torch_dist(folder, blocks, {"checkpoint_version": 3.0, "iteration": 0, **WRITTEN_BY}, done)
 
 
-def _write_ranks(source: Source, layout: Layout, folder: Path) -> None:
+def _write_ranks(source: Source, layout: ParallelLayout, folder: Path) -> None:
     arguments = megatron_arguments(source.qwen, layout)
     ranks = [(pp_rank, tp_rank) for pp_rank in range(layout.pp) for tp_rank in range(layout.tp)]
     states: dict[tuple[int, int], dict[str, Any]] = {rank: dict(rank_chunks(source, layout, *rank)) for rank in ranks}

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from common import errors, log
-from common.checkpoint.conversion.streams import Source, hf_tensors, rank_chunks
-from common.checkpoint.formats.layout import Checkpoint, find_checkpoint
+from common.checkpoint.conversion.state_dict_adapter import Source, hf_tensors, rank_chunks
+from common.checkpoint.formats.checkpoint_paths import Checkpoint, find_checkpoint
 from common.checkpoint.formats.megatron_folder import open_megatron
-from common.checkpoint.formats.pipeline import Layout
+from common.checkpoint.formats.parallel_layout import ParallelLayout
 from common.engine import installation
 from common.errors import KitError
 from common.model.shape.config import QwenConfig, load_config
@@ -83,7 +83,7 @@ def megatron_outputs(checkpoint: Checkpoint, qwen: QwenConfig, tokens: Tensor) -
     with process_group(CPU, sizes, 1234, 5):
         (model,) = build_model(qwen, sizes, ModelOptions("fp32", "local", "none"), CPU, tokens.shape[1])
         source = Source(CheckpointTensors(checkpoint, qwen), qwen, torch.float32)
-        state = rank_chunks(source, Layout(1, 1, 1, "local"), 0, 0)["model"]
+        state = rank_chunks(source, ParallelLayout(1, 1, 1, "local"), 0, 0)["model"]
         model.load_state_dict({name: tensor.produce() for name, tensor in state.items()}, strict=False)
         missing = {name for name, _ in model.named_parameters()} - set(state)
         assert not missing, missing

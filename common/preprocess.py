@@ -12,15 +12,15 @@ from typing import Any
 
 from common import errors, log
 from common.data.dataset import stats
-from common.data.dataset.indexed import IndexedReader
-from common.data.dataset.legacy import import_legacy, legacy_tokens, refuse_legacy
+from common.data.dataset.indexed_dataset import IndexedDataset
+from common.data.dataset.legacy import import_legacy, legacy_prefix, refuse_legacy
 from common.data.dataset.manifest import resolve
 from common.data.dataset.show import show
-from common.data.job import runner as engine
-from common.data.job.job import Job
-from common.data.job.steps import HELP_TOKENIZER, PretrainSettings, SftSettings, at_least_one, check_output
+from common.data.preprocessing import runner
+from common.data.preprocessing.job import Job
+from common.data.preprocessing.settings import HELP_TOKENIZER, PretrainSettings, SftSettings, at_least_one, check_output
 from common.data.sources.jsonl import first_row
-from common.data.tokenizer.tokenizer import load_tokenizer
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.errors import KitError
 from common.log import logger
 from common.settings import add_options, check_environment, from_namespace, option
@@ -77,7 +77,7 @@ def check_first_row(job: Job) -> None:
 
 def report_too_long(job: Job, seq_length: int | None) -> None:
     """Logs how many samples training would not take whole at `seq_length`, or at the usual ones that are too small."""
-    lengths = IndexedReader(job.final("tokens")).lengths
+    lengths = IndexedDataset(job.final("tokens")).lengths
     told = []
     for tokens in [seq_length] if seq_length else USUAL_SEQ_LENGTHS:
         too_long = int((lengths > tokens + 1).sum())
@@ -93,7 +93,7 @@ def write(settings: PretrainSettings | SftSettings, check: bool) -> None:
     job = settings.job()
     check_first_row(job)
     if check:
-        engine.check(job)
+        runner.check(job)
         print(f"ok: {len(job.inputs)} input files can be read and written to {job.output_prefix}")
         return
     logger.info(
@@ -102,14 +102,14 @@ def write(settings: PretrainSettings | SftSettings, check: bool) -> None:
         f"{len(job.plan)} parts" if job.partition_index is None else f"share {job.partition_index} of {job.partitions}",
         job.described["tokenizer"]["vocab_size"],
     )  # fmt: skip
-    written = engine.run(job)
+    written = runner.run(job)
     if written and isinstance(settings, SftSettings):
         report_too_long(job, settings.seq_length)
 
 
 def join_parts(settings: MergeSettings, check: bool) -> None:
     """Joins the parts, or with `check` only looks whether all are there."""
-    engine.merge(Path(settings.output_prefix), check)
+    runner.merge(Path(settings.output_prefix), check)
     if check:
         print(f"ok: the parts of {settings.output_prefix} can be joined")
 
@@ -153,7 +153,7 @@ def print_stats(settings: StatsSettings, check: bool) -> None:
     for line in lines:
         print(errors.visible(line))
     if settings.png:
-        stats.write_png(IndexedReader(files.tokens).lengths, files.tokens.name, Path(settings.png))
+        stats.write_png(IndexedDataset(files.tokens).lengths, files.tokens.name, Path(settings.png))
 
 
 def take_over(settings: LegacySettings, check: bool) -> None:
@@ -161,7 +161,7 @@ def take_over(settings: LegacySettings, check: bool) -> None:
     check_output(settings.output_prefix)
     tokenizer = load_tokenizer(Path(settings.tokenizer_path))
     if check:
-        print(f"ok: {len(IndexedReader(legacy_tokens(Path(settings.input))))} rows can be read")
+        print(f"ok: {len(IndexedDataset(legacy_prefix(Path(settings.input))))} rows can be read")
         return
     content = import_legacy(Path(settings.input), Path(settings.output_prefix), tokenizer)
     logger.info(

@@ -100,12 +100,12 @@ def check(settings: TrainSettings, *, report: bool) -> "Plan":
 def checked_plan(settings: TrainSettings, platform: Platform) -> "Plan":
     """The plan of a run, once settings, machine, packages, data, folders and memory are checked."""
     from common.estimate.check import check_host_memory, check_memory
+    from common.training.checkpointing.run_folder import check_folder
     from common.training.launching.interfaces import check_gloo_interface
     from common.training.loop.tracking import check_tracking
     from common.training.planning.compatibility import check_packages
     from common.training.planning.devices import check_devices
     from common.training.planning.plan import plan_run
-    from common.training.state.run_folder import check_folder
 
     check_environment(settings)
     check_machine(platform)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from common.checkpoint.formats.size import checkpoint_bytes
+from common.checkpoint.formats.checkpoint_size import checkpoint_bytes
 from common.estimate.goodput import Interruptions, best_interval, best_steps, seconds_between_faults, shares
 from common.estimate.layouts import EstimateSettings
 from common.model.shape.config import QwenConfig

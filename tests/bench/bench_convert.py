@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint.formats.hf_folder import write_safetensors
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.demo.model import Shape, tensor_shapes
 
 KIT = Path(__file__).parents[2]

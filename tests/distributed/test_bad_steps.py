@@ -39,8 +39,8 @@ def settings(work: Path, name: str, **more: Any) -> dict[str, Any]:
 
 
 SKIPPED = re.compile(
-    r"iteration (\d+) changed nothing: gradient norm nan: the loss is not finite on rank (.*), in samples (.*);"
-    r" gradients are not finite on rank (.*) \((\d+) skipped\)"
+    r"iteration (\d+) skipped: gradient norm nan: the loss is not finite on rank (.*), in samples (.*);"
+    r" gradients are not finite on rank (.*) \((\d+) skipped in all\)"
 )
 
 
@@ -71,8 +71,8 @@ def test_nothing_is_saved_on_a_bad_step_and_too_many_in_a_row_end_the_run(poison
     run("-m", "common.preprocess", "pretrain", *words({**flags, "tokenizer_path": poisoned / "poisoned_hf"}))
     given = settings(poisoned, "all_bad", DATASET_PATH=poisoned / "all", SAVE_INTERVAL=1, MAX_BAD_STEPS=3)
     log = step3(given, poisoned / "all_bad.log", 2)
-    assert log.count("changed nothing: ") == 3 and "saved " not in log and "Traceback" not in log
-    assert "error: 3 steps in a row changed nothing, the last at iteration 3, and nothing of this was saved:" in log
+    assert log.count(" skipped: ") == 3 and "saved " not in log and "Traceback" not in log
+    assert "error: 3 steps in a row were skipped, the last at iteration 3, and none of them was saved:" in log
     assert "MAX_BAD_STEPS=3; none is in" in log
     assert not list((poisoned / "all_bad").glob("iter_*"))
 
@@ -81,5 +81,5 @@ def test_steps_above_skip_grad_norm_are_counted_and_skipped(poisoned: Path) -> N
     own = {"DATASET_PATH": poisoned / "pretrain", "LOAD_CHECKPOINT_PATH": poisoned / "start"}
     given = settings(poisoned, "spikes", **own, TRAIN_ITERS=4, EPOCHS="")
     log = step3_forked({**given, "SKIP_GRAD_NORM": 1e-3, "MAX_BAD_STEPS": 0, "LR": 0.1})
-    assert len(re.findall(r"changed nothing: the gradient norm \S+ is above SKIP_GRAD_NORM=0.001", log)) == 4
-    assert "(4 skipped)" in log and "weights are not finite" not in log
+    assert len(re.findall(r"skipped: the gradient norm \S+ is above SKIP_GRAD_NORM=0.001", log)) == 4
+    assert "(4 skipped in all)" in log and "weights are not finite" not in log

@@ -130,7 +130,7 @@ def test_what_a_killed_run_left_is_removed(work: Path, tmp_path: Path) -> None:
     (folder / "iter_0000007.partial").mkdir(parents=True)
     (folder / "iter_0000007.partial" / "__0_0.distcp").write_bytes(b"half")
     log = step3_forked(settings(work, folder, TRAIN_ITERS=1))
-    assert "removed what a run that was killed left: iter_0000007.partial" in log
+    assert "removed leftovers of a killed run: iter_0000007.partial" in log
     assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000001"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.checkpoint.formats.torch_dist import DistReader
+from common.checkpoint.formats.torch_dist_reader import TorchDistReader
 from tests.distributed.launch import convert, forked, free_port, run, steps, train_forked, words
 from tests.tiny import tiny_qwen
 
@@ -49,7 +49,7 @@ def resaved(work: Path, saved: Path, name: str, layout: dict[str, int], how: str
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    reader = DistReader(checkpoint)
+    reader = TorchDistReader(checkpoint)
     return {key: reader.read(key) for key in reader.tensors}
 
 

@@ -45,7 +45,7 @@ def test_a_signal_saves_and_stops_the_run(work: Path, number: signal.Signals, to
         os.kill(pid, number)
     log = run.end(STOPPED, 60)
     stopped = run.tracker()
-    assert stopped > 5 and f"asked to stop: saving iteration {stopped}" in log
+    assert stopped > 5 and f"stop requested: saving iteration {stopped}" in log
     assert f"stopped and saved at iteration {stopped} of {ENDLESS}; the same command resumes from there" in log
     assert "Traceback" not in log
     again = step3_forked(settings(work, name, TRAIN_ITERS=stopped + 1))
@@ -75,14 +75,14 @@ def test_an_evaluation_does_not_keep_a_stop_waiting(work: Path) -> None:
     run.wait_for("iteration 6/")
     run.process.send_signal(signal.SIGTERM)
     log = run.end(STOPPED, 60)
-    assert "validation at iteration 6 broken off: asked to stop" in log and run.tracker() == 6
+    assert "validation at iteration 6 interrupted: stop requested" in log and run.tracker() == 6
 
 
 def test_exit_duration_min_counts_the_save(work: Path) -> None:
     began = time.time()
     log = step3(settings(work, "in_time", EXIT_DURATION_MIN=0.5), log_of(work, "in_time"), STOPPED)
     assert time.time() - began < 30 + 15  # the launcher's own end, on a busy machine
-    assert "asked to stop: saving iteration" in log
+    assert "stop requested: saving iteration" in log
 
 
 def test_hang_up_is_not_heard_under_nohup(work: Path) -> None:

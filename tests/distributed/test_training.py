@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
+from common.data.dataset.builder import build_dataset
 from common.data.dataset.manifest import resolve
-from common.data.dataset.samples import open_samples
 from tests.distributed.launch import (
     convert,
     export,
@@ -100,7 +100,7 @@ def test_the_first_loss_is_hugging_faces_over_the_supervised_tokens(
     work: Path, one_process: list[tuple[int, float, float]]
 ) -> None:
     data = resolve(str(work / "sft"))
-    samples = open_samples(data, train_mode="finetune", seq_length=96, seed=1234, documents=range(200))
+    samples = build_dataset(data, train_mode="finetune", seq_length=96, seed=1234, documents=range(200))
     rows = [samples[i] for i in range(8)]
     names = ("tokens", "labels", "loss_mask")
     tokens, labels, mask = (torch.stack([torch.from_numpy(row[name]) for row in rows]) for name in names)
@@ -124,7 +124,7 @@ def test_weights_weigh_the_loss_and_its_gradient(work: Path) -> None:
     ((_, loss, norm),) = steps(train_forked(**{**flags, "dataset_path": work / "weighted"}, gpus=2))
 
     data = resolve(str(work / "weighted"))
-    samples = open_samples(data, train_mode="finetune", seq_length=96, seed=1234, documents=range(8))
+    samples = build_dataset(data, train_mode="finetune", seq_length=96, seed=1234, documents=range(8))
     batch = [samples[i] for i in range(8)]
     tokens, labels, mask = (
         torch.stack([torch.from_numpy(row[name]) for row in batch]) for name in ("tokens", "labels", "loss_mask")
@@ -270,5 +270,6 @@ def test_a_rank_that_runs_out_of_memory_says_so_and_ends_while_the_others_wait_f
     (told,) = (line for line in log.splitlines() if line.startswith("error: "))
     assert told.startswith("error: rank 1 is out of memory (") and "can't allocate memory" in told
     assert told.endswith(
-        "): what takes less: a MICRO_BATCH_SIZE below 2, a SEQ_LENGTH below 32, more GPUs, with TP over 1 or PP over 1"
+        "): to use less memory: a MICRO_BATCH_SIZE below 2, a SEQ_LENGTH below 32, more GPUs, with TP over 1 or PP"
+        " over 1"
     )

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from common import convert
-from common.checkpoint.conversion.target import REPORT
-from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.conversion.output_folder import REPORT
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.errors import KitError
 from common.log import logger
 from tests.end_to_end.converting import TRACKER, run_main, same, to_hf, to_megatron, tree, weights, words

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import convert
-from common.checkpoint.conversion.target import REPORT
+from common.checkpoint.conversion.output_folder import REPORT
 from common.errors import KitError
 from tests.end_to_end.converting import run_main, to_hf, to_megatron, tree, weights, words
 from tests.tiny import tiny_qwen

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from common import convert
-from common.checkpoint.conversion.target import check_room
-from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.conversion.output_folder import check_room
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from tests.end_to_end.converting import TRACKER, run_main, to_megatron, tree, words
 from tests.tiny import tiny_qwen
 

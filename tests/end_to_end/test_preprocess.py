@@ -12,8 +12,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
-from common.data.dataset.indexed import IndexedWriter
-from common.data.tokenizer.tokenizer import load_tokenizer
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from tests.end_to_end.steps import chats, files, run, texts, write_rows
 from tests.tiny import tiny_qwen
 
@@ -145,7 +145,7 @@ def test_show_stats_and_the_old_kits_data(tmp_path: Path, qwen: Path) -> None:
     assert '"sft" data, 40 documents' in told and "learned: " in told and "SEQ_LENGTH=256: 0 too long" in told
     _, err = run("stats", **data, expect=2, seq_lengths="64,x")
     assert "SEQ_LENGTHS=64,x: give whole numbers, by commas" in err
-    with IndexedWriter(tmp_path / "old", "<i4") as writer:
+    with IndexedDatasetBuilder(tmp_path / "old", "<i4") as writer:
         writer.add_document([5, 6, -8, 0, -100, 7, -100, -100])
     run("import-legacy", input=tmp_path / "old", output_prefix=tmp_path / "new", tokenizer_path=qwen)
     out, _ = run("show", data=tmp_path / "new", tokenizer_path=qwen, index=0, ids="true")
@@ -205,7 +205,7 @@ def test_wrong_use_of_sft_gets_one_message(tmp_path: Path, qwen: Path) -> None:
     assert "mixed.jsonl, line 3: it is of format messages, the first row of instruction" in err
     unknown = write_rows(tmp_path / "unknown.jsonl", [{"text": "a"}])
     _, err = run("sft", expect=2, input=unknown, **flags, check=True)
-    assert "unknown.jsonl, line 1: its fields 'text' are of no known format" in err
+    assert "unknown.jsonl, line 1: its fields 'text' match no known format" in err
     _, err = run("sft", expect=2, input=mixed, **flags, roles="user")
     assert "--roles: invalid choice: 'user'" in err
     assert not list((tmp_path / "out").glob("a_*"))

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from common.convert import ToMegatron, to_megatron
+from common.data.dataset.builder import build_dataset
 from common.data.dataset.manifest import resolve
-from common.data.dataset.samples import open_samples
 from tests.tiny import TEXTS, tiny_qwen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -84,7 +84,7 @@ def test_the_first_step_is_hugging_faces(work: Path, impl: str) -> None:
     from transformers import Qwen2ForCausalLM
 
     data = resolve(str(work / "data"))
-    samples = open_samples(data, train_mode="pretrain", seq_length=256, seed=1234)
+    samples = build_dataset(data, train_mode="pretrain", seq_length=256, seed=1234)
     rows = [samples[i] for i in range(8)]
     tokens, labels = (
         torch.stack([torch.from_numpy(row[name]) for row in rows]).cuda() for name in ("tokens", "labels")
@@ -101,7 +101,7 @@ def test_the_first_step_is_hugging_faces(work: Path, impl: str) -> None:
 
 def memory(log: str) -> float:
     """GiB allocated at most, of the log's line."""
-    found = re.search(r"GiB allocated / reserved / there are: ([\d.]+)", log)
+    found = re.search(r"GiB allocated / reserved / total: ([\d.]+)", log)
     assert found, log[-3000:]
     return float(found[1])
 

@@ -39,7 +39,7 @@ def test_other_settings_code_and_data_are_named_on_both_nodes(
     logs = pair(nodes, 29610, settings, lr=2e-3, kit=kit, mounts=mounts)
     told = (
         "error: node 1 (node1) is not like node 0 (node0): LR is 0.002 on node 1 (node1), 0.001 on node 0 (node0),"
-        " common/training/loop/step.py differs, DATASET_PATH[0] text_text_document.bin differs\n"
+        " common/training/loop/train_step.py differs, DATASET_PATH[0] text_text_document.bin differs\n"
     )
     assert all(told in log and "Traceback" not in log for log in logs), logs
     assert "iteration" not in logs[0] and not [*(work / "refused").glob("iter_*")]

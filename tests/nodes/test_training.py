@@ -100,7 +100,7 @@ def test_a_launcher_that_is_asked_to_stop_stops_the_run_on_all_nodes(
     second.process.send_signal(signal.SIGTERM)
     first.end(75)
     log = second.end(75)
-    (stopped,) = re.findall(r"asked to stop: saving iteration (\d+)", first.text())
+    (stopped,) = re.findall(r"stop requested: saving iteration (\d+)", first.text())
     assert f"stopped after iteration {stopped} of 100000" in first.text() and "Traceback" not in first.text() + log
     assert (work / f"stopped_{port}" / "latest_checkpointed_iteration.txt").read_text().strip() == stopped
 

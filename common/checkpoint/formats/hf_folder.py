@@ -16,8 +16,8 @@ from torch import Tensor
 
 from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT, check_names, is_skipped
 from common.checkpoint.io.checksums import check_inside
-from common.checkpoint.io.disk import DiskFile, Writer, ahead
-from common.checkpoint.io.lazy import LazyTensor, same_bits
+from common.checkpoint.io.disk import MappedFile, Writer, ahead
+from common.checkpoint.io.lazy_tensor import LazyTensor, same_bits
 from common.errors import KitError
 from common.json_file import read_json
 from common.log import logger
@@ -50,7 +50,7 @@ class HfReader:
         else:
             raise KitError(f"{folder} holds neither {INDEX} nor {SINGLE}: give a folder with safetensors")
         self._files: dict[str, Any] = {}
-        self._places: dict[str, tuple[DiskFile, int, int]] = {}
+        self._places: dict[str, tuple[MappedFile, int, int]] = {}
         self._file_of: dict[str, str] = {}
         for name in sorted(set(listed.values())) if listed else [SINGLE]:
             file, places = _open(folder / name)
@@ -99,7 +99,7 @@ def read_index(path: Path) -> dict[str, str]:
     return listed
 
 
-def _open(path: Path) -> tuple[Any, dict[str, tuple[DiskFile, int, int]]]:
+def _open(path: Path) -> tuple[Any, dict[str, tuple[MappedFile, int, int]]]:
     """The file, found sound by safetensors, and where each tensor's bytes lie in it: their beginning and number."""
     if not path.is_file():
         raise KitError(f"{path} is missing: copy it again from the model")
@@ -108,7 +108,7 @@ def _open(path: Path) -> tuple[Any, dict[str, tuple[DiskFile, int, int]]]:
             file = safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt")
     except SafetensorError as error:
         raise KitError(f"{path} is no whole safetensors file ({error}): copy it again from the model") from error
-    mapped = DiskFile(path)
+    mapped = MappedFile(path)
     (length,) = struct.unpack("<Q", mapped.map[:8])
     header = json.loads(mapped.map[8 : 8 + length])
     offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}

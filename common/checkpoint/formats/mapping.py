@@ -1,7 +1,7 @@
 """THE table: which Hugging Face tensors make which Megatron tensor, and how; read in both directions.
 
 Letters: h hidden_size, f intermediate_size, d head_dim, n attention heads, g key-value groups, v vocabulary.
-Every function is pure. A `Row` stands for one Megatron tensor, of each layer where its name holds `{i}`.
+Every function is pure. A `ParamMapping` stands for one Megatron tensor, of each layer where its name holds `{i}`.
 
 Fused query, key and value, [(n + 2g) d, h]: group by group its n/g query heads, then its key, then its value head.
 With n = 4, g = 2, d = 1, one row a head:
@@ -33,7 +33,7 @@ IMPLEMENTATIONS = ("transformer_engine", "local")
 
 
 @dataclass(frozen=True)
-class Row:
+class ParamMapping:
     """One Megatron tensor: its name with either layer implementation, what makes it, and how TP divides it."""
 
     te: str
@@ -56,33 +56,35 @@ class Row:
 
 _M, _H = LAYERS + "{i}.", "model.layers.{i}."
 _QKV = tuple(f"{_H}self_attn.{part}_proj." for part in "qkv")
-EMBEDDING = Row(
+EMBEDDING = ParamMapping(
     "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), axis=0, stage="first", vocabulary=True
 )
-QKV_BIAS = Row(_M + "self_attention.linear_qkv.bias", tuple(name + "bias" for name in _QKV), "qkv", axis=0)
+QKV_BIAS = ParamMapping(_M + "self_attention.linear_qkv.bias", tuple(name + "bias" for name in _QKV), "qkv", axis=0)
 QK_NORMS = tuple(
-    Row(f"{_M}self_attention.{part}_layernorm.weight", (f"{_H}self_attn.{part}_norm.weight",)) for part in "qk"
+    ParamMapping(f"{_M}self_attention.{part}_layernorm.weight", (f"{_H}self_attn.{part}_norm.weight",)) for part in "qk"
 )
-OUTPUT = Row("output_layer.weight", ("lm_head.weight",), axis=0, stage="last", vocabulary=True)
-TABLE = (
+OUTPUT = ParamMapping("output_layer.weight", ("lm_head.weight",), axis=0, stage="last", vocabulary=True)
+PARAM_MAPPINGS = (
     EMBEDDING,
-    Row(
+    ParamMapping(
         _M + "self_attention.linear_qkv.layer_norm_weight",
         (_H + "input_layernorm.weight",),
         local=_M + "input_layernorm.weight",
     ),
-    Row(_M + "self_attention.linear_qkv.weight", tuple(name + "weight" for name in _QKV), "qkv", axis=0),
+    ParamMapping(_M + "self_attention.linear_qkv.weight", tuple(name + "weight" for name in _QKV), "qkv", axis=0),
     QKV_BIAS,
     *QK_NORMS,
-    Row(_M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), axis=1),
-    Row(
+    ParamMapping(_M + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), axis=1),
+    ParamMapping(
         _M + "mlp.linear_fc1.layer_norm_weight",
         (_H + "post_attention_layernorm.weight",),
         local=_M + "pre_mlp_layernorm.weight",
     ),
-    Row(_M + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), "gate_up", axis=0),
-    Row(_M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), axis=1),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",), stage="last"),
+    ParamMapping(
+        _M + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), "gate_up", axis=0
+    ),
+    ParamMapping(_M + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), axis=1),
+    ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",), stage="last"),
     OUTPUT,
 )
 # Buffers and Transformer Engine's FP8 state: nothing a conversion carries.
@@ -94,12 +96,12 @@ def is_skipped(name: str) -> bool:
     return bool(_SKIPPED.search(name))
 
 
-def rows_of(qwen: QwenConfig) -> tuple[Row, ...]:
+def param_mappings(qwen: QwenConfig) -> tuple[ParamMapping, ...]:
     """The rows that a model of this config has: a tied one has no output layer of its own, Qwen3 norms for a bias."""
     absent = {OUTPUT} if qwen.tie_word_embeddings else set()
     absent |= set() if qwen.qkv_bias else {QKV_BIAS}
     absent |= set() if qwen.qk_norm else set(QK_NORMS)
-    return tuple(row for row in TABLE if row not in absent)
+    return tuple(row for row in PARAM_MAPPINGS if row not in absent)
 
 
 def hf_shape(name: str, qwen: QwenConfig) -> tuple[int, ...]:
@@ -123,7 +125,9 @@ def hf_shape(name: str, qwen: QwenConfig) -> tuple[int, ...]:
     return (rows[module],) if kind == "bias" else (rows[module], columns)
 
 
-def megatron_shape(row: Row, qwen: QwenConfig, tp: int = 1, vocabulary_rows: int | None = None) -> tuple[int, ...]:
+def megatron_shape(
+    row: ParamMapping, qwen: QwenConfig, tp: int = 1, vocabulary_rows: int | None = None
+) -> tuple[int, ...]:
     """The shape of one TP rank's part of `row`; `vocabulary_rows` in place of those that this TP would pad to."""
     parts = [hf_shape(name, qwen) for name in row.hf_names(0)]
     shape = [sum(part[0] for part in parts), *parts[0][1:]]
@@ -134,7 +138,7 @@ def megatron_shape(row: Row, qwen: QwenConfig, tp: int = 1, vocabulary_rows: int
     return tuple(shape)
 
 
-def merge(row: Row, parts: Sequence[Tensor], qwen: QwenConfig) -> list[Tensor]:
+def merge(row: ParamMapping, parts: Sequence[Tensor], qwen: QwenConfig) -> list[Tensor]:
     """The views of its Hugging Face parts whose rows, one below the other, are the Megatron tensor of `row`.
 
     Any number of whole groups of q, k and v.
@@ -145,7 +149,7 @@ def merge(row: Row, parts: Sequence[Tensor], qwen: QwenConfig) -> list[Tensor]:
     return [piece for group in groups for piece in group]
 
 
-def split(row: Row, whole: Tensor, qwen: QwenConfig) -> list[list[Tensor]]:
+def split(row: ParamMapping, whole: Tensor, qwen: QwenConfig) -> list[list[Tensor]]:
     """For each Hugging Face part, the views of a Megatron tensor (whole, or a TP rank's) whose rows are the part."""
     if row.merge == "qkv":
         rows = _group_rows(qwen)
@@ -159,7 +163,7 @@ def _group_rows(qwen: QwenConfig) -> list[int]:
     return [qwen.num_attention_heads // qwen.num_key_value_heads * qwen.head_dim, qwen.head_dim, qwen.head_dim]
 
 
-def shard(row: Row, part: Tensor, tp_rank: int, tp: int, vocabulary_rows: int) -> Tensor:
+def shard(row: ParamMapping, part: Tensor, tp_rank: int, tp: int, vocabulary_rows: int) -> Tensor:
     """What TP rank `tp_rank` takes of one Hugging Face part, to be merged to its Megatron tensor.
 
     A view, but where rows of zeros pad the vocabulary to `vocabulary_rows`.
@@ -174,7 +178,7 @@ def shard(row: Row, part: Tensor, tp_rank: int, tp: int, vocabulary_rows: int) -
     return torch.cat([mine, mine.new_zeros(missing, *mine.shape[1:])]) if missing else mine
 
 
-def unshard(row: Row, shards: Sequence[Tensor], part: int, qwen: QwenConfig) -> list[list[Tensor]]:
+def unshard(row: ParamMapping, shards: Sequence[Tensor], part: int, qwen: QwenConfig) -> list[list[Tensor]]:
     """The views of the TP ranks' tensors that make the Hugging Face tensor number `part` of `row`.
 
     Those of a list lie side by side, the lists one below the other; padded rows are cut off. A tensor that every rank
@@ -192,7 +196,7 @@ def unshard(row: Row, shards: Sequence[Tensor], part: int, qwen: QwenConfig) -> 
 
 def canonical_name(name: str) -> str:
     """The Transformer Engine name of a Megatron parameter that is named either way."""
-    for row in TABLE:
+    for row in PARAM_MAPPINGS:
         if row.local:
             name = re.sub(re.escape(row.local).replace(r"\{i\}", r"(\d+)"), row.te.replace("{i}", r"\1"), name)
     return name
@@ -204,7 +208,7 @@ def rename_parameters(state: Mapping[str, T], transformer_impl: str) -> dict[str
     for key, value in state.items():
         name = canonical_name(key)
         if transformer_impl == "local":
-            for row in TABLE:
+            for row in PARAM_MAPPINGS:
                 if row.local:
                     name = re.sub(re.escape(row.te).replace(r"\{i\}", r"(\d+)"), row.local.replace("{i}", r"\1"), name)
         renamed[name] = value

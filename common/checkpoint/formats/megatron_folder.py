@@ -10,27 +10,27 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, Checkpoint, rank_dir_name
 from common.checkpoint.formats.hf_folder import wrong_shape
-from common.checkpoint.formats.layout import MODEL_FILE, Checkpoint, rank_dir_name
 from common.checkpoint.formats.mapping import (
     EMBEDDING,
     LAYERS,
     OUTPUT,
-    Row,
+    ParamMapping,
     canonical_name,
     check_names,
     implementation_of,
     is_skipped,
     megatron_shape,
-    rows_of,
+    param_mappings,
     unshard,
 )
-from common.checkpoint.formats.torch_dist import DistReader
+from common.checkpoint.formats.torch_dist_reader import TorchDistReader
 from common.checkpoint.formats.torch_format import load_rank_file
-from common.checkpoint.formats.vocabulary import check_rows
+from common.checkpoint.formats.vocab_padding import check_rows
+from common.checkpoint.io.chunks import Chunk
 from common.checkpoint.io.disk import load
-from common.checkpoint.io.lazy import in_rows, same_bits
-from common.checkpoint.io.rectangles import Rectangle
+from common.checkpoint.io.lazy_tensor import in_rows, same_bits
 from common.errors import KitError
 from common.log import logger
 from common.model.shape.config import QwenConfig
@@ -46,11 +46,11 @@ class MegatronReader(Protocol):
 
     description: str
 
-    def dtype(self, row: Row, layer: int | None) -> torch.dtype:
+    def dtype(self, row: ParamMapping, layer: int | None) -> torch.dtype:
         """The stored dtype."""
         ...
 
-    def hf_parts(self, row: Row, layer: int | None, part: int) -> Sequence[Sequence[Tensor]]:
+    def hf_parts(self, row: ParamMapping, layer: int | None, part: int) -> Sequence[Sequence[Tensor]]:
         """The views that make Hugging Face tensor number `part` of `row`, as mapping.unshard gives them."""
         ...
 
@@ -64,12 +64,14 @@ class DistWeights:
     """Weights in torch_dist format: whole tensors, layers stacked or numbered."""
 
     def __init__(self, path: Path, qwen: QwenConfig, drop_rows: bool = False) -> None:
-        self._reader, self._qwen = DistReader(path), qwen
+        self._reader, self._qwen = TorchDistReader(path), qwen
         self.description = "torch_dist"
         stored = {key: tensor for key, tensor in self._reader.tensors.items() if is_weight(key)}
         self._stacked = not any(_LAYER_KEY.match(key) for key in stored)
         layers = range(qwen.num_hidden_layers)
-        places = {self._key(row, i): row for row in rows_of(qwen) for i in (layers if row.stage == "layer" else [None])}
+        places = {
+            self._key(row, i): row for row in param_mappings(qwen) for i in (layers if row.stage == "layer" else [None])
+        }
         tied_copy = {OUTPUT.te} if qwen.tie_word_embeddings else set()
         check_names(set(stored) - tied_copy, places, str(path))
         if tied_copy & set(stored) and not same_bits(self._reader.read(OUTPUT.te), self._reader.read(EMBEDDING.te)):
@@ -83,19 +85,19 @@ class DistWeights:
                 raise wrong_shape(path, key, shape, expected)
             self._reader.check_cover(key)
             if row.vocabulary:
-                above = Rectangle((qwen.vocab_size, 0), (shape[0] - qwen.vocab_size, shape[1]))
+                above = Chunk((qwen.vocab_size, 0), (shape[0] - qwen.vocab_size, shape[1]))
                 rows = (block for _, block, _ in self._reader.blocks(key, above))
                 check_rows(rows, path, key, qwen.vocab_size, drop_rows)
         self._read = lru_cache(maxsize=1)(self._reader.read)  # the parts of one row are asked for in turn
 
-    def _key(self, row: Row, layer: int | None) -> str:
+    def _key(self, row: ParamMapping, layer: int | None) -> str:
         return row.te.replace("{i}.", "") if self._stacked else row.megatron_name("transformer_engine", layer)
 
-    def dtype(self, row: Row, layer: int | None) -> torch.dtype:
+    def dtype(self, row: ParamMapping, layer: int | None) -> torch.dtype:
         """The stored dtype."""
         return self._reader.tensors[self._key(row, layer)].dtype
 
-    def hf_parts(self, row: Row, layer: int | None, part: int) -> Sequence[Sequence[Tensor]]:
+    def hf_parts(self, row: ParamMapping, layer: int | None, part: int) -> Sequence[Sequence[Tensor]]:
         """The views that make Hugging Face tensor number `part` of `row`, as mapping.unshard gives them."""
         whole = self._read(self._key(row, layer), layer if self._stacked else None)
         return unshard(row, [whole], part, self._qwen)
@@ -137,7 +139,7 @@ class RankWeights:
         self.description = f"torch, TP={self.tp} PP={self.pp} VPP={self.vpp}, {implementation_of(names)} names"
         self._check_shapes()
         self._check_copies()
-        for row in rows_of(qwen):
+        for row in param_mappings(qwen):
             if row.vocabulary:
                 check_rows(self._rows_above(row), path, self._places[row.te, None].name, qwen.vocab_size, drop_rows)
 
@@ -159,7 +161,7 @@ class RankWeights:
                     names = [name for name in self._chunk(pp_rank, 0, chunk) if not is_skipped(name)]
                     check_names(self._chunk(pp_rank, tp_rank, chunk), names, f"{self._path}: tensor rank {tp_rank}")
         layers = range(self._qwen.num_hidden_layers)
-        rows = rows_of(self._qwen)
+        rows = param_mappings(self._qwen)
         wanted = [(row.te, i) for row in rows for i in (layers if row.stage == "layer" else [None])]
         spelled = {(name, layer): name.replace("{i}", str(layer)) for name, layer in [*places, *wanted]}
         check_names([spelled[key] for key in places], [spelled[key] for key in wanted], str(self._path))
@@ -171,7 +173,7 @@ class RankWeights:
             raise KitError(f"{self._path}: the file of pipeline rank {pp_rank} has no '{chunk}': copy it again")
         return state
 
-    def _shards(self, row: Row, layer: int | None) -> list[Tensor]:
+    def _shards(self, row: ParamMapping, layer: int | None) -> list[Tensor]:
         place = self._places[row.te, layer]
         shards = []
         for tp_rank in range(self.tp):
@@ -182,7 +184,7 @@ class RankWeights:
         return shards
 
     def _check_shapes(self) -> None:
-        for row in rows_of(self._qwen):
+        for row in param_mappings(self._qwen):
             for layer in range(self._qwen.num_hidden_layers) if row.stage == "layer" else [None]:
                 for shard in self._shards(row, layer):
                     shape = tuple(shard.shape)
@@ -191,7 +193,7 @@ class RankWeights:
                     if shape != expected:
                         raise wrong_shape(self._path, self._places[row.te, layer].name, shape, expected)
 
-    def _rows_above(self, row: Row) -> Iterator[Tensor]:
+    def _rows_above(self, row: ParamMapping) -> Iterator[Tensor]:
         """The rows of an embedding above vocab_size, in memory, a block at a time."""
         for tp_rank, shard in enumerate(self._shards(row, None)):
             for (rows,) in in_rows([shard[max(self._qwen.vocab_size - tp_rank * len(shard), 0) :]]):
@@ -201,7 +203,7 @@ class RankWeights:
         """Warns where tensor ranks hold different copies of what they should share; refuses an untied tied model."""
         differing = [
             self._places[row.te, layer].name
-            for row in rows_of(self._qwen)
+            for row in param_mappings(self._qwen)
             if row.axis is None
             for layer in (range(self._qwen.num_hidden_layers) if row.stage == "layer" else [None])
             if any(not same_bits(shard, self._shards(row, layer)[0]) for shard in self._shards(row, layer)[1:])
@@ -219,11 +221,11 @@ class RankWeights:
             if copy is not None and not same_bits(copy, embedding):
                 raise _differing_copy(self._path)
 
-    def dtype(self, row: Row, layer: int | None) -> torch.dtype:
+    def dtype(self, row: ParamMapping, layer: int | None) -> torch.dtype:
         """The stored dtype."""
         return self._shards(row, layer)[0].dtype
 
-    def hf_parts(self, row: Row, layer: int | None, part: int) -> Sequence[Sequence[Tensor]]:
+    def hf_parts(self, row: ParamMapping, layer: int | None, part: int) -> Sequence[Sequence[Tensor]]:
         """The views that make Hugging Face tensor number `part` of `row`, as mapping.unshard gives them."""
         return unshard(row, self._shards(row, layer), part, self._qwen)
 

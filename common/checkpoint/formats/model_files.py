@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from common.checkpoint.formats.layout import MODEL_FILE, RELEASE, TRACKER
+from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, RELEASE, TRACKER
 from common.log import logger
 
 REPORT = "conversion_report.json"

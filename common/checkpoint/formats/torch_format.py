@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.formats.archive import ArchiveWriter, MappedFile, write_archives
+from common.checkpoint.formats.torch_archive import ArchiveFile, ArchiveWriter, write_archives
 from common.checkpoint.io.disk import Writer
 from common.errors import KitError
 
@@ -29,7 +29,7 @@ def load_rank_file(path: Path) -> dict[str, Any]:
 
     Raises KitError when the file is missing, cut short, is none of a rank, or names a global that could run code.
     """
-    state = MappedFile(path).read()
+    state = ArchiveFile(path).read()
     if not _has_names(state):
         raise KitError(f"{path} holds no dict of names: it is no file of a Megatron checkpoint")
     for key, value in state.items():

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common.checkpoint.io.crc32 import crc32
-from common.checkpoint.io.disk import BLOCK_BYTES, DiskFile, ahead, load
+from common.checkpoint.io.disk import BLOCK_BYTES, MappedFile, ahead, load
 from common.errors import KitError
 from common.json_file import read_json, shown
 
@@ -70,7 +70,7 @@ def _check_file(path: Path, facts: Facts) -> int:
     if not path.is_file():
         raise KitError(f"{path} is missing: {REMEDY}")
     check_size(path, path.stat().st_size, facts)
-    data, checksum = DiskFile(path).bytes, 0
+    data, checksum = MappedFile(path).bytes, 0
     for part in ahead(load(part) for part in data.split(BLOCK_BYTES)):
         checksum = crc32(part.numpy().data, checksum)
     _compare(path, checksum, facts)

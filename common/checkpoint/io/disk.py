@@ -105,7 +105,7 @@ def _made_indirect(handle: int, error: OSError) -> bool:
     return True
 
 
-class DiskFile:
+class MappedFile:
     """A file mapped copy-on-write: tensors share its pages, and writing to them does not reach the file.
 
     `load` reads a tensor that lies in it in one go. However many files there are, few of them are open.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint.untrusted.pickled_tensors import PickledStorage, storage_of
-from common.checkpoint.untrusted.unpickle import RestrictedUnpickler
+from common.checkpoint.untrusted.restricted_unpickler import RestrictedUnpickler
 from common.checkpoint.untrusted.zip_records import Read, Record, read_data_start, read_records
 from common.errors import KitError
 

@@ -13,7 +13,7 @@ from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 from common.checkpoint.untrusted.archive_reader import ArchiveReader
 from common.checkpoint.untrusted.pickled_tensors import PickledStorage, TensorStub, storage_of
 from common.checkpoint.untrusted.placeholders import Buffer, Global, require
-from common.checkpoint.untrusted.unpickle import RestrictedUnpickler
+from common.checkpoint.untrusted.restricted_unpickler import RestrictedUnpickler
 from common.errors import KitError
 
 

@@ -9,12 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.checkpoint.formats.checkpoint_paths import (
+    OPTIMIZER_FILE,
+    RELEASE,
+    Checkpoint,
+    find_checkpoint,
+    list_iterations,
+)
+from common.checkpoint.formats.common_state import common_state
 from common.checkpoint.formats.hf_folder import INDEX, SINGLE, HfReader
-from common.checkpoint.formats.layout import OPTIMIZER_FILE, RELEASE, Checkpoint, find_checkpoint, list_iterations
-from common.checkpoint.formats.mapping import OUTPUT, TABLE, canonical_name, implementation_of, is_skipped, num_layers
+from common.checkpoint.formats.mapping import (
+    OUTPUT,
+    PARAM_MAPPINGS,
+    canonical_name,
+    implementation_of,
+    is_skipped,
+    num_layers,
+)
 from common.checkpoint.formats.megatron_folder import chunk_keys, generic_name, is_weight, rank_files
-from common.checkpoint.formats.origin import common_state
-from common.checkpoint.formats.torch_dist import DistReader
+from common.checkpoint.formats.torch_dist_reader import TorchDistReader
 from common.checkpoint.untrusted.placeholders import is_whole
 from common.errors import KitError
 from common.json_file import shown
@@ -122,7 +135,7 @@ def _plain(value: Any) -> str:
 
 
 def _dist(checkpoint: Checkpoint) -> dict[str, str]:
-    stored = DistReader(checkpoint.path).tensors
+    stored = TorchDistReader(checkpoint.path).tensors
     copied, weights, dtypes = _tied_copy(checkpoint), Weights(), []
     for key, tensor in stored.items():
         if is_weight(key):
@@ -183,7 +196,7 @@ def _tensors(state: dict[str, Any], keys: list[str]) -> Iterator[tuple[str, Tens
 def _held_by_all(name: str) -> bool:
     """Whether every tensor rank holds the whole of it."""
     generic = generic_name(canonical_name(name))[0]
-    return any(row.te == generic and row.axis is None for row in TABLE)
+    return any(row.te == generic and row.axis is None for row in PARAM_MAPPINGS)
 
 
 def _bytes_of(folder: Path) -> int:

@@ -16,13 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.checkpoint.formats.layout import MODEL_FILE, Checkpoint
-from common.checkpoint.formats.vocabulary import Padding
+from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, Checkpoint
+from common.checkpoint.formats.vocab_padding import Padding
 from common.checkpoint.io.crc32 import crc32
 from common.checkpoint.io.disk import BLOCK_BYTES, ahead
-from common.checkpoint.io.lazy import all_finite, same_bits, tensor_bytes
-from common.checkpoint.verification.proof_files import DistTensors, HfTensor, HfTensors, Stored, num_bytes, rank_state
-from common.checkpoint.verification.proof_slices import Slice, slices
+from common.checkpoint.io.lazy_tensor import all_finite, same_bits, tensor_bytes
+from common.checkpoint.verification.independent_mapping import Slice, slices
+from common.checkpoint.verification.independent_readers import (
+    DistTensors,
+    HfTensor,
+    HfTensors,
+    Stored,
+    num_bytes,
+    rank_state,
+)
 from common.model.shape.config import QwenConfig
 
 

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from common.data.dataset import manifest
-from common.data.dataset.indexed import IndexedReader, IndexedWriter, idx_path, token_dtype
-from common.data.dataset.token_ids import scan
-from common.data.tokenizer.tokenizer import TextTokenizer
+from common.data.dataset.id_range import scan_id_range
+from common.data.dataset.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, idx_path, token_dtype
+from common.data.tokenizer.text_tokenizer import TextTokenizer
 from common.errors import KitError, writing
 
 IGNORED = -100
 
 
-def split_row(row: np.ndarray, where: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def parse_legacy_row(row: np.ndarray, where: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """(tokens int32, loss mask uint8) of each conversation in `row`; raises KitError when it is no old row."""
     if row.size % 2:
         raise KitError(f"{where} has {row.size} values, which is odd: it is no fine-tuning data of the old kit")
@@ -45,7 +45,7 @@ def split_row(row: np.ndarray, where: str) -> list[tuple[np.ndarray, np.ndarray]
     return found
 
 
-def legacy_tokens(given: Path) -> Path:
+def legacy_prefix(given: Path) -> Path:
     """The files, without .bin or .idx, of `given`: the old kit's OUTPUT_PREFIX, or the full ..._text_document."""
     full = Path(f"{given}_text_document")
     return full if idx_path(full).is_file() and not idx_path(given).is_file() else given
@@ -55,11 +55,11 @@ def refuse_legacy(files: manifest.DataFiles) -> None:
     """Raises KitError, with the command that takes it over, where `files` is the old kit's fine-tuning data."""
     if files.manifest or files.loss_mask:
         return
-    reader = IndexedReader(files.tokens)
+    reader = IndexedDataset(files.tokens)
     if reader.dtype != np.int32 or not len(reader):
         return
     try:
-        split_row(reader[0], "")
+        parse_legacy_row(reader[0], "")
     except KitError:
         return
     prefix = str(files.tokens).removesuffix("_text_document")
@@ -74,8 +74,8 @@ def refuse_legacy(files: manifest.DataFiles) -> None:
 
 def import_legacy(source: Path, output_prefix: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
     """The manifest of what was written to `output_prefix` of the old data `source`, as `legacy_tokens` takes it."""
-    source = legacy_tokens(source)
-    reader = IndexedReader(source)
+    source = legacy_prefix(source)
+    reader = IndexedDataset(source)
     if reader.dtype != np.int32:
         raise KitError(f"{source} holds {reader.dtype}, the old kit's rows int32: give its fine-tuning data")
     finals = {
@@ -90,11 +90,11 @@ def import_legacy(source: Path, output_prefix: Path, tokenizer: TextTokenizer) -
     # The mask gets its name first: tokens alone would pass for pretraining data.
     with (
         writing(output_prefix),
-        IndexedWriter(finals["tokens"], token_dtype(tokenizer.vocab_size)) as tokens,
-        IndexedWriter(finals["loss_mask"], np.uint8) as masks,
+        IndexedDatasetBuilder(finals["tokens"], token_dtype(tokenizer.vocab_size)) as tokens,
+        IndexedDatasetBuilder(finals["loss_mask"], np.uint8) as masks,
     ):
         for number in range(len(reader)):
-            for ids, mask in split_row(reader[number], f"{source}, row {number}"):
+            for ids, mask in parse_legacy_row(reader[number], f"{source}, row {number}"):
                 _check_ids(ids, tokenizer, f"{source}, row {number}")
                 tokens.add_document(ids)
                 masks.add_document(mask)
@@ -119,7 +119,7 @@ def _describe(
         "tokenizer": {"tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
         "settings": {"imported_from": str(source)},
     }
-    tokens = IndexedReader(finals["tokens"])
+    tokens = IndexedDataset(finals["tokens"])
     return {
         "kind": "sft",
         "identity": manifest.hash_json([manifest.VERSION, "sft", described]),
@@ -130,6 +130,6 @@ def _describe(
         "tokens": tokens.num_tokens,
         "supervised_tokens": counts["learned"],
         "longest": tokens.longest,
-        "largest_id": scan(tokens)[1],
+        "largest_id": scan_id_range(tokens)[1],
         "notes": {"rows of the old kit": rows},
     }

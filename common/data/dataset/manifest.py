@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.data.dataset.indexed import idx_path, sync
+from common.data.dataset.indexed_dataset import idx_path
 from common.errors import KitError
+from common.files import write_atomically
 
 FORMAT = "qwen-kit-data"
 KINDS = ("pretrain", "sft")
@@ -39,14 +39,9 @@ def hash_json(value: Any) -> str:
 
 
 def write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> None:
-    """Writes `value` to `path`, which never holds half of it."""
-    partial = Path(f"{path}.partial")
-    with partial.open("w", encoding="utf-8", errors=OF_NAMES) as stream:
-        stream.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    sync(path.parent)
+    """Writes `value` to `path` atomically."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode(errors=OF_NAMES))
 
 
 def write(output_prefix: Path, content: dict[str, Any]) -> None:
@@ -64,7 +59,7 @@ def read(output_prefix: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise KitError(f"{path} is no JSON ({error}): write the data again with step 1") from error
+        raise KitError(f"{path} is not JSON ({error}): write the data again with step 1") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return None
     version = content.get("version")

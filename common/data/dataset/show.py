@@ -5,16 +5,16 @@ from itertools import groupby
 
 import numpy as np
 
-from common.data.dataset.indexed import open_mask, open_tokens
+from common.data.dataset.builder import check_mask
+from common.data.dataset.indexed_dataset import open_mask, open_tokens
 from common.data.dataset.manifest import DataFiles
-from common.data.dataset.samples import check_mask
-from common.data.tokenizer.tokenizer import TextTokenizer
+from common.data.tokenizer.text_tokenizer import TextTokenizer
 from common.errors import KitError, visible
 
 GREEN_BOLD, PLAIN = "\x1b[1;32m", "\x1b[0m"
 
 
-def choose(number: int, first: int | None, count: int, seed: int) -> list[int]:
+def select_documents(number: int, first: int | None, count: int, seed: int) -> list[int]:
     """Which of `number` documents are shown: `count` from `first` on, or without it `count` at random by `seed`."""
     if first is None:
         chosen = np.random.default_rng(seed).choice(number, min(count, number), replace=False)
@@ -48,7 +48,7 @@ def show(
     if first is not None and not 0 <= first < len(tokens):
         raise KitError(f"INDEX={first}: {files.tokens} holds documents 0 to {len(tokens) - 1}")
     before, after = (GREEN_BOLD, PLAIN) if colour else ("⟦", "⟧")
-    for number in choose(len(tokens), first, count, seed):
+    for number in select_documents(len(tokens), first, count, seed):
         ids = tokens[number]
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 32:
             raise KitError(
@@ -58,7 +58,7 @@ def show(
         learned = mask[number] > 0 if mask else np.zeros(ids.size, bool)
         told = f", {int(learned.sum())} learned" if mask else ""
         yield f"--- document {number} of {len(tokens)}: {ids.size} tokens{told}"
-        yield mark(tokenizer, ids, learned, before, after)
+        yield mark_text(tokenizer, ids, learned, before, after)
         if ids_too:
             yield mark_ids(ids, learned, before, after)
 
@@ -69,7 +69,7 @@ def mark_ids(ids: np.ndarray, learned: np.ndarray, before: str, after: str) -> s
     return " ".join(f"{before}{number}{after}" if is_learned else str(number) for number, is_learned in pairs)
 
 
-def mark(tokenizer: TextTokenizer, ids: np.ndarray, learned: np.ndarray, before: str, after: str) -> str:
+def mark_text(tokenizer: TextTokenizer, ids: np.ndarray, learned: np.ndarray, before: str, after: str) -> str:
     """The `visible` text of `ids`; stretches where `learned` is true stand between `before` and `after`."""
     text = ""
     for is_learned, stretch in groupby(zip(ids.tolist(), learned.tolist(), strict=True), key=lambda pair: pair[1]):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.dataset.indexed import open_mask, open_tokens
+from common.data.dataset.indexed_dataset import open_mask, open_tokens
 from common.data.dataset.manifest import DataFiles
 from common.data.dataset.packing import pack
 from common.errors import KitError, writing
@@ -59,7 +59,7 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     return [(1 << e - 1 if e else 0, (1 << e) - 1, int(counts[e])) for e in range(first, counts.size)]
 
 
-def draw(bins: list[tuple[int, int, int]]) -> Iterator[str]:
+def draw_histogram(bins: list[tuple[int, int, int]]) -> Iterator[str]:
     """A line of text for each bin, with a bar."""
     most = max((number for _, _, number in bins), default=0) or 1
     for low, high, number in bins:
@@ -95,7 +95,7 @@ def report(files: DataFiles, seq_lengths: list[int], global_batch_size: int | No
     learned = supervised_tokens(files)
     if learned is not None:
         yield f"learned: {learned} tokens, {100 * learned / max(1, total):.1f}%"
-    yield from draw(histogram(lengths))
+    yield from draw_histogram(histogram(lengths))
     for seq_length in seq_lengths:
         yield _line(fill_rows(lengths, seq_length, files.kind), files.kind, global_batch_size)
 

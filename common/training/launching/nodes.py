@@ -5,9 +5,9 @@ import socket
 from dataclasses import fields
 from importlib import metadata
 
-from common.data.dataset.blend import read_blend
-from common.data.dataset.fingerprint import DATA_SAMPLES, HASHED, hash_file, hash_samples
-from common.data.dataset.indexed import bin_path, idx_path
+from common.data.dataset.blended_dataset import read_blend
+from common.data.dataset.file_hash import DATA_SAMPLES, HASHED, hash_file, hash_samples
+from common.data.dataset.indexed_dataset import bin_path, idx_path
 from common.settings import KIT
 from common.training.planning.plan import Plan, Start
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from common.errors import KitError
-from common.parallel import ParallelSizes
+from common.parallel import ParallelSizes, is_node_leader
 from common.platforms.base import Platform
 from common.training.launching.hang_detector import Heartbeat
 from common.training.launching.nodes import differences, start_facts
@@ -62,11 +62,6 @@ def check_same_start(start: Start) -> None:
 def fail_together(message: str) -> NoReturn:
     """For an error that every rank has found: raises KitError on one rank of each node, SystemExit on the others."""
     raise KitError(message) if is_node_leader() else SystemExit(2)
-
-
-def is_node_leader() -> bool:
-    """Whether this is local rank 0, which reports for its node."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def seed_everything(seed: int) -> None:

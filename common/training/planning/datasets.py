@@ -3,13 +3,14 @@
 import hashlib
 from pathlib import Path
 
-from common.data.dataset.blend import Blend, blend_samples, read_blend
-from common.data.dataset.fingerprint import DATA_SAMPLES, hash_samples
-from common.data.dataset.indexed import bin_path, idx_path, open_mask, open_tokens
+from common.data.dataset.blended_dataset import Blend, blend_datasets, read_blend
+from common.data.dataset.builder import build_dataset, check_mask, split_documents
+from common.data.dataset.file_hash import DATA_SAMPLES, hash_samples
+from common.data.dataset.id_range import check_ids
+from common.data.dataset.indexed_dataset import bin_path, idx_path, open_mask, open_tokens
 from common.data.dataset.manifest import DataFiles
-from common.data.dataset.order import order_name
-from common.data.dataset.samples import Samples, check_mask, open_samples, split_documents
-from common.data.dataset.token_ids import check_ids
+from common.data.dataset.sample_dataset import SampleDataset
+from common.data.dataset.shuffle import order_name
 from common.errors import KitError
 from common.log import logger
 from common.training.settings import TrainSettings
@@ -17,7 +18,7 @@ from common.training.settings import TrainSettings
 
 def open_data(
     settings: TrainSettings, model_folder: Path, vocab_size: int, check: bool = True, order: str | None = None
-) -> tuple[Samples, Samples | None]:
+) -> tuple[SampleDataset, SampleDataset | None]:
     """The samples of training and of validation; None where a split holds none.
 
     check: hold the data against itself and its ids against `vocab_size`, which reads each index once and data without
@@ -37,7 +38,7 @@ def open_data(
             (weight, files.tokens.name, _open(settings, files, None, each))
             for (weight, files), each in zip(blend, listed, strict=True)
         ]
-        return blend_samples(whole), blend_samples(
+        return blend_datasets(whole), blend_datasets(
             [(weight, files.tokens.name, _open(settings, files, None, None)) for weight, files in apart]
         )
     train, valid = [], []
@@ -50,7 +51,7 @@ def open_data(
             except KitError as error:
                 logger.info("no validation on %s: the split's second part is too small (%s)", name, error)
         train.append((weight, name, _open(settings, files, train_range, each_listed)))
-    return blend_samples(train), blend_samples(valid) if valid else None
+    return blend_datasets(train), blend_datasets(valid) if valid else None
 
 
 def listed_of(order: str | None, num_datasets: int) -> list[bool | None]:
@@ -87,8 +88,8 @@ def check_tokenizer(blend: Blend, model_folder: Path) -> None:
             )
 
 
-def _open(settings: TrainSettings, files: DataFiles, documents: range | None, listed: bool | None) -> Samples:
-    return open_samples(
+def _open(settings: TrainSettings, files: DataFiles, documents: range | None, listed: bool | None) -> SampleDataset:
+    return build_dataset(
         files,
         train_mode=settings.train_mode,
         seq_length=settings.seq_length,

@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from common.checkpoint.formats.layout import Checkpoint, find_checkpoint
-from common.checkpoint.formats.origin import check_ranks, description_of
-from common.checkpoint.verification.harmless import check_harmless
-from common.data.dataset.blend import BlendedSamples
-from common.data.dataset.order import order_name
-from common.data.dataset.samples import Samples
+from common.checkpoint.formats.checkpoint_paths import Checkpoint, find_checkpoint
+from common.checkpoint.formats.common_state import check_parallel_sizes, run_metadata
+from common.checkpoint.verification.pickle_scan import check_pickles
+from common.data.dataset.blended_dataset import BlendedDataset
+from common.data.dataset.sample_dataset import SampleDataset
+from common.data.dataset.shuffle import order_name
 from common.engine.dist_checkpointing import check_optimizer_sharding
 from common.engine.installation import check_installed
 from common.engine.overrides import describe_overrides, overrides
 from common.errors import KitError
 from common.log import logger
 from common.model.shape.config import QwenConfig, load_config
-from common.parallel import ParallelSizes
+from common.parallel import ParallelSizes, is_node_leader
 from common.platforms.base import Platform
 from common.training.planning.compatibility import check_fit
 from common.training.planning.datasets import content_hash, open_data
@@ -57,8 +57,8 @@ class Plan:
     start: Start
     transformer_impl: str
     ckpt_format: str
-    train: Samples | None
-    valid: Samples | None
+    train: SampleDataset | None
+    valid: SampleDataset | None
     train_iters: int
     progress: Progress = Progress()
     data_hash: str = ""
@@ -85,7 +85,7 @@ class Plan:
         """What a position in the data means: a run resumes only where all of it is the same."""
         chosen = self.settings
         assert self.train is not None
-        blend = {"blend": self.train.description} if isinstance(self.train, BlendedSamples) else {}
+        blend = {"blend": self.train.description} if isinstance(self.train, BlendedDataset) else {}
         return {
             "train_mode": chosen.train_mode,
             "samples_per_epoch": self.train.samples_per_epoch,
@@ -105,7 +105,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     qwen = load_config(start.model_folder)
     check_fit(settings, platform, qwen)
     if start.checkpoint:
-        check_ranks(start.checkpoint, settings.sizes, qwen)
+        check_parallel_sizes(start.checkpoint, settings.sizes, qwen)
     train = valid = None
     progress = progress_of(start)
     if settings.train_or_convert_ckpt == "train":
@@ -130,8 +130,8 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         check_warmup(plan)
     # The last, since it takes longest; Megatron-Core has not touched the folder yet. One rank of a node looks: the
     # others wait for it in the process group, which all of them begin, before they read anything.
-    if start.checkpoint and os.environ.get("LOCAL_RANK", "0") == "0":
-        check_harmless(start.checkpoint)
+    if start.checkpoint and is_node_leader():
+        check_pickles(start.checkpoint)
     return plan
 
 
@@ -139,7 +139,7 @@ def progress_of(start: Start) -> Progress:
     """How far the run is that `start` resumes."""
     if start.kind != "resume" or start.checkpoint is None:
         return Progress()
-    return Progress(**(description_of(start.checkpoint).get("progress") or {}))
+    return Progress(**(run_metadata(start.checkpoint).get("progress") or {}))
 
 
 def was_planned() -> bool:
@@ -154,7 +154,7 @@ def order_of(start: Start) -> str | None:
     """
     if start.kind != "resume" or start.checkpoint is None:
         return None
-    return str((description_of(start.checkpoint).get("data") or {}).get("order", order_name(True)))
+    return str((run_metadata(start.checkpoint).get("data") or {}).get("order", order_name(True)))
 
 
 def check_warmup(plan: Plan) -> None:
@@ -171,7 +171,7 @@ def check_resume(plan: Plan) -> None:
     """Raises KitError unless the run can go on from where the checkpoint's was."""
     checkpoint = plan.start.checkpoint
     assert checkpoint
-    run = description_of(checkpoint)
+    run = run_metadata(checkpoint)
     if not run:
         raise KitError(
             f"{checkpoint.path} was not written by this kit's training, so there is no run to resume: set"

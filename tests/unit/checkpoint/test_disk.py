@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common.checkpoint.io import disk
-from common.checkpoint.io.disk import SECTOR, DiskFile, Writer, ahead, load
+from common.checkpoint.io.disk import SECTOR, MappedFile, Writer, ahead, load
 from common.errors import KitError
 
 NEAR_SECTORS = [0, 1, SECTOR - 1, SECTOR, SECTOR + 1, 3 * SECTOR + 5]
@@ -117,7 +117,7 @@ def test_what_lies_anywhere_in_a_file_is_loaded(
 ) -> None:
     data = data_of(9 * SECTOR + 99)
     (tmp_path / "file").write_bytes(data)
-    file = DiskFile(tmp_path / "file")
+    file = MappedFile(tmp_path / "file")
     monkeypatch.setattr(disk._Mapped, "_in_cache", lambda *given: cached)
     for size in (1, 2, SECTOR, 2 * SECTOR + 1, len(data) - start):
         mapped = file.bytes[start : start + size]
@@ -129,7 +129,7 @@ def test_what_lies_anywhere_in_a_file_is_loaded(
 def test_views_keep_their_shape_and_order(tmp_path: Path) -> None:
     whole = torch.randn(300, 70).bfloat16()
     (tmp_path / "file").write_bytes(b"12" + whole.view(torch.uint8).numpy().tobytes())
-    matrix = DiskFile(tmp_path / "file").tensor(2, whole.nbytes, torch.bfloat16).reshape(300, 70)
+    matrix = MappedFile(tmp_path / "file").tensor(2, whole.nbytes, torch.bfloat16).reshape(300, 70)
     views = (matrix, matrix[:, 3:50], matrix[7], matrix.t(), matrix[5:9, 1:2], matrix[:0], matrix[3, 4])
     wanted = (whole, whole[:, 3:50], whole[7], whole.t(), whole[5:9, 1:2], whole[:0], whole[3, 4])
     for view, tensor in zip(views, wanted, strict=True):
@@ -142,14 +142,14 @@ def test_what_lies_in_no_file_is_itself(tmp_path: Path) -> None:
     tensor = torch.ones(3)
     assert load(tensor) is tensor
     (tmp_path / "file").write_bytes(bytes(100))
-    file = DiskFile(tmp_path / "file")
+    file = MappedFile(tmp_path / "file")
     assert torch.equal(file.tensor(3, 8, torch.float32), torch.zeros(2))  # at an odd place: a copy
     assert load(tensor) is tensor
 
 
 def test_a_file_that_has_become_shorter_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(5 * SECTOR))
-    file = DiskFile(tmp_path / "file")
+    file = MappedFile(tmp_path / "file")
     os.truncate(tmp_path / "file", SECTOR)
     with pytest.raises(OSError, match="shorter"):
         load(file.bytes[SECTOR : 3 * SECTOR])
@@ -158,7 +158,7 @@ def test_a_file_that_has_become_shorter_is_told(tmp_path: Path) -> None:
 def test_a_files_handles_are_closed_with_the_last_of_its_tensors(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(100))
     handles = num_handles()
-    tensor = DiskFile(tmp_path / "file").bytes[1:5]
+    tensor = MappedFile(tmp_path / "file").bytes[1:5]
     gc.collect()
     assert torch.equal(load(tensor), torch.zeros(4, dtype=torch.uint8)) and load(tensor) is not tensor
     del tensor
@@ -171,7 +171,7 @@ def test_few_of_many_files_are_open(tmp_path: Path) -> None:
     handles = num_handles()
     for i in range(60):
         (tmp_path / str(i)).write_bytes(bytes([i]) * 3)
-        files.append(DiskFile(tmp_path / str(i)))
+        files.append(MappedFile(tmp_path / str(i)))
     assert num_handles() == handles
     for _ in range(2):
         assert [load(file.bytes).tolist() for file in files] == [[i] * 3 for i in range(60)]
@@ -183,7 +183,7 @@ def test_few_of_many_files_are_open(tmp_path: Path) -> None:
 
 def test_a_file_that_was_replaced_is_not_read_for_the_one_that_is_mapped(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
-    file = DiskFile(tmp_path / "file")
+    file = MappedFile(tmp_path / "file")
     (tmp_path / "new").write_bytes(b"new")
     (tmp_path / "new").replace(tmp_path / "file")
     assert bytes(file.bytes.numpy()) == file.map[0:3] == b"old"
@@ -197,7 +197,7 @@ def test_what_to_do_where_no_file_can_be_opened_is_told(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
         with pytest.raises(KitError, match=r"Too many open files\): raise the limit, as by `ulimit -n 4096`"):
-            DiskFile(tmp_path / "file")
+            MappedFile(tmp_path / "file")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -205,7 +205,7 @@ def test_what_to_do_where_no_file_can_be_opened_is_told(tmp_path: Path) -> None:
 def test_pages_in_the_cache_are_known(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(data_of(64 * SECTOR))
-    file = DiskFile(path)
+    file = MappedFile(path)
     (mapped,) = [each for each in disk._mapped.values() if each.address == file.bytes.data_ptr()]
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
@@ -218,7 +218,7 @@ def test_pages_in_the_cache_are_known(tmp_path: Path) -> None:
 def test_memory_is_used_again_but_never_while_it_is_used(tmp_path: Path) -> None:
     data = data_of(40 * SECTOR)
     (tmp_path / "file").write_bytes(data)
-    file = DiskFile(tmp_path / "file")
+    file = MappedFile(tmp_path / "file")
     held = [load(file.bytes[i * SECTOR : (i + 1) * SECTOR])[10:] for i in range(40)]
     assert [part.numpy().tobytes() for part in held] == [data[i * SECTOR + 10 : (i + 1) * SECTOR] for i in range(40)]
     del held

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.checkpoint.formats.megatron_folder import open_megatron
-from common.checkpoint.formats.pipeline import whole_model
-from common.checkpoint.verification.harmless import check_harmless
+from common.checkpoint.formats.parallel_layout import whole_model
 from common.checkpoint.verification.inspection import inspect_folder
+from common.checkpoint.verification.pickle_scan import check_pickles
 from common.checkpoint.verification.verify import verify
 from common.errors import KitError
 from common.model.shape.config import load_config
@@ -66,10 +66,10 @@ def test_what_torch_would_make_of_their_own_classes_is_told_before(foreign: Path
         checkpoint = find_checkpoint(foreign / kind)
         assert checkpoint
         if checkpoint.format == "torch":  # the kit alone reads it
-            check_harmless(checkpoint)
+            check_pickles(checkpoint)
             continue
         with pytest.raises(KitError, match=r"common\.pt asks for torch\.nn\.functional\.silu, .* convert it by step 2"):
-            check_harmless(checkpoint)
+            check_pickles(checkpoint)
 
 
 def test_what_they_are_is_told(foreign: Path) -> None:

@@ -24,7 +24,7 @@ from common.checkpoint.formats.hf_folder import (
     plan_shards,
     write_safetensors,
 )
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.errors import KitError
 from common.model.shape.config import load_config
 from tests.tiny import tiny_qwen

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.checkpoint.formats.dist_share import Block, write_dist
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.formats.torch_dist_writer import TensorShard, write_torch_dist
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.checkpoint.verification.inspection import inspect_folder
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
@@ -109,11 +109,11 @@ def test_what_wrote_it(tmp_path: Path, content: dict[str, Any], told: str) -> No
 def dist_folder(path: Path, qwen: QwenConfig, weights: dict[str, Tensor], stacked: bool, **more: Tensor) -> None:
     state = {**dist_state(weights, qwen, stacked=stacked), **more}
     blocks = [
-        Block(name, tuple(tensor.shape), (0,) * tensor.dim(),
+        TensorShard(name, tuple(tensor.shape), (0,) * tensor.dim(),
               LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: [[tensor]]))  # type: ignore[misc]
         for name, tensor in state.items()
     ]  # fmt: skip
-    write_dist(path, blocks, {"iteration": 5}, lambda size: None)
+    write_torch_dist(path, blocks, {"iteration": 5}, lambda size: None)
 
 
 @pytest.mark.parametrize(("stacked", "tensors"), [(True, 10), (False, 31)])

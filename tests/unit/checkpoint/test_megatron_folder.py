@@ -9,9 +9,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from common.checkpoint.formats.layout import Checkpoint
+from common.checkpoint.formats.checkpoint_paths import Checkpoint
 from common.checkpoint.formats.megatron_folder import MegatronReader, open_megatron
-from common.checkpoint.formats.pipeline import whole_model
+from common.checkpoint.formats.parallel_layout import whole_model
 from common.errors import KitError
 from common.log import logger
 from common.model.shape.config import QwenConfig

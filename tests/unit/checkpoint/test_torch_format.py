@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.checkpoint.formats.torch_format import load_rank_file, save_rank_files
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.errors import KitError
 from tests.unit.checkpoint.small import same_bits
 

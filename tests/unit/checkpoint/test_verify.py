@@ -11,8 +11,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.checkpoint.formats.layout import Checkpoint
-from common.checkpoint.verification.proof_slices import slices
+from common.checkpoint.formats.checkpoint_paths import Checkpoint
+from common.checkpoint.verification.independent_mapping import slices
 from common.checkpoint.verification.verify import Report, verify
 from common.model.shape.config import QwenConfig
 from tests.unit.checkpoint.small import dist_state, write_hf, write_ranks

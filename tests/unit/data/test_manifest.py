@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from common.data.dataset import manifest
-from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.data.dataset.manifest import DataFiles, resolve
 from common.errors import KitError
 
 
 def files(*prefixes: Path) -> None:
     for prefix in prefixes:
-        with IndexedWriter(prefix, "u1") as writer:
+        with IndexedDatasetBuilder(prefix, "u1") as writer:
             writer.add_document([1])
 
 
@@ -66,7 +66,7 @@ def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"a_loss_mask_document is a loss mask: give the .*/a$"):
         resolve(str(tmp_path / "a_loss_mask_document"))
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(KitError, match=r"a\.json is no JSON"):
+    with pytest.raises(KitError, match=r"a\.json is not JSON"):
         resolve(str(tmp_path / "a"))
     (tmp_path / "a.json").write_text(json.dumps({"format": manifest.FORMAT, "version": manifest.VERSION + 1}))
     with pytest.raises(KitError, match="version 3, this kit reads 2"):

@@ -5,20 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.data.dataset.manifest import DataFiles
-from common.data.dataset.stats import draw, fill_rows, histogram, report, supervised_tokens, write_png
+from common.data.dataset.stats import draw_histogram, fill_rows, histogram, report, supervised_tokens, write_png
 from common.errors import KitError
 
 
 def data(folder: Path, lengths: list[int], learned: int | None = None) -> DataFiles:
     """Documents of these lengths; with `learned`, a mask with that many tokens learned at each one's end."""
-    with IndexedWriter(folder / "d_text_document", "<i4") as writer:
+    with IndexedDatasetBuilder(folder / "d_text_document", "<i4") as writer:
         for length in lengths:
             writer.add_document([1] * length)
     if learned is None:
         return DataFiles("pretrain", folder / "d_text_document")
-    with IndexedWriter(folder / "d_loss_mask_document", "<f4") as writer:
+    with IndexedDatasetBuilder(folder / "d_loss_mask_document", "<f4") as writer:
         for length in lengths:
             writer.add_document([0] * (length - learned) + [0.5] * learned)
     return DataFiles("sft", folder / "d_text_document", folder / "d_loss_mask_document")
@@ -31,9 +31,9 @@ def test_the_histogram_has_every_document_in_its_bin() -> None:
         assert number == int(((lengths >= low) & (lengths <= high)).sum())
     assert sum(number for _, _, number in bins) == lengths.size
     assert bins[0][:2] == (0, 0) and bins[-1] == (1024, 2047, 1)
-    lines = list(draw([(1, 1, 3), (2, 3, 0), (4, 7, 300)]))
+    lines = list(draw_histogram([(1, 1, 3), (2, 3, 0), (4, 7, 300)]))
     assert [line.count("#") for line in lines] == [1, 0, 50]
-    assert histogram(np.array([], int)) == [] and list(draw([])) == []
+    assert histogram(np.array([], int)) == [] and list(draw_histogram([])) == []
 
 
 def test_rows_of_conversations() -> None:

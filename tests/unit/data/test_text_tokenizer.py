@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from common.data.tokenizer.tokenizer import find_eod, load_tokenizer
+from common.data.tokenizer.eod import find_eod
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.errors import KitError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -59,7 +59,7 @@ def test_a_text_is_given_in_part(tmp_path: Path) -> None:
 
 
 def test_a_row_of_no_use_is_named(tmp_path: Path) -> None:
-    with pytest.raises(KitError, match="rows.jsonl, line 2: its fields 'text' are of no known format"):
+    with pytest.raises(KitError, match="rows.jsonl, line 2: its fields 'text' match no known format"):
         read_prompts(rows(tmp_path, INSTRUCTION, TEXT), 2, "system")
     with pytest.raises(KitError, match="rows.jsonl, line 2: it has no field 'text'"):
         read_prompts(rows(tmp_path, TEXT, INSTRUCTION), 2, "system")

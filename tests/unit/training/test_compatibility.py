@@ -1,6 +1,7 @@
 """What the kind of layers or the installed packages cannot do is refused before anything starts."""
 
 import re
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -73,16 +74,16 @@ def test_what_goes_together_is_let_pass(platform: str, changes: dict[str, Any]) 
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, *modules: str) -> None:
-    """What package metadata says, and which modules an import would find."""
+    """Fakes the versions in package metadata and the modules that an import would find."""
     versions = {"transformer-engine": engine, "megatron-core": megatron}
 
     def version(name: str) -> str:
         found = versions[name]
         if found is None:
-            raise versions.metadata.PackageNotFoundError(name)
+            raise metadata.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(versions.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(fit, "find_spec", lambda name: name in modules or None)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint.formats.layout import RELEASE, iteration_dir, write_tracker
-from common.data.dataset.indexed import IndexedWriter
+from common.checkpoint.formats.checkpoint_paths import RELEASE, iteration_dir, write_tracker
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.errors import KitError
 from common.model.shape.config import load_config
 from common.platforms import PLATFORMS
@@ -39,7 +39,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prefix of 100 documents of 17 tokens, as Megatron-LM's own tool would write them."""
     prefix = tmp_path_factory.mktemp("data") / "a_text_document"
-    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
+    with IndexedDatasetBuilder(prefix, np.dtype(np.uint16)) as writer:
         for start in range(DOCUMENTS):
             writer.add_document(np.arange(start, start + TOKENS_OF_A_DOCUMENT, dtype=np.uint16))
     return prefix
