@@ -129,7 +129,7 @@ def _load_part(part: Part, reader: TorchDistReader) -> int:
         inner = part.tensor[place.slices_in(part.place)]
         for at, values, checksum in reader.blocks(part.key, place):
             if checksum:
-                checksum.take(values)
+                checksum.update(values)
             inner[at].copy_(values)
             num_bytes += values.nbytes
     return num_bytes
