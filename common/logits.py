@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import errors, log, mcore
+from common import errors, log
 from common.checkpoint.conversion.state_dict_adapter import MegatronTensors, hf_state_dict, rank_state_dict
 from common.checkpoint.formats.checkpoint_paths import Checkpoint, require_checkpoint
 from common.checkpoint.formats.megatron_folder import open_megatron
 from common.checkpoint.formats.parallel_layout import ParallelLayout
+from common.engine import installation
 from common.errors import KitError
 from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
@@ -141,7 +142,7 @@ def main() -> None:
         raise KitError("--text is empty: give at least one word")
     theirs = hugging_face_outputs(folder, tokens)
     set_single_process_environment()
-    mcore.prepare(CPU)
+    installation.prepare(CPU)
     lines, first = compare(megatron_outputs(checkpoint, load_config(folder), tokens), theirs)
     print(*lines, sep="\n")
     if first:
