@@ -261,7 +261,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         "hf-to-megatron", {"save_checkpoint_path": "{root}/other"},
         "other is not empty, it holds config.json: choose another folder, or remove what is in it"),
     "into itself": (
-        "hf-to-megatron", {"save_checkpoint_path": "{hf}"}, "is the folder that is read: choose another folder"),
+        "hf-to-megatron", {"save_checkpoint_path": "{hf}"}, "is the input folder: choose another folder"),
     "a file": ("hf-to-megatron", {"save_checkpoint_path": "{hf}/config.json"}, "json is a file: choose a folder"),
     "no checkpoint": (
         "megatron-to-hf", {"load_checkpoint_path": "{root}/empty"},
@@ -271,7 +271,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "a Hugging Face folder": (
         "megatron-to-hf", {"load_checkpoint_path": "{hf}"}, "holds no Megatron checkpoint: give step 2's or a run's"),
     "checkpoint into itself": (
-        "megatron-to-hf", {"save_checkpoint_path": "{root}/megatron"}, "is the folder that is read: choose another"),
+        "megatron-to-hf", {"save_checkpoint_path": "{root}/megatron"}, "is the input folder: choose another"),
     "checkpoint without config": (
         "megatron-to-hf", {"load_checkpoint_path": "{root}/bare"},
         "bare has no config.json: set HF_MODEL_PATH to the original model"),
@@ -279,7 +279,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         "megatron-to-hf", {"hf_model_path": "{root}/other"}, "lacks output_layer.weight, and its config.json does"),
     "lost": (
         "megatron-to-hf", {"load_checkpoint_path": "{root}/lost"},
-        "names iter_0000007, which is not there: give that folder back, or write one of ['release'] there"),
+        "names iter_0000007, which does not exist: restore that folder, or write one of ['release'] there"),
     "size": ("megatron-to-hf", {"max_shard_size": "5"}, "MAX_SHARD_SIZE=5: give a number and one of KB, MB, GB"),
     "dtype": ("megatron-to-hf", {"dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
     "nothing to compare": (
