@@ -37,9 +37,10 @@ from common.checkpoint.formats.torch_dist_writer import write_torch_dist
 from common.checkpoint.formats.torch_format import save_rank_files
 from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.checkpoint.verification.inspection import WRITTEN_BY
-from common.log import Progress, logger
+from common.log import logger
 from common.model.shape.config import QwenConfig, load_config
 from common.parallel import parse_pipeline_layers
+from common.progress import Progress
 from common.settings import option
 
 VERSION = {"checkpoint_version": 3.0, "iteration": 0, **WRITTEN_BY}

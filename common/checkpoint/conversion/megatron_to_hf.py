@@ -19,8 +19,9 @@ from common.checkpoint.formats.hf_folder import check_unquantized, parse_size, w
 from common.checkpoint.formats.megatron_folder import open_megatron
 from common.checkpoint.formats.model_files import copy_model_files
 from common.errors import KitError
-from common.log import Progress, logger
+from common.log import logger
 from common.model.shape.config import load_config
+from common.progress import Progress
 from common.settings import option
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from common.errors import KitError, told_of
+from common.errors import KitError, reading
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -46,20 +46,15 @@ class IndexFile:
         """Elements [start, stop) of one of the arrays, copied from the file."""
         offset, dtype, _ = self.array(name)
         itemsize = np.dtype(dtype).itemsize
-        try:
+        with reading(self.path):
             return np.fromfile(self.path, dtype, stop - start, offset=offset + itemsize * start)
-        except OSError as error:
-            raise KitError(f"{self.path} cannot be read: {error.strerror}") from error
 
     def pick(self, name: str, numbers: np.ndarray) -> np.ndarray:
         """int64: the elements of "starts" or "bounds" at `numbers`, of which nothing stays mapped."""
         offset, _, _ = self.array(name)
-        try:
-            with self.path.open("rb", buffering=0) as stream:
-                handle = stream.fileno()
-                found = b"".join(os.pread(handle, 8, offset + 8 * number) for number in numbers.tolist())
-        except OSError as error:
-            raise KitError(f"{self.path} cannot be read: {error.strerror}") from error
+        with reading(self.path), self.path.open("rb", buffering=0) as stream:
+            handle = stream.fileno()
+            found = b"".join(os.pread(handle, 8, offset + 8 * number) for number in numbers.tolist())
         return np.frombuffer(found, "<i8")
 
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -123,7 +118,7 @@ def open_index(prefix: Path) -> IndexFile:
     Raises KitError when a file is missing, cannot be read, is truncated or of another kind.
     """
     path, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    try:
+    with reading(prefix):
         for needed in (path, data):
             if not needed.is_file():
                 raise KitError(f"{needed} does not exist: give the path that step 1 wrote, without .bin or .idx")
@@ -131,8 +126,6 @@ def open_index(prefix: Path) -> IndexFile:
             head = stream.read(HEADER.size)
         with data.open("rb"):  # may it be read?
             sizes = path.stat().st_size, data.stat().st_size
-    except OSError as error:
-        raise KitError(told_of(error) or f"{path} cannot be read: {error}") from error
     return _parse(path, data, head, *sizes)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from common.data.dataset.fingerprint import DATA_SAMPLES, hash_samples
 from common.data.dataset.indexed import IndexedReader, bin_path
 from common.data.dataset.manifest import DataFiles, write_json
-from common.errors import KitError
+from common.errors import KitError, reading
 from common.log import logger
 
 READ_BYTES = 16 << 20
@@ -84,14 +84,11 @@ def scan(tokens: IndexedReader) -> tuple[int, int]:
     """(smallest, largest) id of the file, (0, 0) where it holds none; read block by block, not mapped."""
     data, number = bin_path(tokens.prefix), READ_BYTES // tokens.dtype.itemsize
     smallest, largest = 0, 0
-    try:
-        with data.open("rb") as stream:
-            while (block := np.fromfile(stream, tokens.dtype, number)).size:
-                if tokens.dtype.kind == "i":
-                    smallest = min(smallest, int(block.min()))
-                largest = max(largest, int(block.max()))
-    except OSError as error:
-        raise KitError(f"{data} cannot be read: {error.strerror}") from error
+    with reading(data), data.open("rb") as stream:
+        while (block := np.fromfile(stream, tokens.dtype, number)).size:
+            if tokens.dtype.kind == "i":
+                smallest = min(smallest, int(block.min()))
+            largest = max(largest, int(block.max()))
     return smallest, largest
 
 

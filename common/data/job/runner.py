@@ -8,7 +8,6 @@ PARTITION_INDEX, on any machines that see the folder, are joined by `merge`.
 """
 
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,9 +26,11 @@ from common.data.job.rejects import rejects_path
 from common.data.job.workers import Workers, encode_here
 from common.data.sources.inputs import RowError
 from common.data.tokenizer.encoded import BAD_ROWS, DROPPED
-from common.errors import KitError
+from common.errors import KitError, writing
+from common.folders import check_writable
 from common.locks import lock
-from common.log import Progress, listed, logger
+from common.log import listed, logger
+from common.progress import Progress
 
 __all__ = ["Job", "run"]
 
@@ -44,7 +45,7 @@ def run(job: Job) -> dict[str, Any] | None:
     Raises KitError when something else lies at the output prefix, a worker dies, or the disk refuses.
     """
     started = time.monotonic()
-    try:
+    with writing(job.output_prefix):
         done = find_finished(job)
         if done:
             if job.folder.exists():
@@ -54,27 +55,17 @@ def run(job: Job) -> dict[str, Any] | None:
             return done
         job.folder.mkdir(parents=True, exist_ok=True)
         with locked(job.folder, job.partition_index):
-            return _run(job, started)
-    except OSError as error:
-        raise KitError(
-            f"{job.output_prefix} cannot be written: {error}: mend it and run the same command again;"
-            " finished parts are kept"
-        ) from error
+            try:
+                return _run(job, started)
+            except OSError:
+                logger.info("finished parts are kept in %s: the same command continues from them", job.folder)
+                raise
 
 
 def check(job: Job) -> None:
     """Raises KitError when `run` would refuse `job` before it reads a row."""
     find_finished(job)
-    folder = job.folder.absolute()
-    if not folder.is_dir() and folder.exists():
-        raise KitError(f"{job.output_prefix} cannot be written: {folder} is a file: remove it")
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder) as stream:
-            stream.write(b"x")
-    except OSError as error:
-        raise KitError(f"{job.output_prefix} cannot be written: {error}: mend it, or change OUTPUT_PREFIX") from error
+    check_writable(job.folder, f"OUTPUT_PREFIX={job.output_prefix}")
 
 
 def find_finished(job: Job) -> dict[str, Any] | None:
@@ -242,15 +233,12 @@ def merge(output_prefix: Path, check: bool = False) -> dict[str, Any]:
     """The manifest of the parts of `output_prefix` joined; with `check` only what they are of, if they can be."""
     folder = merging.need_folder(output_prefix)
     started = time.monotonic()
-    try:
-        with locked(folder, None):
-            claims = merging.read_claims(folder)
-            if check:
-                return claims[0].facts
-            parts = [part for claim in claims for part in claim.parts]
-            content = merging.finish(output_prefix, claims[0].facts, parts)
-    except OSError as error:
-        raise KitError(f"{output_prefix} cannot be written: {error}: mend it and run the same command again") from error
+    with writing(output_prefix), locked(folder, None):
+        claims = merging.read_claims(folder)
+        if check:
+            return claims[0].facts
+        parts = [part for claim in claims for part in claim.parts]
+        content = merging.finish(output_prefix, claims[0].facts, parts)
     report(output_prefix, content, sum(part.bytes for part in parts), time.monotonic() - started)
     return content
 

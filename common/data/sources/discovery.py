@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from common.data.sources.files import ENDINGS, KINDS_OF_FILES
-from common.errors import KitError
+from common.errors import KitError, reading
 from common.log import logger
 
 NAMES_TOLD = 3
@@ -82,7 +82,7 @@ def _some(names: list[str]) -> str:
 
 def _identity(path: Path) -> tuple[int, int]:
     """(device, inode) of `path`; raises KitError unless rows may be read from it."""
-    try:
+    with reading(path):
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise KitError(f"INPUT: {path} is no regular file: give a file ({KINDS_OF_FILES}), a folder or a glob")
@@ -90,8 +90,6 @@ def _identity(path: Path) -> tuple[int, int]:
             with path.open("rb", buffering=0) as stream:
                 if not stream.read(1):
                     raise KitError(f"{path} is empty: remove it from INPUT, or write its rows again")
-    except OSError as error:
-        raise KitError(f"{path} cannot be read: {error.strerror}") from error
     return found.st_dev, found.st_ino
 
 
