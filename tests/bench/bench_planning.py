@@ -83,7 +83,7 @@ def main() -> None:
     content = pickle.dumps(build_metadata(received))
     made = time.monotonic()
     read = pickle.loads(content)
-    entries = [len(each.entries) for each in shares]
+    entries = [len(each.results) for each in shares]
     print(
         json.dumps({
             "ranks": len(shares), "entries": sum(entries), "most_of_a_rank": max(entries),

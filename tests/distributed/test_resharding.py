@@ -103,7 +103,7 @@ def test_a_flipped_bit_is_found_by_resume_and_by_verify(work: Path, saved: Path)
     file.write_bytes(content)
     given = words({**flags(work, work / "flipped"), **WIDE, "master_port": free_port()})
     log = forked(8, "common.train", given, expect=2)
-    assert f"{file} is damaged: a block has not the checksum that it was written with" in log
+    assert f"{file} is damaged: the CRC-32 of a chunk does not match" in log
     told = run(
         "-m", "common.convert", "verify", f"--hf-model-path={work / 'four'}",
         f"--load-checkpoint-path={work / 'flipped'}", expect=2,

@@ -36,7 +36,7 @@ from common.demo.tokenizer import train_tokenizer
 from tests.fuzz import files
 from tests.fuzz import rows as row_cases
 from tests.fuzz.bounds import ROOT, Case, Surface
-from tests.unit.checkpoint.small import same_bits, write_hf
+from tests.unit.checkpoint.small import bitwise_equal, write_hf
 
 MANY = 2000  # rows; more are a file that inflates to many, which are read in chunks alone
 BOM = b"\xef\xbb\xbf"
@@ -60,7 +60,7 @@ def rows(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
         kind = next((each for each in ("messages", "conversations") if each.encode() in text), "instruction")
         path = folder / "rows.jsonl"
         path.write_bytes(text)
-        check_rows(encoder(*how.decode().split(), kind), Chunk(path, 0, text, len(text)))
+        check_padding_rows(encoder(*how.decode().split(), kind), Chunk(path, 0, text, len(text)))
 
     return row_cases.cases(seed, count), take
 
@@ -77,7 +77,7 @@ def _tokenizer(folder: Path, name: str) -> tuple[Any, ChatTemplate]:
     return tokenizer, ChatTemplate(tokenizer)
 
 
-def check_rows(encoder: SftEncoder, chunk: Chunk) -> None:
+def check_padding_rows(encoder: SftEncoder, chunk: Chunk) -> None:
     """Encodes rows; they must have ids of the vocabulary, finite weights, and the text of transformers' rendering."""
     encoded = encoder(chunk)
     tokens, mask = encoded.streams["tokens"], encoded.streams["loss_mask"]
@@ -252,7 +252,7 @@ def safetensors(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], C
         check_weights(reader, expected, qwen)
         truth = load(data) if single else weights
         for name in reader.names:
-            assert same_bits(reader.tensor(name), truth[name]), name
+            assert bitwise_equal(reader.tensor(name), truth[name]), name
 
     return files.safetensors_cases(seed, count, source, {"metadata": {"total_size": 1}, "weight_map": listed}), take
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from common.checkpoint.conversion.state_dict_adapter import hf_shapes, hf_tensors
+from common.checkpoint.conversion.state_dict_adapter import hf_shapes, hf_state_dict
 from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.checkpoint.formats.hf_folder import HfReader, check_weights
 from common.checkpoint.formats.megatron_folder import open_megatron
@@ -32,7 +32,7 @@ def read_checkpoint(folder: Path) -> None:
     assert checkpoint is not None
     check_pickles(checkpoint)
     qwen = load_config(folder / "hf")
-    for tensor in hf_tensors(open_megatron(checkpoint, qwen), qwen, None).values():
+    for tensor in hf_state_dict(open_megatron(checkpoint, qwen), qwen, None).values():
         for _ in tensor.blocks():
             pass
 

@@ -34,7 +34,7 @@ LAYERS = [
 ROOMS = {
     "data": ["sources", "tokenizer", "dataset", "templates", "encoders", "preprocessing"],
     "model": ["shape", "probe", "layers", "kernels", "build"],
-    "checkpoint": ["io", "untrusted", "formats", "conversion", "verification"],
+    "checkpoint": ["io", "untrusted", "formats", "verification", "conversion"],
     "training": ["settings", "planning", "launching", "state", "checkpointing", "loop"],
 }
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from common import settings as module
-from common.convert import ToHuggingFace, ToMegatron
+from common.checkpoint.conversion.hf_to_megatron import HfToMegatron
+from common.checkpoint.conversion.megatron_to_hf import MegatronToHf
 from common.errors import KitError
 from common.preprocess import PretrainSettings, SftSettings
 from common.settings import (
@@ -135,7 +136,7 @@ def test_the_scripts_settings_are_those_that_the_shell_finds() -> None:
     found = declared(STEPS, OLD_NAMES)
     assert {"MICRO_BATCH_SIZE", "TOKENIZER_PATH", "CONVERT_TYPE", "SAVE_DIST_CHECKPOINT_PATH"} <= found
     assert not {"PYTHON", "WORK_DIR", "LD_LIBRARY_PATH"} & found
-    fields = {field.name.upper() for kind in (TrainSettings, PretrainSettings, SftSettings, ToMegatron, ToHuggingFace)
+    fields = {field.name.upper() for kind in (TrainSettings, PretrainSettings, SftSettings, HfToMegatron, MegatronToHf)
               for field in dataclasses.fields(kind)}  # fmt: skip
     assert found - fields == {"CONVERT_TYPE", "SAVE_DIST_CHECKPOINT_PATH", "SAVE_TORCH_CHECKPOINT_PATH"}
 

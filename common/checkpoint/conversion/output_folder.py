@@ -1,7 +1,7 @@
-"""A folder that is written as a whole: everything lies in `.unfinished` inside it until all of it is there.
+"""Atomic output: everything is written to `.unfinished` inside the output folder, then moved to its final place.
 
-`.unfinished.json` says that the folder is being written, and before anything gets its final place, which files those
-are. What it does not name was not written here, and is never removed.
+`.unfinished.json` marks an unfinished folder, and lists the files before they are moved. Files that it does not list
+were not written here, and are never removed.
 """
 
 import errno
@@ -22,15 +22,15 @@ from common.folders import check_writable, free_bytes
 from common.locks import lock
 
 UNFINISHED, MARK = ".unfinished", ".unfinished.json"
-# Those by which a folder is known: they get their final place after all others, in this order.
+# The files that identify the format of a folder: moved after all others, in this order.
 LAST = ("config.json", TRACKER)
-Identity = list[int]  # inode, bytes and time of a file, that a rename does not change
+Identity = list[int]  # inode, size and mtime of a file, which a rename keeps
 
 
-def check_target(folder: Path, source: Path) -> None:
-    """Raises KitError unless `folder` can be written, and is new, empty, or what a run left that was killed."""
+def check_output_folder(folder: Path, source: Path) -> None:
+    """Raises KitError unless `folder` is writable, and new, empty, or left unfinished by a killed run."""
     if folder.resolve() == source.resolve():
-        raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is the folder that is read: choose another folder")
+        raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is the input folder: choose another folder")
     if folder.exists() and not folder.is_dir():
         raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is a file: choose a folder")
     if folder.is_dir():
@@ -38,8 +38,8 @@ def check_target(folder: Path, source: Path) -> None:
     check_writable(folder, f"SAVE_CHECKPOINT_PATH={folder}")
 
 
-def check_room(folder: Path, num_bytes: int) -> None:
-    """Raises KitError unless the disk of `folder` has room for `num_bytes`, what is left of a killed run being gone."""
+def check_disk_space(folder: Path, num_bytes: int) -> None:
+    """Raises KitError unless `folder` has `num_bytes` of free disk space once the files of a killed run are removed."""
     left = _remains(folder) if folder.is_dir() else []
     free = free_bytes(folder) + sum(map(_bytes_of, left))
     if free < num_bytes:
@@ -52,7 +52,7 @@ def _bytes_of(path: Path) -> int:
 
 
 def _check_empty(folder: Path) -> None:
-    # A report may lie there alone: of a proof that failed.
+    # A failed verification leaves its report there.
     if foreign := sorted(set(folder.iterdir()) - {*_remains(folder), folder / REPORT}):
         raise KitError(
             f"SAVE_CHECKPOINT_PATH={folder} is not empty, it holds {foreign[0].name}:"
@@ -60,8 +60,8 @@ def _check_empty(folder: Path) -> None:
         )
 
 
-def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with an empty folder and gives what it wrote its final place in `folder`, all on the disk.
+def write_folder_atomically(folder: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with an empty folder, syncs what it wrote and moves it to `folder`.
 
     When `write` fails, what it wrote is removed. Raises KitError when the disk refuses or another run writes there.
     """
@@ -87,7 +87,7 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _make(folder: Path) -> None:
-    """Makes `folder` and those above it, so that their names outlast a power cut."""
+    """Creates `folder` and its parents, and syncs them, so that they survive a power failure."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -96,7 +96,7 @@ def _make(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other conversions out of `folder`; the system lets it go when the process ends, however it does."""
+    """Locks `folder` against other conversions; the lock is released when the process ends, even if it is killed."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -115,7 +115,7 @@ def _write_mark(folder: Path, published: dict[str, Identity]) -> None:
 
 
 def _read_mark(folder: Path) -> dict[str, Identity]:
-    """What was to get its final place: the files and what they are known by; nothing where that cannot be told."""
+    """The files that were about to be moved and their identities; empty where that cannot be read."""
     try:
         published: Any = json.loads((folder / MARK).read_bytes())["published"]
         return {str(name): list(identity) for name, identity in published.items()}
@@ -124,7 +124,7 @@ def _read_mark(folder: Path) -> dict[str, Identity]:
 
 
 def _remains(folder: Path) -> list[Path]:
-    """What a killed run left: that by which `folder` would be known is the first, the mark of the kill the last."""
+    """What a killed run left, in the order of removal: identifying files first, the mark last."""
     partial = folder / (MARK + ".partial")
     if not (folder / MARK).is_file():
         return [partial] if partial.is_file() else []
@@ -137,14 +137,14 @@ def _remains(folder: Path) -> list[Path]:
 
 
 def _is_ours(path: Path, folder: Path, published: dict[str, Identity]) -> bool:
-    """Whether it is, or holds nothing but, files that the killed run wrote."""
+    """Whether `path` is, or contains only, files that the killed run wrote."""
     files = [path] if not path.is_dir() else [each for each in path.rglob("*") if not each.is_dir()]
     return all(published.get(str(each.relative_to(folder))) == _identity(each) for each in files)
 
 
 def _identity(path: Path) -> Identity:
-    told = path.lstat()
-    return [told.st_ino, told.st_size, told.st_mtime_ns]
+    status = path.lstat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def _remove(paths: list[Path]) -> None:
@@ -153,7 +153,7 @@ def _remove(paths: list[Path]) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Makes all that lies in `folder` last through a power cut."""
+    """Syncs everything in `folder`."""
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(Path(place, name))
@@ -169,4 +169,4 @@ def _publish(unfinished: Path, folder: Path) -> None:
         (unfinished / name).replace(folder / name)
         sync(folder)
     unfinished.rmdir()
-    (folder / MARK).unlink()  # the last step: whoever is ended before it has the same command to repeat
+    (folder / MARK).unlink()  # last: a run killed before this can be repeated with the same command

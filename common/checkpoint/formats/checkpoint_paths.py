@@ -1,9 +1,9 @@
-"""Names of a checkpoint on disk: the tracker file, the folder of an iteration, the folder of a rank.
+"""Paths of a checkpoint: the tracker file, the folder of an iteration, the folder of a rank.
 
-    FOLDER/latest_checkpointed_iteration.txt     "release" (weights alone) or a number
+    FOLDER/latest_checkpointed_iteration.txt     "release" (weights only) or a number
     FOLDER/config.json, tokenizer.json, ...      the model's own files
     FOLDER/release/  FOLDER/iter_0000100/        a checkpoint: .metadata and *.distcp (torch_dist), or
-        mp_rank_TT[_PPP]/model_optim_rng.pt      one file a tensor and pipeline rank (torch)
+        mp_rank_TT[_PPP]/model_optim_rng.pt      one file per TP and PP rank (torch)
 
 The names are Megatron-LM's (megatron/training/checkpointing.py).
 """
@@ -24,7 +24,7 @@ OPTIMIZER_FILE = "distrib_optim.pt"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint: `folder` holds the tracker and the model's files, `path` the weights."""
+    """A checkpoint: `folder` holds the tracker and the model's other files, `path` the weights."""
 
     folder: Path
     path: Path
@@ -43,7 +43,7 @@ def rank_dir_name(tp_rank: int, pp_rank: int, pp_size: int) -> str:
 
 
 def read_tracker(folder: Path) -> int | Literal["release"] | None:
-    """The newest iteration that `folder` says it holds; None without a tracker file."""
+    """The iteration in the tracker file of `folder`; None without one."""
     path = folder / TRACKER
     if not path.is_file():
         return None
@@ -56,32 +56,40 @@ def read_tracker(folder: Path) -> int | Literal["release"] | None:
 
 
 def write_tracker(folder: Path, iteration: int | str) -> None:
-    """Writes the tracker file in one step: a reader finds the old one or the new one."""
+    """Writes the tracker file atomically."""
     write_atomically(folder / TRACKER, f"{iteration}\n".encode())
 
 
 def find_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint of `folder`, or the one that `folder` itself is; None where there is none.
+    """The newest checkpoint in `folder`, or `folder` itself if it is one; None without a checkpoint.
 
-    Raises KitError when the tracker names a folder that is missing or holds no weights.
+    Raises KitError when the tracker names a folder that is missing or has no weights.
     """
     iteration = read_tracker(folder)
     if iteration is None:
-        return _checkpoint_itself(folder)
+        return _checkpoint_at(folder)
     path = iteration_dir(folder, iteration)
     if not path.is_dir():
         raise KitError(
-            f"{folder / TRACKER} names {path.name}, which is not there:"
-            f" give that folder back, or write one of {_written(folder)} there"
+            f"{folder / TRACKER} names {path.name}, which does not exist:"
+            f" restore that folder, or write one of {_available(folder)} there"
         )
     kind = format_of(path)
     if kind is None:
-        raise KitError(f"{path} holds neither {MODEL_FILE} in mp_rank_* nor .metadata: it is no whole checkpoint")
+        raise KitError(f"{path} holds neither {MODEL_FILE} in mp_rank_* nor .metadata: the checkpoint is incomplete")
     return Checkpoint(folder, path, iteration, kind)
 
 
-def _checkpoint_itself(path: Path) -> Checkpoint | None:
-    """`path` as the folder of one iteration."""
+def require_checkpoint(path: Path) -> Checkpoint:
+    """As `find_checkpoint`, for LOAD_CHECKPOINT_PATH; raises KitError without a checkpoint."""
+    found = find_checkpoint(path) if path.is_dir() else None
+    if found is None:
+        raise KitError(f"LOAD_CHECKPOINT_PATH={path} holds no Megatron checkpoint: give step 2's or a run's folder")
+    return found
+
+
+def _checkpoint_at(path: Path) -> Checkpoint | None:
+    """The checkpoint in `path`, if that is the folder of an iteration."""
     path = path.absolute()
     number = iteration_number(path.name)
     kind = format_of(path) if number is not None or path.name == RELEASE else None
@@ -91,7 +99,7 @@ def _checkpoint_itself(path: Path) -> Checkpoint | None:
 
 
 def format_of(path: Path) -> Literal["torch", "torch_dist"] | None:
-    """The format of the checkpoint in `path`; None when it is not whole."""
+    """The format of the checkpoint in `path`; None when it is incomplete."""
     if (path / ".metadata").is_file() and (path / "metadata.json").is_file():
         return "torch_dist"
     return "torch" if any(path.glob(f"mp_rank_*/{MODEL_FILE}")) else None
@@ -104,13 +112,13 @@ def iteration_number(name: str) -> int | None:
 
 
 def list_iterations(folder: Path) -> list[int]:
-    """The iterations that lie whole in `folder`, oldest first."""
+    """The iterations of the complete checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
     numbered = ((iteration_number(path.name), path) for path in folder.iterdir() if path.is_dir())
     return sorted(number for number, path in numbered if number is not None and format_of(path))
 
 
-def _written(folder: Path) -> list[str]:
+def _available(folder: Path) -> list[str]:
     names = [str(number) for number in list_iterations(folder)]
     return names + ([RELEASE] if format_of(folder / RELEASE) else [])

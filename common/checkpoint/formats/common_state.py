@@ -1,4 +1,4 @@
-"""What a checkpoint says of where it comes from: the run that wrote it, and the layout of its files."""
+"""The common state of a checkpoint (all but its sharded tensors): the run that wrote it, its parallel sizes."""
 
 import re
 from typing import Any
@@ -13,21 +13,21 @@ from common.parallel import ParallelSizes
 
 
 def run_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What this kit's training notes in each checkpoint under `run`; empty in a checkpoint of others."""
+    """The metadata that this kit's training saves under `run`; empty in a checkpoint of other software."""
     run = common_state(checkpoint).get("run") or {}
     if not isinstance(run, dict):
-        raise KitError(f"{checkpoint.path}: what it says of the run that wrote it is no dict: copy it again")
+        raise KitError(f"{checkpoint.path}: its metadata of the run is no dict: copy it again")
     return run
 
 
 def common_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint holds beside its tensors, or with those of its first rank."""
+    """The content of common.pt; in torch format, of the first rank's file, tensors included."""
     if checkpoint.format == "torch":
         return _first_rank_file(checkpoint)
     path = checkpoint.path / "common.pt"
     state = ArchiveFile(path).read() if path.is_file() else {}
     if not isinstance(state, dict):
-        raise KitError(f"{path} holds no dict: it is no file of a Megatron checkpoint")
+        raise KitError(f"{path} holds no dict: it is not a Megatron checkpoint file")
     return state
 
 
@@ -36,7 +36,7 @@ def _first_rank_file(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def check_parallel_sizes(checkpoint: Checkpoint, sizes: ParallelSizes, qwen: QwenConfig) -> None:
-    """Raises KitError unless a checkpoint in torch format has the TP, PP, VPP and stages of the run that loads it."""
+    """Raises KitError unless a torch-format checkpoint has the TP, PP, VPP and stage sizes of the run that loads it."""
     if checkpoint.format == "torch_dist":
         return
     ranks = [[int(word) for word in folder.name.split("_")[2:]] for folder in checkpoint.path.glob("mp_rank_*")]
@@ -45,21 +45,21 @@ def check_parallel_sizes(checkpoint: Checkpoint, sizes: ParallelSizes, qwen: Qwe
         "PP": 1 + max(rank[1] if len(rank) > 1 else 0 for rank in ranks),
         "VPP": sum(1 for key in _first_rank_file(checkpoint) if re.fullmatch(r"model\d*", key)),
     }
-    wanted: dict[str, Any] = {"TP": sizes.tp, "PP": sizes.pp, "VPP": sizes.vpp}
-    if found == wanted and sizes.pp > 1:
+    expected: dict[str, Any] = {"TP": sizes.tp, "PP": sizes.pp, "VPP": sizes.vpp}
+    if found == expected and sizes.pp > 1:
         layers = qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers)
         found["PIPELINE_LAYERS"] = ",".join(map(str, _chunk_layers(checkpoint, sizes)))
-        wanted["PIPELINE_LAYERS"] = ",".join(map(str, layers))
-    if found != wanted:
-        was, now = (" ".join(f"{name}={value}" for name, value in each.items()) for each in (found, wanted))
+        expected["PIPELINE_LAYERS"] = ",".join(map(str, layers))
+    if found != expected:
+        was, now = (" ".join(f"{name}={value}" for name, value in each.items()) for each in (found, expected))
         raise KitError(
             f"{checkpoint.path} is in torch format at {was}, this run has {now}: use the same sizes, or convert the"
-            " model again by step 2 with these (CKPT_FORMAT=torch_dist loads at any)"
+            " model again with these in step 2 (CKPT_FORMAT=torch_dist loads at any)"
         )
 
 
 def _chunk_layers(checkpoint: Checkpoint, sizes: ParallelSizes) -> list[int]:
-    """The layers of each chunk in the model's order, as tensor rank 0's files hold them."""
+    """The number of layers of each model chunk, in model order, in tensor-parallel rank 0's files."""
     folders = [checkpoint.path / rank_dir_name(0, pp_rank, sizes.pp) for pp_rank in range(sizes.pp)]
     files = [load_rank_file(folder / MODEL_FILE) for folder in folders]
     keys = ["model"] if sizes.vpp == 1 else [f"model{number}" for number in range(sizes.vpp)]

@@ -1,4 +1,4 @@
-"""The `args` of a checkpoint: what Megatron-LM's own loader compares and reads, under its names."""
+"""The `args` of a checkpoint, which Megatron-LM's loader compares and reads."""
 
 from argparse import Namespace
 
@@ -7,7 +7,7 @@ from common.model.shape.config import QwenConfig
 
 
 def megatron_arguments(qwen: QwenConfig, layout: ParallelLayout) -> Namespace:
-    """The arguments of a model of this shape and layout (megatron/training/checkpointing.py, load_args_...)."""
+    """Megatron-LM's arguments for this config and layout (load_args_from_checkpoint in training/checkpointing.py)."""
     return Namespace(
         num_layers=qwen.num_hidden_layers,
         hidden_size=qwen.hidden_size,

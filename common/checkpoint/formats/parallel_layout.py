@@ -1,11 +1,11 @@
-"""Which layers lie where: pipeline stages, their virtual chunks, and the tensors of each.
+"""The parallel layout of a checkpoint: pipeline stages, their model chunks, and the tensors of each.
 
-8 layers at PP=2, VPP=2, chunk c on stage c % PP as its chunk c // PP:
+8 layers at PP=2, VPP=2; chunk c is number c // PP on stage c % PP:
 
     layers   0 1   2 3   4 5   6 7        stage 0: model0 = 0 1, model1 = 4 5
     chunk     0     1     2     3         stage 1: model0 = 2 3, model1 = 6 7
 
-PIPELINE_LAYERS=1,3,3,1 gives the chunks other sizes: 0 | 1 2 3 | 4 5 6 | 7.
+PIPELINE_LAYERS=1,3,3,1 sets the chunk sizes: 0 | 1 2 3 | 4 5 6 | 7.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from common.model.shape.config import QwenConfig
 class ParallelLayout:
     """The parallel sizes of a checkpoint in torch format; `transformer_impl` decides the parameters' names.
 
-    `pipeline_layers`: the layers of each chunk in the model's order; empty: as many each.
+    `pipeline_layers`: the number of layers of each chunk in model order; empty: even.
     """
 
     tp: int
@@ -30,7 +30,7 @@ class ParallelLayout:
     pipeline_layers: tuple[int, ...] = ()
 
     def check(self, qwen: QwenConfig) -> None:
-        """Raises KitError unless a model of this shape can be divided so."""
+        """Raises KitError unless a model with this config can be split this way."""
         for name in ("tp", "pp", "vpp"):
             if getattr(self, name) < 1:
                 raise KitError(f"{name.upper()}={getattr(self, name)}: it must be at least 1")
@@ -41,17 +41,17 @@ class ParallelLayout:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """One tensor of a chunk: its Megatron name there, its row, and its layer's number in the whole model."""
+class ChunkTensor:
+    """A tensor of a model chunk: its Megatron name there, its mapping, and its layer's number in the whole model."""
 
     name: str
-    row: ParamMapping
+    mapping: ParamMapping
     layer: int | None
 
 
 @dataclass(frozen=True)
 class ModelChunk:
-    """The part of the model that one pipeline rank holds under one key of its file."""
+    """A model chunk: the part of the model under one key of a pipeline rank's file."""
 
     key: str  # model, or model0, model1, ...
     pp_rank: int
@@ -60,8 +60,8 @@ class ModelChunk:
     last: bool
 
 
-def chunks_of(qwen: QwenConfig, layout: ParallelLayout) -> list[ModelChunk]:
-    """The chunks in the order of their layers; chunk c lies on stage c % PP."""
+def model_chunks(qwen: QwenConfig, layout: ParallelLayout) -> list[ModelChunk]:
+    """The model chunks in the order of their layers; chunk c is on stage c % PP."""
     sizes = qwen.chunk_layers(layout.pp, layout.vpp, layout.pipeline_layers)
     ends = list(itertools.accumulate(sizes))
     return [
@@ -76,26 +76,29 @@ def chunks_of(qwen: QwenConfig, layout: ParallelLayout) -> list[ModelChunk]:
     ]
 
 
-def tensors_of(qwen: QwenConfig, layout: ParallelLayout, chunk: ModelChunk) -> list[Placed]:
-    """The tensors of `chunk`, in the order of the model.
+def chunk_tensors(qwen: QwenConfig, layout: ParallelLayout, chunk: ModelChunk) -> list[ChunkTensor]:
+    """The tensors of `chunk`, in model order.
 
-    A tied model's last stage holds a copy of the embedding as its output layer, where it is not the first stage too.
+    With tied embeddings the last of several stages holds a copy of the embedding as its output layer.
     """
-    impl = layout.transformer_impl
-    rows = param_mappings(qwen)
-    placed = [Placed(row.megatron_name(impl), row, None) for row in rows if row.stage == "first" and chunk.first]
-    for position, layer in enumerate(chunk.layers):
-        placed += [Placed(row.megatron_name(impl, position), row, layer) for row in rows if row.stage == "layer"]
-    placed += [Placed(row.megatron_name(impl), row, None) for row in rows if row.stage == "last" and chunk.last]
+    mappings, impl = param_mappings(qwen), layout.transformer_impl
+
+    def outside_layers(stage: str) -> list[ChunkTensor]:
+        return [ChunkTensor(each.megatron_name(impl), each, None) for each in mappings if each.stage == stage]
+
+    tensors = outside_layers("first") if chunk.first else []
+    for i, layer in enumerate(chunk.layers):
+        tensors += [ChunkTensor(each.megatron_name(impl, i), each, layer) for each in mappings if each.stage == "layer"]
+    tensors += outside_layers("last") if chunk.last else []
     if chunk.last and not chunk.first and qwen.tie_word_embeddings:
-        placed.append(Placed(OUTPUT.megatron_name(impl), EMBEDDING, None))
-    return placed
+        tensors.append(ChunkTensor(OUTPUT.megatron_name(impl), EMBEDDING, None))
+    return tensors
 
 
-def whole_model(qwen: QwenConfig) -> list[tuple[ParamMapping, int | None]]:
-    """Each row with each of its layers, in the order of the model."""
-    rows = param_mappings(qwen)
-    listed: list[tuple[ParamMapping, int | None]] = [(row, None) for row in rows if row.stage == "first"]
+def model_tensors(qwen: QwenConfig) -> list[tuple[ParamMapping, int | None]]:
+    """Each mapping with each of its layers, in model order."""
+    mappings = param_mappings(qwen)
+    listed: list[tuple[ParamMapping, int | None]] = [(each, None) for each in mappings if each.stage == "first"]
     for layer in range(qwen.num_hidden_layers):
-        listed += [(row, layer) for row in rows if row.stage == "layer"]
-    return listed + [(row, None) for row in rows if row.stage == "last"]
+        listed += [(each, layer) for each in mappings if each.stage == "layer"]
+    return listed + [(each, None) for each in mappings if each.stage == "last"]

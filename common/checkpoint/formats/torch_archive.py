@@ -1,11 +1,11 @@
-"""torch's zip archives, written and read one tensor at a time.
+"""The zip archives of torch.save, written and read one tensor at a time.
 
-`torch.save` holds a whole file's tensors in memory. Here a `LazyTensor` stands for a tensor in the object that is saved
-and is made when its record is written; reading maps the file, so a tensor takes memory when its pages are looked at.
-An archive may lie anywhere in a file: a `.distcp` file is a row of them.
+`torch.save` holds all tensors of a file in memory. Here the saved object contains a `LazyTensor` for each, which is
+produced when its record is written; reading maps the file, so a tensor takes memory only when its data is accessed.
+An archive may start anywhere in a file: a `.distcp` file is a sequence of them.
 
-Layout (caffe2/serialize/inline_container.h): `archive/data.pkl`, in which storages are persistent ids;
-`archive/data/0`, ... their bytes, at multiples of 64; `archive/byteorder`, `archive/version`.
+Layout (caffe2/serialize/inline_container.h): `archive/data.pkl`, with persistent ids for storages; `archive/data/0`,
+... their bytes, aligned to 64; `archive/byteorder`, `archive/version`.
 """
 
 import collections
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from common.checkpoint.io.crc32 import crc32
-from common.checkpoint.io.disk import MappedFile, ahead
+from common.checkpoint.io.direct_io import prefetch
 from common.checkpoint.io.lazy_tensor import LazyTensor
+from common.checkpoint.io.mapped_file import MappedFile
 from common.checkpoint.untrusted.archive_reader import ArchiveReader
 from common.checkpoint.untrusted.pickled_tensors import PickledStorage
 from common.checkpoint.untrusted.zip_records import Record, read_data_start
@@ -33,23 +34,23 @@ _MAX32 = 0xFFFFFFFF
 
 
 class SupportsWrite(Protocol):
-    """What takes all of the bytes it is given."""
+    """A stream whose `write` accepts all bytes."""
 
     def write(self, data: Any, /) -> Any:
-        """Takes `data`."""
+        """Writes `data`."""
         ...
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """Stands in the pickle for the bytes of one record."""
+    """The storage of a tensor, pickled as a persistent id."""
 
     tensor: LazyTensor
     key: str
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles an object as torch does; `tensors` are, in order, the records data/0, data/1, ..."""
+    """Pickles an object as torch does; `tensors` collects, in order, those of the records data/0, data/1, ..."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__(stream, protocol=2)
@@ -82,7 +83,7 @@ def _storage_name(dtype: torch.dtype) -> str:
 
 
 class ArchiveWriter:
-    """Writes `value`, whose tensors may be LazyTensors, where `stream` stands; its tensors follow, then its end."""
+    """Writes the pickle of `value`, whose tensors may be LazyTensors; `write` adds each tensor, `close` the end."""
 
     def __init__(self, stream: SupportsWrite, value: Any) -> None:
         pickled = io.BytesIO()
@@ -95,39 +96,39 @@ class ArchiveWriter:
         self._zip.write("archive/byteorder", [memoryview(b"little")])
 
     def write(self, blocks: Iterable[memoryview]) -> None:
-        """Writes the next of `tensors`."""
+        """Writes the data of the next of `tensors`."""
         self._zip.write(f"archive/data/{self._count}", blocks, self.tensors[self._count].num_bytes)
         self._count += 1
 
     def close(self) -> int:
-        """The number of bytes written, when all is."""
+        """Ends the archive; its size in bytes."""
         assert self._count == len(self.tensors)
         self._zip.write("archive/version", [memoryview(b"3\n")])
         return self._zip.close()
 
 
-def write_archives(archives: Sequence[ArchiveWriter], done: Callable[[int], None] = lambda size: None) -> list[int]:
-    """The sizes of `archives`, written a tensor of each in turn: what one has in common with the next is read once.
+def write_archives(archives: Sequence[ArchiveWriter], on_bytes: Callable[[int], None] = lambda size: None) -> list[int]:
+    """The sizes in bytes of `archives`, written in parallel, a tensor of each in turn: shared sources are read once.
 
-    `done` is told the bytes of each tensor when it is written.
+    `on_bytes` is called with the size of each tensor once it is written.
     """
     rounds = itertools.zip_longest(*(archive.tensors for archive in archives))
     order = [(i, tensor) for tensors in rounds for i, tensor in enumerate(tensors) if tensor is not None]
-    blocks = ahead(block for _, tensor in order for block in tensor.blocks())
+    blocks = prefetch(block for _, tensor in order for block in tensor.blocks())
     for i, tensor in order:
-        archives[i].write(of_size(blocks, tensor.num_bytes))
-        done(tensor.num_bytes)
+        archives[i].write(take_bytes(blocks, tensor.num_bytes))
+        on_bytes(tensor.num_bytes)
     assert next(blocks, None) is None
     return [archive.close() for archive in archives]
 
 
-def write_archive(stream: SupportsWrite, value: Any, done: Callable[[int], None] = lambda size: None) -> int:
-    """The number of bytes written: `value`, whose tensors may be LazyTensors, where `stream` stands."""
-    return write_archives([ArchiveWriter(stream, value)], done)[0]
+def write_archive(stream: SupportsWrite, value: Any, on_bytes: Callable[[int], None] = lambda size: None) -> int:
+    """Writes `value`, whose tensors may be LazyTensors, to `stream`; the number of bytes written."""
+    return write_archives([ArchiveWriter(stream, value)], on_bytes)[0]
 
 
-def of_size(blocks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
-    """The next of `blocks`, that are `size` bytes together."""
+def take_bytes(blocks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
+    """The next of `blocks`, which must add up to `size` bytes."""
     while size:
         block = next(blocks)
         size -= block.nbytes
@@ -135,9 +136,9 @@ def of_size(blocks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
 
 
 class _ZipWriter:
-    """Writes a zip of stored records, each at a multiple of 64 bytes from its start; zip64 where sizes need it.
+    """Writes a zip with uncompressed records aligned to 64 bytes; zip64 where sizes need it.
 
-    As torch does, it writes a record's checksum after its data.
+    Like torch, it writes the checksum of a record after its data. zipfile cannot align records.
     """
 
     def __init__(self, stream: SupportsWrite) -> None:
@@ -155,28 +156,28 @@ class _ZipWriter:
             blocks = list(blocks)
             size = sum(block.nbytes for block in blocks)
         encoded, start = name.encode(), self.position
-        wide = struct.pack("<HHQQ", 1, 16, 0, 0) if size >= _MAX32 else b""
-        padding = -(start + 30 + len(encoded) + len(wide) + 4) % ALIGNMENT
-        extra = wide + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        version, shown = (45, _MAX32) if wide else (20, 0)
-        fixed = (0x808, 0, 0, 0x21)  # UTF-8 name, sizes and checksum behind the data; stored; 1980-01-01
-        self._put(struct.pack("<4s5H3I2H", b"PK\3\4", version, *fixed, 0, shown, shown, len(encoded), len(extra)))
+        zip64 = struct.pack("<HHQQ", 1, 16, 0, 0) if size >= _MAX32 else b""
+        padding = -(start + 30 + len(encoded) + len(zip64) + 4) % ALIGNMENT
+        extra = zip64 + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        version, size32 = (45, _MAX32) if zip64 else (20, 0)
+        fixed = (0x808, 0, 0, 0x21)  # UTF-8 name, sizes and checksum after the data; uncompressed; 1980-01-01
+        self._put(struct.pack("<4s5H3I2H", b"PK\3\4", version, *fixed, 0, size32, size32, len(encoded), len(extra)))
         self._put(encoded + extra)
         checksum, end = 0, self.position + size
         for block in blocks:
             checksum = crc32(block, checksum)
             self._put(block)
         assert self.position == end, (name, self.position, end)
-        self._put(struct.pack("<4sIQQ" if wide else "<4sIII", b"PK\7\x08", checksum, size, size))
-        self._note(encoded, checksum, size, start, fixed)
+        self._put(struct.pack("<4sIQQ" if zip64 else "<4sIII", b"PK\7\x08", checksum, size, size))
+        self._add_to_directory(encoded, checksum, size, start, fixed)
 
-    def _note(self, name: bytes, checksum: int, size: int, start: int, fixed: tuple[int, ...]) -> None:
-        far = [size, size] if size >= _MAX32 else []
-        far += [start] if start >= _MAX32 else []
-        extra = struct.pack(f"<HH{len(far)}Q", 1, 8 * len(far), *far) if far else b""
+    def _add_to_directory(self, name: bytes, checksum: int, size: int, start: int, fixed: tuple[int, ...]) -> None:
+        zip64 = [size, size] if size >= _MAX32 else []
+        zip64 += [start] if start >= _MAX32 else []
+        extra = struct.pack(f"<HH{len(zip64)}Q", 1, 8 * len(zip64), *zip64) if zip64 else b""
         sizes = (checksum, min(size, _MAX32), min(size, _MAX32))
         tail = (len(name), len(extra), 0, 0, 0, 0, min(start, _MAX32))
-        self.directory += struct.pack("<4s6H3I5H2I", b"PK\1\2", 45, 45 if far else 20, *fixed, *sizes, *tail)
+        self.directory += struct.pack("<4s6H3I5H2I", b"PK\1\2", 45, 45 if zip64 else 20, *fixed, *sizes, *tail)
         self.directory += name + extra
         self.count += 1
 
@@ -194,16 +195,16 @@ class _ZipWriter:
 
 
 class ArchiveFile(MappedFile):
-    """A mapped file with archives in it; `checksums` are the CRC-32 of the data of those that were read, by place."""
+    """A mapped file that contains archives; `checksums` maps the offset of each one read to the CRC-32 of its data."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.checksums: dict[int, int] = {}
 
     def read(self, offset: int = 0, length: int | None = None) -> Any:
-        """The object in the archive of `length` bytes at `offset`; its tensors lie in the mapped file.
+        """The object in the archive of `length` bytes at `offset`; its tensors are views of the mapped file.
 
-        Raises KitError when it is cut short or damaged, or asks for a global that is not known to be harmless.
+        Raises KitError when it is truncated or damaged, or references a global that is not allowed.
         """
         length = self.size - offset if length is None else length
         end = offset + length
@@ -211,19 +212,19 @@ class ArchiveFile(MappedFile):
         def read(start: int, size: int) -> bytes:
             return self.map[offset + start : min(offset + start + size, end)]
 
-        def make(storage: PickledStorage, record: Record) -> Any:
+        def load_storage(storage: PickledStorage, record: Record) -> Any:
             start = offset + read_data_start(read, record)
             if start + record.size > end:
-                raise ValueError(f"record {record.name!r} is cut short")
+                raise ValueError(f"record {record.name!r} is truncated")
             data = self.bytes[start : start + record.size]
             self.checksums[offset] = record.checksum
             return _typed_storage(data if not start % 16 else data.clone(), storage.dtype)
 
-        return ArchiveReader(read, length, self.path).load(foreign=True, make=make)
+        return ArchiveReader(read, length, self.path).load(foreign=True, load_storage=load_storage)
 
 
 def _typed_storage(data: Tensor, dtype: torch.dtype) -> Any:
-    """A storage of `dtype` that begins where `data` does."""
+    """A typed storage over the memory of `data`."""
     start = data.storage_offset()
     storage = data.untyped_storage()[start : start + data.numel()]
     return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)

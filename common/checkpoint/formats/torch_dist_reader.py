@@ -1,8 +1,8 @@
 """Megatron-Core's torch_dist format, read without Megatron-Core.
 
-`.metadata` is a pickled torch.distributed.checkpoint Metadata: each tensor's global shape and chunks, and for each
-chunk its file, offset and length. There lies what torch.save writes for the chunk. Layers of one kind are stacked: the
-tensor `decoder.layers.mlp.linear_fc2.weight` is [layers, h, f]; some writers number them instead.
+`.metadata` is a pickled torch.distributed.checkpoint Metadata: the global shape and chunks of each tensor, and the
+file, offset and length of each chunk, which holds what torch.save wrote for it. Layers are stacked: the tensor
+`decoder.layers.mlp.linear_fc2.weight` is [layers, h, f]; some writers number them instead.
 Source: megatron/core/dist_checkpointing/strategies/torch.py and torch/distributed/checkpoint/filesystem.py.
 """
 
@@ -18,24 +18,23 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 
 from common.checkpoint.formats.torch_archive import ArchiveFile
-from common.checkpoint.io.checksums import check_inside, check_size, check_small_files, read_facts
+from common.checkpoint.io.checksums import check_file_name, check_size, check_small_files, read_checksums
 from common.checkpoint.io.chunks import Chunk, coverage_error
 from common.checkpoint.io.crc32 import crc32
-from common.checkpoint.io.disk import load
-from common.checkpoint.io.lazy_tensor import in_rows, tensor_bytes
-from common.checkpoint.untrusted.metadata_types import fault_of_types
+from common.checkpoint.io.lazy_tensor import row_blocks, tensor_bytes
+from common.checkpoint.io.mapped_file import load
+from common.checkpoint.untrusted.metadata_types import metadata_type_error
 from common.checkpoint.untrusted.restricted_unpickler import RestrictedUnpickler
 from common.errors import KitError
 
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """One stored block of a tensor: where it lies in the tensor, and in which file."""
+    """A chunk of a tensor and its storage metadata: file, offset and length in bytes."""
 
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
+    chunk: Chunk
     file: str
-    start: int
+    offset: int
     length: int
 
 
@@ -52,135 +51,137 @@ class TorchDistReader:
     """The tensors of a torch_dist checkpoint by their keys; raises KitError when it is damaged or incomplete."""
 
     def __init__(self, path: Path) -> None:
-        self.path, facts = path, read_facts(path)
-        check_small_files(path, facts)
+        self.path, checksums = path, read_checksums(path)
+        check_small_files(path, checksums)
         try:
             metadata = load_metadata(path / ".metadata", foreign=True)
             self.tensors = self._stored_tensors(metadata)
-            where = {index.fqn: info for index, info in metadata.storage_data.items() if index.offset is None}
+            storage = {index.fqn: info for index, info in metadata.storage_data.items() if index.offset is None}
             entries = metadata.state_dict_metadata.items()
-            for info in where.values():
-                check_inside(path / ".metadata", str(info.relative_path))
-            self.objects = {key: where[key] for key, entry in entries if isinstance(entry, dcp.BytesStorageMetadata)}
+            for info in storage.values():
+                check_file_name(path / ".metadata", str(info.relative_path))
+            self.objects = {key: storage[key] for key, entry in entries if isinstance(entry, dcp.BytesStorageMetadata)}
         except KitError:
             raise
-        except Exception as error:  # pickle lets out whatever its objects raise
+        except Exception as error:  # unpickling raises whatever its objects raise
             raise KitError(f"{path / '.metadata'} cannot be read ({error!r}): copy the checkpoint again") from error
 
         def open_file(name: str) -> ArchiveFile:
-            """The file, as long as when it was written."""
+            """The file, its size checked."""
             file = ArchiveFile(path / name)
-            check_size(path / name, file.size, facts)
+            check_size(path / name, file.size, checksums)
             return file
 
         self._file = cache(open_file)
 
     def _stored_tensors(self, metadata: dcp.Metadata) -> dict[str, StoredTensor]:
-        where = {(index.fqn, _tuple(index.offset)): info for index, info in metadata.storage_data.items()}
+        storage = {(index.fqn, _tuple(index.offset)): info for index, info in metadata.storage_data.items()}
         entries = metadata.state_dict_metadata.items()
         return {
-            key: self._stored(key, entry, where)
+            key: self._stored_tensor(key, entry, storage)
             for key, entry in entries
             if isinstance(entry, dcp.TensorStorageMetadata)
         }
 
-    def _stored(self, key: str, entry: dcp.TensorStorageMetadata, where: dict[Any, Any]) -> StoredTensor:
-        chunks, whole = [], Chunk((0,) * len(entry.size), _tuple(entry.size))
-        for chunk in entry.chunks:
-            block = Chunk(_tuple(chunk.offsets), _tuple(chunk.sizes))
-            if not block.is_within(whole):
-                raise KitError(f"{self.path}: .metadata tells a block of {key} that is out of it: copy it again")
-            info = where.get((key, _tuple(chunk.offsets)))
+    def _stored_tensor(self, key: str, entry: dcp.TensorStorageMetadata, storage: dict[Any, Any]) -> StoredTensor:
+        chunks, whole = [], whole_tensor(_tuple(entry.size))
+        for each in entry.chunks:
+            chunk = Chunk(_tuple(each.offsets), _tuple(each.sizes))
+            if not chunk.is_within(whole):
+                raise KitError(f"{self.path}: .metadata has an out-of-bounds chunk of {key}: copy it again")
+            info = storage.get((key, chunk.offsets))
             if info is None:
                 raise KitError(
-                    f"{self.path}: .metadata tells no place for {key} at {list(chunk.offsets)}: copy it again"
+                    f"{self.path}: .metadata has no storage metadata for {key} at {list(chunk.offsets)}: copy it again"
                 )
-            check_inside(self.path / ".metadata", str(info.relative_path))
-            place = (info.relative_path, info.offset, info.length)
-            chunks.append(StoredChunk(_tuple(chunk.offsets), _tuple(chunk.sizes), *place))
-        return StoredTensor(_tuple(entry.size), entry.properties.dtype, tuple(chunks))
+            check_file_name(self.path / ".metadata", str(info.relative_path))
+            chunks.append(StoredChunk(chunk, info.relative_path, info.offset, info.length))
+        return StoredTensor(whole.sizes, entry.properties.dtype, tuple(chunks))
 
-    def _part(self, stored: StoredTensor, chunk: StoredChunk, layer: int | None) -> Tensor:
-        """The stored block itself, or the layer of it."""
-        value = self._file(chunk.file).read(chunk.start, chunk.length)
-        if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != (chunk.sizes, stored.dtype):
-            raise KitError(f"{self.path / chunk.file}: what lies at byte {chunk.start} is not the block of .metadata")
-        return value if layer is None else value[layer - chunk.offsets[0]]
+    def _read_chunk(self, tensor: StoredTensor, stored: StoredChunk, layer: int | None = None) -> Tensor:
+        """The stored chunk, or one layer of it."""
+        value = self._file(stored.file).read(stored.offset, stored.length)
+        if not isinstance(value, Tensor) or (tuple(value.shape), value.dtype) != (stored.chunk.sizes, tensor.dtype):
+            raise KitError(
+                f"{self.path / stored.file}: the data at byte {stored.offset} does not match the chunk in .metadata"
+            )
+        return value if layer is None else value[layer - stored.chunk.offsets[0]]
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
-        """The whole tensor `key`, or the part of a stacked one that is `layer`'s.
+        """The whole tensor `key`, or one layer of a stacked one.
 
-        No copy where one block is all of it. Raises KitError unless its blocks hold each element once.
+        Not copied where one chunk holds all of it. Raises KitError unless the chunks hold each element once.
         """
-        stored = self.tensors[key]
+        tensor = self.tensors[key]
         first = () if layer is None else (layer,)
-        shape = stored.shape if layer is None else stored.shape[1:]
-        wanted = Chunk((*first, *(0,) * len(shape)), (*(1 for _ in first), *shape))
-        common = self._common(key, wanted)
-        if len(common) == 1 and common[0][2] == wanted and (layer is not None or common[0][1] == wanted):
-            return self._part(stored, common[0][0], layer)
-        whole = torch.empty(wanted.sizes, dtype=stored.dtype)
-        for chunk, block, part in common:
-            whole[part.slices_in(wanted)] = self._part(stored, chunk, None)[part.slices_in(block)]
+        shape = tensor.shape if layer is None else tensor.shape[1:]
+        requested = Chunk((*first, *(0,) * len(shape)), (*(1 for _ in first), *shape))
+        found = self._find(key, requested)
+        if len(found) == 1 and found[0][1] == requested and (layer is not None or found[0][0].chunk == requested):
+            return self._read_chunk(tensor, found[0][0], layer)
+        whole = torch.empty(requested.sizes, dtype=tensor.dtype)
+        for stored, part in found:
+            whole[part.slices_in(requested)] = self._read_chunk(tensor, stored)[part.slices_in(stored.chunk)]
         return whole.reshape(shape)
 
-    def check_cover(self, key: str) -> None:
-        """Raises KitError unless the blocks of `key` hold each of its elements once."""
-        shape = self.tensors[key].shape
-        self._common(key, Chunk((0,) * len(shape), shape))
+    def check_coverage(self, key: str) -> None:
+        """Raises KitError unless the chunks of `key` hold each of its elements once."""
+        self._find(key, whole_tensor(self.tensors[key].shape))
 
-    def _common(self, key: str, wanted: Chunk) -> list[tuple[StoredChunk, Chunk, Chunk]]:
-        """Each stored block that has something of `wanted`, as a rectangle, and what it has.
+    def _find(self, key: str, requested: Chunk) -> list[tuple[StoredChunk, Chunk]]:
+        """Each stored chunk that overlaps `requested`, and the overlap.
 
-        Raises KitError unless they have all of it, each element once.
+        Raises KitError unless the overlaps cover `requested` exactly once.
         """
-        chunks = ((chunk, Chunk(chunk.offsets, chunk.sizes)) for chunk in self.tensors[key].chunks)
-        common = [(chunk, block, part) for chunk, block in chunks if (part := block.overlap(wanted))]
-        if fault := coverage_error(wanted, (part for _, _, part in common)):
-            raise KitError(f"{self.path}: {key} {fault}: the checkpoint is not whole; copy it again")
-        return common
+        chunks = self.tensors[key].chunks
+        found = [(stored, part) for stored in chunks if (part := stored.chunk.overlap(requested))]
+        if reason := coverage_error(requested, (part for _, part in found)):
+            raise KitError(f"{self.path}: {key} {reason}: the checkpoint is incomplete; copy it again")
+        return found
 
-    def blocks(self, key: str, wanted: Chunk) -> Iterator[tuple[tuple[slice, ...], Tensor, "Checksum | None"]]:
-        """What of the tensor `key` lies in `wanted`, some megabytes at a time: where in it, and the values there.
+    def blocks(self, key: str, requested: Chunk) -> Iterator[tuple[tuple[slice, ...], Tensor, "Checksum | None"]]:
+        """The part `requested` of the tensor `key` in blocks of some megabytes: slices into it, and their values.
 
-        With those of a block that is read whole comes its checksum, to be given each of them in their order. Raises
-        KitError where blocks are missing.
+        Blocks of a chunk that is read whole come with its checksum, which is to be updated with each of them in order.
+        Raises KitError where chunks are missing.
         """
-        stored = self.tensors[key]
-        common = self._common(key, wanted)
-        for chunk, block, part in sorted(common, key=lambda each: (each[0].file, each[0].start)):
-            value, file = self._part(stored, chunk, None), self._file(chunk.file)
-            whole = part == block and chunk.start in file.checksums
-            checksum = Checksum(file.checksums[chunk.start], value.nbytes, file.path) if whole else None
-            at = part.slices_in(wanted)
+        tensor = self.tensors[key]
+        for stored, part in sorted(self._find(key, requested), key=lambda each: (each[0].file, each[0].offset)):
+            value, file = self._read_chunk(tensor, stored), self._file(stored.file)
+            whole = part == stored.chunk and stored.offset in file.checksums
+            checksum = Checksum(file.checksums[stored.offset], value.nbytes, file.path) if whole else None
+            slices = part.slices_in(requested)
             if not value.dim():
-                yield at, value, None
+                yield slices, value, None
                 continue
-            row = at[0].start
-            for (rows,) in in_rows([value[part.slices_in(block)]]):
-                yield (slice(row, row + len(rows)), *at[1:]), load(rows), checksum
+            row = slices[0].start
+            for (rows,) in row_blocks([value[part.slices_in(stored.chunk)]]):
+                yield (slice(row, row + len(rows)), *slices[1:]), load(rows), checksum
                 row += len(rows)
 
     def object(self, key: str) -> Any:
-        """What torch.save made the bytes `key` of; raises KitError where it is damaged or could run code."""
-        place = self.objects[key]
-        return self._file(place.relative_path).read(place.offset, place.length)
+        """The object that torch.save wrote under `key`; raises KitError where it is damaged or could run code."""
+        info = self.objects[key]
+        return self._file(info.relative_path).read(info.offset, info.length)
 
 
 class Checksum:
-    """The CRC-32 that the `num_bytes` bytes of a block should have."""
+    """Checks the CRC-32 of a chunk of `num_bytes` bytes."""
 
     def __init__(self, expected: int, num_bytes: int, path: Path) -> None:
-        self.expected, self.left, self.path, self.found = expected, num_bytes, path, 0
+        self.expected, self.remaining, self.path, self.found = expected, num_bytes, path, 0
 
-    def take(self, values: Tensor) -> None:
-        """Takes the next part of the block; raises KitError after the last where the data is not what was written."""
+    def update(self, values: Tensor) -> None:
+        """Adds the next values of the chunk; raises KitError after the last where the data is not what was written."""
         data = tensor_bytes(values)
-        self.found, self.left = crc32(data, self.found), self.left - data.nbytes
-        if not self.left and self.found != self.expected:
-            raise KitError(
-                f"{self.path} is damaged: a block has not the checksum that it was written with: copy it again"
-            )
+        self.found, self.remaining = crc32(data, self.found), self.remaining - data.nbytes
+        if not self.remaining and self.found != self.expected:
+            raise KitError(f"{self.path} is damaged: the CRC-32 of a chunk does not match: copy it again")
+
+
+def whole_tensor(shape: tuple[int, ...]) -> Chunk:
+    """A tensor of `shape` as one chunk."""
+    return Chunk((0,) * len(shape), shape)
 
 
 def _tuple(size: Any) -> tuple[int, ...]:
@@ -188,23 +189,23 @@ def _tuple(size: Any) -> tuple[int, ...]:
 
 
 def load_metadata(path: Path, *, foreign: bool = False) -> dcp.Metadata:
-    """What the file `.metadata` holds; raises KitError where it is damaged or could run code.
+    """The content of a `.metadata` file; raises KitError where it is damaged or could run code.
 
-    `foreign`: names of others' classes are let pass, as for RestrictedUnpickler.
+    foreign: allow classes of other packages, as for RestrictedUnpickler.
     """
-    collects = gc.isenabled()
-    gc.disable()  # which would look again and again through millions of objects, none of which is free: a quarter more
+    gc_enabled = gc.isenabled()
+    gc.disable()  # it would scan millions of live objects again and again, which takes a quarter longer
     try:
         metadata = RestrictedUnpickler(path.read_bytes(), path, foreign=foreign).load()
     except KitError:
         raise
-    except Exception as error:  # pickle lets out whatever its objects raise
+    except Exception as error:  # unpickling raises whatever its objects raise
         raise KitError(f"{path} cannot be read ({error!r}): copy the checkpoint again") from error
     finally:
-        if collects:
+        if gc_enabled:
             gc.enable()
     if not isinstance(metadata, dcp.Metadata) or getattr(metadata, "storage_data", None) is None:
-        raise KitError(f"{path} holds no metadata of torch.distributed.checkpoint: the checkpoint is not whole")
-    if fault := fault_of_types(metadata):
-        raise KitError(f"{path} {fault}: copy the checkpoint again")
+        raise KitError(f"{path} holds no metadata of torch.distributed.checkpoint: the checkpoint is incomplete")
+    if reason := metadata_type_error(metadata):
+        raise KitError(f"{path} {reason}: copy the checkpoint again")
     return metadata

@@ -1,7 +1,7 @@
-"""Megatron-Core's torch_dist format, written without it: a data file a rank, and what `.metadata` tells of them.
+"""Megatron-Core's torch_dist format, written without it: one .distcp file per rank, and the `.metadata` of all.
 
-A file holds one archive of torch.save a block. Beside them lies checksums.json: of each file its size and CRC-32, which
-`convert` looks at with all its data, and training with what it reads: the archives hold a CRC-32 of each block.
+A .distcp file holds one torch.save archive per chunk. checksums.json beside it holds the size and CRC-32 of each file,
+which `convert` checks with all data; training checks what it reads against the CRC-32 in the archives.
 Source: _write_item and _StorageInfo in torch/distributed/checkpoint/filesystem.py.
 """
 
@@ -16,126 +16,131 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from common.checkpoint.formats.torch_archive import ALIGNMENT, ArchiveWriter, of_size, write_archive
-from common.checkpoint.io.checksums import CHECKSUMS, Facts
+from common.checkpoint.formats.torch_archive import ALIGNMENT, ArchiveWriter, take_bytes, write_archive
+from common.checkpoint.io.checksums import CHECKSUMS, Checksums
 from common.checkpoint.io.crc32 import crc32
-from common.checkpoint.io.disk import Writer, ahead
+from common.checkpoint.io.direct_io import prefetch
+from common.checkpoint.io.file_writer import FileWriter
 from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.files import sync, write_synced
 
 DATA_FILE = "__0_0.distcp"
-BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-COMMON = {"common_backend": "torch", "common_backend_version": 1}
+SHARDED_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+COMMON_BACKEND = {"common_backend": "torch", "common_backend_version": 1}
 
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A block to be written: its place in the global tensor, [1, ...] at a layer for stacked ones."""
+    """A shard to write and its place in the global tensor, as in Megatron-Core's ShardedTensor.
+
+    Of a tensor with stacked layers a shard is one layer, [1, ...].
+    """
 
     key: str
     global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
+    global_offset: tuple[int, ...]
     tensor: LazyTensor
 
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What lies in a file: a block, or, where `dtype` is None, an object."""
+    """Where a shard, or an object (`dtype` None), was written."""
 
     key: str
     file: str
-    start: int
+    offset: int
     length: int
     dtype: torch.dtype | None = None
     global_shape: tuple[int, ...] = ()
-    offsets: tuple[int, ...] = ()
+    global_offset: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class RankWriteResults:
-    """What a rank wrote."""
+    """What one rank wrote."""
 
-    entries: tuple[WriteResult, ...]
-    files: Facts
+    results: tuple[WriteResult, ...]
+    checksums: Checksums
 
 
 def write_data_file(
     path: Path,
-    blocks: Sequence[TensorShard],
+    shards: Sequence[TensorShard],
     objects: dict[str, bytes],
     data: Iterator[memoryview],
-    done: Callable[[int], None] = lambda size: None,
+    on_bytes: Callable[[int], None] = lambda size: None,
 ) -> RankWriteResults:
-    """Writes the file `path`, all of which is on the disk when this returns; `done` is told bytes as they go.
+    """Writes a rank's .distcp file and syncs it; `on_bytes` is called with the number of bytes as they are written.
 
-    data: that of `blocks` in row-major order, one after the other. objects: what torch.save makes of them, by their
-    keys. Raises OSError when the disk refuses.
+    data: of all `shards`, one after the other, in row-major order. objects: torch.save's bytes by key. Raises OSError
+    when the disk refuses.
     """
-    entries: list[WriteResult] = []
-    with Writer(path, checked=True) as stream:
+    results: list[WriteResult] = []
+    with FileWriter(path, checksum=True) as stream:
         position = 0
-        for block in blocks:
-            padding = -position % ALIGNMENT  # so that a mapped block can be used where it lies
+        for shard in shards:
+            padding = -position % ALIGNMENT  # so that a mapped tensor can be used in place
             stream.write(bytes(padding))
             position += padding
-            archive = ArchiveWriter(stream, block.tensor)
-            archive.write(of_size(data, block.tensor.num_bytes))
+            archive = ArchiveWriter(stream, shard.tensor)
+            archive.write(take_bytes(data, shard.tensor.num_bytes))
             length = archive.close()
-            shapes = (block.tensor.dtype, block.global_shape, block.offsets, block.tensor.shape)
-            entries.append(WriteResult(block.key, path.name, position, length, *shapes))
+            shapes = (shard.tensor.dtype, shard.global_shape, shard.global_offset, shard.tensor.shape)
+            results.append(WriteResult(shard.key, path.name, position, length, *shapes))
             position += length
-            done(block.tensor.num_bytes)
+            on_bytes(shard.tensor.num_bytes)
         for key, value in objects.items():
             stream.write(value)
-            entries.append(WriteResult(key, path.name, position, len(value)))
+            results.append(WriteResult(key, path.name, position, len(value)))
             position += len(value)
-    return RankWriteResults(tuple(entries), {path.name: stream.facts})
+    return RankWriteResults(tuple(results), {path.name: stream.checksums})
 
 
-def build_metadata(shares: Iterable[RankWriteResults]) -> dcp.Metadata:
-    """What `.metadata` holds for all of them."""
+def build_metadata(ranks: Iterable[RankWriteResults]) -> dcp.Metadata:
+    """The content of `.metadata` for what all ranks wrote."""
     tensors: dict[str, Any] = {}
     storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
-    for entry in (entry for share in shares for entry in share.entries):
-        place = _StorageInfo(entry.file, entry.start, entry.length)
-        if entry.dtype is None:
-            tensors[entry.key] = dcp.BytesStorageMetadata()
-            storage[dcp.MetadataIndex(entry.key)] = place
+    for result in (result for rank in ranks for result in rank.results):
+        info = _StorageInfo(result.file, result.offset, result.length)
+        if result.dtype is None:
+            tensors[result.key] = dcp.BytesStorageMetadata()
+            storage[dcp.MetadataIndex(result.key)] = info
             continue
-        offsets = torch.Size(entry.offsets)
-        if entry.key not in tensors:
-            properties = dcp.TensorProperties(dtype=entry.dtype)
-            tensors[entry.key] = dcp.TensorStorageMetadata(properties, torch.Size(entry.global_shape), [])
-        tensors[entry.key].chunks.append(dcp.ChunkStorageMetadata(offsets, torch.Size(entry.sizes)))
-        storage[dcp.MetadataIndex(entry.key, offsets)] = place
+        offsets = torch.Size(result.global_offset)
+        if result.key not in tensors:
+            properties = dcp.TensorProperties(dtype=result.dtype)
+            tensors[result.key] = dcp.TensorStorageMetadata(properties, torch.Size(result.global_shape), [])
+        tensors[result.key].chunks.append(dcp.ChunkStorageMetadata(offsets, torch.Size(result.sizes)))
+        storage[dcp.MetadataIndex(result.key, offsets)] = info
     return dcp.Metadata(tensors, None, storage)
 
 
-def finish_checkpoint(folder: Path, shares: Sequence[RankWriteResults], common: dict[str, Any]) -> None:
-    """Writes what makes `shares` a checkpoint: common.pt, metadata.json, checksums.json, and `.metadata` last.
+def finish_checkpoint(folder: Path, ranks: Sequence[RankWriteResults], common: dict[str, Any]) -> None:
+    """Completes a checkpoint whose data files are written: common.pt, metadata.json, checksums.json, then `.metadata`.
 
-    `common` must hold plain values only: Megatron-Core loads it with torch.load's `weights_only`. Raises OSError.
+    `common`, the common state, may hold plain values only: Megatron-Core loads it with torch.load's `weights_only`.
+    Raises OSError.
     """
-    files = {name: facts for share in shares for name, facts in share.files.items()}
-    with Writer(folder / "common.pt", checked=True) as stream:
+    checksums = {name: entry for rank in ranks for name, entry in rank.checksums.items()}
+    with FileWriter(folder / "common.pt", checksum=True) as stream:
         write_archive(stream, common)
-    files["common.pt"] = stream.facts
+    checksums["common.pt"] = stream.checksums
     rest = {
-        "metadata.json": json.dumps(BACKEND | COMMON).encode(),
-        ".metadata": pickle.dumps(build_metadata(shares)),  # without it the folder is no checkpoint
+        "metadata.json": json.dumps(SHARDED_BACKEND | COMMON_BACKEND).encode(),
+        ".metadata": pickle.dumps(build_metadata(ranks)),  # without it the folder is not a checkpoint
     }
-    files |= {name: {"bytes": len(content), "crc32": crc32(content)} for name, content in rest.items()}
-    for name, content in {CHECKSUMS: json.dumps(files).encode(), **rest}.items():
+    checksums |= {name: {"bytes": len(content), "crc32": crc32(content)} for name, content in rest.items()}
+    for name, content in {CHECKSUMS: json.dumps(checksums).encode(), **rest}.items():
         write_synced(folder / name, content)
-    sync(folder)  # the names of all files
+    sync(folder)  # the directory entries
 
 
 def write_torch_dist(
-    path: Path, blocks: Iterable[TensorShard], common: dict[str, Any], done: Callable[[int], None]
+    path: Path, shards: Iterable[TensorShard], common: dict[str, Any], on_bytes: Callable[[int], None]
 ) -> None:
-    """Writes `blocks` as a checkpoint of one data file; `done` is told bytes as they go."""
+    """Writes a checkpoint with one data file; `on_bytes` is called with the number of bytes as they are written."""
     path.mkdir(parents=True, exist_ok=True)
-    blocks = list(blocks)
-    data = ahead(part for block in blocks for part in block.tensor.blocks())
-    finish_checkpoint(path, [write_data_file(path / DATA_FILE, blocks, {}, data, done)], common)
+    shards = list(shards)
+    data = prefetch(block for shard in shards for block in shard.tensor.blocks())
+    finish_checkpoint(path, [write_data_file(path / DATA_FILE, shards, {}, data, on_bytes)], common)

@@ -1,4 +1,4 @@
-"""Rows of an embedding above `vocab_size`: those that pad it, told apart from words that would be lost."""
+"""Embedding rows above `vocab_size`: vocabulary padding, or tokens that a conversion would lose."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,53 +10,53 @@ from common.checkpoint.io.lazy_tensor import tensor_bytes
 from common.errors import KitError
 from common.log import logger
 
-WAYS = (
-    "set vocab_size in its config.json to {rows} to keep them; if they are Megatron-LM's padding, whose values mean"
-    " nothing, leave them out by `-- --drop-rows true`"
+REMEDY = (
+    "set vocab_size in its config.json to {rows} to keep them; if they are Megatron-LM's padding, whose values"
+    " have no meaning, drop them with `-- --drop-rows true`"
 )
 
 
-class Padding:
-    """Counts rows that stand for no word: they are zero, or several that are alike to the bit."""
+class VocabPadding:
+    """Tells padding from trained rows: padding is zero, or several bitwise identical rows."""
 
     def __init__(self) -> None:
-        self.rows = self.others = self._alike = 0
-        self._first: bytes | None = None  # of those that are not zero
+        self.num_rows = self._num_distinct = self._num_identical = 0
+        self._first: bytes | None = None  # nonzero row
 
     def add(self, block: Tensor) -> None:
-        """Takes the next rows, [n, h] in memory."""
+        """Adds the next rows, [n, h] in memory."""
         data = np.frombuffer(tensor_bytes(block), np.uint8).reshape(len(block), -1)
-        filled = data[data.any(axis=1)]
-        self.rows += len(data)
-        if not len(filled):
+        nonzero = data[data.any(axis=1)]
+        self.num_rows += len(data)
+        if not len(nonzero):
             return
         if self._first is None:
-            self._first = filled[0].tobytes()
-        alike = int((filled == np.frombuffer(self._first, np.uint8)).all(axis=1).sum())
-        self._alike += alike
-        self.others += len(filled) - alike
+            self._first = nonzero[0].tobytes()
+        identical = int((nonzero == np.frombuffer(self._first, np.uint8)).all(axis=1).sum())
+        self._num_identical += identical
+        self._num_distinct += len(nonzero) - identical
 
     @property
     def trained(self) -> bool:
-        """Whether some of them may be words: they hold values, and those of no other row."""
-        return bool(self.others) or self._alike == 1
+        """Whether some rows may be trained: nonzero, and different from the others."""
+        return bool(self._num_distinct) or self._num_identical == 1
 
 
-def check_rows(above: Iterable[Tensor], where: Path, name: str, vocab_size: int, drop_rows: bool) -> None:
-    """Tells of the rows of `name` from `vocab_size` on, which a conversion leaves out.
+def check_padding_rows(blocks: Iterable[Tensor], path: Path, name: str, vocab_size: int, drop_rows: bool) -> None:
+    """Logs the rows of `name` above `vocab_size`, given in `blocks`, which a conversion drops.
 
-    Raises KitError where they may be words, unless `drop_rows` says to leave those out too.
+    Raises KitError where they may be trained, unless `drop_rows` is set.
     """
-    padding = Padding()
-    for block in above:
+    padding = VocabPadding()
+    for block in blocks:
         padding.add(block)
-    if not padding.rows:
+    if not padding.num_rows:
         return
-    rows = vocab_size + padding.rows
-    told = f"{where}: {name} has {rows} rows, and config.json says vocab_size={vocab_size}"
+    num_rows = vocab_size + padding.num_rows
+    found = f"{path}: {name} has {num_rows} rows, config.json has vocab_size={vocab_size}"
     if padding.trained and not drop_rows:
         raise KitError(
-            f"{told}: the {padding.rows} above hold values, neither zero nor alike: {WAYS.format(rows=rows)}"
+            f"{found}: the {padding.num_rows} extra rows are neither zero nor identical: {REMEDY.format(rows=num_rows)}"
         )
-    kind = "hold values, and are left out, as --drop-rows says" if padding.trained else "pad it (zero, or alike)"
-    logger.info("%s: the %d above %s", told, padding.rows, kind)
+    kind = "hold values and are dropped (--drop-rows)" if padding.trained else "are padding (zero or identical)"
+    logger.info("%s: the %d extra rows %s", found, padding.num_rows, kind)

@@ -1,4 +1,4 @@
-"""Rectangular blocks of a tensor: those that a run of its elements is made of, and what two have in common."""
+"""Chunks of a tensor (offsets and sizes, as in torch's ChunkStorageMetadata): overlap, coverage, and flat ranges."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Chunk:
-    """The elements of a tensor from `offsets` on, `sizes` of them in each dimension."""
+    """A box of a tensor's elements: its `offsets` in the tensor and its `sizes`, one per dimension."""
 
     offsets: Shape
     sizes: Shape
@@ -20,7 +20,7 @@ class Chunk:
         return prod(self.sizes)
 
     def overlap(self, other: "Chunk") -> "Chunk | None":
-        """What both hold; None where that is nothing."""
+        """The elements of both, or None."""
         ends = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         spans = [(max(a, b), min(a + m, b + n)) for a, m, b, n in ends]
         if any(start >= end for start, end in spans):
@@ -28,38 +28,38 @@ class Chunk:
         return Chunk(tuple(start for start, _ in spans), tuple(end - start for start, end in spans))
 
     def is_within(self, outer: "Chunk") -> bool:
-        """Whether it has the dimensions of `outer` and reaches nowhere out of it."""
+        """Whether `outer` has the same number of dimensions and contains this chunk."""
         ends = zip(self.offsets, self.sizes, outer.offsets, outer.sizes, strict=False)
         inside = all(b <= a and m >= 0 and a + m <= b + n for a, m, b, n in ends)
         return len(self.offsets) == len(self.sizes) == len(outer.sizes) and inside
 
     def slices_in(self, outer: "Chunk") -> tuple[slice, ...]:
-        """Where it lies in a tensor that holds `outer`."""
+        """The slices that select this chunk from a tensor that holds `outer`."""
         return tuple(
             slice(offset - start, offset - start + size)
             for offset, size, start in zip(self.offsets, self.sizes, outer.offsets, strict=True)
         )
 
 
-def coverage_error(whole: Chunk, blocks: Iterable[Chunk]) -> str | None:
-    """Why `blocks` do not hold each element of `whole` once, and no others; None where they do."""
-    ordered = sorted(blocks, key=lambda block: block.offsets)
-    current: list[Chunk] = []  # those before, that reach as far in the first dimension
-    for block in ordered:
-        if not block.is_within(whole):
-            return f"has a block at {list(block.offsets)} of {list(block.sizes)} that reaches out of it"
-        current = [one for one in current if one.offsets[:1] == () or one.offsets[0] + one.sizes[0] > block.offsets[0]]
-        if any(one.overlap(block) for one in current):
-            return f"has two blocks that lie over one another at {list(block.offsets)}"
-        current.append(block)
-    found = sum(block.numel for block in ordered)
+def coverage_error(whole: Chunk, chunks: Iterable[Chunk]) -> str | None:
+    """Why `chunks` do not cover `whole` exactly once; None where they do."""
+    ordered = sorted(chunks, key=lambda chunk: chunk.offsets)
+    active: list[Chunk] = []  # earlier chunks that extend into the current one's first dimension
+    for chunk in ordered:
+        if not chunk.is_within(whole):
+            return f"has an out-of-bounds chunk at {list(chunk.offsets)} of sizes {list(chunk.sizes)}"
+        active = [one for one in active if one.offsets[:1] == () or one.offsets[0] + one.sizes[0] > chunk.offsets[0]]
+        if any(one.overlap(chunk) for one in active):
+            return f"has overlapping chunks at {list(chunk.offsets)}"
+        active.append(chunk)
+    found = sum(chunk.numel for chunk in ordered)
     return None if found == whole.numel else f"has {found} of {whole.numel} elements"
 
 
 def chunks_of_range(shape: Shape, start: int, end: int) -> list[Chunk]:
-    """Elements [start, end) of a tensor of `shape` in row-major order, as the fewest blocks, in that order.
+    """The flat range [start, end) of a row-major tensor of `shape` as the fewest chunks, in order.
 
-    Each block's elements stand side by side in the tensor: at most 2 d - 1 blocks for d dimensions.
+    Each chunk is contiguous in the tensor; d dimensions need up to 2 d - 1 chunks.
     """
     if start >= end:
         return []

@@ -1,8 +1,9 @@
-"""Which functions and classes a checkpoint's pickle may name, and what stands for each of them.
+"""The globals that a checkpoint's pickle may reference (the allow list), and the placeholder for each.
 
-None is the real one where the real one does more than it should: numpy's dtype, given a state of the file's choice,
-makes objects of any bytes; bytearray, given a number, takes any memory; a class, given a state, takes any attribute.
-Allowed is what pickle and torch.save write in the checkpoints of Megatron-Core, Megatron-LM and this kit.
+The real ones are not used where they do too much: numpy's dtype, with a state from the file, makes objects from any
+bytes; bytearray, with a number, allocates any memory; a class, with a state, sets any attribute. Allowed is what pickle
+and torch.save write in the checkpoints of Megatron-Core, Megatron-LM and this kit. torch's own allow list
+(`weights_only`) lacks Megatron's classes and uses the real functions.
 """
 
 import argparse
@@ -19,42 +20,42 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from common.checkpoint.untrusted.pickled_tensors import MAX_DIMENSIONS, REBUILD, STORAGES, rebuild_from_type
 from common.checkpoint.untrusted.placeholders import (
     SCALARS,
-    Buffer,
     Global,
     Inert,
-    Member,
-    Plain,
-    Record,
+    InertBytesIO,
+    InertCall,
+    InertDataclass,
+    InertEnum,
     inert_class,
-    is_whole,
+    is_int64,
     named_fields,
     require,
 )
 
 
 class NumpyDtype:
-    """Stands for numpy's dtype: of plain numbers alone."""
+    """Placeholder for numpy.dtype, of numbers only."""
 
     def __init__(self, code: Any, align: Any, copy: Any) -> None:
-        # What is no copy is numpy's own dtype, whose byte order the state that follows would change for all.
+        # Without a copy it is numpy's shared dtype, whose byte order the following state would change for everyone.
         require(type(code) is str and align in (False, 0) and copy in (True, 1))
         require(re.fullmatch(r"[biufc](1|2|4|8|16)", code) is not None)
         self.dtype = numpy.dtype(code)
 
     def restore(self, state: Any) -> None:
-        """A state of neither fields nor flags."""
+        """Accepts a state without fields or flags."""
         require(type(state) is tuple and all(type(one) in SCALARS for one in state))
         require(state[:2] in ((3, "<"), (3, "|")) and state[2:] == (None, None, None, -1, -1, 0))
 
 
 def is_key(value: Any, size: int = MAX_DIMENSIONS) -> bool:
-    """Whether `value` may be the key of a dict: hashing it runs no code of others, and is quickly done.
+    """Whether `value` may be a dict key: hashing it is fast and runs no foreign code.
 
-    So it is of at most some `size` parts, one in the other or beside it: hashing goes through all of them.
+    Nested tuples and frozensets may have up to about `size` items in all, since hashing visits each.
     """
     kind = type(value)
     if kind is int:
-        return is_whole(value)
+        return is_int64(value)
     if kind in SCALARS or kind is dcp.MetadataIndex:
         return True
     if kind is torch.Size:
@@ -66,12 +67,12 @@ def is_key(value: Any, size: int = MAX_DIMENSIONS) -> bool:
 
 def _elements(values: Any) -> list[Any]:
     require(type(values) in (list, tuple) and all(is_key(value) for value in values))
-    require(len(values) - len(set(map(hash, values))) <= MAX_DIMENSIONS)  # of one hash
+    require(len(values) - len(set(map(hash, values))) <= MAX_DIMENSIONS)  # with equal hashes
     return list(values)
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
-    """`codecs.encode` for what pickle's protocol 2 uses it for: bytes as latin-1 text."""
+    """`codecs.encode` as pickle's protocol 2 uses it: bytes as latin-1 text."""
     require(type(text) is str and encoding in ("latin1", "latin-1"))
     return str(text).encode("latin1")
 
@@ -86,7 +87,7 @@ def _bytearray(*args: Any) -> bytearray:
 
 
 def _range(*args: Any) -> range:
-    require(all(is_whole(arg) for arg in args))
+    require(all(is_int64(arg) for arg in args))
     return range(*args)
 
 
@@ -115,7 +116,7 @@ def _defaultdict(factory: Any) -> collections.defaultdict[Any, Any]:
 
 
 def _size(sizes: Any) -> torch.Size:
-    require(type(sizes) is tuple and len(sizes) <= MAX_DIMENSIONS and all(is_whole(size) for size in sizes))
+    require(type(sizes) is tuple and len(sizes) <= MAX_DIMENSIONS and all(is_int64(size) for size in sizes))
     return torch.Size(sizes)
 
 
@@ -135,7 +136,7 @@ def _torch_version(text: Any) -> str:
 
 
 def _memory_format(value: Any) -> Any:
-    require(is_whole(value))
+    require(is_int64(value))
     if hasattr(dcp, "_MEM_FORMAT_ENCODING"):
         return dcp._MEM_FORMAT_ENCODING(value)
     from torch.distributed._shard.sharded_tensor.metadata import MEM_FORMAT_ENCODING  # until torch 2.2
@@ -163,7 +164,7 @@ def _restore_array(array: Any, state: Any) -> None:
 
 
 def _restore_ordered_dict(value: Any, state: Any) -> None:
-    """The attribute that Module.state_dict leaves on its result."""
+    """Accepts the attribute that Module.state_dict sets on its result."""
     require(type(state) is dict and set(state) <= {"_metadata"})
     value.__dict__.update(state)
 
@@ -173,7 +174,7 @@ def _restore_fields(value: Any, state: Any) -> None:
 
 
 def _restore_index(value: Any, state: Any) -> None:
-    """Of the key of a dict: its fields are hashed."""
+    """For a dict key: its fields are hashed."""
     require(type(state) is dict and all(type(one) in _INDEX_FIELDS.get(name, ()) for name, one in state.items()))
     require(all(is_key(one) for one in state.values()))
     value.__dict__.update(state)
@@ -192,7 +193,7 @@ def _rebuild_parameter_without_attributes(data: Any, requires_grad: Any, hooks: 
     return REBUILD["_rebuild_parameter"](data, requires_grad, hooks)
 
 
-def _made(kind: Any) -> Callable[[], Any]:
+def _new(kind: Any) -> Callable[[], Any]:
     return lambda: kind.__new__(kind)
 
 
@@ -206,7 +207,7 @@ _CALLS: dict[str, dict[str, Callable[..., Any] | None]] = {
         **dict.fromkeys(("int", "float", "bool", "str", "list", "tuple", "dict")),
     },
     "_codecs": {"encode": _encode},
-    "argparse": {"Namespace": _made(argparse.Namespace)},
+    "argparse": {"Namespace": _new(argparse.Namespace)},
     "collections": {"OrderedDict": _ordered_dict, "defaultdict": _defaultdict, "Counter": _counter},
     "numpy": {"ndarray": None, "dtype": NumpyDtype},
     "numpy.core.multiarray": {"_reconstruct": _reconstruct, "scalar": _scalar},
@@ -221,21 +222,21 @@ _CALLS: dict[str, dict[str, Callable[..., Any] | None]] = {
 }  # fmt: skip
 _DCP = ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
         "MetadataIndex", "StorageMeta")  # fmt: skip
-# Made by `__new__`.
+# Created by `__new__`.
 _NEW: dict[tuple[str, str], Callable[..., Any]] = {
-    ("argparse", "Namespace"): _made(argparse.Namespace),
+    ("argparse", "Namespace"): _new(argparse.Namespace),
     ("torch.torch_version", "TorchVersion"): _torch_version,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _made(_StorageInfo),
-    **{("torch.distributed.checkpoint.metadata", name): _made(getattr(dcp, name)) for name in _DCP
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _new(_StorageInfo),
+    **{("torch.distributed.checkpoint.metadata", name): _new(getattr(dcp, name)) for name in _DCP
        if hasattr(dcp, name)},
-    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): _made(dcp.TensorProperties),
-    # Megatron-Core 0.15's own subclass of torch's, with one more field that no later version reads.
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _made(dcp.Metadata),
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): _new(dcp.TensorProperties),
+    # Megatron-Core 0.15's subclass of torch's, with one more field that no later version reads.
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _new(dcp.Metadata),
 }  # fmt: skip
 _RECIPES = ("DelayedScaling", "Float8CurrentScaling", "MXFP8BlockScaling", "Float8BlockScaling", "NVFP4BlockScaling",
             "MMParams", "QParams", "_FormatHelper", "_OverrideLinearPrecision")  # fmt: skip
 _INERT: dict[type[Inert], dict[str, tuple[str, ...]]] = {
-    Record: {
+    InertDataclass: {
         "types": ("SimpleNamespace",),
         "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData"),
         "torch.distributed.checkpoint.filesystem": ("_StoragePrefix",),
@@ -244,7 +245,7 @@ _INERT: dict[type[Inert], dict[str, tuple[str, ...]]] = {
         "megatron.core.rerun_state_machine": ("Call", "Caller"),
         "transformer_engine.common.recipe": _RECIPES,
     },
-    Member: {
+    InertEnum: {
         "signal": ("Signals",),
         "torch.distributed.checkpoint.planner": ("WriteItemType",),
         "megatron.core.enums": ("ModelType",),
@@ -254,10 +255,10 @@ _INERT: dict[type[Inert], dict[str, tuple[str, ...]]] = {
         ),
         "transformer_engine.common.recipe": ("Format",),
     },
-    Plain: {"datetime": ("timedelta",), "pathlib": ("PosixPath",), "pathlib._local": ("PosixPath",)},
-    Buffer: {"_io": ("BytesIO",)},
+    InertCall: {"datetime": ("timedelta",), "pathlib": ("PosixPath",), "pathlib._local": ("PosixPath",)},
+    InertBytesIO: {"_io": ("BytesIO",)},
 }  # fmt: skip
-# Whose enums, dataclasses and functions stand beside the tensors of rank files, which this kit alone reads.
+# Packages whose enums, dataclasses and functions appear in rank files, which only this kit reads.
 _FOREIGN = (
     "megatron", "megatron_patch", "transformer_engine", "apex", "torch.distributed.checkpoint.planner",
     "torch.nn.functional", "torch._C._nn", "datetime", "pathlib", "signal",
@@ -279,7 +280,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
        for kind, modules in _INERT.items() for module, names in modules.items() for name in names},
 }  # fmt: skip
 _KNOWN["builtins", "xrange"] = _KNOWN["builtins", "range"]  # Python 2's
-# How an instance takes its state, by its exact type.
+# How the state of an instance is set, by its exact type.
 RESTORE: dict[type, Callable[[Any, Any], None]] = {
     argparse.Namespace: _restore_fields,
     collections.OrderedDict: _restore_ordered_dict,
@@ -293,9 +294,9 @@ RESTORE: dict[type, Callable[[Any, Any], None]] = {
 
 
 def find_global(module: str, name: str, *, foreign: bool) -> Any:
-    """What stands for `module`.`name`; None where it is not allowed.
+    """The placeholder for `module`.`name`; None where it is not allowed.
 
-    With `foreign`, for a pickle that nobody but this kit reads, any name of Megatron's and its libraries is.
+    foreign: allow any name of Megatron and its libraries, for a pickle that only this kit reads.
     """
     key = _ALIASES.get(module, module), name
     found = _KNOWN.get(key)

@@ -1,7 +1,7 @@
-"""Unpickling that runs no code of the file: plain objects are made, Megatron's become inert, all else is refused.
+"""A restricted unpickler that runs no code from the file: only plain objects and placeholders are created.
 
-Python's own unpickler with a hand on each opcode that calls, makes or changes something, and without those that torch,
-Megatron-Core and pickle's protocols 2 to 5 do not write in a checkpoint. What a name stands for: `allowed_globals`.
+Python's unpickler, with checks in each opcode that calls, creates or changes something, and without the opcodes that
+torch, Megatron-Core and pickle's protocols 2 to 5 do not write in a checkpoint. The allow list: `allowed_globals`.
 """
 
 import collections
@@ -19,7 +19,7 @@ from common.checkpoint.untrusted.allowed_globals import RESTORE, find_global, is
 from common.checkpoint.untrusted.placeholders import Global, Inert
 from common.errors import KitError
 
-_AS_THEY_ARE = [opcode[0] for opcode in (
+_UNCHANGED = [opcode[0] for opcode in (
     pickle.PROTO, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
     pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.LONG4, pickle.BINFLOAT,
     pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8,
@@ -30,21 +30,21 @@ _AS_THEY_ARE = [opcode[0] for opcode in (
 )]  # fmt: skip
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 _SIZED = frozenset({str, bytes, list, tuple, dict})
-_COPIES = 8  # of each byte: the pickler has those of an array copied twice, from text of up to two bytes for each
-_WEIGHT, _SET_BYTES, _CLASS_BYTES = 64, 256, 2048  # of memory: of a byte of the file, of an empty set, of a class
+_COPIES = 8  # per byte: an array's bytes are copied twice, from text of up to two bytes for each
+_MEMORY_PER_BYTE, _SET_BYTES, _CLASS_BYTES = 64, 256, 2048  # allowed per byte of the file; of a set; of a class
 _SMALL_BYTES = 1 << 16
-_SAME_HASHES = 1000  # keys of one hash are compared one by one, and all but those of text can be chosen
-_WITHOUT = ", or convert it by step 2 to Hugging Face and back, which does without"
+_MAX_COLLISIONS = 1000  # equal hashes are compared one by one, and a file can choose them for all keys but str
+_CONVERT = ", or convert it to Hugging Face and back with step 2, which drops it"
 _python_unpickler: Any = pickle._Unpickler
 
 
-def _stands_for_one(value: Any) -> bool:
-    """Whether `value` stands for a function or class."""
+def _is_placeholder(value: Any) -> bool:
+    """Whether `value` is the placeholder for a function or class."""
     return type(value) is Global or isinstance(value, type) and issubclass(value, Inert)
 
 
 def _name(value: Any) -> str:
-    """How to call it; nothing of what it holds, which may be large or endless."""
+    """Its name for messages; never its content, which may be large or recursive."""
     if type(value) is Global:
         return f"{value.module}.{value.name}"
     kind = value if isinstance(value, type) else type(value)
@@ -52,26 +52,26 @@ def _name(value: Any) -> str:
 
 
 def _readable(text: str) -> str:
-    """`text` without what a terminal obeys, and not longer than a line or two."""
+    """`text` without control characters, cut to a line or two."""
     shown = "".join(one if one.isprintable() else repr(one)[1:-1] for one in text[:300])
     return shown + ("..." if len(text) > 300 else "")
 
 
-def _left_out(name: str) -> Callable[[Any], None]:
-    """What is done at an opcode that checkpoints do without."""
+def _refused(name: str) -> Callable[[Any], None]:
+    """The handler of an opcode that checkpoints do not use."""
 
     def load(unpickler: Any) -> None:
-        unpickler.refuse(f"holds the opcode {name} of pickle, which is not written today")
+        unpickler.refuse(f"uses the pickle opcode {name}, which no checkpoint writer uses")
 
     return load
 
 
 class RestrictedUnpickler(_python_unpickler):
-    """Gives the object that `data` pickles; raises KitError, naming `source`, for all that could do more.
+    """Loads the object in `data`; raises KitError, naming `source`, for anything that is not allowed.
 
-    What passes without `foreign` does no harm either where torch or pickle read the same bytes with the real classes,
-    and takes no more memory than some multiple of its size. With `foreign`, names of Megatron's that nobody knows here
-    become inert: for files that are read by this kit alone.
+    Without `foreign`, what loads here is also safe to load with torch or pickle and the real classes, and takes memory
+    in proportion to its size. With `foreign`, unknown names of Megatron become placeholders: for files that only this
+    kit reads.
     """
 
     def __init__(self, data: io.BytesIO | bytes, source: Path, *, foreign: bool = False) -> None:
@@ -79,10 +79,10 @@ class RestrictedUnpickler(_python_unpickler):
         super().__init__(stream, encoding="utf-8")
         self.stream, self.source, self.foreign = stream, source, foreign
         self.size = len(stream.getbuffer())
-        self.left = _COPIES * self.size  # bytes and elements that calls may copy
-        self.free = _WEIGHT * self.size + _SMALL_BYTES  # of memory, for what takes far more than its opcodes
-        self.hashes: dict[int, set[int]] = {}  # of the keys of each dict and set, by its id
-        self.same_hashes = 0
+        self.left = _COPIES * self.size  # bytes and items that calls may still copy
+        self.free = _MEMORY_PER_BYTE * self.size + _SMALL_BYTES  # bytes for what is far larger than its opcodes
+        self.hashes: dict[int, set[int]] = {}  # of the keys of each dict and set, by id
+        self.collisions = 0
 
     def load(self) -> Any:
         """The object; raises KitError for what is not allowed, and anything else where it is damaged."""
@@ -94,101 +94,101 @@ class RestrictedUnpickler(_python_unpickler):
         try:
             while opcode := read(1):
                 dispatch[opcode[0]](self)
-        except pickle._Stop as stop:  # type: ignore[attr-defined]  # how Python's own ends too
+        except pickle._Stop as stop:  # type: ignore[attr-defined]  # as Python's unpickler does
             return stop.value
-        raise EOFError("it ends early")
+        raise EOFError("it is truncated")
 
     def load_frame(self) -> None:
-        """Runs the opcodes of a frame, which must end with it: of one that does not, the C unpickler loses a part."""
+        """Runs the opcodes of a frame, which must end at an opcode: the C unpickler loses part of one that does not."""
         (size,) = struct.unpack("<Q", self.read(8))
         read, tell, dispatch = self.read, self.stream.tell, self.dispatch
         end = tell() + size
         if end > self.size:
-            raise EOFError("it ends early")
+            raise EOFError("it is truncated")
         if self.framed:
-            self.refuse("holds a frame that lies in another")
+            self.refuse("has nested frames")
         self.framed = True
         while (place := tell()) < end:
             dispatch[read(1)[0]](self)
         self.framed = False
         if place > end:
-            self.refuse("holds a frame that ends within an opcode")
+            self.refuse("has a frame that ends within an opcode")
 
-    def refuse(self, what: str, way_out: str = "") -> NoReturn:
-        """Raises KitError: the source does `what`."""
+    def refuse(self, what: str, remedy: str = "") -> NoReturn:
+        """Raises KitError saying that the source does `what`."""
         raise KitError(
-            f"{self.source} {_readable(what)}, which loading weights does not need and which could run code: it was not"
-            f" loaded; take the file from a source you trust{way_out}"
+            f"{self.source} {_readable(what)}, which loading weights does not need and could run code: it was not"
+            f" loaded; take the file from a source you trust{remedy}"
         )
 
     def find_class(self, module: str, name: str) -> Any:
-        """What `module`.`name` stands for here."""
+        """The placeholder for `module`.`name`; raises KitError where it is not allowed."""
         found = find_global(module, name, foreign=self.foreign)
         if found is None:
             known = find_global(module, name, foreign=True) is not None
-            self.refuse(f"asks for {module}.{name}", _WITHOUT if known else "")
+            self.refuse(f"references {module}.{name}", _CONVERT if known else "")
         if self.foreign and isinstance(found, type):
-            self._weigh(_CLASS_BYTES)
+            self._use_memory(_CLASS_BYTES)
         return found
 
     def persistent_load(self, pid: Any) -> Any:
-        """Nothing: storages stand in archives alone."""
-        self.refuse("asks for a storage outside an archive")
+        """Refused: only archives have storages."""
+        self.refuse("references a storage outside an archive")
 
-    def pay(self, size: int) -> None:
-        """Counts what is copied."""
+    def count_copied(self, size: int) -> None:
+        """Counts copied bytes or items; raises KitError above the limit."""
         self.left -= size
         if self.left < 0:
-            self.refuse("copies what it holds again and again")
+            self.refuse("copies its content too often")
 
-    def _weigh(self, size: int) -> None:
-        """Counts memory."""
+    def _use_memory(self, size: int) -> None:
+        """Counts memory; raises KitError above the limit."""
         self.free -= size
         if self.free < 0:
-            self.refuse("makes sets or classes without end")
+            self.refuse("creates too many sets or classes")
 
     def _check_keys(self, keys: list[Any], hashes: set[int]) -> None:
-        """Counts keys of one hash, beside `hashes` of a dict or set: some megabytes can have it search for hours."""
+        """Counts hash collisions with `hashes`, those of a dict or set: a few MB of them could take hours."""
         before = len(hashes)
         hashes.update(map(hash, keys))
-        self.same_hashes += before + len(keys) - len(hashes)
-        if self.same_hashes > _SAME_HASHES:
-            self.refuse("has keys of one hash, or one key again and again")
+        self.collisions += before + len(keys) - len(hashes)
+        if self.collisions > _MAX_COLLISIONS:
+            self.refuse("has too many keys with equal hashes")
 
-    def _make(self, called: Any, args: Any, *, new: bool) -> Any:
+    def _call(self, called: Any, args: Any, *, new: bool) -> Any:
         name = _name(called)
         if type(args) is not tuple:
-            self.refuse(f"calls {name} with something else than arguments")
+            self.refuse(f"calls {name} with arguments that are not a tuple")
         for arg in args:
             if type(arg) in _SIZED:
-                self.pay(len(arg))
-        function = (called.new if new else called.call) if _stands_for_one(called) else None
+                self.count_copied(len(arg))
+        function = (called.new if new else called.call) if _is_placeholder(called) else None
         if function is None:
             self.refuse(f"calls {name}")
         try:
             return function(*args)
         except Exception:  # whatever torch and numpy raise
-            self.refuse(f"calls {name} with other arguments than the pickler writes")
+            self.refuse(f"calls {name} with arguments that the pickler does not write")
 
     def load_reduce(self) -> None:
-        """Calls a function or class."""
+        """REDUCE: calls a function or class."""
         args = self.stack.pop()
-        self.stack[-1] = self._make(self.stack[-1], args, new=False)
+        self.stack[-1] = self._call(self.stack[-1], args, new=False)
 
     def load_newobj(self) -> None:
-        """Calls the `__new__` of a class."""
+        """NEWOBJ: calls the `__new__` of a class."""
         args = self.stack.pop()
-        self.stack[-1] = self._make(self.stack[-1], args, new=True)
+        self.stack[-1] = self._call(self.stack[-1], args, new=True)
 
     def load_build(self) -> None:
-        """Gives an object its state."""
+        """BUILD: sets the state of an object."""
         state = self.stack.pop()
         target = self.stack[-1]
         kind = type(target)
         if type(state) in _SIZED:
-            self.pay(len(state))
+            self.count_copied(len(state))
         if kind is numpy.ndarray and type(state) is tuple and len(state) == 5 and type(state[4]) is bytes:
-            self.pay(len(state[4]))
+            self.count_copied(len(state[4]))
         restore = kind.restore if issubclass(kind, Inert) else RESTORE.get(kind)
         if restore is None:
             self.refuse(f"sets the state of {_name(target)}")
@@ -198,12 +198,12 @@ class RestrictedUnpickler(_python_unpickler):
             self.refuse(f"sets a state of {_name(kind)} that the pickler does not write")
 
     def load_setitem(self) -> None:
-        """One entry of a dict."""
+        """SETITEM: one entry of a dict."""
         value, key = self.stack.pop(), self.stack.pop()
         self._set_items([key, value])
 
     def load_setitems(self) -> None:
-        """Entries of a dict."""
+        """SETITEMS: entries of a dict."""
         self._set_items(self.pop_mark())
 
     def _set_items(self, items: list[Any]) -> None:
@@ -221,11 +221,11 @@ class RestrictedUnpickler(_python_unpickler):
             target[key] = value
 
     def load_append(self) -> None:
-        """One element of a list."""
+        """APPEND: one item of a list."""
         self._extend([self.stack.pop()])
 
     def load_appends(self) -> None:
-        """Elements of a list."""
+        """APPENDS: items of a list."""
         self._extend(self.pop_mark())
 
     def _extend(self, items: list[Any]) -> None:
@@ -234,36 +234,36 @@ class RestrictedUnpickler(_python_unpickler):
         self.stack[-1].extend(items)
 
     def load_empty_set(self) -> None:
-        """A set."""
-        self._weigh(_SET_BYTES)
+        """EMPTY_SET."""
+        self._use_memory(_SET_BYTES)
         self.append(set())
 
     def load_additems(self) -> None:
-        """Elements of a set."""
+        """ADDITEMS: items of a set."""
         items, target = self.pop_mark(), self.stack[-1]
         if type(target) is not set or not all(is_key(item) for item in items):
-            self.refuse(f"adds to {type(target).__name__} what is no plain value")
+            self.refuse(f"adds unhashable or unknown items to {type(target).__name__}")
         self._check_keys(items, self.hashes.setdefault(id(target), set()))
         target.update(items)
 
     def load_frozenset(self) -> None:
-        """A frozenset."""
+        """FROZENSET."""
         items = self.pop_mark()
         if not all(is_key(item) for item in items):
-            self.refuse("has a frozenset of what is no plain value")
-        self._weigh(_SET_BYTES)
+            self.refuse("has a frozenset of unhashable or unknown items")
+        self._use_memory(_SET_BYTES)
         self._check_keys(items, set())
         self.append(frozenset(items))
 
     def load_long_binput(self) -> None:
-        """Remembers the newest object; the C unpickler has a table as long as the largest number."""
+        """LONG_BINPUT: memoizes the top of the stack; the C unpickler allocates a table up to the largest index."""
         (number,) = struct.unpack("<I", self.read(4))
         if number > len(self.memo):
-            self.refuse(f"remembers an object as number {number} of {len(self.memo)}")
+            self.refuse(f"memoizes an object at index {number} of {len(self.memo)}")
         self.memo[number] = self.stack[-1]
 
-    dispatch = {opcode.code.encode("latin1")[0]: _left_out(opcode.name) for opcode in pickletools.opcodes}
-    dispatch.update({opcode: _python_unpickler.dispatch[opcode] for opcode in _AS_THEY_ARE})
+    dispatch = {opcode.code.encode("latin1")[0]: _refused(opcode.name) for opcode in pickletools.opcodes}
+    dispatch.update({opcode: _python_unpickler.dispatch[opcode] for opcode in _UNCHANGED})
     dispatch.update({
         pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_newobj, pickle.BUILD[0]: load_build,
         pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.APPEND[0]: load_append,

@@ -1,4 +1,4 @@
-"""Which rows of which Hugging Face tensor a Megatron tensor holds, for the proof: written down apart from mapping.py.
+"""The Hugging Face rows in a Megatron tensor, for verification: written independently of formats/mapping.py.
 
 Source: megatron/core/transformer/attention.py (get_query_key_value_tensors) and mlp.py (glu).
 """
@@ -11,7 +11,7 @@ from common.model.shape.config import QwenConfig
 
 
 class Slice(NamedTuple):
-    """Rows (and columns) of a Hugging Face tensor that lie at `row` of a Megatron tensor."""
+    """Rows (and columns) of a Hugging Face tensor, and the `row` of the Megatron tensor where they start."""
 
     name: str
     rows: range
@@ -29,9 +29,9 @@ HF_LAYER = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
 }
-HEAD_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")  # of one head's size
-COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")  # divided by columns
-OUTSIDE = {
+HEAD_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")  # [head_dim]
+COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")  # sharded by columns
+NON_LAYER = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
@@ -39,10 +39,10 @@ OUTSIDE = {
 
 
 def slices(name: str, tp_rank: int, tp: int, qwen: QwenConfig, num_rows: int) -> Iterator[Slice]:
-    """Which Hugging Face rows a Megatron tensor of `num_rows` rows holds, in its own order."""
+    """The Hugging Face rows in a Megatron tensor of `num_rows` rows, in its order."""
     found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
     if found is None:
-        hf_name = OUTSIDE[name]
+        hf_name = NON_LAYER[name]
         if name == "decoder.final_layernorm.weight":
             yield Slice(hf_name, range(qwen.hidden_size), None, 0)
             return
@@ -68,12 +68,16 @@ def slices(name: str, tp_rank: int, tp: int, qwen: QwenConfig, num_rows: int) ->
 
 
 def _attention(prefix: str, kind: str, tp_rank: int, tp: int, qwen: QwenConfig) -> Iterator[Slice]:
-    """For each group of this rank: the heads of its queries, its key head, its value head."""
-    heads_a_group = qwen.num_attention_heads // qwen.num_key_value_heads
+    """For each group of this rank: its query heads, its key head, its value head."""
+    heads_per_group = qwen.num_attention_heads // qwen.num_key_value_heads
     groups = qwen.num_key_value_heads // tp
     row = 0
     for group in range(tp_rank * groups, (tp_rank + 1) * groups):
-        for part, first_head, heads in (("q", group * heads_a_group, heads_a_group), ("k", group, 1), ("v", group, 1)):
+        for part, first_head, heads in (
+            ("q", group * heads_per_group, heads_per_group),
+            ("k", group, 1),
+            ("v", group, 1),
+        ):
             rows = range(first_head * qwen.head_dim, (first_head + heads) * qwen.head_dim)
             yield Slice(f"{prefix}{part}_proj.{kind}", rows, None, row)
             row += len(rows)

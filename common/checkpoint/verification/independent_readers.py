@@ -1,8 +1,8 @@
-"""The tensors of either side for the proof, read by other ways than those by which a conversion reads them.
+"""Readers of both sides for verification, independent of those of the conversion.
 
-Hugging Face's side comes through safetensors' own reader. On Megatron's side torch's own reader of archives tells
-where a tensor's bytes lie, in torch_dist its own unpickler (of `weights_only`) what they are, and plain reads fetch
-them. The pickles of `.metadata` and of a rank's file alone go through ours, which runs no code of theirs.
+Hugging Face tensors are read by safetensors. For Megatron tensors torch's archive reader finds the bytes, in torch_dist
+torch's `weights_only` unpickler gives dtype and shape, and plain reads fetch the data. Only the pickles of `.metadata`
+and of rank files are read by our unpickler, which runs no code from them.
 """
 
 import io
@@ -20,26 +20,26 @@ from torch import Tensor, _weights_only_unpickler
 from torch.distributed.checkpoint import metadata as dcp
 
 from common.checkpoint.formats.torch_dist_reader import load_metadata
-from common.checkpoint.io.disk import empty
+from common.checkpoint.io.direct_io import empty
 from common.checkpoint.untrusted.archive_reader import ArchiveReader
 from common.checkpoint.untrusted.pickled_tensors import TensorStub
 from common.errors import KitError
 
-KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-class Stored(Protocol):
-    """A tensor on the disk."""
+class StoredTensor(Protocol):
+    """A tensor on disk."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Its rows [start, stop), in memory or in a mapped file; raises KitError where they are not all there."""
+        """Its rows [start, stop), in memory or in a mapped file; raises KitError where some are missing."""
         ...
 
 
-def num_bytes(tensor: Stored) -> int:
+def num_bytes(tensor: StoredTensor) -> int:
     """Size of its data."""
     return torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
 
@@ -52,13 +52,13 @@ class HfTensors:
         listed = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ["model.safetensors"]
         self._file_of: dict[str, Any] = {}
         for name in set(listed):
-            with (folder / name).open("rb") as stream:  # safetensors takes no name that is not UTF-8
+            with (folder / name).open("rb") as stream:  # safetensors rejects paths that are not UTF-8
                 file = safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt")
             self._file_of |= dict.fromkeys(file.keys(), file)
 
     @property
     def names(self) -> list[str]:
-        """All tensors' names."""
+        """The names of all tensors."""
         return sorted(self._file_of)
 
     def tensor(self, name: str) -> "HfTensor":
@@ -71,20 +71,20 @@ class HfTensors:
 
 
 class HfTensor:
-    """A tensor of safetensors."""
+    """A tensor in a safetensors file."""
 
     def __init__(self, slices: Any) -> None:
-        self._slices, self.shape, self.dtype = slices, tuple(slices.get_shape()), KINDS[slices.get_dtype()]
+        self._slices, self.shape, self.dtype = slices, tuple(slices.get_shape()), DTYPES[slices.get_dtype()]
 
     def rows(self, start: int, stop: int, columns: range | None = None) -> Tensor:
-        """Its rows [start, stop), of which `columns`; a view of the mapped file."""
+        """Its rows [start, stop), only `columns` if given; a view of the mapped file."""
         rows = slice(start, stop)
         return self._slices[rows] if columns is None else self._slices[rows, columns.start : columns.stop]
 
 
 @dataclass(frozen=True)
-class Strided:
-    """A tensor whose elements lie in a file from byte `start` on, by torch's strides."""
+class StridedTensor:
+    """A tensor in a file from byte `start` on, with torch's strides."""
 
     path: Path
     start: int
@@ -97,7 +97,7 @@ class Strided:
         return self.part((slice(start, stop),))
 
     def part(self, at: tuple[slice, ...]) -> Tensor:
-        """What lies at `at`, whose further dimensions are whole, in memory."""
+        """The part at `at`, in memory; missing trailing dimensions are whole."""
         spans = [*at, *(slice(0, size) for size in self.shape[len(at) :])]
         sizes = [span.stop - span.start for span in spans]
         if 0 in sizes:
@@ -109,7 +109,7 @@ class Strided:
 
 
 def _read(path: Path, start: int, size: int) -> Tensor:
-    """The bytes [start, start + size) of a file, [size] uint8; raises KitError where it ends before."""
+    """The bytes [start, start + size) of a file, [size] uint8; raises KitError where the file is shorter."""
     data = empty((size,), torch.uint8)
     with path.open("rb", buffering=0) as stream:
         if hasattr(os, "posix_fadvise"):
@@ -124,19 +124,19 @@ def _read(path: Path, start: int, size: int) -> Tensor:
     return data
 
 
-class _Span(io.RawIOBase):
-    """A part of a file as a file of its own, as torch's reader of archives wants it."""
+class _FilePart(io.RawIOBase):
+    """A part of a file as a stream, for torch's archive reader."""
 
     def __init__(self, path: Path, start: int, size: int) -> None:
         self._file, self._start, self._size, self._at = path.open("rb", buffering=0), start, size, 0
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Moves as files do."""
+        """As for files."""
         self._at = offset + (0, self._at, self._size)[whence]
         return self._at
 
     def tell(self) -> int:
-        """Where it stands."""
+        """The position."""
         return self._at
 
     def readinto(self, buffer: Any) -> int:
@@ -154,7 +154,7 @@ class _Span(io.RawIOBase):
 
 
 def rank_state(path: Path) -> dict[str, Any]:
-    """The content of a rank's file, each tensor in it as a Strided."""
+    """The content of a rank's file, with a StridedTensor for each tensor."""
 
     def read(start: int, size: int) -> bytes:
         with path.open("rb", buffering=0) as stream:
@@ -163,7 +163,7 @@ def rank_state(path: Path) -> dict[str, Any]:
 
     length = path.stat().st_size
     state = ArchiveReader(read, length, path).load(foreign=True)
-    with _Span(path, 0, length) as span:
+    with _FilePart(path, 0, length) as span:
         reader: Any = torch._C.PyTorchFileReader(cast(IO[bytes], span))
 
         def placed(value: Any) -> Any:
@@ -172,7 +172,7 @@ def rank_state(path: Path) -> dict[str, Any]:
             if not isinstance(value, TensorStub):
                 return value
             start = reader.get_record_offset(f"data/{value.storage.key}") + value.offset * value.dtype.itemsize
-            return Strided(path, start, value.dtype, tuple(value.size), tuple(value.stride))
+            return StridedTensor(path, start, value.dtype, tuple(value.size), tuple(value.stride))
 
         return placed({key: value for key, value in state.items() if key.startswith("model")})
 
@@ -187,14 +187,14 @@ class DistTensors:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, dcp.TensorStorageMetadata)
         }
-        self._places = {(index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items()}
-        self.block = cache(self._block)
+        self._storage = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
+        self.chunk = cache(self._chunk)
 
-    def _block(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Strided:
-        """The stored block at `offsets` of a tensor; raises KitError unless it is of `sizes` and the tensor's dtype."""
-        place, dtype = self._places[key, offsets], self.entries[key].properties.dtype
-        path = self.path / place.relative_path
-        with _Span(path, place.offset, place.length) as span:
+    def _chunk(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> StridedTensor:
+        """The stored chunk at `offsets`; raises KitError unless it has `sizes` and the tensor's dtype."""
+        info, dtype = self._storage[key, offsets], self.entries[key].properties.dtype
+        path = self.path / info.relative_path
+        with _FilePart(path, info.offset, info.length) as span:
             reader: Any = torch._C.PyTorchFileReader(cast(IO[bytes], span))
             unpickler = _weights_only_unpickler.Unpickler(io.BytesIO(reader.get_record("data.pkl")))
             keys = []
@@ -208,18 +208,20 @@ class DistTensors:
             unpickler.persistent_load = storage  # type: ignore[method-assign]
             tensor = unpickler.load()
             if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != (sizes, dtype):
-                raise KitError(f"{path}: what lies at byte {place.offset} is not the block of .metadata: copy it again")
-            start = place.offset + reader.get_record_offset(f"data/{keys[0]}")
+                raise KitError(
+                    f"{path}: the data at byte {info.offset} does not match the chunk in .metadata: copy it again"
+                )
+            start = info.offset + reader.get_record_offset(f"data/{keys[0]}")
         start += tensor.storage_offset() * tensor.element_size()
-        return Strided(path, start, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        return StridedTensor(path, start, tensor.dtype, tuple(tensor.shape), tensor.stride())
 
     def tensor(self, key: str, layer: int | None = None) -> "DistTensor":
-        """The tensor `key`, or of a stacked one the part of `layer`."""
+        """The tensor `key`, or one layer of a stacked one."""
         return DistTensor(self, key, layer)
 
 
 class DistTensor:
-    """A tensor of a torch_dist checkpoint, put together from its blocks as it is read."""
+    """A tensor of a torch_dist checkpoint, assembled from its chunks as it is read."""
 
     def __init__(self, files: DistTensors, key: str, layer: int | None) -> None:
         entry = files.entries[key]
@@ -228,29 +230,29 @@ class DistTensor:
         self._chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Its rows [start, stop), in memory; raises KitError unless each element lies in one block."""
-        wanted = (*self._lead, slice(start, stop), *(slice(0, size) for size in self.shape[1:]))
+        """Its rows [start, stop), in memory; raises KitError unless each element is in exactly one chunk."""
+        requested = (*self._lead, slice(start, stop), *(slice(0, size) for size in self.shape[1:]))
         sizes = (stop - start, *self.shape[1:])
-        parts = list(self._parts(wanted))
-        if len(parts) == 1 and parts[0][0].shape == tuple(span.stop - span.start for span in wanted):
+        parts = list(self._parts(requested))
+        if len(parts) == 1 and parts[0][0].shape == tuple(span.stop - span.start for span in requested):
             return parts[0][0].reshape(sizes)
-        whole = torch.empty(tuple(span.stop - span.start for span in wanted), dtype=self.dtype)
+        whole = torch.empty(tuple(span.stop - span.start for span in requested), dtype=self.dtype)
         times = torch.zeros(whole.shape, dtype=torch.uint8)
         for part, at in parts:
             whole[at] = part
             times[at] += 1
         if (times != 1).any():
             number = int((times != 1).sum())
-            raise KitError(f"{self._files.path}: {self._key}: {number} elements lie in no block or in several")
+            raise KitError(f"{self._files.path}: {self._key}: {number} elements are in no chunk or in more than one")
         return whole.reshape(sizes)
 
-    def _parts(self, wanted: tuple[slice, ...]) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
-        """What each block has of `wanted`, and where in it that belongs."""
+    def _parts(self, requested: tuple[slice, ...]) -> Iterator[tuple[Tensor, tuple[slice, ...]]]:
+        """The overlap of each chunk with `requested`, and its slices there."""
         for offsets, sizes in self._chunks:
-            ends = zip(offsets, sizes, wanted, strict=True)
+            ends = zip(offsets, sizes, requested, strict=True)
             spans = [(max(first, span.start), min(first + size, span.stop)) for first, size, span in ends]
             if all(first < last for first, last in spans):
-                block = self._files.block(self._key, offsets, sizes)
+                chunk = self._files.chunk(self._key, offsets, sizes)
                 here = tuple(slice(a - first, b - first) for (a, b), first in zip(spans, offsets, strict=True))
-                there = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(spans, wanted, strict=True))
-                yield block.part(here), there
+                there = tuple(slice(a - s.start, b - s.start) for (a, b), s in zip(spans, requested, strict=True))
+                yield chunk.part(here), there

@@ -1,8 +1,8 @@
-"""Whether a checkpoint may be given to torch and Megatron-Core, which unpickle what they find in it, and run its code.
+"""Scans the pickles of a checkpoint before torch and Megatron-Core load them, which would run their code.
 
-Read beforehand, by the restricted unpickler, is every pickle that they would: of torch_dist `.metadata`, common.pt and
-each item of the .distcp files (torch.load's `weights_only` is not set for the items that are bytes, as the random
-state, and in old versions for none), of torch format the files of every rank; and the pickles in `_extra_state`.
+The restricted unpickler reads every pickle that they would: in torch_dist `.metadata`, common.pt and each item of the
+.distcp files (torch.load's `weights_only` is off for bytes items such as the RNG state, and for all items in old
+versions); in torch format the files of all ranks; and the pickles in `_extra_state`.
 """
 
 import os
@@ -16,23 +16,23 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 from common.checkpoint.formats.torch_dist_reader import load_metadata
-from common.checkpoint.formats.torch_dist_writer import BACKEND, COMMON
+from common.checkpoint.formats.torch_dist_writer import COMMON_BACKEND, SHARDED_BACKEND
 from common.checkpoint.untrusted.archive_reader import ArchiveReader
 from common.checkpoint.untrusted.extra_state import check_extra_state
 from common.checkpoint.untrusted.pickled_tensors import PickledStorage
 from common.errors import KitError
 from common.json_file import read_json
 
-_THREADS = 8  # what takes time is the waiting for a network's file system
+_THREADS = 8  # most of the time is spent waiting for a network file system
 _SMALL_BYTES = 1024  # the pickle of one tensor has 200
 EXTRA_STATE = "_extra_state"
 
 
 def check_pickles(checkpoint: Checkpoint) -> None:
-    """Raises KitError, naming the file and what it asks for, when a pickle of `checkpoint` could run code.
+    """Raises KitError, naming the file and the global, when a pickle of `checkpoint` could run code.
 
-    Also where one asks for more memory than it is large, or is damaged. Tensors are not read: time and memory go with
-    their number alone.
+    Also where one is damaged, or would take far more memory than its size. Tensors are not read: time and memory grow
+    only with their number.
     """
     if checkpoint.format == "torch_dist":
         check_torch_dist(checkpoint.path)
@@ -41,7 +41,7 @@ def check_pickles(checkpoint: Checkpoint) -> None:
 
 
 def check_torch_dist(path: Path) -> None:
-    """The same for the folder of a checkpoint in torch_dist."""
+    """Checks the folder of a checkpoint in torch_dist format."""
     _check_backends(path / "metadata.json")
     metadata = load_metadata(path / ".metadata")
     common = path / "common.pt"
@@ -54,9 +54,9 @@ def check_torch_dist(path: Path) -> None:
 
 
 def check_rank_files(path: Path) -> None:
-    """The same for the folder of a checkpoint in torch format.
+    """Checks the folder of a checkpoint in torch format.
 
-    Its weights are read by this kit alone, which knows to pass over Megatron's own classes; its optimizer is not.
+    Only this kit reads its weights, with placeholders for Megatron's classes; Megatron-Core loads its optimizer.
     """
     for file in sorted(path.glob(f"mp_rank_*/{MODEL_FILE}")):
         with _open(file) as stream:
@@ -68,7 +68,7 @@ def check_rank_files(path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Item:
-    """What .metadata tells of a part of a file."""
+    """A part of a file, from the storage metadata."""
 
     key: str
     offset: int
@@ -76,24 +76,24 @@ class _Item:
 
 
 def _check_backends(path: Path) -> None:
-    """Raises KitError for other backends: Megatron-Core takes from here by whose code it reads the folder."""
-    told = read_json(path, "copy the checkpoint again")
+    """Raises KitError for other backends: metadata.json selects the code with which Megatron-Core reads the folder."""
+    backends = read_json(path, "copy the checkpoint again")
     for name in ("sharded_backend", "common_backend"):
-        known = (BACKEND | COMMON)[name]
-        if told.get(name) != known:
+        expected = (SHARDED_BACKEND | COMMON_BACKEND)[name]
+        if backends.get(name) != expected:
             raise KitError(
-                f"{path} names another {name} than {known}, which alone is read: convert it where it is read"
+                f"{path}: {name} is not {expected}, the only supported one: convert the checkpoint with other software"
             )
 
 
 def _items(path: Path, metadata: Metadata) -> dict[str, list[_Item]]:
-    """The items of each file of the checkpoint, in the order of their places."""
+    """The items of each file of the checkpoint, by offset."""
     files: dict[str, list[_Item]] = {}
     for index, info in metadata.storage_data.items():
         file = info.relative_path
         if Path(file).name != file or vars(info).get("transform_descriptors"):
             raise KitError(
-                f"{path / '.metadata'} places {index.fqn[:200]!r} in {file[:200]!r}, which is no plain file of the"
+                f"{path / '.metadata'} places {index.fqn[:200]!r} in {file[:200]!r}, which is not a plain file of the"
                 " checkpoint: take it from a source you trust"
             )
         files.setdefault(file, []).append(_Item(index.fqn, info.offset, info.length))
@@ -104,15 +104,15 @@ def _open(path: Path) -> Any:
     """The file, unbuffered."""
     try:
         if not path.is_file():
-            raise KitError(f"{path} is missing: give it back, or copy the checkpoint again")
+            raise KitError(f"{path} is missing: restore it, or copy the checkpoint again")
         return path.open("rb", buffering=0)
     except OSError as error:
         raise KitError(f"{path} cannot be read ({error.strerror}): copy the checkpoint again") from error
 
 
 def _check_archives(path: Path, items: Iterable[_Item]) -> None:
-    """Raises KitError unless each of `items`, parts of the file at `path`, is harmless."""
-    passed: dict[bytes, list[PickledStorage]] = {}  # blocks of one shape have one pickle
+    """Raises KitError unless each of `items`, parts of the file at `path`, is safe to load."""
+    passed: dict[bytes, list[PickledStorage]] = {}  # chunks of the same shape have the same pickle
     with _open(path) as stream:
         for item in items:
             archive = _archive(stream, path, item)
@@ -129,7 +129,7 @@ def _check_archives(path: Path, items: Iterable[_Item]) -> None:
 def _archive(stream: Any, path: Path, item: _Item) -> ArchiveReader:
     handle, size = stream.fileno(), os.fstat(stream.fileno()).st_size
     if not 0 <= item.offset <= item.offset + item.length <= size:
-        raise KitError(f"{path} has {size} bytes, and {item.key} ends at {item.offset + item.length}: copy it again")
+        raise KitError(f"{path} has {size} bytes, but {item.key} ends at {item.offset + item.length}: copy it again")
 
     def read(start: int, length: int) -> bytes:
         return os.pread(handle, max(min(length, item.length - start), 0), item.offset + start)
@@ -138,7 +138,7 @@ def _archive(stream: Any, path: Path, item: _Item) -> ArchiveReader:
 
 
 def _check_extra_states(state: Any, archive: ArchiveReader) -> None:
-    """The same for the `_extra_state` among the weights of a rank's file."""
+    """Checks each `_extra_state` among the weights of a rank's file."""
     for weights in state.values() if isinstance(state, dict) else ():
         for key, value in weights.items() if isinstance(weights, dict) else ():
             if EXTRA_STATE in str(key):

@@ -141,7 +141,7 @@ def _load_shard(shard: StateShard, reader: TorchDistReader) -> int:
         inner = shard.tensor[place.slices_in(shard.place)]
         for at, values, checksum in reader.blocks(shard.key, place):
             if checksum:
-                checksum.take(values)
+                checksum.update(values)
             inner[at].copy_(values)
             num_bytes += values.nbytes
     return num_bytes

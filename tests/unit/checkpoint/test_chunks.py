@@ -41,16 +41,16 @@ def test_what_two_have_in_common() -> None:
         ([((0, 0), (2, 3)), ((2, 0), (2, 3))], None),
         ([((0, 0), (4, 1)), ((0, 2), (4, 1)), ((0, 1), (4, 1))], None),
         ([((1, 0), (3, 3)), ((0, 0), (1, 2)), ((0, 2), (1, 1))], None),
-        ([((0, 0), (2, 3)), ((0, 0), (2, 3))], "has two blocks that lie over one another at [0, 0]"),
-        ([((0, 0), (3, 3)), ((1, 0), (1, 3))], "has two blocks that lie over one another at [1, 0]"),
-        ([((0, 0), (4, 2)), ((3, 1), (1, 2)), ((0, 2), (2, 1))], "has two blocks that lie over one another at [3, 1]"),
+        ([((0, 0), (2, 3)), ((0, 0), (2, 3))], "has overlapping chunks at [0, 0]"),
+        ([((0, 0), (3, 3)), ((1, 0), (1, 3))], "has overlapping chunks at [1, 0]"),
+        ([((0, 0), (4, 2)), ((3, 1), (1, 2)), ((0, 2), (2, 1))], "has overlapping chunks at [3, 1]"),
         ([((0, 0), (2, 3)), ((3, 0), (1, 3))], "has 9 of 12 elements"),
         ([], "has 0 of 12 elements"),
-        ([((0, 0), (2, 3)), ((2, 0), (3, 2))], "has a block at [2, 0] of [3, 2] that reaches out of it"),
-        ([((0,), (12,))], "has a block at [0] of [12] that reaches out of it"),
+        ([((0, 0), (2, 3)), ((2, 0), (3, 2))], "has an out-of-bounds chunk at [2, 0] of sizes [3, 2]"),
+        ([((0,), (12,))], "has an out-of-bounds chunk at [0] of sizes [12]"),
     ],
 )
-def test_blocks_that_do_not_hold_each_element_once_are_told(
+def test_chunks_that_do_not_cover_each_element_once_are_reported(
     blocks: list[tuple[tuple[int, ...], tuple[int, ...]]], fault: str | None
 ) -> None:
     assert coverage_error(Chunk((0, 0), (4, 3)), [Chunk(*block) for block in blocks]) == fault

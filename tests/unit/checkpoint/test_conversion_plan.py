@@ -11,14 +11,14 @@ import torch
 from common.checkpoint.conversion.conversion_plan import (
     BASE_MEMORY_BYTES,
     ExpectedFolder,
-    plan_dist,
     plan_hf,
-    plan_ranks,
+    plan_torch,
+    plan_torch_dist,
 )
-from common.checkpoint.conversion.state_dict_adapter import Source, hf_shapes
+from common.checkpoint.conversion.state_dict_adapter import MegatronTensors, hf_shapes
 from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT, ParamMapping
-from common.checkpoint.formats.parallel_layout import ParallelLayout, chunks_of, tensors_of, whole_model
-from common.checkpoint.io.disk import BLOCK_BYTES
+from common.checkpoint.formats.parallel_layout import ParallelLayout, chunk_tensors, model_chunks, model_tensors
+from common.checkpoint.io.direct_io import BLOCK_BYTES
 from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.errors import KitError
 from common.model.shape.config import QwenConfig, parse_config
@@ -80,19 +80,21 @@ def test_tp_is_what_the_groups_allow() -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_every_element_has_one_place_at_every_layout(name: str) -> None:
     qwen = config(name)
-    source = Source(ExpectedFolder(Path("/nowhere"), qwen, torch.bfloat16), qwen, None)
-    whole = {(row, layer): source.megatron(row, layer, 0, 1).numel for row, layer in whole_model(qwen)}
+    source = MegatronTensors(ExpectedFolder(Path("/nowhere"), qwen, torch.bfloat16), qwen, None)
+    whole = {(row, layer): source.tensor(row, layer, 0, 1).numel for row, layer in model_tensors(qwen)}
     for layout in layouts(qwen):
         layout.check(qwen)
         held: Counter[tuple[ParamMapping, int | None]] = Counter()
         copies = 0
-        for chunk in chunks_of(qwen, layout):
-            for placed in tensors_of(qwen, layout, chunk):
-                sizes = [source.megatron(placed.row, placed.layer, rank, layout.tp).numel for rank in range(layout.tp)]
-                if placed.row is EMBEDDING and placed.name == OUTPUT.te:
+        for chunk in model_chunks(qwen, layout):
+            for placed in chunk_tensors(qwen, layout, chunk):
+                sizes = [
+                    source.tensor(placed.mapping, placed.layer, rank, layout.tp).numel for rank in range(layout.tp)
+                ]
+                if placed.mapping is EMBEDDING and placed.name == OUTPUT.te:
                     copies += sum(sizes)
                 else:
-                    held[placed.row, placed.layer] += sizes[0] if placed.row.axis is None else sum(sizes)
+                    held[placed.mapping, placed.layer] += sizes[0] if placed.mapping.axis is None else sum(sizes)
         assert held == whole, layout
         assert copies == (whole[EMBEDDING, None] if qwen.tie_word_embeddings and layout.pp > 1 else 0)
 
@@ -102,8 +104,8 @@ def test_a_plan_needs_config_and_index_alone(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     index = {"weight_map": dict.fromkeys(hf_shapes(qwen), "model-00001-of-00002.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    source = Source(ExpectedFolder(tmp_path, qwen, torch.float16), qwen, None)
-    lines = list(plan_ranks(source, ParallelLayout(2, 2, 1, "local")))
+    source = MegatronTensors(ExpectedFolder(tmp_path, qwen, torch.float16), qwen, None)
+    lines = list(plan_torch(source, ParallelLayout(2, 2, 1, "local")))
     (line,) = [
         line for line in lines if "mp_rank_01_001" in line and "layers.1.self_attention.linear_qkv.weight" in line
     ]
@@ -113,13 +115,13 @@ def test_a_plan_needs_config_and_index_alone(tmp_path: Path) -> None:
         "  model/decoder.layers.1.self_attention.linear_qkv.weight  [8, 8] float16 128 bytes"
     )
     size = sum(torch.Size(shape).numel() for shape in hf_shapes(qwen).values()) * 2
-    lines = list(plan_dist(source))
-    assert f"together: 31 tensors, {size:,} bytes in 1 files" in lines
+    lines = list(plan_torch_dist(source))
+    assert f"total: 31 tensors, {size:,} bytes in 1 files" in lines
     assert "release/__0_0.distcp  decoder.layers.mlp.linear_fc2.weight[3]  [1, 8, 8] float16 128 bytes" in lines
     assert "release/__0_0.distcp  decoder.final_layernorm.weight  [8] float16 16 bytes" in lines
     index["weight_map"]["model.layers.9.norm.weight"] = "model-00001-of-00002.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(KitError, match=r"holds the unknown model\.layers\.9\.norm\.weight"):
+    with pytest.raises(KitError, match=r"holds unexpected tensors model\.layers\.9\.norm\.weight"):
         ExpectedFolder(tmp_path, qwen, torch.float16)
 
 
@@ -134,27 +136,27 @@ def test_a_plan_of_an_export_fills_the_files() -> None:
         "model-00001-of-00002.safetensors  b  [10] bfloat16 20 bytes",
     ]
     assert "model-00002-of-00002.safetensors: 1 tensors, 20 bytes" in lines
-    assert "together: 3 tensors, 60 bytes in 2 files" in lines
+    assert "total: 3 tensors, 60 bytes in 2 files" in lines
 
 
 def test_time_and_memory_are_those_of_the_disk_and_of_what_is_held_at_once() -> None:
     qwen = replace(config("Qwen2.5-72B"), num_hidden_layers=1)
-    source = Source(ExpectedFolder(Path("/nowhere"), qwen, torch.bfloat16), qwen, None)
+    source = MegatronTensors(ExpectedFolder(Path("/nowhere"), qwen, torch.bfloat16), qwen, None)
     size = 2 * sum(torch.Size(shape).numel() for shape in hf_shapes(qwen).values())
     for plan, held in (
-        (plan_dist(source), 0),
-        (plan_ranks(source, ParallelLayout(1, 1, 1, "local")), 2 * BLOCK_BYTES),
-        (plan_ranks(source, ParallelLayout(8, 1, 1, "local")), 2 * 8192 * 29568 + 16 * BLOCK_BYTES),  # down_proj
+        (plan_torch_dist(source), 0),
+        (plan_torch(source, ParallelLayout(1, 1, 1, "local")), 2 * BLOCK_BYTES),
+        (plan_torch(source, ParallelLayout(8, 1, 1, "local")), 2 * 8192 * 29568 + 16 * BLOCK_BYTES),  # down_proj
     ):
         *_, last = plan
-        assert last.startswith(f"time: about {2 * size / 1e9:.0f} s to read and write them on a disk of 1 GB/s, and as")
-        assert last.endswith(f"; memory: at most {(BASE_MEMORY_BYTES + held) / 2**30:.1f} GiB")
+        assert last.startswith(f"time: about {2 * size / 1e9:.0f} s to read and write at 1 GB/s, and as")
+        assert last.endswith(f"; memory: up to {(BASE_MEMORY_BYTES + held) / 2**30:.1f} GiB")
 
 
 @pytest.mark.parametrize("size", [replace(config(name), num_hidden_layers=1) for name in SIZES], ids=list(SIZES))
 def test_megatrons_sizes_are_counted_in_the_plan(size: QwenConfig) -> None:
-    source = Source(ExpectedFolder(Path("/nowhere"), size, torch.bfloat16), size, None)
+    source = MegatronTensors(ExpectedFolder(Path("/nowhere"), size, torch.bfloat16), size, None)
     numel = sum(torch.Size(shape).numel() for shape in hf_shapes(size).values())
     assert any(
-        f" {2 * numel:,} bytes in 1 files" in line for line in plan_ranks(source, ParallelLayout(1, 1, 1, "local"))
+        f" {2 * numel:,} bytes in 1 files" in line for line in plan_torch(source, ParallelLayout(1, 1, 1, "local"))
     )

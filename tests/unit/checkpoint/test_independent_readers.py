@@ -25,7 +25,7 @@ def test_what_a_cast_makes_zero_is_counted(tmp_path: Path) -> None:
     write_ranks(tmp_path / "release", {name: tensor.half() for name, tensor in weights.items()}, qwen, TWO)
     checkpoint = Checkpoint(tmp_path, tmp_path / "release", "release", "torch")
     report = verify(tmp_path / "hf", checkpoint, qwen, torch.float16)
-    assert report.line().endswith("all bits agree; 1 values became zero by the cast")
+    assert report.line().endswith("all bits agree; 1 values became zero in the cast")
 
 
 def test_a_buffer_of_old_transformers_is_no_weight(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_norms_of_other_ranks_are_counted_where_megatron_is_the_source(tmp_path:
         pair.change_rank(rank, lambda state, name=name: flip(state[name], 3))  # type: ignore[misc]
     assert len(pair.report().errors) == 2
     report = verify(pair.folder, pair.checkpoint, pair.qwen, from_megatron=True)
-    assert (report.errors, report.other_copies) == ([], 2)
+    assert (report.errors, report.differing_replicas) == ([], 2)
     pair.change_rank("00_000", lambda state: flip(state["decoder.layers.0.pre_mlp_layernorm.weight"], 3))
     pair.change_rank("01_000", lambda state: flip(state["decoder.layers.0.self_attention.linear_qkv.bias"], 3))
     assert len(verify(pair.folder, pair.checkpoint, pair.qwen, from_megatron=True).errors) == 2
@@ -87,7 +87,7 @@ def test_blocks_over_one_another_and_holes_are_no_proof(tmp_path: Path) -> None:
     split_words(pair, (0, words[:4]), (4, words[4:9]), (9, words[9:]))
     assert not pair.report().errors
     split_words(pair, (0, words[:6]), (5, words[5:10]))
-    with pytest.raises(KitError, match=rf"{WORDS}: 16 elements lie in no block or in several"):
+    with pytest.raises(KitError, match=rf"{WORDS}: 16 elements are in no chunk or in more than one"):
         pair.report()
     split_words(pair, (0, words[:6]), (0, words[:6]))
     with pytest.raises(KitError, match=WORDS):

@@ -299,5 +299,5 @@ def test_weights_are_not_passed_over() -> None:
 def test_missing_and_unknown_names_are_told() -> None:
     with pytest.raises(KitError, match=r"^here lacks b, c: its config.json belongs to another model"):
         check_names(["a"], ["c", "a", "b"], "here")
-    with pytest.raises(KitError, match=r"^here holds the unknown d0, d1, d2, d3, d4 and 2 more: "):
+    with pytest.raises(KitError, match=r"^here holds unexpected tensors d0, d1, d2, d3, d4 and 2 more: "):
         check_names(["a", *(f"d{i}" for i in range(7))], ["a"], "here")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from common.checkpoint.conversion import output_folder
-from common.checkpoint.conversion.output_folder import check_room, check_target, write_whole
+from common.checkpoint.conversion.output_folder import check_disk_space, check_output_folder, write_folder_atomically
 from common.errors import KitError
 
 ROOT = Path(__file__).parents[3]
@@ -60,8 +60,8 @@ def test_everything_gets_its_final_place(tmp_path: Path, names: tuple[str, ...],
     folder = tmp_path / "deep" / "new"
     if made:
         folder.mkdir(parents=True)
-    check_target(folder, tmp_path)
-    write_whole(folder, write(names))
+    check_output_folder(folder, tmp_path)
+    write_folder_atomically(folder, write(names))
     assert content(folder) == whole(names) and not (folder / ".unfinished").exists()
 
 
@@ -71,7 +71,7 @@ def test_nothing_shows_before_all_is_written(tmp_path: Path) -> None:
         names = sorted(path.name for path in tmp_path.iterdir())
         assert names == [".unfinished", ".unfinished.json"] and folder.parent == tmp_path
 
-    write_whole(tmp_path, look)
+    write_folder_atomically(tmp_path, look)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KitError, KeyboardInterrupt])
@@ -81,9 +81,9 @@ def test_a_run_that_fails_leaves_an_empty_folder(tmp_path: Path, error: type[Bas
         raise error
 
     with pytest.raises(error):
-        write_whole(tmp_path, fail)
+        write_folder_atomically(tmp_path, fail)
     assert not list(tmp_path.iterdir())
-    check_target(tmp_path, tmp_path / "source")
+    check_output_folder(tmp_path, tmp_path / "source")
 
 
 def test_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
@@ -91,10 +91,10 @@ def test_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(KitError, match=r"cannot be written: No space left on device: free some space"):
-        write_whole(tmp_path, fail)
+        write_folder_atomically(tmp_path, fail)
     (tmp_path / "file").write_text("")
     with pytest.raises(KitError, match="file/folder cannot be written: .*Not a directory"):
-        write_whole(tmp_path / "file" / "folder", write(MEGATRON))
+        write_folder_atomically(tmp_path / "file" / "folder", write(MEGATRON))
 
 
 def test_a_folder_with_anything_in_it_is_refused(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_folder_with_anything_in_it_is_refused(tmp_path: Path) -> None:
         write((name,))(folder)
         told = rf"^SAVE_CHECKPOINT_PATH={folder} is not empty, it holds {Path(name).parts[0]}: choose another folder"
         with pytest.raises(KitError, match=told):
-            check_target(folder, tmp_path / "source")
+            check_output_folder(folder, tmp_path / "source")
         assert content(folder) == whole((name,))
 
 
@@ -111,11 +111,11 @@ def test_the_folder_that_is_read_and_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "source")
     for name in ("source", "link", "source/../source"):
-        with pytest.raises(KitError, match=r"is the folder that is read: choose another folder"):
-            check_target(tmp_path / name, tmp_path / "source")
+        with pytest.raises(KitError, match=r"is the input folder: choose another folder"):
+            check_output_folder(tmp_path / name, tmp_path / "source")
     (tmp_path / "file").write_text("")
     with pytest.raises(KitError, match=r"file is a file: choose a folder"):
-        check_target(tmp_path / "file", tmp_path / "source")
+        check_output_folder(tmp_path / "file", tmp_path / "source")
 
 
 @pytest.fixture
@@ -132,8 +132,8 @@ def killed(tmp_path: Path) -> Path:
 
 
 def test_what_a_killed_run_left_is_replaced(killed: Path) -> None:
-    check_target(killed, killed.parent / "source")
-    write_whole(killed, write(HUGGING_FACE))
+    check_output_folder(killed, killed.parent / "source")
+    write_folder_atomically(killed, write(HUGGING_FACE))
     assert content(killed) == whole(HUGGING_FACE)
 
 
@@ -147,7 +147,10 @@ def test_what_a_killed_run_did_not_write_is_never_removed(killed: Path, foreign:
     write((foreign,))(killed)
     (killed / foreign).write_text("mine")
     before = content(killed)
-    for attempt in (lambda: check_target(killed, Path("/source")), lambda: write_whole(killed, write(MEGATRON))):
+    for attempt in (
+        lambda: check_output_folder(killed, Path("/source")),
+        lambda: write_folder_atomically(killed, write(MEGATRON)),
+    ):
         with pytest.raises(KitError, match=f"is not empty, it holds {Path(foreign).parts[0]}: choose"):
             attempt()
     assert content(killed) == before
@@ -160,25 +163,25 @@ def test_a_mark_that_names_nothing_gives_nothing_away(tmp_path: Path, mark: str 
         (tmp_path / ".unfinished.json").write_text(mark)
     before = content(tmp_path)
     with pytest.raises(KitError, match="is not empty, it holds"):
-        write_whole(tmp_path, write(MEGATRON))
+        write_folder_atomically(tmp_path, write(MEGATRON))
     assert content(tmp_path) == before
 
 
 def test_a_target_that_cannot_be_written_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KitError, match=r"=/proc/target cannot be written: /proc/\S+: "):
-        check_target(Path("/proc/target"), tmp_path)
-    check_room(tmp_path / "a" / "b", 0)
+        check_output_folder(Path("/proc/target"), tmp_path)
+    check_disk_space(tmp_path / "a" / "b", 0)
     told = r"b cannot be written: No space left on device \(.* GB are free, and 1000000000.00 GB are needed\): "
     with pytest.raises(KitError, match=told):
-        check_room(tmp_path / "a" / "b", 10**18)
+        check_disk_space(tmp_path / "a" / "b", 10**18)
 
 
 def test_the_room_that_a_killed_run_takes_counts_as_free(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_folder, "free_bytes", lambda path: 0)
     left = sum(path.stat().st_size for path in killed.rglob("*") if path.is_file())
-    check_room(killed, left)
+    check_disk_space(killed, left)
     with pytest.raises(KitError, match="No space left"):
-        check_room(killed, left + 1)
+        check_disk_space(killed, left + 1)
 
 
 def test_all_is_on_the_disk_before_it_is_called_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +198,7 @@ def test_all_is_on_the_disk_before_it_is_called_whole(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(Path, "replace", note_rename)
-    write_whole(tmp_path / "a" / "b", write(MEGATRON))
+    write_folder_atomically(tmp_path / "a" / "b", write(MEGATRON))
     first = done.index("rename a/b/release")
     folders = ("release", "release/mp_rank_00", "release/mp_rank_01")
     assert all(f"sync /a/b/.unfinished/{name}" in done[:first] for name in (*MEGATRON, *folders))
@@ -224,8 +227,8 @@ def attempt(folder: Path, names: tuple[str, ...], last_step: int | None) -> bool
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(kill)
-        check_target(folder, Path("/nowhere"))
-        write_whole(folder, write(names))
+        check_output_folder(folder, Path("/nowhere"))
+        write_folder_atomically(folder, write(names))
         os._exit(0)
     _, status = os.waitpid(process, 0)
     assert os.WIFSIGNALED(status) or status == 0, (folder, last_step)

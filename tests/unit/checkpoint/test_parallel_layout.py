@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT
-from common.checkpoint.formats.parallel_layout import ParallelLayout, chunks_of, tensors_of, whole_model
+from common.checkpoint.formats.parallel_layout import ParallelLayout, chunk_tensors, model_chunks, model_tensors
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
 
@@ -39,7 +39,7 @@ LAYER = [
 
 def drawn(pp: int, vpp: int, layers: int = 8, each: tuple[int, ...] = ()) -> dict[tuple[int, str], list[int]]:
     """(pipeline rank, chunk's key) to its layers."""
-    found = chunks_of(replace(QWEN, num_hidden_layers=layers), ParallelLayout(1, pp, vpp, "local", each))
+    found = model_chunks(replace(QWEN, num_hidden_layers=layers), ParallelLayout(1, pp, vpp, "local", each))
     return {(chunk.pp_rank, chunk.key): list(chunk.layers) for chunk in found}
 
 
@@ -62,28 +62,28 @@ def test_virtual_chunks_go_round_the_stages() -> None:
 
 @pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (2, 4)])
 def test_the_first_and_the_last_chunk_are_one_each(pp: int, vpp: int) -> None:
-    chunks = chunks_of(QWEN, ParallelLayout(1, pp, vpp, "local"))
+    chunks = model_chunks(QWEN, ParallelLayout(1, pp, vpp, "local"))
     assert [chunk.first for chunk in chunks] == [True] + [False] * (pp * vpp - 1)
     assert [chunk.last for chunk in chunks] == [False] * (pp * vpp - 1) + [True]
     assert (chunks[0].pp_rank, chunks[-1].pp_rank) == (0, pp - 1)
 
 
 def test_a_chunk_counts_its_layers_from_zero() -> None:
-    first, second = chunks_of(QWEN, ParallelLayout(1, 2, 1, "transformer_engine"))
+    first, second = model_chunks(QWEN, ParallelLayout(1, 2, 1, "transformer_engine"))
     te = ParallelLayout(1, 2, 1, "transformer_engine")
     names = [f"decoder.layers.{position}.{name}" for position in range(4) for name in LAYER]
-    placed = tensors_of(QWEN, te, first)
+    placed = chunk_tensors(QWEN, te, first)
     assert [each.name for each in placed] == ["embedding.word_embeddings.weight", *names]
     assert [each.layer for each in placed] == [None] + [layer for layer in range(4) for _ in LAYER]
-    placed = tensors_of(QWEN, te, second)
+    placed = chunk_tensors(QWEN, te, second)
     assert [each.name for each in placed] == [*names, "decoder.final_layernorm.weight", "output_layer.weight"]
     assert [each.layer for each in placed] == [layer for layer in range(4, 8) for _ in LAYER] + [None, None]
 
 
 def test_local_names_have_norms_of_their_own() -> None:
     local = ParallelLayout(1, 1, 1, "local")
-    (chunk,) = chunks_of(QWEN, local)
-    names = {each.name for each in tensors_of(QWEN, local, chunk)}
+    (chunk,) = model_chunks(QWEN, local)
+    names = {each.name for each in chunk_tensors(QWEN, local, chunk)}
     assert {"decoder.layers.7.input_layernorm.weight", "decoder.layers.7.pre_mlp_layernorm.weight"} <= names
     assert not any("layer_norm_weight" in name for name in names)
 
@@ -91,12 +91,14 @@ def test_local_names_have_norms_of_their_own() -> None:
 def test_a_tied_model_has_a_copy_of_its_embedding_on_another_last_stage() -> None:
     for pp, vpp in ((2, 1), (2, 2)):
         layout = ParallelLayout(1, pp, vpp, "local")
-        chunks = chunks_of(TIED, layout)
-        rows = [[(each.name, each.row) for each in tensors_of(TIED, layout, chunk)] for chunk in chunks]
+        chunks = model_chunks(TIED, layout)
+        rows = [[(each.name, each.mapping) for each in chunk_tensors(TIED, layout, chunk)] for chunk in chunks]
         assert rows[-1][-1] == ("output_layer.weight", EMBEDDING)
         assert not any(name == "output_layer.weight" for chunk in rows[:-1] for name, _ in chunk)
-    (only,) = chunks_of(TIED, ParallelLayout(1, 1, 1, "local"))
-    assert all(each.name != "output_layer.weight" for each in tensors_of(TIED, ParallelLayout(1, 1, 1, "local"), only))
+    (only,) = model_chunks(TIED, ParallelLayout(1, 1, 1, "local"))
+    assert all(
+        each.name != "output_layer.weight" for each in chunk_tensors(TIED, ParallelLayout(1, 1, 1, "local"), only)
+    )
 
 
 def test_each_chunk_may_have_a_number_of_layers_of_its_own() -> None:
@@ -117,17 +119,18 @@ def test_each_chunk_may_have_a_number_of_layers_of_its_own() -> None:
 def test_every_tensor_lies_in_one_place(qwen: QwenConfig, pp: int, vpp: int, each: tuple[int, ...]) -> None:
     layout = ParallelLayout(1, pp, vpp, "local", each)
     counted = Counter(
-        (each.row, each.layer)
-        for chunk in chunks_of(qwen, layout)
-        for each in tensors_of(qwen, layout, chunk)
+        (each.mapping, each.layer)
+        for chunk in model_chunks(qwen, layout)
+        for each in chunk_tensors(qwen, layout, chunk)
         if not (each.name == OUTPUT.te and qwen.tie_word_embeddings)
     )
-    assert counted == Counter(whole_model(qwen)) and set(counted.values()) == {1}
+    assert counted == Counter(model_tensors(qwen)) and set(counted.values()) == {1}
 
 
 def test_the_whole_model_in_its_order() -> None:
     names = [
-        row.megatron_name("transformer_engine", layer) for row, layer in whole_model(replace(QWEN, num_hidden_layers=2))
+        row.megatron_name("transformer_engine", layer)
+        for row, layer in model_tensors(replace(QWEN, num_hidden_layers=2))
     ]
     assert names == [
         "embedding.word_embeddings.weight",
@@ -135,7 +138,7 @@ def test_the_whole_model_in_its_order() -> None:
         "decoder.final_layernorm.weight",
         "output_layer.weight",
     ]
-    assert [row for row, _ in whole_model(TIED)][-1].te == "decoder.final_layernorm.weight"
+    assert [row for row, _ in model_tensors(TIED)][-1].te == "decoder.final_layernorm.weight"
 
 
 @pytest.mark.parametrize(

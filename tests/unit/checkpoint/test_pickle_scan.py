@@ -85,7 +85,7 @@ def test_what_megatron_core_writes_passes_and_is_loaded(tmp_path: Path) -> None:
 def test_code_in_metadata_is_named_and_not_run(where: str, tmp_path: Path) -> None:
     checkpoint, proof = write(tmp_path / "iter_0000001"), tmp_path / "ran"
     change_metadata(checkpoint, lambda metadata: setattr(metadata, where, code(proof)))
-    with pytest.raises(KitError, match=r"iter_0000001/\.metadata asks for _?io\.open, .*it was not loaded"):
+    with pytest.raises(KitError, match=r"iter_0000001/\.metadata references _?io\.open, .*it was not loaded"):
         check_pickles(checkpoint)
     assert not proof.exists()
     megatron_loads(checkpoint)
@@ -95,7 +95,7 @@ def test_code_in_metadata_is_named_and_not_run(where: str, tmp_path: Path) -> No
 def test_code_in_an_object_among_the_tensors_is_named_and_not_run(tmp_path: Path) -> None:
     proof = tmp_path / "ran"
     checkpoint = write(tmp_path / "iter_0000001", rng_state=[{"random_rng_state": code(proof)}])
-    with pytest.raises(KitError, match=r"iter_0000001/__0_\d\.distcp asks for _?io\.open, .*it was not loaded"):
+    with pytest.raises(KitError, match=r"iter_0000001/__0_\d\.distcp references _?io\.open, .*it was not loaded"):
         check_pickles(checkpoint)
     assert not proof.exists()
     megatron_loads(checkpoint, "rng_state")
@@ -113,10 +113,10 @@ def test_code_in_the_place_of_a_tensor_or_of_the_common_part_is_named(tmp_path: 
             info.offset, info.length = len(sound), len(whole)
 
     change_metadata(checkpoint, move)
-    with pytest.raises(KitError, match=r"__0_\d\.distcp asks for posix\.system"):
+    with pytest.raises(KitError, match=r"__0_\d\.distcp references posix\.system"):
         check_pickles(checkpoint)
     (checkpoint.path / "common.pt").write_bytes(whole)
-    with pytest.raises(KitError, match=r"common\.pt asks for posix\.system"):
+    with pytest.raises(KitError, match=r"common\.pt references posix\.system"):
         check_pickles(checkpoint)
 
 
@@ -146,9 +146,9 @@ def test_fp8_state_passes(state: Any, tmp_path: Path) -> None:
 def test_code_in_fp8_state_is_named(how: Callable[[Any], Any], tmp_path: Path) -> None:
     proof = tmp_path / "ran"
     state = how({**SCALES, "recipe": code(proof)})
-    with pytest.raises(KitError, match=r"__0_\d\.distcp asks for _?io\.open"):
+    with pytest.raises(KitError, match=r"__0_\d\.distcp references _?io\.open"):
         check_pickles(write(tmp_path / "iter_0000001", **{STATE: state}))
-    with pytest.raises(KitError, match=r"mp_rank_00/model_optim_rng\.pt asks for _?io\.open"):
+    with pytest.raises(KitError, match=r"mp_rank_00/model_optim_rng\.pt references _?io\.open"):
         check_pickles(rank_files(tmp_path / "torch", {"model": {STATE: state}}))
     assert not proof.exists()
 
@@ -160,7 +160,7 @@ def test_storages_in_fp8_state_are_no_larger_than_what_is_there(tmp_path: Path) 
         grown = data.replace(b"K\x30N", b"K\xffN") if b"K\x30N" in data else data.replace(b"K\x30", b"K\xff", 1)
         value: Any = torch.frombuffer(bytearray(grown), dtype=torch.uint8)
         value = value if isinstance(state, torch.Tensor) else io.BytesIO(grown)
-        with pytest.raises(KitError, match="holds an _extra_state that is damaged|calls torch"):
+        with pytest.raises(KitError, match="has a damaged _extra_state|calls torch"):
             check_pickles(write(tmp_path / f"{len(data)}" / "iter_0000001", **{STATE: value}))
 
 
@@ -178,9 +178,9 @@ def test_code_in_the_optimizer_of_any_rank_is_named(tmp_path: Path) -> None:
     sound, proof = {0: {(torch.bfloat16, torch.float32): {"param": torch.ones(4)}}}, tmp_path / "ran"
     model = {"model": {"a": torch.ones(2)}, "args": Namespace(kind=ModelType.encoder_or_decoder), "rng_state": RANDOM}
     check_pickles(rank_files(tmp_path / "sound", model, sound, sound))
-    with pytest.raises(KitError, match=r"mp_rank_01/distrib_optim\.pt asks for _?io\.open"):
+    with pytest.raises(KitError, match=r"mp_rank_01/distrib_optim\.pt references _?io\.open"):
         check_pickles(rank_files(tmp_path / "second", model, sound, {**sound, "a": code(proof)}))
-    with pytest.raises(KitError, match=r"mp_rank_00/model_optim_rng\.pt asks for _?io\.open"):
+    with pytest.raises(KitError, match=r"mp_rank_00/model_optim_rng\.pt references _?io\.open"):
         check_pickles(rank_files(tmp_path / "model", {**model, "args": code(proof)}, sound))
     assert not proof.exists()
 
@@ -189,13 +189,13 @@ def test_files_that_are_not_the_checkpoints_are_refused(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "iter_0000001")
     good = (checkpoint.path / ".metadata").read_bytes()
     for field, value, told in (
-        ("relative_path", "../elsewhere", "in '../elsewhere', which is no plain file of the checkpoint"),
-        ("relative_path", "/dev/zero", "in '/dev/zero', which is no plain file of the checkpoint"),
+        ("relative_path", "../elsewhere", "in '../elsewhere', which is not a plain file of the checkpoint"),
+        ("relative_path", "/dev/zero", "in '/dev/zero', which is not a plain file of the checkpoint"),
         ("relative_path", "nothing", "nothing is missing"),
-        ("transform_descriptors", ["stream.zstd"], "which is no plain file of the checkpoint"),
-        ("offset", -1, "does not tell where each tensor is"),
+        ("transform_descriptors", ["stream.zstd"], "which is not a plain file of the checkpoint"),
+        ("offset", -1, "has an invalid entry in storage_data"),
         ("length", 1 << 40, "copy it again"),
-        ("length", "1", "does not tell where each tensor is"),
+        ("length", "1", "has an invalid entry in storage_data"),
     ):
         (checkpoint.path / ".metadata").write_bytes(good)
         change_metadata(
@@ -205,7 +205,7 @@ def test_files_that_are_not_the_checkpoints_are_refused(tmp_path: Path) -> None:
         with pytest.raises(KitError, match=told):
             check_pickles(checkpoint)
     (checkpoint.path / ".metadata").write_bytes(pickle.dumps(dcp.Metadata({}, None, [1])))
-    with pytest.raises(KitError, match="does not tell where its tensors are"):
+    with pytest.raises(KitError, match="has an invalid storage_data"):
         check_pickles(checkpoint)
 
 
@@ -215,7 +215,7 @@ def test_another_backend_is_refused(field: str, tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "iter_0000001")
     path = checkpoint.path / "metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: "zarr"}))
-    with pytest.raises(KitError, match=rf"metadata\.json names another {field} than torch"):
+    with pytest.raises(KitError, match=rf"metadata\.json: {field} is not torch"):
         check_pickles(checkpoint)
     path.write_text("[" * 100_000)
     with pytest.raises(KitError, match=r"metadata\.json is nested deeper than 64"):

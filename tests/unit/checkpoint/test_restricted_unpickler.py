@@ -91,14 +91,14 @@ def test_a_global_that_could_run_code_is_refused_by_its_name(module: str, name: 
         load(called(module, name, f"touch {proof}"))
     with pytest.raises(KitError, match="was not loaded"):
         load(called(module, name, f"touch {proof}"), foreign=True)
-    assert str(caught.value).startswith(f"{FILE} asks for {module}.{name}, which") and not proof.exists()
+    assert str(caught.value).startswith(f"{FILE} references {module}.{name}, which") and not proof.exists()
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_no_protocol_gets_by(protocol: int, tmp_path: Path) -> None:
     proof = tmp_path / "ran"
     value = {"a": [1], "x": Runs(eval, f"open({str(proof)!r}, 'w')")}
-    with pytest.raises(KitError, match=r"asks for (__builtin__|builtins)\.eval"):
+    with pytest.raises(KitError, match=r"references (__builtin__|builtins)\.eval"):
         load(pickle.dumps(value, protocol))
     assert not proof.exists()
     pickle.loads(pickle.dumps(value, protocol))  # it would have
@@ -106,32 +106,32 @@ def test_no_protocol_gets_by(protocol: int, tmp_path: Path) -> None:
 
 
 def test_the_protocol_of_text_is_refused() -> None:
-    with pytest.raises(KitError, match="holds the opcode [A-Z]+ of pickle, which is not written today"):
+    with pytest.raises(KitError, match="uses the pickle opcode [A-Z]+, which no checkpoint writer uses"):
         load(pickle.dumps([1000, 2.5, "a"], 0))
 
 
 def test_a_lambda_and_a_class_of_the_users_own_are_refused() -> None:
-    with pytest.raises(KitError, match=r"asks for operator\.methodcaller"):
+    with pytest.raises(KitError, match=r"references operator\.methodcaller"):
         load(pickle.dumps(Runs(operator.methodcaller("upper"), "a")))
-    with pytest.raises(KitError, match=r"asks for .*opcodes\.Runs"):
+    with pytest.raises(KitError, match=r"references .*opcodes\.Runs"):
         load(pickle.dumps(Runs))
 
 
 def test_a_checkpoint_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path, proof = tmp_path / "model_optim_rng.pt", tmp_path / "ran"
     torch.save({"model": {"a": torch.ones(2)}, "args": Runs(os.system, f"touch {proof}")}, path)
-    with pytest.raises(KitError, match=r"model_optim_rng\.pt asks for posix\.system"):
+    with pytest.raises(KitError, match=r"model_optim_rng\.pt references posix\.system"):
         ArchiveFile(path).read()
     with path.open("wb") as stream:
         write_archive(stream, {"args": Runs(os.system, f"touch {proof}")})
-    with pytest.raises(KitError, match=r"model_optim_rng\.pt asks for posix\.system"):
+    with pytest.raises(KitError, match=r"model_optim_rng\.pt references posix\.system"):
         ArchiveFile(path).read()
     assert not proof.exists()
 
 
 def test_text_is_encoded_as_latin1_alone() -> None:
     assert load(pickle.dumps(b"\x00\xff\x80", 2)) == b"\x00\xff\x80"
-    with pytest.raises(KitError, match=r"calls _codecs\.encode with other arguments than the pickler writes"):
+    with pytest.raises(KitError, match=r"calls _codecs\.encode with arguments that the pickler does not write"):
         load(called("_codecs", "encode", "text", "rot13"))
 
 
@@ -194,7 +194,7 @@ def test_what_megatron_names_is_not_imported() -> None:
 def test_what_others_read_too_names_known_classes_alone() -> None:
     known = Namespace(a=ModelType.encoder_or_decoder, b=AttnBackend.auto, c=Path("/a"), d=signal.SIGTERM)
     assert repr(load(pickle.dumps(known)).a) == "ModelType(1,)"
-    way_out = "from a source you trust, or convert it by step 2 to Hugging Face and back, which does without"
+    remedy = "from a source you trust, or convert it to Hugging Face and back with step 2, which drops it"
     for module, name in (("megatron.core.utils", "os.system"), ("megatron.of.tomorrow", "Kind"), ("apex.a", "b")):
-        with pytest.raises(KitError, match=f"asks for {module}.{name}, .* {way_out}"):
+        with pytest.raises(KitError, match=f"references {module}.{name}, .* {remedy}"):
             load(called(module, name, "a"))

@@ -7,13 +7,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.checkpoint.conversion.state_dict_adapter import Source, dist_blocks, hf_shapes, hf_tensors, rank_chunks
+from common.checkpoint.conversion.state_dict_adapter import (
+    MegatronTensors,
+    hf_shapes,
+    hf_state_dict,
+    rank_state_dict,
+    torch_dist_shards,
+)
 from common.checkpoint.formats.checkpoint_paths import Checkpoint
 from common.checkpoint.formats.hf_folder import HfReader
 from common.checkpoint.formats.megatron_folder import open_megatron
 from common.checkpoint.formats.parallel_layout import ParallelLayout
 from common.errors import KitError
-from tests.unit.checkpoint.small import hf_sizes, megatron_state, same_bits, write_hf, write_ranks
+from tests.unit.checkpoint.small import bitwise_equal, hf_sizes, megatron_state, write_hf, write_ranks
 
 
 @pytest.mark.parametrize("family", [{}, {"model_type": "qwen3", "head_dim": 4}])
@@ -34,11 +40,11 @@ def test_a_ranks_file_is_the_one_put_together_by_hand(
     tmp_path: Path, tied: bool, impl: str, tp: int, stages: list[list[range]], family: dict[str, Any]
 ) -> None:
     qwen, weights = write_hf(tmp_path, tie_word_embeddings=tied, **family)
-    source = Source(HfReader(tmp_path), qwen, None)
+    source = MegatronTensors(HfReader(tmp_path), qwen, None)
     pp, vpp = len(stages), len(stages[0])
     each = tuple(len(stages[stage][v]) for v in range(vpp) for stage in range(pp))
     for stage, tp_rank, v in ((stage, tp_rank, v) for stage in range(pp) for tp_rank in range(tp) for v in range(vpp)):
-        made = rank_chunks(source, ParallelLayout(tp, pp, vpp, impl, each), stage, tp_rank)
+        made = rank_state_dict(source, ParallelLayout(tp, pp, vpp, impl, each), stage, tp_rank)
         assert list(made) == (["model"] if vpp == 1 else ["model0", "model1"])
         first, last = stage == v == 0, stage == pp - 1 and v == vpp - 1
         expected = megatron_state(
@@ -46,22 +52,22 @@ def test_a_ranks_file_is_the_one_put_together_by_hand(
         )
         chunk = list(made.values())[v]
         assert set(chunk) == set(expected)
-        assert all(same_bits(tensor.produce(), expected[name]) for name, tensor in chunk.items())
+        assert all(bitwise_equal(tensor.materialize(), expected[name]) for name, tensor in chunk.items())
         assert all(tensor.shape == tuple(expected[name].shape) for name, tensor in chunk.items())
 
 
 def test_torch_dist_stacks_the_layers(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path)
     state = megatron_state(weights, qwen, range(4), first=True, last=True)
-    for block in dist_blocks(Source(HfReader(tmp_path), qwen, None)):
-        tensor = block.tensor.produce()
+    for block in torch_dist_shards(MegatronTensors(HfReader(tmp_path), qwen, None)):
+        tensor = block.tensor.materialize()
         if block.key.startswith("decoder.layers."):
-            layer, *rest = block.offsets
+            layer, *rest = block.global_offset
             assert block.global_shape == (4, *tensor.shape[1:]) and not any(rest) and tensor.shape[0] == 1
-            assert same_bits(tensor[0], state.pop(block.key.replace("decoder.layers.", f"decoder.layers.{layer}.")))
+            assert bitwise_equal(tensor[0], state.pop(block.key.replace("decoder.layers.", f"decoder.layers.{layer}.")))
         else:
-            assert block.global_shape == tuple(tensor.shape) and not any(block.offsets)
-            assert same_bits(tensor, state.pop(block.key))
+            assert block.global_shape == tuple(tensor.shape) and not any(block.global_offset)
+            assert bitwise_equal(tensor, state.pop(block.key))
     assert not state
 
 
@@ -75,16 +81,16 @@ def test_hugging_face_shapes_in_the_models_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32])
 def test_either_direction_casts_when_asked(tmp_path: Path, dtype: torch.dtype | None) -> None:
     qwen, weights = write_hf(tmp_path)
-    source = Source(HfReader(tmp_path), qwen, dtype)
+    source = MegatronTensors(HfReader(tmp_path), qwen, dtype)
     wanted = dtype or torch.float32
     state = megatron_state(weights, qwen, range(4), first=True, last=True)
-    made = rank_chunks(source, ParallelLayout(1, 1, 1, "transformer_engine"), 0, 0)["model"]
-    assert all(same_bits(made[name].produce(), tensor.to(wanted)) for name, tensor in state.items())
+    made = rank_state_dict(source, ParallelLayout(1, 1, 1, "transformer_engine"), 0, 0)["model"]
+    assert all(bitwise_equal(made[name].materialize(), tensor.to(wanted)) for name, tensor in state.items())
     path = write_ranks(tmp_path / "release", weights, qwen, [[range(4)]])
     reader = open_megatron(Checkpoint(tmp_path, path, "release", "torch"), qwen)
-    tensors = hf_tensors(reader, qwen, dtype)
+    tensors = hf_state_dict(reader, qwen, dtype)
     assert list(tensors) == list(hf_shapes(qwen))
-    assert all(same_bits(tensors[name].produce(), tensor.to(wanted)) for name, tensor in weights.items())
+    assert all(bitwise_equal(tensors[name].materialize(), tensor.to(wanted)) for name, tensor in weights.items())
     assert {tensor.dtype for tensor in tensors.values()} == {wanted}
 
 
@@ -92,12 +98,12 @@ def test_parts_of_one_tensor_in_two_dtypes_are_told(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path)
     norms = {name: tensor.half() for name, tensor in weights.items() if name.endswith("norm.weight")}
     save_file(weights | norms, tmp_path / "model.safetensors")
-    Source(HfReader(tmp_path), qwen, None)  # a kind of its own
+    MegatronTensors(HfReader(tmp_path), qwen, None)  # a kind of its own
     for name in ("model.layers.0.self_attn.k_proj.bias", "model.layers.2.mlp.down_proj.weight"):
         save_file(weights | {name: weights[name].bfloat16()}, tmp_path / "model.safetensors")
         with pytest.raises(KitError, match=rf"{name} is of torch\.bfloat16 and .* of torch\.float32, .*: set DTYPE"):
-            Source(HfReader(tmp_path), qwen, None)
-        Source(HfReader(tmp_path), qwen, torch.bfloat16)
+            MegatronTensors(HfReader(tmp_path), qwen, None)
+        MegatronTensors(HfReader(tmp_path), qwen, torch.bfloat16)
 
 
 def test_a_dtype_that_weights_never_have_is_told(tmp_path: Path) -> None:
@@ -106,5 +112,5 @@ def test_a_dtype_that_weights_never_have_is_told(tmp_path: Path) -> None:
     path = write_ranks(tmp_path / "release", doubles, qwen, [[range(4)]])
     reader = open_megatron(Checkpoint(tmp_path, path, "release", "torch"), qwen)
     with pytest.raises(KitError, match=r"word_embeddings\.weight is of torch\.float64: set DTYPE to bf16, fp16"):
-        hf_tensors(reader, qwen, None)
-    assert len(hf_tensors(reader, qwen, torch.float32)) == len(weights)
+        hf_state_dict(reader, qwen, None)
+    assert len(hf_state_dict(reader, qwen, torch.float32)) == len(weights)

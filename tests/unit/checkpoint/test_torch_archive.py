@@ -24,10 +24,10 @@ from common.checkpoint.formats.torch_archive import (
     write_archive,
     write_archives,
 )
-from common.checkpoint.io.disk import BLOCK_BYTES
+from common.checkpoint.io.direct_io import BLOCK_BYTES
 from common.checkpoint.io.lazy_tensor import LazyTensor, tensor_bytes
 from common.errors import KitError
-from tests.unit.checkpoint.small import same_bits
+from tests.unit.checkpoint.small import bitwise_equal
 
 TENSORS = {
     "bf16": torch.randn(3, 5).bfloat16(),
@@ -70,7 +70,7 @@ def lazy(tensor: Tensor) -> LazyTensor:
 def same(one: Any, other: Any) -> bool:
     """Whether two nested objects agree to the last bit."""
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and same_bits(one, other)
+        return isinstance(other, Tensor) and bitwise_equal(one, other)
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and np.array_equal(one, other)
     if isinstance(one, dict):
@@ -106,7 +106,7 @@ def test_one_tensor_saved_twice_is_one_record(tmp_path: Path) -> None:
     shared = lazy(torch.randn(100))
     path = put(tmp_path / "a.pt", archive({"a": shared, "b": shared}))
     loaded = torch.load(path, weights_only=True)
-    assert loaded["a"].data_ptr() == loaded["b"].data_ptr() and same_bits(loaded["a"], shared.produce())
+    assert loaded["a"].data_ptr() == loaded["b"].data_ptr() and bitwise_equal(loaded["a"], shared.materialize())
 
 
 def test_tensors_of_several_archives_are_made_in_turn_and_told() -> None:
@@ -127,7 +127,7 @@ def test_tensors_of_several_archives_are_made_in_turn_and_told() -> None:
     assert sizes == [len(stream.getvalue()) for stream in streams]
     for stream, value in zip(streams, values, strict=True):
         loaded = torch.load(io.BytesIO(stream.getvalue()), weights_only=True)
-        assert same(loaded, {name: tensor.produce() for name, tensor in value.items()})
+        assert same(loaded, {name: tensor.materialize() for name, tensor in value.items()})
 
 
 def test_a_tensor_other_than_announced_is_an_error_of_ours() -> None:
@@ -171,7 +171,9 @@ def test_whatever_torch_saves_beside_weights_is_read(tmp_path: Path) -> None:
     }
     loaded = ArchiveFile(put(tmp_path / "a.pt", torch_save(state))).read()
     assert same(loaded.pop("size"), state.pop("size"))
-    assert same(dict(loaded["linear"]), dict(state["linear"])) and same_bits(loaded["parameter"], state["parameter"])
+    assert same(dict(loaded["linear"]), dict(state["linear"])) and bitwise_equal(
+        loaded["parameter"], state["parameter"]
+    )
     assert same({**loaded, "linear": 0, "parameter": 0}, {**state, "linear": 0, "parameter": 0})
 
 
@@ -180,7 +182,7 @@ def test_attributes_of_a_tensor_are_left_out(tmp_path: Path) -> None:
     tensor.sequence_parallel = True  # type: ignore[attr-defined]
     assert torch.load(io.BytesIO(torch_save(tensor))).sequence_parallel
     loaded = ArchiveFile(put(tmp_path / "a.pt", torch_save(tensor))).read()
-    assert same_bits(loaded, tensor) and not hasattr(loaded, "sequence_parallel")
+    assert bitwise_equal(loaded, tensor) and not hasattr(loaded, "sequence_parallel")
 
 
 def test_writing_to_a_mapped_tensor_does_not_reach_the_file(tmp_path: Path) -> None:
@@ -195,7 +197,7 @@ def test_a_file_cut_short_anywhere_is_told(tmp_path: Path, write: Callable[[Any]
     data = write({"a": torch.arange(6.0), "b": Namespace(c=1)})
     for length in [*range(1, len(data), 37), len(data) - 1]:
         path = put(tmp_path / "cut.pt", data[:length])
-        with pytest.raises(KitError, match=r"cut\.pt is no whole file of torch\.save .*: copy it again"):
+        with pytest.raises(KitError, match=r"cut\.pt is not a complete torch\.save file .*: copy it again"):
             ArchiveFile(path).read()
 
 
@@ -222,7 +224,7 @@ def test_files_that_are_no_archive_are_told(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"a\.pt is empty"):
         ArchiveFile(put(tmp_path / "a.pt", b""))
     old = torch_save({"a": 1}, _use_new_zipfile_serialization=False)
-    with pytest.raises(KitError, match="is no whole file of torch.save"):
+    with pytest.raises(KitError, match="is not a complete torch.save file"):
         ArchiveFile(put(tmp_path / "a.pt", old)).read()
 
 

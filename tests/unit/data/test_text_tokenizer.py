@@ -96,7 +96,7 @@ def test_a_file_beside_the_tokenizer_that_is_no_json_object_is_told(name: str, t
     folder = without_endoftext(tmp_path, {}, {})
     for text in ("[]", "{", "1", "[" * 10**5):
         (folder / name).write_text(text)
-        with pytest.raises(KitError, match=rf"{name} (is no JSON|holds no JSON object|is nested deeper)"):
+        with pytest.raises(KitError, match=rf"{name} (is not valid JSON|is not a JSON object|is nested deeper)"):
             find_eod(load_tokenizer(folder), "auto")
 
 

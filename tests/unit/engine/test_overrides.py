@@ -15,7 +15,7 @@ from common.engine.overrides import OWNERS, describe_overrides, join_words, name
 from common.errors import KitError
 from common.settings import add_options, from_namespace, to_flags
 from common.training.settings import TrainSettings
-from common.training.state.training_state import optimizer_config
+from common.training.state.optimizer import optimizer_config
 
 CLASSES = {"transformer": TransformerConfig, "ddp": DistributedDataParallelConfig, "optimizer": OptimizerConfig}
 RUN = ["--save-checkpoint-path=s", "--dataset-path=d", "--epochs=1"]

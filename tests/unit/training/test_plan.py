@@ -267,7 +267,7 @@ def test_one_rank_of_a_node_looks_for_code_in_what_it_starts_from(
 ) -> None:
     save = str(write_run(tmp_path / "save", qwen, {"run": RUN}))
     torch.save({"x": print}, f"{save}/iter_0000005/mp_rank_00/distrib_optim.pt")
-    with pytest.raises(KitError, match="asks for .*print, .*could run code"):
+    with pytest.raises(KitError, match="references .*print, .*could run code"):
         plan(data, qwen, save_checkpoint_path=save, hf_model_path=None, epochs=7.0)
     monkeypatch.setenv("LOCAL_RANK", "1")  # which waits for rank 0 before it reads
     assert plan(data, qwen, save_checkpoint_path=save, hf_model_path=None, epochs=7.0).start.kind == "resume"

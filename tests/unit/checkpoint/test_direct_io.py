@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from common.checkpoint.io import disk
-from common.checkpoint.io.disk import SECTOR, MappedFile, Writer, ahead, load
+from common.checkpoint.io import direct_io, file_writer, mapped_file
+from common.checkpoint.io.direct_io import SECTOR, prefetch
+from common.checkpoint.io.file_writer import FileWriter
+from common.checkpoint.io.mapped_file import MappedFile, load
 from common.errors import KitError
 
 NEAR_SECTORS = [0, 1, SECTOR - 1, SECTOR, SECTOR + 1, 3 * SECTOR + 5]
@@ -48,7 +50,7 @@ def num_handles() -> int:
 
 def refuse_direct(call: Any) -> Any:
     def refuse(handle: int, *more: Any) -> Any:
-        if disk._is_direct(handle):
+        if direct_io.is_direct(handle):
             raise OSError(errno.EINVAL, "Invalid argument")
         return call(handle, *more)
 
@@ -57,14 +59,15 @@ def refuse_direct(call: Any) -> Any:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "BLOCK_BYTES", 2 * SECTOR)
-    monkeypatch.setattr(disk, "_free", [])
+    for module in (direct_io, file_writer):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 2 * SECTOR)
+    monkeypatch.setattr(direct_io, "_free_buffers", [])
 
 
 @pytest.mark.parametrize("size", NEAR_SECTORS)
 def test_a_file_holds_what_was_written(tmp_path: Path, size: int, way: str, small_blocks: None) -> None:
     data = data_of(size)
-    with Writer(tmp_path / "file") as writer:
+    with FileWriter(tmp_path / "file") as writer:
         for start in range(0, size, 1000):
             assert writer.write(memoryview(data)[start : start + 1000]) == len(data[start : start + 1000])
         assert writer.write(b"end") == 3 and writer.write(bytearray()) == 0
@@ -76,7 +79,7 @@ def test_a_disk_that_takes_parts_gets_all_of_it(
 ) -> None:
     put = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda handle, data, at: put(handle, data[:SECTOR], at))
-    with Writer(tmp_path / "file") as writer:
+    with FileWriter(tmp_path / "file") as writer:
         writer.write(data_of(5 * SECTOR + 7))
     assert (tmp_path / "file").read_bytes() == data_of(5 * SECTOR + 7)
 
@@ -84,7 +87,7 @@ def test_a_disk_that_takes_parts_gets_all_of_it(
 def test_a_file_is_on_the_disk_when_it_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
-    with Writer(tmp_path / "file") as writer:
+    with FileWriter(tmp_path / "file") as writer:
         writer.write(b"abc")
         assert not synced
     assert synced == [3]
@@ -99,13 +102,13 @@ def test_a_disk_that_refuses_is_told_and_leaves_no_thread_or_handle(
 
     monkeypatch.setattr(os, "pwrite", refuse)
     threads, handles = threading.active_count(), num_handles()
-    with pytest.raises(OSError, match="No space left"), Writer(tmp_path / "file") as writer:
+    with pytest.raises(OSError, match="No space left"), FileWriter(tmp_path / "file") as writer:
         writer.write(data_of(5 if when == "at the end" else 50 * SECTOR))
     assert threading.active_count() == threads and num_handles() == handles
 
 
 def test_a_writer_that_is_left_by_an_error_raises_that_one(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), Writer(tmp_path / "file") as writer:
+    with pytest.raises(ZeroDivisionError), FileWriter(tmp_path / "file") as writer:
         writer.write(b"abc")
         raise ZeroDivisionError
 
@@ -118,7 +121,7 @@ def test_what_lies_anywhere_in_a_file_is_loaded(
     data = data_of(9 * SECTOR + 99)
     (tmp_path / "file").write_bytes(data)
     file = MappedFile(tmp_path / "file")
-    monkeypatch.setattr(disk._Mapped, "_in_cache", lambda *given: cached)
+    monkeypatch.setattr(mapped_file._Reader, "_in_cache", lambda *given: cached)
     for size in (1, 2, SECTOR, 2 * SECTOR + 1, len(data) - start):
         mapped = file.bytes[start : start + size]
         loaded = load(mapped)
@@ -175,7 +178,7 @@ def test_few_of_many_files_are_open(tmp_path: Path) -> None:
     assert num_handles() == handles
     for _ in range(2):
         assert [load(file.bytes).tolist() for file in files] == [[i] * 3 for i in range(60)]
-        assert num_handles() <= handles + 2 * disk.MAX_OPEN_FILES
+        assert num_handles() <= handles + 2 * mapped_file.MAX_OPEN_FILES
     del files
     gc.collect()
     assert num_handles() == handles
@@ -206,7 +209,7 @@ def test_pages_in_the_cache_are_known(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(data_of(64 * SECTOR))
     file = MappedFile(path)
-    (mapped,) = [each for each in disk._mapped.values() if each.address == file.bytes.data_ptr()]
+    (mapped,) = [each for each in mapped_file._readers.values() if each.address == file.bytes.data_ptr()]
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -222,10 +225,10 @@ def test_memory_is_used_again_but_never_while_it_is_used(tmp_path: Path) -> None
     held = [load(file.bytes[i * SECTOR : (i + 1) * SECTOR])[10:] for i in range(40)]
     assert [part.numpy().tobytes() for part in held] == [data[i * SECTOR + 10 : (i + 1) * SECTOR] for i in range(40)]
     del held
-    free = len(disk._free)
+    free = len(direct_io._free_buffers)
     assert free >= 40
     load(file.bytes)
-    assert len(disk._free) == free
+    assert len(direct_io._free_buffers) == free
 
 
 def test_buffers_are_memory_of_the_process() -> None:
@@ -234,7 +237,7 @@ def test_buffers_are_memory_of_the_process() -> None:
         return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) << 10
 
     before = anonymous()
-    tensor = disk.empty((32 << 20,), torch.uint8).fill_(1)
+    tensor = direct_io.empty((32 << 20,), torch.uint8).fill_(1)
     assert anonymous() - before > 30 << 20
     del tensor
     assert anonymous() - before < 8 << 20
@@ -248,7 +251,7 @@ def test_items_come_in_their_order_and_a_few_ahead() -> None:
             made.append(item)
             yield item
 
-    each = ahead(items(), depth=2)
+    each = prefetch(items(), depth=2)
     assert next(each) == 0
     for _ in range(100):
         if len(made) == 3:
@@ -256,7 +259,7 @@ def test_items_come_in_their_order_and_a_few_ahead() -> None:
         threading.Event().wait(0.02)
     threading.Event().wait(0.1)
     assert made == [0, 1, 2]
-    assert list(each) == list(range(1, 10)) and not list(ahead([]))
+    assert list(each) == list(range(1, 10)) and not list(prefetch([]))
 
 
 def test_what_fails_in_the_thread_is_raised_where_it_would_have_come() -> None:
@@ -264,7 +267,7 @@ def test_what_fails_in_the_thread_is_raised_where_it_would_have_come() -> None:
         yield 1
         raise ZeroDivisionError
 
-    each = ahead(items())
+    each = prefetch(items())
     assert next(each) == 1
     with pytest.raises(ZeroDivisionError):
         next(each)
@@ -272,7 +275,7 @@ def test_what_fails_in_the_thread_is_raised_where_it_would_have_come() -> None:
 
 def test_one_who_stops_early_leaves_no_thread() -> None:
     threads = threading.active_count()
-    each = ahead(range(10))
+    each = prefetch(range(10))
     next(each)
     each.close()  # type: ignore[attr-defined]
     assert threading.active_count() == threads
