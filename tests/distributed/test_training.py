@@ -232,7 +232,7 @@ def test_fields_of_megatron_core_are_set_by_name(work: Path) -> None:
     chosen = settings(work, "pretrain", train_iters=2, gpus=2, recompute="selective")
     plain = train_forked(**chosen, save_checkpoint_path=work / "mcore_plain")
     flags = words({**chosen, "master_port": free_port()})
-    given = "--mcore.transformer.recompute_modules core_attn mlp --mcore.ddp.bucket_size 1000".split()
+    given = ["--mcore.transformer.recompute_modules", "core_attn", "mlp", "--mcore.ddp.bucket_size", "1000"]
     log = run("-m", "common.train", *given, *flags, f"--save-checkpoint-path={work / 'mcore'}")
     assert "megatron-core's transformer config: recompute_modules = ['core_attn', 'mlp']" in log
     assert "megatron-core's ddp config: bucket_size = 1000" in log and "megatron-core's" not in plain
