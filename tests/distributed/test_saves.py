@@ -102,7 +102,7 @@ def test_weights_alone_are_exported_and_not_resumed(work: Path) -> None:
     assert_same_weights(work, "whole", "alone")
     size = {name: sum(path.stat().st_size for path in (work / name).rglob("*.distcp")) for name in ("alone", "whole")}
     assert size["alone"] < 0.4 * size["whole"], log
-    assert "holds weights alone (SAVE_OPTIMIZER=false)" in train(work, "alone", 2, TRAIN_ITERS=6)
+    assert "holds weights only (SAVE_OPTIMIZER=false)" in train(work, "alone", 2, TRAIN_ITERS=6)
     again = train(work, "alone_again", TRAIN_ITERS=1, LOAD_CHECKPOINT_PATH=work / "alone")
     assert "start: weights from" in again
 

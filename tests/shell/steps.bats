@@ -108,7 +108,7 @@ setup() {
       check "$vendor/3_run_mcore_qwen.sh" --transformer-impl local
   done
   run -2 paste_line "$PRINTED --check --seq-length 100000" # a check that never failed would show nothing
-  [[ $output == *"error: SEQ_LENGTH=100000 is over"* && ! -e $DATA/new ]]
+  [[ $output == *"error: SEQ_LENGTH=100000 exceeds"* && ! -e $DATA/new ]]
 }
 
 @test "the printed lines of step 2, and of step 3 from what step 2 wrote, pass Python's own check at every vendor" {

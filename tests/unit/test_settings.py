@@ -158,7 +158,7 @@ def test_the_scripts_settings_are_those_that_the_shell_finds() -> None:
     ],
 )
 def test_a_name_that_looks_like_a_setting_is_refused_with_the_nearest(name: str, meant: str) -> None:
-    said = f"{name} is in the environment and is no setting: write {meant}, or unset it"
+    said = f"{name} is in the environment but is not a setting: write {meant}, or unset it"
     with pytest.raises(KitError, match=f"^{re.escape(said)}$"):
         check_environment(TRAINING, {"PATH": "/bin", name: "1"})
 
@@ -175,7 +175,7 @@ def test_settings_of_any_step_are_no_mistake() -> None:
 
 
 def test_an_experts_flag_is_not_read_from_the_environment() -> None:
-    said = "CORE_ATTENTION=sdpa is not read from the environment: give it as `-- --core-attention=sdpa`, or unset it"
+    said = "CORE_ATTENTION=sdpa is not read from the environment: pass `-- --core-attention=sdpa`, or unset it"
     with pytest.raises(KitError, match=f"^{re.escape(said)}$"):
         check_environment(TRAINING, {"CORE_ATTENTION": "sdpa"})
     check_environment(dataclasses.replace(TRAINING, core_attention="sdpa"), {"CORE_ATTENTION": "sdpa"})

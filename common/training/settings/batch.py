@@ -1,4 +1,4 @@
-"""How much a run trains on at once and in all."""
+"""Batch sizes and the length of a run."""
 
 import math
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from common.settings import option, require
 class BatchSettings:
     """Batch size and length of the run."""
 
-    micro_batch_size: int = option(2, "samples a GPU runs at once")
-    global_batch_size: int = option(16, "samples in one step over all GPUs")
-    epochs: float | None = option(None, "passes over the training data; this or TRAIN_ITERS")
-    train_iters: int | None = option(None, "steps; this or EPOCHS")
-    exit_interval: int | None = option(None, "save and stop at a step that is a multiple of it")
-    exit_duration_min: float | None = option(None, "save and stop this many minutes after the command began")
+    micro_batch_size: int = option(2, "samples per GPU in one forward pass")
+    global_batch_size: int = option(16, "samples in one step, over all GPUs")
+    epochs: float | None = option(None, "passes over the training data; set this or TRAIN_ITERS")
+    train_iters: int | None = option(None, "training steps; set this or EPOCHS")
+    exit_interval: int | None = option(None, "save and exit at the next step divisible by it")
+    exit_duration_min: float | None = option(None, "save and exit this many minutes after the command started")
 
     def check_batch(self, training: bool) -> None:
-        """Raises KitError for values that contradict each other; a run that is `training` needs a length."""
+        """Raises KitError for values out of range, and for `training` without exactly one of EPOCHS and TRAIN_ITERS."""
         for name in ("micro_batch_size", "global_batch_size"):
             require(self, name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("exit_interval", "train_iters"):

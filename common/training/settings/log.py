@@ -1,4 +1,4 @@
-"""What a run measures and reports."""
+"""Logging, evaluation and Weights & Biases."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ class LogSettings:
 
     log_interval: int = option(10, "steps between log lines")
     eval_interval: int = option(100, "steps between evaluations; 0: none")
-    eval_iters: int = option(50, "global batches in one evaluation")
-    max_first_loss: float | None = option(None, "stop if the first loss is above it: the weights are not right")
+    eval_iters: int = option(50, "global batches per evaluation")
+    max_first_loss: float | None = option(None, "stop if the first loss is higher, a sign of wrong weights")
     wandb_project: str | None = option(None, "log to Weights & Biases under this project")
-    wandb_exp_name: str | None = option(None, "name of the run there")
-    wandb_mode: str = option("online", "", ("online", "offline", "disabled"))
-    wandb_save_path: str | None = option(None, "folder for its files")
+    wandb_exp_name: str | None = option(None, "name of the Weights & Biases run")
+    wandb_mode: str = option("online", "Weights & Biases mode", ("online", "offline", "disabled"))
+    wandb_save_path: str | None = option(None, "folder for the files of Weights & Biases")
 
     def check_log(self) -> None:
         """Raises KitError for values out of range."""

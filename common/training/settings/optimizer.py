@@ -1,4 +1,4 @@
-"""Adam, its schedule, and what becomes of a bad step."""
+"""Adam, the learning rate schedule, and the handling of bad steps."""
 
 from dataclasses import dataclass
 
@@ -9,22 +9,24 @@ from common.settings import option, require
 class OptimizerSettings:
     """Optimizer."""
 
-    lr: float = option(6.5e-5, "highest learning rate")
-    min_lr: float = option(2.5e-6, "learning rate at the end")
+    lr: float = option(6.5e-5, "peak learning rate")
+    min_lr: float = option(2.5e-6, "final learning rate")
     lr_warmup_iters: int = option(0, "steps of linear warm-up from 0")
-    lr_decay_style: str = option("cosine", "", ("cosine", "linear", "constant"))
+    lr_decay_style: str = option("cosine", "shape of the learning rate decay", ("cosine", "linear", "constant"))
     weight_decay: float = option(0.01, "not applied to norms and biases")
     adam_beta1: float = option(0.9)
     adam_beta2: float = option(0.999)
     adam_eps: float = option(1e-8)
-    clip_grad: float = option(1.0, "largest gradient norm; 0: no clipping")
+    clip_grad: float = option(1.0, "maximum gradient norm; 0: no clipping")
     optimizer_state: str = option(
         "fp32",
-        "bf16: Adam's moments in bf16, 14 bytes a parameter, not 18; cpu: with master weights on the host, 6 bytes",
+        "bf16: Adam's moments in bf16, 14 bytes per parameter, not 18; cpu: with master weights in host memory, 6",
         ("fp32", "bf16", "cpu"),
     )
-    max_bad_steps: int = option(5, "stop after this many steps in a row whose loss or gradient is not finite; 0: never")
-    skip_grad_norm: float | None = option(None, "skip a step whose gradient norm is above it")
+    max_bad_steps: int = option(
+        5, "stop after this many consecutive steps with a non-finite loss or gradient; 0: never"
+    )
+    skip_grad_norm: float | None = option(None, "skip steps with a larger gradient norm")
 
     def check_optimizer(self) -> None:
         """Raises KitError for values out of range."""

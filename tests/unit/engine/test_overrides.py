@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,11 +14,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from common.engine.config_fields import fields_of
 from common.engine.overrides import OWNERS, describe_overrides, join_words, named_refusals, overrides
 from common.errors import KitError
+from common.model import build
+from common.model.shape.config import QwenConfig
+from common.model.shape.options import ModelOptions
+from common.platforms import PLATFORMS
 from common.settings import add_options, from_namespace, to_flags
 from common.training.settings import TrainSettings
 from common.training.state.optimizer import optimizer_config
 
 CLASSES = {"transformer": TransformerConfig, "ddp": DistributedDataParallelConfig, "optimizer": OptimizerConfig}
+QWEN = QwenConfig(
+    hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    vocab_size=16, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True, max_position_embeddings=64, head_dim=4,
+    dtype="bfloat16",
+)  # fmt: skip
 RUN = ["--save-checkpoint-path=s", "--dataset-path=d", "--epochs=1"]
 
 
@@ -99,6 +109,35 @@ def test_what_a_setting_of_the_kit_sets_is_a_field(section: str) -> None:
         "align_param_gather", "optimizer_cpu_offload", "optimizer_offload_fraction", "gradient_reduce_div_fusion",
         "data_parallel_sharding_strategy", "store_param_remainders", "fp8_param_gather", "rotary_*", "account_for_*",
     }  # fmt: skip
+
+
+def test_fields_that_the_kit_sets_are_refused_but_for_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field that build or the training state sets must be in OWNERS, or an override would replace it in silence."""
+    given: dict[str, set[str]] = {}
+
+    def record(section: str) -> Callable[..., None]:
+        return lambda **fields: given.update({section: set(fields)})
+
+    monkeypatch.setattr(build, "TransformerConfig", record("transformer"))
+    monkeypatch.setattr(optimizer, "OptimizerConfig", record("optimizer"))
+    monkeypatch.setattr(data_parallel, "DistributedDataParallelConfig", record("ddp"))
+    chosen = settings("--recompute=full")
+    options = ModelOptions(precision="bf16", transformer_impl="local", recompute="full")
+    build.transformer_config(QWEN, chosen.sizes, options, PLATFORMS["cpu"])
+    optimizer.optimizer_config(chosen)
+    data_parallel.wrap_model([], chosen)
+    free = {name: fields - owned(name, fields) for name, fields in given.items()}
+    assert free == {
+        # performance alone; activation_func cannot be written on a command line
+        "transformer": {"activation_func", "bias_activation_fusion", "bias_dropout_fusion", "masked_softmax_fusion",
+                        "persist_layer_norm"},
+        "ddp": {"bucket_size"}, "optimizer": set(),
+    }  # fmt: skip
+
+
+def owned(section: str, names: set[str]) -> set[str]:
+    beginnings = tuple(name[:-1] for name in OWNERS[section] if name.endswith("*"))
+    return {name for name in names if name in OWNERS[section] or name.startswith(beginnings or ("*",))}
 
 
 def test_they_reach_the_config_and_the_log() -> None:

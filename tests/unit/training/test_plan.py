@@ -146,7 +146,7 @@ REFUSED_STARTS = [
     (None, None, {}, "no weights to start from: set LOAD_CHECKPOINT_PATH to what step 2 wrote, or HF_MODEL_PATH"),
     (None, None, {"load_checkpoint_path": "{load}"}, "LOAD_CHECKPOINT_PATH={load} holds no checkpoint: give what step"),
     (None, None, {"load_checkpoint_path": "{load}/no"}, "LOAD_CHECKPOINT_PATH={load}/no is no folder: give what step"),
-    (None, 5, {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "{load}"}, "is in torch format already:"),
+    (None, 5, {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "{load}"}, "is already in torch format:"),
     (
         None,
         5,
@@ -222,7 +222,7 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
         (
             "cpu",
             {"seq_length": 1024},
-            "SEQ_LENGTH=1024 is over max_position_embeddings=512 of config.json: use a",
+            "SEQ_LENGTH=1024 exceeds max_position_embeddings=512 in config.json: use a",
         ),
         ("metax", {"async_save": True}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false"),
         ("cpu", {"async_save": True, "ckpt_format": "torch"}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only"),
@@ -231,8 +231,8 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
             {"train_mode": "finetune"},
             'TRAIN_MODE=finetune learns "sft" data: change TRAIN_MODE',
         ),
-        # 104 samples by 4 are 26 steps, of which the last has MIN_LR
-        ("cpu", {"lr_warmup_iters": 25, "seq_length": 16}, "LR_WARMUP_ITERS=25: the run has 26 steps, of which the"),
+        # 104 samples by 4 are 26 steps, the last at MIN_LR
+        ("cpu", {"lr_warmup_iters": 25, "seq_length": 16}, "LR_WARMUP_ITERS=25: the run has 26 steps, the last"),
         ("cpu", {"dataset_path": "/nowhere/a"}, "DATASET_PATH=/nowhere/a is no dataset"),
         ("cpu", {"valid_dataset_path": "/nowhere/b"}, "/nowhere/b is no dataset"),
         ("cpu", {"split": "1,99,0"}, "use more data, another SPLIT or a smaller SEQ_LENGTH"),
@@ -285,7 +285,7 @@ def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, t
     "run, changes, said",
     [
         ({"run": RUN}, {"seq_length": 8}, "(samples_per_epoch 104 -> 208, seq_length 16 -> 8)"),
-        ({"run": RUN}, {"seed": 1}, "(seed 1234 -> 1), so its position in the data has no meaning here: use the same"),
+        ({"run": RUN}, {"seed": 1}, "(seed 1234 -> 1), so its position in the data does not apply: use the same"),
         ({"run": {**RUN, "data": {**RUN["data"], "content": "0" * 16}}}, {}, f"(content {'0' * 16} -> "),
         ({"run": RUN}, {"gpus": 2}, "the optimizer of 1 data-parallel replicas, this run has 2: use as many GPUs"),
         (
@@ -293,7 +293,7 @@ def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, t
             {"gpus": 2, "tp": 2},
             "is in torch format at TP=1 PP=1 VPP=1, this run has TP=2 PP=1 VPP=1:",
         ),
-        ({}, {}, "was not written by this kit's training, so there is no run to resume: set LOAD_CHECKPOINT_PATH"),
+        ({}, {}, "was not written by this kit's training, so it cannot be resumed: set LOAD_CHECKPOINT_PATH"),
     ],
     ids=str,
 )
@@ -305,7 +305,7 @@ def test_a_run_that_cannot_go_on_is_refused(
         plan(data, qwen, save_checkpoint_path=str(save), **changes)
 
 
-def test_the_plan_is_told_a_line_a_subject(data: Path, qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_plan_is_logged_one_line_per_subject(data: Path, qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
     parallel = {"gpus": 8, "tp": 2, "pp": 2, "global_batch_size": 16}
     made = plan(data, qwen, METAX, split="90,10,0", train_iters=12, epochs=None, **parallel)
     caplog.clear()
