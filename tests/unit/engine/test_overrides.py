@@ -20,6 +20,7 @@ from common.model.shape.options import ModelOptions
 from common.platforms import PLATFORMS
 from common.settings import add_options, from_namespace, to_flags
 from common.training.settings import TrainSettings
+from common.training.state import data_parallel, optimizer
 from common.training.state.optimizer import optimizer_config
 
 CLASSES = {"transformer": TransformerConfig, "ddp": DistributedDataParallelConfig, "optimizer": OptimizerConfig}
