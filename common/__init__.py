@@ -11,7 +11,7 @@ Imports point one way (tests/unit/test_layers.py):
     model, data what is trained, and on what
     te          what is asked of Transformer Engine
     locks       one run at a time in a folder
-    settings  log  parallel  platforms  mcore  json_file
+    settings  log  parallel  platforms  mcore  json_file  atomic_file
     errors  start
 """
 

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common.data.dataset.manifest import write_json
+from common.atomic_file import write_json
 from common.data.sources.bad_rows import BadRowError, BadRows
 from common.data.sources.discovery import find_inputs
 from common.data.sources.jsonl import first_row, first_rows, string_field

@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common.data.dataset.manifest import write_json
+from common.atomic_file import write_json
 from common.errors import KitError
 from common.log import logger
 

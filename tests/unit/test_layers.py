@@ -22,7 +22,7 @@ COMMON = ROOT / "common"
 # Lowest first. Parts on one layer do not know each other.
 LAYERS = [
     {"errors", "start"},
-    {"settings", "log", "parallel", "platforms", "mcore", "json_file"},
+    {"settings", "log", "parallel", "platforms", "mcore", "json_file", "atomic_file"},
     {"te", "locks"},
     {"model", "data"},
     {"checkpoint"},

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.atomic_file import sync
 from common.checkpoint.formats.layout import TRACKER
 from common.checkpoint.formats.model_files import REPORT
-from common.data.dataset.indexed_dataset import sync
 from common.errors import KitError
 from common.locks import lock
 

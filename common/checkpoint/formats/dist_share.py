@@ -17,11 +17,11 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from common.atomic_file import sync
 from common.checkpoint.formats.archive import ALIGNMENT, ArchiveWriter, of_size, write_archive
 from common.checkpoint.io.checksums import CHECKSUMS, Facts
 from common.checkpoint.io.disk import Writer, ahead
 from common.checkpoint.io.lazy import LazyTensor
-from common.data.dataset.indexed_dataset import sync
 
 DATA_FILE = "__0_0.distcp"
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.data.dataset.indexed_dataset import sync
+from common.atomic_file import sync
 from common.errors import KitError
 
 TRACKER = "latest_checkpointed_iteration.txt"

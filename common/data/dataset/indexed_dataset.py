@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from common.atomic_file import sync
 from common.data.dataset.idx_file import DTYPES, HEADER, MAGIC, open_idx
 from common.errors import KitError
 
@@ -42,15 +43,6 @@ def bin_path(prefix: Path) -> Path:
 def idx_path(prefix: Path) -> Path:
     """The index file of `prefix`."""
     return Path(f"{prefix}.idx")
-
-
-def sync(path: Path) -> None:
-    """Flushes a file, or the renames in a folder, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _open(path: str) -> BinaryIO:

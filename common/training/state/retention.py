@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.atomic_file import write_json
 from common.checkpoint.formats.layout import iteration_dir, list_iterations
-from common.data.dataset.manifest import write_json
 from common.log import logger
 from common.training.settings import TrainSettings
 from common.training.state.run_folder import RunFolder

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common.atomic_file import sync
 from common.checkpoint.formats.layout import list_iterations
 from common.checkpoint.formats.model_files import model_files
 from common.checkpoint.formats.size import checkpoint_bytes
-from common.data.dataset.indexed_dataset import sync
 from common.errors import KitError
 from common.log import logger
 from common.training.planning.plan import Plan

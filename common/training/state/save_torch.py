@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from common.atomic_file import sync
 from common.checkpoint.formats.arguments import megatron_arguments
 from common.checkpoint.formats.layout import MODEL_FILE, OPTIMIZER_FILE, rank_dir_name
 from common.checkpoint.formats.pipeline import Layout
-from common.data.dataset.indexed_dataset import sync
 from common.model.build import unwrap
 from common.training.launching.process_group import random_state
 from common.training.planning.plan import Plan, Progress
