@@ -9,9 +9,8 @@ Imports point one way (tests/unit/test_layers.py):
     training    the loop
     checkpoint  weights on disk
     model, data what is trained, and on what
-    te          what is asked of Transformer Engine
     locks       one run at a time in a folder
-    settings  log  parallel  platforms  mcore  json_file  atomic_file
+    settings  log  parallel  platforms  engine  json_file  atomic_file
     errors  start
 """
 

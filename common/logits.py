@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import errors, log, mcore
+from common import errors, log
 from common.checkpoint.conversion.streams import Source, hf_tensors, rank_chunks
 from common.checkpoint.formats.layout import Checkpoint, find_checkpoint
 from common.checkpoint.formats.megatron_folder import open_megatron
 from common.checkpoint.formats.pipeline import Layout
+from common.engine import installation
 from common.errors import KitError
 from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
@@ -143,7 +144,7 @@ def main() -> None:
         raise KitError("--text is empty: give at least one word")
     theirs = hugging_face_outputs(folder, tokens)
     alone_in_a_group()
-    mcore.prepare(CPU)
+    installation.prepare(CPU)
     lines, first = compare(megatron_outputs(checkpoint, load_config(folder), tokens), theirs)
     print(*lines, sep="\n")
     if first:

@@ -6,11 +6,12 @@ Every flag takes a value (`--append-eod true`), so a script passes a setting as 
 
 import argparse
 import dataclasses
+import inspect
 import os
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,34 +33,68 @@ def option(default: Any = dataclasses.MISSING, help: str = "", choices: Sequence
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Gives `parser` one flag for each field of the dataclass `settings`."""
+    """Gives `parser` one flag for each field of the dataclass `settings`.
+
+    Where several dataclasses make it up, each has a heading: the first line of its docstring. A field of the type
+    `tuple[str, ...]` is a flag that may be repeated.
+    """
     kinds = typing.get_type_hints(settings)
-    for field in dataclasses.fields(settings):
-        required = field.default is dataclasses.MISSING
-        default = None if required else field.default
-        told = "" if required or default is None else f" (default: {_shown(default)})"
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=_reader(kinds[field.name]),
-            required=required,
-            default=default,
-            choices=field.metadata.get("choices") or None,
-            metavar=None if field.metadata.get("choices") else _kind_name(kinds[field.name]),
-            help=(field.metadata.get("help", "") + told).replace("%", "%%"),
-        )
+    for heading, fields in _by_heading(settings):
+        group = parser.add_argument_group(heading) if heading else parser
+        for field in fields:
+            _add_option(group, field, kinds[field.name])
+
+
+def _by_heading(settings: type) -> Iterator[tuple[str | None, list[dataclasses.Field[Any]]]]:
+    fields = dataclasses.fields(settings)
+    if len(settings.__bases__) == 1:
+        yield None, list(fields)
+        return
+    for group in (*reversed(settings.__bases__), settings):
+        names = inspect.get_annotations(group)
+        yield (group.__doc__ or "").split("\n")[0].rstrip("."), [field for field in fields if field.name in names]
+
+
+def _add_option(group: Any, field: dataclasses.Field[Any], kind: Any) -> None:
+    required = field.default is dataclasses.MISSING
+    default = None if required else field.default
+    repeated = typing.get_origin(kind) is tuple
+    told = "" if required or repeated or default is None else f" (default: {_shown(default)})"
+    group.add_argument(
+        "--" + field.name.replace("_", "-"),
+        action="append" if repeated else "store",
+        type=str if repeated else _reader(kind),
+        required=required,
+        default=None if repeated else default,
+        choices=field.metadata.get("choices") or None,
+        metavar=None if field.metadata.get("choices") else _kind_name(kind),
+        help=(field.metadata.get("help", "") + told).replace("%", "%%"),
+    )
 
 
 def from_namespace(settings: type[T], namespace: argparse.Namespace) -> T:
     """An instance of `settings` with the values of its flags."""
-    names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
-    return settings(**{name: getattr(namespace, name) for name in names})
+    fields = dataclasses.fields(settings)  # type: ignore[arg-type]
+    values = {field.name: getattr(namespace, field.name) for field in fields}
+    repeated = {field.name for field in fields if isinstance(field.default, tuple)}
+    return settings(**{name: tuple(value or ()) if name in repeated else value for name, value in values.items()})
 
 
 def to_flags(settings: Any) -> list[str]:
     """The command line that gives `settings` again; fields that are None are left out."""
-    values = ((field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings))
-    # NAME=VALUE in one word: a value may begin with a dash.
-    return [f"--{name.replace('_', '-')}={_shown(value)}" for name, value in values if value is not None]
+    flags = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        # NAME=VALUE in one word: a value may begin with a dash.
+        flags += [f"--{field.name.replace('_', '-')}={_shown(each)}" for each in values]
+    return flags
+
+
+def require(settings: Any, name: str, holds: bool, rule: str) -> None:
+    """Raises KitError with the setting's value and `rule` unless it holds."""
+    if not holds:
+        raise KitError(f"{name.upper()}={getattr(settings, name)}: {rule}")
 
 
 def _shown(value: Any) -> str:

@@ -6,8 +6,11 @@ Each of those runs this module again, finds torchrun's variables in its environm
 import argparse
 import logging
 import os
+import sys
 
-from common import errors, log, mcore
+from common import errors, log
+from common.engine import installation
+from common.engine.overrides import join_words
 from common.errors import KitError
 from common.log import logger
 from common.platforms import check_machine, current
@@ -27,10 +30,10 @@ def main() -> None:
     )
     add_options(parser, TrainSettings)
     parser.add_argument("--check", action="store_true", help="check the settings, the model and the data, and stop")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(join_words(sys.argv[1:]))
     log.setup()
     settings = from_namespace(TrainSettings, arguments)
-    mcore.check_origin()
+    installation.check_origin()
     signals.hold()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         train(settings)
@@ -44,7 +47,7 @@ def train(settings: TrainSettings) -> None:
     requests = signals.listen_in_rank()
     platform = current()
     log.quiet_libraries()
-    mcore.prepare(platform)
+    installation.prepare(platform)
     if settings.deterministic:
         determinism.apply()
     logger.setLevel(logging.WARNING)  # the process that started this one has told what the plan is

@@ -7,8 +7,8 @@
 #
 # Other bases by --build-arg, CUDA 12.4 or later each / 其他基础镜像（CUDA 12.4 起）：
 #   BASE_IMAGE=cr.infini-ai.com/infini-ai/ngc:pytorch-24.03-py3       a mirror of the same image / 同一镜像的镜像站
-#   BASE_IMAGE=nvcr.io/nvidia/pytorch:25.06-py3 MEGATRON_CORE=0.16.1  newer: torch 2.6 and later / 更新的镜像
-#   BASE_IMAGE=pytorch/pytorch:2.11.0-cuda13.0-cudnn9-devel MEGATRON_CORE=0.16.1
+#   BASE_IMAGE=nvcr.io/nvidia/pytorch:25.06-py3 MEGATRON_CORE=0.19.2  newer: torch 2.6 and later / 更新的镜像
+#   BASE_IMAGE=pytorch/pytorch:2.11.0-cuda13.0-cudnn9-devel MEGATRON_CORE=0.19.2
 #                                 without Transformer Engine and apex: both are built, which takes long / 需编译两者
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:24.03-py3
 
@@ -30,7 +30,8 @@ ARG PIP_INDEX_URL=
 ARG APT_MIRROR=
 # System packages that a platform asks for, as Infini-AI's dev machines: "openssh-server sudo runit runit-systemd".
 ARG PLATFORM_PACKAGES=
-# 0.14.0 accepts torch 2.3; 0.16.1 wants torch 2.6 or later. The kit refuses what lies between.
+# 0.14.0 accepts torch 2.3; 0.19.2 needs torch 2.6 and Python 3.12 or later, 0.16.1 is for Python 3.10 and 3.11. The kit
+# refuses other versions.
 ARG MEGATRON_CORE=0.14.0
 # The kit's user and the owner of its files; 0 is root.
 ARG USER_ID=0

@@ -6,19 +6,20 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
-from common import mcore
 from common.doctor.finding import Finding, judge
+from common.engine import installation
+from common.engine.versions import range_for_torch
 from common.errors import KitError
 from common.platforms.base import Platform
 
-# From this torch on: the megatron-core and the transformers that import, train and save there. Found by running them;
-# transformers' own floors are 2.2 (4.56), 2.4 (5.1), 2.5 (5.15) and 2.6 (5.20), megatron-core's 2.6 (0.16).
-FITS = (
-    ((2, 6), ">=0.11,<0.17", ">=4.47,<6"),
-    ((2, 5), ">=0.11,<0.15", ">=4.47,<5.20"),
-    ((2, 4), ">=0.11,<0.15", ">=4.47,<5.15"),
-    ((2, 2), ">=0.11,<0.15", ">=4.47,<5"),
-    ((2, 1), ">=0.11,<0.12", ">=4.47,<4.56"),
+# From this torch on: the transformers that imports, trains and saves there. Found by running them; transformers' own
+# floors are 2.2 (4.56), 2.4 (5.1), 2.5 (5.15) and 2.6 (5.20).
+TRANSFORMERS = (
+    ((2, 6), ">=4.47,<6"),
+    ((2, 5), ">=4.47,<5.20"),
+    ((2, 4), ">=4.47,<5.15"),
+    ((2, 2), ">=4.47,<5"),
+    ((2, 1), ">=4.47,<4.56"),
 )
 # What the kit and megatron-core import besides; torch, megatron-core and transformers are told by themselves.
 NEEDED = ("numpy", "packaging", "tokenizers", "safetensors", "jinja2", "tqdm", "psutil", "pydantic")
@@ -64,15 +65,15 @@ def look_at_torch(platform: Platform, told: tuple[bool, Any], no_device: bool) -
 def look_at_megatron(told: tuple[bool, Any], no_device: bool) -> list[Finding]:
     """megatron-core: its version, where it is imported from, and that all training needs of it imports."""
     try:
-        mcore.check_installed()
-        origin = mcore.check_origin()
+        installation.check_installed()
+        origin = installation.check_origin()
     except KitError as error:
         found, _, remedy = str(error).partition(": ")
         return [Finding("megatron-core", "fail", found, remedy)]
     except metadata.PackageNotFoundError as error:
         return [Finding("megatron-core", "fail", f"it needs {error.name}, which is not there", f"install {error.name}")]
     # A warning: its own import, below, tells whether it works; what it declares and what was tried may be narrower.
-    wanted = _wanted(1)
+    wanted = range_for_torch(_installed_torch())
     remedy = f"pip install 'megatron-core{wanted}' {KEEP_TORCH}"
     findings = [fits("megatron-core", version("megatron-core"), wanted, remedy, "warn")]
     works, said = _excused(told, no_device)
@@ -83,7 +84,7 @@ def look_at_megatron(told: tuple[bool, Any], no_device: bool) -> list[Finding]:
 
 def look_at_transformers(platform: Platform) -> Finding:
     """transformers in the range that torch allows: one outside breaks at import, or refuses torch."""
-    text, wanted = version("transformers"), _wanted(2)
+    text, wanted = version("transformers"), _transformers_range()
     remedy = f"pip install 'transformers{wanted}' {KEEP_TORCH}" if version("torch") else how_to_install(platform)
     return fits("transformers", text, wanted, remedy)
 
@@ -144,10 +145,16 @@ def version(name: str) -> str:
         return ""
 
 
-def _wanted(column: int) -> str:
-    """The range in FITS for the installed torch: the oldest row's where it is older still, the newest's without any."""
-    torch = tuple(_numbers(version("torch") or "99.0"))
-    return str(next((row for row in FITS if torch >= row[0]), FITS[-1])[column])
+def _transformers_range() -> str:
+    """The range in TRANSFORMERS for the installed torch; the oldest row's where it is older still."""
+    torch = _installed_torch()
+    return next((text for oldest, text in TRANSFORMERS if torch >= oldest), TRANSFORMERS[-1][1])
+
+
+def _installed_torch() -> tuple[int, int]:
+    """Its major and minor version; above all versions where it is not installed."""
+    major, minor = _numbers(version("torch") or "99.0")
+    return major, minor
 
 
 def _numbers(text: str) -> list[int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from common import mcore
+from common.engine.installation import prepare
 from common.platforms import current
 from common.start import from_kit
 
@@ -142,7 +142,7 @@ def quack_kernels() -> str:
 
 def megatron() -> str:
     """Megatron-Core's model, optimizer and checkpoints, as training imports them."""
-    mcore.prepare(current())
+    prepare(current())
     import common.training.loop.run  # noqa: F401
 
     return "imports, as training does"

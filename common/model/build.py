@@ -9,7 +9,11 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from common.mcore import chunk_place, first_and_last_differ, single_qkv_rope, weight_gradient_fusion
+from common.engine.overrides import named_refusals, overrides
+from common.engine.patches import single_qkv_rope, weight_gradient_fusion
+from common.engine.pipeline_layers import first_and_last_differ
+from common.engine.transformer_engine import fp8_options
+from common.engine.versions import installed_engine
 from common.model.kernels.selection import Kernels, choose_kernels, with_working_kernels
 from common.model.layers.gated_mlp import use
 from common.model.layers.gpt import QwenModel
@@ -20,7 +24,6 @@ from common.model.shape.options import ModelOptions
 from common.model.shape.rope import yarn_frequencies
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
-from common.te import fp8_options
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -32,7 +35,8 @@ def transformer_config(
     dtype = DTYPES[options.precision]
     fused = platform.fused_kernels
     engine = options.transformer_impl == "transformer_engine"
-    return TransformerConfig(
+    return _with_overrides(
+        options.mcore,
         num_layers=qwen.num_hidden_layers,
         hidden_size=qwen.hidden_size,
         ffn_hidden_size=qwen.intermediate_size,
@@ -80,6 +84,12 @@ def transformer_config(
         **fp8_options(options.fp8_format, options.fp8_recipe),
         **_recompute(options),
     )
+
+
+def _with_overrides(mcore: tuple[str, ...], **fields: Any) -> TransformerConfig:
+    """The config of `fields`, and of those that are set by name; raises KitError where Megatron-Core refuses them."""
+    with named_refusals(mcore):
+        return TransformerConfig(**{**fields, **overrides(mcore)["transformer"]})
 
 
 def pipeline_options(chunk_layers: tuple[int, ...], vpp: int) -> dict[str, Any]:
@@ -139,7 +149,7 @@ def _chunk(
 ) -> torch.nn.Module:
     chunk = index * sizes.pp + parallel_state.get_pipeline_model_parallel_rank()
     num_layers = qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers)[chunk]
-    first, last, more = chunk_place(index, sizes.vpp)
+    first, last, more = installed_engine().chunk_place(index, sizes.vpp)
     model = QwenModel(
         num_tokens=qwen.vocab_size,
         loss_kernels=kernels.loss,

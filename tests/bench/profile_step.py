@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from common import log, mcore
+from common import log
+from common.engine.installation import prepare
 from common.platforms import current
 from common.settings import add_options, from_namespace
 from common.training.settings import TrainSettings
@@ -46,7 +47,7 @@ def main() -> None:
     log.setup()
     log.quiet_libraries()
     platform = current()
-    mcore.prepare(platform)
+    prepare(platform)
     from common.training.launching.process_group import process_group
     from common.training.loop.metrics import attention_flops_per_token, flops_per_token
     from common.training.loop.run import begin, open_batches

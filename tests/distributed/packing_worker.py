@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common import log, mcore
+from common import log
+from common.engine.installation import prepare
 from common.platforms.cpu import CPU
 from common.training.planning.plan import Plan
 from tests.distributed.worker import plan_of
@@ -164,7 +165,7 @@ def compare_joined(plan: Plan, packed: Batch, apart: Batch) -> dict[str, Any]:
 
 def main() -> None:
     log.quiet_libraries()
-    mcore.prepare(CPU)
+    prepare(CPU)
     from common.training.launching.process_group import process_group
 
     task = json.loads(sys.argv[1])

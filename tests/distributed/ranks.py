@@ -16,7 +16,8 @@ import sys
 import time
 from typing import Any
 
-from common import log, mcore
+from common import log
+from common.engine import installation
 from common.platforms.cpu import CPU
 
 
@@ -60,8 +61,8 @@ def act(job: dict[str, Any], rank: int) -> None:
 def main() -> None:
     """Forks each job's processes, until there are no more jobs."""
     log.quiet_libraries()
-    mcore.prepare(CPU)
-    mcore.prepare = lambda platform: None  # it is done, and is not to be done twice
+    installation.prepare(CPU)
+    installation.prepare = lambda platform: None  # it is done, and is not to be done twice
     import common.training.loop.run  # noqa: F401  what every rank imports
 
     gc.freeze()  # else a rank's first collection copies the memory that it shares with the others

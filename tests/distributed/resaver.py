@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from common import errors, train
-from common.mcore import OPTIMIZER_SHARDING, content_metadata, save_options
+from common.engine.dist_checkpointing import OPTIMIZER_SHARDING, content_metadata, save_options
 from common.training.loop import run as loop
 from common.training.state import load
 from common.training.state.contents import _sharded, describe_run, model_shards, random_state

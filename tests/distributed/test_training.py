@@ -228,6 +228,19 @@ def test_bf16_recompute_evaluation_and_asynchronous_saving_work_together(work: P
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
 
 
+def test_fields_of_megatron_core_are_set_by_name(work: Path) -> None:
+    chosen = settings(work, "pretrain", train_iters=2, gpus=2, recompute="selective")
+    plain = train_forked(**chosen, save_checkpoint_path=work / "mcore_plain")
+    flags = words({**chosen, "master_port": free_port()})
+    given = ["--mcore.transformer.recompute_modules", "core_attn", "mlp", "--mcore.ddp.bucket_size", "1000"]
+    log = run("-m", "common.train", *given, *flags, f"--save-checkpoint-path={work / 'mcore'}")
+    assert "megatron-core's transformer config: recompute_modules = ['core_attn', 'mlp']" in log
+    assert "megatron-core's ddp config: bucket_size = 1000" in log and "megatron-core's" not in plain
+    assert steps(log) == steps(plain) and len(steps(log)) == 2
+    wrong = run("-m", "common.train", "--mcore.ddp.bucket_sise", "1", *flags, "--save-checkpoint-path=x", expect=2)
+    assert "has no such field; did you mean bucket_size?" in wrong
+
+
 def test_a_torch_checkpoint_of_other_sizes_is_refused_before_any_process_starts(work: Path) -> None:
     start = convert(work / "qwen", work / "other_sizes", tp=2, pp=1, transformer_impl="local")
     flags = settings(work, "pretrain", save_checkpoint_path=work / "refused", train_iters=1)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common import log, mcore
+from common import log
 from common.checkpoint.formats.layout import find_checkpoint
+from common.engine.installation import prepare
 from common.model.shape.config import load_config
 from common.parallel import ParallelSizes
 from common.platforms.cpu import CPU
@@ -87,7 +88,7 @@ def gradients_of(plan: Plan, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
 def main() -> None:
     """Does each run."""
     log.quiet_libraries()
-    mcore.prepare(CPU)
+    prepare(CPU)
     from common.training.launching.process_group import process_group
 
     task = json.loads(sys.argv[1])

@@ -138,7 +138,7 @@ def test_an_old_python_is_refused(tmp_path: Path) -> None:
     ("image", "packages", "program", "megatron"),
     [
         ("nvidia", NGC_24_03, python("3.10"), "0.14.0"),
-        ("nvidia", NGC_25_06, python("3.12"), "0.16.1"),
+        ("nvidia", NGC_25_06, python("3.12"), "0.19.2"),
         ("metax", MACA_2_27, python("3.10"), "0.11.0"),
     ],
     ids=["ngc 24.03", "ngc 25.06", "maca 2.27"],

@@ -114,8 +114,8 @@ def test_versions_that_do_not_go_together_are_told(
 ) -> None:
     versions = {"torch": torch, "megatron-core": megatron, "transformers": transformers}
     monkeypatch.setattr(packages, "version", versions.get)
-    monkeypatch.setattr(packages.mcore, "check_installed", lambda: None)
-    monkeypatch.setattr(packages.mcore, "check_origin", lambda: Path("/site/megatron/core/__init__.py"))
+    monkeypatch.setattr(packages.installation, "check_installed", lambda: None)
+    monkeypatch.setattr(packages.installation, "check_origin", lambda: Path("/site/megatron/core/__init__.py"))
     found = [*packages.look_at_megatron((True, "imports"), False), packages.look_at_transformers(NVIDIA)]
     assert [each.subject for each in found if each.status != "ok"] == failed
     assert all("pip install" in each.remedy and "--no-deps" in each.remedy for each in found if each.status != "ok")
@@ -312,6 +312,10 @@ def test_the_versions_that_are_asked_for_take_in_what_each_lane_pins(
     assert {name for name, _ in versions} >= {"megatron-core", "transformers"}
     installed = {"torch": torch[lane]} if lane in torch else {}
     monkeypatch.setattr(packages, "version", lambda name: {**dict(versions), **installed}.get(name, ""))
-    for column, name in ((1, "megatron-core"), (2, "transformers")):
-        for version in {version for each, version in versions if each == name}:
-            assert packages.fits(name, version, packages._wanted(column), "").status == "ok", (name, version)
+    ranges = {
+        "megatron-core": packages.range_for_torch(packages._installed_torch()),
+        "transformers": packages._transformers_range(),
+    }
+    for name, version in versions:
+        if name in ranges:
+            assert packages.fits(name, version, ranges[name], "").status == "ok", (name, version)

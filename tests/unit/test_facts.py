@@ -99,12 +99,12 @@ def test_the_process_group_is_of_the_platforms_backend() -> None:
     program = """
 import os
 from dataclasses import replace
-from common import mcore
+from common.engine.installation import prepare
 from common.parallel import ParallelSizes
 from common.platforms import on_cpu
 from common.platforms.metax import METAX
 platform = on_cpu(METAX)
-mcore.prepare(platform)
+prepare(platform)
 from common.training.launching.process_group import process_group
 import torch.distributed as dist
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")

@@ -22,8 +22,8 @@ COMMON = ROOT / "common"
 # Lowest first. Parts on one layer do not know each other.
 LAYERS = [
     {"errors", "start"},
-    {"settings", "log", "parallel", "platforms", "mcore", "json_file", "atomic_file"},
-    {"te", "locks"},
+    {"settings", "log", "parallel", "platforms", "engine", "json_file", "atomic_file"},
+    {"locks"},
     {"model", "data"},
     {"checkpoint"},
     {"training", "demo"},

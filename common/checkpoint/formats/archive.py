@@ -13,7 +13,6 @@ import io
 import itertools
 import pickle
 import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import IO, Any, Protocol
 import torch
 from torch import Tensor
 
+from common.checkpoint.io.crc32 import crc32
 from common.checkpoint.io.disk import DiskFile, ahead
 from common.checkpoint.io.lazy import LazyTensor
 from common.checkpoint.untrusted.archive_reader import ArchiveReader
@@ -164,7 +164,7 @@ class _ZipWriter:
         self._put(encoded + extra)
         checksum, end = 0, self.position + size
         for block in blocks:
-            checksum = zlib.crc32(block, checksum)
+            checksum = crc32(block, checksum)
             self._put(block)
         assert self.position == end, (name, self.position, end)
         self._put(struct.pack("<4sIQQ" if wide else "<4sIII", b"PK\7\x08", checksum, size, size))

@@ -7,7 +7,6 @@ Source: _write_item and _StorageInfo in torch/distributed/checkpoint/filesystem.
 
 import json
 import pickle
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from common.atomic_file import sync
 from common.checkpoint.formats.archive import ALIGNMENT, ArchiveWriter, of_size, write_archive
 from common.checkpoint.io.checksums import CHECKSUMS, Facts
+from common.checkpoint.io.crc32 import crc32
 from common.checkpoint.io.disk import Writer, ahead
 from common.checkpoint.io.lazy import LazyTensor
 
@@ -125,7 +125,7 @@ def write_rest(folder: Path, shares: Sequence[Share], common: dict[str, Any]) ->
         "metadata.json": json.dumps(BACKEND | COMMON).encode(),
         ".metadata": pickle.dumps(metadata_of(shares)),  # without it the folder is no checkpoint
     }
-    files |= {name: {"bytes": len(content), "crc32": zlib.crc32(content)} for name, content in rest.items()}
+    files |= {name: {"bytes": len(content), "crc32": crc32(content)} for name, content in rest.items()}
     for name, content in {CHECKSUMS: json.dumps(files).encode(), **rest}.items():
         with (folder / name).open("wb") as file:
             file.write(content)

@@ -7,7 +7,6 @@ Source: megatron/core/dist_checkpointing/strategies/torch.py and torch/distribut
 """
 
 import gc
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint import metadata as dcp
 
 from common.checkpoint.formats.archive import MappedFile
 from common.checkpoint.io.checksums import check_inside, check_size, check_small_files, read_facts
+from common.checkpoint.io.crc32 import crc32
 from common.checkpoint.io.disk import load
 from common.checkpoint.io.lazy import in_rows, tensor_bytes
 from common.checkpoint.io.rectangles import Rectangle, fault_of_cover
@@ -176,7 +176,7 @@ class Checksum:
     def take(self, values: Tensor) -> None:
         """Takes the next part of the block; raises KitError after the last where the data is not what was written."""
         data = tensor_bytes(values)
-        self.found, self.left = zlib.crc32(data, self.found), self.left - data.nbytes
+        self.found, self.left = crc32(data, self.found), self.left - data.nbytes
         if not self.left and self.found != self.expected:
             raise KitError(
                 f"{self.path} is damaged: a block has not the checksum that it was written with: copy it again"

@@ -1,11 +1,11 @@
 """checksums.json of a torch_dist checkpoint: of each file its size and CRC-32. Older checkpoints have none."""
 
 import os
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from common.checkpoint.io.crc32 import crc32
 from common.checkpoint.io.disk import BLOCK_BYTES, DiskFile, ahead, load
 from common.errors import KitError
 from common.json_file import read_json, shown
@@ -51,7 +51,7 @@ def check_small_files(folder: Path, facts: Facts) -> None:
         except OSError as error:
             raise KitError(f"{path} cannot be read ({error.strerror}): {REMEDY}") from error
         check_size(path, len(content), facts)
-        _compare(path, zlib.crc32(content), facts)
+        _compare(path, crc32(content), facts)
 
 
 def check_all_files(folder: Path, done: Callable[[int], None] = lambda size: None) -> int:
@@ -72,7 +72,7 @@ def _check_file(path: Path, facts: Facts) -> int:
     check_size(path, path.stat().st_size, facts)
     data, checksum = DiskFile(path).bytes, 0
     for part in ahead(load(part) for part in data.split(BLOCK_BYTES)):
-        checksum = zlib.crc32(part.numpy().data, checksum)
+        checksum = crc32(part.numpy().data, checksum)
     _compare(path, checksum, facts)
     return data.numel()
 

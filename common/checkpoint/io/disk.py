@@ -13,7 +13,6 @@ import os
 import stat
 import threading
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.checkpoint.io.crc32 import crc32
 from common.errors import KitError
 
 T = TypeVar("T")
@@ -286,7 +286,7 @@ class Writer:
         self._free.append(block)
 
     def _sum(self, block: Any, size: int) -> None:
-        self._checksum = zlib.crc32(block[:size].data, self._checksum)
+        self._checksum = crc32(block[:size].data, self._checksum)
 
     def _put(self, block: Any, size: int, start: int) -> None:
         """Writes `size` bytes at `start`; what is over in the last sector is cut off in the end."""

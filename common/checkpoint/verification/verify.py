@@ -7,7 +7,6 @@ on the Megatron side, and every element of the Megatron side must be one of them
 
 import itertools
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from common.checkpoint.formats.layout import MODEL_FILE, Checkpoint
 from common.checkpoint.formats.vocabulary import Padding
+from common.checkpoint.io.crc32 import crc32
 from common.checkpoint.io.disk import BLOCK_BYTES, ahead
 from common.checkpoint.io.lazy import all_finite, same_bits, tensor_bytes
 from common.checkpoint.verification.proof_files import DistTensors, HfTensor, HfTensors, Stored, num_bytes, rank_state
@@ -228,7 +228,7 @@ class _Checksum:
     def add(self, row: int, block: Tensor) -> None:
         """Takes the rows of `block`, the first of which is the tensor's number `row`."""
         if row == self.rows:
-            self.value = zlib.crc32(tensor_bytes(block), self.value)
+            self.value = crc32(tensor_bytes(block), self.value)
             self.rows += len(block)
 
 

@@ -19,9 +19,9 @@ import torch
 from megatron.core import parallel_state
 from torch.nn.functional import silu
 
+from common.engine.patches import fuse_rotary_embedding, joins_norms, use_kernels
 from common.errors import KitError
 from common.log import logger
-from common.mcore import fuse_rotary_embedding, joins_norms, use_kernels
 from common.model.kernels.quack_products import QuackProducts
 from common.model.layers import gated_mlp
 from common.model.layers.attention import KINDS, SdpaAttention, choose

@@ -8,6 +8,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from common.engine.versions import installed_engine
 from common.model.layers.attention import SdpaAttention
 from common.model.layers.norm import RMSNorm
 from common.model.layers.residual_norm import JoinedRMSNorm, normed_linear
@@ -33,7 +34,8 @@ def block_spec(
             parts.self_attention.submodules.core_attention = core_attention
         if not joined_norms:
             return layer
-        parts.self_attention.submodules.linear_qkv = parts.mlp.submodules.linear_fc1 = normed_linear()
+        mlp = installed_engine().mlp_submodules(parts)
+        parts.self_attention.submodules.linear_qkv = mlp.linear_fc1 = normed_linear()
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=JoinedRMSNorm)
     norm = JoinedRMSNorm if joined_norms else RMSNorm
     layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm)

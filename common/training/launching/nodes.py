@@ -4,16 +4,15 @@ import platform as python_platform
 import socket
 from dataclasses import fields
 from importlib import metadata
-from pathlib import Path
 
 from common.data.dataset.blended_dataset import read_blend
 from common.data.dataset.file_hash import DATA_SAMPLES, HASHED, hash_file, hash_samples
 from common.data.dataset.indexed_dataset import bin_path, idx_path
+from common.settings import KIT
 from common.training.planning.plan import Plan, Start
 
 Facts = dict[str, str]
 
-KIT = Path(__file__).parents[2]
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "transformers", "numpy")
 # A node's own; a folder may bear another name on each node, so what lies in it is compared instead.
 NOT_COMPARED = (

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from common import te
+from common.engine import transformer_engine
 from common.errors import KitError
 from common.platforms.base import Platform
 from common.training.planning.plan import Plan
@@ -64,7 +64,7 @@ def what_takes_less(plan: Plan) -> str:
 def has_bf16_moments(platform: Platform) -> bool:
     """Whether OPTIMIZER_STATE=bf16 would be taken here."""
     try:
-        te.check_optimizer_state("bf16")
+        transformer_engine.check_optimizer_state("bf16")
     except KitError:
         return False
     return platform.transformer_engine

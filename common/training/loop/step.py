@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from common.data.dataset.data_loader import Batch
+from common.engine.optimizer import clip_gradients
 from common.log import listed
-from common.mcore import clip_gradients
 from common.model.layers.attention import block_causal_mask, joined_rows
 from common.training.planning.plan import Plan
 from common.training.state.training_state import TrainingState, optimizer_parts

@@ -2,9 +2,11 @@
 
 from importlib.util import find_spec
 
-from common import te
+from common.engine import transformer_engine
+from common.engine.patches import joins_norms
+from common.engine.pipeline_layers import check_pipeline_layers
+from common.engine.versions import first_version_with
 from common.errors import KitError
-from common.mcore import check_pipeline_layers, joins_norms
 from common.model.shape.config import QwenConfig
 from common.platforms.base import Platform
 from common.training.planning import determinism
@@ -79,11 +81,12 @@ def check_fused_products(settings: TrainSettings, platform: Platform, *, engine:
     """Raises KitError for what matrix products with SwiGLU inside cannot do."""
     if not platform.fused_kernels:
         raise KitError(f"FUSED_PRODUCTS=true needs an NVIDIA GPU, and this is {platform.name}: set it to auto")
+    norms_since = first_version_with(lambda megatron: megatron.fused_residual_norms)
     against = {
         f"PRECISION={settings.precision}": settings.precision != "bf16",
         f"FP8_FORMAT={settings.fp8_format}": settings.fp8_format != "none",
         "TP_COMM_OVERLAP=true": settings.tp_comm_overlap,
-        "a megatron-core before 0.16 under Transformer Engine's layers": engine and not joins_norms(),
+        f"a megatron-core before {norms_since} under Transformer Engine's layers": engine and not joins_norms(),
     }
     for setting, given in against.items():
         if given:
@@ -101,13 +104,13 @@ def check_packages(settings: TrainSettings, platform: Platform) -> None:
     Told by the launcher, before any process: from package metadata, and from where an import would look.
     """
     if (settings.transformer_impl or platform.transformer_impl) == "transformer_engine":
-        te.check_engine()
+        transformer_engine.check_engine()
         for setting in kept_apart(settings):
-            te.check_packed_sequences(setting)
+            transformer_engine.check_packed_sequences(setting)
     if settings.tp_comm_overlap:
-        te.check_tp_comm_overlap()
-    te.check_fp8(settings.fp8_format, settings.fp8_recipe)
-    te.check_optimizer_state(settings.optimizer_state)
+        transformer_engine.check_tp_comm_overlap()
+    transformer_engine.check_fp8(settings.fp8_format, settings.fp8_recipe)
+    transformer_engine.check_optimizer_state(settings.optimizer_state)
     kernels = {
         ("core_attention", "flash_attn"): ("flash_attn", "the vendor's build of it"),
         ("core_attention", "flash_attn_4"): ("flash_attn", "requirements/hopper.txt"),

@@ -12,9 +12,11 @@ from common.checkpoint.verification.harmless import check_harmless
 from common.data.dataset.blended_dataset import BlendedDataset
 from common.data.dataset.sample_dataset import SampleDataset
 from common.data.dataset.shuffle import order_name
+from common.engine.dist_checkpointing import check_optimizer_sharding
+from common.engine.installation import check_installed
+from common.engine.overrides import describe_overrides, overrides
 from common.errors import KitError
 from common.log import logger
-from common.mcore import check_installed, check_optimizer_sharding
 from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
@@ -98,6 +100,7 @@ class Plan:
 def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     """The plan of `settings` on `platform`; raises KitError for all that can be known to be wrong beforehand."""
     check_installed()
+    overrides(settings.mcore)
     start = find_start(settings)
     qwen = load_config(start.model_folder)
     check_fit(settings, platform, qwen)
@@ -283,6 +286,8 @@ def describe(plan: Plan) -> None:
             "CKPT_FORMAT=%s was not run on %s hardware: keep the weights that it began with; the default there is %s",
             plan.ckpt_format, plan.platform.name, plan.platform.checkpoint_format,
         )  # fmt: skip
+    for line in describe_overrides(chosen.mcore):
+        logger.info(line)
     source = start.checkpoint.path if start.checkpoint else start.model_folder
     logger.info("start: %s from %s", start.kind, source)
     if plan.train:

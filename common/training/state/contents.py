@@ -7,16 +7,16 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from common.errors import KitError
-from common.log import logger
-from common.mcore import (
+from common.engine.dist_checkpointing import (
     OPTIMIZER_SHARDING,
-    chunk_place,
     content_metadata,
-    make_optimizer_state,
     save_options,
     sharded_optimizer_state,
 )
+from common.engine.optimizer import make_optimizer_state
+from common.engine.versions import installed_engine
+from common.errors import KitError
+from common.log import logger
 from common.model.build import unwrap
 from common.training.launching.process_group import random_state, restore_random_state
 from common.training.planning.plan import Plan, Progress
@@ -53,7 +53,7 @@ def model_shards(training_state: TrainingState) -> dict[str, Any]:
     names, metadata = chunk_names(len(training_state.model)), content_metadata(OPTIMIZER_SHARDING)
     shards = {}
     for index, (name, chunk) in enumerate(zip(names, training_state.model, strict=True)):
-        chunk_place(index, len(names))
+        installed_engine().chunk_place(index, len(names))
         shard = unwrap(chunk).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
         shards[name] = {key: value for key, value in shard.items() if not key.endswith("_extra_state")}
     return shards

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from common.engine.transformer_engine import transformer_engine_version
 from common.errors import KitError
 from common.log import logger
 from common.model.build import unwrap
-from common.te import transformer_engine_version
 from common.training.settings import TrainSettings
 
 # Before it, amaxes wait in a global buffer for the next step's reduction (amax_and_scale_update in pytorch/fp8.py).

@@ -15,9 +15,9 @@ from common.checkpoint.formats.mapping import rename_parameters
 from common.checkpoint.formats.torch_dist import DistReader
 from common.checkpoint.formats.torch_format import load_rank_file
 from common.checkpoint.io.rectangles import Rectangle
+from common.engine.dist_checkpointing import OPTIMIZER_SHARDING
 from common.errors import KitError
 from common.log import logger
-from common.mcore import OPTIMIZER_SHARDING
 from common.training.planning.plan import Plan
 from common.training.state.contents import (
     Progress,

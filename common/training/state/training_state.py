@@ -14,10 +14,11 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from common.engine.overrides import named_refusals, overrides
+from common.engine.patches import mend_training
+from common.engine.transformer_engine import optimizer_state_options
 from common.log import logger
-from common.mcore import mend_training
 from common.model.build import ModelOptions, build_model
-from common.te import optimizer_state_options
 from common.training.launching.hang_detector import Heartbeat
 from common.training.planning.plan import Plan
 from common.training.settings import TrainSettings
@@ -57,6 +58,7 @@ def build_training_state(plan: Plan) -> TrainingState:
         core_attention=chosen.core_attention,
         fused_products=chosen.fused_products,
         deterministic=chosen.deterministic,
+        mcore=chosen.mcore,
         joins_rows=plan.joins_rows,
         weighted=any(data.weighted for data in (plan.train, plan.valid) if data),
     )
@@ -100,13 +102,15 @@ def wrap(chunks: list[torch.nn.Module], chosen: TrainSettings) -> list[Distribut
     training/training.py does the same).
     """
     reduce, gather = chosen.overlaps
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=reduce,
-        overlap_param_gather=gather,
-        bucket_size=40_000_000 if reduce else None,
-    )
+    fields: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": reduce,
+        "overlap_param_gather": gather,
+        "bucket_size": 40_000_000 if reduce else None,
+    }
+    with named_refusals(chosen.mcore):
+        config = DistributedDataParallelConfig(**{**fields, **overrides(chosen.mcore)["ddp"]})
     return [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
@@ -115,20 +119,22 @@ def wrap(chunks: list[torch.nn.Module], chosen: TrainSettings) -> list[Distribut
 
 def optimizer_config(chosen: TrainSettings) -> OptimizerConfig:
     """Adam with decoupled weight decay, its state spread over the data-parallel ranks."""
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=chosen.lr,
-        min_lr=chosen.min_lr,
-        weight_decay=chosen.weight_decay,
-        adam_beta1=chosen.adam_beta1,
-        adam_beta2=chosen.adam_beta2,
-        adam_eps=chosen.adam_eps,
-        clip_grad=chosen.clip_grad,
-        bf16=chosen.precision == "bf16",
-        params_dtype=torch.bfloat16 if chosen.precision == "bf16" else torch.float32,
-        use_distributed_optimizer=True,
+    fields: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": chosen.lr,
+        "min_lr": chosen.min_lr,
+        "weight_decay": chosen.weight_decay,
+        "adam_beta1": chosen.adam_beta1,
+        "adam_beta2": chosen.adam_beta2,
+        "adam_eps": chosen.adam_eps,
+        "clip_grad": chosen.clip_grad,
+        "bf16": chosen.precision == "bf16",
+        "params_dtype": torch.bfloat16 if chosen.precision == "bf16" else torch.float32,
+        "use_distributed_optimizer": True,
         **optimizer_state_options(chosen.optimizer_state),
-    )
+    }
+    with named_refusals(chosen.mcore):
+        return OptimizerConfig(**{**fields, **overrides(chosen.mcore)["optimizer"]})
 
 
 def optimizer_parts(optimizer: Any) -> list[Any]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from common import mcore
+from common.engine import patches
+from common.engine.installation import prepare
 from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms import PLATFORMS
@@ -102,8 +103,8 @@ class Norms:
 
 def main() -> None:
     """Compares the model of the folder with itself, in a process that has no other use."""
-    mcore.prepare(CPU)
-    mcore.mend_training()
+    prepare(CPU)
+    patches.mend_training()
     from common.training.launching.process_group import process_group
 
     sizes = ParallelSizes(int(os.environ["WORLD_SIZE"]), tp=int(os.environ["WORLD_SIZE"]))
@@ -154,11 +155,11 @@ def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
             return super().down_gradient(*tensors)
 
     config = build.TransformerConfig
-    fused = {"bias_activation_fusion": True, **mcore.single_qkv_rope(True)}
+    fused = {"bias_activation_fusion": True, **patches.single_qkv_rope(True)}
     setattr(build, "TransformerConfig", lambda **fields: config(**{**fields, **fused}))  # noqa: B010  not a type's name
-    mcore.use_kernels(swiglu, split_and_rotate)
+    patches.use_kernels(swiglu, split_and_rotate)
     setattr(kernels, "loss_kernels", lambda *_: Loss())  # noqa: B010
-    setattr(kernels, "joined_norms", lambda *_: Norms() if mcore.joins_norms() else None)  # noqa: B010
+    setattr(kernels, "joined_norms", lambda *_: Norms() if patches.joins_norms() else None)  # noqa: B010
     layers = qwen.num_hidden_layers
     for recompute, products in product(("none", "full"), (None, Products())):
         setattr(kernels, "mlp_products", lambda *_, which=products: which)  # noqa: B010
@@ -169,7 +170,7 @@ def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
         expected = {"swiglu": 2 * layers * passes}
         if products:
             expected = {"gate and up": 2 * layers * passes, "down, backward": 2 * layers}
-        if mcore.version() >= (0, 16):
+        if patches.joins_norms():
             expected["qkv"] = 2 * layers * passes
             # Alone is normed what enters a stage, or a layer that is computed again by itself; and what leaves it then.
             expected["norm"] = 2 * (layers * passes + 1 if recompute == "full" else 1)

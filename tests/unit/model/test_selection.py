@@ -150,7 +150,7 @@ def test_kernels_are_not_chosen_as_deterministic_while_torch_is_not(tmp_path: Pa
 def test_a_deterministic_model_leaves_its_embedding_to_torch(tmp_path: Path) -> None:
     """Which adds a token's gradients in float32 on a GPU; Megatron-Core's, by index, adds them in bf16."""
     tiny_qwen(tmp_path)
-    told = json.loads(forked(1, "tests.unit.model.test_kernels", [str(tmp_path)]).splitlines()[-1])
+    told = json.loads(forked(1, "tests.unit.model.test_selection", [str(tmp_path)]).splitlines()[-1])
     assert told == {"config": True, "embedding": False}
 
 

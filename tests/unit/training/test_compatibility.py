@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from common import mcore
 from common.errors import KitError
 from common.platforms import PLATFORMS
 from common.training.planning import compatibility as fit
@@ -80,10 +79,10 @@ def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str
     def version(name: str) -> str:
         found = versions[name]
         if found is None:
-            raise mcore.metadata.PackageNotFoundError(name)
+            raise versions.metadata.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(mcore.metadata, "version", version)
+    monkeypatch.setattr(versions.metadata, "version", version)
     monkeypatch.setattr(fit, "find_spec", lambda name: name in modules or None)
 
 

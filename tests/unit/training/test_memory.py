@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from common import te
+from common.engine import transformer_engine
 from common.errors import KitError
 from common.platforms.base import Platform
 from common.platforms.cpu import CPU
@@ -28,7 +28,7 @@ OF_TORCH = (
 @pytest.fixture(autouse=True)
 def _third_rank_of_a_new_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
-    monkeypatch.setattr(te, "transformer_engine_version", lambda: (2, 11))
+    monkeypatch.setattr(transformer_engine, "transformer_engine_version", lambda: (2, 11))
 
 
 def plan(platform: Platform, **settings: Any) -> Any:
@@ -76,7 +76,7 @@ def test_what_takes_less_already_is_not_named(platform: Platform, settings: dict
 
 def test_moments_in_bf16_are_not_named_where_transformer_engine_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ((1, 4), None):
-        monkeypatch.setattr(te, "transformer_engine_version", lambda version=version: version)
+        monkeypatch.setattr(transformer_engine, "transformer_engine_version", lambda version=version: version)
         assert "OPTIMIZER_STATE=bf16" not in told(plan(NVIDIA), torch.cuda.OutOfMemoryError(OF_TORCH))
 
 

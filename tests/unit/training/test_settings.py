@@ -75,7 +75,7 @@ def test_what_may_be_nothing_is_not_negative(name: str) -> None:
         ({"node_rank": 1}, "NODE_RANK=1: it must be below NNODES=1"),
         ({"node_rank": -1, "nnodes": 2}, "NODE_RANK=-1: it must be below NNODES=2"),
         ({"node_rank": 1, "nnodes": 2}, "MASTER_ADDR=localhost on NODE_RANK=1: set it to the address of node 0"),
-        ({"max_restarts": 1, "nnodes": 2}, "MAX_RESTARTS=1 with NNODES=2: nodes that return need a meeting place"),
+        ({"max_restarts": 1, "nnodes": 2}, "MAX_RESTARTS=1 with NNODES=2: nodes that return need a rendezvous"),
         ({"rdzv_endpoint": "node0"}, "RDZV_ENDPOINT=node0: give host:port"),
         ({"max_restarts": 1, "is_initial_run": "true"}, "IS_INITIAL_RUN=true with MAX_RESTARTS=1"),
         ({"dataset_path": None}, "training needs what step 1 wrote: set DATASET_PATH"),

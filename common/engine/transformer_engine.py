@@ -1,10 +1,12 @@
 """What is asked of Transformer Engine, by the versions that have it: told from package metadata alone."""
 
 import re
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from common import mcore
+from common.engine.base import Engine
+from common.engine.versions import first_version_with, installed_engine
 from common.errors import KitError
 
 PACKED_SINCE = (1, 7)  # the causal mask within packed rows: TEDotProductAttention in extensions/transformer_engine.py
@@ -38,7 +40,7 @@ def check_fp8(fp8_format: str, fp8_recipe: str) -> None:
     remedy = "use FP8_FORMAT=none" if fp8_recipe == "delayed" else "use FP8_RECIPE=delayed"
     _need(f"FP8_RECIPE={fp8_recipe}", FP8_SINCE[fp8_recipe], remedy)
     if fp8_recipe != "delayed":
-        _need_megatron(f"FP8_RECIPE={fp8_recipe}", mcore.FP8_RECIPES_SINCE, remedy)
+        _need_megatron(f"FP8_RECIPE={fp8_recipe}", lambda engine: engine.fp8_recipes, remedy)
 
 
 def fp8_options(fp8_format: str, fp8_recipe: str) -> dict[str, Any]:
@@ -46,14 +48,14 @@ def fp8_options(fp8_format: str, fp8_recipe: str) -> dict[str, Any]:
     if fp8_format == "none":
         return {}
     check_fp8(fp8_format, fp8_recipe)
-    recipes = mcore.version() >= mcore.FP8_RECIPES_SINCE
+    recipes = installed_engine().fp8_recipes
     return {"fp8": fp8_format, **({"fp8_recipe": fp8_recipe} if recipes else {})}
 
 
 def check_optimizer_state(kind: str) -> None:
     """Raises KitError where Transformer Engine or Megatron-Core is too old for moments in bf16."""
     if kind == "bf16":
-        _need_megatron("OPTIMIZER_STATE=bf16", mcore.BF16_MOMENTS_SINCE, "set it to fp32")
+        _need_megatron("OPTIMIZER_STATE=bf16", lambda engine: engine.bf16_moments, "set it to fp32")
         _need("OPTIMIZER_STATE=bf16", BF16_MOMENTS_SINCE, "set it to fp32")
 
 
@@ -89,9 +91,8 @@ def _need(setting: str, since: tuple[int, int], remedy: str) -> None:
         raise KitError(f"{setting} needs Transformer Engine {since[0]}.{since[1]} or later, and {there}: {remedy}")
 
 
-def _need_megatron(setting: str, since: tuple[int, int], remedy: str) -> None:
-    major, minor = mcore.version()
-    if (major, minor) < since:
-        raise KitError(
-            f"{setting} needs megatron-core {since[0]}.{since[1]} or later, and {major}.{minor} is installed: {remedy}"
-        )
+def _need_megatron(setting: str, feature: Callable[[Engine], bool], remedy: str) -> None:
+    installed = installed_engine()
+    if not feature(installed):
+        since = first_version_with(feature)
+        raise KitError(f"{setting} needs megatron-core {since} or later, and {installed.name} is installed: {remedy}")

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from common import mcore
 from common.checkpoint.formats.layout import Checkpoint
 from common.checkpoint.formats.origin import check_ranks
+from common.engine import versions
+from common.engine.pipeline_layers import check_pipeline_layers
 from common.errors import KitError
-from common.mcore import check_pipeline_layers
 from common.model.build import pipeline_options
 from common.parallel import ParallelSizes, parse_pipeline_layers
 from tests.unit.checkpoint.small import write_hf, write_ranks
@@ -36,13 +36,13 @@ def test_megatron_is_told_only_what_is_uneven() -> None:
 
 
 def test_a_version_that_cannot_build_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mcore, "version", lambda: (0, 11))
+    monkeypatch.setattr(versions.metadata, "version", lambda name: "0.11.0")
     check_pipeline_layers((7, 7, 7, 7), 1)
     check_pipeline_layers((6, 7, 7, 8), 1)
     for layers, vpp in (((7, 7, 8, 6), 1), ((2, 1, 1, 2), 2)):
         with pytest.raises(KitError, match=r"needs megatron-core 0\.14 or later, and 0\.11 is installed: let only"):
             check_pipeline_layers(layers, vpp)
-    monkeypatch.setattr(mcore, "version", lambda: (0, 14))
+    monkeypatch.setattr(versions.metadata, "version", lambda name: "0.14.0")
     check_pipeline_layers((7, 7, 8, 6), 1)
 
 

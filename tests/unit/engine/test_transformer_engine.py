@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from common import mcore, te
+from common.engine import transformer_engine, versions
 from common.errors import KitError
 
 
@@ -14,10 +14,10 @@ def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str
     def version(name: str) -> str:
         found = {"transformer-engine": engine, "megatron-core": megatron}[name]
         if found is None:
-            raise mcore.metadata.PackageNotFoundError(name)
+            raise versions.metadata.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(mcore.metadata, "version", version)
+    monkeypatch.setattr(versions.metadata, "version", version)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_fp8(
     monkeypatch: pytest.MonkeyPatch, engine: str, megatron: str, asked: tuple[str, str], given: dict[str, Any]
 ) -> None:
     installed(monkeypatch, engine, megatron)
-    assert te.fp8_options(*asked) == given
+    assert transformer_engine.fp8_options(*asked) == given
 
 
 @pytest.mark.parametrize(
@@ -50,17 +50,17 @@ def test_fp8_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, asked: str, said: str
 ) -> None:
     installed(monkeypatch, engine, megatron)
-    for ask in (te.fp8_options, te.check_fp8):
+    for ask in (transformer_engine.fp8_options, transformer_engine.check_fp8):
         with pytest.raises(KitError, match=re.escape(said)):
             ask("hybrid", asked)
 
 
 def test_moments_in_bf16_keep_whole_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "2.11.0")
-    given = te.optimizer_state_options("bf16")
+    given = transformer_engine.optimizer_state_options("bf16")
     assert given["exp_avg_dtype"] is given["exp_avg_sq_dtype"] is torch.bfloat16
     assert given["use_precision_aware_optimizer"] and given["store_param_remainders"] is False
-    assert te.optimizer_state_options("fp32") == {}
+    assert transformer_engine.optimizer_state_options("fp32") == {}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_moments_in_bf16_where_they_cannot_be(
     monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, said: str
 ) -> None:
     installed(monkeypatch, engine, megatron)
-    for ask in (te.optimizer_state_options, te.check_optimizer_state):
+    for ask in (transformer_engine.optimizer_state_options, transformer_engine.check_optimizer_state):
         with pytest.raises(KitError, match=re.escape(f"OPTIMIZER_STATE=bf16 needs {said}")):
             ask("bf16")
         ask("fp32")
@@ -84,17 +84,17 @@ def test_moments_in_bf16_where_they_cannot_be(
 def test_packed_sequences_need_an_engine_that_masks_within_them(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "1.4.0")
     with pytest.raises(KitError, match=re.escape("PACKING=true needs Transformer Engine 1.7 or later, and 1.4 is")):
-        te.check_packed_sequences("PACKING")
+        transformer_engine.check_packed_sequences("PACKING")
     installed(monkeypatch, "1.7.0")
-    te.check_packed_sequences("PACKING")
+    transformer_engine.check_packed_sequences("PACKING")
 
 
 def test_overlapped_sends_need_an_engine_that_goes_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "1.8.0")
     with pytest.raises(KitError, match=r"TP_COMM_OVERLAP=true needs Transformer Engine 1\.9 or later, and 1\.8 is"):
-        te.check_tp_comm_overlap()
+        transformer_engine.check_tp_comm_overlap()
     installed(monkeypatch, "1.9.0")
-    te.check_tp_comm_overlap()
+    transformer_engine.check_tp_comm_overlap()
 
 
 @pytest.mark.parametrize(
@@ -104,4 +104,4 @@ def test_a_vendors_version_is_read_by_its_first_two_numbers(
     text: str, version: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed(monkeypatch, text)
-    assert te.transformer_engine_version() == version
+    assert transformer_engine.transformer_engine_version() == version

@@ -1,0 +1,1 @@
+"""What the kit needs of Megatron-Core and Transformer Engine, and how their versions differ."""

@@ -1,0 +1,147 @@
+"""What is replaced in Megatron-Core, numpy and torch at run time, and why."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from common.engine.versions import version
+
+
+def mend_numpy_without_dtypes() -> None:
+    """Gives numpy before 1.25 the module numpy.dtypes, of which megatron-core imports one name from 0.14 on.
+
+    NGC's PyTorch 24.03 and maca 2.27 bring numpy 1.24, where the class is reached through an instance.
+    """
+    import numpy
+
+    if "numpy.dtypes" not in sys.modules and importlib.util.find_spec("numpy.dtypes") is None:
+        module: Any = ModuleType("numpy.dtypes")
+        module.UInt32DType = type(numpy.dtype("uint32"))
+        sys.modules["numpy.dtypes"] = module
+
+
+def mend_metadata_of_newer_torch() -> None:
+    """Lets torch before 2.3 read the `.metadata` of torch_dist that later ones wrote: a class in it has a new name."""
+    from torch.distributed.checkpoint import metadata as classes
+
+    if not hasattr(classes, "_MEM_FORMAT_ENCODING"):
+        from torch.distributed._shard.sharded_tensor.metadata import MEM_FORMAT_ENCODING
+
+        setattr(classes, "_MEM_FORMAT_ENCODING", MEM_FORMAT_ENCODING)  # noqa: B010  the module declares no such name
+
+
+@contextmanager
+def weight_gradient_fusion(model: list[Any]) -> Iterator[None]:
+    """Lets `model`, empty at first, be built with gradient_accumulation_fusion where apex is missing (every version).
+
+    Transformer Engine's layers add their weight gradients to the float32 buffer by themselves. Only Megatron-Core's own
+    output layer asks for apex's kernel, and refuses to be built without: it goes without the fusion then.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    available = layers._grad_accum_fusion_available
+    layers._grad_accum_fusion_available = True
+    try:
+        yield
+    finally:
+        layers._grad_accum_fusion_available = available
+    for chunk in model:
+        for module in chunk.modules():
+            if isinstance(module, layers.ColumnParallelLinear):
+                module.gradient_accumulation_fusion = available
+
+
+def fuse_rotary_embedding() -> None:
+    """Compiles Megatron-Core's own rotary embedding into one kernel each way (every version).
+
+    Its fused ones are Transformer Engine's and apex's; as it stands, local layers run a dozen kernels a tensor.
+    """
+    import torch
+    from megatron.core.models.common.embeddings import rope_utils
+
+    apply = rope_utils._apply_rotary_pos_emb_bshd
+    if not hasattr(apply, "_torchdynamo_orig_callable"):
+        rope_utils._apply_rotary_pos_emb_bshd = torch.compile(apply)
+
+
+SINGLE_QKV_ROPE_SINCE = (0, 16)  # TransformerConfig.fused_single_qkv_rope
+
+
+def use_kernels(swiglu: Any, split_and_rotate: Any) -> None:
+    """Puts these in the place of Megatron-Core's SwiGLU (every version) and of its split and rotated QKV (0.16).
+
+    The latter is called under fused_single_qkv_rope, which is else Transformer Engine's alone.
+    """
+    from megatron.core.transformer import attention, mlp
+
+    mlp.bias_swiglu_impl = swiglu
+    if version() >= SINGLE_QKV_ROPE_SINCE:
+        attention.apply_fused_qkv_rotary_pos_emb = split_and_rotate
+        attention.HAVE_FUSED_QKV_ROPE = True
+
+
+def single_qkv_rope(wanted: bool) -> dict[str, Any]:
+    """TransformerConfig's field for it; nothing before 0.16."""
+    return {"fused_single_qkv_rope": wanted} if version() >= SINGLE_QKV_ROPE_SINCE else {}
+
+
+def joins_norms() -> bool:
+    """Whether layers call their sums and norms as `layers/residual_norm.py` is made for: from 0.16 on, as tried."""
+    return version() >= (0, 16)
+
+
+def mend_training() -> None:
+    """Mends what a step and its checkpoint need mended in the installed version; called again, it does nothing."""
+    mend_torch_adam_step()
+    if version() == (0, 11):
+        mend_weight_gradient_of_views()
+
+
+def mend_weight_gradient_of_views() -> None:
+    """Lets a linear layer whose input is not contiguous, as attention's output, have its gradient (0.11)."""
+    from megatron.core.tensor_parallel import layers
+
+    prepare_tensors = layers.prepare_input_tensors_for_wgrad_compute
+    if getattr(prepare_tensors, "mended", False):
+        return
+
+    def make_contiguous(grad_output: Any, all_gathered_input: Any) -> Any:
+        return prepare_tensors(grad_output, all_gathered_input.contiguous())
+
+    make_contiguous.mended = True  # type: ignore[attr-defined]
+    layers.prepare_input_tensors_for_wgrad_compute = make_contiguous
+
+
+def mend_torch_adam_step() -> None:
+    """Lets the distributed optimizer load its state when the inner optimizer is torch's Adam (every version).
+
+    torch's Adam keeps a `step` tensor beside each parameter's moments; apex's and Transformer Engine's keep none.
+    (1) The loader copies every entry the optimizer has and fails with KeyError 'step': the entry is passed through,
+    since Megatron restores the step before, from the parameter groups. (2) It gives all parameters one and the same
+    step tensor, which then counts once a parameter instead of once a step: each gets its own.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load = DistributedOptimizer.load_state_dict
+    if getattr(load, "mended", False):
+        return
+
+    def set_states_and_keep_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state.get(self.optimizer.param_groups[group_index]["params"][group_order], {})
+        own = {"step": state["step"]} if "step" in state else {}
+        set_states(self, model_param, {**own, **tensors})
+
+    def load_and_part_steps(self: Any, state_dict: dict[str, Any]) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+    load_and_part_steps.mended = True  # type: ignore[attr-defined]
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_and_keep_step
+    DistributedOptimizer.load_state_dict = load_and_part_steps

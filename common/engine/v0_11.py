@@ -1,0 +1,44 @@
+"""Megatron-Core 0.11, for MetaX's maca 2.27."""
+
+from typing import Any
+
+from common.engine.base import Engine
+
+
+class MegatronCore011(Engine):
+    """The last before FP8 recipes, bf16 moments, uneven stages and `vp_stage`."""
+
+    release = "0.11.0"
+    environment = "torch 2.1 (MetaX's maca 2.27)"
+    oldest_torch = (2, 1)
+    numpy_2 = False
+    fused_residual_norms = False
+    fp8_recipes = False
+    bf16_moments = False
+    uneven_pipeline_layers = False  # it has fully_sharded_model_space, too, but not with torch's Adam
+
+    def chunk_place(self, index: int, vpp: int) -> tuple[bool, bool, dict[str, Any]]:
+        """As of every version; here the chunk's number is a global, which is set and stays set."""
+        from megatron.core import parallel_state
+
+        where = {"ignore_virtual": False} if vpp > 1 else {}
+        if vpp > 1:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(index)
+        first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
+        return first(**where), last(**where), {}
+
+    def sharded_optimizer_state(
+        self, optimizer: Any, model_state: dict[str, Any], metadata: dict[str, Any]
+    ) -> dict[str, Any]:
+        """As of every version; the layout is an argument of its own."""
+        kind = metadata["distrib_optim_sharding_type"]
+        found: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=True, sharding_type=kind)
+        return found
+
+    def uses_decoupled_grad(self, optimizer_config: Any) -> bool:
+        """As of every version; FP8 makes no difference yet."""
+        return bool(optimizer_config.use_precision_aware_optimizer)
+
+    def mlp_submodules(self, layer: Any) -> Any:
+        """As of every version; a dense MLP is a ModuleSpec."""
+        return layer.mlp.submodules

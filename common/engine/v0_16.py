@@ -1,0 +1,17 @@
+"""Megatron-Core 0.16, the last for Python 3.10 and 3.11."""
+
+from typing import Any
+
+from common.engine.base import Engine
+
+
+class MegatronCore016(Engine):
+    """As the base class describes it."""
+
+    release = "0.16.1"
+    environment = "torch 2.6 or later on Python 3.10 or 3.11 (a CPU)"
+    oldest_torch = (2, 6)
+
+    def mlp_submodules(self, layer: Any) -> Any:
+        """As of every version; a dense MLP is a ModuleSpec."""
+        return layer.mlp.submodules

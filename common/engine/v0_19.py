@@ -1,0 +1,11 @@
+"""Megatron-Core 0.19, the newest: for Python 3.12 and later."""
+
+from common.engine.base import Engine
+
+
+class MegatronCore019(Engine):
+    """As the base class describes it."""
+
+    release = "0.19.2"
+    environment = "torch 2.6 or later on Python 3.12 or later (a CPU, NGC 24.12 and later)"
+    oldest_torch = (2, 6)

@@ -1,0 +1,55 @@
+"""The supported versions of Megatron-Core, and the installed one: read from package metadata, nothing is imported."""
+
+import re
+from collections.abc import Callable
+from importlib import metadata
+
+from common.engine.base import Engine
+from common.engine.v0_11 import MegatronCore011
+from common.engine.v0_14 import MegatronCore014
+from common.engine.v0_16 import MegatronCore016
+from common.engine.v0_19 import MegatronCore019
+from common.errors import KitError
+
+ENGINES: tuple[Engine, ...] = (  # oldest first
+    MegatronCore011(),
+    MegatronCore014(),
+    MegatronCore016(),
+    MegatronCore019(),
+)
+
+
+def installed_engine() -> Engine:
+    """The engine of the installed megatron-core; raises KitError when it is missing or not supported."""
+    *others, newest = (f"{engine.release} for {engine.environment}" for engine in ENGINES)
+    works = f"this kit works with {', '.join(others)} and {newest}"
+    remedy = "pip install --no-deps megatron-core==VERSION, the one of these for this machine"
+    try:
+        text = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError as error:
+        raise KitError(f"megatron-core is not installed, and {works}: {remedy}") from error
+    numbers = re.match(r"(\d+)\.(\d+)", text)
+    for engine in ENGINES:
+        if numbers and engine.version == (int(numbers[1]), int(numbers[2])):
+            return engine
+    raise KitError(f"megatron-core {text} is installed, and {works}: {remedy}")
+
+
+def version() -> tuple[int, int]:
+    """Major and minor of the installed megatron-core; raises KitError when it is missing or not supported."""
+    return installed_engine().version
+
+
+def range_for_torch(torch: tuple[int, int]) -> str:
+    """The supported versions that train with this torch, as pip writes a range: ">=0.11,<0.15".
+
+    The oldest version's for a torch that is older still.
+    """
+    fitting = [engine for engine in ENGINES if engine.oldest_torch <= torch] or ENGINES[:1]
+    major, minor = fitting[-1].version
+    return f">={fitting[0].name},<{major}.{minor + 1}"
+
+
+def first_version_with(feature: Callable[[Engine], bool]) -> str:
+    """The oldest supported version that has `feature`, as errors name it: "0.14"."""
+    return next(engine.name for engine in ENGINES if feature(engine))

@@ -1,0 +1,25 @@
+"""What a run measures and reports."""
+
+from dataclasses import dataclass
+
+from common.settings import option, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """Logging and evaluation."""
+
+    log_interval: int = option(10, "steps between log lines")
+    eval_interval: int = option(100, "steps between evaluations; 0: none")
+    eval_iters: int = option(50, "global batches in one evaluation")
+    max_first_loss: float | None = option(None, "stop if the first loss is above it: the weights are not right")
+    wandb_project: str | None = option(None, "log to Weights & Biases under this project")
+    wandb_exp_name: str | None = option(None, "name of the run there")
+    wandb_mode: str = option("online", "", ("online", "offline", "disabled"))
+    wandb_save_path: str | None = option(None, "folder for its files")
+
+    def check_log(self) -> None:
+        """Raises KitError for values out of range."""
+        require(self, "log_interval", self.log_interval >= 1, "it must be at least 1")
+        for name in ("eval_interval", "eval_iters"):
+            require(self, name, getattr(self, name) >= 0, "it must not be negative")
