@@ -118,7 +118,7 @@ def test_parts_on_machines_of_their_own_and_merge(tmp_path: Path, qwen: Path) ->
     _, err = run("merge", expect=2, output_prefix=out)
     assert "1 of 3 partitions are not finished in " in err and "run PARTITION_INDEX=1" in err
     run("pretrain", output_prefix=out, partitions=3, partition_index=1, **flags)
-    assert "ok: the parts of" in run("merge", output_prefix=out, check=True)[0]
+    assert "ok: the partitions of" in run("merge", output_prefix=out, check=True)[0]
     assert "300 documents" not in run("merge", output_prefix=out)[1]
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     _, err = run("pretrain", expect=2, output_prefix=out, partitions=3, partition_index=3, **flags)
