@@ -83,7 +83,7 @@ class PreprocessSettings:
         return tokenizer, eod, find_inputs(self.input)
 
     def _job(self, **fields: Any) -> Job:
-        """The job with `fields`, and with what these settings say of every job."""
+        """The job with `fields` and the settings that all jobs share."""
         job = Job(
             output_prefix=Path(self.output_prefix),
             workers=num_workers(self.workers),
