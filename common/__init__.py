@@ -10,7 +10,8 @@ Imports point one way (tests/unit/test_layers.py):
     checkpoint  weights on disk
     model, data what is trained, and on what
     locks       one run at a time in a folder
-    settings  log  parallel  platforms  engine  json_file  atomic_file
+    progress    a bar for long work on files
+    settings  log  parallel  platforms  engine  json_file  folders  atomic_file
     errors  start
 """
 
@@ -23,6 +24,6 @@ if sys.hexversion < 0x030A0000:  # what follows is not read by an older one
 
 from common import start
 
-sys.excepthook = start.tell_missing_package
+sys.excepthook = start.report_missing_package
 start.use_utf8()
-start.enter_folder()
+start.enter_working_dir()

@@ -46,9 +46,10 @@ from common.checkpoint.verification.inspection import WRITTEN_BY, inspect_folder
 from common.checkpoint.verification.report import check_report, check_report_place, write_report
 from common.checkpoint.verification.verify import verify
 from common.errors import KitError
-from common.log import Progress, logger
+from common.log import logger
 from common.model.shape.config import load_config, read_config
 from common.parallel import parse_pipeline_layers
+from common.progress import Progress
 from common.settings import add_options, check_environment, from_namespace, option
 from common.start import from_kit
 

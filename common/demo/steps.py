@@ -26,7 +26,7 @@ from typing import Any
 
 from common.atomic_file import write_json
 from common.errors import KitError
-from common.log import logger
+from common.locks import lock
 
 KIT = Path(__file__).parents[2]
 WIDTH = 100
@@ -148,18 +148,16 @@ class Runner:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Keeps other runs out of WORK_DIR; the system lets it go when the process ends, however it does."""
-        lock = self.work_dir / "steps" / "lock"  # NFS locks no folder, and no file that is opened to be read
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        path = self.work_dir / "steps" / "lock"  # NFS locks no folder, and no file that is opened read-only
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(handle, f"WORK_DIR={self.work_dir}", fcntl.flock)
             except BlockingIOError as error:
                 raise KitError(
                     f"another quickstart is at work in WORK_DIR={self.work_dir}: wait for it, or give another WORK_DIR"
                 ) from error
-            except OSError as error:
-                logger.warning("WORK_DIR=%s takes no lock (%s): let no other run in there", self.work_dir, error)
             yield
         finally:
             os.close(handle)

@@ -80,7 +80,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(
     before = run.tracker()
     assert all((disk / "run" / f"iter_{before:07d}" / name).is_file() for name in (".metadata", "common.pt"))
     run.process.send_signal(signal.SIGTERM)
-    run.wait_for("asked to stop")
+    run.wait_for("stop requested")
     subprocess.run(["mount", "-o", f"remount,size={8 * SIZE_MB}m", disk], check=True)
     log = run.end(75, 60)
     assert run.tracker() > before and "Traceback" not in log
@@ -122,7 +122,7 @@ def test_a_disk_without_room_or_rights_is_refused_before_anything_starts(work: P
     assert f"SAVE_CHECKPOINT_PATH={disk / 'run'} has 0.00 GB free, and a checkpoint of this run takes " in log
     mount("-o", "remount,bind,ro", disk)
     log = Run(settings(work, disk / "run"), disk.parent / "log", ("--check",)).end(2)
-    assert f"SAVE_CHECKPOINT_PATH={disk / 'run'} cannot be written to" in log and "Read-only file system" in log
+    assert f"SAVE_CHECKPOINT_PATH={disk / 'run'} cannot be written: " in log and "Read-only file system" in log
 
 
 def test_what_a_killed_run_left_is_removed(work: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_signal_saves_and_stops_the_run(work: Path, number: signal.Signals, to
     log = run.end(STOPPED, 60)
     stopped = run.tracker()
     assert stopped > 5 and f"asked to stop: saving iteration {stopped}" in log
-    assert f"stopped and saved at iteration {stopped} of {ENDLESS}; the same command goes on from there" in log
+    assert f"stopped and saved at iteration {stopped} of {ENDLESS}; the same command resumes from there" in log
     assert "Traceback" not in log
     again = step3(settings(work, name, TRAIN_ITERS=stopped + 1), work / f"{name}_again.log")
     assert [iteration for iteration, _, _ in steps(again)] == [stopped + 1]
@@ -63,7 +63,10 @@ def test_a_second_interrupt_ends_the_run_at_once(work: Path) -> None:
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGINT)
     log = run.end(128 + signal.SIGINT, 20)
-    assert "SIGINT again: ended at once" in log and not (work / "second" / "latest_checkpointed_iteration.txt").exists()
+    assert (
+        "SIGINT again: ended immediately" in log
+        and not (work / "second" / "latest_checkpointed_iteration.txt").exists()
+    )
 
 
 def test_an_evaluation_does_not_keep_a_stop_waiting(work: Path) -> None:
@@ -101,7 +104,7 @@ def test_a_killed_process_takes_all_others_with_it_at_once(work: Path, what: str
     else:
         os.kill(ranks[1].pid, signal.SIGKILL)
         log = run.end(1, 20)
-        assert "rank 1 was ended first, by SIGKILL: is the host's memory used up (dmesg)?" in log
+        assert "rank 1 failed first, killed by SIGKILL: is the host out of memory (dmesg)?" in log
     assert time.monotonic() - began < 10
     done = run.tracker()
     again = step3(settings(work, name, TRAIN_ITERS=done + 1), work / f"{name}_again.log")

@@ -92,7 +92,7 @@ def test_a_disk_that_is_full_is_told_and_the_run_goes_on_where_there_is_room(tmp
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", small], check=True)
     try:
         _, err = run("pretrain", expect=2, output_prefix=small / "a", **flags)
-        assert "cannot be written: [Errno 28] No space left on device" in err and "finished parts are kept" in err
+        assert "cannot be written: No space left on device" in err and "finished parts are kept" in err
         names = [each.name for each in small.rglob("*")]
         assert any(re.fullmatch(r"part_00000_\w{8}\.json", name) for name in names) and not any(
             name.startswith("a_") for name in names
@@ -133,7 +133,7 @@ def test_a_full_disk_is_told_and_nothing_has_a_final_name(tmp_path: Path, qwen: 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = ["bash", "-c", limited, sys.executable, *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "cannot be written: [Errno 27] File too large" in done.stderr
+    assert done.returncode == 2 and "cannot be written: File too large" in done.stderr
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["a.parts", "lock"]
 
 

@@ -31,8 +31,8 @@ def test_two_nodes_train_to_the_losses_of_one(nodes: list[Node], work: Path, com
     for (iteration, loss, norm), (_, expected_loss, expected_norm) in zip(found, expected, strict=True):
         assert abs(loss - expected_loss) <= 1e-4, iteration  # one process: sums are made in another order
         assert abs(norm - expected_norm) <= 1e-3 * expected_norm, iteration
-    assert "all 2 nodes are there, and alike: node 0 (node0), node 1 (node1)" in logs[0]
-    assert "gloo: eth0 (10.77.0.2), the way to the first node" in logs[1]
+    assert "preflight check passed on all 2 nodes: node 0 (node0), node 1 (node1)" in logs[0]
+    assert "gloo uses eth0 (10.77.0.2), the route to the first node" in logs[1]
     assert not (work / "two" / ".nodes").exists()
 
 

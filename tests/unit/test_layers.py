@@ -22,8 +22,8 @@ COMMON = ROOT / "common"
 # Lowest first. Parts on one layer do not know each other.
 LAYERS = [
     {"errors", "start"},
-    {"settings", "log", "parallel", "platforms", "engine", "json_file", "atomic_file"},
-    {"locks"},
+    {"settings", "log", "parallel", "platforms", "engine", "json_file", "folders", "atomic_file"},
+    {"locks", "progress"},
     {"model", "data"},
     {"checkpoint"},
     {"training", "demo"},

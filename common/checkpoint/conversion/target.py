@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 from common.atomic_file import sync
 from common.checkpoint.formats.layout import TRACKER
 from common.checkpoint.formats.model_files import REPORT
-from common.errors import KitError
+from common.errors import KitError, writing
+from common.folders import check_writable, free_bytes
 from common.locks import lock
 
 UNFINISHED, MARK = ".unfinished", ".unfinished.json"
@@ -33,31 +33,18 @@ def check_target(folder: Path, source: Path) -> None:
         raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is the folder that is read: choose another folder")
     if folder.exists() and not folder.is_dir():
         raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is a file: choose a folder")
-    try:
-        if folder.is_dir():
-            _check_empty(folder)
-        with tempfile.TemporaryFile(dir=_existing(folder)):  # which has no name, where the file system can do so
-            pass
-    except OSError as error:
-        raise _refused(folder, error) from error
-
-
-def _refused(folder: Path, error: OSError) -> KitError:
-    return KitError(f"{folder} cannot be written: {error}: mend it and run the same command again")
-
-
-def _existing(folder: Path) -> Path:
-    """`folder`, or the nearest above it that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    if folder.is_dir():
+        _check_empty(folder)
+    check_writable(folder, f"SAVE_CHECKPOINT_PATH={folder}")
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
     """Raises KitError unless the disk of `folder` has room for `num_bytes`, what is left of a killed run being gone."""
     left = _remains(folder) if folder.is_dir() else []
-    free = shutil.disk_usage(_existing(folder)).free + sum(map(_bytes_of, left))
+    free = free_bytes(folder) + sum(map(_bytes_of, left))
     if free < num_bytes:
-        told = f"{os.strerror(errno.ENOSPC)}, {free / 1e9:.2f} GB are free, and {num_bytes / 1e9:.2f} GB are needed"
-        raise _refused(folder, OSError(errno.ENOSPC, told))
+        with writing(folder):
+            raise OSError(errno.ENOSPC, f"{free / 1e9:.2f} GB are free, and {num_bytes / 1e9:.2f} GB are needed")
 
 
 def _bytes_of(path: Path) -> int:
@@ -79,7 +66,7 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     When `write` fails, what it wrote is removed. Raises KitError when the disk refuses or another run writes there.
     """
     unfinished = folder / UNFINISHED
-    try:
+    with writing(folder):
         _make(folder)
         with _locked(folder):
             _check_empty(folder)
@@ -97,8 +84,6 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
                     (folder / name).unlink(missing_ok=True)
                 raise
             _publish(unfinished, folder)
-    except OSError as error:
-        raise _refused(folder, error) from error
 
 
 def _make(folder: Path) -> None:

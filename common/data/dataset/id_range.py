@@ -12,7 +12,7 @@ from common.atomic_file import write_json
 from common.data.dataset.file_hash import DATA_SAMPLES, hash_samples
 from common.data.dataset.indexed_dataset import IndexedDataset, bin_path
 from common.data.dataset.manifest import DataFiles
-from common.errors import KitError
+from common.errors import KitError, reading
 from common.log import logger
 
 READ_BYTES = 16 << 20
@@ -85,14 +85,11 @@ def scan_id_range(tokens: IndexedDataset) -> tuple[int, int]:
     """(smallest, largest) id in the file, (0, 0) when it is empty; reads it block by block, without mapping it."""
     data, number = bin_path(tokens.prefix), READ_BYTES // tokens.dtype.itemsize
     smallest, largest = 0, 0
-    try:
-        with data.open("rb") as stream:
-            while (block := np.fromfile(stream, tokens.dtype, number)).size:
-                if tokens.dtype.kind == "i":
-                    smallest = min(smallest, int(block.min()))
-                largest = max(largest, int(block.max()))
-    except OSError as error:
-        raise KitError(f"{data} cannot be read: {error.strerror}") from error
+    with reading(data), data.open("rb") as stream:
+        while (block := np.fromfile(stream, tokens.dtype, number)).size:
+            if tokens.dtype.kind == "i":
+                smallest = min(smallest, int(block.min()))
+            largest = max(largest, int(block.max()))
     return smallest, largest
 
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from common.errors import KitError, told_of
+from common.errors import KitError, reading
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -47,20 +47,15 @@ class IdxFile:
         """Elements [start, stop) of one of the arrays, copied from the file."""
         offset, dtype, _ = self.array(name)
         itemsize = np.dtype(dtype).itemsize
-        try:
+        with reading(self.path):
             return np.fromfile(self.path, dtype, stop - start, offset=offset + itemsize * start)
-        except OSError as error:
-            raise KitError(f"{self.path} cannot be read: {error.strerror}") from error
 
     def gather(self, name: str, indices: np.ndarray) -> np.ndarray:
         """int64: the elements of "sequence_pointers" or "document_indices" at `indices`; maps no memory."""
         offset, _, _ = self.array(name)
-        try:
-            with self.path.open("rb", buffering=0) as stream:
-                handle = stream.fileno()
-                found = b"".join(os.pread(handle, 8, offset + 8 * index) for index in indices.tolist())
-        except OSError as error:
-            raise KitError(f"{self.path} cannot be read: {error.strerror}") from error
+        with reading(self.path), self.path.open("rb", buffering=0) as stream:
+            handle = stream.fileno()
+            found = b"".join(os.pread(handle, 8, offset + 8 * index) for index in indices.tolist())
         return np.frombuffer(found, "<i8")
 
     def blocks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -133,7 +128,7 @@ def open_idx(prefix: Path) -> IdxFile:
     Raises KitError when a file is missing, unreadable, truncated or of another format.
     """
     path, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    try:
+    with reading(prefix):
         for needed in (path, data):
             if not needed.is_file():
                 raise KitError(f"{needed} does not exist: give the path that step 1 wrote, without .bin or .idx")
@@ -141,8 +136,6 @@ def open_idx(prefix: Path) -> IdxFile:
             head = stream.read(HEADER.size)
         with data.open("rb"):  # may it be read?
             sizes = path.stat().st_size, data.stat().st_size
-    except OSError as error:
-        raise KitError(told_of(error) or f"{path} cannot be read: {error}") from error
     return _parse(path, data, head, *sizes)
 
 

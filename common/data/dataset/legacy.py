@@ -17,7 +17,7 @@ from common.data.dataset import manifest
 from common.data.dataset.id_range import scan_id_range
 from common.data.dataset.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, idx_path, token_dtype
 from common.data.tokenizer.text_tokenizer import TextTokenizer
-from common.errors import KitError
+from common.errors import KitError, writing
 
 IGNORED = -100
 
@@ -87,20 +87,18 @@ def import_legacy(source: Path, output_prefix: Path, tokenizer: TextTokenizer) -
             raise KitError(f"{path} already exists: remove it or change OUTPUT_PREFIX")
     output_prefix.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
-    try:
-        # The loss mask is renamed first: tokens alone would look like pretraining data.
-        with (
-            IndexedDatasetBuilder(finals["tokens"], token_dtype(tokenizer.vocab_size)) as tokens,
-            IndexedDatasetBuilder(finals["loss_mask"], np.uint8) as masks,
-        ):
-            for number in range(len(reader)):
-                for ids, mask in parse_legacy_row(reader[number], f"{source}, row {number}"):
-                    _check_ids(ids, tokenizer, f"{source}, row {number}")
-                    tokens.add_document(ids)
-                    masks.add_document(mask)
-                    counts.update(documents=1, supervised=int(mask.sum()))
-    except OSError as error:
-        raise KitError(f"{output_prefix} cannot be written: {error}: mend it and run the same command again") from error
+    # The loss mask is renamed first: tokens alone would look like pretraining data.
+    with (
+        writing(output_prefix),
+        IndexedDatasetBuilder(finals["tokens"], token_dtype(tokenizer.vocab_size)) as tokens,
+        IndexedDatasetBuilder(finals["loss_mask"], np.uint8) as masks,
+    ):
+        for number in range(len(reader)):
+            for ids, mask in parse_legacy_row(reader[number], f"{source}, row {number}"):
+                _check_ids(ids, tokenizer, f"{source}, row {number}")
+                tokens.add_document(ids)
+                masks.add_document(mask)
+                counts.update(documents=1, supervised=int(mask.sum()))
     content = _describe(source, finals, tokenizer, counts, len(reader))
     manifest.write(output_prefix, content)
     return content

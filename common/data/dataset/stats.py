@@ -9,7 +9,7 @@ import numpy as np
 from common.data.dataset.indexed_dataset import open_mask, open_tokens
 from common.data.dataset.manifest import DataFiles
 from common.data.dataset.packing import pack
-from common.errors import KitError
+from common.errors import KitError, writing
 
 BAR = 50
 BLOCK = 1 << 24
@@ -125,7 +125,5 @@ def write_png(lengths: np.ndarray, title: str, path: Path) -> None:
     axes.bar([f"{low}-{high}" for low, high, _ in bins], [number for _, _, number in bins])
     axes.set(title=title, xlabel="tokens per document", ylabel="documents")
     axes.tick_params(axis="x", rotation=60)
-    try:
+    with writing(f"PNG={path}"):
         figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise KitError(f"PNG={path} cannot be written: {error}") from error

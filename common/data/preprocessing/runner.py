@@ -7,7 +7,6 @@ in the same way. `merge` combines runs that share the work by PARTITION_INDEX, o
 """
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,11 @@ from common.data.preprocessing.parts import EarlierParts, FinishedPart, Part
 from common.data.preprocessing.reports import report, report_partition, report_reused
 from common.data.preprocessing.workers import Workers, encode_in_worker
 from common.data.sources.chunks import RowError
-from common.errors import KitError
+from common.errors import KitError, writing
+from common.folders import check_writable
 from common.locks import lock
-from common.log import Progress, logger
+from common.log import logger
+from common.progress import Progress
 
 MAX_CHUNK_BYTES = 1 << 20
 MIN_CHUNK_BYTES = 1 << 16
@@ -38,7 +39,7 @@ def run(job: Job) -> dict[str, Any] | None:
     Raises KitError when other files exist at the output prefix, a worker dies, or writing fails.
     """
     started = time.monotonic()
-    try:
+    with writing(job.output_prefix):
         done = find_finished(job)
         if done:
             if job.folder.exists():
@@ -48,29 +49,17 @@ def run(job: Job) -> dict[str, Any] | None:
             return done
         job.folder.mkdir(parents=True, exist_ok=True)
         with locked(job.folder, job.partition_index):
-            return _run(job, started)
-    except OSError as error:
-        raise KitError(
-            f"{job.output_prefix} cannot be written: {error}: fix the cause and run the same command again;"
-            " finished parts are kept"
-        ) from error
+            try:
+                return _run(job, started)
+            except OSError:
+                logger.info("finished parts are kept in %s: the same command continues from them", job.folder)
+                raise
 
 
 def check(job: Job) -> None:
     """Raises KitError when `run` would reject `job` before reading a row."""
     find_finished(job)
-    folder = job.folder.absolute()
-    if not folder.is_dir() and folder.exists():
-        raise KitError(f"{job.output_prefix} cannot be written: {folder} is a file: remove it")
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder) as stream:
-            stream.write(b"x")
-    except OSError as error:
-        raise KitError(
-            f"{job.output_prefix} cannot be written: {error}: fix the cause, or change OUTPUT_PREFIX"
-        ) from error
+    check_writable(job.folder, f"OUTPUT_PREFIX={job.output_prefix}")
 
 
 @contextmanager
@@ -194,16 +183,11 @@ def merge(output_prefix: Path, check: bool = False) -> dict[str, Any]:
     """Merges all partitions of `output_prefix`; returns the manifest, or with `check` only the facts of the job."""
     folder = partitions.require_parts_folder(output_prefix)
     started = time.monotonic()
-    try:
-        with locked(folder, None):
-            records = partitions.read_records(folder)
-            if check:
-                return records[0].facts
-            parts = [part for record in records for part in record.parts]
-            content = merging.merge_parts(output_prefix, records[0].facts, parts)
-    except OSError as error:
-        raise KitError(
-            f"{output_prefix} cannot be written: {error}: fix the cause and run the same command again"
-        ) from error
+    with writing(output_prefix), locked(folder, None):
+        records = partitions.read_records(folder)
+        if check:
+            return records[0].facts
+        parts = [part for record in records for part in record.parts]
+        content = merging.merge_parts(output_prefix, records[0].facts, parts)
     report(output_prefix, content, sum(part.bytes for part in parts), time.monotonic() - started)
     return content

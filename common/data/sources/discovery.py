@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from common.data.sources.file_format import ENDINGS, KINDS_OF_FILES
-from common.errors import KitError
+from common.errors import KitError, reading
 from common.log import logger
 
 MAX_NAMES_SHOWN = 3
@@ -83,7 +83,7 @@ def _some(names: list[str]) -> str:
 
 def _identity(path: Path) -> tuple[int, int]:
     """(device, inode) of `path`; raises KitError unless rows can be read from it."""
-    try:
+    with reading(path):
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise KitError(f"INPUT: {path} is not a regular file: give a file ({KINDS_OF_FILES}), a folder or a glob")
@@ -91,8 +91,6 @@ def _identity(path: Path) -> tuple[int, int]:
             with path.open("rb", buffering=0) as stream:
                 if not stream.read(1):
                     raise KitError(f"{path} is empty: remove it from INPUT, or write its rows again")
-    except OSError as error:
-        raise KitError(f"{path} cannot be read: {error.strerror}") from error
     return found.st_dev, found.st_ino
 
 

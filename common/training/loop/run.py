@@ -14,11 +14,11 @@ from tqdm import tqdm
 from common.checkpoint.formats.layout import iteration_dir, read_tracker
 from common.data.dataset.data_loader import Batch, MicroBatchLoader
 from common.data.dataset.sample_dataset import SampleDataset
-from common.errors import leave_word
 from common.log import logger
 from common.training.launching.hang_detector import HangDetector
 from common.training.launching.process_group import check_same_start, fail_together, process_group
-from common.training.launching.signals import Requests
+from common.training.launching.rank_exit import STOPPED_AT, write_exit_reason
+from common.training.launching.signals import StopRequests
 from common.training.loop.memory import explained_lack_of_memory, memory_line
 from common.training.loop.metrics import Interval, Meter, Stopwatch, flops_per_token, peak_tflops
 from common.training.loop.step import StepResult, evaluate, mean_loss, total_of, train_step
@@ -33,7 +33,7 @@ from common.training.state.training_state import TrainingState, build_training_s
 RETRY_S = 10  # between two tries to save at the end of a run
 
 
-def run_plan(plan: Plan, requests: Requests) -> None:
+def run_plan(plan: Plan, requests: StopRequests) -> None:
     """Trains, or converts the newest distributed checkpoint to torch format, as `plan` says."""
     settings = plan.settings
     if plan.train and plan.progress.iteration >= plan.train_iters:
@@ -98,7 +98,7 @@ class Training:
         progress: Progress,
         store: Store,
         readers: Readers,
-        requests: Requests,
+        requests: StopRequests,
     ) -> None:
         assert progress == plan.progress, (progress, plan.progress)  # by which the batches are read already
         self.plan, self.training_state, self.progress = plan, training_state, progress
@@ -134,7 +134,7 @@ class Training:
             self.store.close()
         iteration = self.progress.iteration
         if stopped and iteration < self.plan.train_iters and not self._exits_here():
-            leave_word("stopped", f"stopped and saved at iteration {iteration} of {self.plan.train_iters}")
+            write_exit_reason(STOPPED_AT, f"stopped and saved at iteration {iteration} of {self.plan.train_iters}")
         logger.info("stopped after iteration %d of %d", iteration, self.plan.train_iters)
 
     def step(self, data: list[Iterator[Batch]]) -> bool:
@@ -158,7 +158,7 @@ class Training:
 
     def _is_to_stop(self) -> bool:
         """Whether this rank is asked to stop, or the time is up."""
-        return self.requests.heard is not None or self.deadline.is_near(self.store.seconds)
+        return self.requests.received is not None or self.deadline.is_near(self.store.seconds)
 
     def _exits_here(self) -> bool:
         interval = self.plan.settings.exit_interval

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,31 +15,14 @@ from common.checkpoint.formats.layout import list_iterations
 from common.checkpoint.formats.model_files import model_files
 from common.checkpoint.formats.size import checkpoint_bytes
 from common.errors import KitError
+from common.folders import check_writable, existing_part, free_bytes, write_test
+from common.locks import lock
 from common.log import logger
 from common.training.planning.plan import Plan
 
 LOCK_FILE = ".lock"
 PARTIAL, REMOVING = ".partial", ".removing"  # ends of the names of folders that are being written, or removed
 LOCK_WAIT_S = 30  # what a killed rank needs to end, with all that it holds of a GPU
-
-
-def existing_part(path: Path) -> Path:
-    """`path`, or the nearest above it that is there: a folder, or what can be none, as a link that leads nowhere."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
-
-
-def free_bytes(path: Path) -> int:
-    """What a user may still write to the file system of `path`."""
-    found = os.statvfs(existing_part(path))
-    return found.f_bavail * found.f_frsize
-
-
-def write_test(folder: Path) -> None:
-    """Writes a file into the existing `folder` and removes it; raises OSError."""
-    # Unbuffered: of a full disk closing would complain again, and leave the file until it is collected.
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".write_test_", buffering=0) as stream:
-        stream.write(b"x" * 4096)
-        os.fsync(stream.fileno())
 
 
 def bytes_of_checkpoint(plan: Plan) -> int:
@@ -65,16 +47,8 @@ def check_folder(plan: Plan) -> None:
     size_bytes = bytes_of_checkpoint(plan)
     if plan.settings.nnodes == 1:  # a node that comes back finds the lock of the run that it is of
         check_lock(folder)
-    there = existing_part(folder)
-    try:
-        if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "it is no folder", str(there))
-        write_test(there)
-        free = free_bytes(there)
-    except OSError as error:
-        raise KitError(
-            f"SAVE_CHECKPOINT_PATH={folder} cannot be written to ({error}): mend that, or choose another folder"
-        ) from error
+    check_writable(folder, f"SAVE_CHECKPOINT_PATH={folder}")
+    free = free_bytes(folder)
     size = f"a checkpoint of this run takes {size_bytes / 1e9:.2f} GB"
     if free < size_bytes:
         raise KitError(
@@ -156,7 +130,7 @@ class RunFolder:
 
 
 def take_lock(folder: Path, wait_s: float = LOCK_WAIT_S) -> int:
-    """The descriptor that keeps other runs out of `folder` while it is open; -1 where no locks are to be had.
+    """The descriptor that keeps other runs out of `folder` while it is open.
 
     Raises KitError when another run holds it for longer than `wait_s` seconds. The system lets it go when this process
     and what it has forked since have ended, however they do.
@@ -167,7 +141,7 @@ def take_lock(folder: Path, wait_s: float = LOCK_WAIT_S) -> int:
     end, said = time.monotonic() + wait_s, False
     while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, folder, fcntl.flock)
             break
         except BlockingIOError as error:
             if time.monotonic() > end:
@@ -179,10 +153,6 @@ def take_lock(folder: Path, wait_s: float = LOCK_WAIT_S) -> int:
                 logger.info("waiting for the run that writes to %s (%s)", folder, _holder(path))
                 said = True
             time.sleep(0.2)
-        except OSError as error:
-            logger.warning("%s: no locks are to be had there (%s): let one run alone write there", path, error)
-            os.close(handle)
-            return -1
     path.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}))
     return handle
 
@@ -190,9 +160,7 @@ def take_lock(folder: Path, wait_s: float = LOCK_WAIT_S) -> int:
 def check_lock(folder: Path) -> None:
     """Raises KitError when another run writes to `folder`, before this one starts anything."""
     if folder.is_dir() and (folder / LOCK_FILE).exists():
-        handle = take_lock(folder)
-        if handle >= 0:
-            os.close(handle)
+        os.close(take_lock(folder))
 
 
 def _holder(path: Path) -> str:

@@ -18,7 +18,7 @@ from common.checkpoint.formats.dist_share import Share, write_rest
 from common.checkpoint.formats.layout import iteration_dir, write_tracker
 from common.log import logger
 from common.training.launching.hang_detector import Heartbeat
-from common.training.launching.process_group import Meeting, errors_of_ranks
+from common.training.launching.process_group import HostGroup, errors_of_ranks
 from common.training.planning.plan import Plan
 from common.training.state.contents import Progress, content_of, has_optimizer_state, saved_parts
 from common.training.state.retention import Retention
@@ -48,7 +48,7 @@ class Store:
         self.plan = plan
         self.path = Path(plan.settings.save_checkpoint_path)
         self.writer: ShareWriter | None = None
-        self.meeting = Meeting(heartbeat)
+        self.host_group = HostGroup(heartbeat)
         self.overdue = False  # whether a checkpoint that was due could not be written
         self.seconds = 0.0  # that the last one took
         self._writing: _Writing | None = None
@@ -69,7 +69,7 @@ class Store:
 
     def save(self, training_state: TrainingState, progress: Progress) -> bool:
         """Whether a checkpoint of `progress` is written; with ASYNC_SAVE it is only begun, and finished by `finish`."""
-        if self._writing and not self.meeting.all_are(self._writing.writer.is_done):
+        if self._writing and not self.host_group.all_ready(self._writing.writer.is_done):
             logger.info("the checkpoint before is still being written, and is waited for")
         self.finish(wait=True)
         began, final = time.monotonic(), iteration_dir(self.path, progress.iteration)
@@ -83,7 +83,7 @@ class Store:
                 lambda: save_torch(self.plan, training_state, progress, partial, weights_only), partial
             )
             return written and self._publish(partial, final, progress.iteration, began, time.monotonic() - began)
-        self.writer = self.writer or ShareWriter(self.meeting.heartbeat, asynchronous=self.plan.settings.async_save)
+        self.writer = self.writer or ShareWriter(self.host_group.heartbeat, asynchronous=self.plan.settings.async_save)
         return self._write(self.writer, content_of(self.plan, training_state, progress), partial, final, began)
 
     def prepare(self, training_state: TrainingState) -> None:
@@ -92,7 +92,7 @@ class Store:
         No collective call; called again, it does nothing.
         """
         if self.plan.settings.async_save and self.writer is None and has_optimizer_state(training_state):
-            self.writer = ShareWriter(self.meeting.heartbeat, asynchronous=True)
+            self.writer = ShareWriter(self.host_group.heartbeat, asynchronous=True)
             self.writer.prepare(saved_parts(self.plan, training_state))
 
     def _write(self, writer: ShareWriter, content: Content, partial: Path, final: Path, began: float) -> bool:
@@ -118,13 +118,13 @@ class Store:
     def finish(self, wait: bool) -> bool:
         """Publishes what is written, with `wait` when it is; whether it did, or there was nothing to publish."""
         writing = self._writing
-        if writing is None or not (wait or self.meeting.all_are(writing.writer.is_done)):
+        if writing is None or not (wait or self.host_group.all_ready(writing.writer.is_done)):
             return writing is None
         self._writing, writer = None, writing.writer
         shares: list[Share] = []
         if not self._done(lambda: shares.append(writer.result()), writing.partial, meet=writer.asynchronous):
             return False
-        shares = self.meeting.gather(shares[0])
+        shares = self.host_group.gather(shares[0])
 
         def complete() -> None:
             if self.folder:
@@ -179,7 +179,7 @@ class Store:
                 raise
             trouble = error
         if meet:
-            self.meeting.all_are(ready=True)
+            self.host_group.all_ready(ready=True)
         texts = errors_of_ranks(trouble)
         if texts:
             self.overdue = True

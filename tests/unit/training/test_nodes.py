@@ -60,7 +60,7 @@ def test_a_setting_is_told_with_both_values(work: Path, changes: dict[str, Any],
 
 
 def test_what_one_node_lacks_and_what_is_over_five_is_told() -> None:
-    assert differences({"x": "1"}, "a", {"y": "2"}, "b") == "x is on a alone, y is on b alone"
+    assert differences({"x": "1"}, "a", {"y": "2"}, "b") == "x exists only on a, y exists only on b"
     many = {str(number): "1" for number in range(8)}
     told = differences(many, "a", dict.fromkeys(many, "2"), "b")
     assert told.count(" is 2 on b") == 5 and told.endswith(", and 3 more")
