@@ -1,4 +1,4 @@
-"""What a model says: prompts put through `transformers`' `generate`, as anyone would use the exported folder."""
+"""A model's answers: prompts through `transformers`' `generate`, as a user of the exported folder would run it."""
 
 import json
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""One step of the quickstart: a command that is shown, run, logged, and not run again once its result is there.
+"""One step of the quickstart: a command that is printed, run, logged, and skipped once its result exists.
 
     WORK_DIR/steps/NAME.json     written when the command has ended well: the command, what it read, its seconds
     WORK_DIR/steps/lock          held by the run that is at work

@@ -1,4 +1,4 @@
-"""Whether a run's own layout goes into its devices' memory, looked at before it starts."""
+"""Whether a run fits into the memory of its devices, checked before it starts."""
 
 from dataclasses import dataclass, replace
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""The memory that each pipeline stage of a run needs on a GPU, and the most of them."""
+"""The GPU memory that each pipeline stage of a run needs, and the maximum."""
 
 from dataclasses import dataclass
 

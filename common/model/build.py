@@ -15,7 +15,6 @@ from common.engine.pipeline_layers import first_and_last_differ
 from common.engine.transformer_engine import fp8_options
 from common.engine.versions import installed_engine
 from common.model.kernels.selection import Kernels, choose_kernels, with_working_kernels
-from common.model.layers.gated_mlp import use
 from common.model.layers.gpt import QwenModel
 from common.model.layers.layer_spec import block_spec
 from common.model.layers.residual_norm import join
@@ -160,6 +159,7 @@ def _chunk(
             qwen.qk_norm,
             kernels.core_attention,
             joined_norms=kernels.norms is not None,
+            products=kernels.products,
         ),
         vocab_size=qwen.padded_vocab_size(sizes.tp),
         max_sequence_length=seq_length,
@@ -177,8 +177,6 @@ def _chunk(
         model.embedding.word_embeddings.deterministic_mode = False
     if kernels.norms:
         join(model.decoder, kernels.norms, across_layers=options.recompute != "full")
-    if kernels.products:
-        use(model.decoder, kernels.products)
     if qwen.yarn:
         frequencies = yarn_frequencies(qwen.yarn, qwen.head_dim, qwen.rope_theta)
         model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)

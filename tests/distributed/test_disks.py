@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.launch import steps
-from tests.distributed.user import ENDLESS, Run, step3, wait_for
+from tests.distributed.user import ENDLESS, Run, step3, step3_forked, wait_for
 
 SIZE_MB = 20  # a checkpoint of the tiny model is 3.3 MB, of which 2.9 are known beforehand
 REASON = "file systems cannot be mounted here: no right to"
@@ -65,7 +65,7 @@ def test_a_full_disk_is_waited_for_while_training_goes_on(work: Path, disk: Path
     log = run.end(75)
     assert "Traceback" not in log
     more = {"TRAIN_ITERS": run.tracker() + 1, "LOG_INTERVAL": 1}
-    again = step3(settings(work, disk / "run", CKPT_FORMAT=ckpt_format, **own, **more), disk.parent / "again")
+    again = step3_forked(settings(work, disk / "run", CKPT_FORMAT=ckpt_format, **own, **more))
     assert len(steps(again)) == 1
 
 
@@ -129,7 +129,7 @@ def test_what_a_killed_run_left_is_removed(work: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "iter_0000007.partial").mkdir(parents=True)
     (folder / "iter_0000007.partial" / "__0_0.distcp").write_bytes(b"half")
-    log = step3(settings(work, folder, TRAIN_ITERS=1), tmp_path / "log")
+    log = step3_forked(settings(work, folder, TRAIN_ITERS=1))
     assert "removed what a run that was killed left: iter_0000007.partial" in log
     assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000001"]
 

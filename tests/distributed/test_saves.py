@@ -1,4 +1,7 @@
-"""What a checkpoint holds and what becomes of it, by the script's own defaults."""
+"""What a checkpoint holds and what becomes of it, by the script's own defaults.
+
+Runs that no test signals are forked: torchrun changes nothing in what they save.
+"""
 
 import re
 import signal
@@ -10,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.launch import export, steps
-from tests.distributed.user import ENDLESS, Run, step3
+from tests.distributed.user import ENDLESS, Run, step3, step3_forked
 
 
 def settings(work: Path, name: str, **more: Any) -> dict[str, Any]:
@@ -19,7 +22,7 @@ def settings(work: Path, name: str, **more: Any) -> dict[str, Any]:
 
 
 def train(work: Path, name: str, code: int = 0, **more: Any) -> str:
-    return step3(settings(work, name, **more), work / f"{name}.log", code)
+    return step3_forked(settings(work, name, **more), code)
 
 
 def weights(work: Path, name: str) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.distributed.launch import steps
-from tests.distributed.user import ENDLESS, Run, step3, wait_for
+from tests.distributed.user import ENDLESS, Run, step3, step3_forked, wait_for
 
 STOPPED = 75
 
@@ -48,7 +48,7 @@ def test_a_signal_saves_and_stops_the_run(work: Path, number: signal.Signals, to
     assert stopped > 5 and f"asked to stop: saving iteration {stopped}" in log
     assert f"stopped and saved at iteration {stopped} of {ENDLESS}; the same command resumes from there" in log
     assert "Traceback" not in log
-    again = step3(settings(work, name, TRAIN_ITERS=stopped + 1), work / f"{name}_again.log")
+    again = step3_forked(settings(work, name, TRAIN_ITERS=stopped + 1))
     assert [iteration for iteration, _, _ in steps(again)] == [stopped + 1]
 
 
@@ -107,7 +107,7 @@ def test_a_killed_process_takes_all_others_with_it_at_once(work: Path, what: str
         assert "rank 1 failed first, killed by SIGKILL: is the host out of memory (dmesg)?" in log
     assert time.monotonic() - began < 10
     done = run.tracker()
-    again = step3(settings(work, name, TRAIN_ITERS=done + 1), work / f"{name}_again.log")
+    again = step3_forked(settings(work, name, TRAIN_ITERS=done + 1))
     assert [iteration for iteration, _, _ in steps(again)] == [done + 1]
 
 

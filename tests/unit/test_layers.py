@@ -49,7 +49,7 @@ OPTIONAL = ("transformer_engine", "apex", "flash_attn")
 KERNELS = tuple(
     f"common.model.kernels.{name}" for name in ("loss_kernels", "norm_kernels", "qkv_rope", "quack_loss", "swiglu")
 )
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 80
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 
 
 def module_name(path: Path) -> str:
