@@ -1,8 +1,11 @@
 """Files written durably: flushed to the disk, and replaced atomically."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
+NON_UTF8_NAMES = "backslashreplace"  # a non-UTF-8 byte of a path, a lone surrogate in Python, becomes \\udc.. in JSON
 PARTIAL = ".partial"  # suffix of what is being written
 
 
@@ -29,3 +32,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     write_synced(partial, content)
     partial.replace(path)
     sync(path.parent)
+
+
+def write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> None:
+    """Replaces `path` by `value` as JSON, atomically."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode(errors=NON_UTF8_NAMES))

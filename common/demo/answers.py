@@ -7,12 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common.data.dataset.manifest import write_json
 from common.data.sources.bad_rows import BadRowError, BadRows
 from common.data.sources.discovery import find_inputs
 from common.data.sources.jsonl import first_row, first_rows, string_field
 from common.data.templates.row_formats import Message, detect_format, to_messages
 from common.errors import KitError
+from common.files import write_json
 
 ANSWERS = "answers.json"
 TEXT_FIELD = "text"

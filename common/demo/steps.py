@@ -24,8 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common.data.dataset.manifest import write_json
 from common.errors import KitError
+from common.files import write_json
 from common.locks import lock
 
 KIT = Path(__file__).parents[2]

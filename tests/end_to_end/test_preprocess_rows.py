@@ -58,7 +58,7 @@ def test_odd_rows_are_told_one_by_one_and_left_out_where_that_is_asked_for(tmp_p
     assert f"error: {rows}, line 4: conversations: turn 4: field 'mask' is not supported" in told
     assert told.count("ON_ERROR=skip") == 1 and "Traceback" not in told
     told = preprocess(0, **settings, ON_ERROR="skip")
-    assert f"dropped, bad rows, written to the rejects file: {len(ODD)} documents" in told
+    assert f"dropped {len(ODD)} documents: bad rows, written to the rejects file" in told
     assert "rows' field 'id', not used: 6" in told and "rows' field 'source', not used: 6" in told
     with jsonlines.open(tmp_path / "out.rejects") as reader:
         rejects = list(reader)

@@ -70,5 +70,5 @@ def test_two_nodes_with_one_number_are_named(nodes: list[Node], work: Path, comm
 def test_a_node_that_cannot_start_tells_the_others_why(nodes: list[Node], work: Path, common: dict[str, Any]) -> None:
     settings = {**common, "save_checkpoint_path": work / "lacks"}
     logs = pair(nodes, 29650, settings, dataset_path=work / "nowhere")
-    assert f"error: node 1 (node1) cannot start: DATASET_PATH={work / 'nowhere'} is no dataset" in logs[0]
-    assert f"error: DATASET_PATH={work / 'nowhere'} is no dataset" in logs[1]
+    assert f"error: node 1 (node1) cannot start: DATASET_PATH={work / 'nowhere'} is not a dataset" in logs[0]
+    assert f"error: DATASET_PATH={work / 'nowhere'} is not a dataset" in logs[1]

@@ -1,8 +1,10 @@
-"""Several datasets as one, by weight: which sample of which stands at a position depends on the position alone.
+"""Megatron's BlendedDataset: several datasets by weight. The sample at a position depends only on the position.
 
-The first dataset takes its share of all positions, evenly spread; the second its share of those that are left, and so
-on: after any number of samples each has had its share but for fewer samples than there are datasets. Weights are
-exact fractions, so nothing drifts however long a run is.
+The first dataset takes its share of all positions, evenly spread; the second its share of the remaining ones, and so
+on. After any number of samples each dataset is off its share by fewer samples than the number of datasets. Weights are
+exact fractions, so the shares do not drift in a long run.
+
+Hand-written: Megatron-Core's blending index is built for a fixed number of samples and takes memory for each of them.
 """
 
 import json
@@ -22,9 +24,9 @@ Blend = list[tuple[Fraction, DataFiles]]
 
 
 def read_blend(text: str, name: str = "DATASET_PATH") -> Blend:
-    """(weight, files) of each dataset that `text` names: one path, or "0.7 a 0.3 b", or a JSON file of such pairs.
+    """(weight, files) of each dataset in `text`: one path, or "0.7 a 0.3 b", or a JSON file.
 
-    The JSON is [{"weight": 0.7, "path": "a"}, ...]. Raises KitError when it is none of these, or a dataset is missing.
+    The JSON is [{"weight": 0.7, "path": "a"}, ...]. Raises KitError for any other text, or when a dataset is missing.
     """
     if Path(text).suffix == ".json" and Path(text).is_file():
         return [(weight, resolve(path)) for weight, path in _read_blend_json(Path(text), name)]
@@ -53,9 +55,9 @@ def _read_blend_json(path: Path, name: str) -> list[tuple[Fraction, str]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_float=str, parse_int=str)
     except ValueError as error:
-        raise KitError(f"{rule}, and it is not JSON ({error})") from error
+        raise KitError(f"{rule}, but it is not JSON ({error})") from error
     if isinstance(content, dict) and content.get("format") == FORMAT:
-        raise KitError(f"{name}={path} is the manifest of a dataset: give its path without .json")
+        raise KitError(f"{name}={path} is the manifest of a dataset: remove .json from the path")
     if not isinstance(content, list) or not content:
         raise KitError(rule)
     pairs = []
@@ -72,47 +74,43 @@ def _parse_weight(word: Any, name: str) -> Fraction:
     except (ValueError, TypeError, ZeroDivisionError):
         weight = Fraction(0)
     if weight <= 0:
-        raise KitError(f"{name}: the weight {word!r} is no number above 0: give a weight before each path")
+        raise KitError(f"{name}: the weight {word!r} is not a positive number: give a weight before each path")
     return weight
 
 
 class BlendedDataset:
-    """The samples of several datasets by weight. An epoch has as many as theirs together; each repeats as it must."""
+    """Samples of several datasets by weight. An epoch has as many samples as all datasets; each repeats as needed."""
 
     def __init__(self, members: list[tuple[Fraction, str, SampleDataset]]) -> None:
         self.members = [samples for _, _, samples in members]
         weights = [weight for weight, _, _ in members]
-        # Of what the datasets before left: numerator and denominator of each one's share.
+        # (numerator, denominator) of each dataset's share of what the ones before it left.
         shares = [weight / sum(weights[i:]) for i, weight in enumerate(weights)]
         self._shares = [(share.numerator, share.denominator) for share in shares]
         self.samples_per_epoch = sum(samples.samples_per_epoch for samples in self.members)
+        self.order = ", ".join(samples.order for samples in self.members)
         self.weighted = any(samples.weighted for samples in self.members)
         self.description = ", ".join(
             f"{weight} of {samples.samples_per_epoch}" for weight, samples in zip(weights, self.members, strict=True)
         )
         for (weight, name, samples), count in zip(members, self.counts(self.samples_per_epoch), strict=True):
             logger.info(
-                "blend: %s: %.4f of the samples, %d an epoch = %.2f passes over it",
+                "blend: %s: %.4f of the samples, %d per epoch = %.2f epochs of it",
                 name, weight / sum(weights), count, count / samples.samples_per_epoch,
             )  # fmt: skip
 
-    @property
-    def order(self) -> str:
-        """How each dataset's epochs are ordered."""
-        return ", ".join(samples.order for samples in self.members)
-
     def place(self, global_index: int) -> tuple[int, int]:
-        """(number of the dataset, number of the sample in it) at a position."""
+        """(dataset index, sample index in it) at a position, as Megatron's dataset index and dataset sample index."""
         left = global_index
         for number, (share, of) in enumerate(self._shares):
             before = left * share // of
             if (left + 1) * share // of > before:
                 return number, before
             left -= before
-        raise AssertionError("the last share is 1")
+        raise AssertionError("the share of the last dataset is 1")
 
     def counts(self, number: int) -> list[int]:
-        """How many of the first `number` positions each dataset has."""
+        """How many of the first `number` positions each dataset takes."""
         counts = []
         for share, of in self._shares:
             counts.append(number * share // of)
@@ -125,5 +123,5 @@ class BlendedDataset:
 
 
 def blend_datasets(members: list[tuple[Fraction, str, SampleDataset]]) -> SampleDataset:
-    """The one dataset as it is, or several by weight."""
+    """The blend of `members`; a single dataset is returned unchanged."""
     return members[0][2] if len(members) == 1 else BlendedDataset(members)

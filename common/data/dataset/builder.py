@@ -1,9 +1,4 @@
-"""Training's samples: a dataset on disk as numbered rows of `seq_length` positions, the same for every layout.
-
-Global sample g belongs to epoch g // samples_per_epoch. The order within an epoch depends on seed and epoch alone,
-so more epochs change nothing that was. Labels are shifted here and nowhere else: the model is to give labels[i]
-after tokens[0..i]. A document of n tokens fills n - 1 positions: its last token is only a label.
-"""
+"""Builds the training and validation datasets from `.bin`/`.idx` files, after checking them."""
 
 import numpy as np
 
@@ -19,11 +14,11 @@ KIND_OF_MODE = {"pretrain": "pretrain", "finetune": "sft"}
 
 
 def split_documents(num_documents: int, split: str) -> tuple[range, range]:
-    """(training's documents, validation's), contiguous, by shares such as "98,2,0"; the third share is for nothing.
+    """(training documents, validation documents), contiguous, by a split such as "98,2,0"; the test share is unused.
 
-    The bounds are rounded as Megatron-Core's blended_megatron_dataset_builder does. Raises KitError.
+    Boundaries are rounded as in Megatron-Core's blended_megatron_dataset_builder. Raises KitError.
     """
-    rule = f"SPLIT={split}: give one to three numbers that are not negative, as 98,2,0"
+    rule = f"SPLIT={split}: give one to three non-negative numbers, as 98,2,0"
     try:
         shares = [float(word) for word in split.split(",")]
     except ValueError as error:
@@ -50,52 +45,54 @@ def build_dataset(
     check: bool = True,
     listed: bool | None = None,
 ) -> SampleDataset:
-    """The samples of `documents` (None: all); raises KitError for data of the other kind, or too little of it.
+    """The dataset of `documents` (None: all); raises KitError for data of the other kind, or for too little data.
 
-    check: hold the whole of the index files against each other, see IndexedReader. listed: see PretrainSamples.
+    check: check the whole index files, see IndexedDataset. listed: see GPTDataset.
     """
     refuse_legacy(files)
     if files.kind != KIND_OF_MODE[train_mode]:
         raise KitError(
-            f'{files.tokens} is "{files.kind}" data, but TRAIN_MODE={train_mode} learns "{KIND_OF_MODE[train_mode]}"'
+            f'{files.tokens} is "{files.kind}" data, but TRAIN_MODE={train_mode} needs "{KIND_OF_MODE[train_mode]}"'
             " data: change TRAIN_MODE, or DATASET_PATH"
         )
     if seed < 0:
         raise KitError(f"SEED={seed}: it must not be negative")
     tokens = open_tokens(files.tokens, check)
     check_against_manifest(files, tokens)
-    chosen = documents if documents is not None else range(len(tokens))
+    documents = range(len(tokens)) if documents is None else documents
     if train_mode == "pretrain":
-        return GPTDataset(tokens, chosen, seq_length, seed, reset_attention, listed)
+        return GPTDataset(tokens, documents, seq_length, seed, reset_attention, listed)
     assert files.loss_mask
     mask = open_mask(files.loss_mask, check)
     if check:
         check_mask(tokens, mask)
-    fitted = build_sample_index(tokens, mask, chosen, seq_length, truncate)
-    return SFTDataset(fitted, mask, seed, packing, pad_id, listed)
+    sample_index = build_sample_index(tokens, mask, documents, seq_length, truncate)
+    return SFTDataset(sample_index, mask, seed, packing, pad_id, listed)
 
 
 def check_against_manifest(files: DataFiles, tokens: IndexedDataset) -> None:
-    """Raises KitError unless `tokens` holds as many documents and tokens as the manifest tells, where there is one."""
+    """Raises KitError unless `tokens` has as many documents and tokens as its manifest, if any, records."""
     manifest = files.manifest or {}
     documents = manifest.get("documents")
-    there = {"documents": len(tokens), "tokens": tokens.num_tokens}
-    told = {
+    found = {"documents": len(tokens), "tokens": tokens.num_tokens}
+    recorded = {
         "documents": documents.get("kept") if isinstance(documents, dict) else None,
         "tokens": manifest.get("tokens"),
     }
     wrong = [
-        f"{told[name]} {name}, and {there[name]} are there" for name in there if told[name] not in (None, there[name])
+        f"{recorded[name]} {name} instead of {found[name]}"
+        for name in found
+        if recorded[name] not in (None, found[name])
     ]
     if wrong:
         raise KitError(
-            f"the manifest of {files.tokens} tells of {'; '.join(wrong)}: they are not of one run of step 1;"
-            " copy all of its files again, or write the data again"
+            f"the manifest of {files.tokens} records {'; '.join(wrong)}: the files are not from one run of step 1;"
+            " copy all of them again, or write the data again"
         )
 
 
 def check_mask(tokens: IndexedDataset, mask: IndexedDataset) -> None:
-    """Raises KitError unless each document's mask has its length."""
+    """Raises KitError unless the loss mask of each document has its length."""
     blocks = zip(tokens.length_blocks(), mask.length_blocks(), strict=True)
     if len(mask) != len(tokens) or any(not np.array_equal(one, other) for (_, one), (_, other) in blocks):
-        raise KitError(f"{mask.prefix} does not fit {tokens.prefix}: write the data again with step 1")
+        raise KitError(f"{mask.prefix} does not match {tokens.prefix}: write the data again with step 1")

@@ -1,7 +1,7 @@
-"""Samples to the micro-batches of one data-parallel rank, in an order that is the same for every layout.
+"""Samples to the micro-batches of one data-parallel rank, in an order that is the same for every parallel layout.
 
-Global batch k holds global samples [k x gbs, (k + 1) x gbs); its micro-batch m on rank r holds the samples from
-m x mbs x dp + r x mbs on.
+Global batch k holds global samples [k x gbs, (k + 1) x gbs). Its micro-batch m on rank r starts at sample
+m x mbs x dp + r x mbs, as in Megatron's MegatronPretrainingSampler.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ Batch = dict[str, torch.Tensor]
 class MicroBatchLoader:
     """Endless micro-batches of rank `dp_rank` from a global sample on; each tensor is [b, s].
 
-    `num_workers` processes read ahead; with 0 the caller's own process reads. They are forked as this is made, and
-    kept: made before CUDA begins, they hold nothing of the GPU, however their parent ends.
+    `num_workers` processes read ahead; with 0 the calling process reads. They are forked in the constructor and stay:
+    created before CUDA is initialized, they hold no GPU resources, however their parent ends.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class MicroBatchLoader:
     ) -> None:
         assert global_batch_size % (micro_batch_size * dp_size) == 0
         self.samples = samples
-        self._order = _MicroBatchSampler(start_sample, global_batch_size, micro_batch_size, dp_rank, dp_size)
+        self._sampler = _MicroBatchSampler(start_sample, global_batch_size, micro_batch_size, dp_rank, dp_size)
         self._loader: DataLoader[Batch] = DataLoader(
-            samples,  # type: ignore[arg-type]  # has __getitem__, which is all that a batch sampler needs
-            batch_sampler=self._order,
+            samples,  # type: ignore[arg-type]  # has __getitem__, all that a batch sampler needs
+            batch_sampler=self._sampler,
             collate_fn=collate,
             num_workers=num_workers,
             multiprocessing_context="fork" if num_workers else None,
@@ -48,18 +48,18 @@ class MicroBatchLoader:
         self._first: Iterator[Batch] | None = iter(self._loader)  # starts the workers
 
     def read_from(self, start_sample: int, num_readers: int = 1) -> list[Iterator[Batch]]:
-        """The micro-batches from `start_sample` on, to each of so many readers; ends what was read before."""
+        """The micro-batches from `start_sample` on, once for each of `num_readers`; ends the previous iterators."""
         reads, self._first = self._first, None
-        if reads is None or start_sample != self._order.start_sample:
-            self._order.start_sample = start_sample
+        if reads is None or start_sample != self._sampler.start_sample:
+            self._sampler.start_sample = start_sample
             reads = iter(self._loader)
         if num_readers == 1:
             return [reads]
-        return [map(dict, reader) for reader in tee(reads, num_readers)]  # a reader may take entries out
+        return [map(dict, reader) for reader in tee(reads, num_readers)]  # a reader may remove entries
 
 
 class _MicroBatchSampler:
-    """A batch sampler that begins where it is told to, each time that it is asked."""
+    """A batch sampler whose start can be set before each iteration."""
 
     def __init__(self, start_sample: int, *sizes: int) -> None:
         self.start_sample, self.sizes = start_sample, sizes
@@ -71,7 +71,7 @@ class _MicroBatchSampler:
 def micro_batch_indices(
     start_sample: int, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> Iterator[list[int]]:
-    """Endless lists of the global sample numbers of rank `dp_rank`'s micro-batches."""
+    """Endless lists of global sample indices, one for each micro-batch of rank `dp_rank`."""
     first = start_sample + dp_rank * micro_batch_size
     while True:
         for start in range(first, first + global_batch_size, micro_batch_size * dp_size):
@@ -80,5 +80,5 @@ def micro_batch_indices(
 
 
 def collate(rows: list[dict[str, np.ndarray]]) -> Batch:
-    """The rows' arrays [s] stacked to tensors [b, s]."""
+    """The samples' arrays [s] stacked to tensors [b, s]."""
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}

@@ -1,7 +1,7 @@
-"""Hashes of files by blocks, so that a part of the work knows its own share without reading the rest.
+"""Hashes of files by blocks, so that a part can hash its own span without reading the rest of the file.
 
-A file's hash is the sha256 of its blocks' sha256 back to back; every block has BLOCK_BYTES but the last. It does not
-depend on how the file was cut into parts.
+A file's hash is the sha256 of the concatenated sha256 of its blocks of BLOCK_BYTES. It does not depend on how the file
+was split into parts.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def hash_bytes(path: Path, start: int, end: int) -> str:
 
 
 def hash_of_blocks(blocks: Iterable[str]) -> str:
-    """A file's hash from those of its blocks."""
+    """The hash of a file from those of its blocks."""
     return hashlib.sha256(b"".join(map(bytes.fromhex, blocks))).hexdigest()
 
 
@@ -41,9 +41,9 @@ def hash_file(path: Path) -> str:
 
 
 def hash_samples(path: Path, num_samples: int) -> str:
-    """The hash of the size of `path` and of `num_samples` parts of 4 KiB spread evenly over it, the last one included.
+    """The hash of the size of `path` and of `num_samples` pieces of 4 KiB spread evenly over it, including its end.
 
-    Files of terabytes are told apart in a moment; a change that leaves size and samples as they are is not seen.
+    Tells files of terabytes apart at once, but misses a change that affects neither the size nor a sample.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -58,11 +58,11 @@ def hash_samples(path: Path, num_samples: int) -> str:
 
 
 class SpanHash:
-    """The hashes of the bytes [start, end) of a file of `file_bytes`, made by `pool` beside the caller's work.
+    """Hashes of the bytes [start, end) of a file of `file_bytes`, computed by `pool` in the background.
 
-    As a dict: "head", of what stands before the first whole block's start; "blocks", of each block that starts in the
-    span, the last of which may end after it; "tail", of that one's share alone. Head and tail stand where they are not
-    empty. The blocks of a file's spans in order are those of the file.
+    result(): a dict of "head", the bytes before the first block that starts in the span; "blocks", each block that
+    starts in the span, the last of which may end after it; "tail", the bytes of that last block inside the span. Empty
+    heads and tails are omitted. The blocks of all spans of a file, in order, are those of the file.
     """
 
     def __init__(self, pool: Executor, path: Path, start: int, end: int, file_bytes: int) -> None:
@@ -74,25 +74,25 @@ class SpanHash:
             pieces.append(("blocks", at, block_end))
             if block_end > end:
                 pieces.append(("tail", at, end))
-        self._waiting, self._asked = pieces[::-1], list[tuple[str, Future[str]]]()
+        self._pending, self._requested = pieces[::-1], list[tuple[str, Future[str]]]()
         self._known: str | None = None
         self._is_one_block = start == 0 and end == file_bytes <= BLOCK_BYTES
 
     def request(self, until: int | None = None) -> None:
-        """Has what starts before byte `until` hashed, soon: while it is still at hand; None: all."""
-        while self._waiting and not self._known and (until is None or self._waiting[-1][1] < until):
-            kind, start, end = self._waiting.pop()
-            self._asked.append((kind, self._pool.submit(hash_bytes, self._path, start, end)))
+        """Starts hashing the blocks that begin before byte `until`, or all, while they are in the page cache."""
+        while self._pending and not self._known and (until is None or self._pending[-1][1] < until):
+            kind, start, end = self._pending.pop()
+            self._requested.append((kind, self._pool.submit(hash_bytes, self._path, start, end)))
 
-    def know(self, sha256: str | None) -> None:
-        """Takes what is known already of a file that was read whole."""
+    def set_known(self, sha256: str | None) -> None:
+        """Sets the hash of a file that was read whole by the caller."""
         if self._is_one_block:
             self._known = sha256
 
     def result(self) -> dict[str, Any]:
-        """All of them; waits for them."""
+        """All hashes; waits for them."""
         if self._known:
             return {"blocks": [self._known]}
         self.request()
-        found: dict[str, Any] = {"blocks": [future.result() for kind, future in self._asked if kind == "blocks"]}
-        return {**found, **{kind: future.result() for kind, future in self._asked if kind != "blocks"}}
+        found: dict[str, Any] = {"blocks": [future.result() for kind, future in self._requested if kind == "blocks"]}
+        return {**found, **{kind: future.result() for kind, future in self._requested if kind != "blocks"}}

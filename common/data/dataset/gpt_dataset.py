@@ -1,9 +1,4 @@
-"""Training's samples: a dataset on disk as numbered rows of `seq_length` positions, the same for every layout.
-
-Global sample g belongs to epoch g // samples_per_epoch. The order within an epoch depends on seed and epoch alone,
-so more epochs change nothing that was. Labels are shifted here and nowhere else: the model is to give labels[i]
-after tokens[0..i]. A document of n tokens fills n - 1 positions: its last token is only a label.
-"""
+"""Megatron's GPTDataset: shuffled documents, concatenated and cut into samples of `seq_length` tokens."""
 
 from typing import Any
 
@@ -24,10 +19,11 @@ from common.log import logger
 
 
 class GPTDataset:
-    """Documents in an order of their own each epoch, back to back, cut into windows that overlap by one token.
+    """Documents in a new order each epoch, concatenated and cut into windows that overlap by one token.
 
-    A window of seq_length + 1 tokens is one sample; the tail that fills no window is left out. `listed`: whether the
-    orders are listed in memory (shuffle.py); None: if they are few.
+    As Megatron-Core's GPTDataset, a window of seq_length + 1 tokens is one sample, and the incomplete last one is
+    dropped. Its document, sample and shuffle indices, which grow with the data, are replaced by those of shuffle.py.
+    listed: whether the order is listed in memory; None: if it is short.
     """
 
     weighted = False
@@ -51,29 +47,24 @@ class GPTDataset:
                 f" SEQ_LENGTH + 1 = {seq_length + 1}: use more data, another SPLIT or a smaller SEQ_LENGTH"
             )
         self.samples_per_epoch = (total - 1) // seq_length
-        few = is_listed(len(documents), self.samples_per_epoch)
-        self.listed = few if listed is None else listed
-        if self.listed and not few:
+        short = is_listed(len(documents), self.samples_per_epoch)
+        self.listed = short if listed is None else listed
+        self.order = order_name(self.listed)
+        if self.listed and not short:
             logger.info(
-                "%s: its order takes %d MiB in each process, as the run began; one that begins now needs none",
+                "%s: its shuffle index takes %d MiB in each process, as when the run began; a new run needs none",
                 tokens.prefix.name, (16 * len(documents) + 8 * self.samples_per_epoch) >> 20,
             )  # fmt: skip
         logger.info(
-            "%s: %d tokens make %d samples an epoch, %d at its end are left out",
+            "%s: %d tokens make %d samples per epoch, dropping the last %d tokens",
             tokens.prefix.name, total, self.samples_per_epoch, total - 1 - self.samples_per_epoch * seq_length,
         )  # fmt: skip
         self._epoch = -1
 
-    @property
-    def order(self) -> str:
-        """How the epochs are ordered; the same position is another sample in another order."""
-        return order_name(self.listed)
-
     def __getitem__(self, global_index: int) -> dict[str, np.ndarray]:
         epoch, index = divmod(global_index, self.samples_per_epoch)
-        self._order(epoch)
-        start = int(self._windows[index]) * self.seq_length
-        window, segments = self._read(start)
+        self._set_epoch(epoch)
+        window, segments = self._read(int(self._shuffle_index[index]) * self.seq_length)
         sample = {
             "tokens": window[:-1],
             "labels": window[1:],
@@ -83,25 +74,25 @@ class GPTDataset:
             sample["segment_ids"] = segments[:-1]
         return sample
 
-    def _order(self, epoch: int) -> None:
-        """Sets the order of documents and windows of `epoch`; the last one asked for is kept."""
+    def _set_epoch(self, epoch: int) -> None:
+        """Builds the order of documents and windows of `epoch`; that of the last epoch is kept."""
         if epoch == self._epoch:
             return
         if self.listed:
             random = np.random.default_rng([self.seed, epoch])
-            self._documents: DocumentOrder = ListedDocumentOrder(self.tokens, self.documents, random)
-            self._windows: ShuffleIndex = random.permutation(self.samples_per_epoch)
+            self._document_order: DocumentOrder = ListedDocumentOrder(self.tokens, self.documents, random)
+            self._shuffle_index: ShuffleIndex = random.permutation(self.samples_per_epoch)
         else:
-            self._documents = GroupedDocumentOrder(self.tokens, self.documents, self.seed, epoch)
-            self._windows = keyed_shuffle(self.samples_per_epoch, self.seed, epoch)
+            self._document_order = GroupedDocumentOrder(self.tokens, self.documents, self.seed, epoch)
+            self._shuffle_index = keyed_shuffle(self.samples_per_epoch, self.seed, epoch)
         self._epoch = epoch
 
     def _read(self, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int64, number of the document within the window int32), [seq_length + 1] each, from `start` on."""
+        """(tokens int64, index of the document in the window int32), [seq_length + 1] each, from token `start` on."""
         size = self.seq_length + 1
         window, segments = np.empty(size, np.int64), np.empty(size, np.int32)
         filled = segment = 0
-        for document, offset in self._documents.parts(start):
+        for document, offset in self._document_order.parts(start):
             part = self.tokens.get(document, offset, size - filled)
             window[filled : filled + part.size] = part
             segments[filled : filled + part.size] = segment
@@ -111,4 +102,4 @@ class GPTDataset:
         return window, segments
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_epoch": -1, "_documents": None, "_windows": None}
+        return {**self.__dict__, "_epoch": -1, "_document_order": None, "_shuffle_index": None}

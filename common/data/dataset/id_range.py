@@ -1,4 +1,4 @@
-"""The largest id that a dataset holds: what its manifest tells, else what its file holds when it is read once."""
+"""The range of token ids in a dataset: from its manifest, or from one scan of the file."""
 
 import json
 import time
@@ -10,78 +10,79 @@ import numpy as np
 
 from common.data.dataset.file_hash import DATA_SAMPLES, hash_samples
 from common.data.dataset.indexed_dataset import IndexedDataset, bin_path
-from common.data.dataset.manifest import DataFiles, write_json
+from common.data.dataset.manifest import DataFiles
 from common.errors import KitError, reading
+from common.files import write_json
 from common.log import logger
 
 READ_BYTES = 16 << 20
-KEEP_BYTES = 1 << 30  # of files from this size on the answer is kept beside them
+CACHE_BYTES = 1 << 30  # the range of larger files is cached next to them
 
 
 def check_ids(files: DataFiles, tokens: IndexedDataset, vocab_size: int, source: Path) -> None:
-    """Raises KitError unless every id of `tokens` is one of `vocab_size`, which `source` tells.
+    """Raises KitError unless every id in `tokens` is below `vocab_size`, which comes from `source`.
 
-    An embedding that is split over ranks takes a larger id for one of another rank's rows and gives zeros, without a
-    word (VocabParallelEmbedding in Megatron-Core's tensor_parallel/layers.py).
+    A tensor-parallel embedding treats a larger id as one of another rank and silently returns zeros
+    (VocabParallelEmbedding in Megatron-Core's tensor_parallel/layers.py).
     """
     smallest, largest = id_range(files, tokens)
     if smallest < 0:
         raise KitError(
-            f"{bin_path(tokens.prefix)} holds the id {smallest}: ids are not negative; give data of step 1"
-            " (fine-tuning data of the old kit is taken over by `python -m common.preprocess import-legacy`)"
+            f"{bin_path(tokens.prefix)} holds the token id {smallest}, which is negative: give data of step 1"
+            " (`python -m common.preprocess import-legacy` imports fine-tuning data of the legacy kit)"
         )
     if largest >= vocab_size:
         raise KitError(
-            f"{bin_path(tokens.prefix)} holds the id {largest}, and the model's ids end at {vocab_size - 1}"
-            f" (vocab_size={vocab_size} in {source}): run step 1 with the tokenizer that the model has, or resize the"
+            f"{bin_path(tokens.prefix)} holds the token id {largest}, but the model's largest id is {vocab_size - 1}"
+            f" (vocab_size={vocab_size} in {source}): run step 1 with the tokenizer of the model, or resize the"
             " model's embedding to the tokenizer (resize_token_embeddings in transformers) and convert it again"
         )
 
 
 def warn_if_vocab_exceeds_model(folder: Path, num_ids: int) -> None:
-    """Logs it where the config.json beside a tokenizer of so many ids is of a model with fewer."""
-    with suppress(OSError, ValueError, RecursionError):  # step 1 needs no config.json
+    """Logs a warning when the config.json next to the tokenizer has a smaller vocab_size than `num_ids`."""
+    with suppress(OSError, ValueError, RecursionError):  # step 1 does not need config.json
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         size = config.get("vocab_size") if isinstance(config, dict) else None
         if type(size) is int and size < num_ids:
             logger.warning(
-                "the tokenizer's ids go up to %d, those of %s to %d (vocab_size=%d): training refuses such data:"
+                "the tokenizer's largest id is %d, that of %s is %d (vocab_size=%d): training rejects such data;"
                 " resize the model's embedding first (resize_token_embeddings in transformers)",
                 num_ids - 1, folder / "config.json", size - 1, size,
             )  # fmt: skip
 
 
 def id_range(files: DataFiles, tokens: IndexedDataset) -> tuple[int, int]:
-    """(smallest, largest) id of `tokens`, (0, 0) where there is none; the smallest may be lower in truth than told.
+    """(smallest, largest) id in `tokens`, (0, 0) when it is empty.
 
-    From the manifest that step 1 wrote, else from what an earlier scan left, else by a scan of the file.
+    Comes from the manifest, whose data has no negative ids, else from a cached scan, else from a scan of the file.
     """
-    told = (files.manifest or {}).get("largest_id")
-    if type(told) is int and told >= 0:
-        return 0, told
+    recorded = (files.manifest or {}).get("largest_id")
+    if type(recorded) is int and recorded >= 0:
+        return 0, recorded
     data = bin_path(tokens.prefix)
     size = tokens.num_tokens * tokens.dtype.itemsize
-    if size < KEEP_BYTES:
+    if size < CACHE_BYTES:
         return scan_id_range(tokens)
-    state, kept = _state_of(data), Path(f"{tokens.prefix}.ids.json")
+    state, cache = _state_of(data), Path(f"{tokens.prefix}.ids.json")
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        found = json.loads(kept.read_text(encoding="utf-8"))
+        found = json.loads(cache.read_text(encoding="utf-8"))
         if found["of"] == state:
             return int(found["smallest"]), int(found["largest"])
-    missing = "its manifest is of an earlier kit" if files.manifest else "it has no manifest"
-    logger.info("the largest id of %s is not known, %s: its %.1f GB are read once", data, missing, size / 1e9)
+    reason = "its manifest was written by an earlier version" if files.manifest else "it has no manifest"
+    logger.info("scanning the token ids of %s (%.1f GB) once: %s", data, size / 1e9, reason)
     started = time.monotonic()
     smallest, largest = scan_id_range(tokens)
-    logger.info("its ids are %d to %d, read in %.0f s", smallest, largest, time.monotonic() - started)
+    logger.info("its token ids are %d to %d, scanned in %.0f s", smallest, largest, time.monotonic() - started)
     try:
-        write_json(kept, {"of": state, "smallest": smallest, "largest": largest})
+        write_json(cache, {"of": state, "smallest": smallest, "largest": largest})
     except OSError as error:
-        logger.info("%s cannot be written (%s): the next start reads them again", kept, error.strerror)
+        logger.info("%s cannot be written (%s): the next start will scan again", cache, error.strerror)
     return smallest, largest
 
 
 def scan_id_range(tokens: IndexedDataset) -> tuple[int, int]:
-    """(smallest, largest) id of the file, (0, 0) where it holds none; read block by block, not mapped."""
+    """(smallest, largest) id in the file, (0, 0) when it is empty; reads it block by block, without mapping it."""
     data, number = bin_path(tokens.prefix), READ_BYTES // tokens.dtype.itemsize
     smallest, largest = 0, 0
     with reading(data), data.open("rb") as stream:
@@ -93,6 +94,6 @@ def scan_id_range(tokens: IndexedDataset) -> tuple[int, int]:
 
 
 def _state_of(data: Path) -> dict[str, Any]:
-    """By which a file is known again: its size and time of change, and samples of its bytes."""
-    told = data.stat()
-    return {"bytes": told.st_size, "changed_ns": told.st_mtime_ns, "samples": hash_samples(data, DATA_SAMPLES)}
+    """What identifies an unchanged file: its size, modification time and a hash of samples."""
+    found = data.stat()
+    return {"bytes": found.st_size, "changed_ns": found.st_mtime_ns, "samples": hash_samples(data, DATA_SAMPLES)}

@@ -1,4 +1,4 @@
-"""Conversations as samples: one a row of `seq_length` positions, or several packed into one."""
+"""Megatron's SFTDataset: conversations as samples, one per row of `seq_length` positions or several packed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ TRUNCATE = ("error", "drop", "left", "right")
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """The documents from `first` on that are samples, and how a long one is cut to `limit` tokens.
+    """Which documents from `first` on are samples, and how long ones are truncated to `limit` tokens.
 
-    gaps: for each document that is left out, in order, how many samples come before it. keep_end: a cut leaves out the
-    beginning. num_tokens: of all samples together. Memory grows with what is left out alone.
+    gaps: for each dropped document, in order, the number of samples before it. keep_end: truncation removes the
+    beginning. num_tokens: of all samples. Memory only grows with the number of dropped documents.
     """
 
     tokens: IndexedDataset
@@ -52,33 +52,34 @@ class SampleIndex:
 
 @dataclass
 class _Counts:
-    """What is counted while documents are fitted."""
+    """What `build_sample_index` logs."""
 
     over: int = 0
     longest: int = 0
-    unlearned: int = 0
+    untrained: int = 0
     short: int = 0
 
 
 def build_sample_index(
     tokens: IndexedDataset, mask: IndexedDataset, documents: range, seq_length: int, truncate: str
 ) -> SampleIndex:
-    """The samples that `documents` make, too long ones treated by `truncate`; raises KitError where none is left."""
+    """The samples in `documents`, with long ones handled by `truncate`; raises KitError when no sample is left."""
     if truncate not in TRUNCATE:
-        raise KitError(f"TRUNCATE={truncate} is not known: set it to one of {', '.join(TRUNCATE)}")
-    limit, told, num_tokens = seq_length + 1, _Counts(), 0
-    left_out = [np.empty(0, np.int64)]
+        raise KitError(f"TRUNCATE={truncate} is unknown: set it to one of {', '.join(TRUNCATE)}")
+    limit, counts, num_tokens = seq_length + 1, _Counts(), 0
+    dropped = [np.empty(0, np.int64)]
     for first, lengths in tokens.length_blocks(documents.start, documents.stop):
-        use = _usable(mask, first, lengths, limit, truncate, told)
-        left_out.append(np.flatnonzero(~use) + (first - documents.start))
+        use = _usable(mask, first, lengths, limit, truncate, counts)
+        dropped.append(np.flatnonzero(~use) + (first - documents.start))
         num_tokens += int(np.minimum(lengths, limit)[use].sum())
-    without = np.concatenate(left_out)
-    if told.over:
-        _report_too_long(tokens.prefix, len(documents), told, seq_length, truncate)
-    if told.unlearned:
-        logger.info("%s: %d samples have nothing to learn after the cut: dropped", tokens.prefix.name, told.unlearned)
-    if told.short:
-        logger.info("%s: %d samples of fewer than two tokens: dropped", tokens.prefix.name, told.short)
+    without = np.concatenate(dropped)
+    if counts.over:
+        _report_too_long(tokens.prefix, len(documents), counts, seq_length, truncate)
+    if counts.untrained:
+        text = "%s: dropped %d samples that have nothing to train on after truncation"
+        logger.info(text, tokens.prefix.name, counts.untrained)
+    if counts.short:
+        logger.info("%s: dropped %d samples of fewer than two tokens", tokens.prefix.name, counts.short)
     if without.size == len(documents):
         raise KitError(f"{tokens.prefix}: none of the {len(documents)} samples of this split can be used")
     number, gaps = len(documents) - without.size, without - np.arange(without.size)
@@ -86,72 +87,73 @@ def build_sample_index(
 
 
 def _usable(
-    mask: IndexedDataset, first: int, lengths: np.ndarray, limit: int, truncate: str, told: _Counts
+    mask: IndexedDataset, first: int, lengths: np.ndarray, limit: int, truncate: str, counts: _Counts
 ) -> np.ndarray:
     """bool: whether each of the documents from `first` on is a sample."""
     over = lengths > limit
-    told.over += int(over.sum())
-    told.longest = max(told.longest, int(lengths.max()))
+    counts.over += int(over.sum())
+    counts.longest = max(counts.longest, int(lengths.max()))
     use = ~over if truncate == "drop" else np.ones_like(over)
     if truncate in ("left", "right"):
         for i in np.flatnonzero(over).tolist():
             start = int(lengths[i]) - limit if truncate == "left" else 0
-            use[i] = mask.get(first + i, start + 1, limit - 1).any()  # the first token is no label
-        told.unlearned += int((~use).sum())
+            use[i] = mask.get(first + i, start + 1, limit - 1).any()  # the first token is not a label
+        counts.untrained += int((~use).sum())
     short = use & (lengths < 2)
-    told.short += int(short.sum())
+    counts.short += int(short.sum())
     return use & ~short
 
 
-def _report_too_long(prefix: Path, number: int, told: _Counts, seq_length: int, truncate: str) -> None:
+def _report_too_long(prefix: Path, number: int, counts: _Counts, seq_length: int, truncate: str) -> None:
     text = (
-        f"{told.over} of {number} samples have more than SEQ_LENGTH + 1 = {seq_length + 1} tokens,"
-        f" the longest {told.longest}"
+        f"{counts.over} of {number} samples have more than SEQ_LENGTH + 1 = {seq_length + 1} tokens,"
+        f" the longest {counts.longest}"
     )
     if truncate == "error":
         raise KitError(f"{prefix}: {text}: set TRUNCATE=drop, left or right, or a larger SEQ_LENGTH")
-    done = {"drop": "dropped", "left": "cut, their end is kept", "right": "cut, their beginning is kept"}[truncate]
+    done = {"drop": "dropped", "left": "truncated from the left", "right": "truncated from the right"}[truncate]
     logger.info("%s: %s: %s", prefix.name, text, done)
 
 
 class SFTDataset:
-    """Conversations: one a row, or with `packing` several, each a segment of its own; the rest of a row is padding."""
+    """Conversations: one per row, or with `packing` several, each its own segment; the rest of a row is padding."""
 
     def __init__(
         self,
-        fitted: SampleIndex,
+        sample_index: SampleIndex,
         mask: IndexedDataset,
         seed: int,
         packing: bool,
         pad_id: int,
         listed: bool | None = None,
     ) -> None:
-        self.tokens, self.mask, self.fitted, self.seq_length = fitted.tokens, mask, fitted, fitted.limit - 1
+        self.tokens, self.mask, self.sample_index, self.seq_length = (
+            sample_index.tokens,
+            mask,
+            sample_index,
+            sample_index.limit - 1,
+        )
         self.seed, self.packing, self.pad_id = seed, packing, pad_id
-        self.samples_per_epoch = fitted.num_samples
+        self.samples_per_epoch = sample_index.num_samples
         if packing:
-            members, self._starts = pack(fitted.sizes() - 1, self.seq_length)
-            self._members = members.astype(np.min_scalar_type(max(0, fitted.num_samples - 1)))
-            self.samples_per_epoch = self._starts.size - 1
+            members, self._row_starts = pack(sample_index.sizes() - 1, self.seq_length)
+            self._members = members.astype(np.min_scalar_type(max(0, sample_index.num_samples - 1)))
+            self.samples_per_epoch = self._row_starts.size - 1
         self.weighted = mask.dtype.kind == "f"
         self.listed = is_listed(self.samples_per_epoch) if listed is None else listed
-        used = fitted.num_tokens - fitted.num_samples
+        self.order = order_name(self.listed)
+        used = sample_index.num_tokens - sample_index.num_samples
         logger.info(
-            "%s: %d samples in %d rows of %d, %.1f%% full",
-            self.tokens.prefix.name, fitted.num_samples, self.samples_per_epoch, self.seq_length,
+            "%s: %d samples in %d rows of %d tokens, %.1f%% full",
+            self.tokens.prefix.name, sample_index.num_samples, self.samples_per_epoch, self.seq_length,
             100 * used / (self.samples_per_epoch * self.seq_length),
         )  # fmt: skip
         self._epoch = -1
 
-    @property
-    def order(self) -> str:
-        """How the epochs are ordered; the same position is another sample in another order."""
-        return order_name(self.listed)
-
     def __getitem__(self, global_index: int) -> dict[str, np.ndarray]:
         epoch, index = divmod(global_index, self.samples_per_epoch)
-        self._set_order(epoch)
-        members = self._members_of(int(self._order[index]))
+        self._set_epoch(epoch)
+        members = self._members_of(int(self._shuffle_index[index]))
         sample: dict[str, np.ndarray] = {
             "tokens": np.full(self.seq_length, self.pad_id, np.int64),
             "labels": np.full(self.seq_length, self.pad_id, np.int64),
@@ -160,7 +162,7 @@ class SFTDataset:
         segments = np.full(self.seq_length, len(members), np.int32)
         at = 0
         for segment, member in enumerate(members):
-            document, start, size = self.fitted.part(member)
+            document, start, size = self.sample_index.part(member)
             end = at + size - 1
             ids = self.tokens.get(document, start, size)
             sample["tokens"][at:end], sample["labels"][at:end] = ids[:-1], ids[1:]
@@ -171,19 +173,19 @@ class SFTDataset:
             sample["segment_ids"] = segments
         return sample
 
-    def _set_order(self, epoch: int) -> None:
-        """Sets the order of the rows of `epoch`; the last one asked for is kept."""
+    def _set_epoch(self, epoch: int) -> None:
+        """Builds the order of the rows of `epoch`; that of the last epoch is kept."""
         if epoch != self._epoch:
             number = self.samples_per_epoch
             random = [self.seed, epoch]
-            self._order: ShuffleIndex = (
+            self._shuffle_index: ShuffleIndex = (
                 np.random.default_rng(random).permutation(number) if self.listed else keyed_shuffle(number, *random)
             )
             self._epoch = epoch
 
     def _members_of(self, row: int) -> list[int]:
-        """The samples that stand in `row`."""
+        """The samples packed into `row`."""
         if not self.packing:
             return [row]
-        members: list[int] = self._members[self._starts[row] : self._starts[row + 1]].tolist()
+        members: list[int] = self._members[self._row_starts[row] : self._row_starts[row + 1]].tolist()
         return members

@@ -1,7 +1,8 @@
-"""Orders that depend on a key alone, at any position at once: of samples, and of documents as one stream of tokens.
+"""Shuffles of samples and documents that depend only on seed and epoch, with random access to any position.
 
-Up to MAX_LISTED elements are listed in memory, some MiB a process. More are not: a Feistel network gives an element's
-place, and documents are put in order group by group.
+Up to MAX_LISTED elements the order is a list in memory, as Megatron's shuffle index, of some MiB per process. Beyond,
+samples are permuted by a Feistel network, and documents are shuffled group by group, so that a start takes neither
+time nor memory for them. No library that the kit uses has a permutation with random access.
 """
 
 from collections.abc import Iterator
@@ -16,22 +17,22 @@ MAX_LISTED = 1 << 18
 GROUP = 1 << 11
 ROUNDS = 8
 BITS_64 = (1 << 64) - 1
-WINDOWS, DOCUMENTS = 1, 2  # what a generator is for, so that no two are the same
+WINDOWS, DOCUMENTS = 1, 2  # spawn keys, so that no two generators are the same
 
 
 class DocumentOrder(Protocol):
-    """Documents back to back in some order."""
+    """Documents in some order, concatenated."""
 
     def parts(self, position: int) -> Iterator[tuple[int, int]]:
-        """(document, offset in it) of the token at `position`, then the documents after it, with offset 0."""
+        """(document, offset in it) of the token at `position`, then the following documents with offset 0."""
         ...
 
 
 class KeyedPermutation:
-    """A permutation of range(size) that takes no memory: `[i]` of a number, or of an array of uint64.
+    """A permutation of range(size) in constant memory: `[i]` of an int, or of an array of uint64.
 
-    A Feistel network over the least power of two that holds `size`, its halves a bit apart at most, applied until the
-    result is below `size`: cycle walking, in Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002).
+    A Feistel network over the smallest power of two that holds `size`, applied until the result is below `size`: cycle
+    walking, Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002).
     """
 
     def __init__(self, size: int, random: np.random.SeedSequence) -> None:
@@ -65,7 +66,7 @@ class KeyedPermutation:
 
 
 def _mix(x: Place) -> Place:
-    """64 well mixed bits of 64: the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    """A 64-bit hash of 64 bits: the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & BITS_64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & BITS_64
     return x ^ (x >> 31)
@@ -75,7 +76,7 @@ ShuffleIndex = np.ndarray | KeyedPermutation
 
 
 class ListedDocumentOrder:
-    """All documents in the order that `random` gives, listed: 16 bytes a document."""
+    """All documents in a random order that is listed in memory: 16 bytes per document."""
 
     def __init__(self, tokens: IndexedDataset, documents: range, random: np.random.Generator) -> None:
         order = random.permutation(len(documents))
@@ -88,11 +89,11 @@ class ListedDocumentOrder:
 
 
 class GroupedDocumentOrder:
-    """Groups of GROUP neighbours in an order of their own, the documents of each in one of theirs.
+    """Groups of GROUP consecutive documents in random order, and the documents of each group in random order.
 
-    Where groups begin is drawn too, so that those of an epoch are not those of the next. Kept are 24 bytes a group; a
-    group's own order is made when it is asked for. Such two levels are CorgiPile's (Xu et al., SIGMOD 2022), where
-    they train as well as a full shuffle does.
+    Group boundaries are random too, so that epochs have different groups. A group takes 24 bytes; its own order is
+    computed on access. This is the two-level shuffle of CorgiPile (Xu et al., SIGMOD 2022), which trains as well as a
+    full shuffle.
     """
 
     def __init__(self, tokens: IndexedDataset, documents: range, seed: int, epoch: int) -> None:
@@ -117,7 +118,7 @@ class GroupedDocumentOrder:
 
 
 def _walk_from(members: np.ndarray, ends: np.ndarray, position: int) -> Iterator[tuple[int, int]]:
-    """(member, offset in it) at `position` of members that end at `ends`, then those after it, with offset 0."""
+    """(member, offset in it) at `position` of members that end at `ends`, then the following ones with offset 0."""
     first = int(np.searchsorted(ends, position, side="right"))
     offset = position - (int(ends[first - 1]) if first else 0)
     for member in members[first:]:
@@ -126,15 +127,15 @@ def _walk_from(members: np.ndarray, ends: np.ndarray, position: int) -> Iterator
 
 
 def is_listed(*sizes: int) -> bool:
-    """Whether so many elements are few enough to be listed."""
+    """Whether an order of so many elements is listed in memory."""
     return sum(sizes) <= MAX_LISTED
 
 
 def order_name(listed: bool) -> str:
-    """What a checkpoint calls the orders here; another algorithm must get another name."""
+    """The name of the shuffle in checkpoints; another algorithm needs another name."""
     return "listed" if listed else "keyed"
 
 
 def keyed_shuffle(size: int, seed: int, epoch: int) -> KeyedPermutation:
-    """The order of an epoch's `size` samples, which are too many to be listed."""
+    """The order of the `size` samples of an epoch that are too many to be listed."""
     return KeyedPermutation(size, np.random.SeedSequence(seed, spawn_key=(epoch, WINDOWS)))

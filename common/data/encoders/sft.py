@@ -16,7 +16,7 @@ import numpy as np
 
 from common.data.dataset.indexed_dataset import token_dtype
 from common.data.encoders.encoded import BAD_ROWS, EncodedChunk
-from common.data.sources.bad_rows import BadRowError, BadRows, as_bad_row_error
+from common.data.sources.bad_rows import BadRowError, BadRows, ignore_bad_row
 from common.data.sources.chunks import Chunk
 from common.data.sources.jsonl import records
 from common.data.templates.assistant_spans import AssistantSpans
@@ -218,11 +218,9 @@ def sample_segments(
     found: list[tuple[str, str]] = []
     left = limit_bytes
     for place, row in rows:
-        try:
-            with as_bad_row_error():
-                texts = [segment.text for segment in encoder.segments_of_row(row, Counter())]
-        except BadRowError:
-            continue
+        texts: list[str] = []
+        with ignore_bad_row():
+            texts = [segment.text for segment in encoder.segments_of_row(row, Counter())]
         found += [(place, text[:limit_bytes]) for text in texts]
         left -= sum(map(len, texts))
         if left <= 0:

@@ -1,1 +1,1 @@
-"""Step 1 as a job: its parts, workers, and their merging."""
+"""Step 1: the job, its parts, the workers that encode them, and the merge of the parts."""

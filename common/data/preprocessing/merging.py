@@ -1,9 +1,4 @@
-"""Finished parts to the finished files: joined in order by copy, then the manifest.
-
-Runs that share the work by PARTITION_INDEX leave a claim each, `run_{index}_of_{partitions}_{plan}.json`: which parts
-make up its share. `merge` joins the claims of one plan, which is a hash over the inputs' sizes, where they are cut, the
-tokenizer and the settings.
-"""
+"""Merges completed parts into the final files by copying, then writes the manifest."""
 
 import os
 from collections import Counter
@@ -23,12 +18,12 @@ from common.data.templates.fields import NOT_USED
 from common.errors import KitError
 from common.files import sync
 
-NO_NOTES = {"read", "supervised"}
+COUNTS_OF_ALL_ROWS = {"read", "supervised"}
 MAX_UNUSED_FIELDS = 30
 
 
 def merge_parts(output_prefix: Path, facts: dict[str, Any], parts: list[FinishedPart]) -> dict[str, Any]:
-    """Joins `parts` under their final names, writes the manifest, removes the parts; returns the manifest.
+    """Merges `parts` into the final files, writes the manifest and removes the parts; returns the manifest.
 
     facts: those of the job.
     """
@@ -37,12 +32,12 @@ def merge_parts(output_prefix: Path, facts: dict[str, Any], parts: list[Finished
         counts.update(part.counts)
     folder = parts_folder(output_prefix)
     inputs = _hashed_inputs(parts)
-    if counts["read"] == sum(dropped(counts).values()):
+    if counts["read"] == sum(dropped_of(counts).values()):
         remove_parts(folder)
-        raise KitError(f"INPUT holds no document: {counts['read']} rows were read and {dropped(counts)} dropped")
+        raise KitError(f"INPUT holds no documents: {counts['read']} rows were read and {dropped_of(counts)} dropped")
     finals = {stream: Path(f"{output_prefix}_{end}") for stream, (end, _) in facts["streams"].items()}
     for stream, (_, dtype) in facts["streams"].items():
-        _join([folder / f"{part.name}_{stream}" for part in parts], finals[stream], np.dtype(dtype))
+        _merge_stream([folder / f"{part.name}_{stream}" for part in parts], finals[stream], np.dtype(dtype))
     rejects.merge_rejects(
         [(folder / f"{part.name}_rejects", part.records) for part in parts], rejects.rejects_path(output_prefix)
     )
@@ -53,12 +48,12 @@ def merge_parts(output_prefix: Path, facts: dict[str, Any], parts: list[Finished
         "files": {stream: path.name for stream, path in finals.items()},
         **facts["described"],
         "inputs": inputs,
-        "documents": {"read": counts["read"], "kept": len(tokens), "dropped": dropped(counts)},
+        "documents": {"read": counts["read"], "kept": len(tokens), "dropped": dropped_of(counts)},
         "tokens": tokens.num_tokens,
         "supervised_tokens": counts.get("supervised", tokens.num_tokens),
         "longest": tokens.longest,
         "largest_id": max(part.largest_id for part in parts),
-        "notes": notes(counts),
+        "notes": notes_of(counts),
     }
     manifest.write(output_prefix, content)
     remove_parts(folder)
@@ -66,7 +61,7 @@ def merge_parts(output_prefix: Path, facts: dict[str, Any], parts: list[Finished
 
 
 def _hashed_inputs(parts: list[FinishedPart]) -> list[dict[str, Any]]:
-    """path, size, time of change and hash of each input; raises AssertionError unless each byte was read once."""
+    """Path, size, modification time and hash of each input; raises AssertionError unless each byte was read once."""
     files: dict[int, dict[str, Any]] = {}
     blocks: dict[int, list[str]] = {}
     ends: Counter[int] = Counter()
@@ -82,8 +77,8 @@ def _hashed_inputs(parts: list[FinishedPart]) -> list[dict[str, Any]]:
     return [{**files[file], "blocks_sha256": hash_of_blocks(blocks[file])} for file in sorted(files)]
 
 
-def _join(parts: list[Path], final: Path, dtype: np.dtype[Any]) -> None:
-    """Gives the parts' files, joined in order, their final names; a single part gets a second name."""
+def _merge_stream(parts: list[Path], final: Path, dtype: np.dtype[Any]) -> None:
+    """Merges the files of `parts`, in order, into `final`; a single part is hard-linked."""
     if len(parts) == 1:
         for path in (bin_path, idx_path):
             _link(path(parts[0]), path(final))
@@ -95,18 +90,18 @@ def _join(parts: list[Path], final: Path, dtype: np.dtype[Any]) -> None:
 
 
 def _link(path: Path, final: Path) -> None:
-    """Gives `path` the name `final` too, so that a run that is killed here finds its part; else moves it."""
+    """Hard-links `path` to `final`, so that a run that is killed here finds its part again; else renames it."""
     partial = Path(f"{final}.partial")
     partial.unlink(missing_ok=True)
     try:
         os.link(path, partial)
         partial.replace(final)
-    except OSError:  # a file system without hard links
+    except OSError:  # the file system has no hard links
         path.replace(final)
 
 
-def dropped(counts: Counter[str]) -> dict[str, int]:
-    """Cause to number of the documents that were not kept, where there are any."""
+def dropped_of(counts: Counter[str]) -> dict[str, int]:
+    """Cause to number of dropped documents, without zeros."""
     return {
         cause.removeprefix(DROPPED): number
         for cause, number in sorted(counts.items())
@@ -114,12 +109,12 @@ def dropped(counts: Counter[str]) -> dict[str, int]:
     }
 
 
-def notes(counts: Counter[str]) -> dict[str, int]:
-    """What else was counted, where it is not zero; of fields that are not used the commonest MANY by name."""
+def notes_of(counts: Counter[str]) -> dict[str, int]:
+    """The other counts, without zeros; of the unused fields the most frequent MAX_UNUSED_FIELDS by name."""
     found = {
         name: number
         for name, number in sorted(counts.items())
-        if number and name not in NO_NOTES and not name.startswith(DROPPED)
+        if number and name not in COUNTS_OF_ALL_ROWS and not name.startswith(DROPPED)
     }
     unused = sorted((name for name in found if name.endswith(NOT_USED)), key=lambda name: -found[name])
     rest = sum(found.pop(name) for name in unused[MAX_UNUSED_FIELDS:])
@@ -127,7 +122,7 @@ def notes(counts: Counter[str]) -> dict[str, int]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Removes what runs put in the folder of parts, and the folder when nothing else is in it."""
+    """Removes the files of runs in the folder of parts, and the folder if it is then empty."""
     for path in [*folder.glob("part_*"), *folder.glob("run_*"), *folder.glob("lock*")]:
         path.unlink(missing_ok=True)
     if not any(folder.iterdir()):

@@ -1,8 +1,8 @@
-"""One part of step 1 on disk: its files, and the state that says of what they are.
+"""One part of step 1 on disk: its `.bin`/`.idx` files, and the state that records what they were made from.
 
-A part lies in `part_{number}_{plan}` files; its state, written last, holds the hashes of what it read, and nothing of
-other parts. A later run takes a part up, whatever its number was, if it would read the same bytes cut in the same
-places and write them in the same way.
+A part is stored in `part_{number}_{plan}` files. Its state, written last, holds the hashes of its input and nothing
+about other parts. A later run reuses a part, whatever its number, if it would read the same bytes split at the same
+places and encode them in the same way.
 """
 
 import json
@@ -25,20 +25,21 @@ from common.data.preprocessing.rejects import RejectsWriter
 from common.data.sources.chunks import FileGroup, RowError, Task, split_into_tasks
 from common.data.sources.spans import Span
 from common.errors import KitError
+from common.files import write_json
 from common.log import logger
 
 FORMAT, VERSION = "qwen-kit-part", 1
 Encode = Callable[[Iterable[Task]], Iterator[tuple[Task, EncodedChunk]]]
-Advance = Callable[[int, int], None]  # gets bytes on the disk, and rows
+Advance = Callable[[int, int], None]  # takes bytes on disk, and rows
 
 
 @dataclass(frozen=True)
 class FinishedPart:
-    """A part that is whole.
+    """A completed part.
 
-    largest_id: of its tokens.
-    records: of each span its file's number, path, size and time of change, the bytes it has of it, its lines, and the
-    hashes of `SpanHash`.
+    largest_id: the largest token id.
+    records: for each span the index, path, size and modification time of its file, its byte range, its number of lines
+    and the hashes of `SpanHash`.
     """
 
     name: str
@@ -49,28 +50,28 @@ class FinishedPart:
     records: list[dict[str, Any]]
 
     def proof(self) -> list[Any]:
-        """What two parts that read the same bytes in the same pieces have in common."""
+        """What is equal for two parts that read the same bytes in the same spans."""
         return [
             [each["start"], each["end"], each.get("head"), each.get("tail"), _own_blocks(each)] for each in self.records
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """The JSON that `from_json` reads."""
         return {"format": FORMAT, "version": VERSION, **vars(self)}
 
     @classmethod
     def from_json(cls, value: Any) -> "FinishedPart":
-        """The part that `value` tells of; raises ValueError when it is none."""
+        """The part stored in `value`; raises ValueError when it is malformed."""
         if not isinstance(value, dict) or (value.get("format"), value.get("version")) != (FORMAT, VERSION):
-            raise ValueError(f"it is no state of a part of version {VERSION}")
+            raise ValueError(f"it is not the state of a part in version {VERSION}")
         kinds = {"name": str, "facts_sha256": str, "bytes": int, "largest_id": int, "counts": dict, "records": list}
         manifest.check_fields(value, kinds)
         for record in value["records"]:
             manifest.check_fields(record, RECORD)
-            if b"\0" in os.fsencode(record["path"]):  # which raises ValueError for half a surrogate pair
-                raise ValueError("its 'path' is none")
+            if b"\0" in os.fsencode(record["path"]):  # fsencode raises ValueError for a lone surrogate
+                raise ValueError("its 'path' is invalid")
         if not all(isinstance(number, int) for number in value["counts"].values()):
-            raise ValueError("'counts' holds what is no number")
+            raise ValueError("'counts' holds a value that is not a number")
         return cls(**{name: value[name] for name in kinds})
 
 
@@ -86,7 +87,7 @@ RECORD: dict[str, type] = {
 
 
 def read_value(path: Path) -> Any:
-    """The JSON in `path`; raises OSError, or ValueError when it is none."""
+    """The JSON in `path`; raises OSError, or ValueError when it is malformed."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
@@ -94,12 +95,12 @@ def read_value(path: Path) -> Any:
 
 
 def read_state(path: Path) -> FinishedPart:
-    """The part whose state `path` is; raises OSError, or ValueError when it is none."""
+    """The part whose state is in `path`; raises OSError, or ValueError when it is malformed."""
     return FinishedPart.from_json(read_value(path))
 
 
 class EarlierParts:
-    """The whole parts that lie in a folder, by where they were cut."""
+    """The completed parts in a folder, by their spans."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -108,7 +109,7 @@ class EarlierParts:
             try:
                 state = read_state(path)
             except (OSError, ValueError) as error:
-                logger.warning("%s is not used: %s", path, error)
+                logger.warning("%s is ignored: %s", path, error)
                 continue
             self._found.setdefault(self._key(state.facts_sha256, state.records), []).append(state)
 
@@ -116,7 +117,7 @@ class EarlierParts:
         return facts_sha256, tuple((each["start"], each["end"]) for each in records)
 
     def find(self, part: "Part", pool: Executor, skip_bad_rows: bool) -> FinishedPart | None:
-        """What is `part` already: its files are whole, and of the bytes that `part` would read now, by hash."""
+        """A completed part equal to `part`: its files are intact, and its input had the same hashes."""
         spans = [{"start": span.start, "end": end} for span, end in zip(part.spans, part.ends(), strict=True)]
         for state in self._found.get(self._key(part.facts_sha256, spans), []):
             if state.counts.get(BAD_ROWS) and not skip_bad_rows:
@@ -132,7 +133,7 @@ class EarlierParts:
 
 
 def is_complete(prefix: Path, streams: Iterable[str]) -> bool:
-    """Whether the files of the part at `prefix` are there and of the length that they tell."""
+    """Whether the files of the part at `prefix` exist and have the length in their headers."""
     try:
         for stream in streams:
             IndexedDataset(Path(f"{prefix}_{stream}"))
@@ -143,9 +144,10 @@ def is_complete(prefix: Path, streams: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a job: where it is written, what it reads.
+    """One part of a job: its output prefix, and the spans that it reads.
 
-    facts_sha256: of what decides its bytes beside those it reads. stamps: (bytes, time of change) of each span's file.
+    facts_sha256: a hash of what determines its bytes besides its input.
+    stamps: (bytes, modification time in ns) of each span's file.
     """
 
     prefix: Path
@@ -156,13 +158,13 @@ class Part:
     stamps: list[tuple[int, int]]
 
     @property
-    def alone(self) -> bool:
-        """Whether all that it reads can be read from its beginning only."""
+    def sequential(self) -> bool:
+        """Whether all its files can only be read sequentially."""
         return all(span.end is None for span in self.spans)
 
     @property
     def disk_bytes(self) -> int:
-        """What it reads from the disk."""
+        """The bytes that it reads from disk."""
         return sum(end - span.start for span, end in zip(self.spans, self.ends(), strict=True))
 
     def ends(self) -> list[int]:
@@ -170,14 +172,14 @@ class Part:
         return [size if span.end is None else span.end for span, (size, _) in zip(self.spans, self.stamps, strict=True)]
 
     def check_unchanged(self) -> None:
-        """Raises KitError when a file is not as it was before it was read."""
+        """Raises KitError when a file has changed since the run started."""
         for span, stamp in zip(self.spans, self.stamps, strict=True):
             found = span.path.stat()
             if (found.st_size, found.st_mtime_ns) != stamp:
-                raise KitError(f"{span.path} was changed while it was read: run the same command again")
+                raise KitError(f"{span.path} changed while it was being read: run the same command again")
 
     def records(self, pool: Executor, lines: list[int], hashes: list[SpanHash] | None = None) -> list[dict[str, Any]]:
-        """The records of the spans, which hold so many `lines`; what is not among `hashes` is read."""
+        """The records of the spans; lines: their numbers of lines. Without `hashes` the spans are read and hashed."""
         hashes = hashes or self._hashes(pool)
         for each in hashes:
             each.request()
@@ -198,9 +200,9 @@ class Part:
         ]
 
     def write(self, encode: Encode, chunk_bytes: int, pool: Executor, advance: Advance) -> FinishedPart:
-        """Encodes the spans; returns what is then whole, and written last as the state.
+        """Encodes the spans and writes the state last; returns the completed part.
 
-        Raises RowError for a bad row, where its line is not known with the lines before it in its span.
+        Raises RowError for a bad row, with the number of lines before it in its span when its line is unknown.
         """
         state_path = Path(f"{self.prefix}.json")
         state_path.unlink(missing_ok=True)
@@ -222,7 +224,7 @@ class Part:
                         rejects.add(number, lines[number], piece.rejects)
                         lines[number] += piece.lines
                         read += piece.text_bytes
-                        hashes[number].know(piece.sha256)
+                        hashes[number].set_known(piece.sha256)
                     advance(task.size, encoded.counts["read"])
             except RowError as error:
                 raise error if error.place else error.after(lines[order[0][0]]) from None
@@ -231,11 +233,11 @@ class Part:
         finished = FinishedPart(
             self.prefix.name, self.facts_sha256, read, int(writers["tokens"].largest), dict(counts), records
         )
-        manifest.write_json(state_path, finished.to_json(), indent=None)
+        write_json(state_path, finished.to_json(), indent=None)
         return finished
 
     def _tasks(self, chunk_bytes: int, hashes: list[SpanHash], order: deque[list[int]]) -> Iterator[Task]:
-        """The pieces of all spans; their bytes are hashed while they are still at hand."""
+        """The tasks of all spans; starts hashing their bytes while they are in the page cache."""
         at = [span.start for span in self.spans]
         for task, numbers in split_into_tasks(self.spans, chunk_bytes):
             if len(numbers) == 1 and not isinstance(task, FileGroup):

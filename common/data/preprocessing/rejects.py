@@ -1,4 +1,4 @@
-"""The rejects file: a line of JSON for each row that ON_ERROR=skip left out, with its file, its place and the cause."""
+"""The rejects file: a JSON line for each row that ON_ERROR=skip skipped, with its file, line and cause."""
 
 import base64
 import json
@@ -9,20 +9,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from common.data.dataset.manifest import OF_NAMES
 from common.data.sources.bad_rows import RejectedRow
-from common.files import sync
+from common.files import NON_UTF8_NAMES, sync
 
 
 def rejects_path(output_prefix: Path) -> Path:
-    """Where the rejects of `output_prefix` stand; not a .jsonl, which a run over the same folder would read."""
+    """The rejects file of `output_prefix`; not a .jsonl file, which a run on the same folder would read."""
     return Path(f"{output_prefix}.rejects")
 
 
 class RejectsWriter:
-    """Writes a part's rejects; the file gets its final name when the context ends well, and only if it holds a row.
+    """Writes the rejects of a part; the file gets its final name at the end of the context, if it is not empty.
 
-    A line tells the span of the part and the line in it: what stands before the span is known when parts are joined.
+    A row is stored with its span and its line in the span; `merge_rejects` computes the line in the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,13 +29,13 @@ class RejectsWriter:
         self._stream: Any = None
 
     def add(self, span: int, lines: int, rejects: list[RejectedRow]) -> None:
-        """Appends `rejects` of a piece of span number `span`, in which `lines` lines stand before the piece."""
+        """Appends the `rejects` of a chunk that starts after `lines` lines of span number `span`."""
         if rejects and self._stream is None:
-            self._stream = self._partial.open("w", encoding="utf-8", errors=OF_NAMES)
+            self._stream = self._partial.open("w", encoding="utf-8", errors=NON_UTF8_NAMES)
         for reject in rejects:
             place = {"line": lines + reject.line + 1} if reject.element is None else {"element": reject.element}
-            told = {"span": span, **place, "cause": reject.cause, **_shown(reject)}
-            self._stream.write(json.dumps(told, ensure_ascii=False) + "\n")
+            content = {"span": span, **place, "cause": reject.cause, **_row_of(reject)}
+            self._stream.write(json.dumps(content, ensure_ascii=False) + "\n")
 
     def __enter__(self) -> "RejectsWriter":
         self._path.unlink(missing_ok=True)
@@ -56,8 +55,8 @@ class RejectsWriter:
             self._partial.unlink(missing_ok=True)
 
 
-def _shown(reject: RejectedRow) -> dict[str, str]:
-    """The row as text, or in base64 where it is not UTF-8: nothing of it is lost but where it is too long."""
+def _row_of(reject: RejectedRow) -> dict[str, str]:
+    """The row as text, or in base64 when it is not UTF-8; only the head of a row that is too long."""
     name = "row" if reject.whole else "row_start"
     try:
         return {name: reject.row.decode("utf-8")}
@@ -66,16 +65,16 @@ def _shown(reject: RejectedRow) -> dict[str, str]:
 
 
 def merge_rejects(parts: list[tuple[Path, list[dict[str, Any]]]], path: Path) -> None:
-    """Writes the rejects of `parts`, in order, to `path`; none of them makes no file.
+    """Writes the rejects of `parts`, in order, to `path`; without rejects no file is written.
 
-    parts: of each its rejects, and the records of its spans, by which a row gets its file and the line in it.
+    parts: for each its rejects file and the records of its spans, which give the file and line of a row.
     """
     before: Counter[int] = Counter()  # lines of each file
     partial = Path(f"{path}.partial")
     path.unlink(missing_ok=True)
     if not any(part.exists() for part, _ in parts):
         return
-    with partial.open("w", encoding="utf-8", errors=OF_NAMES) as stream:
+    with partial.open("w", encoding="utf-8", errors=NON_UTF8_NAMES) as stream:
         for part, records in parts:
             starts = []
             for record in records:

@@ -1,15 +1,13 @@
-"""The frame of step 1, for pretraining and fine-tuning alike.
+"""Runs a job of step 1, for pretraining and fine-tuning.
 
-The inputs are cut into parts, by file at fixed sizes; each is encoded into files of its own in
-`{OUTPUT_PREFIX}.parts/`, with a state that says of what; then the parts are joined by copy, get their final names, and
-the manifest is written last. A run that was ended at any moment is taken up again by the same command: a part is used
-again wherever the same bytes would be read and encoded in the same way, by hash. Runs that share the work by
-PARTITION_INDEX, on any machines that see the folder, are joined by `merge`.
+The inputs are split into parts of fixed size. Each part is encoded into its own files in `{OUTPUT_PREFIX}.parts/`, with
+a state that records its input. Then the parts are merged into the final files, and the manifest is written last. The
+same command resumes an interrupted run: it reuses every part that would read the same bytes, by hash, and encode them
+in the same way. `merge` combines runs that share the work by PARTITION_INDEX, on any machines that see the folder.
 """
 
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,30 +15,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.data.dataset import manifest
-from common.data.dataset.indexed_dataset import bin_path, idx_path
-from common.data.encoders.encoded import BAD_ROWS, DROPPED
 from common.data.preprocessing import merging, partitions
-from common.data.preprocessing.job import Job, identity_of
+from common.data.preprocessing.existing_output import find_finished
+from common.data.preprocessing.job import Job
 from common.data.preprocessing.parts import EarlierParts, FinishedPart, Part
-from common.data.preprocessing.rejects import rejects_path
+from common.data.preprocessing.reports import report, report_partition, report_reused
 from common.data.preprocessing.workers import Workers, encode_in_worker
 from common.data.sources.chunks import RowError
 from common.errors import KitError, writing
 from common.folders import check_writable
 from common.locks import lock
-from common.log import listed, logger
+from common.log import logger
 from common.progress import Progress
 
 MAX_CHUNK_BYTES = 1 << 20
 MIN_CHUNK_BYTES = 1 << 16
-FEW = 4  # processes that decompress and encode are then as fast as one that decompresses for the others
+MIN_SEQUENTIAL_PARTS = 4  # from here on, workers that decompress for themselves are faster than one for all
 
 
 def run(job: Job) -> dict[str, Any] | None:
-    """The manifest of what `job` wrote, or of what lay there finished already; None when it wrote a share of it.
+    """The manifest that `job` wrote, or that an equal job wrote before; None when it wrote one partition.
 
-    Raises KitError when something else lies at the output prefix, a worker dies, or the disk refuses.
+    Raises KitError when other files exist at the output prefix, a worker dies, or writing fails.
     """
     started = time.monotonic()
     with writing(job.output_prefix):
@@ -49,7 +45,7 @@ def run(job: Job) -> dict[str, Any] | None:
             if job.folder.exists():
                 with locked(job.folder, None):
                     merging.remove_parts(job.folder)
-            logger.info("%s is finished already, of the same input, tokenizer and settings", job.output_prefix)
+            logger.info("%s is already finished, with the same input, tokenizer and settings", job.output_prefix)
             return done
         job.folder.mkdir(parents=True, exist_ok=True)
         with locked(job.folder, job.partition_index):
@@ -61,64 +57,17 @@ def run(job: Job) -> dict[str, Any] | None:
 
 
 def check(job: Job) -> None:
-    """Raises KitError when `run` would refuse `job` before it reads a row."""
+    """Raises KitError when `run` would reject `job` before reading a row."""
     find_finished(job)
     check_writable(job.folder, f"OUTPUT_PREFIX={job.output_prefix}")
 
 
-def find_finished(job: Job) -> dict[str, Any] | None:
-    """The manifest of a finished run of the same job; raises KitError when other files lie in its place."""
-    content = manifest.read(job.output_prefix)
-    finals = [path for name in job.streams for path in (bin_path(job.final(name)), idx_path(job.final(name)))]
-    there = [path for path in finals if path.exists()]
-    if content is None:
-        if there and not job.folder.exists():
-            raise KitError(f"{there[0]} is there, and nothing tells what it is of: remove it or change OUTPUT_PREFIX")
-        return None
-    try:
-        manifest.check_fields(content, {"identity": str, "inputs": list, "documents": dict})
-    except ValueError as error:
-        path = manifest.manifest_path(job.output_prefix)
-        raise KitError(f"{path} is no whole manifest: {error}: remove it and its files to write them again") from error
-    differs = _difference(content, job)
-    if differs:
-        raise KitError(
-            f"{manifest.manifest_path(job.output_prefix)} tells of other input, tokenizer or settings"
-            f" ({', '.join(differs)}): remove it and its files, or change OUTPUT_PREFIX"
-        )
-    if len(there) < len(finals):
-        raise KitError(f"{manifest.manifest_path(job.output_prefix)} is there but not its files: remove it to go on")
-    return content
-
-
-def _difference(content: dict[str, Any], job: Job) -> list[str]:
-    """The names of what differs between a manifest and `job`; the input is read only where nothing else does."""
-    names = []
-    for section, new in job.described.items():
-        old = content.get(section, {})
-        names += sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    inputs = content.get("inputs", [])
-    if [each["size"] for each in inputs] != [size for size, _ in job.stamps]:
-        names.insert(0, "input")
-    if content["version"] != manifest.VERSION:
-        names.append(f"the kit's version {content['version']} of a manifest, now {manifest.VERSION}")
-    if not names:
-        hashed = job.hashed_inputs(inputs)
-        if [each.get("blocks_sha256") for each in inputs] != [each["blocks_sha256"] for each in hashed]:
-            return ["input"]
-        if content.get("identity") != identity_of(job.kind, hashed, job.described):
-            return ["identity"]
-        if BAD_ROWS.removeprefix(DROPPED) in content["documents"]["dropped"] and not job.skip_bad_rows:
-            return ["ON_ERROR=skip left rows out"]
-    return names
-
-
 @contextmanager
-def locked(folder: Path, share: int | None) -> Iterator[None]:
-    """Holds the folder of parts, or one share in it, for this process; raises KitError when another one has it."""
-    names = [("lock", False)] if share is None else [("lock", True), (f"lock_{share:05d}", False)]
+def locked(folder: Path, partition: int | None) -> Iterator[None]:
+    """Locks the folder of parts, or one partition in it; raises KitError when another process has locked it."""
+    names = [("lock", False)] if partition is None else [("lock", True), (f"lock_{partition:05d}", False)]
     streams = [(folder / name).open("a+") for name, _ in names]
-    taken = KitError(f"another run writes {folder}: wait for it, or change OUTPUT_PREFIX")
+    taken = KitError(f"another run is writing {folder}: wait for it, or change OUTPUT_PREFIX")
     try:
         for stream, (name, shared) in zip(streams, names, strict=True):
             lock(stream.fileno(), folder / name, shared=shared)
@@ -133,7 +82,7 @@ def locked(folder: Path, share: int | None) -> Iterator[None]:
 
 
 def _is_still(path: Path, handle: int) -> bool:
-    """Whether `path` is the open file `handle`, and not removed by the run that held it before."""
+    """Whether `path` still is the open file `handle`, and was not removed by the run that held the lock before."""
     try:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:
@@ -141,13 +90,13 @@ def _is_still(path: Path, handle: int) -> bool:
 
 
 def _run(job: Job, started: float) -> dict[str, Any] | None:
-    share = {number: job.part(number) for number in job.share()}
+    share = {number: job.part(number) for number in job.own_parts()}
     if job.partition_index is not None:
         partitions.remove_record(job)
     done: dict[int, FinishedPart] = {}
     with (
         Workers(job.encode, job.workers) as workers,
-        ThreadPoolExecutor(job.workers, "hash") as pool,  # its threads come after the workers were forked
+        ThreadPoolExecutor(job.workers, "hash") as pool,  # created after the workers were forked
         Progress(sum(part.disk_bytes for part in share.values())) as progress,
     ):
         earlier = EarlierParts(job.folder)
@@ -156,7 +105,7 @@ def _run(job: Job, started: float) -> dict[str, Any] | None:
                 done[number] = found
                 progress.skip(part.disk_bytes)
         if done:
-            _report_earlier(sorted(done), len(job.plan))
+            report_reused(sorted(done), len(job.plan))
         encoded = 0
         for number, finished in _write(job, share, done, WriteContext(workers, pool, progress)):
             done[number] = finished
@@ -167,7 +116,7 @@ def _run(job: Job, started: float) -> dict[str, Any] | None:
     seconds = time.monotonic() - started
     if job.partition_index is not None:
         partitions.write_record(job, parts)
-        _report_share(job, parts, encoded, seconds)
+        report_partition(job, parts, encoded, seconds)
         return None
     content = merging.merge_parts(job.output_prefix, job.facts, parts)
     report(job.output_prefix, content, encoded, time.monotonic() - started)
@@ -175,7 +124,7 @@ def _run(job: Job, started: float) -> dict[str, Any] | None:
 
 
 class WriteContext(NamedTuple):
-    """What the writing of parts uses: processes that encode, threads that hash, and what tells how far it is."""
+    """What writing parts needs: encoding processes, hashing threads, and the progress log."""
 
     workers: Workers
     pool: ThreadPoolExecutor
@@ -183,40 +132,41 @@ class WriteContext(NamedTuple):
 
 
 def _write(
-    job: Job, share: dict[int, Part], done: dict[int, FinishedPart], tools: WriteContext
+    job: Job, share: dict[int, Part], done: dict[int, FinishedPart], context: WriteContext
 ) -> Iterator[tuple[int, FinishedPart]]:
-    """The number of each part of `share` that is not `done`, and what it is when it is written.
+    """Writes each part of `share` that is not `done`; yields (number, completed part).
 
-    A part that can be read from its beginning only is decompressed by one process: where there are several of them,
-    each is a worker's own, whose encoder it uses; else this process reads and all workers encode.
+    A sequential part is decompressed by one process. With enough of them, each is written by one worker, which also
+    encodes it; otherwise this process reads and all workers encode.
     """
     waiting = [number for number in share if number not in done]
     total = sum(share[number].disk_bytes for number in waiting)
     chunk_bytes = min(MAX_CHUNK_BYTES, max(MIN_CHUNK_BYTES, total // (job.workers * 8)))
-    alone = [number for number in waiting if share[number].alone]
-    if job.workers == 1 or len(alone) < min(job.workers, FEW):
-        alone = []
-    write = partial(_write_alone, chunk_bytes)
-    made = tools.workers.call(write, [share[number] for number in alone]) if alone else []
-    for number, finished in zip(alone, made, strict=True):
-        tools.progress.advance(share[number].disk_bytes, finished.counts["read"])
+    sequential = [number for number in waiting if share[number].sequential]
+    if job.workers == 1 or len(sequential) < min(job.workers, MIN_SEQUENTIAL_PARTS):
+        sequential = []
+    write = partial(_write_in_worker, chunk_bytes)
+    made = context.workers.call(write, [share[number] for number in sequential]) if sequential else []
+    for number, finished in zip(sequential, made, strict=True):
+        context.progress.advance(share[number].disk_bytes, finished.counts["read"])
         yield number, finished
     for number in waiting:
-        if number in alone:
+        if number in sequential:
             continue
+        part = share[number]
         try:
-            yield number, share[number].write(tools.workers.encode, chunk_bytes, tools.pool, tools.progress.advance)
+            yield number, part.write(context.workers.encode, chunk_bytes, context.pool, context.progress.advance)
         except RowError as error:
-            raise _with_line(error, share[number], done) from None
+            raise _with_line(error, part, done) from None
 
 
-def _write_alone(chunk_bytes: int, part: Part) -> FinishedPart:
+def _write_in_worker(chunk_bytes: int, part: Part) -> FinishedPart:
     with ThreadPoolExecutor(1, "hash") as pool:
         return part.write(encode_in_worker, chunk_bytes, pool, lambda *_: None)
 
 
 def _with_line(error: RowError, part: Part, done: dict[int, FinishedPart]) -> RowError:
-    """`error` with its line, where all that stands before it in its file is known."""
+    """`error` with its line number, if all parts before it in its file are done."""
     if error.place:
         return error
     starts = zip(part.spans, part.ends(), strict=True)
@@ -230,66 +180,14 @@ def _with_line(error: RowError, part: Part, done: dict[int, FinishedPart]) -> Ro
 
 
 def merge(output_prefix: Path, check: bool = False) -> dict[str, Any]:
-    """The manifest of the parts of `output_prefix` joined; with `check` only what they are of, if they can be."""
+    """Merges all partitions of `output_prefix`; returns the manifest, or with `check` only the facts of the job."""
     folder = partitions.require_parts_folder(output_prefix)
     started = time.monotonic()
     with writing(output_prefix), locked(folder, None):
-        claims = partitions.read_records(folder)
+        records = partitions.read_records(folder)
         if check:
-            return claims[0].facts
-        parts = [part for claim in claims for part in claim.parts]
-        content = merging.merge_parts(output_prefix, claims[0].facts, parts)
+            return records[0].facts
+        parts = [part for record in records for part in record.parts]
+        content = merging.merge_parts(output_prefix, records[0].facts, parts)
     report(output_prefix, content, sum(part.bytes for part in parts), time.monotonic() - started)
     return content
-
-
-def _report_earlier(numbers: list[int], of: int) -> None:
-    """Says which parts are taken up; numbered from 1."""
-    told = listed([number + 1 for number in numbers])
-    form = (
-        "part %s of %d is there from an earlier run"
-        if len(numbers) == 1
-        else "parts %s of %d are there from an earlier run"
-    )
-    logger.info(form, told, of)
-
-
-def _report_share(job: Job, parts: list[FinishedPart], encoded: int, seconds: float) -> None:
-    counts: Counter[str] = Counter()
-    for part in parts:
-        counts.update(part.counts)
-    _report_counts(merging.dropped(counts), merging.notes(counts))
-    assert job.partition_index is not None
-    logger.info(
-        "part %d of %d is written: %d rows; %s; the last step is `python -m common.preprocess merge`",
-        job.partition_index + 1, job.partitions, counts["read"], _speed(encoded, seconds),
-    )  # fmt: skip
-
-
-def _report_counts(dropped: dict[str, int], notes: dict[str, int]) -> None:
-    for cause, number in dropped.items():
-        if number:
-            logger.info("dropped, %s: %d documents", cause, number)
-    for note, number in notes.items():
-        logger.info("%s: %d", note, number)
-
-
-def _speed(encoded: int, seconds: float) -> str:
-    return f"{encoded / 1e6:.1f} MB in {seconds:.1f} s = {encoded / 1e6 / max(seconds, 1e-9):.2f} MB/s"
-
-
-def report(output_prefix: Path, content: dict[str, Any], encoded: int, seconds: float) -> None:
-    """Logs what was read, dropped, written and how fast."""
-    documents = content["documents"]
-    _report_counts(documents["dropped"], content["notes"])
-    learned = f", {content['supervised_tokens']} of them learned" if "loss_mask" in content["files"] else ""
-    logger.info(
-        "%d documents, %d tokens%s, the longest document %d; %s",
-        documents["kept"], content["tokens"], learned, content["longest"], _speed(encoded, seconds),
-    )  # fmt: skip
-    rejects = rejects_path(output_prefix)
-    if rejects.exists():
-        logger.info("rejects: %s", rejects)
-    files = (output_prefix.with_name(name) for name in content["files"].values())
-    logger.info("written: %s", ", ".join(f"{file}.bin/.idx" for file in files))
-    logger.info("DATASET_PATH=%s", output_prefix)

@@ -1,7 +1,6 @@
-"""Pieces of the input through an encoder, in order, in this process or in several.
+"""Encodes tasks in worker processes, or in this one; results come back in order.
 
-A worker reads its piece itself where it can, and puts its arrays into memory that it shares with the caller: what
-goes through pipes is small.
+A worker reads its own input where it can, and returns arrays in shared memory, so that little goes through pipes.
 """
 
 import hashlib
@@ -28,8 +27,8 @@ from common.data.sources.row_blocks import NEWLINE
 from common.errors import KitError
 
 Encoder = Callable[[Chunk], EncodedChunk]
-PREFETCH = 3  # pieces in flight for each worker: none waits, and memory stays bounded
-SLOT_BYTES = 12 << 20  # of a worker's arrays for one piece; pages that are not used take no memory
+PREFETCH = 3  # tasks in flight per worker: keeps workers busy and memory bounded
+SLOT_BYTES = 12 << 20  # shared memory for the arrays of one task; untouched pages take no memory
 
 _encode: Encoder
 _slots: list[mmap.mmap]
@@ -38,7 +37,7 @@ _stop: mmap.mmap
 
 @dataclass(frozen=True)
 class SharedChunk:
-    """An Encoded whose arrays lie in a slot: (dtype, number, byte offset) each."""
+    """An EncodedChunk whose arrays are in a slot of shared memory: (dtype, size, byte offset) each."""
 
     rest: EncodedChunk
     lengths: tuple[Any, int, int]
@@ -46,7 +45,7 @@ class SharedChunk:
 
 
 def _pack(encoded: EncodedChunk, slot: mmap.mmap) -> SharedChunk | EncodedChunk:
-    """`encoded` with its arrays moved to `slot`, or as it is where they do not fit."""
+    """`encoded` with its arrays moved to `slot`, or unchanged when they do not fit."""
     arrays = {"": encoded.lengths, **encoded.streams}
     starts, at = {}, 0
     for name, array in arrays.items():
@@ -61,7 +60,7 @@ def _pack(encoded: EncodedChunk, slot: mmap.mmap) -> SharedChunk | EncodedChunk:
 
 
 def _unpack(result: SharedChunk | EncodedChunk, slot: mmap.mmap) -> EncodedChunk:
-    """The Encoded again; its arrays are views of `slot`."""
+    """The EncodedChunk again; its arrays are views of `slot`."""
     if not isinstance(result, SharedChunk):
         return result
     streams = {name: np.frombuffer(slot, *place) for name, place in result.streams.items()}
@@ -69,16 +68,16 @@ def _unpack(result: SharedChunk | EncodedChunk, slot: mmap.mmap) -> EncodedChunk
 
 
 def num_workers(workers: int | None) -> int:
-    """WORKERS, or one a core that this process may use; raises KitError when it is under 1."""
+    """WORKERS, or the number of cores available to this process; raises KitError when it is below 1."""
     if workers is None:
         return len(os.sched_getaffinity(0))
     if workers < 1:
-        raise KitError(f"WORKERS={workers}: it must be at least 1, or empty for one a core")
+        raise KitError(f"WORKERS={workers}: it must be at least 1, or empty for one per core")
     return workers
 
 
 def _start(encode: Encoder, slots: list[mmap.mmap], stop: mmap.mmap) -> None:
-    """Makes this process a worker: Ctrl-C is the parent's, and a parent that is gone ends it."""
+    """Initializes a worker: it ignores Ctrl-C, which the parent handles, and exits with the parent."""
     global _encode, _slots, _stop
     _encode, _slots, _stop = encode, slots, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -104,7 +103,7 @@ def _encoded(encode: Encoder, task: Task) -> EncodedChunk:
 
 
 def _encoded_files(encode: Encoder, task: FileGroup) -> EncodedChunk:
-    """All documents of `task`, back to back."""
+    """All documents of `task`, concatenated."""
     made, read = [], []
     for span in task.spans:
         text_bytes = lines = 0
@@ -114,7 +113,7 @@ def _encoded_files(encode: Encoder, task: FileGroup) -> EncodedChunk:
             rejects += [reject._replace(line=reject.line + lines) for reject in made[-1].rejects]
             lines += chunk.data.count(NEWLINE)
             text_bytes += len(chunk.data)
-            if span.end is not None and not chunk.cut:  # then it is what lies on the disk
+            if span.end is not None and not chunk.cut:  # the chunk is the whole file
                 known = hashlib.sha256(chunk.data).hexdigest()
         read.append(FileCounts(text_bytes, lines, rejects, known))
     made = made or [encode(Chunk(task.spans[0].path, 0, b"", 0))]
@@ -131,11 +130,11 @@ def _work(task: Task, slot: int) -> SharedChunk | EncodedChunk:
 
 
 class StoppedByCallerError(Exception):
-    """The caller of `Workers.call` wants no more."""
+    """The caller of `Workers.call` stopped early."""
 
 
 def encode_in_worker(tasks: Iterable[Task]) -> Iterator[tuple[Task, EncodedChunk]]:
-    """In a worker: each piece with what it encodes to; raises StoppedError when the caller has given up."""
+    """In a worker: each task with its result; raises StoppedByCallerError when the caller has stopped."""
     for task in tasks:
         if _stop[0]:
             raise StoppedByCallerError
@@ -148,13 +147,13 @@ def _dead_worker_as_error() -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         raise KitError(
-            "a worker process was ended from outside, perhaps for lack of memory: set a smaller WORKERS and run"
+            "a worker process was killed, perhaps because memory ran out: reduce WORKERS and run"
             " the same command again; finished parts are kept"
         ) from error
 
 
 class Workers:
-    """`number` processes that encode; with 1 it is done in the caller's. A context manager."""
+    """A pool of `number` encoding processes; with 1 the calling process encodes. A context manager."""
 
     def __init__(self, encode: Encoder, number: int) -> None:
         self._here = encode
@@ -162,17 +161,17 @@ class Workers:
         self._slots: list[mmap.mmap] = []
         self._stop = mmap.mmap(-1, 1)
         if number > 1:
-            # Forked, so that the tokenizer is loaded once; no thread of it has run yet.
+            # Forked, so that the tokenizer is loaded once; none of its threads has started yet.
             context = multiprocessing.get_context("fork")
             self._slots = [mmap.mmap(-1, SLOT_BYTES) for _ in range(PREFETCH * number)]
             self._pool = ProcessPoolExecutor(number, context, _start, (encode, self._slots, self._stop))
-            # All are started now: later, threads of this process would be copied in the middle of what they do.
+            # Starts all workers now: forking later would copy the locks of running threads.
             self._pool.submit(os.getpid).result()
 
     def encode(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, EncodedChunk]]:
-        """Each piece with what it encodes to, in order; the arrays hold until the next one is asked for.
+        """Each task with its result, in order; the arrays are valid until the next iteration.
 
-        Raises what an encoder raises, and KitError when a worker died.
+        Raises the encoder's exceptions, and KitError when a worker died.
         """
         if self._pool is None:
             yield from ((task, _encoded(self._here, task)) for task in tasks)
@@ -192,9 +191,10 @@ class Workers:
                 free.append(slot)
 
     def call(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        """What `function`, which may use `encode_here`, gives of each of `items` in a worker of its own, in order.
+        """`function`, which may use `encode_in_worker`, of each of `items`, each in one worker, in order.
 
-        Needs more than one worker. Raises what it raises, and KitError when a worker died; then the others are stopped.
+        Needs more than one worker. Raises the exceptions of `function`, and KitError when a worker died; then all
+        workers are stopped.
         """
         assert self._pool
         with _dead_worker_as_error():

@@ -20,12 +20,12 @@ class LongRowError(BadRowError):
 
 
 @contextmanager
-def as_bad_row_error() -> Iterator[None]:
-    """Turns an exception that one row raises in the block into a BadRowError."""
+def ignore_bad_row() -> Iterator[None]:
+    """Leaves the block at an exception that one row raises; for looking ahead, since encoding reports the row."""
     try:
         yield
     except Exception as error:
-        raise to_bad_row_error(error) from error
+        to_bad_row_error(error)
 
 
 def to_bad_row_error(error: Exception) -> BadRowError:

@@ -45,15 +45,15 @@ def parse_turn(turn: Any) -> Turn:
     if not isinstance(turn, dict):
         raise BadRowError("it is not an object")
     role_field = only_field(turn, ("role", "from")) or ("from" if "from" in turn else "role")
-    who = string_field(turn, role_field)
-    if who not in ROLES:
-        raise BadRowError(f"{role_field} {who[:80]!r} is not one of {', '.join(ROLES)}")
-    message: Message = {"role": ROLES[who]}
+    role = string_field(turn, role_field)
+    if role not in ROLES:
+        raise BadRowError(f"{role_field} {role[:80]!r} is not one of {', '.join(ROLES)}")
+    message: Message = {"role": ROLES[role]}
     text_field = only_field(turn, ("content", "value")) or ("value" if role_field == "from" else "content")
     calls = turn.get("tool_calls")
     if is_empty(calls):
-        message |= _call_of(turn, text_field) if who == FUNCTION_CALL else {"content": text_of(turn, text_field)}
-    elif message["role"] != "assistant" or who == FUNCTION_CALL:
+        message |= _call_of(turn, text_field) if role == FUNCTION_CALL else {"content": text_of(turn, text_field)}
+    elif message["role"] != "assistant" or role == FUNCTION_CALL:
         raise BadRowError("field 'tool_calls' is only allowed in an assistant turn")
     else:
         # OpenAI rows omit the content, or set it to null, when an assistant turn only calls tools.

@@ -49,22 +49,24 @@ class Rendering:
 
     template: ChatTemplate
     tokenizer: TextTokenizer
-    talk: Conversation
+    conversation: Conversation
     with_headers: bool
     earlier: str
     affixes: dict[tuple[bool, str], Affixes]
     notes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.messages = self.talk.messages
-        self.template.check_variables(self.talk.template_kwargs)
+        self.messages = self.conversation.messages
+        self.template.check_variables(self.conversation.template_kwargs)
         self.last = max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
         self.whole = self._render_whole()
         self._probed: set[tuple[bool, str]] = set()
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """The text of `messages` with the conversation's tools and template variables."""
-        return self.template.render(messages, add_generation_prompt, self.talk.tools, self.talk.template_kwargs)
+        return self.template.render(
+            messages, add_generation_prompt, self.conversation.tools, self.conversation.template_kwargs
+        )
 
     def _render_whole(self) -> str:
         """The rendering of all messages; call arguments become JSON strings if the template concatenates them."""
@@ -194,7 +196,7 @@ class Rendering:
             return self.earlier
         if i < len(self.messages) - 1:
             return "remove the turns after it, which have no answer"
-        if self.talk.template_kwargs:
+        if self.conversation.template_kwargs:
             return "remove its chat_template_kwargs, or the reasoning that they disable"
         if reasoning_of(self.messages[i]):
             return field_way

@@ -74,18 +74,18 @@ def to_conversation(row: dict[str, Any], kind: str, roles: str) -> Conversation:
     turn; with "alpaca", instruction, a newline and input form the user turn.
     """
     unused = unused_row_fields(row, _USED[kind])
-    talk = _from_instruction(row, roles) if kind == "instruction" else _from_messages(row, kind)
-    talk.notes.extend(f"rows' field {name[:80]!r}, {NOT_USED}" for name in unused)
-    message_roles = [message["role"] for message in talk.messages]
+    conversation = _from_instruction(row, roles) if kind == "instruction" else _from_messages(row, kind)
+    conversation.notes.extend(f"rows' field {name[:80]!r}, {NOT_USED}" for name in unused)
+    message_roles = [message["role"] for message in conversation.messages]
     if message_roles[0] == "assistant":
         raise BadRowError("it begins with an assistant turn, which answers nothing: remove that turn")
     if "assistant" not in message_roles:
         raise BadRowError("it has no assistant turn: there is nothing to train on")
     if "system" in message_roles[1:]:
         raise BadRowError("a system turn is only allowed as the first turn")
-    if all(loss == 0 for role, loss in zip(message_roles, talk.losses, strict=True) if role == "assistant"):
+    if all(loss == 0 for role, loss in zip(message_roles, conversation.losses, strict=True) if role == "assistant"):
         raise BadRowError("its fields 'loss' exclude every assistant turn: there is nothing to train on")
-    return talk
+    return conversation
 
 
 def to_messages(row: dict[str, Any], kind: str, roles: str) -> list[Message]:
@@ -126,18 +126,18 @@ def _from_messages(row: dict[str, Any], kind: str) -> Conversation:
         raise BadRowError(f"field '{kind}' is not a list of turns")
     system = _optional(row, "system")
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    talk = Conversation(messages, [None] * len(messages), parse_tools(row), _template_kwargs(row))
+    conversation = Conversation(messages, [None] * len(messages), parse_tools(row), _template_kwargs(row))
     for number, turn in enumerate(turns, 1):
         try:
             made = parse_turn(turn)
         except BadRowError as error:
             raise BadRowError(f"{kind}: turn {number}: {error}") from None
         if made.reasoning:
-            talk.reasoning[len(messages)] = made.reasoning
+            conversation.reasoning[len(messages)] = made.reasoning
         messages.append(made.message)
-        talk.losses.append(made.loss)
-        talk.notes.extend(f"turns' field {name!r}, {NOT_USED}" for name in made.unused)
-    return talk
+        conversation.losses.append(made.loss)
+        conversation.notes.extend(f"turns' field {name!r}, {NOT_USED}" for name in made.unused)
+    return conversation
 
 
 def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +154,6 @@ def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     return without_nulls(given)
 
 
-def is_weighted(talk: Conversation) -> bool:
+def is_weighted(conversation: Conversation) -> bool:
     """Whether a loss weight is neither 0 nor 1, so that an integer mask cannot hold it."""
-    return any(loss not in (None, 0.0, 1.0) for loss in talk.losses)
+    return any(loss not in (None, 0.0, 1.0) for loss in conversation.losses)

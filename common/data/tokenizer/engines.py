@@ -1,10 +1,10 @@
-"""Which library turns text to ids: gigatoken where it gives what Hugging Face's tokenizers gives, else that one."""
+"""The tokenizer engine: gigatoken when it gives the same ids as Hugging Face tokenizers, else tokenizers."""
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from common.data.sources.bad_rows import BadRowError, BadRows
+from common.data.sources.bad_rows import BadRows, ignore_bad_row
 from common.data.sources.chunks import read_chunks
 from common.data.sources.jsonl import records, string_field
 from common.data.sources.spans import Span, line_start
@@ -19,8 +19,8 @@ SETTING = "TOKENIZER_ENGINE"
 SAMPLE_BYTES = 1 << 19
 SAMPLE_PLACES = 16
 SAMPLE_READ_BYTES = 1 << 16  # at a time
-# Beside the special tokens: what a sample of the user's own text may lack. Composed and not, marks alone, NUL,
-# line ends, digits, contractions, spaces at an end, right-to-left text, characters of four bytes and joined ones.
+# Cases that a sample of the user's text may lack: composed and decomposed characters, lone marks, NUL, line ends,
+# digits, contractions, trailing spaces, right-to-left text, four-byte characters and joiners.
 PROBE_TEXTS = (
     "e\u0301\u00e9 \u0301\u0327a \u1100\u1161 \uac00 \u212b\ufb01",
     "a\x00b\r\n\r\n\t \u3000\u00a0\u2028 \ufeff x  ",
@@ -30,28 +30,28 @@ PROBE_TEXTS = (
 )
 
 
-def select_engine(tokenizer: TextTokenizer, wanted: str, parse_special: bool, sample: list[tuple[str, str]]) -> None:
-    """Gives `tokenizer` the engine that TOKENIZER_ENGINE asks for, and says in the log which.
+def select_engine(tokenizer: TextTokenizer, requested: str, parse_special: bool, sample: list[tuple[str, str]]) -> None:
+    """Sets the engine of `tokenizer` by TOKENIZER_ENGINE, and logs it.
 
-    `sample` is (place, text) of the user's own documents: both engines encode them, and a difference is a KitError.
+    sample: (place, text) of the user's documents. Both engines encode them; raises KitError when they differ.
     """
-    if wanted == "tokenizers":
-        logger.info("encoded by tokenizers, as %s says", SETTING)
+    if requested == "tokenizers":
+        logger.info("tokenizer engine: tokenizers, set by %s", SETTING)
         return
     data = (tokenizer.folder / "tokenizer.json").read_bytes()
     probes = [" ".join(tokenizer.special_tokens), *PROBE_TEXTS]
     try:
         encode_flat = with_exact_ids(Gigatoken(data).encode_flat, tokenizer)
-        for place, text in [*sample, *(("a text of the kit's own", text) for text in probes)]:
+        for place, text in [*sample, *(("a built-in probe text", text) for text in probes)]:
             _compare(tokenizer, encode_flat, place, text, parse_special)
     except EngineUnavailableError as error:
-        if wanted == "gigatoken":
+        if requested == "gigatoken":
             raise KitError(f"{SETTING}=gigatoken: {error}: set {SETTING}=auto or tokenizers") from error
-        logger.info("encoded by tokenizers: gigatoken is not used, %s", error)
+        logger.info("tokenizer engine: tokenizers; gigatoken is not used: %s", error)
         return
     tokenizer.use(encode_flat, "gigatoken")
     logger.info(
-        "encoded by gigatoken; on %d documents of the input it gives the same ids as tokenizers, which is far slower",
+        "tokenizer engine: gigatoken; same ids as tokenizers, which is slower, on %d documents of the input",
         len(sample),
     )
 
@@ -67,12 +67,12 @@ def _compare(
     around = tokenizer.decode(expected[max(0, at - 5) : at + 5])
     raise KitError(
         f"gigatoken and tokenizers differ on {place}, from token {at} on, near {around!r}:"
-        f" set {SETTING}=tokenizers, which is exact by definition"
+        f" set {SETTING}=tokenizers, the reference"
     )
 
 
 def sample_texts(spans: list[Span], json_key: str, limit_bytes: int = SAMPLE_BYTES) -> list[tuple[str, str]]:
-    """(place, text) of documents from places spread evenly over `spans`, about `limit_bytes` of them together.
+    """(place, text) of documents from places spread evenly over `spans`, about `limit_bytes` in total.
 
     Rows that are not as they should be are passed over: their own turn comes.
     """
@@ -89,7 +89,7 @@ def sample_texts(spans: list[Span], json_key: str, limit_bytes: int = SAMPLE_BYT
 
 
 def _places(spans: list[Span]) -> list[tuple[Span, int]]:
-    """SAMPLE_PLACES of (span, byte offset in it); a file that is read whole is sampled at its beginning."""
+    """SAMPLE_PLACES of (span, byte offset in it); sequential files are sampled at their beginning."""
     total = sum(span.size for span in spans)
     places, before = [], 0
     for span in spans:
@@ -102,14 +102,14 @@ def _places(spans: list[Span]) -> list[tuple[Span, int]]:
 
 
 def _texts_from(span: Span, offset: int, json_key: str) -> Iterator[tuple[str, str]]:
-    """(text, place) of the rows of `span` from the first that begins at or after `offset`."""
+    """(text, place) of the rows of `span`, from the first one that begins at or after `offset`."""
     rows = span if span.end is None else replace(span, start=line_start(span.path, span.start + offset))
     if rows.end is not None and rows.start >= rows.end:
         return
     for chunk in read_chunks(rows, SAMPLE_READ_BYTES):
         for at, row in records(chunk, Counter(), BadRows(chunk, skip=True)):
-            try:
+            text = None
+            with ignore_bad_row():
                 text = string_field(row, json_key)
-            except BadRowError:
-                continue
-            yield text, f"the document of {chunk.path} at byte {chunk.start + at}"
+            if text is not None:
+                yield text, f"the document at byte {chunk.start + at} of {chunk.path}"

@@ -1,4 +1,4 @@
-"""A Hugging Face folder's `tokenizer.json`: text to ids and back, and its end-of-document token."""
+"""The end-of-document token (eod) of a tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,27 +13,27 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class EodToken:
-    """The end-of-document token and, for the log, where it is from."""
+    """The end-of-document token and, for the log, its source."""
 
     id: int
     token: str
     source: str
 
 
-def find_eod(tokenizer: TextTokenizer, wanted: str) -> EodToken:
-    """The token that ends a document; `wanted` is its text, or "auto". Raises KitError when it is not one id.
+def find_eod(tokenizer: TextTokenizer, requested: str) -> EodToken:
+    """The end-of-document token; `requested` is its text, or "auto". Raises KitError when it is not one token.
 
-    auto: <|endoftext|>, also for Instruct models, whose own end token ends a turn; where the tokenizer has none, the
-    end-of-text token that the folder's tokenizer_config.json or generation_config.json names.
+    auto: <|endoftext|>, even for Instruct models, whose eos token ends a turn. A tokenizer without it uses the eos
+    token of the folder's tokenizer_config.json or generation_config.json.
     """
-    if wanted != "auto":
-        number = tokenizer.token_id(wanted)
+    if requested != "auto":
+        number = tokenizer.token_id(requested)
         if number is None:
-            ids = tokenizer.encode_batch([wanted], parse_special=True)[0]
+            ids = tokenizer.encode_batch([requested], parse_special=True)[0]
             if len(ids) != 1:
-                raise KitError(f"EOD_TOKEN={wanted} is {len(ids)} tokens of this tokenizer: give one that is one token")
+                raise KitError(f"EOD_TOKEN={requested} is {len(ids)} tokens of this tokenizer: give a single token")
             number = ids[0]
-        return EodToken(number, wanted, "EOD_TOKEN")
+        return EodToken(number, requested, "EOD_TOKEN")
     number = tokenizer.token_id(END_OF_TEXT)
     if number is not None:
         return EodToken(number, END_OF_TEXT, "the tokenizer")
@@ -41,7 +41,7 @@ def find_eod(tokenizer: TextTokenizer, wanted: str) -> EodToken:
     named = _read(path).get("eos_token")
     token = named.get("content") if isinstance(named, dict) else named
     if token is not None and not isinstance(token, str):
-        raise KitError(f"{path}: eos_token={shown(named)} is no token: set EOD_TOKEN to one")
+        raise KitError(f"{path}: eos_token={shown(named)} is not a token: set EOD_TOKEN")
     if token and (number := tokenizer.token_id(token)) is not None:
         return EodToken(number, token, "tokenizer_config.json")
     path = tokenizer.folder / "generation_config.json"
@@ -49,11 +49,11 @@ def find_eod(tokenizer: TextTokenizer, wanted: str) -> EodToken:
     first = ends[0] if isinstance(ends, list) and ends else ends
     if ends not in (None, []):
         if type(first) is not int or not 0 <= first < 1 << 32 or not (token := tokenizer.decode([first])):
-            raise KitError(f"{path}: eos_token_id={shown(ends)} is no token of the tokenizer: set EOD_TOKEN to one")
+            raise KitError(f"{path}: eos_token_id={shown(ends)} is not a token of the tokenizer: set EOD_TOKEN")
         return EodToken(first, token, "generation_config.json")
     raise KitError(
         f"{tokenizer.folder}: the tokenizer has no {END_OF_TEXT}, and neither tokenizer_config.json nor"
-        " generation_config.json names an end-of-text token: set EOD_TOKEN to one"
+        " generation_config.json names an eos token: set EOD_TOKEN"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which library turns text to ids: gigatoken where it gives what Hugging Face's tokenizers gives, else that one."""
+"""The gigatoken engine, and which tokenizers it is known to encode like Hugging Face tokenizers."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# What both engines were found to do alike, by code point and by many texts; all else is left to tokenizers.
+# Features in which both engines were found to agree, over all code points and many texts; others go to tokenizers.
 SUPPORTED_NORMALIZERS = (None, {"type": "NFC"})
 SUPPORTED_ADDED_TOKEN_FIELDS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
 _CLASS = re.compile(r"\\[pP]\{?\^?(\w+)|(\\[wWdDbBhHX]|\[:)")
@@ -15,11 +15,11 @@ SUPPORTED_CLASSES = ("L", "N")
 
 
 class EngineUnavailableError(Exception):
-    """Why an engine cannot be used."""
+    """An engine cannot be used, and why."""
 
 
 class Gigatoken:
-    """gigatoken with the tokenizer of a tokenizer.json; raises UnusableError where it cannot be had or load it."""
+    """gigatoken with the tokenizer of a tokenizer.json; raises EngineUnavailableError when it cannot be used."""
 
     def __init__(self, data: bytes) -> None:
         try:
@@ -35,7 +35,7 @@ class Gigatoken:
         if parse_special not in self._loaded:
             content = json.loads(self._data)
             if not parse_special:
-                # It parses every added token that it knows of, so those marked special are kept from it.
+                # It parses every added token that it knows, so the special ones are removed.
                 content["added_tokens"] = [each for each in content.get("added_tokens") or [] if not each["special"]]
             try:
                 self._loaded[parse_special] = self._load(json.dumps(content).encode())
@@ -49,33 +49,33 @@ class Gigatoken:
         tokenizer = self._tokenizer(parse_special)
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
-        # On this thread alone: its pool of threads would not outlive a fork, and each worker has a core.
+        # Single-threaded: its thread pool would not survive a fork, and each worker has its own core.
         rows = tokenizer.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(rows.offsets.data)
         return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
 
 def unsupported_reason(content: dict[str, Any]) -> str | None:
-    """What in a tokenizer.json gigatoken may do otherwise than tokenizers; None where nothing is known."""
+    """The feature of a tokenizer.json that gigatoken may handle differently from tokenizers, or None."""
     added = content.get("added_tokens") or []
     for token in added:
         if token["single_word"] or set(token) - SUPPORTED_ADDED_TOKEN_FIELDS:
-            return f"it does not know how the added token {token['content']!r} is to be found (single_word)"
+            return f"it does not support the options of the added token {token['content']!r} (single_word)"
     special = [token["content"] for token in added if token["special"]]
     for token in added:
-        # Where special tokens are text, tokenizers finds them all the same, and then no other token within them.
+        # Even when special tokens are text, tokenizers matches them, and then no other token inside them.
         if not token["special"] and any(overlap(token["content"], other) for other in special):
-            return f"it finds the added token {token['content']!r} within a special one"
+            return f"it matches the added token {token['content']!r} inside a special token"
     if content.get("normalizer") not in SUPPORTED_NORMALIZERS:
-        return f"it was not compared for the normalizer {content['normalizer'].get('type')}"
+        return f"it is not verified for the normalizer {content['normalizer'].get('type')}"
     for name, other in _CLASS.findall(" ".join(_strings(content.get("pre_tokenizer")))):
         if other or name not in SUPPORTED_CLASSES:
-            return f"it was not compared for {other or name} in the split pattern"
+            return f"it is not verified for {other or name} in the split pattern"
     return None
 
 
 def overlap(one: str, other: str) -> bool:
-    """Whether a text can spell both so that they share characters."""
+    """Whether occurrences of both in a text can overlap."""
     if one in other or other in one:
         return True
     return any(a.endswith(b[:n]) for a, b in ((one, other), (other, one)) for n in range(1, min(len(a), len(b))))

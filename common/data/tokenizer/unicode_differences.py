@@ -1,10 +1,9 @@
-r"""The characters that Hugging Face's tokenizers and gigatoken bring into NFC, or part from others, in different ways.
+r"""The characters that Hugging Face tokenizers and gigatoken normalize to NFC, or split, differently.
 
-For NFC tokenizers has the tables of Unicode 9 (its crate unicode-normalization-alignments 0.1.12), gigatoken those of
-today. They differ on marks that got a combining class since, which NFC puts in order, and on scripts whose characters
-compose. For the split pattern's letters and digits, \p{L} and \p{N}, each has another Unicode, too.
-Which these are was found by encoding each code point by both, alone and beside others:
-tests/bench/compare_engines.py does so.
+tokenizers uses the NFC tables of Unicode 9 (crate unicode-normalization-alignments 0.1.12), gigatoken current ones.
+They differ in marks that got a combining class since, which NFC reorders, and in scripts whose characters compose.
+For \p{L} and \p{N} in the split pattern the Unicode versions differ too. tests/bench/compare_engines.py finds them by
+encoding each code point with both, alone and next to others.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ LETTERS_AND_DIGITS = (
     *((0x18D80, 0x18DF2), (0x1E6C0, 0x1E6DE), (0x1E6E0, 0x1E6E2), (0x1E6FE, 0x1E6FF), (0x2B73A, 0x2B73F)),
     *((0x2CEA2, 0x2CEAD), (0x323B0, 0x33479)),
 )
-# A whole block where its characters compose or it got marks one after the other.
+# A whole block where its characters compose, or where Unicode added marks over several versions.
 RANGES = (
     *LETTERS_AND_DIGITS,
     *((0x07FD, 0x07FD), (0x0897, 0x089F), (0x08CA, 0x08D3), (0x09FE, 0x09FE), (0x0C3C, 0x0C3C), (0x0D3B, 0x0D3C)),
@@ -39,29 +38,29 @@ for _first, _last in RANGES:
 
 
 def indices_of_differing_texts(texts: Sequence[str]) -> list[int]:
-    """The numbers of those `texts` that hold such a character."""
+    """The indices of the `texts` that contain such a character."""
     beyond_ascii = [number for number, text in enumerate(texts) if not text.isascii()]
-    if not _holds("".join([texts[number] for number in beyond_ascii])):
+    if not _contains_any("".join([texts[number] for number in beyond_ascii])):
         return []
-    return [number for number in beyond_ascii if _holds(texts[number])]
+    return [number for number in beyond_ascii if _contains_any(texts[number])]
 
 
-def _holds(text: str) -> bool:
+def _contains_any(text: str) -> bool:
     return bool(_DIFFERENT[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)].any())
 
 
 def with_exact_ids(encode_flat: EncodeBatchFlat, tokenizer: TextTokenizer) -> EncodeBatchFlat:
-    """gigatoken's `encode_flat`, with the texts it brings into another NFC encoded by `tokenizer`'s own library."""
+    """gigatoken's `encode_flat`, but texts that it may normalize differently are encoded by tokenizers."""
 
     def encode(texts: Sequence[str], parse_special: bool) -> tuple[np.ndarray, np.ndarray]:
-        numbers = indices_of_differing_texts(texts)
-        if not numbers:
+        indices = indices_of_differing_texts(texts)
+        if not indices:
             return encode_flat(texts, parse_special)
-        chosen = set(numbers)
-        ids, lengths = encode_flat(["" if n in chosen else text for n, text in enumerate(texts)], parse_special)
+        replaced = set(indices)
+        ids, lengths = encode_flat(["" if n in replaced else text for n, text in enumerate(texts)], parse_special)
         rows = np.split(ids, np.cumsum(lengths)[:-1])
-        own = tokenizer.encode_batch([texts[number] for number in numbers], parse_special)
-        for number, row in zip(numbers, own, strict=True):
+        own = tokenizer.encode_batch([texts[number] for number in indices], parse_special)
+        for number, row in zip(indices, own, strict=True):
             rows[number], lengths[number] = np.array(row, ids.dtype), len(row)
         return np.concatenate(rows), lengths
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint.formats.checkpoint_paths import iteration_dir, list_iterations
-from common.data.dataset.manifest import write_json
+from common.files import write_json
 from common.log import logger
 from common.training.checkpointing.run_folder import RunFolder
 from common.training.settings import TrainSettings

@@ -21,6 +21,7 @@ class Numbered:
     """Samples that say whose they are and which."""
 
     weighted = False
+    order = "listed"
 
     def __init__(self, name: int, samples_per_epoch: int) -> None:
         self.name, self.samples_per_epoch = name, samples_per_epoch
@@ -75,8 +76,8 @@ def test_an_epoch_is_as_long_as_the_datasets_together_and_members_count_their_ow
     caplog.set_level(logging.INFO, "kit")
     made = blended("0.75", "0.25", sizes=(100, 300))
     assert made.samples_per_epoch == 400
-    assert "d0: 0.7500 of the samples, 300 an epoch = 3.00 passes over it" in caplog.text
-    assert "d1: 0.2500 of the samples, 100 an epoch = 0.33 passes over it" in caplog.text
+    assert "d0: 0.7500 of the samples, 300 per epoch = 3.00 epochs of it" in caplog.text
+    assert "d1: 0.2500 of the samples, 100 per epoch = 0.33 epochs of it" in caplog.text
     rows = [made[i]["tokens"].tolist() for i in range(800)]
     assert [index for name, index in rows if name == 0] == list(range(600))
     assert [index for name, index in rows if name == 1] == list(range(200))
@@ -126,12 +127,12 @@ def test_one_path_several_with_weights_or_a_file(data: SimpleNamespace) -> None:
     ("text", "told"),
     [
         ("0.7 {a} 0.3", "give one dataset, or a weight before each"),
-        ("{a} 0.7", "the weight '.*/a' is no number above 0"),
-        ("0 {a} 1 {a}", "the weight '0' is no number above 0"),
-        ("-1 {a}", "the weight '-1' is no number above 0"),
-        ("nan {a}", "the weight 'nan' is no number above 0"),
-        ("0.5 {a} 0.5 {a}x", "ax is no dataset"),
-        ("{a}x", "DATASET_PATH=.*ax is no dataset"),
+        ("{a} 0.7", "the weight '.*/a' is not a positive number"),
+        ("0 {a} 1 {a}", "the weight '0' is not a positive number"),
+        ("-1 {a}", "the weight '-1' is not a positive number"),
+        ("nan {a}", "the weight 'nan' is not a positive number"),
+        ("0.5 {a} 0.5 {a}x", "ax is not a dataset"),
+        ("{a}x", "DATASET_PATH=.*ax is not a dataset"),
     ],
 )
 def test_what_is_no_blend_is_told(data: SimpleNamespace, text: str, told: str) -> None:
@@ -147,8 +148,8 @@ def test_what_is_no_blend_is_told(data: SimpleNamespace, text: str, told: str) -
         ('{"a": 1}', "it must hold a list"),
         ('[{"weight": 1}]', '"weight": "1"} is not one'),
         ('[{"weight": 1, "path": "a", "more": 1}]', "is not one"),
-        ('[{"weight": true, "path": "a"}]', ": the weight True is no number above 0"),
-        (json.dumps({"format": "qwen-kit-data"}), "is the manifest of a dataset: give its path without .json"),
+        ('[{"weight": true, "path": "a"}]', ": the weight True is not a positive number"),
+        (json.dumps({"format": "qwen-kit-data"}), "is the manifest of a dataset: remove .json from the path"),
     ],
 )
 def test_a_wrong_file_is_told(tmp_path: Path, content: str, told: str) -> None:

@@ -157,5 +157,5 @@ def test_training_is_told_of_files_that_are_not_those_of_their_manifest(tmp_path
     common = {"train_mode": "pretrain", "seq_length": 8, "seed": 1}
     assert build_dataset(DataFiles("pretrain", prefix, None, told), **common).samples_per_epoch == 6  # type: ignore[arg-type]
     write(prefix, documents=[[1] * 30, [1] * 19])
-    with pytest.raises(KitError, match=r"tells of 1 documents, and 2 are there; 50 tokens, and 49 are there"):
+    with pytest.raises(KitError, match=r"records 1 documents instead of 2; 50 tokens instead of 49"):
         build_dataset(DataFiles("pretrain", prefix, None, told), **common)  # type: ignore[arg-type]

@@ -67,8 +67,8 @@ def test_gigatoken_is_chosen_and_said_and_gives_what_the_other_gives(qwen: Path,
     tokenizer, other = load_tokenizer(qwen), load_tokenizer(qwen)
     select_engine(tokenizer, "auto", False, [("a", TEXTS[0]), ("b", TEXTS[1])])
     select_engine(other, "tokenizers", False, [("a", TEXTS[0])])
-    assert "encoded by gigatoken; on 2 documents of the input it gives the same ids" in said()
-    assert "encoded by tokenizers, as TOKENIZER_ENGINE says" in said()
+    assert "tokenizer engine: gigatoken; same ids as tokenizers, which is slower, on 2 documents of the input" in said()
+    assert "tokenizer engine: tokenizers, set by TOKENIZER_ENGINE" in said()
     assert (tokenizer.engine, other.engine) == ("gigatoken", "tokenizers")
     for ours, theirs in zip(tokenizer.encode_flat(TEXTS), other.encode_flat(TEXTS), strict=True):
         assert np.array_equal(ours, theirs)
@@ -85,7 +85,10 @@ def test_a_tokenizer_that_it_cannot_load_is_left_to_tokenizers(
     with pytest.raises(EngineUnavailableError):
         Gigatoken((tmp_path / "words" / "tokenizer.json").read_bytes()).encode_flat([], False)
     select_engine(tokenizer, "auto", False, [])
-    assert tokenizer.engine == "tokenizers" and "encoded by tokenizers: gigatoken is not used, it cannot load" in said()
+    assert (
+        tokenizer.engine == "tokenizers"
+        and "tokenizer engine: tokenizers; gigatoken is not used: it cannot load" in said()
+    )
     with pytest.raises(KitError, match="TOKENIZER_ENGINE=gigatoken: it cannot load .*: set TOKENIZER_ENGINE=auto or"):
         select_engine(tokenizer, "gigatoken", False, [])
 
@@ -101,11 +104,14 @@ def set_pattern(content: dict, pattern: str) -> None:
 
 
 OTHERWISE = {
-    "single_word": (lambda c: add_token(c, single_word=True), "'<loc>' is to be found"),
-    "special single_word": (lambda c: add_token(c, single_word=True, special=True), "'<loc>' is to be found"),
-    "unknown field": (lambda c: add_token(c, greedy=True), "'<loc>' is to be found"),
-    "within a special": (lambda c: add_token(c, content="im_end"), "'im_end' within a special one"),
-    "across a special": (lambda c: add_token(c, content="|>x"), "'\\|>x' within a special one"),
+    "single_word": (lambda c: add_token(c, single_word=True), "options of the added token '<loc>'"),
+    "special single_word": (
+        lambda c: add_token(c, single_word=True, special=True),
+        "options of the added token '<loc>'",
+    ),
+    "unknown field": (lambda c: add_token(c, greedy=True), "options of the added token '<loc>'"),
+    "within a special": (lambda c: add_token(c, content="im_end"), "'im_end' inside a special token"),
+    "across a special": (lambda c: add_token(c, content="|>x"), "'\\|>x' inside a special token"),
     "normalizer": (lambda c: c.update(normalizer={"type": "NFKC"}), "the normalizer NFKC"),
     "marks": (lambda c: set_pattern(c, r"\p{L}+|\p{M}+"), "M in the split pattern"),
     "words": (lambda c: set_pattern(c, r"\w+"), r"\\w in the split pattern"),
@@ -119,7 +125,7 @@ def test_what_gigatoken_does_otherwise_is_left_to_tokenizers(
     change, told = OTHERWISE[name]
     tokenizer = load_tokenizer(changed(qwen, tmp_path / "other", change))
     select_engine(tokenizer, "auto", False, [])
-    assert tokenizer.engine == "tokenizers" and re.search(f"gigatoken is not used, .*{told}", said())
+    assert tokenizer.engine == "tokenizers" and re.search(f"gigatoken is not used: .*{told}", said())
 
 
 @pytest.mark.parametrize("how", [{}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}])
@@ -169,7 +175,7 @@ def test_a_difference_on_the_users_own_text_stops_the_run(
 def test_what_a_sample_lacks_is_tried_with_texts_of_the_kits_own(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that parsed special tokens would differ on no ordinary sample."""
     monkeypatch.setattr(Gigatoken, "encode_flat", lambda self, texts, _: engines_parsing(self, texts), raising=True)
-    with pytest.raises(KitError, match="differ on a text of the kit's own, from token 0"):
+    with pytest.raises(KitError, match="differ on a built-in probe text, from token 0"):
         select_engine(load_tokenizer(qwen), "auto", False, [("a", TEXTS[0])])
 
 
@@ -195,7 +201,7 @@ def test_the_sample_comes_from_all_over_the_input_and_is_bounded(tmp_path: Path)
         i for i, line in enumerate(files[1].read_text().splitlines()) if json.loads(line)["text"].startswith(text)
     )
     start = len("\n".join(files[1].read_text().splitlines()[:row])) + 1
-    assert place == f"the document of {files[1]} at byte {start}"
+    assert place == f"the document at byte {start} of {files[1]}"
 
 
 def test_rows_that_cannot_be_used_are_passed_over_in_the_sample(tmp_path: Path) -> None:

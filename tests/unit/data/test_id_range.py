@@ -30,7 +30,7 @@ def check(tokens: IndexedDataset, vocab_size: int, manifest: dict[str, object] |
 
 def test_the_largest_id_must_be_under_the_models_vocab_size(tmp_path: Path) -> None:
     tokens = data(tmp_path / "a", [3, 419, 0])
-    told = r"a\.bin holds the id 419, and the model's ids end at 399 \(vocab_size=400 in model/config\.json\): run step"
+    told = r"a\.bin holds the token id 419, but the model's largest id is 399 \(vocab_size=400 in model/config\.json\)"
     check(tokens, 420)
     for vocab_size in (400, 419):
         with pytest.raises(KitError, match=told.replace("399", f"{vocab_size - 1}").replace("400", f"{vocab_size}")):
@@ -38,7 +38,7 @@ def test_the_largest_id_must_be_under_the_models_vocab_size(tmp_path: Path) -> N
     check(tokens, 1, {"largest_id": 0})  # a manifest is believed, and the file not read
     with pytest.raises(KitError, match=told):
         check(data(tmp_path / "a", [3]), 400, {"largest_id": 419})
-    with pytest.raises(KitError, match=r"a\.bin holds the id -5: ids are not negative; .*import-legacy"):
+    with pytest.raises(KitError, match=r"a\.bin holds the token id -5, which is negative: .*import-legacy"):
         check(data(tmp_path / "a", [3, -5, 9]), 400)
     check(data(tmp_path / "a", []), 1)
 
@@ -58,14 +58,14 @@ def test_a_long_scan_is_done_once_for_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
 
-    monkeypatch.setattr(id_range, "KEEP_BYTES", 1)
+    monkeypatch.setattr(id_range, "CACHE_BYTES", 1)
     caplog.set_level("INFO", "kit")
     scans: list[Path] = []
     monkeypatch.setattr(id_range, "scan_id_range", lambda tokens: scans.append(tokens.prefix) or scan_id_range(tokens))
     tokens = data(tmp_path / "a", [7, 8])
     files = DataFiles("pretrain", tokens.prefix)
     assert [id_range.id_range(files, tokens) for _ in range(3)] == [(0, 8)] * 3 and len(scans) == 1
-    assert "a.bin is not known, it has no manifest: its" in caplog.text and "its ids are 0 to 8" in caplog.text
+    assert "a.bin (0.0 GB) once: it has no manifest" in caplog.text and "its token ids are 0 to 8" in caplog.text
     os.utime(tmp_path / "a.bin", ns=(1, 1))
     assert id_range.id_range(files, data(tmp_path / "a", [7, 9])) == (0, 9) and len(scans) == 2
     for damaged in ("", "{}", "[]", '{"of": null}', json.dumps({"of": 1, "largest": 3}), "[" * 100_000):
@@ -74,7 +74,7 @@ def test_a_long_scan_is_done_once_for_the_same_file(
     monkeypatch.setattr(id_range, "write_json", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     (tmp_path / "a.ids.json").unlink()
     assert id_range.id_range(files, tokens) == (0, 9)
-    assert "a.ids.json cannot be written (Read-only file system): the next start reads them again" in caplog.text
+    assert "a.ids.json cannot be written (Read-only file system): the next start will scan again" in caplog.text
 
 
 def test_ids_of_a_tokenizer_with_holes_fit_their_type() -> None:
@@ -95,4 +95,4 @@ def test_a_model_with_fewer_ids_than_the_tokenizer_is_told(tmp_path: Path, caplo
     assert not caplog.records
     (tmp_path / "config.json").write_text('{"vocab_size": 400}')
     warn_if_vocab_exceeds_model(tmp_path, 420)
-    assert "ids go up to 419, those of" in caplog.text and "to 399 (vocab_size=400)" in caplog.text
+    assert "largest id is 419, that of" in caplog.text and "is 399 (vocab_size=400)" in caplog.text

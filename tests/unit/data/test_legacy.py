@@ -51,10 +51,10 @@ def test_conversations_come_back_with_their_masks(qwen: Path, tmp_path: Path) ->
     tokens, mask = IndexedDataset(files.tokens), IndexedDataset(files.loss_mask)
     found = [(tokens[i].tolist(), mask[i].tolist()) for i in range(len(tokens))]
     assert found == [A, B, C, A, C, B, full]
-    assert mask.dtype == np.uint8 and content["notes"] == {"rows of the old kit": 4}
+    assert mask.dtype == np.uint8 and content["notes"] == {"rows of the legacy kit": 4}
     assert content["documents"] == {"read": 7, "kept": 7, "dropped": {}}
     assert content["supervised_tokens"] == sum(sum(m) for _, m in found) and content["longest"] == S
-    with pytest.raises(KitError, match=r"data\.json is there already"):
+    with pytest.raises(KitError, match=r"data\.json already exists"):
         import_legacy(source, tmp_path / "new" / "data", load_tokenizer(qwen))
 
 
@@ -80,8 +80,8 @@ def test_it_is_what_the_old_kit_trains_on() -> None:
         ([1, 2, 3, 4], "row 0 marks no end of a conversation"),
         ([1, -3, 2, 2], "row 0: its labels are not its tokens shifted by one"),
         ([1, -3, 7, -100], "row 0: its labels are not its tokens shifted by one"),
-        ([1, -3, 5, 2, -100, 9], "row 0 learns what follows its last conversation"),
-        ([600, -3, -100, -100], "row 0 holds the id 600, and .* has 400 tokens"),
+        ([1, -3, 5, 2, -100, 9], "row 0 has labels after its last conversation"),
+        ([600, -3, -100, -100], "row 0 holds the token id 600, but .* has 400 tokens"),
     ],
 )
 def test_what_is_no_old_data_is_told(qwen: Path, tmp_path: Path, row: list[int], told: str) -> None:
@@ -92,7 +92,7 @@ def test_what_is_no_old_data_is_told(qwen: Path, tmp_path: Path, row: list[int],
 
 
 def test_data_of_another_type_is_told(qwen: Path, tmp_path: Path) -> None:
-    with pytest.raises(KitError, match="holds uint16, the old kit's rows int32"):
+    with pytest.raises(KitError, match="holds uint16, but the legacy kit's rows are int32"):
         import_legacy(write(tmp_path / "old", [[1, 2]], "<u2"), tmp_path / "data", load_tokenizer(qwen))
 
 

@@ -14,8 +14,8 @@ import pytest
 from common.data.encoders.encoded import BAD_ROWS, EncodedChunk
 from common.data.encoders.pretrain import PretrainEncoder
 from common.data.encoders.sft import SftEncoder
-from common.data.preprocessing.merging import notes
-from common.data.sources.bad_rows import BadRowError, BadRows, as_bad_row_error
+from common.data.preprocessing.merging import notes_of
+from common.data.sources.bad_rows import BadRowError, BadRows, ignore_bad_row, to_bad_row_error
 from common.data.sources.chunks import Chunk
 from common.data.templates.chat_template import ChatTemplate
 from common.data.tokenizer.text_tokenizer import load_tokenizer
@@ -130,16 +130,20 @@ def test_the_first_bad_row_names_on_error_once(made: Callable[..., SftEncoder], 
     assert str(elsewhere.value).endswith("line 1: x")
 
 
-def test_the_net_lets_through_what_is_no_rows_fault() -> None:
+def test_the_net_lets_through_what_is_no_rows_fault(tmp_path: Path) -> None:
+    bad = BadRows(Chunk(tmp_path / "a", 0, b"{}\n", 3), skip=True)
     for error in (KitError("x"), MemoryError(), KeyboardInterrupt(), SystemExit(1)):
-        with pytest.raises(type(error)), as_bad_row_error():
-            raise error
+        for net in (ignore_bad_row, lambda: bad.row(0)):
+            with pytest.raises(type(error)), net():
+                raise error
     for odd in (TypeError("x"), RecursionError(), OverflowError("x"), AttributeError("x"), AssertionError()):
-        with (
-            pytest.raises(BadRowError, match=r"TypeError: x \(test_odd_rows.py, line|nested|cannot be used"),
-            as_bad_row_error(),
-        ):
+        with ignore_bad_row():
             raise odd
+        with bad.row(0):
+            raise odd
+        cause = r"TypeError: x \(test_odd_rows.py, line|nested|cannot be used"
+        assert isinstance(to_bad_row_error(odd), BadRowError) and re.search(cause, bad.rows[-1].cause)
+    assert len(bad.rows) == 5
 
 
 def test_pretraining_has_the_same_net(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +198,6 @@ def test_a_joined_table_of_two_formats(made: Callable[..., SftEncoder], tmp_path
 
 def test_of_fields_that_are_not_used_the_commonest_are_named() -> None:
     few = {f"rows' field 'f{i:02}', not used": 2 for i in range(30)}
-    assert notes(Counter({**few, "blank lines": 1, "read": 9})) == {**few, "blank lines": 1}
+    assert notes_of(Counter({**few, "blank lines": 1, "read": 9})) == {**few, "blank lines": 1}
     many = {f"rows' field 'g{i:02}', not used": 1 for i in range(50)}
-    assert notes(Counter({**few, **many})) == {**few, "other fields, not used": 50}
+    assert notes_of(Counter({**few, **many})) == {**few, "other fields, not used": 50}

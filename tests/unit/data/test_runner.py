@@ -92,7 +92,7 @@ class Failing:
 @pytest.mark.parametrize(
     ("how", "kind", "told"),
     [
-        ("die", KitError, "a worker process was ended from outside.*smaller WORKERS"),
+        ("die", KitError, "a worker process was killed.*reduce WORKERS"),
         ("error", KitError, "in.txt, line .*: a bad row"),
         ("bug", RuntimeError, "a bug"),
     ],
@@ -148,7 +148,7 @@ def test_a_second_run_is_told_it_is_done_and_another_is_refused(tmp_path: Path) 
 
     assert runner.run(job(tmp_path, never, 7, 2, a=1)) == manifest.read(tmp_path / "out" / "data")
     assert manifest.read(tmp_path / "out" / "data") == {"format": manifest.FORMAT, "version": 2, **first}
-    with pytest.raises(KitError, match=r"data\.json tells of other input, tokenizer or settings \(a\): remove it"):
+    with pytest.raises(KitError, match=r"data\.json has other input, tokenizer or settings \(a\): remove it"):
         runner.run(job(tmp_path, a=2))
     with job(tmp_path).inputs[0].open("ab") as stream:
         stream.write(b"x\n")
@@ -161,7 +161,7 @@ def test_files_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:
     made.output_prefix.parent.mkdir()
     foreign = Path(f"{made.final('tokens')}.idx")
     foreign.write_bytes(b"theirs")
-    with pytest.raises(KitError, match=r"data_text_document\.idx is there, and nothing tells what it is of"):
+    with pytest.raises(KitError, match=r"data_text_document\.idx already exists without a manifest"):
         runner.run(made)
     assert foreign.read_bytes() == b"theirs"
 
@@ -170,13 +170,13 @@ def test_a_manifest_without_its_files_is_told(tmp_path: Path) -> None:
     made = job(tmp_path)
     runner.run(made)
     Path(f"{made.final('tokens')}.bin").unlink()
-    with pytest.raises(KitError, match=r"data\.json is there but not its files"):
+    with pytest.raises(KitError, match=r"data\.json exists without its files"):
         runner.run(job(tmp_path))
 
 
 def test_no_document_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(b"\n\n\n")
-    with pytest.raises(KitError, match="INPUT holds no document: 3 rows were read"):
+    with pytest.raises(KitError, match="INPUT holds no documents: 3 rows were read"):
         runner.run(job(tmp_path))
     assert not list((tmp_path / "out").iterdir())
 
@@ -186,7 +186,7 @@ def test_an_input_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
         os.utime(chunk.path, (1, 1))
         return lengths_of_lines(chunk)
 
-    with pytest.raises(KitError, match=r"in\.txt was changed while it was read"):
+    with pytest.raises(KitError, match=r"in\.txt changed while it was being read"):
         runner.run(job(tmp_path, changing))
     assert not list((tmp_path / "out").glob("data_*"))
 
@@ -198,7 +198,7 @@ def test_two_runs_at_once_are_told(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(made.folder / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline()
-        with pytest.raises(KitError, match="another run writes"):
+        with pytest.raises(KitError, match="another run is writing"):
             runner.run(job(tmp_path))
         other.communicate(b"\n")
     runner.run(job(tmp_path))

@@ -53,7 +53,7 @@ def test_the_report_of_conversations(tmp_path: Path) -> None:
     assert supervised_tokens(files) == 12
     lines = list(report(files, [8, 16], 2))
     assert "4 documents, 29 tokens" in lines[0] and "5 to 10, mean 7.2" in lines[1]
-    assert "learned: 12 tokens, 41.4%" in lines
+    assert "supervised: 12 tokens, 41.4%" in lines
     assert lines[-2] == (
         "SEQ_LENGTH=8: 1 too long; packed 2 rows = 1.00 steps of 2, 100.0% full;"
         " not packed 3 rows = 1.50 steps of 2, 66.7% full"
@@ -65,7 +65,7 @@ def test_the_report_of_documents_with_a_manifest(tmp_path: Path) -> None:
     told = {"documents": {"read": 5, "kept": 2, "dropped": {"no text": 3}}}
     lines = list(report(DataFiles("pretrain", bare.tokens, None, told), [8], None))
     assert "read 5 documents, kept 2, 3 dropped (no text)" in lines
-    assert lines[-1] == "SEQ_LENGTH=8: 2 samples an epoch" and not any("learned" in line for line in lines)
+    assert lines[-1] == "SEQ_LENGTH=8: 2 samples per epoch" and not any("supervised" in line for line in lines)
 
 
 def test_no_document_is_told(tmp_path: Path) -> None:
@@ -83,5 +83,5 @@ def test_the_picture(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(KitError, match=r"the picture needs matplotlib: install what requirements/plots\.txt pins"):
+    with pytest.raises(KitError, match=r"plotting needs matplotlib: install requirements/plots\.txt"):
         write_png(np.array([1]), "data", tmp_path / "a.png")

@@ -189,5 +189,5 @@ def test_a_check_refuses_what_the_run_would(tmp_path: Path) -> None:
     runner.check(job(tmp_path))
     write(tmp_path / "in" / "a.jsonl", rows("a", 99))
     for refused in (runner.check, runner.run):
-        with pytest.raises(KitError, match=r"tells of other input, tokenizer or settings \(input\)"):
+        with pytest.raises(KitError, match=r"has other input, tokenizer or settings \(input\)"):
             refused(job(tmp_path))

@@ -58,7 +58,7 @@ def test_a_file_that_shrinks_meanwhile_is_told(tmp_path: Path) -> None:
     path.write_bytes(b"xx\n" * 100)
     (task,) = split_span(Span(path, 0, 300), 1000)
     path.write_bytes(b"xx\n" * 50)
-    with pytest.raises(KitError, match="was changed while it was read"):
+    with pytest.raises(KitError, match="changed while it was being read"):
         load_chunk(task)
     path.unlink()
     with pytest.raises(KitError, match="cannot be read: "):

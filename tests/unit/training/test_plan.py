@@ -229,14 +229,14 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
         (
             "cpu",
             {"train_mode": "finetune"},
-            'TRAIN_MODE=finetune learns "sft" data: change TRAIN_MODE',
+            'TRAIN_MODE=finetune needs "sft" data: change TRAIN_MODE',
         ),
         # 104 samples by 4 are 26 steps, the last at MIN_LR
         ("cpu", {"lr_warmup_iters": 25, "seq_length": 16}, "LR_WARMUP_ITERS=25: the run has 26 steps, the last"),
-        ("cpu", {"dataset_path": "/nowhere/a"}, "DATASET_PATH=/nowhere/a is no dataset"),
-        ("cpu", {"valid_dataset_path": "/nowhere/b"}, "/nowhere/b is no dataset"),
+        ("cpu", {"dataset_path": "/nowhere/a"}, "DATASET_PATH=/nowhere/a is not a dataset"),
+        ("cpu", {"valid_dataset_path": "/nowhere/b"}, "/nowhere/b is not a dataset"),
         ("cpu", {"split": "1,99,0"}, "use more data, another SPLIT or a smaller SEQ_LENGTH"),
-        ("cpu", {"split": "x"}, "SPLIT=x: give one to three numbers"),
+        ("cpu", {"split": "x"}, "SPLIT=x: give one to three non-negative numbers"),
         ("cpu", {"hf_model_path": "/nowhere/c"}, "/nowhere/c has no config.json: give a folder"),
     ],
     ids=str,
