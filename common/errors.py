@@ -1,4 +1,8 @@
-"""What the user can mend, told apart from what is our own mistake."""
+"""KitError for what the user can fix, one handler for every command's errors, and one text for what the system refuses.
+
+A command calls `run(main)`. Code that reads or writes files adds the path by `reading` or `writing`, since read(2),
+write(2) and fsync(2) report none, and handles an OSError itself only where it goes on without the file.
+"""
 
 import errno
 import io
@@ -9,135 +13,151 @@ import sys
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
+# Exit codes. 1 is a bug, with a traceback; 128 + n is an end by signal n.
+USER_ERROR = 2
+STOPPED = 75  # stopped before the end and saved, the same command resumes (EX_TEMPFAIL of sysexits.h)
+INTERRUPTED = 130
+
+AGAIN = "then run the same command again"
 REMEDIES = {
-    (errno.EACCES, errno.EPERM): "this user may not: have its owner allow it (chmod, chown), or give another path",
-    (errno.EROFS,): "it is mounted to be read only: give a path elsewhere, or mount it to be written",
-    (errno.ENOENT,): "give a path that is there",
-    (errno.ELOOP,): "a symbolic link leads back to itself: mend it, or give another path",
-    (errno.ENOSPC, errno.EDQUOT): "make room (df, quota), and run the same command again",
-    (errno.EFBIG,): "this file system, or `ulimit -f`, takes no larger file: give a path elsewhere",
-    (errno.EMFILE, errno.ENFILE): "let more files be open at once: ulimit -n 65536",
-    (errno.ENOMEM, errno.EAGAIN): "memory or processes are used up (free, ulimit -u): free some, and run it again",
-    (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO): "the disk or the network file system fails (dmesg):"
-    " run the same command again once it is mended",
+    (errno.EACCES, errno.EPERM): "ask its owner for access (chmod, chown), or give another path",
+    (errno.EROFS,): "remount it read-write, or give a path on another file system",
+    (errno.ENOENT,): "check the path, and that its file system is mounted",
+    (errno.ENAMETOOLONG,): "give a shorter path: most file systems allow 255 bytes per name",
+    (errno.ELOOP,): "a symbolic link points back to itself: fix it, or give another path",
+    (errno.ENOSPC,): f"free some space (df -h, df -i), {AGAIN}",
+    (errno.EDQUOT,): f"your quota is used up: free some space (quota -s), {AGAIN}",
+    (errno.EFBIG,): "the file system or `ulimit -f` limits the size of a file: raise it, or give a path elsewhere",
+    (errno.EMFILE, errno.ENFILE): "raise the limit on open files: ulimit -n 65536",
+    (errno.ENOMEM, errno.EAGAIN): f"out of memory or processes (free -h, ulimit -u): free some, {AGAIN}",
+    (errno.ESTALE, errno.ENOTCONN): f"the network file system lost it: check the mount, {AGAIN}",
+    (errno.EIO, errno.EREMOTEIO): f"the disk or the network file system failed: see dmesg, {AGAIN}",
 }
-
-LAST_WORDS = "KIT_LAST_WORDS"  # in a rank's environment: the folder where the launcher finds what ended it
+OTHER_REMEDY = "check the path, or give another one"
 
 
 class KitError(Exception):
-    """A mistake of the user: the message says the value, the rule and the way out."""
+    """An error that the user can fix: the message has the value, the rule and the remedy."""
 
 
-# Categories of characters that are not seen but act on a terminal: controls, directions, line ends of other kinds.
-UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-SHOWN = "\t\n\u200c\u200d"  # of these: what lays text out, and what joins letters and emoji
+# Unicode categories of characters that are invisible but act on a terminal: controls, direction marks, line separators.
+INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+PRINTED = "\t\n\u200c\u200d"  # of these, printed as they are: layout, and joiners of letters and emoji
 
 
 def run(main: Callable[[], None]) -> None:
-    """Exits 0 after `main`; what the user can mend becomes one message on stderr and exit code 2, Ctrl-C 130."""
-    escape_what_cannot_be_shown()
+    """Exits 0 after `main`; prints one line and exits 2 for what the user can fix, 130 for Ctrl-C.
+
+    Any other exception passes through.
+    """
+    escape_unencodable()
     try:
         main()
         sys.stdout.flush()
-    except (KitError, KeyboardInterrupt) as error:
-        sys.exit(tell(error))
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, BrokenPipeError) and no_one_reads():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-            sys.exit(128 + signal.SIGPIPE)
-        if (told := told_of(error)) is None:
+    except BrokenPipeError:
+        if not stdout_reader_is_gone():
             raise
-        sys.exit(tell(KitError(told)))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more at exit
+        sys.exit(128 + signal.SIGPIPE)
+    except (KitError, KeyboardInterrupt, OSError, RuntimeError) as error:
+        if (line := one_line(error)) is None:
+            raise
+        print(line, file=sys.stderr)
+        sys.exit(exit_code(error))
 
 
-def no_one_reads() -> bool:
-    """Whether stdout is a pipe whose reader has enough, as `head`."""
-    watch = select.poll()
-    watch.register(sys.stdout.fileno(), select.POLLOUT)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
+def one_line(error: BaseException) -> str | None:
+    """The line on stderr for what the user can fix; None for a bug, which needs a traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    text = str(error) if isinstance(error, KitError) else describe_os_error(error)
+    return None if text is None else f"error: {visible(text)}"
 
 
-def escape_what_cannot_be_shown() -> None:
-    """Lets a character that the terminal's encoding lacks, or a byte of a name that is no text, be shown as \\x..."""
+def exit_code(error: BaseException) -> int:
+    """USER_ERROR, INTERRUPTED, or 1 for a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return 1 if one_line(error) is None else USER_ERROR
+
+
+def report(error: BaseException) -> int:
+    """Prints `error` to stderr, a bug with its traceback; returns the exit code."""
+    if (line := one_line(error)) is None:
+        traceback.print_exception(error)
+    else:
+        print(line, file=sys.stderr)
+    return exit_code(error)
+
+
+def describe_os_error(error: BaseException | None) -> str | None:
+    """Paths, the system's message and a remedy; None unless `error` is an OSError with a path or a known errno."""
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        error = error.__context__  # pathlib before Python 3.13 wraps it
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    paths = " -> ".join(
+        os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, str | bytes)
+    )
+    remedy = next((remedy for numbers, remedy in REMEDIES.items() if error.errno in numbers), None)
+    if not (paths or remedy):
+        return None
+    return f"{paths + ': ' if paths else ''}{_message(error)}: {remedy or OTHER_REMEDY}"
+
+
+def _message(error: OSError) -> str:
+    """`No space left on device`, and what an error of our own adds to it."""
+    text = os.strerror(error.errno or 0)
+    return text if error.strerror in (None, "", text) else f"{text} ({error.strerror})"
+
+
+@contextmanager
+def reading(name: object) -> Iterator[None]:
+    """Raises KitError `NAME cannot be read: ...` for an OSError in the block."""
+    with _naming(f"{name} cannot be read", str(name)):
+        yield
+
+
+@contextmanager
+def writing(name: object) -> Iterator[None]:
+    """Raises KitError `NAME cannot be written: ...` for an OSError in the block."""
+    with _naming(f"{name} cannot be written", str(name)):
+        yield
+
+
+@contextmanager
+def _naming(failure: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        known = describe_os_error(error) or f"{error}: {OTHER_REMEDY}"
+        raise KitError(f"{failure}: {known.removeprefix(f'{name}: ')}") from error
+
+
+def stdout_reader_is_gone() -> bool:
+    """Whether stdout is a pipe that its reader has closed, such as `head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def escape_unencodable() -> None:
+    r"""Prints a character that the terminal's encoding lacks, or an undecodable byte of a file name, as \x..."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def told_of(error: BaseException | None) -> str | None:
-    """The path, what the system says and the remedy; None for what is no OSError with a path or a known remedy."""
-    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
-        error = error.__context__  # pathlib before 3.13 puts it so
-    if not isinstance(error, OSError):
-        return None
-    remedy = next((remedy for numbers, remedy in REMEDIES.items() if error.errno in numbers), None)
-    paths = " -> ".join(
-        os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, str | bytes)
-    )
-    if error.errno is None or not (paths or remedy):
-        return None
-    where = f"{paths}: " if paths else ""
-    return f"{where}{os.strerror(error.errno)}: {remedy or 'mend the path, or give another one'}"
-
-
 def visible(text: str) -> str:
-    """`text` with each character that would act on a terminal escaped, as \\x1b; a backslash of its own stays one."""
+    r"""`text` with each character that would act on a terminal escaped, such as \x1b; backslashes stay single."""
     if text.isprintable():
         return text
-    return "".join(_shown(character) for character in text)
+    return "".join(_escaped(character) for character in text)
 
 
-def _shown(character: str) -> str:
-    if character in SHOWN or unicodedata.category(character) not in UNSEEN:
+def _escaped(character: str) -> str:
+    if character in PRINTED or unicodedata.category(character) not in INVISIBLE:
         return character
     return character.encode("unicode_escape").decode("ascii")
-
-
-def tell(error: BaseException) -> int:
-    """Says `error` on stderr, what is our own mistake with its traceback; the exit code that goes with it."""
-    if isinstance(error, KitError):
-        print(f"error: {visible(str(error))}", file=sys.stderr)
-        return 2
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return 130
-    traceback.print_exception(error)
-    return 1
-
-
-@contextmanager
-def exit_at_once() -> Iterator[None]:
-    """An error in the block is told as by `run`, and ends the process there and then.
-
-    For a rank, nothing of which may be taken down: NCCL would wait for what it has begun with the other ranks, they
-    for this one, and torchrun, which only sees processes end, for all of them (github.com/mlc-ai/Pith-Train/pull/31,
-    github.com/sgl-project/SpecForge/pull/781).
-    """
-    try:
-        yield
-    except BaseException as error:
-        code = error.code or 0 if isinstance(error, SystemExit) else tell(error)
-        if code == 1:  # our own mistake: other ranks go on to complain of this one, and its traceback scrolls away
-            leave_word("error", "".join(traceback.format_exception(error)))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
-
-
-def leave_word(kind: str, text: str) -> None:
-    """Leaves `text` for the launcher under `kind` and this process's local rank, if the disk takes it."""
-    if LAST_WORDS in os.environ:
-        with suppress(OSError):
-            name = f"{kind}_{os.environ.get('LOCAL_RANK', '0')}"
-            Path(os.environ[LAST_WORDS], name).write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def left_word(kind: str, local_rank: int) -> str:
-    """What that process left; empty if nothing."""
-    with suppress(OSError):
-        return Path(os.environ[LAST_WORDS], f"{kind}_{local_rank}").read_text(encoding="utf-8")
-    return ""

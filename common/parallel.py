@@ -1,8 +1,14 @@
 """Parallel sizes of a run: tensor, pipeline, context and data parallelism."""
 
+import os
 from dataclasses import dataclass
 
 from common.errors import KitError
+
+
+def is_node_leader() -> bool:
+    """Whether this process reports for its node: local rank 0, or not a rank at all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def parse_pipeline_layers(text: str | None) -> tuple[int, ...]:

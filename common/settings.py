@@ -1,16 +1,17 @@
-"""A command's settings: declared once as dataclass fields, from which its command line is made.
+"""A command's settings, declared once as dataclass fields; its command line is generated from them.
 
 A field `micro_batch_size` is the flag `--micro-batch-size` and, in the scripts, the setting MICRO_BATCH_SIZE.
-Every flag takes a value (`--append-eod true`), so a script passes a setting as it is.
+Every flag takes a value (`--append-eod true`), so scripts pass settings on unchanged.
 """
 
 import argparse
 import dataclasses
+import inspect
 import os
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,47 +20,81 @@ from common.errors import KitError
 T = TypeVar("T")
 
 KIT = Path(__file__).parents[1]
-DECLARED = re.compile(r'^: "\$\{([A-Z0-9_]+):=', re.MULTILINE)  # as `settings` of common/shell/lib.sh finds them
+DECLARED = re.compile(r'^: "\$\{([A-Z0-9_]+):=', re.MULTILINE)  # as `settings` in common/shell/lib.sh finds them
 STEPS, OLD_NAMES = "*/[0-9]_*.sh", "common/shell/train.sh"  # whose settings the environment may give
-LEAST_LETTERS = 6  # of a name that is taken for a misspelt setting; a slip is forgiven from two more on
-# Names of other programs that come near to a setting's, or are an expert's flag and no setting of a script.
+LEAST_LETTERS = 6  # in a name that may be a misspelled setting; a typo is tolerated from two more on
+# Other programs' variables that resemble a setting, or have the name of a flag that is no script's setting.
 OTHERS = {"PARTITION", "NUM_WORKERS"}
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", choices: Sequence[str] = ()) -> Any:
-    """A field with its help; without `default` it is required on the command line."""
+    """A dataclass field with its help text; without `default` its flag is required."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices)})
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Gives `parser` one flag for each field of the dataclass `settings`."""
+    """Adds one flag to `parser` for each field of the dataclass `settings`.
+
+    If `settings` inherits from several dataclasses, `--help` groups the flags under the first line of each docstring.
+    The flag of a `tuple[str, ...]` field may be repeated.
+    """
     kinds = typing.get_type_hints(settings)
-    for field in dataclasses.fields(settings):
-        required = field.default is dataclasses.MISSING
-        default = None if required else field.default
-        told = "" if required or default is None else f" (default: {_shown(default)})"
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=_reader(kinds[field.name]),
-            required=required,
-            default=default,
-            choices=field.metadata.get("choices") or None,
-            metavar=None if field.metadata.get("choices") else _kind_name(kinds[field.name]),
-            help=(field.metadata.get("help", "") + told).replace("%", "%%"),
-        )
+    for heading, fields in _by_heading(settings):
+        group = parser.add_argument_group(heading) if heading else parser
+        for field in fields:
+            _add_option(group, field, kinds[field.name])
+
+
+def _by_heading(settings: type) -> Iterator[tuple[str | None, list[dataclasses.Field[Any]]]]:
+    fields = dataclasses.fields(settings)
+    if len(settings.__bases__) == 1:
+        yield None, list(fields)
+        return
+    for group in (*reversed(settings.__bases__), settings):
+        names = inspect.get_annotations(group)
+        yield (group.__doc__ or "").split("\n")[0].rstrip("."), [field for field in fields if field.name in names]
+
+
+def _add_option(group: Any, field: dataclasses.Field[Any], kind: Any) -> None:
+    required = field.default is dataclasses.MISSING
+    default = None if required else field.default
+    repeated = typing.get_origin(kind) is tuple
+    shown = "" if required or repeated or default is None else f" (default: {_shown(default)})"
+    group.add_argument(
+        "--" + field.name.replace("_", "-"),
+        action="append" if repeated else "store",
+        type=str if repeated else _reader(kind),
+        required=required,
+        default=None if repeated else default,
+        choices=field.metadata.get("choices") or None,
+        metavar=None if field.metadata.get("choices") else _kind_name(kind),
+        help=(field.metadata.get("help", "") + shown).replace("%", "%%"),
+    )
 
 
 def from_namespace(settings: type[T], namespace: argparse.Namespace) -> T:
-    """An instance of `settings` with the values of its flags."""
-    names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
-    return settings(**{name: getattr(namespace, name) for name in names})
+    """An instance of `settings` from the parsed flags."""
+    fields = dataclasses.fields(settings)  # type: ignore[arg-type]
+    values = {field.name: getattr(namespace, field.name) for field in fields}
+    repeated = {field.name for field in fields if isinstance(field.default, tuple)}
+    return settings(**{name: tuple(value or ()) if name in repeated else value for name, value in values.items()})
 
 
 def to_flags(settings: Any) -> list[str]:
-    """The command line that gives `settings` again; fields that are None are left out."""
-    values = ((field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings))
-    # NAME=VALUE in one word: a value may begin with a dash.
-    return [f"--{name.replace('_', '-')}={_shown(value)}" for name, value in values if value is not None]
+    """The command line that reproduces `settings`; fields that are None are left out."""
+    flags = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        # NAME=VALUE in one word, because a value may start with a dash.
+        flags += [f"--{field.name.replace('_', '-')}={_shown(each)}" for each in values]
+    return flags
+
+
+def require(settings: Any, name: str, holds: bool, rule: str) -> None:
+    """Raises KitError with the setting's value and `rule` unless `holds`."""
+    if not holds:
+        raise KitError(f"{name.upper()}={getattr(settings, name)}: {rule}")
 
 
 def _shown(value: Any) -> str:
@@ -88,10 +123,10 @@ def _read_bool(text: str) -> bool:
 
 
 def check_environment(settings: Any, environment: Mapping[str, str] = os.environ) -> None:
-    """Raises KitError for each name in `environment` that looks like a setting and is none, with the nearest one.
+    """Raises KitError for names in `environment` that resemble a setting but are none, and suggests the nearest one.
 
-    The settings of every step's scripts count, since a name of another step's is no mistake. A field of `settings` that
-    no script passes on (an expert's flag) is named too, unless the command line gives what the environment does.
+    The settings of all steps are accepted. A field of `settings` that no script passes on is refused as well, unless
+    its flag has the same value.
     """
     scripts = declared(STEPS, OLD_NAMES)
     flags = {field.name.upper(): field.name for field in dataclasses.fields(settings)}
@@ -101,24 +136,24 @@ def check_environment(settings: Any, environment: Mapping[str, str] = os.environ
         if name in flags and name not in known:
             if value.lower() != _shown(getattr(settings, flags[name])):
                 flag = f"--{flags[name].replace('_', '-')}={value}"
-                wrong.append(f"{name}={value} is not read from the environment: give it as `-- {flag}`, or unset it")
+                wrong.append(f"{name}={value} is not read from the environment: pass `-- {flag}`, or unset it")
         elif name not in known and (nearest := nearest_setting(name, scripts, environment)):
-            wrong.append(f"{name} is in the environment and is no setting: write {nearest}, or unset it")
+            wrong.append(f"{name} is in the environment but is not a setting: write {nearest}, or unset it")
     if wrong and scripts:
         raise KitError("; ".join(wrong))
 
 
 def declared(*patterns: str) -> set[str]:
-    """The names of the settings that the kit's scripts of these patterns declare."""
+    """The names of the settings declared in the kit's scripts that match `patterns`."""
     files = [path for pattern in patterns for path in KIT.glob(pattern)]
     return {name for path in files for name in DECLARED.findall(path.read_text(encoding="utf-8"))}
 
 
 def nearest_setting(name: str, settings: Collection[str], given: Collection[str] = ()) -> str | None:
-    """Which of `settings` the name was meant for; None where it looks like none of them.
+    """The one of `settings` that `name` probably stands for; None if it resembles none.
 
-    It has the same letters without case and underscores, or all but for one slip; or it is the first words of one that
-    is not `given` beside it (SEQ_LEN).
+    Its letters are equal, ignoring case and underscores, or differ by one typo; or it is the beginning of a setting
+    that is not `given` (SEQ_LEN).
     """
     letters = _letters(name)
     if len(letters) < LEAST_LETTERS:
@@ -127,7 +162,7 @@ def nearest_setting(name: str, settings: Collection[str], given: Collection[str]
         if letters == _letters(setting):
             return setting
     for setting in sorted(settings):
-        if len(letters) >= LEAST_LETTERS + 2 and _one_slip_apart(letters, _letters(setting)):
+        if len(letters) >= LEAST_LETTERS + 2 and _is_one_typo(letters, _letters(setting)):
             return setting
     begun = [setting for setting in sorted(settings) if "_" in name and _letters(setting).startswith(letters)]
     return begun[0] if begun and begun[0] not in given else None
@@ -137,8 +172,8 @@ def _letters(name: str) -> str:
     return name.upper().replace("_", "")
 
 
-def _one_slip_apart(one: str, other: str) -> bool:
-    """Whether one letter is too many, lacking, another, or has changed places with its neighbour."""
+def _is_one_typo(one: str, other: str) -> bool:
+    """Whether one letter is added, missing, replaced, or swapped with its neighbor."""
     start = len(os.path.commonprefix((one, other)))
     a, b = one[start:], other[start:]
     return a[1:] == b[1:] or a[1:] == b or a == b[1:] or (a[:2] == b[:2][::-1] and a[2:] == b[2:])

@@ -1,4 +1,4 @@
-"""What comes before a command: names of files are UTF-8, its folder is entered, a missing package is told in a line."""
+"""What runs before a command: UTF-8 file names, the working directory, and one line for a missing package."""
 
 import os
 import sys
@@ -6,37 +6,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 KIT = Path(__file__).parents[1].absolute()
-FOLDER = "KIT_CWD"  # in the environment of a process that starts in the kit's folder: where it is to work
-CURE = (
-    "bash common/shell/setup_venv.sh makes .venv with all packages for a CPU, beside a GPU start the kit's image; or"
-    " set PYTHON to a Python that has them (bash {platform}/doctor.sh lists what is missing)"
+WORKING_DIR = "KIT_CWD"  # in the environment of a process that starts in the kit's folder
+REMEDY = (
+    "run bash common/shell/setup_venv.sh, which installs all packages for a CPU into .venv; on a GPU machine start the"
+    " kit's image; or set PYTHON to a Python that has them (bash {platform}/doctor.sh lists what is missing)"
 )
 
 
-def refuse(told: str) -> None:
-    """Says `told` on stderr and exits 2."""
-    print(f"error: {told}", file=sys.stderr)
+def fail(message: str) -> NoReturn:
+    """Prints `message` to stderr and exits 2."""
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def tell_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's `excepthook`, but of a package that is missing it says which, and where all come from, and exits 2.
+def report_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An `excepthook` that names a missing package and how to install it, and exits 2; else Python's own.
 
-    The commands import their packages before they can handle an error.
+    A command imports its packages before it can handle an error.
     """
     package = (getattr(error, "name", None) or "").split(".")[0]
     if not isinstance(error, ModuleNotFoundError) or package in ("", "common", "tests"):
         sys.__excepthook__(kind, error, trace)
         return
-    refuse(f"{sys.executable} lacks {package}: {CURE.format(platform=os.environ.get('KIT_PLATFORM', 'cpu'))}")
+    fail(f"{sys.executable} lacks {package}: {REMEDY.format(platform=os.environ.get('KIT_PLATFORM', 'cpu'))}")
 
 
 def use_utf8() -> None:
-    """Starts a `python -m common...` again in Python's UTF-8 mode where the locale has another encoding.
+    """Re-executes a `python -m common...` in Python's UTF-8 mode where the locale has another encoding.
 
-    Names of files in what is written are then the same bytes in every locale; what is printed stays in the locale's.
+    File names in what the kit writes are then the same bytes in every locale; stdout and stderr keep the locale's.
     """
     if sys.argv[0] == "-m" and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
@@ -44,27 +45,27 @@ def use_utf8() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
-def enter_folder() -> None:
-    """Goes where `from_kit` or a script (common/shell/lib.sh) was; exits 2 where that folder is gone."""
-    folder = os.environ.pop(FOLDER, "")
+def enter_working_dir() -> None:
+    """Changes to the directory that `from_kit` or a script (common/shell/lib.sh) was in; exits 2 if it is gone."""
+    folder = os.environ.pop(WORKING_DIR, "")
     if not folder:
         return
     try:
         os.chdir(folder)
     except OSError as error:
-        refuse(f"{folder} cannot be entered ({error.strerror}): start in another folder")
+        fail(f"{folder} cannot be entered ({error.strerror}): start in another folder")
 
 
 @contextmanager
 def from_kit() -> Iterator[None]:
-    """A `python -m common...` that is started in the block runs the kit's, whatever lies in the current folder.
+    """A `python -m common...` that is started in the block imports the kit's modules, not those of the current folder.
 
-    Before 3.11 Python takes modules from the folder it starts in: PYTHONSAFEPATH is not known there.
+    `python -m` puts its current directory first on sys.path, and Python 3.10 does not know PYTHONSAFEPATH.
     """
-    folder = os.environ[FOLDER] = str(Path.cwd())
+    folder = os.environ[WORKING_DIR] = str(Path.cwd())
     os.chdir(KIT)
     try:
         yield
     finally:
-        os.environ.pop(FOLDER, None)
+        os.environ.pop(WORKING_DIR, None)
         os.chdir(folder)

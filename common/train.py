@@ -1,26 +1,34 @@
-"""Step 3: `python -m common.train` checks a run in one process, then starts its processes with torchrun.
+"""Step 3: `python -m common.train` checks a run in one process, then launches its ranks with torchrun.
 
-Each of those runs this module again, finds torchrun's variables in its environment and trains.
+Each rank runs this module again, finds torchrun's variables in its environment, and trains.
 """
 
 import argparse
 import logging
 import os
+import sys
+from typing import TYPE_CHECKING
 
 from common import errors, log
 from common.engine import installation
+from common.engine.overrides import join_words
 from common.errors import KitError
 from common.log import logger
 from common.platforms import check_machine, current
+from common.platforms.base import Platform
 from common.settings import add_options, check_environment, from_namespace
 from common.training.launching import signals
-from common.training.launching.parent_death import end_with_parent
+from common.training.launching.parent_death import set_parent_death_signal
+from common.training.launching.rank_exit import exit_on_error
 from common.training.planning import determinism
 from common.training.settings import TrainSettings
 
+if TYPE_CHECKING:
+    from common.training.planning.plan import Plan
+
 
 def main() -> None:
-    """Checks, launches or trains, whichever this process is for."""
+    """Trains in a rank; elsewhere checks the run and launches it."""
     parser = argparse.ArgumentParser(
         prog="python -m common.train",
         usage="%(prog)s --flag value ...",  # there are many
@@ -28,11 +36,11 @@ def main() -> None:
     )
     add_options(parser, TrainSettings)
     parser.add_argument("--check", action="store_true", help="check the settings, the model and the data, and stop")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(join_words(sys.argv[1:]))
     log.setup()
     settings = from_namespace(TrainSettings, arguments)
     installation.check_origin()
-    signals.hold()
+    signals.block_stop_signals()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         train(settings)
     else:
@@ -40,63 +48,78 @@ def main() -> None:
 
 
 def train(settings: TrainSettings) -> None:
-    """What a rank does."""
-    end_with_parent()
-    requests = signals.listen_in_rank()
+    """Trains: what each rank runs."""
+    set_parent_death_signal()
+    stop_requests = signals.listen_in_rank()
     platform = current()
     log.quiet_libraries()
     installation.prepare(platform)
     if settings.deterministic:
         determinism.apply()
-    logger.setLevel(logging.WARNING)  # the process that started this one has told what the plan is
+    logger.setLevel(logging.WARNING)  # the launcher has logged the plan
     from common.training.planning.plan import plan_run
 
     plan = plan_run(settings, platform)
     log.setup()
     from common.training.loop.run import run_plan  # imports Megatron-Core, which the check does not need
 
-    with errors.exit_at_once():
-        run_plan(plan, requests)
+    with exit_on_error():
+        run_plan(plan, stop_requests)
 
 
 def launch(settings: TrainSettings, *, check_only: bool) -> None:
-    """What the user's command does: checks, and starts the ranks unless `check_only`."""
+    """Checks the run, and launches its ranks unless `check_only`: what the user's command runs."""
     signals.listen_in_launcher()
-    from common.estimate.check import check_host_memory, check_memory
-    from common.training.launching.interfaces import check_gloo_interface
-    from common.training.loop.tracking import check_tracking
-    from common.training.planning.compatibility import check_packages
-    from common.training.planning.devices import check_devices
-    from common.training.planning.plan import describe, plan_run
-    from common.training.state.run_folder import check_folder
+    plan = check(settings, report=not check_only)
+    from common.training.planning.plan import describe
 
-    platform = current()
-    try:
-        check_environment(settings)
-        check_machine(platform)
-        check_devices(settings, platform)
-        check_packages(settings, platform)
-        plan = plan_run(settings, platform)
-        check_tracking(settings)
-        if plan.train:
-            check_folder(plan)
-            check_memory(plan)
-            check_host_memory(plan)
-        if settings.nnodes > 1:
-            check_gloo_interface()
-    except KitError as error:
-        if settings.nnodes > 1 and not check_only:
-            from common.training.launching.preflight import report_failure
-
-            report_failure(settings, error)
-        raise
     describe(plan)
     if check_only:
         print("ok: the run can start")
         return
-    from common.training.launching.launcher import launch as start  # imports torchrun
+    from common.training.launching import launcher  # imports torchrun
 
-    start(plan)
+    launcher.launch(plan)
+
+
+def check(settings: TrainSettings, *, report: bool) -> "Plan":
+    """The plan of a run that passes every check of this machine; else raises KitError, or OSError.
+
+    report: also tell the other nodes of a failure, so that they need not wait for this one.
+    """
+    try:
+        return checked_plan(settings, current())
+    except (KitError, OSError) as error:
+        if settings.nnodes > 1 and report:
+            from common.training.launching.preflight import report_failure
+
+            report_failure(settings, error)
+        raise
+
+
+def checked_plan(settings: TrainSettings, platform: Platform) -> "Plan":
+    """The plan of a run, once settings, machine, packages, data, folders and memory are checked."""
+    from common.estimate.check import check_host_memory, check_memory
+    from common.training.checkpointing.run_folder import check_folder
+    from common.training.launching.interfaces import check_gloo_interface
+    from common.training.loop.tracking import check_tracking
+    from common.training.planning.compatibility import check_packages
+    from common.training.planning.devices import check_devices
+    from common.training.planning.plan import plan_run
+
+    check_environment(settings)
+    check_machine(platform)
+    check_devices(settings, platform)
+    check_packages(settings, platform)
+    plan = plan_run(settings, platform)
+    check_tracking(settings)
+    if plan.train:
+        check_folder(plan)
+        check_memory(plan)
+        check_host_memory(plan)
+    if settings.nnodes > 1:
+        check_gloo_interface()
+    return plan
 
 
 if __name__ == "__main__":

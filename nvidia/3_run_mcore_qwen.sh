@@ -8,12 +8,12 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 # Needed / 必填
 : "${DATASET_PATH:=}"         # OUTPUT_PREFIX of step 1, or by weight: 0.7 a 0.3 b / 第 1 步的 OUTPUT_PREFIX，或按权重混合
 : "${LOAD_CHECKPOINT_PATH:=}" # weights to start from: step 2's or a run's / 起始权重：第 2 步或某次训练的目录
-: "${SAVE_CHECKPOINT_PATH:=}" # where checkpoints go; the same again resumes / 检查点目录；再次运行即续训
+: "${SAVE_CHECKPOINT_PATH:=}" # folder for checkpoints; the same folder resumes / 检查点目录；再次运行即续训
 
 # What to do / 任务
 : "${TRAIN_OR_CONVERT_CKPT:=train}" # train, or convert: newest checkpoint to torch format / 训练或转换
 : "${TRAIN_MODE:=pretrain}"         # pretrain: every token is learned; finetune: the answers / 预训练或微调
-: "${IS_INITIAL_RUN:=auto}"         # auto resumes if it can; true: weights alone; false: resume / 首次运行
+: "${IS_INITIAL_RUN:=auto}"         # auto resumes if it can; true: weights only; false: resume / 首次运行
 : "${HF_MODEL_PATH:=}"              # instead of LOAD_CHECKPOINT_PATH: random weights / 随机初始化时的模型目录
 
 # Data / 数据
@@ -27,7 +27,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 # Parallelism / 并行
 : "${TP:=2}"             # tensor parallel size; above 1, sequence parallel too / 张量并行，大于 1 时含序列并行
 : "${PP:=2}"             # pipeline parallel size / 流水线并行
-: "${VPP:=1}"            # virtual pipeline chunks a rank / 每个 rank 的虚拟流水线块数
+: "${VPP:=1}"            # virtual pipeline chunks per rank / 每个 rank 的虚拟流水线块数
 : "${PIPELINE_LAYERS:=}" # layers of each stage, as 7,7,8,6; empty: even / 各阶段的层数，如 7,7,8,6；空：均分
 : "${CP:=1}"             # context parallel size / 上下文并行
 : "${GPUS:=8}"           # GPUs of this node / 本节点 GPU 数
@@ -37,14 +37,14 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${NODE_RANK:=0}"                # this node's number, from 0 / 本节点编号，从 0 开始
 : "${MASTER_ADDR:=localhost}"      # node 0's address / 0 号节点地址
 : "${MASTER_PORT:=}"               # a free port there; empty: any on one node, else 29500 / 空闲端口；空：单节点任取，多节点 29500
-: "${RDZV_ENDPOINT:=}"             # host:port to meet at, instead of these three / 会合地址，代替以上三项
-: "${RDZV_ID:=kit}"                # the run's name there / 会合处的任务名
+: "${RDZV_ENDPOINT:=}"             # host:port of the rendezvous, instead of these three / 会合地址，代替以上三项
+: "${RDZV_ID:=kit}"                # the run's name at the rendezvous / 会合处的任务名
 : "${MAX_RESTARTS:=0}"             # restarts from the newest checkpoint / 从最新检查点自动重启的次数
-: "${DISTRIBUTED_TIMEOUT_MIN:=10}" # minutes after which who waits gives up / 等待超时（分钟）
-: "${HANG_TIMEOUT_MIN:=}"          # minutes after which a rank that hangs is named; empty: 0.8 of it / 挂起检测（分钟），空：超时的 0.8
+: "${DISTRIBUTED_TIMEOUT_MIN:=10}" # timeout of nodes and collectives, in minutes / 等待超时（分钟）
+: "${HANG_TIMEOUT_MIN:=}"          # report a hanging rank after so many minutes; empty: 0.8 of it / 挂起检测（分钟），空：超时的 0.8
 
 # Length of the run / 训练长度
-: "${MICRO_BATCH_SIZE:=2}"   # samples a GPU runs at once / 每个 GPU 一次计算的样本数
+: "${MICRO_BATCH_SIZE:=2}"   # samples per GPU in one forward pass / 每个 GPU 一次计算的样本数
 : "${GLOBAL_BATCH_SIZE:=16}" # samples of one step / 每步的样本总数
 : "${EPOCHS:=}"              # passes over the data; 3 unless TRAIN_ITERS is set / 轮数；未设 TRAIN_ITERS 时为 3
 : "${TRAIN_ITERS:=}"         # steps, instead of EPOCHS / 步数，代替 EPOCHS
@@ -70,10 +70,10 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 # Checkpoints, evaluation, log / 保存、验证、日志
 : "${SAVE_INTERVAL:=100}"      # steps between checkpoints / 保存间隔（步）
 : "${KEEP_CHECKPOINTS:=3}"     # newest ones kept; 0: all / 保留最新几个；0：全部
-: "${KEEP_EVERY:=0}"           # besides each multiple of it; 0: none / 另外保留该步数的倍数；0：不保留
-: "${KEEP_BEST:=0}"            # besides so many of the lowest validation loss / 另外保留验证损失最低的几个
+: "${KEEP_EVERY:=0}"           # also keep each multiple of it; 0: none / 另外保留该步数的倍数；0：不保留
+: "${KEEP_BEST:=0}"            # also keep so many with the lowest validation loss / 另外保留验证损失最低的几个
 : "${KEEP_EPOCHS:=false}"      # save at the end of each epoch, and keep it / 每轮结束时保存并保留
-: "${SAVE_OPTIMIZER:=true}"    # false: weights alone, no resuming / false：只保存权重，不能续训
+: "${SAVE_OPTIMIZER:=true}"    # false: weights only, cannot resume / false：只保存权重，不能续训
 : "${ASYNC_SAVE:=false}"       # write while training goes on (torch_dist) / 异步保存（torch_dist）
 : "${CKPT_FORMAT:=torch_dist}" # torch_dist or torch / 检查点格式
 : "${EVAL_INTERVAL:=100}"      # steps between evaluations; 0: none / 验证间隔（步）；0：不验证
@@ -83,10 +83,10 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Memory and kernels / 显存与算子
 : "${RECOMPUTE:=none}"                      # none, selective (of no use beside a fused attention) or full / 激活重计算
-: "${RECOMPUTE_NUM_LAYERS:=}"               # with full: only so many layers of a stage / full 时每阶段只重计算前几层
+: "${RECOMPUTE_NUM_LAYERS:=}"               # with full: only the first so many layers of a stage / full 时每阶段只重计算前几层
 : "${FP8_FORMAT:=none}"                     # none, hybrid or e4m3: FP8 matrix products (Transformer Engine, Hopper) / FP8 矩阵乘
 : "${FP8_RECIPE:=tensorwise}"               # tensorwise, delayed or blockwise / FP8 缩放方式
-: "${TP_COMM_OVERLAP:=false}"               # TP sends while matrix products run (Transformer Engine) / 张量并行通信与计算重叠
+: "${TP_COMM_OVERLAP:=false}"               # overlap TP communication with matrix products (Transformer Engine) / 张量并行通信与计算重叠
 : "${TRANSFORMER_IMPL:=transformer_engine}" # transformer_engine or local / 层的实现
 : "${OVERLAP_GRAD_REDUCE:=true}"            # reduce gradients during the backward pass (DP x CP above 1) / 反向计算时归约梯度
 : "${OVERLAP_PARAM_GATHER:=true}"           # gather weights during the forward pass (DP x CP above 1) / 前向计算时收集权重

@@ -1,1 +1,1 @@
-"""Text to batches: jsonl to `.bin`/`.idx`, and those to this rank's micro-batches."""
+"""Data: jsonl to `.bin`/`.idx`, and those to the micro-batches of a rank."""

@@ -1,1 +1,1 @@
-"""The quickstart's own data, tiny model and questions."""
+"""The quickstart: its sample data, tiny model and questions."""

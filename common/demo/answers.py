@@ -1,4 +1,4 @@
-"""What a model says: prompts put through `transformers`' `generate`, as anyone would use the exported folder."""
+"""A model's answers: prompts through `transformers`' `generate`, as a user of the exported folder would run it."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,11 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common.data.dataset.manifest import write_json
+from common.data.sources.bad_rows import BadRowError, BadRows
 from common.data.sources.discovery import find_inputs
-from common.data.sources.jsonl import BadRowError, BadRows, first_row, first_rows, string_field
-from common.data.templates.rows import Message, format_of, to_messages
+from common.data.sources.jsonl import first_row, first_rows, string_field
+from common.data.templates.row_formats import Message, detect_format, to_messages
 from common.errors import KitError
+from common.files import write_json
 
 ANSWERS = "answers.json"
 TEXT_FIELD = "text"
@@ -46,7 +47,7 @@ def kind_of(text: str) -> str:
     """What the first row of INPUT `text` is for, "sft" or "pretrain"; raises KitError when it is for neither."""
     chunk, offset, row = first_row(find_inputs(text))
     try:
-        format_of(row)
+        detect_format(row)
     except BadRowError as error:
         if TEXT_FIELD in row:
             return "pretrain"
@@ -75,7 +76,7 @@ def _of_text(row: dict[str, Any]) -> Prompt:
 
 def _of_conversation(row: dict[str, Any], roles: str) -> Prompt:
     """The turns before the last answer, and that answer."""
-    messages = to_messages(row, format_of(row), roles)
+    messages = to_messages(row, detect_format(row), roles)
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     return Prompt(messages[:last], messages[last]["content"])
 

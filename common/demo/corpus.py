@@ -1,4 +1,4 @@
-"""The sample data: small facts in Chinese and English, some of which no training row holds.
+"""The sample data: small facts in Chinese and English, some of them in no training row.
 
 Each fact has a key; the key's hash alone decides whether the fact is for training or for the questions, in whatever
 language, direction or order it is put. So no question's answer can be looked up, only worked out.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.checkpoint.formats.model_files import model_files
 from common.data.sources.discovery import find_inputs
 from common.demo.answers import ANSWERS, kind_of

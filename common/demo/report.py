@@ -1,4 +1,4 @@
-"""What the quickstart has to say at its end: losses, answers, the score, and where the files lie."""
+"""The quickstart's final report: losses, answers, the score, and the paths of the files."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One step of the quickstart: a command that is shown, run, logged, and not run again once its result is there.
+"""One step of the quickstart: a command that is printed, run, logged, and skipped once its result exists.
 
     WORK_DIR/steps/NAME.json     written when the command has ended well: the command, what it read, its seconds
     WORK_DIR/steps/lock          held by the run that is at work
@@ -24,9 +24,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common.data.dataset.manifest import write_json
 from common.errors import KitError
-from common.log import logger
+from common.files import write_json
+from common.locks import lock
 
 KIT = Path(__file__).parents[2]
 WIDTH = 100
@@ -148,18 +148,16 @@ class Runner:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Keeps other runs out of WORK_DIR; the system lets it go when the process ends, however it does."""
-        lock = self.work_dir / "steps" / "lock"  # NFS locks no folder, and no file that is opened to be read
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        path = self.work_dir / "steps" / "lock"  # NFS locks no folder, and no file that is opened read-only
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(handle, f"WORK_DIR={self.work_dir}", fcntl.flock)
             except BlockingIOError as error:
                 raise KitError(
                     f"another quickstart is at work in WORK_DIR={self.work_dir}: wait for it, or give another WORK_DIR"
                 ) from error
-            except OSError as error:
-                logger.warning("WORK_DIR=%s takes no lock (%s): let no other run in there", self.work_dir, error)
             yield
         finally:
             os.close(handle)

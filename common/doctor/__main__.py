@@ -1,4 +1,4 @@
-"""`python -m common.doctor`: looks at packages, devices and limits, says what to do, exits 1 where a run would fail."""
+"""`python -m common.doctor`: checks packages, devices and limits, prints remedies, exits 1 if a run would fail."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ def look(no_device: bool) -> list[Finding]:
     found += machine.look_at_devices(platform, devices)
     if works and (devices or platform.device == "cpu"):
         found += machine.look_at_operations(done)
-        if done["collective"][0]:  # else its own failure is told
+        if done["collective"][0]:  # else its own failure is reported
             found.append(look_at_all_reduce(platform, len(devices)))
     return [*found, machine.look_at_shared_memory(), *machine.look_at_disk(), *machine.look_at_limits(platform)]
 

@@ -1,11 +1,11 @@
-"""Finding: one thing that was looked at, and what to do about it."""
+"""Finding: the result of one check, and what to do about it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found; `remedy` is told unless all is well."""
+    """The result of one check; `remedy` is printed unless `status` is ok."""
 
     subject: str
     status: str  # ok, warn (a run starts, and may be slow or stop later) or fail (it cannot start)

@@ -9,6 +9,7 @@ from typing import Any
 
 from common.doctor.finding import Finding, judge
 from common.errors import KitError
+from common.folders import existing_part
 from common.platforms import available_memory, check_machine, detect
 from common.platforms.base import Platform
 
@@ -97,11 +98,6 @@ def look_at_compiler(platform: Platform) -> list[Finding]:
         return []
     name = next((each for each in (os.environ.get("CC"), "gcc", "clang") if each and shutil.which(each)), None)
     return [judge("C compiler", name or "not there", name is None, "apt-get install gcc: Triton's kernels need it")]
-
-
-def existing_part(folder: Path) -> Path:
-    """`folder`, or the nearest folder above it that is there."""
-    return next(part for part in (folder.absolute(), *folder.absolute().parents) if part.is_dir())
 
 
 def _space(folder: Path) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 Reading a fact imports neither torch nor megatron: methods that need them import them.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 
@@ -15,7 +16,10 @@ class Engine:
     numpy_2: bool = True  # whether it works with numpy 2 or later
     fp8_recipes: bool = True  # TransformerConfig.fp8_recipe; without, FP8 uses delayed scaling
     bf16_moments: bool = True  # OptimizerConfig.store_param_remainders
+    fused_single_qkv_rope: bool = True  # TransformerConfig.fused_single_qkv_rope
+    strided_weight_gradients: bool = True  # local linear layers take inputs that are not contiguous
     fused_residual_norms: bool = True  # its layers call norms and sums where layers/residual_norm.py replaces them
+    separate_postprocess: bool = True  # GPTModel's output layer and loss are a method of their own, _postprocess
     uneven_pipeline_layers: bool = True  # any number of layers in any chunk: pipeline_model_parallel_layout
     quiet_loggers: tuple[str, ...] = ()  # those that warn at every start of what no user can change
     # Layouts of the distributed optimizer in torch_dist checkpoints of older kits that its dist_checkpointing loads.
@@ -43,6 +47,10 @@ class Engine:
         where: dict[str, Any] = {"ignore_virtual": False, **stage} if vpp > 1 else {}
         first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
         return first(**where), last(**where), stage
+
+    def without_postprocess(self, model: Any) -> AbstractContextManager[None]:
+        """A context in which GPTModel's forward ends with the hidden states; where `separate_postprocess` is False."""
+        raise NotImplementedError
 
     def mlp_submodules(self, layer: Any) -> Any:
         """The MLPSubmodules in the TransformerLayerSubmodules `layer`, to be changed in place."""

@@ -6,8 +6,8 @@ from typing import Any
 from common.engine.versions import ENGINES, installed_engine
 from common.errors import KitError
 
-# The layout that is written: Megatron-Core's from 0.16 on. `common.training.state.shards` writes and reads it itself,
-# so it does so with every version.
+# The layout that is written: Megatron-Core's from 0.16 on. `common.training.checkpointing.shards` writes and reads it
+# itself, so it does so with every version.
 OPTIMIZER_SHARDING = "fully_reshardable"
 SAME_RANKS = "dp_zero_gather_scatter"  # the legacy layout that loads at the same TP, PP and VPP only
 

@@ -1,13 +1,67 @@
-"""What is replaced in Megatron-Core, numpy and torch at run time, and why."""
+"""What is replaced in Megatron-Core, numpy and torch at run time, and why.
+
+PATCHES lists every replacement in Megatron-Core; tests/unit/engine/test_patches.py holds it against the installed one.
+"""
 
 import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from common.engine.versions import version
+from common.engine.versions import installed_engine
+
+NEWEST = (0, 19)  # the newest version that these patches were written against
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One name of Megatron-Core that is replaced.
+
+    parameters: those that the replacement relies on, first ones first; None for a flag, or for a function that is only
+    imported where Transformer Engine is.
+    """
+
+    module: str
+    name: str  # an attribute of the module, or of a class in it
+    parameters: tuple[str, ...] | None
+    why: str
+    first: tuple[int, int] = (0, 11)  # the versions that are patched
+    until: tuple[int, int] = NEWEST
+
+
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
+_ATTENTION = "megatron.core.transformer.attention"
+_LAYERS = "megatron.core.tensor_parallel.layers"
+_OFFLOAD = "OPTIMIZER_STATE=cpu keeps master weights and moments in the host's memory"
+PATCHES = (
+    Patch(_LAYERS, "_grad_accum_fusion_available", None, "the output layer refuses to be built without apex"),
+    Patch(
+        _LAYERS, "prepare_input_tensors_for_wgrad_compute", ("grad_output", "all_gathered_input"),
+        "it fails on inputs that are not contiguous", until=(0, 11),
+    ),
+    Patch(
+        "megatron.core.models.common.embeddings.rope_utils", "_apply_rotary_pos_emb_bshd",
+        ("t", "freqs", "rotary_interleaved"), "local layers have no fused rotary embedding",
+    ),
+    Patch("megatron.core.transformer.mlp", "bias_swiglu_impl", ("input", "bias"), "our kernel reads each value once"),
+    Patch(_ATTENTION, "apply_fused_qkv_rotary_pos_emb", None, "the fused kernel is Transformer Engine's", (0, 16)),
+    Patch(_ATTENTION, "HAVE_FUSED_QKV_ROPE", None, "it is False without Transformer Engine", (0, 16)),
+    Patch(
+        _OPTIMIZER, "DistributedOptimizer._set_main_param_and_optimizer_states", ("self", "model_param", "tensors"),
+        f"torch's Adam has a step beside the moments; {_OFFLOAD}",
+    ),
+    Patch(
+        _OPTIMIZER, "DistributedOptimizer.load_state_dict", ("self", "state_dict"),
+        "all parameters share one step of torch's Adam",
+    ),
+    # Replaced in an instance, by common/training/state/optimizer_offload.py.
+    Patch(_OPTIMIZER, "DistributedOptimizer._get_main_param_and_optimizer_states", ("self", "model_param"), _OFFLOAD),
+    Patch(_OPTIMIZER, "DistributedOptimizer._copy_main_params_to_model_params", ("self",), _OFFLOAD),
+    Patch(_OPTIMIZER, "DistributedOptimizer._copy_model_params_to_main_params", ("self",), _OFFLOAD),
+)  # fmt: skip
 
 
 def mend_numpy_without_dtypes() -> None:
@@ -67,9 +121,6 @@ def fuse_rotary_embedding() -> None:
         rope_utils._apply_rotary_pos_emb_bshd = torch.compile(apply)
 
 
-SINGLE_QKV_ROPE_SINCE = (0, 16)  # TransformerConfig.fused_single_qkv_rope
-
-
 def use_kernels(swiglu: Any, split_and_rotate: Any) -> None:
     """Puts these in the place of Megatron-Core's SwiGLU (every version) and of its split and rotated QKV (0.16).
 
@@ -78,25 +129,25 @@ def use_kernels(swiglu: Any, split_and_rotate: Any) -> None:
     from megatron.core.transformer import attention, mlp
 
     mlp.bias_swiglu_impl = swiglu
-    if version() >= SINGLE_QKV_ROPE_SINCE:
+    if installed_engine().fused_single_qkv_rope:
         attention.apply_fused_qkv_rotary_pos_emb = split_and_rotate
         attention.HAVE_FUSED_QKV_ROPE = True
 
 
 def single_qkv_rope(wanted: bool) -> dict[str, Any]:
     """TransformerConfig's field for it; nothing before 0.16."""
-    return {"fused_single_qkv_rope": wanted} if version() >= SINGLE_QKV_ROPE_SINCE else {}
+    return {"fused_single_qkv_rope": wanted} if installed_engine().fused_single_qkv_rope else {}
 
 
 def joins_norms() -> bool:
     """Whether layers call their sums and norms as `layers/residual_norm.py` is made for: from 0.16 on, as tried."""
-    return version() >= (0, 16)
+    return installed_engine().fused_residual_norms
 
 
 def mend_training() -> None:
     """Mends what a step and its checkpoint need mended in the installed version; called again, it does nothing."""
     mend_torch_adam_step()
-    if version() == (0, 11):
+    if not installed_engine().strided_weight_gradients:
         mend_weight_gradient_of_views()
 
 

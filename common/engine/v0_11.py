@@ -1,5 +1,7 @@
 """Megatron-Core 0.11, for MetaX's maca 2.27."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from common.engine.base import Engine
@@ -12,9 +14,12 @@ class MegatronCore011(Engine):
     environment = "torch 2.1 (MetaX's maca 2.27)"
     oldest_torch = (2, 1)
     numpy_2 = False
+    fused_single_qkv_rope = False
     fused_residual_norms = False
+    strided_weight_gradients = False
     fp8_recipes = False
     bf16_moments = False
+    separate_postprocess = False
     uneven_pipeline_layers = False  # it has fully_sharded_model_space, too, but not with torch's Adam
 
     def chunk_place(self, index: int, vpp: int) -> tuple[bool, bool, dict[str, Any]]:
@@ -38,6 +43,15 @@ class MegatronCore011(Engine):
     def uses_decoupled_grad(self, optimizer_config: Any) -> bool:
         """As of every version; FP8 makes no difference yet."""
         return bool(optimizer_config.use_precision_aware_optimizer)
+
+    @contextmanager
+    def without_postprocess(self, model: Any) -> Iterator[None]:
+        """As of every version; forward looks at this attribute alone."""
+        model.post_process = False
+        try:
+            yield
+        finally:
+            model.post_process = True
 
     def mlp_submodules(self, layer: Any) -> Any:
         """As of every version; a dense MLP is a ModuleSpec."""

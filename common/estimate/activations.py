@@ -1,4 +1,4 @@
-"""Bytes of what forward passes keep for backward ones, tensor by tensor, and of what a pass needs for a moment.
+"""Bytes of activations saved for the backward pass, tensor by tensor, and of temporary buffers.
 
 The idea is that of Korthikanti et al. (arXiv 2205.05198, section 4); the tensors are those that these layers keep.
 Letters: n tokens of a micro-batch on this rank, n' its part of them where sequence parallelism divides, h hidden_size,

@@ -1,4 +1,4 @@
-"""Whether a run's own layout goes into its devices' memory, looked at before it starts."""
+"""Whether a run fits into the memory of its devices, checked before it starts."""
 
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -9,12 +9,12 @@ from common.estimate.memory import RankMemory, rank_memory
 from common.log import logger
 from common.platforms import available_memory
 from common.platforms.base import Platform
-from common.training.loop.memory import what_takes_less
+from common.training.checkpointing.run_folder import bytes_of_checkpoint
+from common.training.loop.memory import memory_remedy
 from common.training.planning.compatibility import check_fused_products
 from common.training.planning.devices import smallest_device
 from common.training.planning.plan import Plan
 from common.training.settings import TrainSettings
-from common.training.state.run_folder import bytes_of_checkpoint
 
 NEAR = 0.95  # of the device's memory; what CUDA, NCCL and the allocator's gaps take is not in the estimate's peak
 STAGES_ERR = 0.07  # of the activations, where there are several stages (tests/unit/estimate/test_memory.py)
@@ -74,11 +74,11 @@ def compare_memory(plan: Plan, name: str, total_bytes: int) -> None:
         for field in ("micro_batch_size", "seq_length", "tp", "pp", "recompute", "optimizer_state")
     )
     if need.least > total_bytes:
-        raise KitError(f"{layout} need {told}: {what_takes_less(plan)}")
+        raise KitError(f"{layout} need {told}: {memory_remedy(plan)}")
     if need.peak > NEAR * total_bytes:
         logger.warning(
             "memory: %s needs %s, of which CUDA, NCCL and the allocator's gaps take some: it may run out; %s",
-            layout, told, what_takes_less(plan),
+            layout, told, memory_remedy(plan),
         )  # fmt: skip
     else:
         logger.info("memory: %s", told)

@@ -1,4 +1,4 @@
-"""The numbers that no formula gives: measured, fitted to what was measured, or assumed, each with its source."""
+"""Constants that no formula gives: measured, fitted to measurements, or assumed, each with its source."""
 
 MIB, GIB = 2**20, 2**30
 

@@ -1,4 +1,4 @@
-"""What share of its time a run trains, where it stands still for saves and is ended by faults; how often to save.
+"""Goodput: the share of a run's time spent training, given saves and faults, and how often to save.
 
 Letters: M mean seconds between faults, t seconds of training between two saves, d seconds that training stands still
 for a save, R seconds from a fault until training goes on. Faults come independently of each other and at any moment,

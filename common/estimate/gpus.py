@@ -1,4 +1,4 @@
-"""The GPU types that are known, from the platforms' tables."""
+"""The known GPU types, from the platforms' tables."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Every layout of a model on so many GPUs: what it needs, whether it fits, how fast it is; or why it is refused."""
+"""Every layout of a model on a number of GPUs: memory, whether it fits, speed; or why it is refused."""
 
 import itertools
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The memory that each pipeline stage of a run needs on a GPU, and the most of them."""
+"""The GPU memory that each pipeline stage of a run needs, and the maximum."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from common.model.shape.config import QwenConfig
 from common.platforms.base import Platform
 from common.training.settings import TrainSettings
 
-# As in common/training/state/training_state.py, which imports torch; a test holds them together.
+# As in common/training/state/optimizer.py, which imports torch; a test holds them together.
 OPTIMIZER_PART = 1 << 28
 
 

@@ -1,4 +1,4 @@
-"""Which micro-batches a pipeline rank holds the activations of, moment by moment."""
+"""The micro-batches whose activations a pipeline rank holds, slot by slot of the schedule."""
 
 from collections import Counter
 from collections.abc import Iterator

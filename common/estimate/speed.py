@@ -1,4 +1,4 @@
-"""Seconds of a step: what a stage has to do at the data sheet's rates, times what a GPU was seen to take for it.
+"""Seconds per step: the work of a stage at the data sheet's rates, times measured factors.
 
 Letters as in activations.py. Nothing here was measured on more than one GPU: link rates are assumed.
 """
@@ -29,7 +29,7 @@ def add(*costs: Cost) -> Cost:
 
 
 def seconds(cost: Cost) -> float:
-    """What a GPU takes for `cost`."""
+    """The seconds that a GPU takes for `cost`."""
     return sum(SECONDS[name] * amount for name, amount in cost.items())
 
 
@@ -80,7 +80,7 @@ def chunk_cost(work: Work, chunk: Chunk, gpu: Gpu) -> Cost:
 
 
 def step_cost(work: Work, chunks: list[Chunk], gpu: Gpu, shards: int) -> Cost:
-    """What a rank does once a step: zeros, the gradients' norm, clipping, Adam; and layers that the host walks over."""
+    """What a rank does once per step: zeroed gradients, their norm, clipping, Adam; and host time per layer."""
     parameters = sum(chunk_parameters(work.qwen, work.tp, chunk) for chunk in chunks)
     # zeroed and gathered whole; norm, clipping (read and write) and Adam (seven reads and writes of 4 bytes) in shards
     moved = (GRADIENT_BYTES + work.element) * parameters + (3 * 4 + 7 * 4) * parameters / shards
@@ -96,14 +96,14 @@ def tensor_parallel_seconds(work: Work, num_layers: int) -> float:
 
 
 def data_parallel_seconds(settings: TrainSettings, work: Work, parameters: int, backward: float) -> float:
-    """What of gradients' reduction and parameters' gathering the last backward pass does not hide."""
+    """Seconds of gradient reduction and parameter gathering that the last backward pass does not hide."""
     dp = settings.sizes.dp * settings.sizes.cp
     rate = LINK_BYTES_PER_SECOND if settings.nnodes == 1 else NETWORK_BYTES_PER_SECOND
     return max(0.0, (GRADIENT_BYTES + work.element) * parameters * (dp - 1) / dp / rate - backward)
 
 
 def host_seconds(settings: TrainSettings, parameters: int) -> float:
-    """The optimizer's state on its way from the host and back, once a step, none of it hidden."""
+    """Seconds for optimizer state from the host and back, once per step, not overlapped."""
     if settings.optimizer_state != "cpu":
         return 0.0
     shards = settings.sizes.dp * settings.sizes.cp

@@ -1,10 +1,10 @@
-"""What checkpoints and faults cost the run that is asked about: bytes, seconds, the best SAVE_INTERVAL."""
+"""What checkpoints and faults cost a run: bytes, seconds, the best SAVE_INTERVAL."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from common.checkpoint.formats.size import checkpoint_bytes
+from common.checkpoint.formats.checkpoint_size import checkpoint_bytes
 from common.estimate.goodput import Interruptions, best_interval, best_steps, seconds_between_faults, shares
 from common.estimate.layouts import EstimateSettings
 from common.model.shape.config import QwenConfig
@@ -16,7 +16,7 @@ UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 @dataclass(frozen=True)
 class Upkeep:
-    """A checkpoint of the run, in torch_dist with the optimizer, and what the run loses."""
+    """A checkpoint of the run, in torch_dist with the optimizer, and the time lost to saves and faults."""
 
     asked: EstimateSettings
     num_bytes: int
@@ -24,17 +24,17 @@ class Upkeep:
 
     @property
     def disk_seconds(self) -> float:
-        """What the disk takes to write a checkpoint, or to read it."""
+        """Seconds to write or read a checkpoint."""
         return self.num_bytes / (self.asked.disk_gb_s * GB)
 
     @property
     def copy_bytes(self) -> int:
-        """What ASYNC_SAVE keeps in a host's memory for each GPU; pipeline stages differ by little."""
+        """Bytes of host memory that ASYNC_SAVE needs per GPU; pipeline stages differ little."""
         return self.num_bytes // (self.asked.gpus * self.asked.nnodes)
 
     @property
     def disk_bytes(self) -> int | None:
-        """What the disk must hold: those that are kept, and the next one until it is whole; None where all are kept."""
+        """Bytes on disk: the kept checkpoints and the one being written; None if all are kept."""
         return (self.asked.keep_checkpoints + 1) * self.num_bytes if self.asked.keep_checkpoints else None
 
 
@@ -92,7 +92,7 @@ def _best(kept: Upkeep, step_seconds: float | None) -> str:
 
 
 def upkeep_values(kept: Upkeep, step_seconds: float | None) -> dict[str, Any]:
-    """The best SAVE_INTERVAL and the shares of the time that train with it and with the one that is asked about."""
+    """The best SAVE_INTERVAL, and the goodput with it and with the configured one."""
     if step_seconds is None:
         return dict.fromkeys(("best_save_interval", "trains", "trains_as_asked"))
     best = best_steps(kept.lost, step_seconds)
@@ -104,7 +104,7 @@ def upkeep_values(kept: Upkeep, step_seconds: float | None) -> dict[str, Any]:
 
 
 def checkpoint_values(kept: Upkeep) -> dict[str, Any]:
-    """What holds for every layout; in bytes and seconds."""
+    """Values that hold for every layout, in bytes and seconds."""
     interval = best_interval(kept.lost)
     return {
         "bytes": kept.num_bytes,

@@ -33,7 +33,7 @@ def chunks_of_rank(qwen: QwenConfig, sizes: ParallelSizes, pp_rank: int) -> list
 def chunk_parameters(qwen: QwenConfig, tp: int, chunk: Chunk) -> int:
     """Parameters of a chunk on one tensor-parallel rank.
 
-    Tied models have one matrix for embedding and output layer; where they lie on two pipeline stages, each has a copy.
+    Tied models have one matrix for embedding and output layer; if they are on two pipeline stages, each has a copy.
     """
     total = chunk.num_layers * layer_parameters(qwen, tp)
     matrices = int(chunk.first) + int(chunk.last)
@@ -44,7 +44,7 @@ def chunk_parameters(qwen: QwenConfig, tp: int, chunk: Chunk) -> int:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes that a rank holds all the time."""
+    """Bytes that a rank holds throughout the run."""
 
     weights: int
     gradients: int
@@ -67,5 +67,5 @@ def state_bytes(parameters: int, precision: str, optimizer_state: str, shards: i
 
 
 def adam_bytes(parameters: int, precision: str, optimizer_state: str) -> int:
-    """The bytes of master weights and moments, wherever they are."""
+    """The bytes of master weights and moments, on the GPU or on the host."""
     return (MASTER_BYTES[precision] + MOMENT_BYTES[optimizer_state]) * parameters

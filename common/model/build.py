@@ -9,12 +9,12 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from common.engine.overrides import named_refusals, overrides
 from common.engine.patches import single_qkv_rope, weight_gradient_fusion
 from common.engine.pipeline_layers import first_and_last_differ
 from common.engine.transformer_engine import fp8_options
 from common.engine.versions import installed_engine
 from common.model.kernels.selection import Kernels, choose_kernels, with_working_kernels
-from common.model.layers.gated_mlp import use
 from common.model.layers.gpt import QwenModel
 from common.model.layers.layer_spec import block_spec
 from common.model.layers.residual_norm import join
@@ -34,7 +34,8 @@ def transformer_config(
     dtype = DTYPES[options.precision]
     fused = platform.fused_kernels
     engine = options.transformer_impl == "transformer_engine"
-    return TransformerConfig(
+    return _with_overrides(
+        options.mcore,
         num_layers=qwen.num_hidden_layers,
         hidden_size=qwen.hidden_size,
         ffn_hidden_size=qwen.intermediate_size,
@@ -82,6 +83,12 @@ def transformer_config(
         **fp8_options(options.fp8_format, options.fp8_recipe),
         **_recompute(options),
     )
+
+
+def _with_overrides(mcore: tuple[str, ...], **fields: Any) -> TransformerConfig:
+    """The config of `fields`, and of those that are set by name; raises KitError where Megatron-Core refuses them."""
+    with named_refusals(mcore):
+        return TransformerConfig(**{**fields, **overrides(mcore)["transformer"]})
 
 
 def pipeline_options(chunk_layers: tuple[int, ...], vpp: int) -> dict[str, Any]:
@@ -152,6 +159,7 @@ def _chunk(
             qwen.qk_norm,
             kernels.core_attention,
             joined_norms=kernels.norms is not None,
+            products=kernels.products,
         ),
         vocab_size=qwen.padded_vocab_size(sizes.tp),
         max_sequence_length=seq_length,
@@ -169,8 +177,6 @@ def _chunk(
         model.embedding.word_embeddings.deterministic_mode = False
     if kernels.norms:
         join(model.decoder, kernels.norms, across_layers=options.recompute != "full")
-    if kernels.products:
-        use(model.decoder, kernels.products)
     if qwen.yarn:
         frequencies = yarn_frequencies(qwen.yarn, qwen.head_dim, qwen.rope_theta)
         model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)

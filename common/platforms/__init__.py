@@ -1,4 +1,4 @@
-"""Where a run happens: `current()` is the platform that KIT_PLATFORM names, `detect()` what this machine looks like."""
+"""The platforms: `current()` is the one that KIT_PLATFORM names, `detect()` the one that this machine looks like."""
 
 import os
 import posixpath
@@ -27,7 +27,7 @@ MEMORY_FILES = (
 def current() -> Platform:
     """The platform named by the environment's KIT_PLATFORM; raises KitError when it is unset or unknown.
 
-    For tests alone, KIT_TEST_ON_CPU=true puts its facts in force on a machine without its GPU.
+    For tests only, KIT_TEST_ON_CPU=true applies its facts on a machine without its GPU.
     """
     name = os.environ.get("KIT_PLATFORM", "")
     if name not in PLATFORMS:
@@ -48,7 +48,7 @@ def on_cpu(platform: Platform) -> Platform:
 def detect() -> str:
     """The name of the platform that this machine looks like.
 
-    MetaX is told by torch's version or by MACA_PATH, never by torch.version.cuda, which mcPytorch fills in too.
+    MetaX is recognized by torch's version or by MACA_PATH, never by torch.version.cuda, which mcPytorch fills in too.
     """
     if "+metax" in _torch_version() or _maca_is_here():
         return METAX.name
@@ -68,7 +68,7 @@ def check_machine(platform: Platform) -> None:
 
 
 def available_memory() -> int:
-    """Bytes of memory that this process can still take: of the machine, and of each control group that it is in.
+    """Bytes of memory that this process can still allocate: of the machine, and of each control group it is in.
 
     Containers and batch jobs are limited by control groups, of which /proc/meminfo knows nothing.
     """
@@ -91,7 +91,7 @@ def _memory_cgroups() -> Iterator[Path]:
 
 
 def _left(cgroup: Path) -> int | None:
-    """Bytes that `cgroup` leaves; None where it sets no limit or is not there."""
+    """Bytes that `cgroup` leaves; None if it sets no limit or does not exist."""
     for limit, taken, cache in MEMORY_FILES:
         try:
             most, used = (cgroup / limit).read_text().strip(), int((cgroup / taken).read_text())

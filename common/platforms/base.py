@@ -1,23 +1,23 @@
-"""Platform: the facts of a kind of machine, which the rest of the kit reads instead of asking which vendor it is."""
+"""Platform: the facts about a kind of machine, which the rest of the kit reads instead of branching on the vendor."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
 def nothing_to_prepare() -> None:
-    """Returns at once: the machine's torch works as it is."""
+    """Does nothing: the machine's torch works as it is."""
 
 
 @dataclass(frozen=True)
 class Platform:
-    """What holds on a machine whatever the run; each field's value carries its reason where it is set."""
+    """What holds on a machine whatever the run; each value is explained where it is set."""
 
     name: str
     device: str  # torch's device type
     backend: str  # torch.distributed's backend
-    transformer_impl: str  # the layers a run uses unless told otherwise: transformer_engine or local
+    transformer_impl: str  # default of TRANSFORMER_IMPL: transformer_engine or local
     transformer_engine: bool  # whether its layers can be used at all
-    checkpoint_format: str  # what a run saves unless told otherwise: torch_dist or torch
+    checkpoint_format: str  # default of CKPT_FORMAT: torch_dist or torch
     fused_kernels: bool  # Megatron-Core's fused SwiGLU, bias-dropout and cross-entropy work here
     ran_on_hardware: bool
     core_attention: tuple[str, ...] = ("sdpa",)  # kinds of common.model.layers.attention: the first that works is taken
@@ -27,5 +27,5 @@ class Platform:
     container_flags: str = ""  # what `docker run` needs for the devices
     prepare: Callable[[], None] = nothing_to_prepare  # called before Megatron-Core is imported
     peak_tflops: dict[str, float] = field(default_factory=dict)  # part of the device's name -> dense bf16 TFLOP/s
-    memory_gib: dict[str, float] = field(default_factory=dict)  # GPU type -> its memory as torch.cuda tells it
+    memory_gib: dict[str, float] = field(default_factory=dict)  # GPU type -> its memory as torch.cuda reports it
     bandwidth_tb_s: dict[str, float] = field(default_factory=dict)  # GPU type -> TB/s of its memory

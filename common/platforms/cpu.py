@@ -1,10 +1,10 @@
-"""A machine without a GPU: Megatron-Core runs as it is, on gloo, over a stand-in for `torch.cuda`."""
+"""A machine without a GPU: Megatron-Core runs unmodified on gloo, with a shim for `torch.cuda`."""
 
 from common.platforms.base import Platform
 
 
 def _prepare() -> None:
-    from common.platforms import cuda_shim as cuda_shim  # import torch, which reading the facts must not
+    from common.platforms import cuda_shim as cuda_shim  # imports torch, which reading the facts must not
     from common.platforms import gloo_shim as gloo_shim
 
     gloo_shim.install()

@@ -1,7 +1,7 @@
-"""A stand-in for `torch.cuda` on a machine without a GPU, so that Megatron-Core runs there unchanged.
+"""A shim for `torch.cuda` on a machine without a GPU, with which Megatron-Core runs unmodified.
 
-Megatron-Core writes "cuda" as a literal device, asks `torch.cuda` for the current device, streams and random state, and
-compares `Tensor.type()` with CUDA's names. Each of these is answered here with the CPU's own.
+Megatron-Core passes "cuda" as a literal device, queries `torch.cuda` for the current device, streams and random state,
+and compares `Tensor.type()` with CUDA's names. The shim maps each of these to the CPU.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
-# torch._dynamo asks that torch.cuda.Stream have this base; torch 2.1 asks for none.
+# torch._dynamo requires that torch.cuda.Stream has this base class; torch 2.1 requires none.
 if TORCH >= (2, 6):
     StreamBase: Any = torch.Stream
 else:
@@ -31,7 +31,7 @@ class CudaMeansCpu(TorchFunctionMode):
     """Sends every torch call that names a CUDA device to the CPU, and gives CPU tensors CUDA's type names."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """The result of `func` with the device "cuda" made "cpu"."""
+        """The result of `func`, with "cpu" in place of the device "cuda"."""
         if kwargs and _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
         if func is torch.Tensor.to:
@@ -44,10 +44,10 @@ class CudaMeansCpu(TorchFunctionMode):
 
 
 class Stream(StreamBase):
-    """A stream that does its work at once."""
+    """A stream whose work is always complete: the CPU runs it synchronously."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Stream":
-        """A stream of the CPU, whatever device is asked for."""
+        """A stream of the CPU, whatever device is requested."""
         return super().__new__(cls, **({"device": CPU} if issubclass(cls, torch.Stream) else {}))
 
     def __eq__(self, other: object) -> bool:
@@ -63,11 +63,11 @@ class Stream(StreamBase):
         """Returns at once: there is nothing to wait for."""
 
     def record_event(self, event: Any = None) -> Any:
-        """The event, which is over already."""
+        """`event`, which is complete."""
         return event
 
     def query(self) -> bool:
-        """Whether the work is done: it is."""
+        """True: the work is complete."""
         return True
 
     def synchronize(self) -> None:
@@ -84,7 +84,7 @@ def _set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def install() -> None:
-    """Puts the stand-in in place for this process; to be called before Megatron-Core is imported."""
+    """Installs the shim in this process; to be called before Megatron-Core is imported."""
     cuda: Any = torch.cuda
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -104,7 +104,7 @@ def install() -> None:
 
 
 def _prepare_megatron() -> None:
-    """Random state by the CPU's generator, and no torch.compile: minutes of it would be won back by nobody."""
+    """Uses the CPU's random number generator, and no torch.compile, which takes minutes and gains nothing here."""
     import megatron.core.jit as jit
 
     jit.jit_fuser = lambda function: function

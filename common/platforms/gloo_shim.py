@@ -1,7 +1,7 @@
-"""A stand-in for what gloo lacks before torch 2.3, so that the distributed optimizer runs on a CPU there too.
+"""A shim for what gloo lacks before torch 2.3, so that the distributed optimizer runs on a CPU there too.
 
-gloo has no reduce-scatter and no all-gather into one tensor then, and takes no bfloat16; NCCL and MCCL do. This file
-alone stands in for that, on the CPU platform alone: what is tested on such a torch rests on it.
+Such a gloo has no reduce-scatter, no all-gather into one tensor and no bfloat16; NCCL and MCCL have them. Only the CPU
+platform uses the shim, so tests of distributed training on such a torch depend on it.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = N
 def reduce_scatter_tensor(
     output: torch.Tensor, input: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
 ) -> Any:
-    """This rank's part of the sum of all ranks' `input` goes to `output`; takes as much memory as `input` again."""
+    """Writes this rank's part of the sum of all ranks' `input` to `output`; needs a copy of `input`."""
     total = input.clone()
     all_reduce(total, op, group)
     rank = dist.get_rank(group)
@@ -40,7 +40,7 @@ def reduce_scatter_tensor(
 def all_gather_into_tensor(
     output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, async_op: bool = False
 ) -> Any:
-    """All ranks' `input_tensor`, one behind the other, go to `output_tensor`."""
+    """Writes all ranks' `input_tensor`, concatenated in rank order, to `output_tensor`."""
     as_bytes = output_tensor.view(-1).view(torch.uint8)
     parts = list(as_bytes.chunk(dist.get_world_size(group)))
     dist.all_gather(parts, input_tensor.contiguous().view(-1).view(torch.uint8), group)
@@ -48,7 +48,7 @@ def all_gather_into_tensor(
 
 
 class Done:
-    """The handle of an operation that is over."""
+    """The work handle of a completed operation."""
 
     def wait(self) -> None:
         """Returns at once."""
@@ -56,12 +56,12 @@ class Done:
 
 @contextmanager
 def one_by_one(*args: Any, **kwargs: Any) -> Iterator[Done]:
-    """Runs each collective of the block as it is called, instead of all of them at its end."""
+    """Replaces the coalescing manager: runs each collective of the block as it is called, not all at its end."""
     yield Done()
 
 
 def install() -> None:
-    """Puts the stand-in in place for this process where torch needs it; before Megatron-Core is imported."""
+    """Installs the shim in this process if torch needs it; to be called before Megatron-Core is imported."""
     if TORCH < (2, 3):
         names: Any = dist
         names.all_reduce = all_reduce

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 #
-# What the steps share: the settings' help, required settings, and one way to run a command.
-# Sourced by the body of a step, after the vendor's script has its settings and VENDOR, its folder.
+# Shared by the steps: help, required settings, and how a command is run.
+# Sourced by the body of a step, after the vendor's script has set its settings and VENDOR, its folder.
 
 set +o posix # as where `sh` is bash
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 402)) || {
@@ -9,8 +9,8 @@ set +o posix # as where `sh` is bash
   exit 2
 }
 
-# Here bytes are parsed, whatever the user's locale: in GBK a comment in UTF-8 is no text, in Turkish i is not the small I.
-# Python gets the user's own.
+# Scripts parse bytes, whatever the user's locale: UTF-8 comments are invalid in GBK, and i is not the small I in Turkish.
+# Python gets the user's locale.
 LOCALE=${LC_ALL:-}
 export LC_ALL=C
 
@@ -45,7 +45,7 @@ describe() {
   ' "$1"
 }
 
-# Prints what the step does and its settings, all read from the scripts themselves.
+# Prints what the step does and its settings, read from the scripts.
 help() {
   printf 'Usage: [NAME=value ...] %s [-h|--help] [-n|--dry-run] [-- FLAG ...]\n\n' "$0"
   sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$STEP"
@@ -57,18 +57,18 @@ help() {
   printf -- '-n 只打印命令，不执行。-- 之后的参数原样放在 Python 命令的最后。\n'
 }
 
-# Says a line about the step on stderr.
+# Prints a line about the step to stderr.
 say() {
   printf '%s: %s\n' "${STEP##*/}" "$*" >&2
 }
 
-# Says what is wrong and how to go on, then exits 2 (wrong use).
+# Prints the error and its remedy, then exits 2 (wrong usage).
 die() {
   say "$* (see --help)"
   exit 2
 }
 
-# begin "$@": takes -h and -n; what follows -- goes to FLAGS, the names of the step's settings to SETTINGS.
+# begin "$@": handles -h and -n; stores what follows -- in FLAGS and the names of the step's settings in SETTINGS.
 # shellcheck disable=SC2034 # the bodies read SETTINGS
 begin() {
   DRY_RUN=false FLAGS=() ARGS=()
@@ -84,7 +84,7 @@ begin() {
   done
 }
 
-# need NAME...: exits unless each is set, saying all that are not; 'A|B' asks for one of the two.
+# need NAME...: exits unless each is set, listing all that are not; 'A|B' requires one of the two.
 need() {
   local names name missing=()
   for names; do
@@ -101,7 +101,7 @@ one_of() {
   die "$1=${!1} is not known: set it to $(printf '%s\n' "${@:2}" | paste -sd '|' | sed 's/|/ or /g')"
 }
 
-# old_name NEW OLD: lets the setting OLD stand for NEW, and says so; two values that differ are an error.
+# old_name NEW OLD: uses the setting OLD for NEW, and logs it; two different values are an error.
 old_name() {
   local old=${!2:-}
   [[ -n $old ]] || return 0
@@ -110,7 +110,7 @@ old_name() {
   printf -v "$1" %s "$old"
 }
 
-# in_users_locale WORD...: becomes the command, in the locale that the script was started in.
+# in_users_locale WORD...: executes the command in the locale that the script was started in.
 in_users_locale() {
   if [[ -n $LOCALE ]]; then
     exec env LC_ALL="$LOCALE" "$@"
@@ -138,7 +138,7 @@ find_python() {
   printf '%s\n' "$python"
 }
 
-# quoted WORD...: the words as a line that any shell of POSIX reads; bash's own %q is for bash alone.
+# quoted WORD...: the words as a line for any POSIX shell; bash's %q works only in bash.
 quoted() {
   local word line='' quote="'\\''"
   for word; do
@@ -151,7 +151,7 @@ quoted() {
   printf '%s\n' "${line:1}"
 }
 
-# python_path: the kit, then the caller's PYTHONPATH, whose folders may be relative to his.
+# python_path: the kit, then the caller's PYTHONPATH, whose folders may be relative to the caller's.
 python_path() {
   local folder folders path=$KIT
   IFS=: read -r -d '' -a folders < <(printf '%s\0' "${PYTHONPATH:-}")
@@ -161,9 +161,9 @@ python_path() {
   printf '%s\n' "$path"
 }
 
-# run WORD...: becomes `python -m WORD... ARGS FLAGS`; the line it prints does the same from any folder and shell.
-# Before 3.11 Python takes modules from the folder it starts in, and a folder `common` where the user stands must not be
-# taken for ours: it starts in the kit's, and goes to KIT_CWD first of all (common/start.py).
+# run WORD...: executes `python -m WORD... ARGS FLAGS`; the printed line does the same from any folder and shell.
+# Before 3.11 Python imports from the folder it starts in, and must not import a user's folder `common`: it starts in the
+# kit's folder, and common/start.py changes to KIT_CWD.
 run() {
   local program name words line
   program=$(find_python)

@@ -4,7 +4,7 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 begin "$@"
 
-# Names of before, still understood / 仍可使用的旧名
+# Old names, still accepted / 仍可使用的旧名
 : "${SAVE_DIST_CHECKPOINT_PATH:=}"  # what training writes and convert reads / 训练写入、转换读取的目录
 : "${SAVE_TORCH_CHECKPOINT_PATH:=}" # what convert writes, or training without the other / 转换写入的目录
 

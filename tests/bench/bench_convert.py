@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint.formats.hf_folder import write_safetensors
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.demo.model import Shape, tensor_shapes
 
 KIT = Path(__file__).parents[2]
@@ -42,15 +42,16 @@ POOL = 1 << 24
 PROGRAM = """
 import sys, time
 from common import convert
+from common.checkpoint.conversion import common_steps
 seconds = []
-verify = convert.verify
+verify = common_steps.verify
 def timed(*given, **named):
     start = time.perf_counter(), time.process_time()
     try:
         return verify(*given, **named)
     finally:
         seconds.extend((time.perf_counter() - start[0], time.process_time() - start[1]))
-convert.verify = timed
+common_steps.verify = timed
 sys.argv = ["convert", *sys.argv[1:]]
 convert.main()
 print(*seconds)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.logits import CheckpointTensors
 from common.model.shape.config import load_config
 from common.platforms import detect

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from common.data.dataset.indexed import IndexedReader, IndexedWriter
-from common.data.dataset.samples import PretrainSamples
+from common.data.dataset.gpt_dataset import GPTDataset
+from common.data.dataset.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 MILLION = 1_000_000
 TOKENS, SEQ_LENGTH, SAMPLES = 4, 512, 1000
@@ -21,7 +21,7 @@ TOKENS, SEQ_LENGTH, SAMPLES = 4, 512, 1000
 
 def write(prefix: Path, millions: int) -> None:
     """Documents of TOKENS tokens."""
-    with IndexedWriter(prefix, "<u2") as writer:
+    with IndexedDatasetBuilder(prefix, "<u2") as writer:
         for _ in range(millions):
             writer.add_documents(np.ones(TOKENS * MILLION, np.uint16), np.full(MILLION, TOKENS, np.int32))
 
@@ -35,9 +35,9 @@ def own_mib() -> int:
 def measure(prefix: Path, check: bool, result: "Queue[list[Any]]") -> None:
     """[seconds to open, to the first sample, to that of the next epoch, microseconds a sample, MiB of its own]."""
     before, times = own_mib(), [time.perf_counter()]
-    reader = IndexedReader(prefix, check)
+    reader = IndexedDataset(prefix, check)
     times.append(time.perf_counter())
-    samples = PretrainSamples(reader, range(len(reader)), SEQ_LENGTH, 0, False)
+    samples = GPTDataset(reader, range(len(reader)), SEQ_LENGTH, 0, False)
     for index in (0, samples.samples_per_epoch):
         samples[index]
         times.append(time.perf_counter())

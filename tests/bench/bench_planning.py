@@ -16,9 +16,9 @@ from math import prod
 
 import torch
 
-from common.checkpoint.formats.dist_share import Share, Written, metadata_of
-from common.checkpoint.formats.mapping import megatron_shape, rows_of
-from common.checkpoint.io.rectangles import Rectangle, rectangles
+from common.checkpoint.formats.mapping import megatron_shape, param_mappings
+from common.checkpoint.formats.torch_dist_writer import RankWriteResults, WriteResult, build_metadata
+from common.checkpoint.io.chunks import Chunk, chunks_of_range
 from common.model.shape.config import QwenConfig
 from tests.bench.goodput import models
 
@@ -29,27 +29,27 @@ KINDS = {
 }
 
 
-def tensors(qwen: QwenConfig, tp: int, pp: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...], Rectangle, bool]]:
+def tensors(qwen: QwenConfig, tp: int, pp: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...], Chunk, bool]]:
     """Key, whole shape, this rank's flat shape, its place, and whether it is the rank that saves it."""
     layers = range(pp * qwen.num_hidden_layers // PP, (pp + 1) * qwen.num_hidden_layers // PP)
     found = []
-    for row in rows_of(qwen):
+    for row in param_mappings(qwen):
         if (row.stage == "first" and pp) or (row.stage == "last" and pp < PP - 1):
             continue
         whole, part = megatron_shape(row, qwen), megatron_shape(row, qwen, TP)
         start = tuple(tp * size if axis == row.axis else 0 for axis, size in enumerate(part))
         saves = row.axis is not None or tp == 0
         if row.stage != "layer":
-            found.append((row.te, whole, part, Rectangle(start, part), saves))
+            found.append((row.te, whole, part, Chunk(start, part), saves))
             continue
         key = row.te.replace("{i}.", "")
         shape = (qwen.num_hidden_layers, *whole)
         for layer in layers:
-            found.append((key, shape, part, Rectangle((layer, *start), (1, *part)), saves))
+            found.append((key, shape, part, Chunk((layer, *start), (1, *part)), saves))
     return found
 
 
-def share(qwen: QwenConfig, tp: int, pp: int, dp: int, rank: int) -> Share:
+def share(qwen: QwenConfig, tp: int, pp: int, dp: int, rank: int) -> RankWriteResults:
     """What the rank would write."""
     own = tensors(qwen, tp, pp)
     total = sum(prod(part) for _, _, part, _, _ in own)
@@ -57,16 +57,16 @@ def share(qwen: QwenConfig, tp: int, pp: int, dp: int, rank: int) -> Share:
     entries, position, begin, file = [], 0, 0, f"__{rank}_0.distcp"
     for key, shape, part, place, saves in own:
         start, end = max(first, begin) - begin, min(last, begin + prod(part)) - begin
-        for block in rectangles(part, start, end) if saves else []:
+        for block in chunks_of_range(part, start, end) if saves else []:
             stacked = place.offsets[: len(shape) - len(part)]
             offsets = (*stacked, *(a + b for a, b in zip(place.offsets[len(stacked) :], block.offsets, strict=True)))
             for prefix, dtype in KINDS.items():
                 length = block.numel * dtype.itemsize + 1024
                 sizes = (1,) * len(stacked) + block.sizes
-                entries.append(Written(prefix + key, file, position, length, dtype, shape, offsets, sizes))
+                entries.append(WriteResult(prefix + key, file, position, length, dtype, shape, offsets, sizes))
                 position += length
         begin += prod(part)
-    return Share(tuple(entries), {file: {"bytes": position, "crc32": 0}})
+    return RankWriteResults(tuple(entries), {file: {"bytes": position, "crc32": 0}})
 
 
 def main() -> None:
@@ -80,10 +80,10 @@ def main() -> None:
     sent = [pickle.dumps(each) for each in shares]
     received = [pickle.loads(each) for each in sent]
     told = time.monotonic()
-    content = pickle.dumps(metadata_of(received))
+    content = pickle.dumps(build_metadata(received))
     made = time.monotonic()
     read = pickle.loads(content)
-    entries = [len(each.entries) for each in shares]
+    entries = [len(each.results) for each in shares]
     print(
         json.dumps({
             "ranks": len(shares), "entries": sum(entries), "most_of_a_rank": max(entries),

@@ -31,7 +31,7 @@ MICRO_BATCH = {"0.5B": 8, "1.5B": 4, "3B": 2, "7B": 1}
 KINDS: dict[str, dict[str, Any]] = {
     "sync": {}, "async": {"async-save": "true"}, "weights": {"save-optimizer": "false"},
 }  # fmt: skip
-SAVED = re.compile(r"saved (\S+): ([\d.]+) MB in ([\d.]+) s .*?(?:stood still ([\d.]+) s)?$")
+SAVED = re.compile(r"saved (\S+): ([\d.]+) MB in ([\d.]+) s .*?(?:training paused ([\d.]+) s)?$")
 STEP = re.compile(r"iteration (\d+)/.*? ([\d.]+) ms/iteration")
 DD_BYTES = 4 << 30
 

@@ -73,7 +73,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
 LOG = re.compile(r"iteration (\d+)/\d+ .*?tokens/s ([\d,]+)")
-MEMORY = re.compile(r"GiB allocated / reserved / there are: ([\d.]+) / ([\d.]+)")
+MEMORY = re.compile(r"GiB allocated / reserved / total: ([\d.]+) / ([\d.]+)")
 MEGATRON_LOG = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 MEGATRON_MEMORY = re.compile(r"max allocated: ([\d.]+) \|.*max reserved: ([\d.]+)")
 
@@ -105,7 +105,9 @@ def without_saving() -> None:
 
     from common import train
 
-    with patch("common.training.state.save.Store.save"):  # a bench of steps; bench_save.py measures saves
+    with patch(
+        "common.training.checkpointing.checkpointer.Checkpointer.save"
+    ):  # a bench of steps; bench_save.py measures saves
         train.main()
 
 

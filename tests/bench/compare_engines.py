@@ -2,9 +2,9 @@
 
     python -m tests.bench.compare_engines FOLDER [TEXTS]    (some minutes)
 
-FOLDER holds a tokenizer.json. Its vocabulary is replaced for the code points by one that shows where the split pattern
-parts: each byte merges with some neighbours. What differs is printed as ranges; tokenizer/unicode_gap.py must hold
-them. The texts are encoded by the tokenizer as it is, and by step 1's engine none may differ.
+FOLDER holds a tokenizer.json. For the code points its vocabulary is replaced by one that shows where the split pattern
+splits: each byte merges with some neighbours. Differences are printed as ranges, which must be listed in
+tokenizer/unicode_differences.py. The texts are encoded with the tokenizer unchanged; step 1's engine must not differ.
 """
 
 import json
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from common.data.tokenizer.backends import Gigatoken
-from common.data.tokenizer.tokenizer import EncodeFlat, TextTokenizer, load_tokenizer
-from common.data.tokenizer.unicode_gap import different, exact
+from common.data.tokenizer.gigatoken import Gigatoken
+from common.data.tokenizer.text_tokenizer import EncodeBatchFlat, TextTokenizer, load_tokenizer
+from common.data.tokenizer.unicode_differences import indices_of_differing_texts, with_exact_ids
 
 FORMS = ("{}", "a{}", "{}\n", "!{}", " {}", "'{}a", "1{}", "{}\u0301", "\u0345{}", "{}\u0334")
 BESIDE = ("a", "!", "'", "\u0120")  # a space, as byte-level BPE writes it
@@ -38,7 +38,7 @@ def show_splits(folder: Path, out: Path) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
 
 
-def differing(tokenizer: TextTokenizer, encode_flat: EncodeFlat, texts: list[str]) -> list[int]:
+def differing(tokenizer: TextTokenizer, encode_flat: EncodeBatchFlat, texts: list[str]) -> list[int]:
     """The numbers of the texts to which the engines give other ids."""
     expected = tokenizer.encode_batch(texts)
     ids, lengths = encode_flat(texts, False)
@@ -71,7 +71,7 @@ def compare_code_points(folder: Path) -> list[int]:
                 found |= {part[n] for n in differing(tokenizer, engine, [form.format(chr(p)) for p in part])}
             print(f"{form!r}: {len(found)} code points differ so far", flush=True)
     print("all:", *ranges(sorted(found)))
-    return sorted(point for point in found if not different([chr(point)]))
+    return sorted(point for point in found if not indices_of_differing_texts([chr(point)]))
 
 
 def random_text(chance: random.Random) -> str:
@@ -84,9 +84,9 @@ def random_text(chance: random.Random) -> str:
 def main() -> None:
     folder, number = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 200_000
     left = compare_code_points(folder)
-    print("beyond unicode_gap:", *ranges(left) or ["none"])
+    print("beyond unicode_differences:", *ranges(left) or ["none"])
     tokenizer, chance, wrong = load_tokenizer(folder), random.Random(0), 0
-    encode = exact(Gigatoken((folder / "tokenizer.json").read_bytes()).encode_flat, tokenizer)
+    encode = with_exact_ids(Gigatoken((folder / "tokenizer.json").read_bytes()).encode_flat, tokenizer)
     for start in range(0, number, BATCH):
         texts = [random_text(chance) for _ in range(min(BATCH, number - start))]
         wrong += len(differing(tokenizer, encode, texts))

@@ -24,14 +24,14 @@ def rows(arguments: argparse.Namespace, vocab_size: int) -> Iterator[tuple[torch
         while True:
             window = torch.randint(0, vocab_size, (arguments.micro_batch_size, arguments.seq_length + 1), device="cuda")
             yield window[:, :-1], window[:, 1:]
-    from common.data.dataset.batches import Batches
+    from common.data.dataset.builder import build_dataset
+    from common.data.dataset.data_loader import MicroBatchLoader
     from common.data.dataset.manifest import resolve
-    from common.data.dataset.samples import open_samples
 
-    samples = open_samples(
+    samples = build_dataset(
         resolve(arguments.data), train_mode="pretrain", seq_length=arguments.seq_length, seed=arguments.seed
     )
-    (read,) = Batches(
+    (read,) = MicroBatchLoader(
         samples, start_sample=0, global_batch_size=arguments.global_batch_size, dp_rank=0, dp_size=1,
         micro_batch_size=arguments.micro_batch_size,
     ).read_from(0)  # fmt: skip

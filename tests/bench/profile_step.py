@@ -48,10 +48,11 @@ def main() -> None:
     log.quiet_libraries()
     platform = current()
     prepare(platform)
+    from common.training.checkpointing.load import load_checkpoint
     from common.training.launching.process_group import process_group
+    from common.training.loop.data_loading import build_data_loader
     from common.training.loop.metrics import attention_flops_per_token, flops_per_token
-    from common.training.loop.run import begin, open_batches
-    from common.training.loop.step import train_step
+    from common.training.loop.train_step import train_step
     from common.training.planning.plan import plan_run
     from common.training.state.training_state import build_training_state
 
@@ -59,8 +60,8 @@ def main() -> None:
     assert plan.train is not None
     with process_group(platform, plan.sizes, settings.seed, settings.distributed_timeout_min):
         training_state = build_training_state(plan)
-        begin(plan, training_state)
-        data = open_batches(plan, plan.train, 0).read_from(0, plan.sizes.vpp)
+        load_checkpoint(plan, training_state)
+        data = build_data_loader(plan, plan.train, 0).read_from(0, plan.sizes.vpp)
         for _ in range(WARM_UP):
             train_step(plan, training_state, data, 0, False)
         torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,8 +24,8 @@ def _no_run_is_left() -> Iterator[None]:
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, its checkpoint in torch_dist, data of both kinds."""
     folder = tmp_path_factory.mktemp("training")
     qwen = tiny_qwen(folder / "qwen", std=0.05, spread=0.05)
@@ -44,8 +45,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def work(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `inputs`, for the tests of one file to write into."""
+    return shutil.copytree(inputs, tmp_path_factory.mktemp("work") / "inputs")
+
+
 def _write_variants(folder: Path) -> None:
-    """Data beside that of `work`: 105 conversations, a row mended without a change of numbers, a copy."""
+    """Data beside that of `inputs`: 105 conversations, a row mended without a change of numbers, a copy."""
     rows = (folder / "sft.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     texts = (folder / "pretrain.jsonl").read_text(encoding="utf-8")
     for kind, name, text in (

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from common import errors, train
-from common.training.loop import run as loop
+from common.training.loop import trainer
 
 
 def main() -> None:
     """Trains till then."""
-    steps, train_step = 0, loop.train_step
+    steps, train_step = 0, trainer.train_step
 
     def failing(*given: Any) -> Any:
         nonlocal steps
@@ -27,7 +27,7 @@ def main() -> None:
         return train_step(*given)
 
     with (
-        patch.object(loop, "train_step", failing),
+        patch.object(trainer, "train_step", failing),
         patch.object(dist, "destroy_process_group", lambda: time.sleep(600)),
     ):
         errors.run(train.main)

@@ -12,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.convert import ToHuggingFace, ToMegatron, to_hf, to_megatron
+from common.checkpoint.conversion.hf_to_megatron import HfToMegatron, convert_hf_to_megatron
+from common.checkpoint.conversion.megatron_to_hf import MegatronToHf, convert_megatron_to_hf
 
 ROOT = Path(__file__).parents[2]
 STEP = re.compile(r"iteration (\d+)/\d+ .*? loss ([\d.]+) .*? grad norm ([\d.]+)")
@@ -85,13 +86,13 @@ def forked(ranks: int, module: str, given: list[str], expect: int = 0, more: dic
 
 def convert(load: Path, save: Path, **settings: Any) -> Path:
     """`save`, after step 2's Hugging Face to Megatron; in this process, which saves its start."""
-    to_megatron(ToMegatron(str(load), str(save), **settings), check=False)
+    convert_hf_to_megatron(HfToMegatron(str(load), str(save), **settings), check=False)
     return save
 
 
 def export(load: Path, save: Path, **settings: Any) -> Path:
     """`save`, after step 2's Megatron to Hugging Face."""
-    to_hf(ToHuggingFace(str(load), str(save), **settings), check=False)
+    convert_megatron_to_hf(MegatronToHf(str(load), str(save), **settings), check=False)
     return save
 
 

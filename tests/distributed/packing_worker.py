@@ -61,8 +61,8 @@ def of_size(plan: Plan, rows: int, micro_batch_size: int = 1) -> Plan:
 
 def gradients(plan: Plan, batch: Batch, micro_batch_size: int = 1) -> tuple[float, list[torch.Tensor]]:
     """The mean loss of `batch` and this rank's gradients."""
-    from common.training.loop.step import mean_loss, run_microbatches, total_of
-    from common.training.state.load import load_weights
+    from common.training.checkpointing.load import load_weights
+    from common.training.loop.forward_step import forward_backward, mean_loss, sum_reporting_losses
     from common.training.state.training_state import build_training_state
 
     plan = of_size(plan, len(batch["tokens"]), micro_batch_size)
@@ -71,7 +71,7 @@ def gradients(plan: Plan, batch: Batch, micro_batch_size: int = 1) -> tuple[floa
     load_weights(plan, training_state, plan.start.checkpoint)
     starts = range(0, len(batch["tokens"]), micro_batch_size)
     parts = [{name: x[i : i + micro_batch_size] for name, x in batch.items()} for i in starts]
-    report = total_of(plan, run_microbatches(plan, training_state, [iter(parts)], forward_only=False))
+    report = sum_reporting_losses(plan, forward_backward(plan, training_state, [iter(parts)], forward_only=False))
     found = [p.main_grad.clone() for chunk in training_state.model for p in chunk.parameters()]
     return mean_loss(report), found
 
@@ -81,7 +81,7 @@ def logits(plan: Plan, batch: Batch) -> torch.Tensor | None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from common.model.layers.attention import block_causal_mask
-    from common.training.state.load import load_weights
+    from common.training.checkpointing.load import load_weights
     from common.training.state.training_state import build_training_state
 
     training_state = build_training_state(plan)

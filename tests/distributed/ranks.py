@@ -4,7 +4,7 @@
 
 A job's processes are `python -m MODULE WORDS` with the variables that torchrun gives its ranks; without ranks it is one
 process with none of them. What the launch and torchrun do themselves is held where a user's command is run: in
-test_stops.py, test_saves.py, test_metax.py, test_blends.py, tests/nodes and tests/end_to_end.
+test_stops.py, test_hangs.py, test_disks.py, test_blends.py, tests/nodes and tests/end_to_end.
 """
 
 import gc

@@ -16,26 +16,27 @@ from megatron.core import dist_checkpointing
 
 from common import errors, train
 from common.engine.dist_checkpointing import OPTIMIZER_SHARDING, content_metadata, save_options
-from common.training.loop import run as loop
-from common.training.state import load
-from common.training.state.contents import _sharded, describe_run, model_shards, random_state
+from common.training.checkpointing import load
+from common.training.checkpointing.state_dict import describe_run, sharded_model_state_dict, sharded_object
+from common.training.launching.process_group import random_state
+from common.training.loop import trainer as loop
 
 
-def save_theirs(training: Any, folder: Path) -> None:
+def save_theirs(trainer: Any, folder: Path) -> None:
     """Megatron-Core's whole way: gathered, and written by its strategy."""
-    training_state = training.training_state
-    state = model_shards(training_state)
+    training_state = trainer.training_state
+    state = sharded_model_state_dict(training_state.model)
     how = {"metadata": content_metadata(OPTIMIZER_SHARDING)}
     state["optimizer"] = training_state.optimizer.sharded_state_dict(state, is_loading=False, **how)
-    state["rng_state"] = _sharded("rng_state", [random_state()])
-    state |= {"opt_param_scheduler": training_state.scheduler.state_dict(), "iteration": training.progress.iteration}
-    state |= {"run": describe_run(training.plan, training.progress), "checkpoint_version": 3.0} | save_options()
+    state["rng_state"] = sharded_object("rng_state", [random_state()])
+    state |= {"opt_param_scheduler": training_state.scheduler.state_dict(), "iteration": trainer.progress.iteration}
+    state |= {"run": describe_run(trainer.plan, trainer.progress), "checkpoint_version": 3.0} | save_options()
     dist_checkpointing.save(state, str(folder))
 
 
-def resave(training: Any) -> None:
-    """In the place of Training.run."""
-    final = Path(training.plan.settings.save_checkpoint_path) / f"iter_{training.progress.iteration:07d}"
+def resave(trainer: Any) -> None:
+    """Replaces Trainer.run."""
+    final = Path(trainer.plan.settings.save_checkpoint_path) / f"iter_{trainer.progress.iteration:07d}"
     dist.barrier()  # some may still read
     if dist.get_rank() == 0:
         final.rename(final.with_name(f"before_{time.monotonic_ns()}"))
@@ -43,16 +44,16 @@ def resave(training: Any) -> None:
             final.mkdir()
     dist.barrier()
     if os.environ["RESAVER"] == "theirs_save":
-        save_theirs(training, final)
+        save_theirs(trainer, final)
     else:
-        assert training.store.save(training.training_state, training.progress)
-    training.store.close()
+        assert trainer.checkpointer.save(trainer.training_state, trainer.progress)
+    trainer.checkpointer.close()
 
 
 def main() -> None:
     """Loads and saves."""
     ours = OPTIMIZER_SHARDING if os.environ["RESAVER"] != "theirs_load" else "none, so that it takes the old way"
-    with patch.object(loop.Training, "run", resave), patch.object(load, "OPTIMIZER_SHARDING", ours):
+    with patch.object(loop.Trainer, "run", resave), patch.object(load, "OPTIMIZER_SHARDING", ours):
         errors.run(train.main)
 
 

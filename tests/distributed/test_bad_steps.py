@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tests.distributed.launch import convert, export, run, words
-from tests.distributed.user import step3
+from tests.distributed.user import step3, step3_forked
 from tests.tiny import TEXTS, tiny_qwen
 
 POISON = "~"  # in none of TEXTS
@@ -39,15 +39,15 @@ def settings(work: Path, name: str, **more: Any) -> dict[str, Any]:
 
 
 SKIPPED = re.compile(
-    r"iteration (\d+) changed nothing: gradient norm nan: the loss is not finite on rank (.*), in samples (.*);"
-    r" gradients are not finite on rank (.*) \((\d+) skipped\)"
+    r"iteration (\d+) skipped: gradient norm nan: the loss is not finite on rank (.*), in samples (.*);"
+    r" gradients are not finite on rank (.*) \((\d+) skipped in all\)"
 )
 
 
 @pytest.mark.parametrize("layout", [{"GPUS": 2, "PRECISION": "bf16"}, {"GPUS": 2, "PP": 2}], ids=["dp2_bf16", "pp2"])
 def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(poisoned: Path, layout: dict[str, Any]) -> None:
     name = f"skipped_{len(layout)}_{'PP' in layout}"
-    log = step3(settings(poisoned, name, **layout), poisoned / f"{name}.log")
+    log = step3_forked(settings(poisoned, name, **layout))
     found = SKIPPED.findall(log)
     assert len(found) == 2, log[-3000:]
     iteration, rank, samples, _, number = found[0]
@@ -71,8 +71,8 @@ def test_nothing_is_saved_on_a_bad_step_and_too_many_in_a_row_end_the_run(poison
     run("-m", "common.preprocess", "pretrain", *words({**flags, "tokenizer_path": poisoned / "poisoned_hf"}))
     given = settings(poisoned, "all_bad", DATASET_PATH=poisoned / "all", SAVE_INTERVAL=1, MAX_BAD_STEPS=3)
     log = step3(given, poisoned / "all_bad.log", 2)
-    assert log.count("changed nothing: ") == 3 and "saved " not in log and "Traceback" not in log
-    assert "error: 3 steps in a row changed nothing, the last at iteration 3, and nothing of this was saved:" in log
+    assert log.count(" skipped: ") == 3 and "saved " not in log and "Traceback" not in log
+    assert "error: 3 steps in a row were skipped, the last at iteration 3, and none of them was saved:" in log
     assert "MAX_BAD_STEPS=3; none is in" in log
     assert not list((poisoned / "all_bad").glob("iter_*"))
 
@@ -80,6 +80,6 @@ def test_nothing_is_saved_on_a_bad_step_and_too_many_in_a_row_end_the_run(poison
 def test_steps_above_skip_grad_norm_are_counted_and_skipped(poisoned: Path) -> None:
     own = {"DATASET_PATH": poisoned / "pretrain", "LOAD_CHECKPOINT_PATH": poisoned / "start"}
     given = settings(poisoned, "spikes", **own, TRAIN_ITERS=4, EPOCHS="")
-    log = step3({**given, "SKIP_GRAD_NORM": 1e-3, "MAX_BAD_STEPS": 0, "LR": 0.1}, poisoned / "spikes.log")
-    assert len(re.findall(r"changed nothing: the gradient norm \S+ is above SKIP_GRAD_NORM=0.001", log)) == 4
-    assert "(4 skipped)" in log and "weights are not finite" not in log
+    log = step3_forked({**given, "SKIP_GRAD_NORM": 1e-3, "MAX_BAD_STEPS": 0, "LR": 0.1})
+    assert len(re.findall(r"skipped: the gradient norm \S+ is above SKIP_GRAD_NORM=0.001", log)) == 4
+    assert "(4 skipped in all)" in log and "weights are not finite" not in log

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from common.checkpoint.formats.layout import find_checkpoint
-from common.checkpoint.formats.size import checkpoint_bytes
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint
+from common.checkpoint.formats.checkpoint_size import checkpoint_bytes
 from common.model.shape.config import load_config
 from tests.distributed.launch import convert, run, train_forked, words
 from tests.tiny import TEXTS, tiny_qwen

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.launch import steps
-from tests.distributed.user import ENDLESS, Run, step3, wait_for
+from tests.distributed.user import ENDLESS, Run, step3, step3_forked, wait_for
 
 SIZE_MB = 20  # a checkpoint of the tiny model is 3.3 MB, of which 2.9 are known beforehand
 REASON = "file systems cannot be mounted here: no right to"
@@ -65,7 +65,7 @@ def test_a_full_disk_is_waited_for_while_training_goes_on(work: Path, disk: Path
     log = run.end(75)
     assert "Traceback" not in log
     more = {"TRAIN_ITERS": run.tracker() + 1, "LOG_INTERVAL": 1}
-    again = step3(settings(work, disk / "run", CKPT_FORMAT=ckpt_format, **own, **more), disk.parent / "again")
+    again = step3_forked(settings(work, disk / "run", CKPT_FORMAT=ckpt_format, **own, **more))
     assert len(steps(again)) == 1
 
 
@@ -80,7 +80,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(
     before = run.tracker()
     assert all((disk / "run" / f"iter_{before:07d}" / name).is_file() for name in (".metadata", "common.pt"))
     run.process.send_signal(signal.SIGTERM)
-    run.wait_for("asked to stop")
+    run.wait_for("stop requested")
     subprocess.run(["mount", "-o", f"remount,size={8 * SIZE_MB}m", disk], check=True)
     log = run.end(75, 60)
     assert run.tracker() > before and "Traceback" not in log
@@ -122,15 +122,15 @@ def test_a_disk_without_room_or_rights_is_refused_before_anything_starts(work: P
     assert f"SAVE_CHECKPOINT_PATH={disk / 'run'} has 0.00 GB free, and a checkpoint of this run takes " in log
     mount("-o", "remount,bind,ro", disk)
     log = Run(settings(work, disk / "run"), disk.parent / "log", ("--check",)).end(2)
-    assert f"SAVE_CHECKPOINT_PATH={disk / 'run'} cannot be written to" in log and "Read-only file system" in log
+    assert f"SAVE_CHECKPOINT_PATH={disk / 'run'} cannot be written: " in log and "Read-only file system" in log
 
 
 def test_what_a_killed_run_left_is_removed(work: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "iter_0000007.partial").mkdir(parents=True)
     (folder / "iter_0000007.partial" / "__0_0.distcp").write_bytes(b"half")
-    log = step3(settings(work, folder, TRAIN_ITERS=1), tmp_path / "log")
-    assert "removed what a run that was killed left: iter_0000007.partial" in log
+    log = step3_forked(settings(work, folder, TRAIN_ITERS=1))
+    assert "removed leftovers of a killed run: iter_0000007.partial" in log
     assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000001"]
 
 

@@ -27,7 +27,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{kind}.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
         flags = {"input": folder / f"{kind}.jsonl", "output_prefix": folder / kind, "tokenizer_path": folder / "hf"}
         log = run("-m", "common.preprocess", kind, *words({**flags, "workers": 1}))
-        assert "the tokenizer's ids go up to 419, those of" in log and "(vocab_size=400)" in log
+        assert "the tokenizer's largest id is 419, that of" in log and "(vocab_size=400)" in log
         assert json.loads((folder / f"{kind}.json").read_text())["largest_id"] == 419
     return folder
 
@@ -54,7 +54,7 @@ def test_ids_above_the_embedding_are_refused(work: Path, tmp_path: Path, data: s
         settings |= {"DATASET_PATH": tmp_path / "good", "VALID_DATASET_PATH": path}
     for more in ((), ("--check",)) if tp == 1 else ((),):
         log = Run(settings, tmp_path / "log", more).end(2)
-        assert "text_document.bin holds the id 419, and the model's ids end at 399 (vocab_size=400 in " in log
+        assert "text_document.bin holds the token id 419, but the model's largest id is 399 (vocab_size=400 in " in log
         assert "Traceback" not in log and "processes = TP" not in log
     assert not (tmp_path / "run").exists()
 

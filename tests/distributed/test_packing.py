@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.data.dataset.batches import collate
-from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.builder import build_dataset
+from common.data.dataset.data_loader import collate
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.data.dataset.manifest import DataFiles
-from common.data.dataset.samples import open_samples
 from tests.distributed.launch import convert, worker
 from tests.tiny import tiny_qwen
 
@@ -33,16 +33,16 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packing")
     tiny_qwen(folder / "hf", std=0.1, spread=0.1)
     with (
-        IndexedWriter(folder / "d_text_document", "<i4") as tokens,
-        IndexedWriter(folder / "d_loss_mask_document", "<u1") as masks,
+        IndexedDatasetBuilder(folder / "d_text_document", "<i4") as tokens,
+        IndexedDatasetBuilder(folder / "d_loss_mask_document", "<u1") as masks,
     ):
         for document in documents(0):
             tokens.add_document(document)
             masks.add_document(np.arange(document.size) % 3 > 0)
     prefix, mask = folder / "d_text_document", folder / "d_loss_mask_document"
     common = {"seq_length": SEQ_LENGTH, "seed": 5}
-    packed = open_samples(DataFiles("sft", prefix, mask), train_mode="finetune", packing=True, **common)
-    windows = open_samples(DataFiles("pretrain", prefix), train_mode="pretrain", reset_attention=True, **common)
+    packed = build_dataset(DataFiles("sft", prefix, mask), train_mode="finetune", packing=True, **common)
+    windows = build_dataset(DataFiles("pretrain", prefix), train_mode="pretrain", reset_attention=True, **common)
     for name, samples in (("packed", packed), ("windows", windows)):
         rows = [samples[i] for i in range(samples.samples_per_epoch)]
         torch.save(collate(rows), folder / f"{name}.pt")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.checkpoint.formats.torch_dist import DistReader
+from common.checkpoint.formats.torch_dist_reader import TorchDistReader
 from tests.distributed.launch import convert, forked, free_port, run, steps, train_forked, words
 from tests.tiny import tiny_qwen
 
@@ -49,7 +49,7 @@ def resaved(work: Path, saved: Path, name: str, layout: dict[str, int], how: str
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    reader = DistReader(checkpoint)
+    reader = TorchDistReader(checkpoint)
     return {key: reader.read(key) for key in reader.tensors}
 
 
@@ -103,7 +103,7 @@ def test_a_flipped_bit_is_found_by_resume_and_by_verify(work: Path, saved: Path)
     file.write_bytes(content)
     given = words({**flags(work, work / "flipped"), **WIDE, "master_port": free_port()})
     log = forked(8, "common.train", given, expect=2)
-    assert f"{file} is damaged: a block has not the checksum that it was written with" in log
+    assert f"{file} is damaged: the CRC-32 of a chunk does not match" in log
     told = run(
         "-m", "common.convert", "verify", f"--hf-model-path={work / 'four'}",
         f"--load-checkpoint-path={work / 'flipped'}", expect=2,

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.distributed.launch import steps
-from tests.distributed.user import ENDLESS, Run, step3, wait_for
+from tests.distributed.user import ENDLESS, Run, step3, step3_forked, wait_for
 
 STOPPED = 75
 
@@ -45,10 +45,10 @@ def test_a_signal_saves_and_stops_the_run(work: Path, number: signal.Signals, to
         os.kill(pid, number)
     log = run.end(STOPPED, 60)
     stopped = run.tracker()
-    assert stopped > 5 and f"asked to stop: saving iteration {stopped}" in log
-    assert f"stopped and saved at iteration {stopped} of {ENDLESS}; the same command goes on from there" in log
+    assert stopped > 5 and f"stop requested: saving iteration {stopped}" in log
+    assert f"stopped and saved at iteration {stopped} of {ENDLESS}; the same command resumes from there" in log
     assert "Traceback" not in log
-    again = step3(settings(work, name, TRAIN_ITERS=stopped + 1), work / f"{name}_again.log")
+    again = step3_forked(settings(work, name, TRAIN_ITERS=stopped + 1))
     assert [iteration for iteration, _, _ in steps(again)] == [stopped + 1]
 
 
@@ -63,7 +63,10 @@ def test_a_second_interrupt_ends_the_run_at_once(work: Path) -> None:
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGINT)
     log = run.end(128 + signal.SIGINT, 20)
-    assert "SIGINT again: ended at once" in log and not (work / "second" / "latest_checkpointed_iteration.txt").exists()
+    assert (
+        "SIGINT again: ended immediately" in log
+        and not (work / "second" / "latest_checkpointed_iteration.txt").exists()
+    )
 
 
 def test_an_evaluation_does_not_keep_a_stop_waiting(work: Path) -> None:
@@ -72,14 +75,14 @@ def test_an_evaluation_does_not_keep_a_stop_waiting(work: Path) -> None:
     run.wait_for("iteration 6/")
     run.process.send_signal(signal.SIGTERM)
     log = run.end(STOPPED, 60)
-    assert "validation at iteration 6 broken off: asked to stop" in log and run.tracker() == 6
+    assert "validation at iteration 6 interrupted: stop requested" in log and run.tracker() == 6
 
 
 def test_exit_duration_min_counts_the_save(work: Path) -> None:
     began = time.time()
     log = step3(settings(work, "in_time", EXIT_DURATION_MIN=0.5), log_of(work, "in_time"), STOPPED)
     assert time.time() - began < 30 + 15  # the launcher's own end, on a busy machine
-    assert "asked to stop: saving iteration" in log
+    assert "stop requested: saving iteration" in log
 
 
 def test_hang_up_is_not_heard_under_nohup(work: Path) -> None:
@@ -101,10 +104,10 @@ def test_a_killed_process_takes_all_others_with_it_at_once(work: Path, what: str
     else:
         os.kill(ranks[1].pid, signal.SIGKILL)
         log = run.end(1, 20)
-        assert "rank 1 was ended first, by SIGKILL: is the host's memory used up (dmesg)?" in log
+        assert "rank 1 failed first, killed by SIGKILL: is the host out of memory (dmesg)?" in log
     assert time.monotonic() - began < 10
     done = run.tracker()
-    again = step3(settings(work, name, TRAIN_ITERS=done + 1), work / f"{name}_again.log")
+    again = step3_forked(settings(work, name, TRAIN_ITERS=done + 1))
     assert [iteration for iteration, _, _ in steps(again)] == [done + 1]
 
 

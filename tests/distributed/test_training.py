@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
+from common.data.dataset.builder import build_dataset
 from common.data.dataset.manifest import resolve
-from common.data.dataset.samples import open_samples
 from tests.distributed.launch import (
     convert,
     export,
@@ -100,7 +100,7 @@ def test_the_first_loss_is_hugging_faces_over_the_supervised_tokens(
     work: Path, one_process: list[tuple[int, float, float]]
 ) -> None:
     data = resolve(str(work / "sft"))
-    samples = open_samples(data, train_mode="finetune", seq_length=96, seed=1234, documents=range(200))
+    samples = build_dataset(data, train_mode="finetune", seq_length=96, seed=1234, documents=range(200))
     rows = [samples[i] for i in range(8)]
     names = ("tokens", "labels", "loss_mask")
     tokens, labels, mask = (torch.stack([torch.from_numpy(row[name]) for row in rows]) for name in names)
@@ -124,7 +124,7 @@ def test_weights_weigh_the_loss_and_its_gradient(work: Path) -> None:
     ((_, loss, norm),) = steps(train_forked(**{**flags, "dataset_path": work / "weighted"}, gpus=2))
 
     data = resolve(str(work / "weighted"))
-    samples = open_samples(data, train_mode="finetune", seq_length=96, seed=1234, documents=range(8))
+    samples = build_dataset(data, train_mode="finetune", seq_length=96, seed=1234, documents=range(8))
     batch = [samples[i] for i in range(8)]
     tokens, labels, mask = (
         torch.stack([torch.from_numpy(row[name]) for row in batch]) for name in ("tokens", "labels", "loss_mask")
@@ -228,6 +228,19 @@ def test_bf16_recompute_evaluation_and_asynchronous_saving_work_together(work: P
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
 
 
+def test_fields_of_megatron_core_are_set_by_name(work: Path) -> None:
+    chosen = settings(work, "pretrain", train_iters=2, gpus=2, recompute="selective")
+    plain = train_forked(**chosen, save_checkpoint_path=work / "mcore_plain")
+    flags = words({**chosen, "master_port": free_port()})
+    given = ["--mcore.transformer.recompute_modules", "core_attn", "mlp", "--mcore.ddp.bucket_size", "1000"]
+    log = run("-m", "common.train", *given, *flags, f"--save-checkpoint-path={work / 'mcore'}")
+    assert "megatron-core's transformer config: recompute_modules = ['core_attn', 'mlp']" in log
+    assert "megatron-core's ddp config: bucket_size = 1000" in log and "megatron-core's" not in plain
+    assert steps(log) == steps(plain) and len(steps(log)) == 2
+    wrong = run("-m", "common.train", "--mcore.ddp.bucket_sise", "1", *flags, "--save-checkpoint-path=x", expect=2)
+    assert "has no such field; did you mean bucket_size?" in wrong
+
+
 def test_a_torch_checkpoint_of_other_sizes_is_refused_before_any_process_starts(work: Path) -> None:
     start = convert(work / "qwen", work / "other_sizes", tp=2, pp=1, transformer_impl="local")
     flags = settings(work, "pretrain", save_checkpoint_path=work / "refused", train_iters=1)
@@ -257,5 +270,6 @@ def test_a_rank_that_runs_out_of_memory_says_so_and_ends_while_the_others_wait_f
     (told,) = (line for line in log.splitlines() if line.startswith("error: "))
     assert told.startswith("error: rank 1 is out of memory (") and "can't allocate memory" in told
     assert told.endswith(
-        "): what takes less: a MICRO_BATCH_SIZE below 2, a SEQ_LENGTH below 32, more GPUs, with TP over 1 or PP over 1"
+        "): to use less memory: a MICRO_BATCH_SIZE below 2, a SEQ_LENGTH below 32, more GPUs, with TP over 1 or PP"
+        " over 1"
     )

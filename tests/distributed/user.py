@@ -1,6 +1,7 @@
-"""What a user does: step 3 by its script, with the script's own defaults: torchrun, data workers, overlap, saves."""
+"""Step 3 as a user runs it: by its script, with its defaults for torchrun, data workers, overlap and saves."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from tests.distributed.launch import ROOT
+from tests.distributed.launch import ROOT, forked
 
 MARK = "KIT_TEST_RUN"  # in the environment of whatever a run starts
 # Sizes, not ways: a tiny model's steps, logged one by one.
@@ -23,6 +24,12 @@ ENDLESS = 100_000  # steps: the run ends by what a test does to it
 RUNS: list["Run"] = []  # for conftest.py, which ends those that a failed test has left
 
 
+def environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """This process's environment with the settings of a tiny run in it."""
+    given = {name: str(value) for name, value in {**TINY, **settings}.items()}
+    return {**os.environ, "PYTHON": sys.executable, **given}
+
+
 class Run:
     """A running step 3; `log` takes its stdout and stderr."""
 
@@ -32,12 +39,10 @@ class Run:
         self, settings: Mapping[str, Any], log: Path, flags: tuple[str, ...] = (), *, nohup: bool = False
     ) -> None:
         self.folder, self.log = Path(settings["SAVE_CHECKPOINT_PATH"]), log
-        given = {name: str(value) for name, value in {**TINY, **settings}.items()}
-        environment = {**os.environ, "PYTHON": sys.executable, MARK: str(log), **given}
         command = ["bash", str(ROOT / self.vendor / "3_run_mcore_qwen.sh"), *(("--", *flags) if flags else ())]
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=out, stderr=out, start_new_session=True,
+                command, env={**environment(settings), MARK: str(log)}, stdout=out, stderr=out, start_new_session=True,
                 # Whether or not the tests themselves run under nohup.
                 preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL),
             )  # fmt: skip
@@ -94,3 +99,18 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 def step3(settings: Mapping[str, Any], log: Path, code: int = 0, **more: Any) -> str:
     """The log of step 3, which must end with exit code `code`."""
     return Run({**settings, **more}, log).end(code)
+
+
+def step3_forked(settings: Mapping[str, Any], code: int = 0) -> str:
+    """`step3`'s log without torchrun: the command that the script prints is run in forked ranks (ranks.py).
+
+    With `code` other than 0 the command's check must exit with it, and no rank is started.
+    """
+    script = ROOT / "cpu" / "3_run_mcore_qwen.sh"
+    printed = subprocess.run(
+        ["bash", script, "--dry-run"], env=environment(settings), capture_output=True, text=True, check=True
+    )
+    given = shlex.split(printed.stdout)
+    flags = given[given.index("common.train") + 1 :]
+    log = forked(0, "common.train", [*flags, "--check"], code)
+    return log if code else log + forked(int(flags[flags.index("--gpus") + 1]), "common.train", flags)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from common import log
-from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.engine.installation import prepare
 from common.model.shape.config import load_config
 from common.parallel import ParallelSizes
@@ -41,7 +41,7 @@ def logits_of(plan: Plan, tokens: torch.Tensor) -> torch.Tensor | None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from common.training.state.load import load_weights
+    from common.training.checkpointing.load import load_weights
     from common.training.state.training_state import build_training_state
 
     training_state = build_training_state(plan)
@@ -71,8 +71,8 @@ def logits_of(plan: Plan, tokens: torch.Tensor) -> torch.Tensor | None:
 def gradients_of(plan: Plan, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The loss of `batch` and each parameter's gradient, as the optimizer is about to see them."""
     from common.model.build import unwrap
-    from common.training.loop.step import mean_loss, run_microbatches, total_of
-    from common.training.state.load import load_weights
+    from common.training.checkpointing.load import load_weights
+    from common.training.loop.forward_step import forward_backward, mean_loss, sum_reporting_losses
     from common.training.state.training_state import build_training_state
 
     training_state = build_training_state(plan)
@@ -80,7 +80,7 @@ def gradients_of(plan: Plan, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     load_weights(plan, training_state, plan.start.checkpoint)
     size = plan.settings.micro_batch_size
     parts = [{name: x[i : i + size] for name, x in batch.items()} for i in range(0, len(batch["tokens"]), size)]
-    report = total_of(plan, run_microbatches(plan, training_state, [iter(parts)], forward_only=False))
+    report = sum_reporting_losses(plan, forward_backward(plan, training_state, [iter(parts)], forward_only=False))
     gradients = {name: p.main_grad.clone() for name, p in unwrap(training_state.model[0]).named_parameters()}
     return {"loss": mean_loss(report), "gradients": gradients}
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common import convert
-from common.checkpoint.conversion.target import REPORT
-from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.conversion import hf_to_megatron
+from common.checkpoint.conversion.common_steps import set_config_dtype
+from common.checkpoint.conversion.output_folder import REPORT
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.errors import KitError
 from common.log import logger
 from tests.end_to_end.converting import TRACKER, run_main, same, to_hf, to_megatron, tree, weights, words
@@ -163,10 +164,10 @@ def test_dtype_casts_and_config_tells_it(tmp_path: Path, qwen: dict[bool, Path],
 
 def test_the_name_of_the_dtype_in_config_is_kept(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"dtype": "float32", "名": 1}')
-    convert.set_dtype(tmp_path / "config.json", "bfloat16")
+    set_config_dtype(tmp_path / "config.json", torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text()) == {"dtype": "bfloat16", "名": 1}
     before = (tmp_path / "config.json").read_bytes()
-    convert.set_dtype(tmp_path / "config.json", "bfloat16")
+    set_config_dtype(tmp_path / "config.json", torch.bfloat16)
     assert (tmp_path / "config.json").read_bytes() == before
 
 
@@ -192,15 +193,15 @@ def test_verify_tells_that_a_bit_is_another(
 ) -> None:
     megatron = to_megatron(qwen[False], tmp_path / "megatron", tp=2, pp=2)
     command = words("verify", hf_model_path=qwen[False], load_checkpoint_path=megatron)
-    assert run_main(command) == 0 and "proof: 51 tensors, 0.00 GB: all bits agree" in capsys.readouterr().err
+    assert run_main(command) == 0 and "verification: 51 tensors, 0.00 GB: all bits agree" in capsys.readouterr().err
     assert run_main([*command, "--dtype", "bf16"]) == 0
     path = megatron / "release" / "mp_rank_01_001" / "model_optim_rng.pt"
     state = torch.load(path, weights_only=False)
     state["model"]["decoder.layers.1.mlp.linear_fc1.weight"].view(torch.int32)[3, 3] ^= 1
     torch.save(state, path)
     assert run_main(command) == 2
-    told = "decoder.layers.3.mlp.linear_fc1.weight of tensor rank 1 differs from model.layers.3.mlp.gate_proj.weight"
-    assert f"error: the proof failed: {told}: copy the source again" in capsys.readouterr().err
+    told = "decoder.layers.3.mlp.linear_fc1.weight of TP rank 1 differs from model.layers.3.mlp.gate_proj.weight"
+    assert f"error: verification failed: {told}: copy the source again" in capsys.readouterr().err
     assert run_main([*command, "--report", str(tmp_path / "report.json")]) == 2
     assert f"{told} (all in {tmp_path / 'report.json'}): copy" in capsys.readouterr().err
     assert json.loads((tmp_path / "report.json").read_text())["errors"] == [told]
@@ -219,7 +220,8 @@ def test_the_script_converts_there_and_back_and_tells_a_mistake(tmp_path: Path, 
     process = start_script(tmp_path, **there, TP=2, SAVE_CHECKPOINT_PATH="a b/megatron")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (0, ""), err
-    assert "proof: 50 tensors, 0.00 GB: all bits agree" in err and err.endswith("LOAD_CHECKPOINT_PATH=a b/megatron\n")
+    assert "verification: 50 tensors, 0.00 GB: all bits agree" in err
+    assert err.endswith("LOAD_CHECKPOINT_PATH=a b/megatron\n")
     back = {"CONVERT_TYPE": "megatron-to-huggingface", "LOAD_CHECKPOINT_PATH": "a b/megatron", "DTYPE": "bf16"}
     process = start_script(tmp_path, **back, SAVE_CHECKPOINT_PATH="hf")
     out, err = process.communicate(timeout=120)
@@ -259,7 +261,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         "hf-to-megatron", {"save_checkpoint_path": "{root}/other"},
         "other is not empty, it holds config.json: choose another folder, or remove what is in it"),
     "into itself": (
-        "hf-to-megatron", {"save_checkpoint_path": "{hf}"}, "is the folder that is read: choose another folder"),
+        "hf-to-megatron", {"save_checkpoint_path": "{hf}"}, "is the input folder: choose another folder"),
     "a file": ("hf-to-megatron", {"save_checkpoint_path": "{hf}/config.json"}, "json is a file: choose a folder"),
     "no checkpoint": (
         "megatron-to-hf", {"load_checkpoint_path": "{root}/empty"},
@@ -269,15 +271,15 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "a Hugging Face folder": (
         "megatron-to-hf", {"load_checkpoint_path": "{hf}"}, "holds no Megatron checkpoint: give step 2's or a run's"),
     "checkpoint into itself": (
-        "megatron-to-hf", {"save_checkpoint_path": "{root}/megatron"}, "is the folder that is read: choose another"),
+        "megatron-to-hf", {"save_checkpoint_path": "{root}/megatron"}, "is the input folder: choose another"),
     "checkpoint without config": (
         "megatron-to-hf", {"load_checkpoint_path": "{root}/bare"},
-        "bare carries no config.json: set HF_MODEL_PATH to the model it came from"),
+        "bare has no config.json: set HF_MODEL_PATH to the original model"),
     "another model": (
         "megatron-to-hf", {"hf_model_path": "{root}/other"}, "lacks output_layer.weight, and its config.json does"),
     "lost": (
         "megatron-to-hf", {"load_checkpoint_path": "{root}/lost"},
-        "names iter_0000007, which is not there: give that folder back, or write one of ['release'] there"),
+        "names iter_0000007, which does not exist: restore that folder, or write one of ['release'] there"),
     "size": ("megatron-to-hf", {"max_shard_size": "5"}, "MAX_SHARD_SIZE=5: give a number and one of KB, MB, GB"),
     "dtype": ("megatron-to-hf", {"dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
     "nothing to compare": (
@@ -321,7 +323,7 @@ def test_wrong_use_gets_one_message(
     assert tree(wrong) == before and not (tmp_path / "new").exists()
 
 
-def test_a_proof_that_fails_leaves_no_folder_that_looks_finished(
+def test_a_verification_that_fails_leaves_no_folder_that_looks_finished(
     tmp_path: Path, qwen: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def damage(states: dict[Path, Any], *arguments: Any) -> None:
@@ -331,19 +333,17 @@ def test_a_proof_that_fails_leaves_no_folder_that_looks_finished(
             data[len(data) // 2] ^= 1
             path.write_bytes(data)
 
-    save_rank_files = convert.save_rank_files
-    monkeypatch.setattr(convert, "save_rank_files", damage)  # as a disk that does not keep what it was given
+    save_rank_files = hf_to_megatron.save_rank_files
+    monkeypatch.setattr(hf_to_megatron, "save_rank_files", damage)  # as a disk that does not keep what it was given
     with pytest.raises(
-        KitError, match=r"the proof failed: .* differs from model\..* \(all in .*/conversion_report\.json\)"
+        KitError, match=r"verification failed: .* differs from model\..* \(all in .*/conversion_report\.json\)"
     ):
         to_megatron(qwen[True], tmp_path / "megatron")
     assert [path.name for path in (tmp_path / "megatron").iterdir()] == [REPORT]
     report = json.loads((tmp_path / "megatron" / REPORT).read_text())
     assert len(report["errors"]) == 1 and "differs from model." in report["errors"][0]
-    assert report["result"].endswith(": 1 differences") and (len(report["megatron"]), len(report["hugging_face"])) == (
-        30,
-        50,
-    )
+    assert report["result"].endswith(": 1 differences")
+    assert (len(report["megatron"]), len(report["hugging_face"])) == (30, 50)
     monkeypatch.undo()
     to_megatron(qwen[True], tmp_path / "megatron")  # a report alone is in nobody's way
     assert not json.loads((tmp_path / "megatron" / REPORT).read_text())["errors"]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from common import convert
-from common.checkpoint.conversion.target import REPORT
+from common.checkpoint.conversion import hf_to_megatron
+from common.checkpoint.conversion.output_folder import REPORT
 from common.errors import KitError
 from tests.end_to_end.converting import run_main, to_hf, to_megatron, tree, weights, words
 from tests.tiny import tiny_qwen
@@ -27,8 +28,9 @@ def test_inspect_tells_both_sides(tmp_path: Path, qwen: Path, capsys: pytest.Cap
     capsys.readouterr()
     for folder, told in (
         (qwen, ["format: Hugging Face, safetensors", "weights: 214,080 parameters in 51 tensors,"]),
-        (megatron, ["layout: TP=2 PP=2 VPP=1, layers a chunk 2,2", "names: local", "weights: 214,080 parameters in 62",
-                    "written by: this kit, step 2", "optimizer: no", "config.json: beside it"]),
+        (megatron, ["layout: TP=2 PP=2 VPP=1, layers per chunk 2,2", "names: local",
+                    "weights: 214,080 parameters in 62", "written by: this kit, step 2", "optimizer: no",
+                    "config.json: beside it"]),
         (dist / "release", ["layout: whole tensors, layers stacked;", "weights: 214,080 parameters in 10 tensors",
                             "written by: this kit, step 2", "iteration: release"]),
     ):  # fmt: skip
@@ -98,7 +100,7 @@ def test_values_that_are_not_finite_are_counted_and_converted(
     assert run_main(words("hf-to-megatron", **there)) == 0
     err = capsys.readouterr().err
     assert "all bits agree; 3 values are NaN or infinite\n" in err
-    assert err.count("3 values are NaN or infinite: they are written as they are\n") == 1
+    assert err.count("3 values are NaN or infinite: they are written unchanged\n") == 1
 
 
 def test_two_conversions_into_one_folder_are_refused(tmp_path: Path, qwen: Path) -> None:
@@ -119,7 +121,7 @@ def test_a_folder_that_was_filled_meanwhile_is_refused(
     target = tmp_path / "megatron"
     to_megatron(qwen, target)
     before = tree(target)
-    monkeypatch.setattr(convert, "check_target", lambda *_: None)  # it was empty then
+    monkeypatch.setattr(hf_to_megatron, "check_output_folder", lambda *_: None)  # it was empty then
     with pytest.raises(KitError, match="is not empty"):
         to_megatron(qwen, target, tp=2)
     assert tree(target) == before

@@ -12,8 +12,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
-from common.data.dataset.indexed import IndexedWriter
-from common.data.tokenizer.tokenizer import load_tokenizer
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from tests.end_to_end.steps import chats, files, run, texts, write_rows
 from tests.tiny import tiny_qwen
 
@@ -48,7 +48,7 @@ def test_pretraining_data_is_what_the_tokenizer_gives(tmp_path: Path, qwen: Path
     )
     assert [each["path"] for each in content["inputs"]] == [str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl")]
     assert f"kept as ordinary text: {sum(i % 4 for i in range(60))}\n" in err
-    assert "dropped, no text: 15 documents" in err and "MB/s" in err and "\r" not in err
+    assert "dropped 15 documents: no text" in err and "MB/s" in err and "\r" not in err
 
 
 def test_documents_of_any_size_and_content_come_back(tmp_path: Path, qwen: Path) -> None:
@@ -114,11 +114,11 @@ def test_parts_on_machines_of_their_own_and_merge(tmp_path: Path, qwen: Path) ->
     out = tmp_path / "out" / "a"
     for index in (2, 0):
         _, err = run("pretrain", output_prefix=out, partitions=3, partition_index=index, **flags)
-        assert f"part {index + 1} of 3 is written: " in err and "common.preprocess merge" in err
+        assert f"wrote partition {index + 1} of 3: " in err and "common.preprocess merge" in err
     _, err = run("merge", expect=2, output_prefix=out)
-    assert "1 of 3 parts are not finished in " in err and "run PARTITION_INDEX=1" in err
+    assert "1 of 3 partitions are not finished in " in err and "run PARTITION_INDEX=1" in err
     run("pretrain", output_prefix=out, partitions=3, partition_index=1, **flags)
-    assert "ok: the parts of" in run("merge", output_prefix=out, check=True)[0]
+    assert "ok: the partitions of" in run("merge", output_prefix=out, check=True)[0]
     assert "300 documents" not in run("merge", output_prefix=out)[1]
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     _, err = run("pretrain", expect=2, output_prefix=out, partitions=3, partition_index=3, **flags)
@@ -142,10 +142,10 @@ def test_show_stats_and_the_old_kits_data(tmp_path: Path, qwen: Path) -> None:
     ids = " ".join(f"⟦{i}⟧" if m else str(i) for i, m in zip(tokens[number], mask[number], strict=True))
     assert ids in other.splitlines()
     told, _ = run("stats", **data, seq_lengths="64,256", global_batch_size=4)
-    assert '"sft" data, 40 documents' in told and "learned: " in told and "SEQ_LENGTH=256: 0 too long" in told
+    assert '"sft" data, 40 documents' in told and "supervised: " in told and "SEQ_LENGTH=256: 0 too long" in told
     _, err = run("stats", **data, expect=2, seq_lengths="64,x")
-    assert "SEQ_LENGTHS=64,x: give whole numbers, by commas" in err
-    with IndexedWriter(tmp_path / "old", "<i4") as writer:
+    assert "SEQ_LENGTHS=64,x: give integers separated by commas" in err
+    with IndexedDatasetBuilder(tmp_path / "old", "<i4") as writer:
         writer.add_document([5, 6, -8, 0, -100, 7, -100, -100])
     run("import-legacy", input=tmp_path / "old", output_prefix=tmp_path / "new", tokenizer_path=qwen)
     out, _ = run("show", data=tmp_path / "new", tokenizer_path=qwen, index=0, ids="true")
@@ -158,9 +158,9 @@ def test_a_second_run_reuses_what_is_done(tmp_path: Path, qwen: Path) -> None:
     run("sft", **flags)
     before = files(tmp_path / "out")
     _, err = run("sft", **flags)
-    assert "is finished already" in err and files(tmp_path / "out") == before
+    assert "is already finished" in err and files(tmp_path / "out") == before
     _, err = run("sft", expect=2, loss_on="turn", **flags)
-    assert "tells of other input, tokenizer or settings (loss_on): remove it" in err
+    assert "has other input, tokenizer or settings (loss_on): remove it" in err
 
 
 def test_the_command_loads_no_model_library() -> None:
@@ -181,7 +181,7 @@ PRETRAIN_MISTAKES = {
     "partitions": ([{"text": "a"}], {"partitions": 0}, "PARTITIONS=0: it must be at least 1"),
     "eod": ([{"text": "a"}], {"eod_token": "no token"}, "EOD_TOKEN=no token is"),
     "input": ([{"text": "a"}], {"input": "/nowhere.jsonl"}, "INPUT: /nowhere.jsonl does not exist"),
-    "tokenizer": ([{"text": "a"}], {"tokenizer_path": "/nowhere"}, "TOKENIZER_PATH=/nowhere is no folder"),
+    "tokenizer": ([{"text": "a"}], {"tokenizer_path": "/nowhere"}, "TOKENIZER_PATH=/nowhere is not a folder"),
     "output": ([{"text": "a"}], {"output_prefix": f"{__file__}/x/a"}, "nothing can be written to"),
     "folder": ([{"text": "a"}], {"output_prefix": "/tmp/"}, "OUTPUT_PREFIX=/tmp/ is a folder"),
 }
@@ -205,7 +205,7 @@ def test_wrong_use_of_sft_gets_one_message(tmp_path: Path, qwen: Path) -> None:
     assert "mixed.jsonl, line 3: it is of format messages, the first row of instruction" in err
     unknown = write_rows(tmp_path / "unknown.jsonl", [{"text": "a"}])
     _, err = run("sft", expect=2, input=unknown, **flags, check=True)
-    assert "unknown.jsonl, line 1: its fields 'text' are of no known format" in err
+    assert "unknown.jsonl, line 1: its fields 'text' match no known format" in err
     _, err = run("sft", expect=2, input=mixed, **flags, roles="user")
     assert "--roles: invalid choice: 'user'" in err
     assert not list((tmp_path / "out").glob("a_*"))

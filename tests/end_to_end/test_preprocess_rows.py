@@ -10,7 +10,7 @@ from typing import Any
 import jsonlines
 import pytest
 
-from common.data.dataset.indexed import IndexedReader
+from common.data.dataset.indexed_dataset import IndexedDataset
 from tests.end_to_end.steps import ROOT, write_rows
 from tests.tiny import tiny_qwen
 
@@ -55,14 +55,14 @@ def test_odd_rows_are_told_one_by_one_and_left_out_where_that_is_asked_for(tmp_p
     rows = write_rows(tmp_path / "a.jsonl", [*good, *ODD, *good])
     settings = {"INPUT": rows, "OUTPUT_PREFIX": tmp_path / "out", "TOKENIZER_PATH": qwen, "WORKERS": 2}
     told = preprocess(2, **settings)
-    assert f"error: {rows}, line 4: conversations: turn 4: field 'mask' is not followed" in told
+    assert f"error: {rows}, line 4: conversations: turn 4: field 'mask' is not supported" in told
     assert told.count("ON_ERROR=skip") == 1 and "Traceback" not in told
     told = preprocess(0, **settings, ON_ERROR="skip")
-    assert f"dropped, bad rows, written to the rejects file: {len(ODD)} documents" in told
+    assert f"dropped {len(ODD)} documents: bad rows, written to the rejects file" in told
     assert "rows' field 'id', not used: 6" in told and "rows' field 'source', not used: 6" in told
     with jsonlines.open(tmp_path / "out.rejects") as reader:
         rejects = list(reader)
     assert [row["line"] for row in rejects] == list(range(4, 4 + len(ODD)))
     assert [json.loads(row["row"]) for row in rejects] == json.loads(json.dumps(ODD))
-    learned = [int(mask.sum()) for mask in IndexedReader(tmp_path / "out_loss_mask_document")]
+    learned = [int(mask.sum()) for mask in IndexedDataset(tmp_path / "out_loss_mask_document")]
     assert len(learned) == 6 and learned[0] == learned[1] and learned[2] == 2 * learned[1]

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import KitError, told_of
+from common.errors import KitError, describe_os_error
 
 ROOT = Path(__file__).parents[2]
 SECONDS, MEMORY = 5, 1 << 30
@@ -121,7 +121,7 @@ def _outcome(take: Case, data: bytes) -> str:
             cause = cause.__cause__ or cause.__context__
         return "refused"
     except BaseException as error:
-        if told_of(error) and isinstance(error, OSError) and error.errno != errno.ENOMEM:
+        if describe_os_error(error) and isinstance(error, OSError) and error.errno != errno.ENOMEM:
             return "refused"  # by the system, which the commands tell in one line
         return traceback.format_exc()[-1500:]
     finally:

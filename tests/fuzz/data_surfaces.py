@@ -18,22 +18,25 @@ from backports import zstd as zstd_file
 from safetensors.torch import load, save_file
 from tokenizers import AddedToken
 
-from common.checkpoint.conversion.streams import hf_shapes
+from common.checkpoint.conversion.state_dict_adapter import hf_shapes
 from common.checkpoint.formats.hf_folder import INDEX, SINGLE, HfReader, check_weights
-from common.data.dataset.indexed import IndexedReader, IndexedWriter, bin_path, idx_path, open_tokens
-from common.data.dataset.token_ids import scan
-from common.data.sources.files import layout_of
-from common.data.sources.inputs import Chunk, Span, read_chunks
-from common.data.sources.jsonl import BadRows, first_rows, records, strings_at_once
-from common.data.templates.answers import RESTORED
-from common.data.templates.chat import ChatTemplate
-from common.data.templates.sft import SftEncoder
-from common.data.tokenizer.tokenizer import find_eod, load_tokenizer
+from common.data.dataset.id_range import scan_id_range
+from common.data.dataset.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, bin_path, idx_path, open_tokens
+from common.data.encoders.sft import SftEncoder
+from common.data.sources.bad_rows import BadRows
+from common.data.sources.chunks import Chunk, read_chunks
+from common.data.sources.file_format import detect_layout
+from common.data.sources.jsonl import fast_string_column, first_rows, records
+from common.data.sources.spans import Span
+from common.data.templates.assistant_spans import RESTORED_REASONING
+from common.data.templates.chat_template import ChatTemplate
+from common.data.tokenizer.eod import find_eod
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.demo.tokenizer import train_tokenizer
 from tests.fuzz import files
 from tests.fuzz import rows as row_cases
 from tests.fuzz.bounds import ROOT, Case, Surface
-from tests.unit.checkpoint.small import same_bits, write_hf
+from tests.unit.checkpoint.small import bitwise_equal, write_hf
 
 MANY = 2000  # rows; more are a file that inflates to many, which are read in chunks alone
 BOM = b"\xef\xbb\xbf"
@@ -57,7 +60,7 @@ def rows(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
         kind = next((each for each in ("messages", "conversations") if each.encode() in text), "instruction")
         path = folder / "rows.jsonl"
         path.write_bytes(text)
-        check_rows(encoder(*how.decode().split(), kind), Chunk(path, 0, text, len(text)))
+        check_padding_rows(encoder(*how.decode().split(), kind), Chunk(path, 0, text, len(text)))
 
     return row_cases.cases(seed, count), take
 
@@ -74,7 +77,7 @@ def _tokenizer(folder: Path, name: str) -> tuple[Any, ChatTemplate]:
     return tokenizer, ChatTemplate(tokenizer)
 
 
-def check_rows(encoder: SftEncoder, chunk: Chunk) -> None:
+def check_padding_rows(encoder: SftEncoder, chunk: Chunk) -> None:
     """Encodes rows; they must have ids of the vocabulary, finite weights, and the text of transformers' rendering."""
     encoded = encoder(chunk)
     tokens, mask = encoded.streams["tokens"], encoded.streams["loss_mask"]
@@ -89,7 +92,9 @@ def check_rows(encoder: SftEncoder, chunk: Chunk) -> None:
         text = encoder.tokenizer.decode(tokens[end - length : end - 1].tolist())
         # As transformers renders it; the tokenizer is the encoder's own, given the same words.
         render, more = encoder.template._tokenizer.apply_chat_template, talk.template_kwargs
-        if encoded.counts[RESTORED]:  # the last answer is as the model says it, not as the template shows it later
+        if encoded.counts[
+            RESTORED_REASONING
+        ]:  # the last answer is as the model says it, not as the template shows it later
             prompt = render(talk.messages[:-1], tools=talk.tools, tokenize=False, add_generation_prompt=True, **more)
             assert _nfc(text).startswith(_nfc(prompt)), (text, prompt)
             continue
@@ -108,9 +113,9 @@ def jsonl(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
     def take(data: bytes) -> None:
         path.write_bytes(data)
         found = read_rows(path)
-        if layout_of(path).array:
+        if detect_layout(path).array:
             _check_array(found, data)
-        elif not layout_of(path).compression:
+        elif not detect_layout(path).compression:
             _check_lines(found, data)
 
     return files.jsonl_cases(seed, count), take
@@ -125,9 +130,9 @@ def read_rows(path: Path) -> list[Any]:
     """The rows of a file, read one by one and in chunks, which must be the same; raises KitError."""
     found = [row for _, _, row in first_rows([path])]
     again = []
-    for chunk in read_chunks(Span(path, 0, None if layout_of(path).whole else path.stat().st_size), 1 << 20):
+    for chunk in read_chunks(Span(path, 0, None if detect_layout(path).sequential else path.stat().st_size), 1 << 20):
         part = [row for _, row in records(chunk, Counter(), BadRows(chunk))]
-        fast = strings_at_once(chunk, "text")
+        fast = fast_string_column(chunk, "text")
         assert fast is None or fast == [row.get("text") for row in part]
         again += part
     _check_same(found, again)
@@ -148,7 +153,7 @@ def json_array(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Ca
     def take(data: bytes) -> None:
         path.write_bytes(data)
         found = read_rows(path)
-        if layout_of(path).array:
+        if detect_layout(path).array:
             _check_array(found, data)
 
     return files.json_array_cases(seed, count), take
@@ -201,7 +206,7 @@ def _compressed(path: Path, decompress: Any) -> Case:
 def index(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
     """An .idx and its .bin."""
     prefix, documents = folder / "data", [[5, 6, 7], [1], [399] * 50, [], [0, 65499]]
-    with IndexedWriter(prefix, "<u2") as writer:
+    with IndexedDatasetBuilder(prefix, "<u2") as writer:
         for document in documents:
             writer.add_document(np.array(document, np.int64))
     source, content = idx_path(prefix).read_bytes(), bin_path(prefix).read_bytes()
@@ -213,15 +218,15 @@ def index(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
         bin_path(prefix).write_bytes(data[8 + size :])
         reader = open_tokens(prefix)
         assert sum(len(each) for each in reader) == reader.num_tokens == sum(reader.lengths.tolist())
-        assert reader.longest == max(map(len, reader), default=0) and scan(reader)[0] >= 0
+        assert reader.longest == max(map(len, reader), default=0) and scan_id_range(reader)[0] >= 0
         reader.token_starts(np.arange(len(reader) + 1))
         found = [each.tolist() for each in reader]
         # Bounds that join or empty documents are the format's own, and so are lengths of tokens that were added.
-        as_written = reader.index.num_bounds == reader.index.num_sequences + 1 and data[8 + size :] == content
+        as_written = reader.index.num_document_indices == reader.index.num_sequences + 1 and data[8 + size :] == content
         assert found == documents or not as_written
         ids = all_ids if data[8 + size :] == content else np.frombuffer(data[8 + size :], reader.dtype).tolist()
         assert [each for document in found for each in document] == ids
-        assert len(IndexedReader(prefix, check=False)) == len(found)
+        assert len(IndexedDataset(prefix, check=False)) == len(found)
 
     return files.index_cases(seed, count, source, content), take
 
@@ -247,7 +252,7 @@ def safetensors(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], C
         check_weights(reader, expected, qwen)
         truth = load(data) if single else weights
         for name in reader.names:
-            assert same_bits(reader.tensor(name), truth[name]), name
+            assert bitwise_equal(reader.tensor(name), truth[name]), name
 
     return files.safetensors_cases(seed, count, source, {"metadata": {"total_size": 1}, "weight_map": listed}), take
 

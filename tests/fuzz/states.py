@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from common.data.dataset.blend import read_blend
-from common.data.dataset.indexed import open_tokens
+from common.data.dataset.blended_dataset import read_blend
+from common.data.dataset.builder import check_against_manifest
+from common.data.dataset.id_range import check_ids
+from common.data.dataset.indexed_dataset import open_tokens
 from common.data.dataset.manifest import manifest_path, resolve
-from common.data.dataset.samples import check_against_manifest
 from common.data.dataset.show import show
 from common.data.dataset.stats import report
-from common.data.dataset.token_ids import check_ids
-from common.data.job import runner as engine
-from common.data.job.job import Job
-from common.data.job.parts import Earlier
-from common.data.sources.inputs import Chunk
-from common.data.tokenizer.encoded import Encoded
-from common.data.tokenizer.tokenizer import TextTokenizer, load_tokenizer
+from common.data.encoders.encoded import EncodedChunk
+from common.data.preprocessing import runner
+from common.data.preprocessing.job import Job
+from common.data.preprocessing.parts import EarlierParts
+from common.data.sources.chunks import Chunk
+from common.data.tokenizer.text_tokenizer import TextTokenizer, load_tokenizer
 from common.demo.tokenizer import write_tokenizer
 from tests.fuzz.bounds import Case, Surface
 from tests.fuzz.configs import cases
@@ -43,12 +43,12 @@ def _cases(seed: int, count: int, source: dict[str, Any]) -> Iterator[bytes]:
         yield text
 
 
-def encode(chunk: Chunk) -> Encoded:
+def encode(chunk: Chunk) -> EncodedChunk:
     """A line is the document of its bytes, all of which are learned."""
     lines = chunk.data.split(b"\n")[:-1]
     tokens = np.frombuffer(b"".join(lines), np.uint8).astype(np.uint16)
     streams = {"tokens": tokens, "loss_mask": np.ones(tokens.size, np.uint8)}
-    made = Encoded(streams, np.array([len(line) for line in lines], np.int32))
+    made = EncodedChunk(streams, np.array([len(line) for line in lines], np.int32))
     made.counts["read"] = len(lines)
     return made
 
@@ -68,7 +68,7 @@ def _job(folder: Path, partitions: int = 1, index: int | None = None) -> Job:
 def manifest(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
     """The manifest of fine-tuning data, as training, show, stats and step 1 itself read it."""
     job = _job(folder)
-    engine.run(job)
+    runner.run(job)
     path = manifest_path(job.output_prefix)
     source = json.loads(path.read_text())
     write_tokenizer(folder / "tokenizer", ["the cat sat on the mat"] * 4, 300)
@@ -89,14 +89,14 @@ def _read(job: Job, tokenizer: TextTokenizer, documents: list[list[int]]) -> Non
     check_ids(files, tokens, tokenizer.vocab_size, Path("config.json"))
     for _ in (*report(files, [4, 16], 8), *show(files, tokenizer, 0, 1, False)):
         pass
-    engine.check(job)
+    runner.check(job)
     assert files.loss_mask is None or [each.tolist() for each in tokens] == documents
 
 
 def part(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
     """The state of a part and the claim of a run, as the next run and merge read them."""
     for index in (0, 1):
-        engine.run(_job(folder, 2, index))
+        runner.run(_job(folder, 2, index))
     parts = _job(folder, 2).folder
     sources = [json.loads(next(iter(sorted(parts.glob(name)))).read_text()) for name in ("part_*.json", "run_*.json")]
     paths = [next(iter(sorted(parts.glob(name)))) for name in ("part_*.json", "run_*.json")]
@@ -107,8 +107,8 @@ def part(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
         which = data[0]
         paths[which].write_bytes(data[1:])
         paths[1 - which].write_bytes(whole[1 - which])
-        Earlier(parts)
-        engine.merge(folder / "data", check=True)
+        EarlierParts(parts)
+        runner.merge(folder / "data", check=True)
 
     return (bytes([i % 2]) + next(given[i % 2]) for i in range(count)), take
 

@@ -11,13 +11,14 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from common.checkpoint.conversion.streams import hf_shapes, hf_tensors
+from common.checkpoint.conversion.state_dict_adapter import hf_shapes, hf_state_dict
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.checkpoint.formats.hf_folder import HfReader, check_weights
-from common.checkpoint.formats.layout import find_checkpoint
 from common.checkpoint.formats.megatron_folder import open_megatron
-from common.checkpoint.verification.harmless import check_harmless
 from common.checkpoint.verification.inspection import inspect_folder
-from common.data.tokenizer.tokenizer import find_eod, load_tokenizer
+from common.checkpoint.verification.pickle_scan import check_pickles
+from common.data.tokenizer.eod import find_eod
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.model.shape.config import load_config
 from tests.fuzz import configs, pickles
 from tests.fuzz.bounds import Case
@@ -29,9 +30,9 @@ def read_checkpoint(folder: Path) -> None:
     inspect_folder(folder / "megatron")
     checkpoint = find_checkpoint(folder / "megatron")
     assert checkpoint is not None
-    check_harmless(checkpoint)
+    check_pickles(checkpoint)
     qwen = load_config(folder / "hf")
-    for tensor in hf_tensors(open_megatron(checkpoint, qwen), qwen, None).values():
+    for tensor in hf_state_dict(open_megatron(checkpoint, qwen), qwen, None).values():
         for _ in tensor.blocks():
             pass
 

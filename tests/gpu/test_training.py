@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from common.convert import ToMegatron, to_megatron
+from common.checkpoint.conversion.hf_to_megatron import HfToMegatron, convert_hf_to_megatron
+from common.data.dataset.builder import build_dataset
 from common.data.dataset.manifest import resolve
-from common.data.dataset.samples import open_samples
 from tests.tiny import TEXTS, tiny_qwen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -60,8 +60,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["sft", f"--input={chats}", f"--output-prefix={folder / 'chats'}", f"--tokenizer-path={qwen}"]
     run("common.preprocess", *words, "--workers=1")
     for impl in ("local", "transformer_engine"):
-        settings = ToMegatron(str(qwen), str(folder / impl), dtype="bf16", transformer_impl=impl)
-        to_megatron(settings, check=False)
+        settings = HfToMegatron(str(qwen), str(folder / impl), dtype="bf16", transformer_impl=impl)
+        convert_hf_to_megatron(settings, check=False)
     return folder
 
 
@@ -84,7 +84,7 @@ def test_the_first_step_is_hugging_faces(work: Path, impl: str) -> None:
     from transformers import Qwen2ForCausalLM
 
     data = resolve(str(work / "data"))
-    samples = open_samples(data, train_mode="pretrain", seq_length=256, seed=1234)
+    samples = build_dataset(data, train_mode="pretrain", seq_length=256, seed=1234)
     rows = [samples[i] for i in range(8)]
     tokens, labels = (
         torch.stack([torch.from_numpy(row[name]) for row in rows]).cuda() for name in ("tokens", "labels")
@@ -101,7 +101,7 @@ def test_the_first_step_is_hugging_faces(work: Path, impl: str) -> None:
 
 def memory(log: str) -> float:
     """GiB allocated at most, of the log's line."""
-    found = re.search(r"GiB allocated / reserved / there are: ([\d.]+)", log)
+    found = re.search(r"GiB allocated / reserved / total: ([\d.]+)", log)
     assert found, log[-3000:]
     return float(found[1])
 
@@ -213,7 +213,7 @@ def test_two_gpus_learn_as_one_does(work: Path, name: str, flags: dict[str, Any]
     one = train(work, "transformer_engine", **alone, **{"save-checkpoint-path": work / f"one_of_{name}"})
     weights = work / f"transformer_engine_{name}"
     sizes = {size: flags.get(size, 1) for size in ("tp", "pp", "vpp")}
-    to_megatron(ToMegatron(str(work / "qwen"), str(weights), dtype="bf16", **sizes), check=False)
+    convert_hf_to_megatron(HfToMegatron(str(work / "qwen"), str(weights), dtype="bf16", **sizes), check=False)
     given = {"gpus": 2, "train-iters": 5, "load-checkpoint-path": weights, "save-checkpoint-path": work / f"two_{name}"}
     two = train(work, "transformer_engine", **given, **flags)
     assert len(one) == len(two) == 5

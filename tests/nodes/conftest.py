@@ -58,7 +58,7 @@ def waiting(nodes: list[Node], work: Path, common: dict[str, Any]) -> dict[str, 
         folder.mkdir()
     divided = {**same, "save_checkpoint_path": private["shared"], "master_addr": nodes[2].address, "master_port": 29600}
     first = nodes[2].train(**meeting)
-    first.wait_for("going on to torchrun")
+    first.wait_for("starting torchrun")
     return {
         "out of reach": (
             nodes[2].train(**apart, node_rank=0, master_addr=nodes[2].address),

@@ -28,7 +28,7 @@ def test_other_settings_code_and_data_are_named_on_both_nodes(
     kit = work / "kit"
     for part in ("common", "cpu"):
         shutil.copytree(ROOT / part, kit / part, ignore=shutil.ignore_patterns("__pycache__"))
-    with (kit / "common" / "training" / "step.py").open("a") as stream:
+    with (kit / "common" / "training" / "loop" / "step.py").open("a") as stream:
         stream.write("# a line more\n")
     data = bytearray((work / "text_text_document.bin").read_bytes())
     data[-2] ^= 1  # the last token is another
@@ -39,7 +39,7 @@ def test_other_settings_code_and_data_are_named_on_both_nodes(
     logs = pair(nodes, 29610, settings, lr=2e-3, kit=kit, mounts=mounts)
     told = (
         "error: node 1 (node1) is not like node 0 (node0): LR is 0.002 on node 1 (node1), 0.001 on node 0 (node0),"
-        " common/training/loop/step.py differs, DATASET_PATH[0] text_text_document.bin differs\n"
+        " common/training/loop/train_step.py differs, DATASET_PATH[0] text_text_document.bin differs\n"
     )
     assert all(told in log and "Traceback" not in log for log in logs), logs
     assert "iteration" not in logs[0] and not [*(work / "refused").glob("iter_*")]
@@ -70,5 +70,5 @@ def test_two_nodes_with_one_number_are_named(nodes: list[Node], work: Path, comm
 def test_a_node_that_cannot_start_tells_the_others_why(nodes: list[Node], work: Path, common: dict[str, Any]) -> None:
     settings = {**common, "save_checkpoint_path": work / "lacks"}
     logs = pair(nodes, 29650, settings, dataset_path=work / "nowhere")
-    assert f"error: node 1 (node1) cannot start: DATASET_PATH={work / 'nowhere'} is no dataset" in logs[0]
-    assert f"error: DATASET_PATH={work / 'nowhere'} is no dataset" in logs[1]
+    assert f"error: node 1 (node1) cannot start: DATASET_PATH={work / 'nowhere'} is not a dataset" in logs[0]
+    assert f"error: DATASET_PATH={work / 'nowhere'} is not a dataset" in logs[1]

@@ -31,8 +31,8 @@ def test_two_nodes_train_to_the_losses_of_one(nodes: list[Node], work: Path, com
     for (iteration, loss, norm), (_, expected_loss, expected_norm) in zip(found, expected, strict=True):
         assert abs(loss - expected_loss) <= 1e-4, iteration  # one process: sums are made in another order
         assert abs(norm - expected_norm) <= 1e-3 * expected_norm, iteration
-    assert "all 2 nodes are there, and alike: node 0 (node0), node 1 (node1)" in logs[0]
-    assert "gloo: eth0 (10.77.0.2), the way to the first node" in logs[1]
+    assert "preflight check passed on all 2 nodes: node 0 (node0), node 1 (node1)" in logs[0]
+    assert "gloo uses eth0 (10.77.0.2), the route to the first node" in logs[1]
     assert not (work / "two" / ".nodes").exists()
 
 
@@ -100,7 +100,7 @@ def test_a_launcher_that_is_asked_to_stop_stops_the_run_on_all_nodes(
     second.process.send_signal(signal.SIGTERM)
     first.end(75)
     log = second.end(75)
-    (stopped,) = re.findall(r"asked to stop: saving iteration (\d+)", first.text())
+    (stopped,) = re.findall(r"stop requested: saving iteration (\d+)", first.text())
     assert f"stopped after iteration {stopped} of 100000" in first.text() and "Traceback" not in first.text() + log
     assert (work / f"stopped_{port}" / "latest_checkpointed_iteration.txt").read_text().strip() == stopped
 

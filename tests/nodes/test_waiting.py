@@ -23,5 +23,5 @@ def test_a_node_that_differs_is_sent_away_from_a_rendezvous(waiting: dict[str, t
     first, second = (run.end(2, LIMIT_S) for run in waiting["at a rendezvous"])
     told = "node3 is not like node2: SEED is 7 on node3, 1234 on node2"
     assert f"error: {told}" in second
-    assert "error: NNODES=2 nodes did not come together" in first and f"sent away: {told}" in first
+    assert "error: NNODES=2 nodes did not join RDZV_ENDPOINT=" in first and f"rejected: {told}" in first
     assert "Traceback" not in first + second

@@ -108,7 +108,21 @@ setup() {
       check "$vendor/3_run_mcore_qwen.sh" --transformer-impl local
   done
   run -2 paste_line "$PRINTED --check --seq-length 100000" # a check that never failed would show nothing
-  [[ $output == *"error: SEQ_LENGTH=100000 is over"* && ! -e $DATA/new ]]
+  [[ $output == *"error: SEQ_LENGTH=100000 exceeds"* && ! -e $DATA/new ]]
+}
+
+@test "fields of Megatron-Core's configs go from step 3's script to Python's check" {
+  export TRANSFORMER_IMPL=local SEQ_LENGTH=64
+  export DATASET_PATH="$DATA/pretrain" HF_MODEL_PATH="$DATA/hf" SAVE_CHECKPOINT_PATH="$DATA/new"
+  fields="--mcore.transformer.recompute_modules core_attn mlp --mcore.ddp.bucket_size 1000"
+  # shellcheck disable=SC2086 # a word each
+  run -0 --separate-stderr "$KIT/cpu/3_run_mcore_qwen.sh" --dry-run -- $fields
+  line=$output
+  [[ $line == *" $fields" ]]
+  run -0 paste_line "$line --check"
+  [[ $output == *"ddp config: bucket_size = 1000"* && $output == *"ok: the run can start" ]]
+  run -2 paste_line "$line --check --mcore.ddp.bucket_sise 1"
+  [[ $output == *"did you mean bucket_size"* ]]
 }
 
 @test "the printed lines of step 2, and of step 3 from what step 2 wrote, pass Python's own check at every vendor" {

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[2]

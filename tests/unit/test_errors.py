@@ -1,4 +1,4 @@
-"""What a command says and how it exits when something is wrong."""
+"""What a command prints and how it exits when something is wrong."""
 
 import os
 import subprocess
@@ -47,33 +47,6 @@ def test_success_exits_with_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    ("raised", "code", "last"),
-    [
-        ("KitError('TP=3')", 2, "error: TP=3"),
-        ("KeyboardInterrupt()", 130, "interrupted"),
-        ("ValueError('ours')", 1, "ValueError: ours"),
-        ("SystemExit(7)", 7, ""),
-        ("SystemExit()", 0, ""),
-    ],
-)
-def test_a_ranks_error_ends_it_before_anything_is_taken_down(raised: str, code: int, last: str) -> None:
-    program = f"""
-import atexit
-from common.errors import KitError, exit_at_once
-atexit.register(print, "taken down")
-with exit_at_once():
-    print("begun")
-with exit_at_once():
-    raise {raised}
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=60, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr.strip().split("\n")[-1]) == (code, "begun\n", last)
-
-
 def test_a_command_refuses_without_a_traceback() -> None:
     words = [
         "common.preprocess",
@@ -105,17 +78,17 @@ def ended(body: str, folder: Path, **more: str) -> subprocess.CompletedProcess[b
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ("open('nowhere/a')", b"error: nowhere/a: No such file or directory: give a path that is there"),
-        ("os.mkdir('file/a')", b"error: file/a: Not a directory: mend the path, or give another one"),
-        ("open('.', 'w')", b"error: .: Is a directory: mend the path, or give another one"),
-        ("open('x' * 300)", b"error: " + b"x" * 300 + b": File name too long: mend the path, or give another one"),
-        ("open('loop')", b"error: loop: Too many levels of symbolic links: a symbolic link leads back to itself"),
+        ("open('nowhere/a')", b"error: nowhere/a: No such file or directory: check the path, and that its"),
+        ("os.mkdir('file/a')", b"error: file/a: Not a directory: check the path, or give another one"),
+        ("open('.', 'w')", b"error: .: Is a directory: check the path, or give another one"),
+        ("open('x' * 300)", b"error: " + b"x" * 300 + b": File name too long: give a shorter path: most file"),
+        ("open('loop')", b"error: loop: Too many levels of symbolic links: a symbolic link points back to itself"),
         ("pathlib.Path('loop').resolve(); open('loop')", b"loop: Too many levels of symbolic links: a symbolic link"),
-        ("stream = open('/dev/full', 'wb', 0); stream.write(b'x')", b"error: No space left on device: make room (df,"),
+        ("stream = open('/dev/full', 'wb', 0); stream.write(b'x')", b"error: No space left on device: free some space"),
         ("os.replace('file', 'nowhere/b')", b"error: file -> nowhere/b: No such file or directory: "),
         (
             "resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)); [open('file') for _ in range(9)]",
-            b"error: file: Too many open files: let more files be open at once: ulimit -n 65536",
+            b"error: file: Too many open files: raise the limit on open files: ulimit -n 65536",
         ),
         ("open(b'\\xca\\xfd')", b"error: \\udcca\\udcfd: No such file or directory: "),
     ],
@@ -126,6 +99,38 @@ def test_what_the_system_refuses_is_one_line_with_path_cause_and_remedy(tmp_path
     done = ended(body, tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1), done.stderr
     assert told in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        ("EDQUOT", "Disk quota exceeded: your quota is used up: free some space (quota -s), then run the same command"),
+        ("ESTALE", "Stale file handle: the network file system lost it: check the mount, then run the same command"),
+        ("EIO", "Input/output error: the disk or the network file system failed: see dmesg, then run the same command"),
+        ("EROFS", "Read-only file system: remount it read-write, or give a path on another file system"),
+        ("EACCES", "Permission denied: ask its owner for access (chmod, chown), or give another path"),
+    ],
+)
+def test_what_only_other_disks_refuse_has_its_remedy_too(tmp_path: Path, number: str, told: str) -> None:
+    error = f"OSError(getattr(errno, {number!r}), os.strerror(getattr(errno, {number!r})), 'there')"
+    done = ended(f"import errno; raise {error}", tmp_path)
+    assert done.returncode == 2 and done.stderr.decode().startswith(f"error: there: {told}")
+
+
+def test_a_block_that_reads_or_writes_gives_its_path_to_an_error_without_one(tmp_path: Path) -> None:
+    done = ended("with errors.writing('a'), open('/dev/full', 'wb', 0) as stream: stream.write(b'x')", tmp_path)
+    assert done.stderr.startswith(b"error: a cannot be written: No space left on device: free some space"), done.stderr
+    done = ended("with errors.reading('a'): open('/proc/self/mem', 'rb', 0).read(1)", tmp_path)
+    assert done.stderr.startswith(b"error: a cannot be read: Input/output error: the disk or the"), done.stderr
+    done = ended("with errors.reading('a'): open('a')", tmp_path)
+    assert done.stderr.startswith(b"error: a cannot be read: No such file or directory: check"), done.stderr
+    done = ended("with errors.writing('a'): os.mkdir('b/c')", tmp_path)
+    assert done.stderr.startswith(b"error: a cannot be written: b/c: No such file or directory: check"), done.stderr
+
+
+def test_what_an_error_of_the_kits_own_adds_is_shown(tmp_path: Path) -> None:
+    done = ended("import errno; raise OSError(errno.ENOSPC, '1 GB is free', 'a')", tmp_path)
+    assert done.stderr.startswith(b"error: a: No space left on device (1 GB is free): free some space"), done.stderr
 
 
 @pytest.mark.parametrize("body", ["raise OSError('of ours')", "raise RuntimeError('of ours')", "1 / 0"])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.doctor import machine, packages
 from common.errors import KitError
 from common.estimate.gpus import find_gpu
@@ -43,7 +43,7 @@ def fact(name: str) -> Callable[[Any], Any]:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("facts")
     tiny_qwen(folder / "qwen")
-    with IndexedWriter(folder / "d_text_document", np.dtype(np.uint16)) as writer:
+    with IndexedDatasetBuilder(folder / "d_text_document", np.dtype(np.uint16)) as writer:
         for start in range(40):
             writer.add_document(np.arange(start, start + 33, dtype=np.uint16))
     return folder
@@ -203,7 +203,9 @@ def test_core_attention_is_the_first_that_works_of_the_platforms(work: Path, mon
 @fact("masked_attention")
 def test_samples_share_a_row_only_where_attention_takes_a_mask(work: Path) -> None:
     assert plan(work, PLATFORM, reset_attention=True).settings.reset_attention
-    with pytest.raises(KitError, match="RESET_ATTENTION=true: attention takes no mask on .* set RESET_ATTENTION=false"):
+    with pytest.raises(
+        KitError, match="RESET_ATTENTION=true: attention on .* takes no mask, .* set RESET_ATTENTION=false"
+    ):
         plan(work, replace(PLATFORM, masked_attention=False), reset_attention=True)
 
 

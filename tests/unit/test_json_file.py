@@ -1,4 +1,4 @@
-"""What is no JSON object, or one that readers take in two ways, is refused in words, in little time and memory."""
+"""What is not a JSON object, or is one that readers take in two ways, is refused, in little time and memory."""
 
 import json
 import subprocess
@@ -23,22 +23,22 @@ def test_an_object_is_read_as_json_reads_it(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "nothing": (b"", "is no JSON"),
-    "cut short": (OBJECT[:-1], "is no JSON"),
-    "a list": (b"[1]", "holds no JSON object"),
-    "a number": (b"12", "holds no JSON object"),
+    "nothing": (b"", "is not valid JSON"),
+    "cut short": (OBJECT[:-1], "is not valid JSON"),
+    "a list": (b"[1]", "is not a JSON object"),
+    "a number": (b"12", "is not a JSON object"),
     "a byte-order mark": (b"\xef\xbb\xbf" + OBJECT, "begins with a byte-order mark"),
-    "UTF-16": (OBJECT.decode().encode("utf-16"), "is no JSON .*codec can't decode"),
-    "Latin-1": (b'{"a": "\xe9"}', "is no JSON .*codec can't decode"),
-    "NUL": (OBJECT + bytes(9), "is no JSON"),
-    "half a character": (b'{"a": {"b": ["\\ud800"]}}', "is no JSON .*surrogates not allowed"),
-    "half a character as a name": (b'{"\\udfff": 1}', "is no JSON .*surrogates not allowed"),
-    "a name twice": (b'{"b": {"a": 1, "a": 2}}', "is no JSON .*'a' stands there twice"),
-    "a long number": (b'{"a": ' + b"9" * 5000 + b"}", "is no JSON .*a number has 5000 digits"),
+    "UTF-16": (OBJECT.decode().encode("utf-16"), "is not valid JSON .*codec can't decode"),
+    "Latin-1": (b'{"a": "\xe9"}', "is not valid JSON .*codec can't decode"),
+    "NUL": (OBJECT + bytes(9), "is not valid JSON"),
+    "half a character": (b'{"a": {"b": ["\\ud800"]}}', "is not valid JSON .*surrogates not allowed"),
+    "half a character as a name": (b'{"\\udfff": 1}', "is not valid JSON .*surrogates not allowed"),
+    "a name twice": (b'{"b": {"a": 1, "a": 2}}', "is not valid JSON .*'a' is a duplicate key"),
+    "a long number": (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON .*a number has 5000 digits"),
     "deep lists": (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "is nested deeper than 64"),
     "very deep lists": (b'{"a": ' + b"[" * 10**6 + b"]" * 10**6 + b"}", "is nested deeper than 64"),
     "very deep objects": (b'{"a":' * 10**6, "is nested deeper than 64"),
-    "a large file": (b'{"a": "' + b" " * MAX_BYTES + b'"}', "has more than 16 MiB"),
+    "a large file": (b'{"a": "' + b" " * MAX_BYTES + b'"}', "is larger than 16 MiB"),
 }
 
 
@@ -64,7 +64,7 @@ def test_a_file_without_end_takes_no_memory() -> None:
     code = "import sys, resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30));"
     code += "from pathlib import Path; from common.json_file import read_json; read_json(Path('/dev/zero'), 'mend it')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert "KitError: /dev/zero has more than 16 MiB, which no such file has: mend it" in done.stderr
+    assert "KitError: /dev/zero is larger than 16 MiB: mend it" in done.stderr
 
 
 def test_a_value_is_shown_in_one_short_line() -> None:

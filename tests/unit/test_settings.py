@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from common import settings as module
-from common.convert import ToHuggingFace, ToMegatron
+from common.checkpoint.conversion.hf_to_megatron import HfToMegatron
+from common.checkpoint.conversion.megatron_to_hf import MegatronToHf
 from common.errors import KitError
 from common.preprocess import PretrainSettings, SftSettings
 from common.settings import (
@@ -135,7 +136,7 @@ def test_the_scripts_settings_are_those_that_the_shell_finds() -> None:
     found = declared(STEPS, OLD_NAMES)
     assert {"MICRO_BATCH_SIZE", "TOKENIZER_PATH", "CONVERT_TYPE", "SAVE_DIST_CHECKPOINT_PATH"} <= found
     assert not {"PYTHON", "WORK_DIR", "LD_LIBRARY_PATH"} & found
-    fields = {field.name.upper() for kind in (TrainSettings, PretrainSettings, SftSettings, ToMegatron, ToHuggingFace)
+    fields = {field.name.upper() for kind in (TrainSettings, PretrainSettings, SftSettings, HfToMegatron, MegatronToHf)
               for field in dataclasses.fields(kind)}  # fmt: skip
     assert found - fields == {"CONVERT_TYPE", "SAVE_DIST_CHECKPOINT_PATH", "SAVE_TORCH_CHECKPOINT_PATH"}
 
@@ -157,7 +158,7 @@ def test_the_scripts_settings_are_those_that_the_shell_finds() -> None:
     ],
 )
 def test_a_name_that_looks_like_a_setting_is_refused_with_the_nearest(name: str, meant: str) -> None:
-    said = f"{name} is in the environment and is no setting: write {meant}, or unset it"
+    said = f"{name} is in the environment but is not a setting: write {meant}, or unset it"
     with pytest.raises(KitError, match=f"^{re.escape(said)}$"):
         check_environment(TRAINING, {"PATH": "/bin", name: "1"})
 
@@ -174,7 +175,7 @@ def test_settings_of_any_step_are_no_mistake() -> None:
 
 
 def test_an_experts_flag_is_not_read_from_the_environment() -> None:
-    said = "CORE_ATTENTION=sdpa is not read from the environment: give it as `-- --core-attention=sdpa`, or unset it"
+    said = "CORE_ATTENTION=sdpa is not read from the environment: pass `-- --core-attention=sdpa`, or unset it"
     with pytest.raises(KitError, match=f"^{re.escape(said)}$"):
         check_environment(TRAINING, {"CORE_ATTENTION": "sdpa"})
     check_environment(dataclasses.replace(TRAINING, core_attention="sdpa"), {"CORE_ATTENTION": "sdpa"})

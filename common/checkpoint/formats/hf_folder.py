@@ -1,7 +1,8 @@
-"""A Hugging Face folder's weights: safetensors read through memory maps, and written a tensor at a time.
+"""A Hugging Face folder's weights: safetensors files, read through memory maps and written one tensor at a time.
 
 A safetensors file is a u64 length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes
-(https://github.com/huggingface/safetensors#format).
+(https://github.com/huggingface/safetensors#format). Written here, because safetensors' own `save_file` needs all
+tensors of a file in memory.
 """
 
 import json
@@ -15,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT, check_names, is_skipped
-from common.checkpoint.io.checksums import check_inside
-from common.checkpoint.io.disk import DiskFile, Writer, ahead
-from common.checkpoint.io.lazy import LazyTensor, same_bits
+from common.checkpoint.io.checksums import check_file_name
+from common.checkpoint.io.direct_io import prefetch
+from common.checkpoint.io.file_writer import FileWriter
+from common.checkpoint.io.lazy_tensor import LazyTensor, bitwise_equal
+from common.checkpoint.io.mapped_file import MappedFile
 from common.errors import KitError
 from common.json_file import read_json
 from common.log import logger
@@ -33,16 +36,16 @@ QUANTIZED_BY = ("quantize_config.json", "quant_config.json", "hf_quant_config.js
 
 
 class HfReader:
-    """The tensors of a folder by name; each lies in the mapped file until it is used.
+    """The tensors of a folder by name, as views of mapped files.
 
-    Raises KitError when a file is missing, cut short or not of safetensors, or an index and its files disagree.
+    Raises KitError when a file is missing, truncated or not safetensors, or the index does not match its files.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         index = folder / INDEX
         if index.is_file() and (folder / SINGLE).is_file():
-            raise KitError(f"{folder} holds both {INDEX} and {SINGLE}: remove the one that is not the model's")
+            raise KitError(f"{folder} holds both {INDEX} and {SINGLE}: remove the one that is not used")
         if index.is_file():
             listed = read_index(index)
         elif (folder / SINGLE).is_file():
@@ -50,27 +53,28 @@ class HfReader:
         else:
             raise KitError(f"{folder} holds neither {INDEX} nor {SINGLE}: give a folder with safetensors")
         self._files: dict[str, Any] = {}
-        self._places: dict[str, tuple[DiskFile, int, int]] = {}
+        self._spans: dict[str, tuple[MappedFile, int, int]] = {}  # file, offset, size
         self._file_of: dict[str, str] = {}
         for name in sorted(set(listed.values())) if listed else [SINGLE]:
-            file, places = _open(folder / name)
+            path = folder / name
+            file, spans = _open(path)
             self._files[name] = file
-            self._places |= places
-            for tensor in file.keys():  # noqa: SIM118  a safe_open is no mapping
+            self._spans |= spans
+            for tensor in file.keys():  # noqa: SIM118  a safe_open is not a mapping
                 if listed is not None and listed.get(tensor) != name:
-                    raise KitError(f"{folder / name} holds {tensor}, which {INDEX} places elsewhere: copy them again")
+                    raise KitError(f"{path} holds {tensor}, which {INDEX} maps to another file: copy both again")
                 self._file_of[tensor] = name
-        if absent := sorted(set(listed or ()) - set(self._file_of)):
-            raise KitError(f"{index} names {absent[0]}, which {listed[absent[0]]} lacks: copy the folder again")  # type: ignore[index]
+        if missing := sorted(set(listed or ()) - set(self._file_of)):
+            raise KitError(f"{index} names {missing[0]}, which {listed[missing[0]]} lacks: copy the folder again")  # type: ignore[index]
 
     @property
     def names(self) -> list[str]:
-        """All tensors' names."""
+        """The names of all tensors."""
         return sorted(self._file_of)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor `name`; its bytes are read when they are looked at."""
-        file, start, size = self._places[name]
+        """The tensor `name`; its data is read when it is accessed."""
+        file, start, size = self._spans[name]
         return file.tensor(start, size, self.dtype(name)).reshape(self.shape(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -89,26 +93,28 @@ class HfReader:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor to file, as an index of safetensors tells it."""
+    """The weight_map of a safetensors index: tensor name to file name."""
     remedy = "copy it again from the model"
     listed = read_json(path, remedy).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise KitError(f"{path} is no index of safetensors, whose weight_map gives each tensor's file: {remedy}")
+        raise KitError(
+            f"{path} is not a safetensors index: its weight_map must map tensor names to file names: {remedy}"
+        )
     for file in set(listed.values()):
-        check_inside(path, file)
+        check_file_name(path, file)
     return listed
 
 
-def _open(path: Path) -> tuple[Any, dict[str, tuple[DiskFile, int, int]]]:
-    """The file, found sound by safetensors, and where each tensor's bytes lie in it: their beginning and number."""
+def _open(path: Path) -> tuple[Any, dict[str, tuple[MappedFile, int, int]]]:
+    """The file, opened (and validated) by safetensors, and each tensor's mapped file, byte offset and size."""
     if not path.is_file():
         raise KitError(f"{path} is missing: copy it again from the model")
     try:
-        with path.open("rb") as stream:  # safetensors takes no name that is not UTF-8
+        with path.open("rb") as stream:  # safetensors rejects paths that are not UTF-8
             file = safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt")
     except SafetensorError as error:
-        raise KitError(f"{path} is no whole safetensors file ({error}): copy it again from the model") from error
-    mapped = DiskFile(path)
+        raise KitError(f"{path} is not a complete safetensors file ({error}): copy it again from the model") from error
+    mapped = MappedFile(path)
     (length,) = struct.unpack("<Q", mapped.map[:8])
     header = json.loads(mapped.map[8 : 8 + length])
     offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
@@ -116,25 +122,25 @@ def _open(path: Path) -> tuple[Any, dict[str, tuple[DiskFile, int, int]]]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB" (10^9 each) or "5GiB" (2^30 each), as Hugging Face counts; raises KitError."""
+    """The bytes of "5GB" (10^9 each) or "5GiB" (2^30 each), as in Hugging Face; raises KitError."""
     for unit, factor in UNITS.items():
         number = text.upper().removesuffix(unit).strip()
         if text.upper().endswith(unit) and number.replace(".", "", 1).isdecimal() and float(number) > 0:
             return int(float(number) * factor)
-    raise KitError(f"MAX_SHARD_SIZE={text}: give a number and one of {', '.join(UNITS)}, as 5GB")
+    raise KitError(f"MAX_SHARD_SIZE={text}: give a number and one of {', '.join(UNITS)}, such as 5GB")
 
 
 def write_safetensors(
-    folder: Path, tensors: Mapping[str, LazyTensor], max_shard_bytes: int, done: Callable[[int], None]
+    folder: Path, tensors: Mapping[str, LazyTensor], max_shard_bytes: int, on_bytes: Callable[[int], None]
 ) -> list[str]:
-    """The names of the files of `tensors` in `folder`, each of at most `max_shard_bytes` unless one tensor is larger.
+    """Writes `tensors` to `folder` in shards of up to `max_shard_bytes` (unless one tensor is larger); the file names.
 
-    `done` is told the bytes of each block when it is written.
+    `on_bytes` is called with the size of each block once it is written.
     """
     shards = plan_shards(tensors, max_shard_bytes)
     names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, {tensor: tensors[tensor] for tensor in shard}, done)
+        _write_file(folder / name, {tensor: tensors[tensor] for tensor in shard}, on_bytes)
     if len(shards) == 1:
         return names
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
@@ -148,12 +154,12 @@ def write_safetensors(
 
 
 def shard_names(count: int) -> list[str]:
-    """The names of a model's safetensors files, as many as `count`."""
+    """The names of `count` safetensors shards."""
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [SINGLE]
 
 
 def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> list[list[str]]:
-    """The names of each file's tensors, filled one after the other in the given order."""
+    """The tensor names of each shard, in the given order."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -165,7 +171,7 @@ def plan_shards(tensors: Mapping[str, LazyTensor], max_shard_bytes: int) -> list
     return shards
 
 
-def _write_file(path: Path, tensors: Mapping[str, LazyTensor], done: Callable[[int], None]) -> None:
+def _write_file(path: Path, tensors: Mapping[str, LazyTensor], on_bytes: Callable[[int], None]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -173,21 +179,21 @@ def _write_file(path: Path, tensors: Mapping[str, LazyTensor], done: Callable[[i
         header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGNMENT)
-    with Writer(path) as stream:
+    with FileWriter(path) as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for block in ahead(block for tensor in tensors.values() for block in tensor.blocks()):
+        for block in prefetch(block for tensor in tensors.values() for block in tensor.blocks()):
             stream.write(block)
-            done(block.nbytes)
+            on_bytes(block.nbytes)
 
 
 def check_weights(reader: HfReader, expected: Mapping[str, tuple[int, ...]], qwen: QwenConfig) -> None:
-    """Raises KitError unless `reader` holds the `expected` tensors, each of its shape and a known dtype.
+    """Raises KitError unless `reader` holds the `expected` tensors, with their shapes and a supported dtype.
 
-    A tied model's folder may hold its output layer too, when that is the embedding bit for bit.
+    With tied embeddings the folder may hold lm_head.weight too, if it is bitwise equal to the embedding.
     """
     found = set(reader.names)
     if qwen.tie_word_embeddings and "lm_head.weight" in found:
-        if not same_bits(reader.tensor("lm_head.weight"), reader.tensor("model.embed_tokens.weight")):
+        if not bitwise_equal(reader.tensor("lm_head.weight"), reader.tensor("model.embed_tokens.weight")):
             raise KitError(
                 f"{reader.folder}: config.json ties the embeddings, but lm_head.weight differs from"
                 " model.embed_tokens.weight: set tie_word_embeddings to false there if the model has both"
@@ -200,27 +206,27 @@ def check_weights(reader: HfReader, expected: Mapping[str, tuple[int, ...]], qwe
         reader.dtype(name)
     buffers = [name for name in reader.names if is_skipped(name)]
     if buffers:
-        logger.info("%d buffers are not carried (%s, ...): config.json tells them", len(buffers), buffers[0])
+        logger.info("%d buffers are not converted (%s, ...): config.json defines them", len(buffers), buffers[0])
 
 
 def wrong_shape(where: Path, name: str, shape: Sequence[int], expected: Sequence[int]) -> KitError:
-    """What to tell of a tensor that has not the shape that config.json asks for."""
+    """The error for a tensor whose shape differs from config.json's."""
     remedy = "its config.json belongs to another model"
     if name in VOCABULARIES and shape[1:] == expected[1:]:
-        remedy = f"set vocab_size to {shape[0]} there if the embedding was resized; else it belongs to another model"
-    return KitError(f"{where}: {name} has shape {list(shape)}, config.json asks for {list(expected)}: {remedy}")
+        remedy = f"set vocab_size to {shape[0]} there if the embedding was resized; otherwise use the right one"
+    return KitError(f"{where}: {name} has shape {list(shape)}, config.json expects {list(expected)}: {remedy}")
 
 
 def check_unquantized(folder: Path) -> None:
-    """Raises KitError where the weights of a model are quantized (GPTQ, AWQ, FP8, ...), by what its folder says."""
-    told = read_config(folder).get("quantization_config")
+    """Raises KitError where config.json or another file says that the weights are quantized (GPTQ, AWQ, FP8, ...)."""
+    config = read_config(folder).get("quantization_config")
     source = "config.json has a quantization_config"
     for name in QUANTIZED_BY:
-        if not told and (folder / name).is_file():
-            told, source = {"quant_method": name}, f"it holds {name}"
-    if told:
-        method = told.get("quant_method", "unknown") if isinstance(told, dict) else told
+        if not config and (folder / name).is_file():
+            config, source = {"quant_method": name}, f"it holds {name}"
+    if config:
+        method = config.get("quant_method", "unknown") if isinstance(config, dict) else config
         raise KitError(
-            f"{folder} is a quantized model ({method}; {source}): it has no weights of"
-            " bf16, fp16 or fp32: give the model that it was made from"
+            f"{folder} is a quantized model ({method}; {source}): only bf16, fp16 and"
+            " fp32 weights can be converted: give the model that it was quantized from"
         )

@@ -1,4 +1,4 @@
-"""CRC-32 as zlib computes it: by ISA-L where it is installed, at 16.8 GB/s where zlib reaches 1.8 (one x86-64 core)."""
+"""CRC-32 as zlib computes it; ISA-L, where installed, reaches 16.8 GB/s and zlib 1.8 GB/s (one x86-64 core)."""
 
 try:
     from isal.isal_zlib import crc32

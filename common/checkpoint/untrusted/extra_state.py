@@ -1,7 +1,7 @@
-"""Transformer Engine's `_extra_state` (FP8 scales): bytes in a tensor or a BytesIO, which it unpickles by itself.
+"""Transformer Engine's `_extra_state` (FP8 scales): a tensor or BytesIO with a pickle that it loads itself.
 
-A tensor holds what pickle.dumps gave (a pickle whose tensors are torch.save's old format, each in one bytes object), a
-BytesIO what torch.save gave. Source: transformer_engine/pytorch/module/base.py, get_extra_state and set_extra_state.
+The tensor holds pickle.dumps output (its tensors are bytes objects in torch.save's legacy format), the BytesIO
+torch.save output. Source: transformer_engine/pytorch/module/base.py, get_extra_state and set_extra_state.
 """
 
 import io
@@ -12,69 +12,69 @@ from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from common.checkpoint.untrusted.archive_reader import ArchiveReader
 from common.checkpoint.untrusted.pickled_tensors import PickledStorage, TensorStub, storage_of
-from common.checkpoint.untrusted.placeholders import Buffer, Global, require
-from common.checkpoint.untrusted.unpickle import RestrictedUnpickler
+from common.checkpoint.untrusted.placeholders import Global, InertBytesIO, require
+from common.checkpoint.untrusted.restricted_unpickler import RestrictedUnpickler
 from common.errors import KitError
 
 
 def check_extra_state(value: Any, archive: ArchiveReader) -> None:
-    """Raises KitError when the `_extra_state` of `archive`, loaded with stubs, holds what could run code.
+    """Raises KitError when the `_extra_state` of `archive`, loaded with stubs, could run code.
 
-    Megatron-Core's torch_dist keeps it as the only element of a list.
+    In Megatron-Core's torch_dist it is the only element of a list.
     """
     try:
         for one in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(one, TensorStub):
                 _check_tensor(one, archive)
-            elif isinstance(one, Buffer) and one.state and one.state[0]:
-                _check_saved(one.state[0], archive.source)
+            elif isinstance(one, InertBytesIO) and one.state and one.state[0]:
+                _check_torch_save(one.state[0], archive.source)
     except KitError:
         raise
-    except Exception as error:  # pickle lets out whatever its objects raise
-        raise KitError(f"{archive.source} holds an _extra_state that is damaged ({error!r}): copy it again") from error
+    except Exception as error:  # unpickling raises whatever its objects raise
+        raise KitError(f"{archive.source} has a damaged _extra_state ({error!r}): copy it again") from error
 
 
 def _check_tensor(tensor: TensorStub, archive: ArchiveReader) -> None:
-    """Of any dtype: Transformer Engine takes its bytes."""
+    """Checks a tensor of any dtype: Transformer Engine uses its bytes."""
     require(len(tensor.size) == 1 and tensor.stride == (1,))
-    start, end = (place * tensor.dtype.itemsize for place in (tensor.offset, tensor.offset + tensor.size[0]))
+    start, end = (index * tensor.dtype.itemsize for index in (tensor.offset, tensor.offset + tensor.size[0]))
     if start < end:
         _StateUnpickler(archive.data(f"data/{tensor.storage.key}")[start:end], archive.source).load()
 
 
 class _StateUnpickler(RestrictedUnpickler):
-    """Takes the storages that pickle writes where torch.save is not asked."""
+    """Allows the storages that plain pickle writes, without torch.save."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The same, and a storage's own bytes."""
+        """As the base class, and torch.storage._load_from_bytes."""
         if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return Global(module, name, lambda data: _check_saved(data, self.source))
+            return Global(module, name, lambda data: _check_torch_save(data, self.source))
         return super().find_class(module, name)
 
 
-class _OldUnpickler(RestrictedUnpickler):
-    """Of torch.save's old format, whose storages lie behind the pickle."""
+class _LegacyUnpickler(RestrictedUnpickler):
+    """For torch.save's legacy format, where storages follow the pickle."""
 
     def __init__(self, data: io.BytesIO, source: Path) -> None:
         super().__init__(data, source)
         self.storages: dict[str, PickledStorage] = {}
 
     def persistent_load(self, pid: Any) -> PickledStorage:
-        """The storage that `pid` names."""
-        require(pid[5] is None)  # no view of another
+        """The storage that `pid` references."""
+        require(pid[5] is None)  # not a view of another storage
         storage = storage_of(pid, parts=6)
         return self.storages.setdefault(storage.key, storage)
 
 
-def _check_saved(data: Any, source: Path) -> Any:
-    """What torch.save wrote to `data`, with stubs for tensors; raises ValueError or KitError."""
+def _check_torch_save(data: Any, source: Path) -> Any:
+    """The object that torch.save wrote to `data`, with stubs for tensors; raises ValueError or KitError."""
     require(type(data) is bytes)
     if data[:4] == b"PK\3\4":
         return ArchiveReader(lambda start, size: data[start : start + size], len(data), source).load()
     stream = io.BytesIO(data)
-    magic, version, _ = (RestrictedUnpickler(stream, source).load() for _ in range(3))  # the third: the machine
+    magic, version, _ = (RestrictedUnpickler(stream, source).load() for _ in range(3))  # third: system information
     require(type(magic) is int and (magic, version) == (MAGIC_NUMBER, PROTOCOL_VERSION))
-    unpickler = _OldUnpickler(stream, source)
+    unpickler = _LegacyUnpickler(stream, source)
     value, keys = unpickler.load(), RestrictedUnpickler(stream, source).load()
     require(type(keys) is list)
     require(sum(storage.num_bytes for storage in unpickler.storages.values()) <= len(data))

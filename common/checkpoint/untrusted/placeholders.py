@@ -1,6 +1,7 @@
-"""What stands in the place of the functions and classes that a pickle names: each takes what the pickler writes for it.
+"""Placeholders for the functions and classes that a pickle references.
 
-So a pickle that passes here makes plain objects alone, and does no more where torch reads it with the real ones.
+Each accepts only what the pickler writes for it. So a pickle that loads here creates only plain objects, and does so as
+well where torch loads it with the real ones.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ T = TypeVar("T", bound="Inert")
 
 @dataclass(frozen=True)
 class Global:
-    """Stands for `module`.`name`: what calling it gives, and what its `__new__` gives, where that may be done.
+    """Placeholder for `module`.`name`: `call` and `new` (its `__new__`) are None where they are not allowed.
 
     Both raise ValueError or TypeError for arguments that the pickler does not write.
     """
@@ -27,11 +28,11 @@ class Global:
 
 
 class Inert:
-    """Of a class that this process never makes: it keeps what it was made of, and does nothing."""
+    """Placeholder for an instance of a class that is never created here: it keeps its arguments and state."""
 
-    args: tuple[Any, ...] = ()  # of one that was made without a call, as dataclasses are
+    args: tuple[Any, ...] = ()  # empty where it was created without a call, as dataclasses are
     state: Any = None
-    hashable = True  # may be the key of a dict: hashed by identity here
+    hashable = True  # may be a dict key; hashed by identity
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}{self.args}"
@@ -44,88 +45,88 @@ class Inert:
 
     @classmethod
     def call(cls: type[T], *args: Any) -> T:
-        """What the class gives when it is called; raises ValueError for arguments that the pickler does not write."""
+        """Calls the class; raises ValueError for arguments that the pickler does not write."""
         return cls._made(*args)
 
     @classmethod
     def new(cls: type[T], *args: Any) -> T:
-        """The same for its `__new__`."""
+        """Calls its `__new__`; raises ValueError likewise."""
         return cls._made(*args)
 
     def restore(self, state: Any) -> None:
-        """Takes the state; raises ValueError for one that the class has not."""
+        """Sets the state; raises ValueError for one that the class does not have."""
         self.state = state
 
 
-class Record(Inert):
-    """Of a dataclass or a named tuple: a state of named fields, or scalars and other stand-ins for its fields."""
+class InertDataclass(Inert):
+    """For a dataclass (its state is named fields) or a named tuple (scalars and placeholders)."""
 
-    hashable = False  # the real one may hash whatever it holds
+    hashable = False  # the real one may hash any of its fields
 
     @classmethod
     def call(cls: type[T], *args: Any) -> T:
-        """Without arguments."""
+        """Accepts no arguments."""
         require(not args)
         return cls()
 
     @classmethod
     def new(cls: type[T], *args: Any) -> T:
-        """With the fields of a named tuple, or none."""
+        """Accepts the fields of a named tuple, or none."""
         require(all(type(arg) in SCALARS or isinstance(arg, Inert) for arg in args))
         return cls._made(*args)
 
     def restore(self, state: Any) -> None:
-        """Named fields."""
+        """Accepts named fields."""
         self.state = named_fields(state)
 
 
-class Member(Inert):
-    """Of an enum, by its value: a scalar, or a named tuple of them."""
+class InertEnum(Inert):
+    """For an enum member, by its value: a scalar, or a named tuple of scalars."""
 
     @classmethod
     def call(cls: type[T], *args: Any) -> T:
-        """With one value."""
-        require(len(args) == 1 and (type(args[0]) in SCALARS or isinstance(args[0], Record)))
+        """Accepts one value."""
+        require(len(args) == 1 and (type(args[0]) in SCALARS or isinstance(args[0], InertDataclass)))
         return cls._made(*args)
 
     @classmethod
     def new(cls: type[T], *args: Any) -> T:
-        """Never."""
+        """Not allowed."""
         raise ValueError
 
     def restore(self, state: Any) -> None:
-        """Never."""
+        """Not allowed."""
         raise ValueError
 
 
-class Plain(Member):
-    """Of a class that is called with scalars, as a path with its parts."""
+class InertCall(InertEnum):
+    """For a class that is called with scalars, such as a path with its parts."""
 
     @classmethod
     def call(cls: type[T], *args: Any) -> T:
-        """With scalars."""
+        """Accepts scalars."""
         require(all(type(arg) in SCALARS for arg in args))
         return cls._made(*args)
 
 
-class Buffer(Record):
-    """Of io.BytesIO: its state is (bytes, position, None)."""
+class InertBytesIO(InertDataclass):
+    """For io.BytesIO: its state is (bytes, position, None)."""
 
     def restore(self, state: Any) -> None:
-        """The bytes, and a position in them."""
+        """Accepts bytes and a position within them."""
         require(type(state) is tuple and [type(one) for one in state] == [bytes, int, type(None)])
         require(0 <= state[1] <= len(state[0]))
         self.state = state
 
 
-def is_whole(value: Any) -> bool:
-    """Whether it is a whole number of 64 bits: what is reckoned with a longer one takes as long as the file likes."""
+def is_int64(value: Any) -> bool:
+    """Whether `value` is an int of 64 bits: computing with longer ones can take arbitrarily long."""
     return type(value) is int and -(1 << 63) <= value < 1 << 63
 
 
-def is_count(value: Any) -> bool:
-    """Whether it is one that counts."""
-    return is_whole(value) and value >= 0
+def is_size_int(value: Any) -> bool:
+    """Whether `value` is a non-negative int of 64 bits."""
+    return is_int64(value) and value >= 0
 
 
 def require(condition: bool) -> None:
@@ -135,11 +136,11 @@ def require(condition: bool) -> None:
 
 
 def named_fields(state: Any) -> dict[str, Any]:
-    """`state`, which must be a dict of names, as the fields of an instance are."""
+    """`state`, a dict of field names without dunder names; raises ValueError for anything else."""
     require(type(state) is dict and all(type(name) is str and not name.startswith("__") for name in state))
     return dict(state)
 
 
 def inert_class(kind: type[Inert], module: str, name: str) -> type[Inert]:
-    """The class of `kind`, one of those above, that stands for `module`.`name`."""
+    """A placeholder class of `kind`, one of those above, for `module`.`name`."""
     return type(name, (kind,), {"__module__": module})

@@ -1,4 +1,4 @@
-"""What a folder is: whose format, how it is divided, how large, and what wrote it. No tensor is read."""
+"""`inspect`: the format of a folder, its layout and size, and what wrote it. No tensor is read."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -9,18 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.checkpoint.formats.checkpoint_paths import (
+    OPTIMIZER_FILE,
+    RELEASE,
+    Checkpoint,
+    find_checkpoint,
+    list_iterations,
+)
+from common.checkpoint.formats.common_state import common_state
 from common.checkpoint.formats.hf_folder import INDEX, SINGLE, HfReader
-from common.checkpoint.formats.layout import OPTIMIZER_FILE, RELEASE, Checkpoint, find_checkpoint, list_iterations
-from common.checkpoint.formats.mapping import OUTPUT, TABLE, canonical_name, implementation_of, is_skipped, num_layers
+from common.checkpoint.formats.mapping import (
+    OUTPUT,
+    PARAM_MAPPINGS,
+    canonical_name,
+    implementation_of,
+    is_skipped,
+    num_layers,
+)
 from common.checkpoint.formats.megatron_folder import chunk_keys, generic_name, is_weight, rank_files
-from common.checkpoint.formats.origin import common_state
-from common.checkpoint.formats.torch_dist import DistReader
-from common.checkpoint.untrusted.placeholders import is_whole
+from common.checkpoint.formats.torch_dist_reader import TorchDistReader
+from common.checkpoint.untrusted.placeholders import is_int64
 from common.errors import KitError
 from common.json_file import shown
 from common.model.shape.config import read_config
 
-WRITTEN_BY = {"written_by": "this kit, step 2"}  # what step 2 leaves in a checkpoint
+WRITTEN_BY = {"written_by": "this kit, step 2"}  # saved by step 2 in a checkpoint
 CONFIG_FIELDS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 ARGUMENTS = (
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "padded_vocab_size",
@@ -31,15 +44,14 @@ ARGUMENTS = (
 
 @dataclass
 class Weights:
-    """Sizes and kinds of a checkpoint's weights."""
+    """Sizes and dtypes of a checkpoint's weights."""
 
     num_tensors: int = 0
     num_parameters: int = 0
     num_bytes: int = 0
-    non_weights: int = 0
 
     def line(self, dtypes: Iterable[torch.dtype]) -> str:
-        """In one line."""
+        """One line with the totals and dtypes."""
         counted = sorted(Counter(dtypes).items(), key=str)
         kinds = ", ".join(f"{str(kind).removeprefix('torch.')} x {count}" for kind, count in counted)
         return f"{self.num_parameters:,} parameters in {self.num_tensors} tensors, {size(self.num_bytes)} ({kinds})"
@@ -51,13 +63,13 @@ def size(num_bytes: int) -> str:
 
 
 def inspect_folder(folder: Path) -> dict[str, str]:
-    """What there is to tell of `folder`, a line a subject; raises KitError when it is nothing that is known here."""
+    """The properties of `folder` by name; raises KitError when its format is unknown."""
     if not folder.is_dir():
-        raise KitError(f"{folder} is no folder: give that of a model or of a checkpoint")
+        raise KitError(f"{folder} is not a folder: give the folder of a model or checkpoint")
     checkpoint = find_checkpoint(folder)
     if checkpoint:
-        told = _dist(checkpoint) if checkpoint.format == "torch_dist" else _ranks(checkpoint)
-        return {**_where(folder, checkpoint), **told, "on disk": size(_bytes_of(checkpoint.path))}
+        details = _torch_dist(checkpoint) if checkpoint.format == "torch_dist" else _torch(checkpoint)
+        return {**_general(checkpoint), **details, "on disk": size(_bytes_of(checkpoint.path))}
     if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
         return _hugging_face(folder)
     raise KitError(
@@ -87,22 +99,22 @@ def _tied(config: dict[str, Any]) -> str:
     return "embeddings tied" if config.get("tie_word_embeddings") else "embeddings not tied"
 
 
-def _where(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
+def _general(checkpoint: Checkpoint) -> dict[str, str]:
     others = [str(number) for number in list_iterations(checkpoint.folder)]
-    carried = (checkpoint.folder / "config.json").is_file()
-    iteration = "release (weights alone)" if checkpoint.iteration == RELEASE else str(checkpoint.iteration)
+    has_config = (checkpoint.folder / "config.json").is_file()
+    iteration = "release (weights only)" if checkpoint.iteration == RELEASE else str(checkpoint.iteration)
     return {
         "format": f"Megatron, {checkpoint.format}",
         "read": str(checkpoint.path),
         "iteration": iteration,
-        **({"iterations there": ", ".join(others)} if others else {}),
-        "config.json": "beside it" if carried else "not there: give HF_MODEL_PATH to convert it",
+        **({"iterations": ", ".join(others)} if others else {}),
+        "config.json": "beside it" if has_config else "missing: set HF_MODEL_PATH to convert it",
         "written by": _writer(common_state(checkpoint)),
     }
 
 
 def _writer(state: dict[str, Any]) -> str:
-    """What wrote a checkpoint, by what it holds beside weights."""
+    """The software that wrote a checkpoint, from its common state."""
     arguments = vars(state["args"]) if hasattr(state.get("args"), "__dict__") else {}
     if state.get("run"):
         return "this kit, step 3"
@@ -111,18 +123,18 @@ def _writer(state: dict[str, Any]) -> str:
     known = ", ".join(f"{name} {_plain(arguments[name])}" for name in ARGUMENTS if arguments.get(name) is not None)
     if "hf_ckpt_path" in arguments or "target_tensor_model_parallel_size" in arguments:
         return f"the converter of Pai-Megatron-Patch or of the kit before this one ({known})"
-    return f"Megatron-LM or the like ({known})" if arguments else "not told: it holds no arguments"
+    return f"Megatron-LM or the like ({known})" if arguments else "unknown: it holds no arguments"
 
 
 def _plain(value: Any) -> str:
-    """A value of the checkpoint in a line of text; of one that may be of any length or depth its kind."""
-    if isinstance(value, (bool, float)) or is_whole(value):
+    """A value of the checkpoint as short text; only its type where it could be long or nested."""
+    if isinstance(value, (bool, float)) or is_int64(value):
         return str(value)
     return shown(value)[1:-1] if isinstance(value, str) else type(value).__name__
 
 
-def _dist(checkpoint: Checkpoint) -> dict[str, str]:
-    stored = DistReader(checkpoint.path).tensors
+def _torch_dist(checkpoint: Checkpoint) -> dict[str, str]:
+    stored = TorchDistReader(checkpoint.path).tensors
     copied, weights, dtypes = _tied_copy(checkpoint), Weights(), []
     for key, tensor in stored.items():
         if is_weight(key):
@@ -132,7 +144,7 @@ def _dist(checkpoint: Checkpoint) -> dict[str, str]:
             weights.num_bytes += numel * tensor.dtype.itemsize
             dtypes.append(tensor.dtype)
     numbered = any(num_layers([key]) for key in stored)
-    # In Megatron-Core 0.11 its moments are no tensors of the checkpoint's but objects.
+    # In Megatron-Core 0.11 the moments are objects, not tensors.
     with_optimizer = any("optimizer" in key for key in stored) or "optimizer" in common_state(checkpoint)
     return {
         "layout": f"whole tensors, layers {'numbered' if numbered else 'stacked'}; loads at any TP, PP and VPP",
@@ -141,7 +153,7 @@ def _dist(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _ranks(checkpoint: Checkpoint) -> dict[str, str]:
+def _torch(checkpoint: Checkpoint) -> dict[str, str]:
     files = rank_files(checkpoint.path)
     tp, pp = 1 + max(tp for _, tp in files), 1 + max(pp for pp, _ in files)
     keys = chunk_keys(files[0, 0], checkpoint.path)
@@ -151,12 +163,12 @@ def _ranks(checkpoint: Checkpoint) -> dict[str, str]:
     for (_, tp_rank), name, tensor in named:
         weights.num_tensors += 1
         weights.num_bytes += tensor.nbytes
-        again = name in copied or tp_rank > 0 and _held_by_all(name)
-        weights.num_parameters += 0 if again else tensor.numel()
+        is_copy = name in copied or tp_rank > 0 and _is_replicated(name)
+        weights.num_parameters += 0 if is_copy else tensor.numel()
     state = files[0, 0]
     with_optimizer = "optimizer" in state or any(checkpoint.path.glob(f"mp_rank_*/{OPTIMIZER_FILE}"))
     return {
-        "layout": f"TP={tp} PP={pp} VPP={len(keys)}, layers a chunk {','.join(map(str, layers))}",
+        "layout": f"TP={tp} PP={pp} VPP={len(keys)}, layers per chunk {','.join(map(str, layers))}",
         "names": implementation_of(name for _, name, _ in named),
         "weights": weights.line(tensor.dtype for _, _, tensor in named),
         "optimizer": "yes" if with_optimizer else "no",
@@ -164,7 +176,7 @@ def _ranks(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _tied_copy(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The output layer of a model of which config.json, or Megatron's arguments, say that it is the embedding."""
+    """The output layer, if config.json or Megatron's arguments tie it to the embedding."""
     if (checkpoint.folder / "config.json").is_file():
         tied = read_config(checkpoint.folder).get("tie_word_embeddings") is True
     else:
@@ -180,10 +192,10 @@ def _tensors(state: dict[str, Any], keys: list[str]) -> Iterator[tuple[str, Tens
                 yield name, value
 
 
-def _held_by_all(name: str) -> bool:
-    """Whether every tensor rank holds the whole of it."""
+def _is_replicated(name: str) -> bool:
+    """Whether the tensor is replicated over TP ranks."""
     generic = generic_name(canonical_name(name))[0]
-    return any(row.te == generic and row.axis is None for row in TABLE)
+    return any(mapping.te == generic and mapping.axis is None for mapping in PARAM_MAPPINGS)
 
 
 def _bytes_of(folder: Path) -> int:

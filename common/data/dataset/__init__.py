@@ -1,1 +1,1 @@
-"""Datasets on disk, and the samples and batches that training reads of them."""
+"""Megatron's datasets on disk, and the samples and micro-batches that training reads from them."""

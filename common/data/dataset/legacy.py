@@ -1,7 +1,7 @@
-"""The old kit's fine-tuning data to this one's: rows of twice the sequence length to tokens and a loss mask.
+"""Imports fine-tuning data of the legacy kit: rows of twice the sequence length to tokens and a loss mask.
 
-An old document has 2 S int32 values: S tokens, then S labels. Labels are shifted already, -100 where nothing is
-learned. The last token of each conversation in it is stored as -1 - id; what follows the last such mark is padding.
+A legacy document has 2 S int32 values: S tokens, then S labels. Labels are already shifted, with -100 outside the loss.
+The last token of each conversation is stored as -1 - id; the tokens after the last such mark are padding.
     tokens  [a b c -1-d | pad pad]      labels  [-100 c d -100 | -100 -100]      (S = 6)
     becomes the document [a b c d] with the mask [0 0 1 1].
 """
@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 
 from common.data.dataset import manifest
-from common.data.dataset.indexed import IndexedReader, IndexedWriter, idx_path, token_dtype
-from common.data.dataset.token_ids import scan
-from common.data.tokenizer.tokenizer import TextTokenizer
-from common.errors import KitError
+from common.data.dataset.id_range import scan_id_range
+from common.data.dataset.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, idx_path, token_dtype
+from common.data.tokenizer.text_tokenizer import TextTokenizer
+from common.errors import KitError, writing
 
 IGNORED = -100
 
 
-def split_row(row: np.ndarray, where: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tokens int32, loss mask uint8) of each conversation in `row`; raises KitError when it is no old row."""
+def parse_legacy_row(row: np.ndarray, where: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens int32, loss mask uint8) of each conversation in `row`; raises KitError when it is not a legacy row."""
     if row.size % 2:
-        raise KitError(f"{where} has {row.size} values, which is odd: it is no fine-tuning data of the old kit")
+        raise KitError(f"{where} has {row.size} values, which is odd: it is not fine-tuning data of the legacy kit")
     tokens, labels = row[: row.size // 2], row[row.size // 2 :]
     ends = np.flatnonzero(tokens < 0) + 1
     found, start = [], 0
@@ -33,74 +33,72 @@ def split_row(row: np.ndarray, where: str) -> list[tuple[np.ndarray, np.ndarray]
         ids = tokens[start:end].copy()
         ids[-1] = -1 - ids[-1]
         shifted = labels[start:end]
-        learned = shifted[:-1] != IGNORED
-        if shifted[-1] != IGNORED or not np.array_equal(shifted[:-1][learned], ids[1:][learned]):
-            raise KitError(f"{where}: its labels are not its tokens shifted by one: it is no data of the old kit")
-        found.append((ids, np.concatenate([[0], learned]).astype(np.uint8)))
+        in_loss = shifted[:-1] != IGNORED
+        if shifted[-1] != IGNORED or not np.array_equal(shifted[:-1][in_loss], ids[1:][in_loss]):
+            raise KitError(f"{where}: its labels are not its tokens shifted by one: it is not data of the legacy kit")
+        found.append((ids, np.concatenate([[0], in_loss]).astype(np.uint8)))
         start = end
     if not found:
-        raise KitError(f"{where} marks no end of a conversation: it is no fine-tuning data of the old kit")
+        raise KitError(f"{where} marks no end of a conversation: it is not fine-tuning data of the legacy kit")
     if (labels[start:] != IGNORED).any():
-        raise KitError(f"{where} learns what follows its last conversation: it is no data of the old kit")
+        raise KitError(f"{where} has labels after its last conversation: it is not data of the legacy kit")
     return found
 
 
-def legacy_tokens(given: Path) -> Path:
-    """The files, without .bin or .idx, of `given`: the old kit's OUTPUT_PREFIX, or the full ..._text_document."""
+def legacy_prefix(given: Path) -> Path:
+    """The prefix of the files of `given`: the legacy kit's OUTPUT_PREFIX, or the full ..._text_document."""
     full = Path(f"{given}_text_document")
     return full if idx_path(full).is_file() and not idx_path(given).is_file() else given
 
 
 def refuse_legacy(files: manifest.DataFiles) -> None:
-    """Raises KitError, with the command that takes it over, where `files` is the old kit's fine-tuning data."""
+    """Raises KitError with the import command when `files` is fine-tuning data of the legacy kit."""
     if files.manifest or files.loss_mask:
         return
-    reader = IndexedReader(files.tokens)
+    reader = IndexedDataset(files.tokens)
     if reader.dtype != np.int32 or not len(reader):
         return
     try:
-        split_row(reader[0], "")
+        parse_legacy_row(reader[0], "")
     except KitError:
         return
     prefix = str(files.tokens).removesuffix("_text_document")
     words = ["--input", prefix, "--output-prefix", f"{prefix}_imported"]
     raise KitError(
-        f"{files.tokens} is fine-tuning data of the old kit, rows of tokens and labels: take it over, with the folder"
-        f" of the model as TOKENIZER_PATH, by `python -m common.preprocess import-legacy {shlex.join(words)}"
+        f"{files.tokens} is fine-tuning data of the legacy kit, rows of tokens and labels: import it, with the model"
+        f" folder as TOKENIZER_PATH, by `python -m common.preprocess import-legacy {shlex.join(words)}"
         f' --tokenizer-path "$TOKENIZER_PATH"`, then set TRAIN_MODE=finetune'
         f" DATASET_PATH={shlex.quote(prefix + '_imported')}"
     )
 
 
 def import_legacy(source: Path, output_prefix: Path, tokenizer: TextTokenizer) -> dict[str, Any]:
-    """The manifest of what was written to `output_prefix` of the old data `source`, as `legacy_tokens` takes it."""
-    source = legacy_tokens(source)
-    reader = IndexedReader(source)
+    """Writes the legacy data `source`, see `legacy_prefix`, to `output_prefix`; returns its manifest."""
+    source = legacy_prefix(source)
+    reader = IndexedDataset(source)
     if reader.dtype != np.int32:
-        raise KitError(f"{source} holds {reader.dtype}, the old kit's rows int32: give its fine-tuning data")
+        raise KitError(f"{source} holds {reader.dtype}, but the legacy kit's rows are int32: give its fine-tuning data")
     finals = {
         "loss_mask": Path(f"{output_prefix}_loss_mask_document"),
         "tokens": Path(f"{output_prefix}_text_document"),
     }
     for path in [manifest.manifest_path(output_prefix), *map(idx_path, finals.values())]:
         if path.exists():
-            raise KitError(f"{path} is there already: remove it or change OUTPUT_PREFIX")
+            raise KitError(f"{path} already exists: remove it or change OUTPUT_PREFIX")
     output_prefix.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
-    try:
-        # The mask gets its name first: tokens alone would pass for pretraining data.
-        with (
-            IndexedWriter(finals["tokens"], token_dtype(tokenizer.vocab_size)) as tokens,
-            IndexedWriter(finals["loss_mask"], np.uint8) as masks,
-        ):
-            for number in range(len(reader)):
-                for ids, mask in split_row(reader[number], f"{source}, row {number}"):
-                    _check_ids(ids, tokenizer, f"{source}, row {number}")
-                    tokens.add_document(ids)
-                    masks.add_document(mask)
-                    counts.update(documents=1, learned=int(mask.sum()))
-    except OSError as error:
-        raise KitError(f"{output_prefix} cannot be written: {error}: mend it and run the same command again") from error
+    # The loss mask is renamed first: tokens alone would look like pretraining data.
+    with (
+        writing(output_prefix),
+        IndexedDatasetBuilder(finals["tokens"], token_dtype(tokenizer.vocab_size)) as tokens,
+        IndexedDatasetBuilder(finals["loss_mask"], np.uint8) as masks,
+    ):
+        for number in range(len(reader)):
+            for ids, mask in parse_legacy_row(reader[number], f"{source}, row {number}"):
+                _check_ids(ids, tokenizer, f"{source}, row {number}")
+                tokens.add_document(ids)
+                masks.add_document(mask)
+                counts.update(documents=1, supervised=int(mask.sum()))
     content = _describe(source, finals, tokenizer, counts, len(reader))
     manifest.write(output_prefix, content)
     return content
@@ -109,8 +107,8 @@ def import_legacy(source: Path, output_prefix: Path, tokenizer: TextTokenizer) -
 def _check_ids(ids: np.ndarray, tokenizer: TextTokenizer, where: str) -> None:
     if ids.max() >= tokenizer.vocab_size:
         raise KitError(
-            f"{where} holds the id {ids.max()}, and {tokenizer.folder} has {tokenizer.vocab_size} tokens: give the"
-            " folder of the tokenizer that the data was made with"
+            f"{where} holds the token id {ids.max()}, but {tokenizer.folder} has {tokenizer.vocab_size} tokens: give"
+            " the folder of the tokenizer that wrote the data"
         )
 
 
@@ -121,7 +119,7 @@ def _describe(
         "tokenizer": {"tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
         "settings": {"imported_from": str(source)},
     }
-    tokens = IndexedReader(finals["tokens"])
+    tokens = IndexedDataset(finals["tokens"])
     return {
         "kind": "sft",
         "identity": manifest.hash_json([manifest.VERSION, "sft", described]),
@@ -130,8 +128,8 @@ def _describe(
         "inputs": [],
         "documents": {"read": counts["documents"], "kept": counts["documents"], "dropped": {}},
         "tokens": tokens.num_tokens,
-        "supervised_tokens": counts["learned"],
+        "supervised_tokens": counts["supervised"],
         "longest": tokens.longest,
-        "largest_id": scan(tokens)[1],
-        "notes": {"rows of the old kit": rows},
+        "largest_id": scan_id_range(tokens)[1],
+        "notes": {"rows of the legacy kit": rows},
     }

@@ -1,25 +1,24 @@
-"""What a dataset on disk is: its manifest `{OUTPUT_PREFIX}.json`, and the way from DATASET_PATH to the files."""
+"""The manifest `{OUTPUT_PREFIX}.json` of a dataset, and how DATASET_PATH resolves to files."""
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.data.dataset.indexed import idx_path, sync
+from common.data.dataset.indexed_dataset import idx_path
 from common.errors import KitError
+from common.files import NON_UTF8_NAMES, write_json
 
 FORMAT = "qwen-kit-data"
 KINDS = ("pretrain", "sft")
-NAMES: dict[type, str] = {int: "whole number", str: "string", dict: "object", list: "array"}
-VERSION = 2  # 1: the inputs' hashes were of other blocks
-OF_NAMES = "backslashreplace"  # a byte of a name that is not UTF-8, to Python a half surrogate, becomes JSON's \\udc..
+NAMES: dict[type, str] = {int: "an integer", str: "a string", dict: "an object", list: "an array"}
+VERSION = 2  # version 1 hashed the inputs in other blocks
 
 
 @dataclass(frozen=True)
 class DataFiles:
-    """One dataset: kind "pretrain" or "sft", the prefixes of its files, its manifest where it has one."""
+    """One dataset: kind "pretrain" or "sft", the prefixes of its files, and its manifest, if any."""
 
     kind: str
     tokens: Path
@@ -35,36 +34,25 @@ def manifest_path(output_prefix: Path) -> Path:
 def hash_json(value: Any) -> str:
     """sha256 of `value` as JSON with sorted keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode(errors=OF_NAMES)).hexdigest()
-
-
-def write_json(path: Path, value: dict[str, Any], indent: int | None = 2) -> None:
-    """Writes `value` to `path`, which never holds half of it."""
-    partial = Path(f"{path}.partial")
-    with partial.open("w", encoding="utf-8", errors=OF_NAMES) as stream:
-        stream.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    sync(path.parent)
+    return hashlib.sha256(text.encode(errors=NON_UTF8_NAMES)).hexdigest()
 
 
 def write(output_prefix: Path, content: dict[str, Any]) -> None:
-    """Writes the manifest of `output_prefix`; raises AssertionError unless its documents reconcile."""
+    """Writes the manifest of `output_prefix`; raises AssertionError unless its document counts add up."""
     documents = content["documents"]
     assert documents["read"] == documents["kept"] + sum(documents["dropped"].values()), documents
     write_json(manifest_path(output_prefix), {"format": FORMAT, "version": VERSION, **content})
 
 
 def read(output_prefix: Path) -> dict[str, Any] | None:
-    """The manifest of `output_prefix`, None where there is none; raises KitError when it is not readable."""
+    """The manifest of `output_prefix`, or None; raises KitError when it is malformed."""
     path = manifest_path(output_prefix)
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise KitError(f"{path} is no JSON ({error}): write the data again with step 1") from error
+        raise KitError(f"{path} is not JSON ({error}): write the data again with step 1") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return None
     version = content.get("version")
@@ -73,7 +61,7 @@ def read(output_prefix: Path) -> dict[str, Any] | None:
     try:
         _check(content)
     except ValueError as error:
-        raise KitError(f"{path} is no whole manifest: {error}: write the data again with step 1") from error
+        raise KitError(f"{path} is an incomplete manifest: {error}: write the data again with step 1") from error
     return content
 
 
@@ -95,7 +83,7 @@ def _check(content: dict[str, Any]) -> None:
     check_fields(content["files"], dict.fromkeys(["tokens", *content["files"]], str))
     for name in content["files"].values():
         if not name or Path(name).name != name:
-            raise ValueError(f"its 'files' hold {name!r}, which is no file's name")
+            raise ValueError(f"its 'files' hold {name!r}, which is not a file name")
     for each in content.get("inputs", []):
         check_fields(each, {"path": str, "size": int})
 
@@ -103,18 +91,18 @@ def _check(content: dict[str, Any]) -> None:
 def check_fields(value: Any, kinds: dict[str, type]) -> None:
     """Raises ValueError unless `value` is a JSON object with fields of `kinds`."""
     if not isinstance(value, dict):
-        raise ValueError(f"an object stands where {str(value)[:40]!r} is")
+        raise ValueError(f"{str(value)[:40]!r} is not an object")
     for name, kind in kinds.items():
         if name not in value:
             raise ValueError(f"it has no '{name}'")
         if not isinstance(value[name], kind) or (kind is int and isinstance(value[name], bool)):
-            raise ValueError(f"its '{name}' is no {NAMES[kind]}")
+            raise ValueError(f"its '{name}' is not {NAMES[kind]}")
 
 
 def resolve(dataset_path: str) -> DataFiles:
-    """The files of DATASET_PATH, which is an OUTPUT_PREFIX of step 1 or the full `..._document` prefix.
+    """The files of DATASET_PATH, an OUTPUT_PREFIX of step 1 or the full `..._document` prefix.
 
-    Data without a manifest, as Megatron-LM's own tool writes it, is "sft" where a loss mask lies beside it.
+    Data without a manifest, as Megatron-LM's preprocess_data.py writes it, is "sft" when a loss mask lies next to it.
     Raises KitError when nothing is found.
     """
     given = Path(dataset_path)
@@ -125,9 +113,9 @@ def resolve(dataset_path: str) -> DataFiles:
         raise KitError(f"DATASET_PATH={given} is a loss mask: give the {_without(given, '_loss_mask_document')}")
     for tokens in (given, Path(f"{given}_text_document")):
         if idx_path(tokens).is_file():
-            return _named_by(tokens) or _bare(tokens)
+            return _find_manifest(tokens) or _without_manifest(tokens)
     raise KitError(
-        f"DATASET_PATH={given} is no dataset: neither {given}.json nor {given}.idx nor {given}_text_document.idx"
+        f"DATASET_PATH={given} is not a dataset: neither {given}.json nor {given}.idx nor {given}_text_document.idx"
         " exists; give the OUTPUT_PREFIX of step 1"
     )
 
@@ -141,8 +129,8 @@ def _from_manifest(output_prefix: Path, content: dict[str, Any]) -> DataFiles:
     return DataFiles(content["kind"], files["tokens"], files.get("loss_mask"), content)
 
 
-def _named_by(tokens: Path) -> DataFiles | None:
-    """The dataset whose manifest names `tokens` as its own; a JSON_KEY may hold underscores, so each cut is tried."""
+def _find_manifest(tokens: Path) -> DataFiles | None:
+    """The dataset whose manifest names `tokens`; every split is tried, since JSON_KEY may contain underscores."""
     words = tokens.name.split("_")
     for end in range(len(words) - 2, 0, -1):
         prefix = tokens.with_name("_".join(words[:end]))
@@ -152,7 +140,7 @@ def _named_by(tokens: Path) -> DataFiles | None:
     return None
 
 
-def _bare(tokens: Path) -> DataFiles:
+def _without_manifest(tokens: Path) -> DataFiles:
     mask = tokens.with_name(tokens.name.removesuffix("_text_document") + "_loss_mask_document")
     if mask != tokens and idx_path(mask).is_file():
         return DataFiles("sft", tokens, mask)

@@ -1,4 +1,7 @@
-"""Samples of unequal length into rows of one length: best-fit decreasing, planned from the lengths alone."""
+"""Sequence packing: samples of different lengths into rows of one length, by best-fit decreasing.
+
+Hand-written: bin-packing libraries place samples one by one in Python; this places all samples of a length at once.
+"""
 
 from bisect import bisect_left, insort
 
@@ -6,21 +9,21 @@ import numpy as np
 
 
 class _OpenRows:
-    """Rows that are not full, by the room left in them."""
+    """Rows that are not full, by their remaining room."""
 
     def __init__(self) -> None:
         self.rooms: list[int] = []
         self.rows: dict[int, list[np.ndarray]] = {}
 
     def add(self, room: int, rows: np.ndarray) -> None:
-        """Puts `rows` among those with `room` left."""
+        """Adds `rows` with `room` left."""
         if room and rows.size:
             if room not in self.rows:
                 insort(self.rooms, room)
             self.rows.setdefault(room, []).append(rows)
 
     def take(self, length: int) -> tuple[int, np.ndarray] | None:
-        """(room, rows) of the least room that `length` fits in, taken out; None where there is none."""
+        """Removes and returns (room, rows) of the smallest room that fits `length`; None when there is none."""
         at = bisect_left(self.rooms, length)
         if at == len(self.rooms):
             return None
@@ -29,14 +32,14 @@ class _OpenRows:
 
 
 def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(order, starts): row r holds the samples order[starts[r]:starts[r + 1]], together `row_length` at most.
+    """(order, starts): row r holds the samples order[starts[r]:starts[r + 1]], whose total is within `row_length`.
 
-    Best-fit decreasing. Samples of one length are placed together: the row with the least room that fits takes
-    room // length of them, so the work is in the different lengths and rooms, beside one sort of the samples.
-    Each length must lie between 1 and `row_length`.
+    Samples of one length are placed together: the row with the smallest room that fits takes room // length of them.
+    So the cost is one sort of the samples, and a loop over the distinct lengths and rooms. Each length must lie
+    between 1 and `row_length`.
     """
     assert lengths.size == 0 or (lengths.min() >= 1 and lengths.max() <= row_length)
-    # The least type that holds them: numpy sorts 16 bits by radix, and memory is what limits the number of samples.
+    # The smallest type that fits: numpy radix-sorts 16 bits, and memory limits the number of samples.
     longest_first = np.argsort((row_length - lengths).astype(np.min_scalar_type(row_length)), kind="stable")
     row_of = np.empty(lengths.size, np.uint32 if lengths.size < 1 << 32 else np.int64)
     open_rows, num_rows = _OpenRows(), 0
@@ -58,7 +61,7 @@ def pack(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fill(open_rows: _OpenRows, rows: np.ndarray, room: int, length: int, row_of: np.ndarray) -> int:
-    """Puts samples of `length` into `rows` one row after the other, writes their rows, and returns how many."""
+    """Fills `rows` with samples of `length`, writes their row numbers to `row_of`, and returns how many fit."""
     fit = room // length
     number = min(row_of.size, fit * rows.size)
     row_of[:number] = np.repeat(rows, fit)[:number]

@@ -1,4 +1,4 @@
-"""What a dataset on disk amounts to: its lengths, what is learned, and how it fills rows of several lengths."""
+"""Statistics of a dataset: document lengths, supervised tokens, and how it fills rows of several lengths."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.dataset.indexed import open_mask, open_tokens
+from common.data.dataset.indexed_dataset import open_mask, open_tokens
 from common.data.dataset.manifest import DataFiles
 from common.data.dataset.packing import pack
-from common.errors import KitError
+from common.errors import KitError, writing
 
 BAR = 50
 BLOCK = 1 << 24
@@ -19,7 +19,7 @@ BLOCK = 1 << 24
 class Filling:
     """How samples fill rows of `seq_length`.
 
-    too_long: samples of more than seq_length + 1 tokens, which are left out here; full: the share of positions used.
+    too_long: samples of more than seq_length + 1 tokens, which are excluded here. full: the fraction of used positions.
     """
 
     seq_length: int
@@ -31,7 +31,7 @@ class Filling:
 
 
 def fill_rows(lengths: np.ndarray, seq_length: int, kind: str) -> Filling:
-    """The rows an epoch has: "pretrain" documents stand back to back, "sft" ones each in a row, or packed."""
+    """The rows of an epoch: "pretrain" documents are concatenated, "sft" ones are one per row, or packed."""
     total = int(lengths.sum(dtype=np.int64))
     if kind == "pretrain":
         rows = max(0, total - 1) // seq_length
@@ -50,7 +50,7 @@ def fill_rows(lengths: np.ndarray, seq_length: int, kind: str) -> Filling:
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """(from, to, number of documents) for lengths in powers of two, empty ends left out."""
+    """(from, to, number of documents) for bins of powers of two, without empty bins at the ends."""
     if lengths.size == 0:
         return []
     exponents = np.frexp(np.maximum(lengths, 0).astype(np.float64))[1]  # n lies in [2^(e-1), 2^e)
@@ -59,8 +59,8 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     return [(1 << e - 1 if e else 0, (1 << e) - 1, int(counts[e])) for e in range(first, counts.size)]
 
 
-def draw(bins: list[tuple[int, int, int]]) -> Iterator[str]:
-    """A line of text for each bin, with a bar."""
+def draw_histogram(bins: list[tuple[int, int, int]]) -> Iterator[str]:
+    """A line of text with a bar for each bin."""
     most = max((number for _, _, number in bins), default=0) or 1
     for low, high, number in bins:
         bar = "#" * -(-number * BAR // most)
@@ -68,7 +68,7 @@ def draw(bins: list[tuple[int, int, int]]) -> Iterator[str]:
 
 
 def supervised_tokens(files: DataFiles) -> int | None:
-    """Tokens whose loss counts; None for data without a loss mask, where all do."""
+    """The number of tokens in the loss; None for data without a loss mask, where all are."""
     if not files.loss_mask:
         return None
     mask = open_mask(files.loss_mask)
@@ -80,22 +80,22 @@ def report(files: DataFiles, seq_lengths: list[int], global_batch_size: int | No
     """The lines that `stats` prints."""
     lengths = open_tokens(files.tokens).lengths
     if lengths.size == 0:
-        raise KitError(f"{files.tokens} holds no document: write the data again with step 1")
+        raise KitError(f"{files.tokens} holds no documents: write the data again with step 1")
     total = int(lengths.sum(dtype=np.int64))
     yield f'{files.tokens}: "{files.kind}" data, {lengths.size} documents, {total} tokens'
     if files.manifest and "documents" in files.manifest:
-        told = files.manifest["documents"]
-        causes = "".join(f", {number} dropped ({cause})" for cause, number in told["dropped"].items() if number)
-        yield f"read {told['read']} documents, kept {told['kept']}{causes}"
+        counts = files.manifest["documents"]
+        causes = "".join(f", {number} dropped ({cause})" for cause, number in counts["dropped"].items() if number)
+        yield f"read {counts['read']} documents, kept {counts['kept']}{causes}"
     quarter, half, most = np.percentile(lengths, [25, 50, 99]).astype(int)
     yield (
-        f"tokens a document: {lengths.min()} to {lengths.max()}, mean {total / lengths.size:.1f}, median {half},"
-        f" a quarter up to {quarter}, 99% up to {most}"
+        f"tokens per document: {lengths.min()} to {lengths.max()}, mean {total / lengths.size:.1f}, median {half},"
+        f" 25th percentile {quarter}, 99th {most}"
     )
-    learned = supervised_tokens(files)
-    if learned is not None:
-        yield f"learned: {learned} tokens, {100 * learned / max(1, total):.1f}%"
-    yield from draw(histogram(lengths))
+    supervised = supervised_tokens(files)
+    if supervised is not None:
+        yield f"supervised: {supervised} tokens, {100 * supervised / max(1, total):.1f}%"
+    yield from draw_histogram(histogram(lengths))
     for seq_length in seq_lengths:
         yield _line(fill_rows(lengths, seq_length, files.kind), files.kind, global_batch_size)
 
@@ -105,7 +105,7 @@ def _line(filling: Filling, kind: str, batch: int | None) -> str:
         return f" = {rows / batch:.2f} steps of {batch}" if batch else ""
 
     if kind == "pretrain":
-        return f"SEQ_LENGTH={filling.seq_length}: {filling.rows} samples an epoch{steps(filling.rows)}"
+        return f"SEQ_LENGTH={filling.seq_length}: {filling.rows} samples per epoch{steps(filling.rows)}"
     return (
         f"SEQ_LENGTH={filling.seq_length}: {filling.too_long} too long;"
         f" packed {filling.packed_rows} rows{steps(filling.packed_rows)}, {100 * filling.packed_full:.1f}% full;"
@@ -114,20 +114,16 @@ def _line(filling: Filling, kind: str, batch: int | None) -> str:
 
 
 def write_png(lengths: np.ndarray, title: str, path: Path) -> None:
-    """Draws the histogram of `lengths` into the file `path`; raises KitError without matplotlib."""
+    """Plots the histogram of `lengths` to the file `path`; raises KitError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise KitError(
-            f"PNG={path}: the picture needs matplotlib: install what requirements/plots.txt pins, or leave PNG out"
-        ) from error
+        raise KitError(f"PNG={path}: plotting needs matplotlib: install requirements/plots.txt, or omit PNG") from error
     bins = histogram(lengths)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     axes.bar([f"{low}-{high}" for low, high, _ in bins], [number for _, _, number in bins])
-    axes.set(title=title, xlabel="tokens a document", ylabel="documents")
+    axes.set(title=title, xlabel="tokens per document", ylabel="documents")
     axes.tick_params(axis="x", rotation=60)
-    try:
+    with writing(f"PNG={path}"):
         figure.savefig(path, format="png", dpi=120)
-    except OSError as error:
-        raise KitError(f"PNG={path} cannot be written: {error}") from error

@@ -1,1 +1,1 @@
-"""Files to rows."""
+"""Input files to rows."""

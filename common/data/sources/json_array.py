@@ -1,11 +1,15 @@
-"""One JSON array as rows: its elements one by one, in memory that grows with neither the file nor an element."""
+"""A streaming reader of one JSON array; memory grows with neither the file nor an element.
+
+Hand-written: ijson yields Python objects instead of an element's text and sets no limit on its size; orjson needs the
+whole file in memory.
+"""
 
 import json
 import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from common.data.sources.files import BOM
+from common.data.sources.file_format import BOM
 
 try:
     import orjson
@@ -20,26 +24,26 @@ _SCALAR_END = re.compile(rb"[ \t\r\n,\]}]")
 
 
 class ArrayError(Exception):
-    """What is wrong with the array, at which element."""
+    """A malformed array: what is wrong, and at which element."""
 
 
 class Element(NamedTuple):
-    """An element's JSON text on one line, and its length in bytes; of one that is too long only the beginning."""
+    """An element's JSON text on one line and its length in bytes; `text` is only the head of one that is too long."""
 
     text: bytes
     length: int
 
 
 def elements(stream: BinaryIO, max_bytes: int) -> Iterator[Element]:
-    """The elements of the array in `stream`; raises ArrayError where its structure is broken.
+    """The elements of the array in `stream`; raises ArrayError when its structure is malformed.
 
-    What is wrong within an element is left to whoever parses it, as long as it is clear where the element ends. A
-    newline within an element is space between its tokens, since JSON strings hold none.
+    Errors inside an element are left to its parser, as long as its end is clear. A newline inside an element is white
+    space, since JSON strings cannot contain one.
     """
     text = _Text(stream)
     text.skip()
     if text.peek() != b"[":
-        raise ArrayError(f"it begins with {text.shown()}, which is no JSON: remove what stands before the array")
+        raise ArrayError(f"it begins with {text.preview()}, which is not JSON: remove what precedes the array")
     text.take(b"[")
     number = 1
     while True:
@@ -51,7 +55,9 @@ def elements(stream: BinaryIO, max_bytes: int) -> Iterator[Element]:
         if text.peek() == b"]":
             break
         if text.peek() != b",":
-            raise ArrayError(f"after element {number} stands {text.shown()}, not a comma or the array's end")
+            raise ArrayError(
+                f"element {number} is followed by {text.preview()}, not by a comma or the end of the array"
+            )
         text.take(b",")
         text.skip()
         if text.peek() == b"]":
@@ -60,11 +66,11 @@ def elements(stream: BinaryIO, max_bytes: int) -> Iterator[Element]:
     text.take(b"]")
     text.skip()
     if text.peek():
-        raise ArrayError(f"after the array's end stands {text.shown()}: a file is one array, or one row a line")
+        raise ArrayError(f"the array is followed by {text.preview()}: a file holds one array, or one row a line")
 
 
 class _Text:
-    """The bytes of a stream, of which only what is being read is kept."""
+    """A stream's bytes; only the part that is being read stays in memory."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -75,19 +81,19 @@ class _Text:
         self._data = self._data.removeprefix(BOM)
 
     def _more(self) -> bool:
-        """Reads on; whether there was more. A long element is read in ever larger pieces, so that few are joined."""
+        """Reads the next block; False at the end. Blocks of a long element grow, so that few are concatenated."""
         block = self._stream.read(self._size)
         self._data, self._at = self._data[self._at :] + block, 0
         return bool(block)
 
     def peek(self) -> bytes:
-        """The next byte, none at the end."""
+        """The next byte, empty at the end."""
         while self._at == len(self._data) and self._more():
             pass
         return self._data[self._at : self._at + 1]
 
     def skip(self) -> None:
-        """Passes over space."""
+        """Skips white space."""
         while self.peek():
             found = _SPACE.match(self._data, self._at)
             assert found
@@ -96,12 +102,12 @@ class _Text:
                 return
 
     def take(self, byte: bytes) -> None:
-        """Passes over `byte`, which is next."""
+        """Consumes `byte`, which must be next."""
         assert self.peek() == byte
         self._at += 1
 
-    def shown(self) -> str:
-        """The beginning of what is next, for a message."""
+    def preview(self) -> str:
+        """The next characters, for an error message."""
         return (
             repr(self._data[self._at : self._at + 40].decode(errors="replace"))
             if self.peek()
@@ -109,19 +115,19 @@ class _Text:
         )
 
     def element(self, number: int, max_bytes: int) -> Element:
-        """Passes over the value that is next."""
-        self._size, walk = BLOCK, _Walk()
+        """Consumes the next value and returns it."""
+        self._size, scanner = BLOCK, _ValueScanner()
         head, left_out = b"", 0
-        while (end := walk.end(self._data, self._at)) is None:
+        while (end := scanner.end(self._data, self._at)) is None:
             if len(self._data) - self._at > max_bytes:
                 head = head or self._data[self._at : self._at + KEPT_BYTES]
-                kept = walk.forget(self._data)
+                kept = scanner.forget(self._data)
                 left_out += len(self._data) - self._at - len(kept)
                 self._data, self._at = kept, 0
             elif not head:
                 self._size = min(2 * self._size, MAX_BLOCK)
             if not self._more():
-                end = self._at_end(number, walk, bool(head))
+                end = self._end_of_file(number, scanner, bool(head))
                 break
         text, self._at, self._size = self._data[self._at : end], end, BLOCK
         length = left_out + len(text)
@@ -130,26 +136,26 @@ class _Text:
         _check(number, text)
         return Element(_on_one_line(text), length)
 
-    def _at_end(self, number: int, walk: "_Walk", cut: bool) -> int:
-        """Where a value ends that nothing follows; raises ArrayError where it is none."""
-        if walk.scalar and not cut:
+    def _end_of_file(self, number: int, scanner: "_ValueScanner", cut: bool) -> int:
+        """Where the value ends at the end of the file; raises ArrayError when it is incomplete."""
+        if scanner.scalar and not cut:
             return len(self._data)
         if not cut:
             _check(number, self._data[self._at :])
-        raise ArrayError(f"element {number} is no JSON: the file ends within it")
+        raise ArrayError(f"element {number} is not JSON: the file ends within it")
 
 
-class _Walk:
-    """Where a value ends, by its brackets and quotes; taken up again when more of it was read."""
+class _ValueScanner:
+    """Finds where a value ends, by its brackets and quotes; resumes as more of it is read."""
 
     def __init__(self) -> None:
         self._depth, self._in_string, self._string, self._done, self._begun = 0, False, 0, 0, False
         self.scalar = False
 
     def end(self, data: bytes, start: int) -> int | None:
-        """Where the value that begins at data[start] ends; None when `data` ends before.
+        """Where the value that begins at data[start] ends; None when `data` ends first.
 
-        What was looked at once is not looked at again; the value must begin at 0 when it is asked for once more.
+        No byte is scanned twice: on the next call the value must begin at 0.
         """
         at = max(self._done, start)
         if not self._begun:
@@ -189,7 +195,7 @@ class _Walk:
         return (quote - first) % 2 == 1
 
     def forget(self, data: bytes) -> bytes:
-        """What must stand before the rest of the value when `data` is dropped: a backslash that escapes it."""
+        """The bytes to keep when `data` is dropped: a backslash that escapes the next byte."""
         kept = b"\\" if self._in_string and self._is_escaped(data, len(data)) else b""
         self._done, self._string = len(kept), 0
         return kept
@@ -200,17 +206,17 @@ def _on_one_line(text: bytes) -> bytes:
 
 
 def _check(number: int, text: bytes) -> None:
-    """Raises ArrayError unless `text` is JSON in form: else it may not be clear where the element ends."""
+    """Raises ArrayError unless `text` is well-formed JSON: otherwise its end may be wrong."""
     if orjson:
         try:
             orjson.loads(text)
             return
         except ValueError:
-            pass  # the standard parser judges
+            pass  # the json module decides
     try:
         json.loads(text.decode(errors="replace"))
     except json.JSONDecodeError as error:
         near = error.doc[max(0, error.pos - 30) : error.pos + 30]
-        raise ArrayError(f"element {number} is no JSON ({error.msg} at {near!r})") from None
+        raise ArrayError(f"element {number} is not JSON ({error.msg} at {near!r})") from None
     except (ValueError, RecursionError):
-        pass  # a number of too many digits, or too deep: the row is bad, the array is whole
+        pass  # too many digits or too deep: a bad row in an intact array

@@ -1,124 +1,40 @@
-"""Lines of jsonl to records, and what is said of a line that holds none."""
+"""Lines of jsonl to records."""
 
 import json
 import re
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from common.data.sources.files import BOM
-from common.data.sources.inputs import Chunk, read_chunks, whole_spans
-from common.data.sources.reading import MAX_ROW_BYTES, NEWLINE, beginning
+from common.data.sources.bad_rows import BadRowError, BadRows, LongRowError
+from common.data.sources.chunks import Chunk, read_chunks
+from common.data.sources.file_format import BOM
+from common.data.sources.row_blocks import MAX_ROW_BYTES, NEWLINE
+from common.data.sources.spans import whole_spans
 from common.errors import KitError
 
 try:
     import orjson
-except ModuleNotFoundError:  # the same records come out, slower
+except ModuleNotFoundError:  # the json module returns the same records, more slowly
     orjson = None  # type: ignore[assignment]
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-# Whole numbers of 64 bits have fewer digits; the fast parser makes a float of a longer one.
+# All integers of this many digits fit into 64 bits; orjson returns a float for one that does not.
 _DIGITS = bytes(0x30 if 0x30 <= byte < 0x3A else 0 for byte in range(256))
 _EXACT_DIGITS = 18
-# The fast parser's limit, held for the standard one too, whose own differs by the Python.
+# orjson's limit, enforced for the json module too, whose own limit depends on the Python version.
 MAX_DEPTH = 1024
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
-class BadRowError(Exception):
-    """What is wrong with one row; whoever knows its place makes a KitError of it."""
-
-
-class LongRowError(BadRowError):
-    """A row has more bytes than MAX_ROW_BYTES."""
-
-
-@contextmanager
-def one_row() -> Iterator[None]:
-    """Makes a BadRowError of whatever one row raises in the block, as `bad_row` does."""
-    try:
-        yield
-    except Exception as error:
-        raise bad_row(error) from error
-
-
-def bad_row(error: Exception) -> BadRowError:
-    """`error` of one row as what is wrong with it: a template's own errors, what Python cannot hold.
-
-    What is no row's fault is raised again: a KitError, a lack of memory.
-    """
-    if isinstance(error, BadRowError):
-        return error
-    if isinstance(error, (KitError, MemoryError)):
-        raise error
-    if isinstance(error, RecursionError):
-        return BadRowError("it is nested too deeply")
-    if isinstance(error, UnicodeEncodeError):
-        return BadRowError(r"it holds half of a surrogate pair (\ud800 to \udfff), which is no character")
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    place = f"{Path(frame.f_code.co_filename).name}, line {line}"
-    return BadRowError(f"it cannot be used: {type(error).__name__}: {str(error)[:300]} ({place})")
-
-
-class Reject(NamedTuple):
-    """A row that was not used: its line in its chunk, from 0; its bytes; why; of an array its element.
-
-    whole: `row` is all of it, not its beginning.
-    """
-
-    line: int
-    row: bytes
-    cause: str
-    element: int | None = None
-    whole: bool = True
-
-
-class BadRows:
-    """What is done with a chunk's rows that cannot be used: the first is an error, or with `skip` all are kept.
-
-    skip is what ON_ERROR says, or None where there is no such setting.
-    """
-
-    def __init__(self, chunk: Chunk, skip: bool | None = None) -> None:
-        self._chunk, self._skip = chunk, skip
-        self._counted = self._lines = 0  # so many bytes hold so many lines
-        self.rows: list[Reject] = []
-
-    @contextmanager
-    def row(self, offset: int) -> Iterator[None]:
-        """Notes what the row at `offset` raises in the block, as `add` does."""
-        try:
-            yield
-        except Exception as error:
-            self.add(offset, bad_row(error))
-
-    def add(self, offset: int, error: BadRowError) -> None:
-        """Notes the row at `offset`; raises KitError with file, line and cause unless bad rows are skipped."""
-        if not self._skip:
-            hint = "" if self._skip is None else " (ON_ERROR=skip leaves bad rows out and counts them)"
-            raise self._chunk.error(offset, f"{error}{hint}") from None
-        data, first = self._chunk.data, self._chunk.first_element
-        if offset < self._counted:
-            self._counted = self._lines = 0
-        self._lines += data.count(NEWLINE, self._counted, offset)
-        self._counted = offset
-        end = data.find(NEWLINE, offset)
-        row = data[offset : end if end >= 0 else len(data)]
-        whole = not isinstance(error, LongRowError)
-        row = row if whole else beginning(row, self._chunk.max_row_bytes)
-        element = None if first is None else first + self._lines
-        self.rows.append(Reject(self._lines, row, str(error), element, whole))
-
-
 def records(chunk: Chunk, counts: Counter[str], bad: BadRows | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(offset in the chunk, record) of each line; blank lines are counted. Raises KitError for a line that is none.
+    """(offset in the chunk, record) of each line; blank lines are counted.
 
-    With `bad` it is noted there instead.
+    A line that is not a record is added to `bad`; without `bad` it raises KitError.
     """
     bad = bad or BadRows(chunk)
     offset = 0
@@ -140,7 +56,7 @@ def records(chunk: Chunk, counts: Counter[str], bad: BadRows | None = None) -> I
 def _check_length(num_bytes: int, max_row_bytes: int) -> None:
     if num_bytes > max_row_bytes:
         raise LongRowError(
-            f"it has {num_bytes} bytes, and MAX_ROW_BYTES is {max_row_bytes}: split it, or set MAX_ROW_BYTES higher;"
+            f"it has {num_bytes} bytes, and MAX_ROW_BYTES is {max_row_bytes}: split it, or increase MAX_ROW_BYTES;"
             " to encode a byte of text gigatoken needs some 10 bytes of memory, tokenizers 330"
         )
 
@@ -148,12 +64,12 @@ def _check_length(num_bytes: int, max_row_bytes: int) -> None:
 def _lines(data: bytes) -> list[bytes]:
     lines = data.split(NEWLINE)
     if not lines[-1]:
-        lines.pop()  # what follows the last newline is no line
+        lines.pop()  # nothing follows the last newline
     return lines
 
 
-def strings_at_once(chunk: Chunk, name: str) -> list[str] | None:
-    """The string in field `name` of each row, fast; None when any row is not plainly that: `records` then tells."""
+def fast_string_column(chunk: Chunk, name: str) -> list[str] | None:
+    """The string in field `name` of each row; None when a row lacks one, so that `records` finds the cause."""
     if orjson is None or chunk.cut:
         return None
     # Views, not `split`: no line is copied.
@@ -174,7 +90,7 @@ def strings_at_once(chunk: Chunk, name: str) -> list[str] | None:
 def first_rows(
     files: list[Path], skip: bool | None = None, max_row_bytes: int = MAX_ROW_BYTES
 ) -> Iterator[tuple[Chunk, int, dict[str, Any]]]:
-    """(a chunk of one row, offset in it, record) of each row of `files`; with `skip` bad rows are passed over."""
+    """(a chunk of one row, offset in it, record) of each row of `files`; with `skip` bad rows are skipped."""
     for file in files:
         (span,) = whole_spans([file], max_row_bytes)
         for chunk in read_chunks(span, 1):
@@ -185,23 +101,23 @@ def first_rows(
 def first_row(
     files: list[Path], skip: bool | None = None, max_row_bytes: int = MAX_ROW_BYTES
 ) -> tuple[Chunk, int, dict[str, Any]]:
-    """The first of `first_rows`; raises KitError without any."""
+    """The first of `first_rows`; raises KitError when there is none."""
     for found in first_rows(files, skip, max_row_bytes):
         return found
     raise KitError(f"INPUT holds no row: {', '.join(map(str, files))} are blank")
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """The JSON object that `line` is; raises BadRowError saying what it is instead.
+    """The JSON object in `line`; raises BadRowError when it holds anything else.
 
-    The fast parser reads first; what it refuses, or may round, the standard one judges: both give the same record.
+    orjson parses first. Lines that it rejects or might round go to the json module, so both give the same record.
     """
     try:
-        record = orjson.loads(line) if orjson and not _has_long_number(line) else _load_slowly(line)
+        record = orjson.loads(line) if orjson and not _has_long_number(line) else _parse_with_json(line)
     except ValueError:
-        record = _load_slowly(line)
+        record = _parse_with_json(line)
     if not isinstance(record, dict):
-        raise BadRowError(f"it is a JSON {kind_of_json(record)}, not an object: write one object a line")
+        raise BadRowError(f"it is a JSON {json_type(record)}, not an object: write one object a line")
     return record
 
 
@@ -209,7 +125,7 @@ def _has_long_number(line: bytes) -> bool:
     return b"0" * (_EXACT_DIGITS + 1) in line.translate(_DIGITS)
 
 
-def _load_slowly(line: bytes) -> Any:
+def _parse_with_json(line: bytes) -> Any:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -217,23 +133,23 @@ def _load_slowly(line: bytes) -> Any:
             f"byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8: convert the file to UTF-8"
         ) from None
     try:
-        with _room_for(line):
+        with _raised_recursion_limit(line):
             record = json.loads(text)
             if _SURROGATE.search(line):
                 json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise BadRowError(r"it holds half of a surrogate pair (\ud800 to \udfff), which is no character") from None
+        raise BadRowError(r"it holds half of a surrogate pair (\ud800 to \udfff), which is not a character") from None
     except json.JSONDecodeError as error:
-        raise BadRowError(_why_no_json(text, error)) from None
+        raise BadRowError(_describe_json_error(text, error)) from None
     except ValueError:
         most = sys.get_int_max_str_digits()
-        raise BadRowError(f"it holds a whole number of more than {most} digits: write it as a string") from None
+        raise BadRowError(f"it holds an integer of more than {most} digits: write it as a string") from None
     return record
 
 
 @contextmanager
-def _room_for(line: bytes) -> Iterator[None]:
-    """Lets the parser go as deep as `line` is nested; raises BadRowError where that is too deep."""
+def _raised_recursion_limit(line: bytes) -> Iterator[None]:
+    """Raises the recursion limit for the nesting of `line`; raises BadRowError when it is over MAX_DEPTH."""
     if line.count(b"[") + line.count(b"{") < MAX_DEPTH // 2:
         yield
         return
@@ -249,7 +165,7 @@ def _room_for(line: bytes) -> Iterator[None]:
         sys.setrecursionlimit(limit)
 
 
-def _why_no_json(text: str, error: ValueError) -> str:
+def _describe_json_error(text: str, error: ValueError) -> str:
     row = text.strip()
     if row.endswith(","):
         try:
@@ -257,23 +173,23 @@ def _why_no_json(text: str, error: ValueError) -> str:
         except ValueError:
             pass
         else:
-            return "a comma follows the object: in jsonl rows are parted by newlines alone; remove the comma"
+            return "a comma follows the object: in jsonl only newlines separate rows; remove the comma"
     if row in ("[", "]"):
-        return "a JSON array is read only where the file is one array from its first character on"
-    return f"it is no JSON ({error})"
+        return "a JSON array is only read when it is the whole file"
+    return f"it is not JSON ({error})"
 
 
-def kind_of_json(value: Any) -> str:
-    """What JSON calls `value`."""
+def json_type(value: Any) -> str:
+    """The JSON type of `value`."""
     names: dict[type, str] = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
 
 
 def string_field(record: dict[str, Any], name: str) -> str:
-    """The string in field `name`; raises BadRowError when there is none."""
+    """The string in field `name`; raises BadRowError when it is missing or not a string."""
     if name not in record:
         raise BadRowError(f"it has no field '{name}'; its fields are {', '.join(map(repr, record)) or 'none'}")
     value = record[name]
     if not isinstance(value, str):
-        raise BadRowError(f"field '{name}' holds a JSON {kind_of_json(value)}, not a string")
+        raise BadRowError(f"field '{name}' holds a JSON {json_type(value)}, not a string")
     return value

@@ -1,1 +1,1 @@
-"""Fine-tuning rows to messages, rendered by a chat template, and the mask of what is learned."""
+"""Fine-tuning rows to messages, and the chat template that renders them."""

@@ -1,1 +1,1 @@
-"""Text to ids."""
+"""Text to token ids."""

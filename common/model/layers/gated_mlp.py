@@ -7,16 +7,12 @@ them, and the gradient of the product after it is turned into theirs as it is wr
 comes out of the backward pass's product again.
 """
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import silu
 
 from common.model.layers.gradients import give_gradient, put_product
-from common.model.layers.residual_norm import JoinedNorm
-from common.model.layers.tp_mappings import enter, leave
-from common.model.layers.weights import await_weights
 from common.model.probe import PROBED, find_fault
 
 
@@ -94,28 +90,6 @@ class GatedProduct(torch.autograd.Function):
         d_x = products.input_gradient(d_both, up_weight)
         d_up = give_gradient(up_weight, lambda total: products.add_weight_gradient(total, d_both, x))
         return d_x, d_up, d_down, None
-
-
-def use(block: Any, products: GatedProducts) -> None:
-    """Lets the MLPs of `block`, a TransformerBlock, compute by `products`; their weights stay where they are."""
-    for layer in block.layers:
-        layer.mlp.forward = _forward(layer.mlp, products)
-
-
-def _forward(mlp: Any, products: GatedProducts) -> Callable[..., tuple[torch.Tensor, None]]:
-    """In the place of Megatron-Core's MLP.forward, whose first linear layer may norm its input too."""
-
-    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-        """hidden_states [s, b, h], not yet normed where the first linear layer norms -> the same shape, and no bias."""
-        first, second = mlp.linear_fc1, mlp.linear_fc2
-        await_weights(first)
-        await_weights(second)
-        x = first.normed(hidden_states) if isinstance(first, JoinedNorm) else hidden_states
-        x = enter(x, mlp.config)
-        part: torch.Tensor = GatedProduct.apply(x.flatten(0, 1), first.weight, second.weight, products)
-        return leave(part.view(x.shape), mlp.config), None
-
-    return forward
 
 
 def why_not(products: GatedProducts, hidden_size: int, width: int, device: torch.device) -> str:

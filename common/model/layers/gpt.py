@@ -6,6 +6,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from common.engine.versions import installed_engine
 from common.model.layers.loss import LinearCrossEntropy, Vocabulary
 from common.model.layers.tp_mappings import enter
 from common.model.layers.weights import await_weights
@@ -39,27 +40,34 @@ class QwenModel(GPTModel):
         if labels is None or not self.post_process:
             return super().forward(input_ids, position_ids, attention_mask, **kwargs)
         assert loss_mask is not None
-        self.post_process: bool = False  # the hidden states, after the final norm
-        try:
+        engine = installed_engine()
+        if engine.separate_postprocess:
+            return super().forward(
+                input_ids, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, **kwargs
+            )
+        with engine.without_postprocess(self):
             hidden = super().forward(input_ids, position_ids, attention_mask, **kwargs)
-        finally:
-            self.post_process = True
+        return self._losses(hidden, labels, loss_mask)
+
+    def _postprocess(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        """The last step of Megatron-Core's forward (from 0.14 on); with labels, `forward`'s losses."""
+        if labels is None:
+            return super()._postprocess(*args, labels=labels, **kwargs)
+        return self._losses(kwargs["hidden_states"], labels, kwargs["loss_mask"])
+
+    def _losses(self, hidden: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+        """float32 [b, s] from hidden [s, b, h], or this rank's part of s under sequence parallelism."""
         await_weights(self.output_layer)
         weight = self.output_layer.weight
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
-        losses = self._losses(hidden, weight, labels.t().reshape(-1), loss_mask.t().reshape(-1))
-        return losses.view(labels.shape[1], labels.shape[0]).t()
-
-    def _losses(
-        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """float32 [s * b] from hidden [s, b, h], or this rank's part of s under sequence parallelism."""
         hidden = enter(hidden, self.config)
         first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
         num_tokens = min(max(self._num_tokens - first, 0), weight.shape[0])
         vocabulary = Vocabulary(parallel_state.get_tensor_model_parallel_group(), first, num_tokens)
-        wanted = torch.is_grad_enabled() and hidden.requires_grad
-        return LinearCrossEntropy.apply(
-            hidden.flatten(0, 1), weight, labels, loss_mask.float(), vocabulary, self._kernels, wanted
-        )
+        needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
+        losses = LinearCrossEntropy.apply(
+            hidden.flatten(0, 1), weight, labels.t().reshape(-1), loss_mask.t().reshape(-1).float(), vocabulary,
+            self._kernels, needs_gradient,
+        )  # fmt: skip
+        return losses.view(labels.shape[1], labels.shape[0]).t()

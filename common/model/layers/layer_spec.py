@@ -10,8 +10,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from common.engine.versions import installed_engine
 from common.model.layers.attention import SdpaAttention
+from common.model.layers.gated_mlp import GatedProducts
+from common.model.layers.mlp import gated_mlp
 from common.model.layers.norm import RMSNorm
-from common.model.layers.residual_norm import JoinedRMSNorm, normed_linear
+from common.model.layers.residual_norm import JoinedRMSNorm, ResidualSum, normed_linear
 
 
 def block_spec(
@@ -21,29 +23,41 @@ def block_spec(
     core_attention: type[SdpaAttention] | None = None,
     *,
     joined_norms: bool = False,
+    products: GatedProducts | None = None,
 ) -> Any:
     """The spec of a pipeline stage with `num_layers` layers; `transformer_impl` is transformer_engine or local.
 
     core_attention: in place of Transformer Engine's own; local layers need one.
-    joined_norms: with norms for `joined_norm.join`, which has to follow.
+    joined_norms: with the norms and sums that `residual_norm.join`, which has to follow, connects.
+    products: what the MLPs are computed by, in place of Megatron-Core's own functions.
     """
-    if transformer_impl == "transformer_engine":
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
-        parts = layer.submodules
-        if core_attention:
-            parts.self_attention.submodules.core_attention = core_attention
-        if not joined_norms:
-            return layer
-        mlp = installed_engine().mlp_submodules(parts)
+    engine = transformer_impl == "transformer_engine"
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm) if engine else _local_layer(qk_norm)
+    parts = layer.submodules
+    mlp = installed_engine().mlp_submodules(parts)
+    if core_attention or not engine:
+        parts.self_attention.submodules.core_attention = core_attention
+    if joined_norms:
+        parts.self_attn_bda = parts.mlp_bda = ResidualSum
+    if joined_norms and engine:
         parts.self_attention.submodules.linear_qkv = mlp.linear_fc1 = normed_linear()
-        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=JoinedRMSNorm)
+    elif joined_norms:
+        parts.input_layernorm = parts.pre_mlp_layernorm = JoinedRMSNorm
+    if products:
+        parts.mlp = gated_mlp(mlp, products)
+    if engine and not joined_norms:
+        return layer
+    # The final norm too: Megatron-Core's fallback for local layers refuses sequence parallelism.
     norm = JoinedRMSNorm if joined_norms else RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def _local_layer(qk_norm: bool) -> Any:
+    """Megatron-Core's local layer with our RMSNorm."""
     layer = get_gpt_layer_local_spec(qk_layernorm=qk_norm)
     parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = norm
-    attention = parts.self_attention.submodules
-    attention.core_attention = core_attention
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     if qk_norm:
+        attention = parts.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    # The final norm too: Megatron-Core's fallback for it refuses sequence parallelism.
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    return layer

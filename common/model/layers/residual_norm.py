@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
 from common.model.layers.norm import RMSNorm
 from common.model.layers.weights import await_weights
@@ -87,8 +88,30 @@ def normed_linear() -> type[torch.nn.Module]:
     return NormedLinear
 
 
+class ResidualSum:
+    """A layer's `self_attn_bda` or `mlp_bda`: the residual sum, with the norm that follows it once that is known."""
+
+    following: JoinedNorm | None = None
+
+    def __call__(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+        """The function of the sum, as Megatron-Core's get_bias_dropout_add returns it."""
+        if self.following is None:
+            add: Callable[..., torch.Tensor] = get_bias_dropout_add(training, fused)
+            return add
+        return self._add
+
+    def _add(
+        self, x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        """The sum [s, b, h]; both kinds of layers call it so."""
+        x, bias = x_with_bias
+        assert bias is None and dropout == 0.0, "Qwen has neither"
+        assert self.following
+        return self.following.sum_and_norm(x, residual)
+
+
 def join(block: Any, norms: Norms, *, across_layers: bool) -> None:
-    """Lets the sums of `block`, a TransformerBlock of layers with JoinedNorms, compute the norms that follow them.
+    """Connects each ResidualSum of `block`, a TransformerBlock built with them, to the norm that follows it.
 
     across_layers: also that of the next layer; not where layers are computed again for their gradients, each alone.
     """
@@ -97,24 +120,12 @@ def join(block: Any, norms: Norms, *, across_layers: bool) -> None:
             module.norms = norms
     begins = [_norm(layer.input_layernorm, layer.self_attention.linear_qkv) for layer in block.layers]
     for layer, following in zip(block.layers, [*begins[1:], block.final_layernorm], strict=True):
-        layer.self_attn_bda = _bias_dropout_add(_norm(layer.pre_mlp_layernorm, layer.mlp.linear_fc1))
-        if across_layers and following is not None:
-            layer.mlp_bda = _bias_dropout_add(following)
+        layer.self_attn_bda.following = _norm(layer.pre_mlp_layernorm, layer.mlp.linear_fc1)
+        if across_layers:
+            layer.mlp_bda.following = following
 
 
 def _norm(alone: Any, linear: Any) -> JoinedNorm:
     """The one of the two that norms: local layers have it alone, Transformer Engine's in the linear layer after it."""
     (found,) = (module for module in (alone, linear) if isinstance(module, JoinedNorm))
     return found
-
-
-def _bias_dropout_add(following: JoinedNorm) -> Callable[..., Any]:
-    """What Megatron-Core builds the sum by, as its get_bias_dropout_add; `following` norms the sum."""
-
-    def add(x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> Any:
-        """The sum [s, b, h]; both kinds of layers call it so."""
-        x, bias = x_with_bias
-        assert bias is None and dropout == 0.0, "Qwen has neither"
-        return following.sum_and_norm(x, residual)
-
-    return lambda training, fused: add

@@ -19,6 +19,7 @@ class ModelOptions:
     fused_products: str = "auto"  # SwiGLU and the loss inside matrix products: auto (where that works), true or false
     weighted: bool = False  # tokens may have other weights in the loss than 0 and 1
     joins_rows: bool = False  # packed samples are told apart by their bounds
+    mcore: tuple[str, ...] = ()  # fields of TransformerConfig by name (common.engine.overrides)
     deterministic: bool = (
         False  # the same bits in each run; torch has to be told before (common.training.planning.determinism)
     )

@@ -1,1 +1,1 @@
-"""The start of a run's processes: its nodes, their ranks, and what ends them."""
+"""How a run's processes start and end: launcher, preflight check, process group, signals and hang detector."""

@@ -1,4 +1,4 @@
-"""Which of this machine's addresses and network interfaces lead to the other nodes."""
+"""This machine's addresses and network interfaces, as far as they matter for reaching the other nodes."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ from common.log import logger
 
 
 def is_own_host(host: str) -> bool:
-    """Whether `host` is this machine: one of its addresses can be listened on here."""
+    """Whether `host` is this machine: a socket can be bound to one of its addresses."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -27,22 +27,22 @@ def is_own_host(host: str) -> bool:
     return False
 
 
-def wait_for_port(host: str, port: int, seconds: float) -> str:
-    """Empty as soon as something listens at `host`:`port`; after `seconds` without that, why the last try failed."""
-    end, why = time.monotonic() + seconds, ""
+def wait_for_port(host: str, port: int, timeout_s: float) -> str:
+    """Empty as soon as a server listens at `host`:`port`; after `timeout_s` seconds, why the last attempt failed."""
+    end, cause = time.monotonic() + timeout_s, ""
     while True:
         try:
             socket.create_connection((host, port), timeout=max(1.0, min(10.0, end - time.monotonic()))).close()
             return ""
         except OSError as error:
-            why = error.strerror or why or "no answer"  # a timeout has no text of its own
+            cause = error.strerror or cause or "no answer"  # a timeout has no strerror
         if time.monotonic() > end:
-            return why
+            return cause
         time.sleep(0.5)
 
 
 def address_towards(host: str, port: int) -> str | None:
-    """This machine's address on the way to `host`; None when there is no way. Nothing is sent."""
+    """This machine's address on the route to `host`; None without a route. Sends nothing."""
     try:
         family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -58,19 +58,21 @@ def check_gloo_interface() -> None:
     unknown = [name for name in given.split(",") if name and name not in known]
     if unknown:
         raise KitError(
-            f"GLOO_SOCKET_IFNAME={given}: {unknown[0]} is no network interface of {socket.gethostname()}, which has"
+            f"GLOO_SOCKET_IFNAME={given}: {socket.gethostname()} has no network interface {unknown[0]}; give one of"
             f" {', '.join(sorted(known))}"
         )
 
 
-def choose_gloo_interface(address: str | None) -> None:
-    """Has gloo use the interface of `address`, this machine's own towards the others, unless GLOO_SOCKET_IFNAME is set.
+def select_gloo_interface(address: str | None) -> None:
+    """Sets GLOO_SOCKET_IFNAME to the interface of `address`, this machine's own towards the others, unless it is set.
 
-    Left to itself gloo takes the address that the machine's name resolves to, often 127.0.1.1, and no node finds it.
+    By default gloo uses the address that the hostname resolves to, often 127.0.1.1, which no other node can reach.
     """
     if address is None or ip_address(address).is_loopback or os.environ.get("GLOO_SOCKET_IFNAME"):
         return
     for name, found in psutil.net_if_addrs().items():
         if address in (each.address for each in found):
             os.environ["GLOO_SOCKET_IFNAME"] = name
-            logger.info("gloo: %s (%s), the way to the first node; GLOO_SOCKET_IFNAME chooses another", name, address)
+            logger.info(
+                "gloo uses %s (%s), the route to the first node; set GLOO_SOCKET_IFNAME for another", name, address
+            )

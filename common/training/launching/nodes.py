@@ -1,20 +1,20 @@
-"""What must be the same on every node of a run, as named facts whose differences can be said."""
+"""What must be the same on every node of a run: named facts, and how they differ between two nodes."""
 
 import platform as python_platform
 import socket
 from dataclasses import fields
 from importlib import metadata
 
-from common.data.dataset.blend import read_blend
-from common.data.dataset.fingerprint import DATA_SAMPLES, HASHED, hash_file, hash_samples
-from common.data.dataset.indexed import bin_path, idx_path
+from common.data.dataset.blended_dataset import read_blend
+from common.data.dataset.file_hash import DATA_SAMPLES, HASHED, hash_file, hash_samples
+from common.data.dataset.indexed_dataset import bin_path, idx_path
 from common.settings import KIT
 from common.training.planning.plan import Plan, Start
 
 Facts = dict[str, str]
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex", "flash-attn", "transformers", "numpy")
-# A node's own; a folder may bear another name on each node, so what lies in it is compared instead.
+# Settings of one node. A folder may have another path on each node, so its contents are compared instead.
 NOT_COMPARED = (
     "node_rank", "master_addr", "rdzv_endpoint", "wandb_save_path", "save_checkpoint_path", "load_checkpoint_path",
     "hf_model_path", "dataset_path", "valid_dataset_path",
@@ -24,20 +24,20 @@ SHOWN_DIFFERENCES = 5
 
 
 def node_name(number: int | None = None) -> str:
-    """How messages call this node: `node 1 (host)`, or by its host alone where a rendezvous numbers the nodes."""
+    """This node in messages: `node 1 (host)`, or the host alone at a rendezvous, which numbers the nodes itself."""
     host = socket.gethostname()
     return host if number is None else f"node {number} ({host})"
 
 
 def facts_of(plan: Plan) -> Facts:
-    """Settings, versions, the kit's code, the model's config and tokenizer, and the data."""
+    """Facts on the settings, package versions, the kit's code, the model's config and tokenizer, and the data."""
     settings = plan.settings
-    chosen = {field.name.upper(): str(getattr(settings, field.name)) for field in fields(settings)}
+    shared = {field.name.upper(): str(getattr(settings, field.name)) for field in fields(settings)}
     for name in NOT_COMPARED:
-        del chosen[name.upper()]
+        del shared[name.upper()]
     model = {name: plan.start.model_folder / name for name in ("config.json", "tokenizer.json")}
     return {
-        **chosen,
+        **shared,
         "KIT_PLATFORM": plan.platform.name,
         **versions(),
         **{str(path.relative_to(KIT)): hash_file(path) for path in sorted((KIT / "common").rglob("*.py"))},
@@ -48,7 +48,7 @@ def facts_of(plan: Plan) -> Facts:
 
 
 def versions() -> Facts:
-    """Of Python and of the packages a run's numbers depend on; those that are not installed are left out."""
+    """Versions of Python and of the installed PACKAGES, on which a run's results depend."""
     found = {"Python": ".".join(python_platform.python_version_tuple()[:2])}
     for name in PACKAGES:
         try:
@@ -59,7 +59,7 @@ def versions() -> Facts:
 
 
 def data_facts(setting: str, text: str | None) -> Facts:
-    """Of each dataset that `text` names its weight and its files: indexes hashed whole, tokens by samples."""
+    """The weight and file hashes of each dataset in `text`: an index is hashed whole, tokens by samples."""
     found: Facts = {}
     for number, (weight, files) in enumerate(read_blend(text, setting)) if text else ():
         where = f"{setting}[{number}]"
@@ -71,7 +71,7 @@ def data_facts(setting: str, text: str | None) -> Facts:
 
 
 def start_facts(start: Start) -> Facts:
-    """Where a run starts, and the files of the weights that are read: names, sizes, samples of their bytes."""
+    """How a run starts, and the checkpoint files it reads: names, and hashes of size and sampled bytes."""
     if start.checkpoint is None:
         return {"start": start.kind}
     path = start.checkpoint.path
@@ -82,15 +82,15 @@ def start_facts(start: Start) -> Facts:
     }
 
 
-def differences(reference: Facts, there: str, mine: Facts, here: str) -> str:
-    """What is not the same on both nodes, in words; empty where all is."""
+def differences(reference: Facts, there: str, own_facts: Facts, here: str) -> str:
+    """How the facts of node `here` differ from those of node `there`, as text; empty if they do not."""
     found = []
-    for name in dict.fromkeys((*reference, *mine)):
-        theirs, own = reference.get(name), mine.get(name)
+    for name in dict.fromkeys((*reference, *own_facts)):
+        theirs, own = reference.get(name), own_facts.get(name)
         if theirs == own:
             continue
         if theirs is None or own is None:
-            found.append(f"{name} is on {here if theirs is None else there} alone")
+            found.append(f"{name} exists only on {here if theirs is None else there}")
         elif own.startswith(HASHED):
             found.append(f"{name} differs")
         else:

@@ -1,4 +1,4 @@
-"""How long a process of a run lives: no longer than the one that started it."""
+"""The parent-death signal: no process of a run outlives the one that started it."""
 
 import ctypes
 import os
@@ -7,15 +7,15 @@ import signal
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def end_with_parent() -> None:
-    """Has the kernel kill this process when the one that started it has ended, and what it forks when it ends itself.
+def set_parent_death_signal() -> None:
+    """Has the kernel send SIGKILL to this process when its parent exits, and likewise to each child that it forks.
 
-    Killed, a launcher leaves its ranks: they would train on and write checkpoints while the user starts the same run
-    again. And a rank leaves its data workers, which have its devices open: they would keep the GPU's memory a while.
+    Without it, ranks whose launcher was killed would train on and write checkpoints while the user starts the same run
+    again, and the data workers of a killed rank, which have its devices open, would hold GPU memory for a while.
     """
-    _die_with_parent()
-    os.register_at_fork(after_in_child=_die_with_parent)
+    _set_for_this_process()
+    os.register_at_fork(after_in_child=_set_for_this_process)
 
 
-def _die_with_parent() -> None:
+def _set_for_this_process() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

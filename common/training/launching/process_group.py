@@ -1,4 +1,4 @@
-"""The process group of a run: started, agreed over, ended."""
+"""The process group of a run: initialization, seeds, agreement between ranks, destruction."""
 
 import datetime
 import os
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from common.errors import KitError
-from common.parallel import ParallelSizes
+from common.parallel import ParallelSizes, is_node_leader
 from common.platforms.base import Platform
 from common.training.launching.hang_detector import Heartbeat
 from common.training.launching.nodes import differences, start_facts
@@ -25,9 +25,9 @@ from common.training.planning.plan import Start
 
 @contextmanager
 def process_group(platform: Platform, sizes: ParallelSizes, seed: int, timeout_min: int) -> Iterator[None]:
-    """Megatron-Core's groups and random states, for as long as the block lasts.
+    """torch's and Megatron-Core's process groups, seeded, for the duration of the block.
 
-    They are left as they are by an error: the other ranks will not take part in their end (errors.exit_at_once).
+    After an error they are not destroyed: the other ranks would not take part (rank_exit.exit_on_error).
     """
     if platform.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -46,9 +46,9 @@ def process_group(platform: Platform, sizes: ParallelSizes, seed: int, timeout_m
 
 
 def check_same_start(start: Start) -> None:
-    """Raises KitError unless every node is about to read the same weights. A collective call, before they are read."""
+    """Raises KitError unless every node is about to read the same weights; a collective call, made before they do."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (socket.gethostname(), start_facts(start)) if is_first_of_node() else None)
+    dist.all_gather_object(found, (socket.gethostname(), start_facts(start)) if is_node_leader() else None)
     (first, reference), *others = (each for each in found if each)
     texts = [(host, differences(reference, first, facts, host)) for host, facts in others]
     wrong = [f"{host} does not start from what {first} starts from: {text}" for host, text in texts if text]
@@ -60,17 +60,12 @@ def check_same_start(start: Start) -> None:
 
 
 def fail_together(message: str) -> NoReturn:
-    """Of what every rank finds alike one process of a node speaks: raises KitError there, SystemExit in the others."""
-    raise KitError(message) if is_first_of_node() else SystemExit(2)
-
-
-def is_first_of_node() -> bool:
-    """Whether this is the process of its node that speaks for it."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    """For an error that every rank has found: raises KitError on one rank of each node, SystemExit on the others."""
+    raise KitError(message) if is_node_leader() else SystemExit(2)
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds every random generator; pipeline stages differ, as in Megatron-LM's training/initialize.py."""
+    """Seeds every random number generator; pipeline stages differ, as in Megatron-LM's training/initialize.py."""
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     np.random.seed(seed)
@@ -79,7 +74,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every random generator of this rank, as `restore_random_state` takes it."""
+    """The state of every random number generator of this rank, for `restore_random_state`."""
     return {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
@@ -90,7 +85,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Puts the generators where `random_state` found them."""
+    """Restores what `random_state` returned."""
     random.setstate(state["random_rng_state"])
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])
@@ -99,7 +94,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def errors_of_ranks(error: BaseException | None) -> list[str]:
-    """What went wrong on the ranks where something did, in their order; a collective call."""
+    """`rank N: message` for each rank that passes an error, in rank order; a collective call."""
     flag = torch.tensor([error is not None], dtype=torch.int32, device=torch.cuda.current_device())
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     if not flag.item():
@@ -109,40 +104,41 @@ def errors_of_ranks(error: BaseException | None) -> list[str]:
     return [f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None]
 
 
-class Meeting:
-    """Where ranks wait for each other as long as it takes, on the host: NCCL's calls give up after the timeout.
+class HostGroup:
+    """A gloo group of all ranks for waits of any length: NCCL's collectives fail after the timeout.
 
-    Making one is a collective call, and so is each method. A rank that hangs meanwhile is found by its own heartbeat.
+    The constructor and each method are collective calls. A rank that hangs meanwhile is found by its own heartbeat.
     """
 
     def __init__(self, heartbeat: Heartbeat) -> None:
         self.heartbeat = heartbeat
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # gloo connects each to each; 1,024 is a usual limit
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # gloo connects every pair of ranks, and the soft limit is often 1,024.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
-    def all_are(self, ready: bool) -> bool:
-        """Whether every rank is `ready`; returns when each has told."""
-        told = torch.tensor([ready], dtype=torch.int32)
-        work = dist.all_reduce(told, op=dist.ReduceOp.MIN, group=self.group, async_op=True)
+    def all_ready(self, ready: bool) -> bool:
+        """Whether every rank is `ready`; returns when every rank has called."""
+        flag = torch.tensor([ready], dtype=torch.int32)
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group, async_op=True)
         pause = 0.0005
         while not work.is_completed():
             time.sleep(pause)
             pause = min(2 * pause, 0.2)
             self.heartbeat.beat("waiting for the other ranks' saving")
         work.wait()
-        return bool(told.item())
+        return bool(flag.item())
 
     def gather(self, value: Any) -> list[Any]:
-        """Each rank's `value` on rank 0, nothing elsewhere."""
+        """Every rank's `value` in rank order on rank 0, an empty list elsewhere."""
         found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(value, found, group=self.group)
         return found or []
 
 
 def first_line(error: BaseException) -> str:
-    """What `error`, or the first of those that it holds, says."""
-    if isinstance(error.__context__, OSError):  # torch.save's writer complains of its position after it
+    """The first line of `error`'s message, or of the OSError that caused it."""
+    if isinstance(error.__context__, OSError):  # torch.save's writer then fails on its own position
         error = error.__context__
     text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return f"a file was not taken whole ({text})" if "inline_container.cc" in text else text
+    return f"a file was not written in full ({text})" if "inline_container.cc" in text else text

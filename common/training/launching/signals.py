@@ -1,11 +1,11 @@
-"""How a run is asked to stop: TERM, INT, HUP and USR1, to the launcher or to a rank, wherever they come from.
+"""Graceful stop: SIGTERM, SIGINT, SIGHUP or SIGUSR1, to the launcher or to a rank, requests a save and an exit.
 
-Launcher and ranks keep these signals blocked in every thread, and one thread of each waits for them. Whatever a rank
-starts inherits the mask, and so hears none of them: data workers, the writers of a checkpoint, Megatron-Core's manager.
-torchrun sends what it is sent to all of them (os.killpg in torch/distributed/elastic/multiprocessing/
-subprocess_handler), and a data worker that dies of it takes its rank along.
+The launcher and the ranks block these signals in every thread, and one thread in each process waits for them. Child
+processes of a rank inherit the mask and so ignore them: data workers, checkpoint writers, Megatron-Core's manager.
+torchrun forwards what it receives to all of them (os.killpg in torch/distributed/elastic/multiprocessing/
+subprocess_handler), and a data worker that dies of a signal takes its rank down with it.
 
-The launcher passes a request on as USR1, again each second, since a rank may just be starting; TERM from it means
+The launcher forwards a request as SIGUSR1, once a second, since a rank may still be starting; a SIGTERM from it means
 that torchrun ends the rank because another one has failed.
 """
 
@@ -22,43 +22,45 @@ import psutil
 from common.log import logger
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-INSISTENT = (signal.SIGTERM, signal.SIGINT)  # the second of these ends at once
-DOUBLE_S = 0.5  # `timeout` and schedulers signal a process and its group: within so long two are one
+FORCING = (signal.SIGTERM, signal.SIGINT)  # the second of these ends the process immediately
+DEBOUNCE_S = 0.5  # `timeout` and schedulers signal a process and its group: two within this time count as one
 RESEND_S = 1.0
-LAUNCHER = "KIT_LAUNCHER_PID"  # in a rank's environment
-STOPPED = 75  # exit code: stopped before the end, saved, the same command goes on (EX_TEMPFAIL of sysexits.h)
+LAUNCHER_PID = "KIT_LAUNCHER_PID"  # in a rank's environment
 
 
 def handled_signals() -> set[signal.Signals]:
-    """STOP_SIGNALS, without HUP where it is ignored: `nohup` asked for that."""
+    """STOP_SIGNALS, without SIGHUP where it is ignored, as under `nohup`."""
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     return set(STOP_SIGNALS) - ignored
 
 
-def hold() -> None:
-    """Blocks them in this thread and those that it starts; to be called before libraries start their own.
+def block_stop_signals() -> None:
+    """Blocks STOP_SIGNALS in this thread and those that it starts; to be called before libraries start their own.
 
-    numpy's, CUDA's and the stores' threads would take a signal else, and torchrun's handler run.
+    Otherwise a thread of numpy, CUDA or a TCPStore could receive a signal, and torchrun's handler would run.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
-class Requests:
-    """The requests to stop that this process has heard; `on_first` and `on_second` are called by the waiting thread.
+class StopRequests:
+    """The requests to stop that this process has received; the waiting thread calls `on_first` and `on_second`.
 
-    sender of a signal: the process that sent it, 0 where it is not known.
+    received: the first signal, None before. launcher_pid: 0 in the launcher itself.
     """
 
     def __init__(
-        self, on_first: Callable[[signal.Signals], None], on_second: Callable[[signal.Signals], None], launcher: int = 0
+        self,
+        on_first: Callable[[signal.Signals], None],
+        on_second: Callable[[signal.Signals], None],
+        launcher_pid: int = 0,
     ) -> None:
-        self.on_first, self.on_second, self.launcher = on_first, on_second, launcher
-        self.heard: signal.Signals | None = None
-        self._insisted_at: float | None = None
+        self.on_first, self.on_second, self.launcher_pid = on_first, on_second, launcher_pid
+        self.received: signal.Signals | None = None
+        self._forced_at: float | None = None
         self._signals = handled_signals()
-        hold()
-        for each in self._signals:  # for a thread that a library started before this
-            signal.signal(each, lambda received, _: self.receive(signal.Signals(received)))
+        block_stop_signals()
+        for each in self._signals:  # for threads that a library has started before
+            signal.signal(each, lambda number, _: self.receive(signal.Signals(number)))
         threading.Thread(target=self._wait, name="signals", daemon=True).start()
 
     def _wait(self) -> None:
@@ -66,55 +68,56 @@ class Requests:
             info = signal.sigwaitinfo(self._signals)
             self.receive(signal.Signals(info.si_signo), info.si_pid)
 
-    def receive(self, number: signal.Signals, sender: int = 0) -> None:
-        """Takes note of a signal."""
-        if number == signal.SIGTERM and self.launcher and sender == self.launcher:
-            os._exit(128 + number)  # another rank has failed, and this one may wait for it for ever
-        first = self.heard is None
-        self.heard = self.heard or number
+    def receive(self, number: signal.Signals, sender_pid: int = 0) -> None:
+        """Handles a signal; sender_pid: 0 if unknown."""
+        if number == signal.SIGTERM and self.launcher_pid and sender_pid == self.launcher_pid:
+            os._exit(128 + number)  # another rank has failed, and this one may wait for it forever
+        first = self.received is None
+        self.received = self.received or number
         if first:
             self.on_first(number)
-        if number in INSISTENT:
+        if number in FORCING:
             now = time.monotonic()
-            if self._insisted_at is not None and now - self._insisted_at > DOUBLE_S:
+            if self._forced_at is not None and now - self._forced_at > DEBOUNCE_S:
                 self.on_second(number)
-            self._insisted_at = self._insisted_at or now
+            self._forced_at = self._forced_at or now
 
 
-def listen_in_rank() -> Requests:
-    """A rank's requests: it acts on `heard` at its next step, and ends at once where it is told twice."""
-    return Requests(lambda number: None, lambda number: os._exit(128 + number), int(os.environ.get(LAUNCHER, "0")))
+def listen_in_rank() -> StopRequests:
+    """A rank's requests: training checks `received` after each step; a second request ends the process immediately."""
+    launcher_pid = int(os.environ.get(LAUNCHER_PID, "0"))
+    return StopRequests(lambda number: None, lambda number: os._exit(128 + number), launcher_pid)
 
 
-def listen_in_launcher() -> Requests:
-    """The launcher's requests: its ranks are asked to stop as it is, and end at once when it is told twice.
+def listen_in_launcher() -> StopRequests:
+    """The launcher's requests: the first is forwarded to the ranks, the second kills them.
 
-    While none is running, it ends at once itself.
+    While no rank is running, the first ends the launcher.
     """
-    os.environ[LAUNCHER] = str(os.getpid())
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch from 2.8 on; before, its handlers never get one
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # since torch 2.8; earlier, its handlers receive nothing
 
-    def ask(number: signal.Signals) -> None:
+    def forward(number: signal.Signals) -> None:
         if not _ranks():
             print("interrupted", file=sys.stderr, flush=True)
             os._exit(128 + number)
         logger.info(
-            "%s: asked to stop: the run saves after its current step and ends; a second Ctrl-C or SIGTERM ends it at"
-            " once, without saving", number.name,
+            "%s: stop requested: the run saves after its current step and exits; a second Ctrl-C or SIGTERM ends it"
+            " immediately, without saving", number.name,
         )  # fmt: skip
-        threading.Thread(target=_keep_asking, name="ask ranks", daemon=True).start()
+        threading.Thread(target=_keep_forwarding, name="forward stop request", daemon=True).start()
 
-    def end(number: signal.Signals) -> None:
-        logger.warning("%s again: ended at once; what was not saved before is lost", number.name)
+    def kill(number: signal.Signals) -> None:
+        logger.warning("%s again: ended immediately; progress since the last checkpoint is lost", number.name)
         for rank in _ranks():
             rank.kill()
         sys.stderr.flush()
         os._exit(128 + number)
 
-    return Requests(ask, end)
+    return StopRequests(forward, kill)
 
 
-def _keep_asking() -> None:
+def _keep_forwarding() -> None:
     while True:
         for rank in _ranks():
             with suppress(psutil.NoSuchProcess):
@@ -123,7 +126,7 @@ def _keep_asking() -> None:
 
 
 def _ranks() -> list[psutil.Process]:
-    """The ranks among the processes that this one has started: torchrun runs in it."""
+    """The ranks among this process's children: torchrun runs in this process."""
     found = []
     for child in psutil.Process().children():
         with suppress(psutil.Error):

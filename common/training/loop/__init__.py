@@ -1,1 +1,1 @@
-"""Steps, evaluation, metrics."""
+"""The training loop of a rank: data, steps, evaluation and logging."""

@@ -1,4 +1,4 @@
-"""What a run says of its device's memory, and what takes less when it runs out."""
+"""Device memory: its peak for the log, and the settings that reduce it when a run is out of memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,58 +11,58 @@ from common.errors import KitError
 from common.platforms.base import Platform
 from common.training.planning.plan import Plan
 
-# As torch, CUDA, NCCL, cuBLAS and the allocator of the CPU tell it, all of them in a RuntimeError.
-SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+# From torch, CUDA, NCCL, cuBLAS and the CPU allocator, each in a RuntimeError.
+OUT_OF_MEMORY_TEXTS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 def memory_line() -> str:
-    """What the log says of this rank's device memory; Adam makes its moments at the end of the first step."""
+    """The log line of this rank's peak device memory; Adam creates its moments in the first step."""
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    share = " / ".join(f"{size / 2**30:.1f}" for size in (allocated, reserved, total))
-    return f"memory of rank {dist.get_rank()} at most, GiB allocated / reserved / there are: {share}"
+    sizes = " / ".join(f"{size / 2**30:.1f}" for size in (allocated, reserved, total))
+    return f"peak memory of rank {dist.get_rank()}, GiB allocated / reserved / total: {sizes}"
 
 
 @contextmanager
-def explained_lack_of_memory(plan: Plan) -> Iterator[None]:
-    """Raises KitError, which names what takes less, where the block runs out of memory."""
+def explain_out_of_memory(plan: Plan) -> Iterator[None]:
+    """Turns an out-of-memory error of the block into a KitError that names the settings that reduce memory."""
     try:
         yield
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in SIGNS):
+        if not any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
             raise
-        # torch's text goes on with where its documentation is, or with lines of C++.
+        # torch's message continues with a link to its documentation, or with lines of C++.
         text = str(error).split("  See documentation")[0].strip().splitlines()[0].rstrip(".")
-        raise KitError(f"rank {dist.get_rank()} is out of memory ({text}): {what_takes_less(plan)}") from error
+        raise KitError(f"rank {dist.get_rank()} is out of memory ({text}): {memory_remedy(plan)}") from error
 
 
-def what_takes_less(plan: Plan) -> str:
-    """The settings of `plan` that can still be changed for it."""
+def memory_remedy(plan: Plan) -> str:
+    """The settings that would reduce the memory of `plan`, as the remedy of an error message."""
     settings, training = plan.settings, plan.settings.train_or_convert_ckpt == "train"
     on_gpu = plan.platform.device == "cuda"
-    halved = settings.precision == "bf16" and settings.optimizer_state == "fp32" and has_bf16_moments(plan.platform)
-    ways = {
+    fp32_moments = settings.precision == "bf16" and settings.optimizer_state == "fp32"
+    options = {
         f"a MICRO_BATCH_SIZE below {settings.micro_batch_size}": training and settings.micro_batch_size > 1,
         "RECOMPUTE=full": training and settings.recompute != "full",
         "RECOMPUTE_NUM_LAYERS empty": training and settings.recompute_num_layers is not None,
-        "OPTIMIZER_STATE=bf16": training and halved,
+        "OPTIMIZER_STATE=bf16": training and fp32_moments and supports_bf16_moments(plan.platform),
         "OPTIMIZER_STATE=cpu": training and on_gpu and settings.optimizer_state != "cpu",
         f"a SEQ_LENGTH below {settings.seq_length}": training,
         f"more GPUs, with TP over {settings.tp} or PP over {settings.pp}": True,
     }
-    told = "what takes less: " + ", ".join(way for way, is_left in ways.items() if is_left)
+    remedy = "to use less memory: " + ", ".join(option for option, applies in options.items() if applies)
     if settings.optimizer_state == "cpu":
-        told += "; OPTIMIZER_STATE=cpu needs 12 bytes a parameter of the hosts' memory"
+        remedy += "; OPTIMIZER_STATE=cpu needs 12 bytes of host memory a parameter"
     if not on_gpu:
-        return told
+        return remedy
     return (
-        f"{told}; `python -m common.estimate --hf-model-path {plan.start.model_folder} --gpu TYPE"
-        f" --gpus {settings.gpus} --seq-length {settings.seq_length}` tells what fits"
+        f"{remedy}; `python -m common.estimate --hf-model-path {plan.start.model_folder} --gpu TYPE"
+        f" --gpus {settings.gpus} --seq-length {settings.seq_length}` shows what fits"
     )
 
 
-def has_bf16_moments(platform: Platform) -> bool:
-    """Whether OPTIMIZER_STATE=bf16 would be taken here."""
+def supports_bf16_moments(platform: Platform) -> bool:
+    """Whether OPTIMIZER_STATE=bf16 works on this machine."""
     try:
         transformer_engine.check_optimizer_state("bf16")
     except KitError:

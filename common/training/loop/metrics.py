@@ -1,4 +1,4 @@
-"""What is measured and printed: losses, rates, the time left."""
+"""Throughput: FLOPs per token, tokens/s, TFLOP/s per GPU and the time left."""
 
 import time
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ from common.platforms.base import Platform
 
 
 def flops_per_token(qwen: QwenConfig, seq_length: int) -> float:
-    """Floating-point operations that one token costs, forward and backward, without recomputation.
+    """Floating-point operations of one token, forward and backward, without recomputation.
 
-    Multiply-adds count two; backward costs twice forward; attention counts its causal half (s/2 keys a query), as in
-    the PaLM paper's appendix B (arXiv 2204.02311) but for that half; the output layer counts its vocab_size rows.
+    A multiply-add counts as two; backward costs twice as much as forward. As in appendix B of the PaLM paper (arXiv
+    2204.02311), except that attention counts its causal half only (s/2 keys a query). The output layer has vocab_size
+    rows.
     """
     h, d = qwen.hidden_size, qwen.head_dim
     projections = h * qwen.qkv_rows + qwen.num_attention_heads * d * h
@@ -21,32 +22,32 @@ def flops_per_token(qwen: QwenConfig, seq_length: int) -> float:
 
 
 def attention_flops_per_token(qwen: QwenConfig, seq_length: int) -> float:
-    """Those of them that queries, keys and values cost with each other."""
+    """The part of `flops_per_token` that the products of queries, keys and values take."""
     scores = seq_length / 2 * 2 * qwen.num_attention_heads * qwen.head_dim
     return 3 * 2 * qwen.num_hidden_layers * scores
 
 
 def peak_tflops(platform: Platform, device_name: str) -> float | None:
-    """The device's dense bf16 peak in TFLOP/s by the vendor's data sheet; None when it is not known."""
-    # The longest name first: "H20" is a part of "H200".
+    """The device's dense bf16 peak in TFLOP/s, from the vendor's data sheet; None if unknown."""
+    # The longest name first: "H20" is a prefix of "H200".
     names = sorted(platform.peak_tflops, key=len, reverse=True)
     return next((platform.peak_tflops[name] for name in names if name in device_name), None)
 
 
 @dataclass
 class Interval:
-    """What happened since the last log line."""
+    """The steps since the last log line."""
 
     loss: float
     grad_norm: float
     learning_rate: float
     iterations: int
-    seconds: float  # training alone: without evaluation and saving
+    seconds: float  # of training, without evaluation and saving
 
 
 @dataclass
 class Meter:
-    """Turns intervals into log lines."""
+    """Computes the throughput of intervals and formats their log lines."""
 
     train_iters: int
     global_batch_size: int
@@ -56,14 +57,14 @@ class Meter:
     peak_tflops: float | None
 
     def rates(self, interval: Interval) -> dict[str, float]:
-        """tokens/s over all GPUs, TFLOP/s a GPU and milliseconds an iteration."""
+        """Tokens/s over all GPUs, TFLOP/s per GPU and milliseconds per iteration."""
         seconds = interval.seconds / interval.iterations
         tokens = self.global_batch_size * self.seq_length / seconds
         tflops = tokens * self.flops_per_token / self.world_size / 1e12
         return {"tokens_per_s": tokens, "tflops_per_gpu": tflops, "ms_per_iteration": 1e3 * seconds}
 
     def line(self, iteration: int, consumed_samples: int, interval: Interval) -> str:
-        """The log line of an interval that ends with `iteration`."""
+        """The log line of an interval that ends at `iteration`."""
         rates = self.rates(interval)
         flops = f"{rates['tflops_per_gpu']:#.3g} TFLOP/s/GPU"
         if self.peak_tflops:
@@ -93,24 +94,24 @@ def clock(seconds: float) -> str:
 
 
 class Stopwatch:
-    """Seconds of training since the last `lap`, without what ran while it was paused."""
+    """Measures seconds of training since the last `lap`, without the time in which it was paused."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.paused_at: float | None = None
 
     def pause(self) -> None:
-        """Stops the watch."""
+        """Pauses the watch."""
         self.paused_at = time.perf_counter()
 
-    def go_on(self) -> None:
-        """Starts the watch again."""
+    def resume(self) -> None:
+        """Resumes the watch, if it is paused."""
         if self.paused_at is not None:
             self.start += time.perf_counter() - self.paused_at
             self.paused_at = None
 
     def lap(self) -> float:
-        """The seconds since the last lap; begins the next."""
+        """The seconds since the last lap; starts the next lap."""
         now = time.perf_counter()
         seconds, self.start = now - self.start, now
         return seconds

@@ -1,4 +1,4 @@
-"""A run's figures sent to Weights & Biases, when WANDB_PROJECT is set."""
+"""Experiment tracking with Weights & Biases, if WANDB_PROJECT is set."""
 
 from dataclasses import asdict
 from typing import Any
@@ -7,10 +7,11 @@ from common.errors import KitError
 from common.training.settings import TrainSettings
 
 
-class Tracking:
-    """Sends figures on rank 0 of a run that asked for it; does nothing otherwise.
+class WandbTracker:
+    """Logs metrics from rank 0 if WANDB_PROJECT is set; does nothing otherwise.
 
-    Its block ends the run there, which wandb would else do as the process ends: a rank that fails does so without.
+    Leaving its `with` block finishes the run on wandb's side; wandb would do so as the process ends, which a failing
+    rank does without running exit handlers.
     """
 
     def __init__(self, settings: TrainSettings, rank: int) -> None:
@@ -24,10 +25,10 @@ class Tracking:
                 config=asdict(settings),
             )
 
-    def log(self, iteration: int, **figures: float) -> None:
-        """Sends the figures of `iteration`."""
+    def log(self, iteration: int, **metrics: float) -> None:
+        """Logs the metrics of `iteration`."""
         if self.run is not None:
-            self.run.log(figures, step=iteration)
+            self.run.log(metrics, step=iteration)
 
     def __enter__(self) -> None:
         pass
@@ -38,7 +39,7 @@ class Tracking:
 
 
 def check_tracking(settings: TrainSettings) -> None:
-    """Raises KitError when WANDB_PROJECT is set and wandb is not installed."""
+    """Raises KitError if WANDB_PROJECT is set and wandb is not installed."""
     if settings.wandb_project:
         _wandb()
 

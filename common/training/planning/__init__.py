@@ -1,1 +1,1 @@
-"""What a run will do, settled and checked before any process of it starts."""
+"""Plans a run and checks it before any of its processes start."""

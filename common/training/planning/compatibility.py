@@ -1,4 +1,4 @@
-"""Whether settings, model, platform and installed packages go together: told without torch, data or checkpoints."""
+"""Checks that settings, model, platform and installed packages are compatible; reads no data and no checkpoint."""
 
 from importlib.util import find_spec
 
@@ -14,9 +14,9 @@ from common.training.settings import TrainSettings
 
 
 def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> None:
-    """Raises KitError where the settings ask for what this model or this platform does not have.
+    """Raises KitError where the model or the platform does not support the settings.
 
-    The estimate asks it too, for other machines: what is installed here is check_packages' to judge.
+    The estimate calls this for other machines too, so the packages installed here are left to check_packages.
     """
     qwen.check_trainable()
     qwen.check_tensor_parallel(settings.tp)
@@ -25,51 +25,54 @@ def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> 
         raise KitError("ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false")
     if settings.train_or_convert_ckpt == "train" and settings.seq_length > qwen.longest_sequence:
         raise KitError(
-            f"SEQ_LENGTH={settings.seq_length} is over max_position_embeddings={qwen.longest_sequence}"
-            " of config.json: use a shorter SEQ_LENGTH, or give the model YaRN (rope_scaling) as its card says"
+            f"SEQ_LENGTH={settings.seq_length} exceeds max_position_embeddings={qwen.longest_sequence}"
+            " in config.json: use a shorter SEQ_LENGTH, or add YaRN (rope_scaling) as the model card describes"
         )
     check_layers(settings, platform)
 
 
 def check_layers(settings: TrainSettings, platform: Platform) -> None:
-    """Raises KitError for what the kind of layers that the run uses cannot do."""
+    """Raises KitError where the selected layers do not support the settings."""
     determinism.check(settings)
     engine = (settings.transformer_impl or platform.transformer_impl) == "transformer_engine"
-    apart = kept_apart(settings)
+    isolating = isolating_settings(settings)
     if settings.cp > 1 and not engine:
-        raise KitError(f"CP={settings.cp} needs TRANSFORMER_IMPL=transformer_engine, whose attention can: set CP=1")
-    if settings.cp > 1 and apart:
-        raise KitError(f"CP={settings.cp} and {apart[0]}=true do not go together here: set CP=1 or {apart[0]}=false")
+        raise KitError(
+            f"CP={settings.cp} needs the attention of TRANSFORMER_IMPL=transformer_engine: set it, or set CP=1"
+        )
+    if settings.cp > 1 and isolating:
+        raise KitError(f"CP={settings.cp} is not supported with {isolating[0]}=true: set CP=1 or {isolating[0]}=false")
     if settings.cp > 1 and settings.seq_length % (2 * settings.cp * settings.tp):
         raise KitError(
             f"SEQ_LENGTH={settings.seq_length} cannot be divided by 2 x CP x TP = {2 * settings.cp * settings.tp}:"
-            " use a multiple of it"
+            " use a multiple of that"
         )
-    needs_engine = {
+    requires_engine = {
         f"FP8_FORMAT={settings.fp8_format}": settings.fp8_format != "none",
         "TP_COMM_OVERLAP=true": settings.tp_comm_overlap,
     }
-    for setting, wanted in needs_engine.items():
-        if wanted and not engine:
+    for setting, enabled in requires_engine.items():
+        if enabled and not engine:
             raise KitError(f"{setting} needs TRANSFORMER_IMPL=transformer_engine: change one of them")
     if settings.tp_comm_overlap and not (settings.tp > 1 and settings.sequence_parallel):
         raise KitError(
             f"TP_COMM_OVERLAP=true with TP={settings.tp} and SEQUENCE_PARALLEL={settings.sequence_parallel}: it needs"
-            " TP above 1, and sequence parallelism, whose sends it overlaps"
+            " TP above 1 and sequence parallelism, whose communication it overlaps"
         )
-    if settings.core_attention != "auto" and engine and (settings.cp > 1 or apart):
-        cause = f"{apart[0]}=true" if apart else f"CP={settings.cp}"
+    if settings.core_attention != "auto" and engine and (settings.cp > 1 or isolating):
+        cause = f"{isolating[0]}=true" if isolating else f"CP={settings.cp}"
         raise KitError(
-            f"CORE_ATTENTION={settings.core_attention} cannot do {cause}, Transformer Engine's own can: set it to auto"
+            f"CORE_ATTENTION={settings.core_attention} does not support {cause}, which"
+            " Transformer Engine's own attention does: set it to auto"
         )
     if settings.fused_products == "true":
         check_fused_products(settings, platform, engine=engine)
     if settings.optimizer_state == "bf16" and not platform.transformer_engine:
         raise KitError(f"OPTIMIZER_STATE=bf16 needs Transformer Engine, and {platform.name} has none: set it to fp32")
-    if apart and not engine and not platform.masked_attention:
+    if isolating and not engine and not platform.masked_attention:
         raise KitError(
-            f"{apart[0]}=true: attention takes no mask on {platform.name}, so samples need rows of their own:"
-            f" set {apart[0]}=false"
+            f"{isolating[0]}=true: attention on {platform.name} takes no mask, so each sample needs its own row:"
+            f" set {isolating[0]}=false"
         )
     if settings.transformer_impl == "transformer_engine" and not platform.transformer_engine:
         raise KitError(
@@ -78,34 +81,34 @@ def check_layers(settings: TrainSettings, platform: Platform) -> None:
 
 
 def check_fused_products(settings: TrainSettings, platform: Platform, *, engine: bool) -> None:
-    """Raises KitError for what matrix products with SwiGLU inside cannot do."""
+    """Raises KitError where matrix products with a fused SwiGLU do not support the settings."""
     if not platform.fused_kernels:
         raise KitError(f"FUSED_PRODUCTS=true needs an NVIDIA GPU, and this is {platform.name}: set it to auto")
     norms_since = first_version_with(lambda megatron: megatron.fused_residual_norms)
-    against = {
+    conflicts = {
         f"PRECISION={settings.precision}": settings.precision != "bf16",
         f"FP8_FORMAT={settings.fp8_format}": settings.fp8_format != "none",
         "TP_COMM_OVERLAP=true": settings.tp_comm_overlap,
         f"a megatron-core before {norms_since} under Transformer Engine's layers": engine and not joins_norms(),
     }
-    for setting, given in against.items():
-        if given:
-            raise KitError(f"FUSED_PRODUCTS=true does not go together with {setting}: set it to auto")
+    for setting, present in conflicts.items():
+        if present:
+            raise KitError(f"FUSED_PRODUCTS=true is not supported with {setting}: set it to auto")
 
 
-def kept_apart(settings: TrainSettings) -> list[str]:
-    """The settings by which the samples of a row are kept apart, as they are written."""
+def isolating_settings(settings: TrainSettings) -> list[str]:
+    """The names of the enabled settings that mask attention between the samples of a row."""
     return [name.upper() for name in ("packing", "reset_attention") if getattr(settings, name)]
 
 
 def check_packages(settings: TrainSettings, platform: Platform) -> None:
-    """Raises KitError where a setting needs a package that is not installed here, or a later version of it.
+    """Raises KitError where a setting needs a package that is missing here or too old.
 
-    Told by the launcher, before any process: from package metadata, and from where an import would look.
+    Run by the launcher before any rank starts; reads package metadata and import specs, and imports nothing.
     """
     if (settings.transformer_impl or platform.transformer_impl) == "transformer_engine":
         transformer_engine.check_installed()
-        for setting in kept_apart(settings):
+        for setting in isolating_settings(settings):
             transformer_engine.check_packed_sequences(setting)
     if settings.tp_comm_overlap:
         transformer_engine.check_tp_comm_overlap()
@@ -118,4 +121,6 @@ def check_packages(settings: TrainSettings, platform: Platform) -> None:
     }
     for (name, value), (module, source) in kernels.items():
         if getattr(settings, name) == value and find_spec(module) is None:
-            raise KitError(f"{name.upper()}={value}, and {module} is not there: install {source}, or set it to auto")
+            raise KitError(
+                f"{name.upper()}={value} needs {module}, which is not installed: install {source}, or set it to auto"
+            )

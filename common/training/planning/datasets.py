@@ -1,15 +1,16 @@
-"""What a run trains on and is validated with: the datasets of DATASET_PATH, each fit for the model and the mode."""
+"""The training and validation datasets of a run, checked against the model's vocabulary and tokenizer."""
 
 import hashlib
 from pathlib import Path
 
-from common.data.dataset.blend import Blend, blend_samples, read_blend
-from common.data.dataset.fingerprint import DATA_SAMPLES, hash_samples
-from common.data.dataset.indexed import bin_path, idx_path, open_mask, open_tokens
+from common.data.dataset.blended_dataset import Blend, blend_datasets, read_blend
+from common.data.dataset.builder import build_dataset, check_mask, split_documents
+from common.data.dataset.file_hash import DATA_SAMPLES, hash_samples
+from common.data.dataset.id_range import check_ids
+from common.data.dataset.indexed_dataset import bin_path, idx_path, open_mask, open_tokens
 from common.data.dataset.manifest import DataFiles
-from common.data.dataset.order import order_name
-from common.data.dataset.samples import Samples, check_mask, open_samples, split_documents
-from common.data.dataset.token_ids import check_ids
+from common.data.dataset.sample_dataset import SampleDataset
+from common.data.dataset.shuffle import order_name
 from common.errors import KitError
 from common.log import logger
 from common.training.settings import TrainSettings
@@ -17,28 +18,30 @@ from common.training.settings import TrainSettings
 
 def open_data(
     settings: TrainSettings, model_folder: Path, vocab_size: int, check: bool = True, order: str | None = None
-) -> tuple[Samples, Samples | None]:
-    """The samples of training and of validation; None where a split holds none.
+) -> tuple[SampleDataset, SampleDataset | None]:
+    """The training and validation samples; None for an empty validation split.
 
-    check: hold the data against itself and its ids against `vocab_size`, which reads each index once and data without
-    a manifest too; one process of a node does. order: that of the training samples of the run which is resumed; None:
-    by their number. Raises KitError for data that is damaged, of another kind, tokenizer or vocabulary, or too little.
+    check: verify the files, and the token ids against `vocab_size`; reads every index, and the tokens of data without
+    a manifest, so only one process of each node does it. order: the sample order recorded by the run being resumed;
+    None: derived from the number of samples. Raises KitError for data that is damaged, too small, in another format,
+    or made with another tokenizer or vocabulary.
     """
     assert settings.dataset_path
     blend = read_blend(settings.dataset_path)
-    apart = read_blend(settings.valid_dataset_path, "VALID_DATASET_PATH") if settings.valid_dataset_path else []
-    for each in (blend, apart):
+    valid_path = settings.valid_dataset_path
+    separate_valid = read_blend(valid_path, "VALID_DATASET_PATH") if valid_path else []
+    for each in (blend, separate_valid):
         check_tokenizer(each, model_folder)
         if check:
             check_data(each, vocab_size, model_folder / "config.json")
-    listed = listed_of(order, len(blend))
-    if apart:
+    listed = parse_orders(order, len(blend))
+    if separate_valid:
         whole = [
             (weight, files.tokens.name, _open(settings, files, None, each))
             for (weight, files), each in zip(blend, listed, strict=True)
         ]
-        return blend_samples(whole), blend_samples(
-            [(weight, files.tokens.name, _open(settings, files, None, None)) for weight, files in apart]
+        return blend_datasets(whole), blend_datasets(
+            [(weight, files.tokens.name, _open(settings, files, None, None)) for weight, files in separate_valid]
         )
     train, valid = [], []
     for (weight, files), each_listed in zip(blend, listed, strict=True):
@@ -48,13 +51,13 @@ def open_data(
             try:
                 valid.append((weight, name, _open(settings, files, valid_range, each_listed)))
             except KitError as error:
-                logger.info("no validation on %s: the split's second part is too small (%s)", name, error)
+                logger.info("no validation on %s: the validation share of SPLIT is too small (%s)", name, error)
         train.append((weight, name, _open(settings, files, train_range, each_listed)))
-    return blend_samples(train), blend_samples(valid) if valid else None
+    return blend_datasets(train), blend_datasets(valid) if valid else None
 
 
-def listed_of(order: str | None, num_datasets: int) -> list[bool | None]:
-    """For each dataset whether its order is listed, as `order` tells: one name for all, or a name each, by commas."""
+def parse_orders(order: str | None, num_datasets: int) -> list[bool | None]:
+    """Whether each dataset's order is listed, from `order`: one name for all, or one per dataset (by commas)."""
     names = order.split(", ") if order else [""]
     names = names * num_datasets if len(names) == 1 else names
     if len(names) != num_datasets:
@@ -63,7 +66,7 @@ def listed_of(order: str | None, num_datasets: int) -> list[bool | None]:
 
 
 def check_data(blend: Blend, vocab_size: int, source: Path) -> None:
-    """Raises KitError for files that are damaged, and for ids beyond `vocab_size`."""
+    """Raises KitError for damaged files and for token ids beyond `vocab_size`."""
     for files in {files.tokens: files for _, files in blend}.values():
         tokens = open_tokens(files.tokens)
         if files.loss_mask:
@@ -72,23 +75,23 @@ def check_data(blend: Blend, vocab_size: int, source: Path) -> None:
 
 
 def check_tokenizer(blend: Blend, model_folder: Path) -> None:
-    """Raises KitError when the data was made with another tokenizer than the model folder's."""
+    """Raises KitError if the data was not made with the model folder's tokenizer."""
     path = model_folder / "tokenizer.json"
     own = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     for _, files in blend:
         made_with = (files.manifest or {}).get("tokenizer", {}).get("tokenizer_sha256")
         if own is None or made_with is None:
-            missing = f"{path} is not there" if own is None else f"{files.tokens} has no manifest"
-            logger.info("whether the data is of the model's tokenizer is not known: %s", missing)
+            missing = f"{path} does not exist" if own is None else f"{files.tokens} has no manifest"
+            logger.info("cannot check that the data was made with the model's tokenizer: %s", missing)
         elif made_with != own:
             raise KitError(
-                f"{files.tokens} was made with another tokenizer than {path}: its ids would mean other words to the"
-                " model; run step 1 with TOKENIZER_PATH set to that folder, or train the model that the data is for"
+                f"{files.tokens} was made with another tokenizer than {path}: the model would read its ids as other"
+                " tokens; run step 1 with TOKENIZER_PATH set to that folder, or train the model that the data is for"
             )
 
 
-def _open(settings: TrainSettings, files: DataFiles, documents: range | None, listed: bool | None) -> Samples:
-    return open_samples(
+def _open(settings: TrainSettings, files: DataFiles, documents: range | None, listed: bool | None) -> SampleDataset:
+    return build_dataset(
         files,
         train_mode=settings.train_mode,
         seq_length=settings.seq_length,
@@ -104,9 +107,9 @@ def _open(settings: TrainSettings, files: DataFiles, documents: range | None, li
 
 
 def content_hash(dataset_path: str) -> str:
-    """A hash of what DATASET_PATH holds, wherever it lies: by its manifests, else by samples of its files.
+    """A hash of the contents of DATASET_PATH, independent of its location: of its manifests, else of sampled bytes.
 
-    A manifest's identity is made of the contents of the inputs, the tokenizer and the settings.
+    A manifest's identity covers the contents of the inputs, the tokenizer and the settings.
     """
     digest = hashlib.sha256()
     for weight, files in read_blend(dataset_path):

@@ -1,25 +1,25 @@
-"""DETERMINISTIC=true: the same command gives the same bits on the same number of the same GPUs, by slower kernels.
+"""DETERMINISTIC=true: bitwise identical results on the same number of the same GPUs, with slower kernels.
 
-What adds up in an order that is another one in each run, and what is taken in its place:
+Operations whose order of summation changes between runs, and their replacements:
 
-- Attention's gradients of queries, to which blocks of keys add as they come: FlashAttention 2 and 4 are told to keep an
-  order (`deterministic`, model/layers/attention.py), PyTorch's leaves cuDNN's out and keeps one in its own, Transformer
-  Engine takes its deterministic backends (get_attention_backend in its dot_product_attention/utils.py, 2.11: cuDNN's on
-  Hopper, FlashAttention from 2.4.1 on, its unfused one; on Blackwell not cuDNN's). A kernel whose trial does not give
-  the same bits again, or that has no such argument, is passed over with a line.
-- The embedding's gradient, by atomic adds in newer torch: torch's own that sorts first (common/model/build.py says why
-  not Megatron-Core's, by index).
-- NCCL, which may choose trees or switches that add (NVLS): rings.
-- cuBLAS with several streams, which may find another workspace: a fixed one
+- Attention's gradient of the queries, accumulated over blocks of keys with atomic adds. FlashAttention 2 and 4 get
+  `deterministic=True` (model/layers/attention.py). PyTorch skips cuDNN and uses its own deterministic kernels.
+  Transformer Engine selects its deterministic backends (get_attention_backend in dot_product_attention/utils.py, 2.11:
+  cuDNN on Hopper but not on Blackwell, FlashAttention from 2.4.1, its unfused attention). A kernel without such an
+  argument, or whose probe is not reproducible, is skipped with a log line.
+- The embedding's gradient, which newer torch computes with atomic adds: torch's sort-based kernel
+  (common/model/build.py explains why not Megatron-Core's index-based one).
+- NCCL, which may select tree or in-switch (NVLS) reductions: rings.
+- cuBLAS on several streams, which may use different workspaces: a fixed workspace
   (docs.nvidia.com/cuda/cublas, "Results reproducibility").
-- TP_COMM_OVERLAP, which may leave sums to the switches between GPUs (multimem.ld_reduce in Transformer Engine's
+- TP_COMM_OVERLAP, which may reduce in the NVLink switches (multimem.ld_reduce in Transformer Engine's
   userbuffers.cu): refused.
 
-The loss, norms, SwiGLU and QKV of the kit, QuACK's products, the gradient's norm and Adam add in one order anyway
-(common/model/kernels/selection.py). Other GPUs, numbers of GPUs, or versions of packages give other bits.
+The kit's loss, norms, SwiGLU and QKV kernels, QuACK's matrix products, the gradient norm and Adam always sum in a fixed
+order (common/model/kernels/selection.py). Results differ between GPU models, numbers of GPUs and package versions.
 
-Megatron-LM's --deterministic-mode asks for the same environment and calls the same function of torch (validate_args in
-megatron/training/arguments.py), and refuses fused cross-entropy and FlashAttention, of which ours keep an order.
+Megatron-LM's --deterministic-mode requires the same environment and calls the same torch function (validate_args in
+megatron/training/arguments.py). It refuses fused cross-entropy and FlashAttention; those used here are deterministic.
 """
 
 import os
@@ -27,7 +27,7 @@ import os
 from common.errors import KitError
 from common.training.settings import TrainSettings
 
-# Each variable: what is set, and what else a user may have set; NCCL_ALGO as Megatron-LM allows it.
+# Accepted values of each variable, the default first; those of NCCL_ALGO are Megatron-LM's.
 ALLOWED = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
@@ -36,35 +36,35 @@ ALLOWED = {
 
 
 def environment() -> dict[str, str]:
-    """What the environment of each rank needs before CUDA and NCCL begin; what is set and as good stays.
+    """The variables that each rank needs before CUDA and NCCL are initialized; accepted values already set are kept.
 
-    Raises KitError for a variable that is set to what gives other bits in each run.
+    Raises KitError for a variable set to a value that is not deterministic.
     """
-    wanted = {}
+    variables = {}
     for name, values in ALLOWED.items():
-        wanted[name] = os.environ.get(name) or values[0]
-        if wanted[name] not in values:
+        variables[name] = os.environ.get(name) or values[0]
+        if variables[name] not in values:
             raise KitError(
-                f"{name}={wanted[name]} with DETERMINISTIC=true: the environment must leave it out, or set it to"
-                f" {' or '.join(values)}"
+                f"{name}={variables[name]} with DETERMINISTIC=true: unset it, or set it to {' or '.join(values)}"
             )
-    return wanted
+    return variables
 
 
 def check(settings: TrainSettings) -> None:
-    """Raises KitError where a deterministic run is asked for with what cannot be one."""
+    """Raises KitError where DETERMINISTIC=true is set and the run cannot be deterministic."""
     if not settings.deterministic:
         return
     environment()
     if settings.tp_comm_overlap:
-        raise KitError("DETERMINISTIC=true and TP_COMM_OVERLAP=true, whose sums keep no order: set one to false")
+        raise KitError(
+            "DETERMINISTIC=true and TP_COMM_OVERLAP=true, whose reductions are not deterministic: set one to false"
+        )
 
 
 def apply() -> None:
-    """Has this rank's torch take deterministic algorithms alone, and raise where it has none; before a model is built.
+    """Restricts torch in this rank to deterministic algorithms, or errors without one; call before building a model.
 
-    Memory is not filled before use, torch's default with them: it finds reads of what was never written and costs a
-    write of every tensor.
+    Turns off torch's filling of uninitialized memory, a debugging aid that costs a write of every tensor.
     """
     import torch
 

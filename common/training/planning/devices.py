@@ -1,4 +1,4 @@
-"""The devices of this node, asked by the launcher, which must not hold one: ranks and their memory come after it."""
+"""Queries this node's devices without creating a CUDA context in the launcher: their memory belongs to the ranks."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import sys
 
 from common.errors import KitError
 from common.platforms.base import Platform
-from common.training.settings import TrainSettings
+from common.training.settings.parallel import ParallelSettings
 
-# torch makes a CUDA context to tell a device's memory, and with it some hundred MiB on the device: in a process of its
-# own, which ends. The total is below the data sheet's and nvidia-smi's, and is what torch's own messages name.
-ASK = """
+# Reading a device's memory makes torch create a CUDA context of some hundred MiB, so a separate process does it. The
+# total is lower than the data sheet's and nvidia-smi's; it is the one in torch's own messages.
+QUERY = """
 import json, torch
 of = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
 print(json.dumps([[each.name, each.total_memory] for each in of]))
@@ -19,28 +19,28 @@ print(json.dumps([[each.name, each.total_memory] for each in of]))
 TIMEOUT_S = 120
 
 
-def check_devices(settings: TrainSettings, platform: Platform) -> None:
-    """Raises KitError where torch sees fewer devices than GPUS asks for; a CPU has as many as it is asked for."""
+def check_devices(settings: ParallelSettings, platform: Platform) -> None:
+    """Raises KitError if torch sees fewer devices than GPUS; a CPU run has no limit."""
     if platform.device != "cuda":
         return
-    import torch  # the estimate reads its neighbours without it
+    import torch  # the estimate imports this room without it
 
-    found = torch.cuda.device_count()  # asks NVML, or the driver; makes no context
+    found = torch.cuda.device_count()  # by NVML or the driver; creates no context
     if found < settings.gpus:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        told = "" if hidden is None else f" with CUDA_VISIBLE_DEVICES={hidden}"
+        visible = "" if hidden is None else f" with CUDA_VISIBLE_DEVICES={hidden}"
         remedy = f"set GPUS={found}, with TP, PP and CP that divide it"
         if not found:
             remedy = f"start the container with `docker run {platform.container_flags}`, on a machine with the driver"
-        raise KitError(f"GPUS={settings.gpus} devices are asked for, and torch sees {found}{told}: {remedy}")
+        raise KitError(f"GPUS={settings.gpus}, but torch sees {found} devices{visible}: {remedy}")
 
 
 def smallest_device(num_devices: int) -> tuple[str, int] | None:
-    """(name, bytes of memory) of the smallest of the first `num_devices`; None where torch cannot tell."""
+    """(name, bytes of memory) of the smallest of the first `num_devices`; None if the query fails."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", ASK], capture_output=True, text=True, timeout=TIMEOUT_S, check=True,
-            cwd="/",  # where one stands may be a file of torch's name
+            [sys.executable, "-c", QUERY], capture_output=True, text=True, timeout=TIMEOUT_S, check=True,
+            cwd="/",  # the working directory may hold a torch.py
         )  # fmt: skip
         found = json.loads(done.stdout.splitlines()[-1])[:num_devices]
     except (subprocess.SubprocessError, OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""What a run will do, settled and checked in one process before any other starts."""
+"""The plan of a run: derived from its settings and checked in one process before any other starts."""
 
 import math
 import os
@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from common.checkpoint.formats.layout import Checkpoint, find_checkpoint
-from common.checkpoint.formats.origin import check_ranks, description_of
-from common.checkpoint.verification.harmless import check_harmless
-from common.data.dataset.blend import BlendedSamples
-from common.data.dataset.order import order_name
-from common.data.dataset.samples import Samples
+from common.checkpoint.formats.checkpoint_paths import Checkpoint, find_checkpoint
+from common.checkpoint.formats.common_state import check_parallel_sizes, run_metadata
+from common.checkpoint.verification.pickle_scan import check_pickles
+from common.data.dataset.blended_dataset import BlendedDataset
+from common.data.dataset.sample_dataset import SampleDataset
+from common.data.dataset.shuffle import order_name
 from common.engine.dist_checkpointing import check_optimizer_sharding
 from common.engine.installation import check_installed
+from common.engine.overrides import describe_overrides, overrides
 from common.errors import KitError
 from common.log import logger
 from common.model.shape.config import QwenConfig, load_config
-from common.parallel import ParallelSizes
+from common.parallel import ParallelSizes, is_node_leader
 from common.platforms.base import Platform
 from common.training.planning.compatibility import check_fit
 from common.training.planning.datasets import content_hash, open_data
@@ -27,7 +28,7 @@ from common.training.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is."""
+    """Steps and samples that a run has completed."""
 
     iteration: int = 0
     consumed_samples: int = 0
@@ -35,7 +36,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run's weights come from, and the folder whose config.json and tokenizer it carries along.
+    """The source of a run's weights, and the folder whose config.json and tokenizer go into its checkpoints.
 
     kind: "resume" (weights, optimizer, schedule, random state, position), "weights" (iteration 0) or "random".
     """
@@ -47,7 +48,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's settings with all that follows from them."""
+    """A run's settings and everything derived from them."""
 
     settings: TrainSettings
     platform: Platform
@@ -56,40 +57,40 @@ class Plan:
     start: Start
     transformer_impl: str
     ckpt_format: str
-    train: Samples | None
-    valid: Samples | None
+    train: SampleDataset | None
+    valid: SampleDataset | None
     train_iters: int
     progress: Progress = Progress()
     data_hash: str = ""
 
     @property
     def train_samples(self) -> int:
-        """Samples that the run will have seen at its end; the schedule of the learning rate spans them."""
+        """Samples consumed by the end of the run; the learning rate schedule spans them."""
         left = self.train_iters - self.progress.iteration
         return self.progress.consumed_samples + max(0, left) * self.settings.global_batch_size
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches a replica runs in one step."""
+        """Micro-batches per replica in one step."""
         return self.sizes.num_microbatches(self.settings.global_batch_size, self.settings.micro_batch_size)
 
     @property
     def joins_rows(self) -> bool:
-        """Whether a micro-batch runs as one long row whose segments the attention is told of."""
-        apart = self.settings.packing or self.settings.reset_attention
-        return apart and self.transformer_impl == "transformer_engine"
+        """Whether a micro-batch is one long row with sequence boundaries (Transformer Engine's `thd` layout)."""
+        separate = self.settings.packing or self.settings.reset_attention
+        return separate and self.transformer_impl == "transformer_engine"
 
     @property
     def data_identity(self) -> dict[str, int | str | bool]:
-        """What a position in the data means: a run resumes only where all of it is the same."""
-        chosen = self.settings
+        """What defines a position in the data: a run resumes only if all of it is unchanged."""
+        settings = self.settings
         assert self.train is not None
-        blend = {"blend": self.train.description} if isinstance(self.train, BlendedSamples) else {}
+        blend = {"blend": self.train.description} if isinstance(self.train, BlendedDataset) else {}
         return {
-            "train_mode": chosen.train_mode,
+            "train_mode": settings.train_mode,
             "samples_per_epoch": self.train.samples_per_epoch,
-            "seq_length": chosen.seq_length,
-            "seed": chosen.seed,
+            "seq_length": settings.seq_length,
+            "seed": settings.seed,
             "order": self.train.order,
             **blend,
             "content": self.data_hash,
@@ -97,17 +98,20 @@ class Plan:
 
 
 def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
-    """The plan of `settings` on `platform`; raises KitError for all that can be known to be wrong beforehand."""
+    """The plan of `settings` on `platform`; raises KitError for every mistake that can be found before training."""
     check_installed()
+    overrides(settings.mcore)
     start = find_start(settings)
     qwen = load_config(start.model_folder)
     check_fit(settings, platform, qwen)
     if start.checkpoint:
-        check_ranks(start.checkpoint, settings.sizes, qwen)
+        check_parallel_sizes(start.checkpoint, settings.sizes, qwen)
     train = valid = None
     progress = progress_of(start)
     if settings.train_or_convert_ckpt == "train":
-        train, valid = open_data(settings, start.model_folder, qwen.vocab_size, not was_planned(), order_of(start))
+        train, valid = open_data(
+            settings, start.model_folder, qwen.vocab_size, not planned_by_launcher(), order_of(start)
+        )
     plan = Plan(
         settings=settings,
         platform=platform,
@@ -126,72 +130,72 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         check_resume(plan)
     if train:
         check_warmup(plan)
-    # The last, since it takes longest; Megatron-Core has not touched the folder yet. One rank of a node looks: the
-    # others wait for it in the process group, which all of them begin, before they read anything.
-    if start.checkpoint and os.environ.get("LOCAL_RANK", "0") == "0":
-        check_harmless(start.checkpoint)
+    # Last, because it takes longest; Megatron-Core has not opened the folder yet. One rank of each node checks: the
+    # others wait for it when the process group is initialized, before they read anything.
+    if start.checkpoint and is_node_leader():
+        check_pickles(start.checkpoint)
     return plan
 
 
 def progress_of(start: Start) -> Progress:
-    """How far the run is that `start` resumes."""
+    """The progress of the run that `start` resumes; zero for a new run."""
     if start.kind != "resume" or start.checkpoint is None:
         return Progress()
-    return Progress(**(description_of(start.checkpoint).get("progress") or {}))
+    return Progress(**(run_metadata(start.checkpoint).get("progress") or {}))
 
 
-def was_planned() -> bool:
-    """Whether this process is a rank of a run that the process which started it has planned and checked."""
+def planned_by_launcher() -> bool:
+    """Whether this process is a rank whose launcher has already planned and checked the run."""
     return "TORCHELASTIC_RUN_ID" in os.environ and STARTED in os.environ
 
 
 def order_of(start: Start) -> str | None:
-    """The order of the samples of the run that `start` resumes; None for a new run.
+    """The sample order of the run that `start` resumes; None for a new run.
 
-    Before orders had names all were listed.
+    Checkpoints without a named order used the listed one.
     """
     if start.kind != "resume" or start.checkpoint is None:
         return None
-    return str((description_of(start.checkpoint).get("data") or {}).get("order", order_name(True)))
+    return str((run_metadata(start.checkpoint).get("data") or {}).get("order", order_name(True)))
 
 
 def check_warmup(plan: Plan) -> None:
-    """Raises KitError unless the learning rate can rise and fall again within the run."""
+    """Raises KitError if the learning rate warm-up takes the whole run."""
     settings, batch = plan.settings, plan.settings.global_batch_size
     if settings.lr_warmup_iters and settings.lr_warmup_iters * batch >= plan.train_samples - batch:
         raise KitError(
-            f"LR_WARMUP_ITERS={settings.lr_warmup_iters}: the run has {plan.train_iters} steps, of which the last has"
-            " MIN_LR: make it smaller, or the run longer"
+            f"LR_WARMUP_ITERS={settings.lr_warmup_iters}: the run has {plan.train_iters} steps, the last at"
+            " MIN_LR: use fewer warm-up steps, or a longer run"
         )
 
 
 def check_resume(plan: Plan) -> None:
-    """Raises KitError unless the run can go on from where the checkpoint's was."""
+    """Raises KitError unless the run can resume from its checkpoint."""
     checkpoint = plan.start.checkpoint
     assert checkpoint
-    run = description_of(checkpoint)
+    run = run_metadata(checkpoint)
     if not run:
         raise KitError(
-            f"{checkpoint.path} was not written by this kit's training, so there is no run to resume: set"
-            " LOAD_CHECKPOINT_PATH to it for its weights alone, and SAVE_CHECKPOINT_PATH to a new folder"
+            f"{checkpoint.path} was not written by this kit's training, so it cannot be resumed: set"
+            " LOAD_CHECKPOINT_PATH to it to start from its weights, and SAVE_CHECKPOINT_PATH to a new folder"
         )
     if checkpoint.format == "torch_dist":
         same = all(run["layout"][name] == getattr(plan.sizes, name) for name in ("tp", "pp", "vpp"))
         check_optimizer_sharding(run["optimizer_sharding"], checkpoint.path, same_ranks=same)
     if run.get("optimizer") is False:
         raise KitError(
-            f"{checkpoint.path} holds weights alone (SAVE_OPTIMIZER=false), so there is no run to resume: set"
+            f"{checkpoint.path} holds weights only (SAVE_OPTIMIZER=false), so it cannot be resumed: set"
             " LOAD_CHECKPOINT_PATH to it, and SAVE_CHECKPOINT_PATH to a new folder"
         )
     if plan.train:
         saved, now = run.get("data") or {}, plan.data_identity
-        # Of a checkpoint that an older version of the kit wrote, what it did not note cannot be compared.
+        # Checkpoints of older versions of the kit do not record every field; only recorded ones can be compared.
         both = [name for name in now if name in saved]
         different = [f"{name} {saved[name]} -> {now[name]}" for name in both if saved[name] != now[name]]
         if different:
             raise KitError(
                 f"{checkpoint.path} was trained on other samples ({', '.join(different)}), so its position in the data"
-                " has no meaning here: use the same settings and data, or start a new SAVE_CHECKPOINT_PATH with"
+                " does not apply: use the same settings and data, or start a new SAVE_CHECKPOINT_PATH with"
                 " LOAD_CHECKPOINT_PATH set to this one"
             )
     if checkpoint.format == "torch" and run["layout"]["dp"] != plan.sizes.dp:
@@ -202,7 +206,7 @@ def check_resume(plan: Plan) -> None:
 
 
 def find_start(settings: TrainSettings) -> Start:
-    """Where the run starts, by IS_INITIAL_RUN and by what lies in the two checkpoint folders."""
+    """Where the run starts, from IS_INITIAL_RUN and the contents of the two checkpoint folders."""
     if settings.train_or_convert_ckpt == "convert":
         return _start_of_conversion(settings)
     saved = _whole_iteration(Path(settings.save_checkpoint_path))
@@ -234,14 +238,16 @@ def _start_of_conversion(settings: TrainSettings) -> Start:
         )
     loaded = _need_checkpoint(settings.load_checkpoint_path)
     if loaded.format != "torch_dist":
-        raise KitError(f"{loaded.path} is in {loaded.format} format already: step 2 reads it as it is")
+        raise KitError(f"{loaded.path} is already in {loaded.format} format: step 2 reads it directly")
     return Start("resume" if isinstance(loaded.iteration, int) else "weights", loaded.folder, loaded)
 
 
 def _whole_iteration(folder: Path) -> Checkpoint | None:
     found = find_checkpoint(folder) if folder.is_dir() else None
     if found and found.path == folder.absolute():
-        raise KitError(f"SAVE_CHECKPOINT_PATH={folder} is one checkpoint: give the folder it lies in, {found.folder}")
+        raise KitError(
+            f"SAVE_CHECKPOINT_PATH={folder} is a single checkpoint: set it to its parent folder, {found.folder}"
+        )
     return found if found and isinstance(found.iteration, int) else None
 
 
@@ -257,40 +263,42 @@ def _need_checkpoint(path: str) -> Checkpoint:
 
 
 def count_iterations(settings: TrainSettings, samples_per_epoch: int, progress: Progress) -> int:
-    """TRAIN_ITERS, or the steps done and those that the rest of EPOCHS passes over the data take, rounded up.
+    """TRAIN_ITERS, or the completed steps plus those that the rest of EPOCHS takes, rounded up.
 
-    What is left counts in samples: the steps done may have been of another GLOBAL_BATCH_SIZE.
+    The rest is counted in samples: GLOBAL_BATCH_SIZE may have changed since the completed steps.
     """
     if settings.train_iters is not None:
         return settings.train_iters
     assert settings.epochs is not None
-    epochs = Fraction(str(settings.epochs))  # as it is written: 100 x 1.1 in floats is over 110
+    epochs = Fraction(str(settings.epochs))  # from its decimal text: in floats, 100 * 1.1 > 110
     left = samples_per_epoch * epochs - progress.consumed_samples
     return progress.iteration + max(0, math.ceil(left / settings.global_batch_size))
 
 
 def describe(plan: Plan) -> None:
-    """Logs what the run will do, a line a subject."""
-    sizes, chosen, start, done = plan.sizes, plan.settings, plan.start, plan.progress
+    """Logs the plan, one line per subject."""
+    sizes, settings, start, done = plan.sizes, plan.settings, plan.start, plan.progress
     logger.info(
         "%s: %d processes = TP %d x PP %d x CP %d x DP %d, %s layers, %s",
         plan.platform.name, sizes.world_size, sizes.tp, sizes.pp, sizes.cp, sizes.dp, plan.transformer_impl,
-        chosen.precision,
+        settings.precision,
     )  # fmt: skip
     if not plan.platform.ran_on_hardware:
         logger.info("note: this kit was not run on %s hardware", plan.platform.name)
     if plan.ckpt_format in plan.platform.unproven_formats:
         logger.warning(
-            "CKPT_FORMAT=%s was not run on %s hardware: keep the weights that it began with; the default there is %s",
+            "CKPT_FORMAT=%s was not run on %s hardware: keep the initial weights; the default there is %s",
             plan.ckpt_format, plan.platform.name, plan.platform.checkpoint_format,
         )  # fmt: skip
+    for line in describe_overrides(settings.mcore):
+        logger.info(line)
     source = start.checkpoint.path if start.checkpoint else start.model_folder
     logger.info("start: %s from %s", start.kind, source)
     if plan.train:
         logger.info(
             "data: %d samples of %d tokens an epoch; %d steps of %d samples = %.2f epochs; validation: %s",
-            plan.train.samples_per_epoch, chosen.seq_length,
-            plan.train_iters - done.iteration, chosen.global_batch_size,
+            plan.train.samples_per_epoch, settings.seq_length,
+            plan.train_iters - done.iteration, settings.global_batch_size,
             (plan.train_samples - done.consumed_samples) / plan.train.samples_per_epoch,
             f"{plan.valid.samples_per_epoch} samples" if plan.valid else "none",
         )  # fmt: skip

@@ -1,1 +1,1 @@
-"""What a run trains, saves and loads: weights, optimizer, schedule, random state, position in the data."""
+"""The training state of a rank: the wrapped model, optimizer and schedule."""

@@ -1,8 +1,8 @@
-"""What FP8 with delayed scaling remembers from step to step: each tensor's scale, and the largest values it had lately.
+"""The state of FP8 delayed scaling: each tensor's scale and amax history.
 
 Transformer Engine keeps it in a module's `fp8_meta`, and saves it (get_extra_state in pytorch/module/base.py) as a
-pickle of its own classes, which a checkpoint that is read without running code cannot hold. Without it a resumed run
-begins at scale 1, where most gradients are too small for FP8.
+pickle of its own classes, which a checkpoint that loads without running code cannot hold. Without it a resumed run
+starts from scale 1, where most gradients are too small for FP8.
 """
 
 from collections.abc import Iterator
@@ -16,74 +16,74 @@ from common.log import logger
 from common.model.build import unwrap
 from common.training.settings import TrainSettings
 
-# Before it, amaxes wait in a global buffer for the next step's reduction (amax_and_scale_update in pytorch/fp8.py).
-SINCE = (1, 6)
+# Before 1.6, amaxes wait in a global buffer for the next step's reduction (amax_and_scale_update in pytorch/fp8.py).
+MIN_TE_VERSION = (1, 6)
 DIRECTIONS = ("scaling_fwd", "scaling_bwd")
-KEPT = ("scale", "scale_inv", "amax_history")  # scale_inv until Transformer Engine 1.13
+TENSORS = ("scale", "scale_inv", "amax_history")  # scale_inv until Transformer Engine 1.13
 
 # {"scaling_fwd": {"scale": [n], "amax_history": [length, n]}, "scaling_bwd": ...}: float32, of a module's n FP8 tensors
 Scales = dict[str, dict[str, torch.Tensor]]
 
 
-def has_fp8_state(chosen: TrainSettings) -> bool:
-    """Whether a run with these settings has what `fp8_state` tells; the other recipes look at no step but their own."""
-    return chosen.fp8_format != "none" and chosen.fp8_recipe == "delayed"
+def has_fp8_state(settings: TrainSettings) -> bool:
+    """Whether FP8 with these settings has state between steps; only delayed scaling does."""
+    return settings.fp8_format != "none" and settings.fp8_recipe == "delayed"
 
 
 def fp8_state(model: list[Any]) -> list[dict[str, Scales]]:
-    """Of each chunk {module's name: its Scales on the host}, for the modules that have any; plain tensors and text.
+    """{module's name: its Scales on the host} of each chunk, for the modules that have any; plain tensors and strings.
 
-    Empty for a Transformer Engine before 1.6, which keeps part of it elsewhere.
+    Empty for a Transformer Engine before 1.6, which keeps part of the state elsewhere.
     """
-    if not _is_kept():
+    if not _is_supported():
         return []
-    return [{name: scales for name, module in _engine_modules(chunk) if (scales := _scales(module))} for chunk in model]
+    return [{name: scales for name, module in _te_modules(chunk) if (scales := _scales(module))} for chunk in model]
 
 
 def restore_fp8_state(model: list[Any], saved: list[dict[str, Scales]] | None) -> None:
-    """Has `model`, of the parallel sizes at which it was saved, go on from what `fp8_state` gave; None: there is none.
+    """Restores the result of `fp8_state` into `model`, which must have the same parallel sizes; None: nothing saved.
 
-    Transformer Engine makes the tensors in a module's first forward pass: they are filled then, right after that.
-    Raises KitError where the model is another one.
+    Transformer Engine creates the tensors in a module's first forward pass; they are filled right after that.
+    Raises KitError if the model's chunks or modules differ.
     """
-    if not saved or not _is_kept():
+    if not saved or not _is_supported():
         logger.info(
-            "FP8's scales and amax histories start anew: the checkpoint was written at other parallel sizes, without"
+            "FP8 scales and amax histories are reset: the checkpoint was written at other parallel sizes, without"
             " FP8_RECIPE=delayed, or with a Transformer Engine before %d.%d",
-            *SINCE,
+            *MIN_TE_VERSION,
         )
         return
-    here = [dict(_engine_modules(chunk)) for chunk in model]
-    unknown = [name for chunk, modules in zip(saved, here, strict=False) for name in chunk if name not in modules]
+    own_modules = [dict(_te_modules(chunk)) for chunk in model]
+    unknown = [name for chunk, own in zip(saved, own_modules, strict=False) for name in chunk if name not in own]
     if unknown or len(saved) != len(model):
         raise KitError(
-            f"the checkpoint's FP8 state is of {len(saved)} chunk(s) a rank, and this model has {len(model)}; modules"
-            f" that it has not: {', '.join(unknown[:3]) or 'none'}: use the Transformer Engine, TRANSFORMER_IMPL and"
-            " VPP that it was saved with"
+            f"the checkpoint's FP8 state has {len(saved)} chunk(s) per rank, and this model has {len(model)}; modules"
+            f" missing in this model: {', '.join(unknown[:3]) or 'none'}: use the Transformer Engine, TRANSFORMER_IMPL"
+            " and VPP that the checkpoint was saved with"
         )
-    for chunk, modules in zip(saved, here, strict=True):
+    for chunk, own in zip(saved, own_modules, strict=True):
         for name, scales in chunk.items():
-            _restore(name, modules[name], scales)
+            _restore(name, own[name], scales)
 
 
-def _is_kept() -> bool:
-    engine = transformer_engine_version()
-    return engine is None or engine >= SINCE  # without one, no module has any
+def _is_supported() -> bool:
+    version = transformer_engine_version()
+    return version is None or version >= MIN_TE_VERSION  # without Transformer Engine, no module has FP8 state
 
 
-def _engine_modules(chunk: Any) -> Iterator[tuple[str, Any]]:
+def _te_modules(chunk: Any) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in unwrap(chunk).named_modules() if hasattr(module, "fp8_meta"))
 
 
 def _scales(module: Any) -> Scales:
-    waiting: Scales | None = module.__dict__.get("fp8_scales_to_restore")
-    if waiting is not None:  # no forward pass since it was loaded
-        return waiting
-    found = {direction: module.fp8_meta.get(direction) for direction in DIRECTIONS}
+    pending: Scales | None = module.__dict__.get("fp8_scales_to_restore")
+    if pending is not None:  # no forward pass since it was loaded
+        return pending
+    metas = {direction: module.fp8_meta.get(direction) for direction in DIRECTIONS}
     return {
-        direction: {name: getattr(meta, name).detach().cpu().clone() for name in KEPT if hasattr(meta, name)}
-        for direction, meta in found.items()
-        if hasattr(meta, "amax_history")  # other recipes have no memory
+        direction: {name: getattr(meta, name).detach().cpu().clone() for name in TENSORS if hasattr(meta, name)}
+        for direction, meta in metas.items()
+        if hasattr(meta, "amax_history")  # other recipes have no history
     }
 
 
@@ -91,28 +91,28 @@ def _restore(name: str, module: Any, scales: Scales) -> None:
     if module.fp8_meta.keys() & scales.keys():
         _fill(name, module.fp8_meta, scales)
         return
-    make = type(module).init_fp8_meta_tensors
+    init = type(module).init_fp8_meta_tensors
 
-    def make_and_fill(*recipes: Any) -> None:
-        make(module, *recipes)
+    def init_and_fill(*recipes: Any) -> None:
+        init(module, *recipes)
         del module.init_fp8_meta_tensors, module.fp8_scales_to_restore
         _fill(name, module.fp8_meta, scales)
 
-    module.init_fp8_meta_tensors, module.fp8_scales_to_restore = make_and_fill, scales
+    module.init_fp8_meta_tensors, module.fp8_scales_to_restore = init_and_fill, scales
 
 
 @torch.no_grad()
 def _fill(name: str, fp8_meta: dict[str, Any], scales: Scales) -> None:
-    """Copies into the tensors that are there: Transformer Engine's quantizers and global buffers point to them."""
+    """Copies into the existing tensors, since Transformer Engine's quantizers and global buffers point to them."""
     for direction, tensors in scales.items():
         for kind, tensor in tensors.items():
-            place = getattr(fp8_meta.get(direction), kind, None)
-            if place is None and kind == "scale_inv":
-                continue  # no part of later versions' state
-            if place is None or place.shape != tensor.shape:
-                there = "none" if place is None else f"one of {list(place.shape)}"
+            target = getattr(fp8_meta.get(direction), kind, None)
+            if target is None and kind == "scale_inv":
+                continue  # later versions have none
+            if target is None or target.shape != tensor.shape:
+                own = "none" if target is None else f"one of {list(target.shape)}"
                 raise KitError(
                     f"the checkpoint's FP8 {kind} of {name} ({direction}) has the shape {list(tensor.shape)}, and this"
-                    f" run has {there}: use the Transformer Engine and the FP8 settings that it was saved with"
+                    f" run has {own}: use the Transformer Engine and the FP8 settings that it was saved with"
                 )
-            place.copy_(tensor)
+            target.copy_(tensor)

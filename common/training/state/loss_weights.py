@@ -1,7 +1,7 @@
-"""The sum of a step's loss weights, by which its gradients are divided: where weights are not all 0 or 1.
+"""The sum of a step's loss weights, which normalizes its gradients where weights other than 0 and 1 occur.
 
-Megatron-Core counts tokens in int32 (total_num_tokens in its pipeline_parallel/schedules.py): fractions are lost there,
-and a number over 2**31 turns negative, whereupon finalize_model_grads leaves the gradients as they are.
+Megatron-Core counts tokens in int32 (total_num_tokens in its pipeline_parallel/schedules.py): fractions are lost, and a
+sum over 2**31 turns negative, in which case finalize_model_grads does not scale the gradients.
 """
 
 from typing import Any
@@ -13,18 +13,18 @@ from megatron.core.distributed import finalize_model_grads
 
 
 class LossWeights:
-    """Adds up weights in float64, and divides the gradients by their sum over all ranks."""
+    """Sums loss weights in float64 and divides the gradients by the sum over all ranks."""
 
     def __init__(self, device: torch.device) -> None:
         self.total = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, weights: torch.Tensor) -> None:
-        """Counts one micro-batch's weights, a scalar; called on the last pipeline stage."""
+        """Adds one micro-batch's weights, a scalar; called on the last pipeline stage."""
         self.total += weights
 
-    def finalize(self, model: list[Any], num_tokens: torch.Tensor | None = None, **more: Any) -> None:
-        """Megatron-Core's finalize_model_grads with this sum in the place of `num_tokens`; begins the next sum."""
-        finalize_model_grads(model, None, **more)
+    def finalize(self, model: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+        """Megatron-Core's finalize_model_grads with this sum instead of `num_tokens`; resets the sum."""
+        finalize_model_grads(model, None, **kwargs)
         dist.all_reduce(self.total, group=parallel_state.get_pipeline_model_parallel_group())
         dist.all_reduce(self.total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         scaling = torch.where(self.total > 0, 1.0 / self.total, 1.0)  # without weights the gradients are zeros

@@ -141,7 +141,7 @@ def joined(parts: Iterable[Sequence[Tensor]]) -> Tensor:
     return torch.cat([torch.cat(list(beside), dim=-1) for beside in parts])
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
+def bitwise_equal(one: Tensor, other: Tensor) -> bool:
     """Whether shape, dtype and every bit agree, those of NaN too."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.checkpoint.formats.layout import find_checkpoint
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.checkpoint.formats.megatron_folder import open_megatron
-from common.checkpoint.formats.pipeline import whole_model
-from common.checkpoint.verification.harmless import check_harmless
+from common.checkpoint.formats.parallel_layout import model_tensors
 from common.checkpoint.verification.inspection import inspect_folder
+from common.checkpoint.verification.pickle_scan import check_pickles
 from common.checkpoint.verification.verify import verify
 from common.errors import KitError
 from common.model.shape.config import load_config
-from tests.unit.checkpoint.small import joined, same_bits, write_hf, write_ranks
+from tests.unit.checkpoint.small import bitwise_equal, joined, write_hf, write_ranks
 
 ROOT = Path(__file__).parents[3]
 KINDS = ("megatron-lm", "pai", "stacked", "numbered")
@@ -45,20 +45,20 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_others_checkpoints_give_their_weights(foreign: Path, kind: str) -> None:
     qwen, checkpoint = load_config(foreign / "hf"), find_checkpoint(foreign / kind)
     assert checkpoint
-    with pytest.raises(KitError, match=r"has 128 rows, .* vocab_size=11: the 117 above hold values.* --drop-rows true"):
+    with pytest.raises(KitError, match=r"has 128 rows, .* vocab_size=11: the 117 extra rows are .* --drop-rows true"):
         open_megatron(checkpoint, qwen)  # it cannot tell them from words
     reader = open_megatron(checkpoint, qwen, drop_rows=True)
     expected = load_file(foreign / "hf" / "model.safetensors")
     found = {
         name: joined(reader.hf_parts(row, layer, part))
-        for row, layer in whole_model(qwen)
+        for row, layer in model_tensors(qwen)
         for part, name in enumerate(row.hf_names(layer))
     }
-    assert set(found) == set(expected) and all(same_bits(found[name], expected[name]) for name in found)
+    assert set(found) == set(expected) and all(bitwise_equal(found[name], expected[name]) for name in found)
     assert len(verify(foreign / "hf", checkpoint, qwen).errors) == 2
     report = verify(foreign / "hf", checkpoint, qwen, drop_rows=True)
     assert (report.errors, report.num_tensors, report.dropped_rows) == ([], len(expected), 2 * 117)
-    assert report.line().endswith("all bits agree; 234 rows above vocab_size were left out")
+    assert report.line().endswith("all bits agree; 234 rows above vocab_size were dropped")
 
 
 def test_what_torch_would_make_of_their_own_classes_is_told_before(foreign: Path) -> None:
@@ -66,18 +66,20 @@ def test_what_torch_would_make_of_their_own_classes_is_told_before(foreign: Path
         checkpoint = find_checkpoint(foreign / kind)
         assert checkpoint
         if checkpoint.format == "torch":  # the kit alone reads it
-            check_harmless(checkpoint)
+            check_pickles(checkpoint)
             continue
-        with pytest.raises(KitError, match=r"common\.pt asks for torch\.nn\.functional\.silu, .* convert it by step 2"):
-            check_harmless(checkpoint)
+        with pytest.raises(
+            KitError, match=r"common\.pt references torch\.nn\.functional\.silu, .* convert it to Hugging"
+        ):
+            check_pickles(checkpoint)
 
 
 def test_what_they_are_is_told(foreign: Path) -> None:
     told = {kind: inspect_folder(foreign / kind) for kind in KINDS}
     assert [told[kind]["format"] for kind in KINDS] == ["Megatron, torch"] * 2 + ["Megatron, torch_dist"] * 2
     assert [told[kind]["optimizer"] for kind in KINDS] == ["yes", "no", "yes", "yes"]
-    assert [told[kind]["iteration"] for kind in KINDS] == ["20", "release (weights alone)", "20", "20"]
-    assert told["pai"]["layout"] == "TP=2 PP=2 VPP=1, layers a chunk 2,2"
+    assert [told[kind]["iteration"] for kind in KINDS] == ["20", "release (weights only)", "20", "20"]
+    assert told["pai"]["layout"] == "TP=2 PP=2 VPP=1, layers per chunk 2,2"
     assert "layers stacked" in told["stacked"]["layout"] and "layers numbered" in told["numbered"]["layout"]
     assert told["pai"]["written by"].startswith("the converter of Pai-Megatron-Patch or of the kit before this one (")
     for kind in ("megatron-lm", "stacked", "numbered"):
@@ -85,7 +87,7 @@ def test_what_they_are_is_told(foreign: Path) -> None:
     numel = sum(tensor.numel() for tensor in load_file(foreign / "hf" / "model.safetensors").values())
     padded = numel + 2 * (128 - 11) * 8
     assert all(told[kind]["weights"].startswith(f"{padded:,} parameters in ") for kind in KINDS)
-    assert all(told[kind]["config.json"].startswith("not there") for kind in KINDS)
+    assert all(told[kind]["config.json"].startswith("missing") for kind in KINDS)
 
 
 def test_a_hugging_face_folder_is_told(foreign: Path) -> None:
@@ -101,14 +103,14 @@ def test_virtual_chunks_and_local_names_are_told(tmp_path: Path) -> None:
     stages = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]
     write_ranks(tmp_path / "release", weights, qwen, stages, impl="local")
     told = inspect_folder(tmp_path / "release")
-    assert told["layout"] == "TP=1 PP=2 VPP=2, layers a chunk 1,1,1,1" and told["names"] == "local"
-    assert told["written by"] == "not told: it holds no arguments"
+    assert told["layout"] == "TP=1 PP=2 VPP=2, layers per chunk 1,1,1,1" and told["names"] == "local"
+    assert told["written by"] == "unknown: it holds no arguments"
 
 
 def test_what_is_nothing_known_is_told(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="is neither a Hugging Face folder .* nor a Megatron checkpoint"):
         inspect_folder(tmp_path)
-    with pytest.raises(KitError, match="nowhere is no folder: give that of a model or of a checkpoint"):
+    with pytest.raises(KitError, match="nowhere is not a folder: give the folder of a model or checkpoint"):
         inspect_folder(tmp_path / "nowhere")
 
 
@@ -119,5 +121,5 @@ def test_legacy_models_are_refused_by_name(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "release" / "mp_rank_00" / "model_optim_rng.pt")
     checkpoint = find_checkpoint(tmp_path / "release")
     assert checkpoint
-    with pytest.raises(KitError, match="holds a 'language_model': it is of Megatron-LM's legacy models"):
+    with pytest.raises(KitError, match="holds a 'language_model', a legacy Megatron-LM model"):
         open_megatron(checkpoint, qwen)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.checkpoint.formats.dist_share import Block, write_dist
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.formats.torch_dist_writer import TensorShard, write_torch_dist
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.checkpoint.verification.inspection import inspect_folder
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
@@ -63,10 +63,10 @@ def test_a_folder_of_rank_files(tmp_path: Path, impl: str) -> None:
         "format": "Megatron, torch",
         "read": str(folder / "iter_0000020"),
         "iteration": "20",
-        "iterations there": "7, 20",
-        "config.json": "not there: give HF_MODEL_PATH to convert it",
-        "written by": "not told: it holds no arguments",
-        "layout": "TP=2 PP=2 VPP=2, layers a chunk 1,1,2,0",
+        "iterations": "7, 20",
+        "config.json": "missing: set HF_MODEL_PATH to convert it",
+        "written by": "unknown: it holds no arguments",
+        "layout": "TP=2 PP=2 VPP=2, layers per chunk 1,1,2,0",
         "names": impl,
         "weights": f"{padded:,} parameters in 62 tensors, 0.00 GB ({held:,} bytes) (bfloat16 x 2, float32 x 60)",
         "optimizer": "no",
@@ -93,7 +93,7 @@ def test_a_folder_of_rank_files(tmp_path: Path, impl: str) -> None:
          "the converter of Pai-Megatron-Patch or of the kit before this one (num_layers 4, hf_ckpt_path /q)"),
         ({"args": Namespace(target_tensor_model_parallel_size=2)},
          "the converter of Pai-Megatron-Patch or of the kit before this one ()"),
-        ({"args": {"num_layers": 4}}, "not told: it holds no arguments"),
+        ({"args": {"num_layers": 4}}, "unknown: it holds no arguments"),
     ],
 )  # fmt: skip
 def test_what_wrote_it(tmp_path: Path, content: dict[str, Any], told: str) -> None:
@@ -103,17 +103,17 @@ def test_what_wrote_it(tmp_path: Path, content: dict[str, Any], told: str) -> No
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     for folder in (tmp_path, path):
         assert inspect_folder(folder)["written by"] == told
-        assert inspect_folder(folder)["iteration"] == "release (weights alone)"
+        assert inspect_folder(folder)["iteration"] == "release (weights only)"
 
 
 def dist_folder(path: Path, qwen: QwenConfig, weights: dict[str, Tensor], stacked: bool, **more: Tensor) -> None:
     state = {**dist_state(weights, qwen, stacked=stacked), **more}
     blocks = [
-        Block(name, tuple(tensor.shape), (0,) * tensor.dim(),
+        TensorShard(name, tuple(tensor.shape), (0,) * tensor.dim(),
               LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: [[tensor]]))  # type: ignore[misc]
         for name, tensor in state.items()
     ]  # fmt: skip
-    write_dist(path, blocks, {"iteration": 5}, lambda size: None)
+    write_torch_dist(path, blocks, {"iteration": 5}, lambda size: None)
 
 
 @pytest.mark.parametrize(("stacked", "tensors"), [(True, 10), (False, 31)])
@@ -155,5 +155,5 @@ def test_a_tied_copy_is_counted_once(tmp_path: Path, told_by: str) -> None:
 def test_what_is_none_of_these_is_told(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=re.escape(f"{tmp_path} is neither a Hugging Face folder (model.safetensors or")):
         inspect_folder(tmp_path)
-    with pytest.raises(KitError, match="a is no folder: give that of a model or of a checkpoint"):
+    with pytest.raises(KitError, match="a is not a folder: give the folder of a model or checkpoint"):
         inspect_folder(tmp_path / "a")

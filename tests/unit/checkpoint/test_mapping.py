@@ -13,8 +13,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 from common.checkpoint.formats.mapping import (
     EMBEDDING,
     OUTPUT,
-    TABLE,
-    Row,
+    PARAM_MAPPINGS,
+    ParamMapping,
     canonical_name,
     check_names,
     hf_shape,
@@ -22,8 +22,8 @@ from common.checkpoint.formats.mapping import (
     is_skipped,
     megatron_shape,
     merge,
+    param_mappings,
     rename_parameters,
-    rows_of,
     shard,
     split,
     unshard,
@@ -74,9 +74,9 @@ NAMES = {
 }
 
 
-def row(end: str) -> Row:
+def row(end: str) -> ParamMapping:
     """The row whose Transformer Engine name ends so."""
-    (found,) = [row for row in TABLE if row.te.endswith(end)]
+    (found,) = [row for row in PARAM_MAPPINGS if row.te.endswith(end)]
     return found
 
 
@@ -85,12 +85,12 @@ def rows(*numbers: int, columns: int = 4) -> Tensor:
     return torch.tensor([[k + column / 10 for column in range(columns)] for k in numbers])
 
 
-def whole_of(row: Row, parts: Sequence[Tensor], qwen: QwenConfig) -> Tensor:
+def whole_of(row: ParamMapping, parts: Sequence[Tensor], qwen: QwenConfig) -> Tensor:
     """The Megatron tensor of these parts."""
     return torch.cat(merge(row, parts, qwen))
 
 
-def at_rank(row: Row, parts: Sequence[Tensor], qwen: QwenConfig, tp_rank: int, tp: int) -> Tensor:
+def at_rank(row: ParamMapping, parts: Sequence[Tensor], qwen: QwenConfig, tp_rank: int, tp: int) -> Tensor:
     """The Megatron tensor of one tensor rank."""
     vocabulary_rows = qwen.padded_vocab_size(tp)
     return whole_of(row, [shard(row, part, tp_rank, tp, vocabulary_rows) for part in parts], qwen)
@@ -99,15 +99,15 @@ def at_rank(row: Row, parts: Sequence[Tensor], qwen: QwenConfig, tp_rank: int, t
 def test_names_are_those_of_either_implementation() -> None:
     found = {
         name: (row.megatron_name("transformer_engine", 3), row.megatron_name("local", 3))
-        for row in TABLE
+        for row in PARAM_MAPPINGS
         for name in row.hf_names(3)
     }
     assert found == NAMES
 
 
 def test_only_an_untied_model_has_an_output_layer() -> None:
-    tied = rows_of(replace(QWEN, tie_word_embeddings=True))
-    assert rows_of(QWEN) == (*tied, OUTPUT) and EMBEDDING in tied
+    tied = param_mappings(replace(QWEN, tie_word_embeddings=True))
+    assert param_mappings(QWEN) == (*tied, OUTPUT) and EMBEDDING in tied
 
 
 def test_queries_keys_and_values_lie_group_by_group() -> None:
@@ -163,7 +163,7 @@ def test_norms_are_whole_on_every_rank(end: str) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [EMBEDDING, OUTPUT])
-def test_the_vocabulary_is_padded_with_zeros_to_what_tp_divides(vocabulary: Row) -> None:
+def test_the_vocabulary_is_padded_with_zeros_to_what_tp_divides(vocabulary: ParamMapping) -> None:
     words = rows(1, 2, 3, 4, 5)
     nothing = torch.zeros(1, 4)
     assert torch.equal(at_rank(vocabulary, [words], QWEN, 0, 1), words)
@@ -184,10 +184,10 @@ def test_what_is_not_padded_is_a_view() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     tp=st.integers(1, 4), groups=st.integers(1, 3), queries=st.integers(1, 4), head_dim=st.integers(1, 3),
-    ffn=st.integers(1, 3), vocab_size=st.integers(1, 30), part=st.sampled_from(TABLE), seed=st.integers(0, 99),
+    ffn=st.integers(1, 3), vocab_size=st.integers(1, 30), part=st.sampled_from(PARAM_MAPPINGS), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_dividing_and_joining_give_back_every_tensor(
-    tp: int, groups: int, queries: int, head_dim: int, ffn: int, vocab_size: int, part: Row, seed: int
+    tp: int, groups: int, queries: int, head_dim: int, ffn: int, vocab_size: int, part: ParamMapping, seed: int
 ) -> None:
     heads = tp * groups * queries
     qwen = replace(
@@ -222,14 +222,17 @@ def test_hugging_face_shapes_are_those_of_transformers(tied: bool, family: str) 
             qwen = replace(qwen, head_dim=8, qkv_bias=False, qk_norm=True)
             model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=8))
     theirs = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    layers = {row: range(2) if row.stage == "layer" else [None] for row in rows_of(qwen)}
+    layers = {row: range(2) if row.stage == "layer" else [None] for row in param_mappings(qwen)}
     ours = {name: hf_shape(name, qwen) for row, found in layers.items() for i in found for name in row.hf_names(i)}
     assert ours == theirs
 
 
 def test_megatron_shapes() -> None:
     qwen = replace(QWEN, hidden_size=12, intermediate_size=10, num_attention_heads=6, head_dim=2, vocab_size=7)
-    shapes = {row.te.rpartition("{i}.")[2]: (megatron_shape(row, qwen), megatron_shape(row, qwen, 2)) for row in TABLE}
+    shapes = {
+        row.te.rpartition("{i}.")[2]: (megatron_shape(row, qwen), megatron_shape(row, qwen, 2))
+        for row in PARAM_MAPPINGS
+    }
     assert shapes == {
         "embedding.word_embeddings.weight": ((7, 12), (4, 12)),
         "self_attention.linear_qkv.layer_norm_weight": ((12,), (12,)),
@@ -296,5 +299,5 @@ def test_weights_are_not_passed_over() -> None:
 def test_missing_and_unknown_names_are_told() -> None:
     with pytest.raises(KitError, match=r"^here lacks b, c: its config.json belongs to another model"):
         check_names(["a"], ["c", "a", "b"], "here")
-    with pytest.raises(KitError, match=r"^here holds the unknown d0, d1, d2, d3, d4 and 2 more: "):
+    with pytest.raises(KitError, match=r"^here holds unexpected tensors d0, d1, d2, d3, d4 and 2 more: "):
         check_names(["a", *(f"d{i}" for i in range(7))], ["a"], "here")

@@ -9,13 +9,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from common.checkpoint.formats.layout import Checkpoint
+from common.checkpoint.formats.checkpoint_paths import Checkpoint
 from common.checkpoint.formats.megatron_folder import MegatronReader, open_megatron
-from common.checkpoint.formats.pipeline import whole_model
+from common.checkpoint.formats.parallel_layout import model_tensors
 from common.errors import KitError
 from common.log import logger
 from common.model.shape.config import QwenConfig
-from tests.unit.checkpoint.small import dist_state, joined, same_bits, write_hf, write_ranks
+from tests.unit.checkpoint.small import bitwise_equal, dist_state, joined, write_hf, write_ranks
 
 ONE = [[range(4)]]
 TWO = [[range(2)], [range(2, 4)]]
@@ -37,13 +37,13 @@ def reader(path: Path, qwen: QwenConfig, kind: Literal["torch", "torch_dist"] = 
 def hf_weights(found: MegatronReader, qwen: QwenConfig) -> dict[str, Tensor]:
     return {
         name: joined(found.hf_parts(row, layer, part))
-        for row, layer in whole_model(qwen)
+        for row, layer in model_tensors(qwen)
         for part, name in enumerate(row.hf_names(layer))
     }
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return set(one) == set(other) and all(same_bits(one[name], other[name]) for name in one)
+    return set(one) == set(other) and all(bitwise_equal(one[name], other[name]) for name in one)
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
@@ -102,7 +102,7 @@ def test_the_stored_dtype_is_told(tmp_path: Path) -> None:
     halves = {name: tensor.bfloat16() for name, tensor in weights.items()} | {"model.norm.weight": torch.ones(8)}
     halves["model.embed_tokens.weight"] = torch.ones(11, 8)
     found = reader(write_ranks(tmp_path / "release", halves, qwen, ONE), qwen)
-    dtypes = {row.te: found.dtype(row, layer) for row, layer in whole_model(qwen)}
+    dtypes = {row.te: found.dtype(row, layer) for row, layer in model_tensors(qwen)}
     assert dtypes.pop("decoder.final_layernorm.weight") == dtypes.pop(WORDS) == torch.float32
     assert set(dtypes.values()) == {torch.bfloat16}
 
@@ -117,7 +117,7 @@ def test_a_vocabulary_padded_further_is_cut_off(tmp_path: Path, said: pytest.Log
         change(path / f"mp_rank_{rank:02d}", lambda state, rows=rows: state["model"].update({WORDS: rows}))
     assert same(hf_weights(reader(path, qwen), qwen), weights)
     (told,) = said.records
-    assert "has 16 rows, and config.json says vocab_size=11: the 5 above pad it" in told.getMessage()
+    assert "has 16 rows, config.json has vocab_size=11: the 5 extra rows are padding" in told.getMessage()
 
 
 @pytest.mark.parametrize("dist", [True, False])
@@ -131,7 +131,7 @@ def test_rows_above_the_vocabulary_that_hold_values_are_refused(tmp_path: Path, 
         path = write_ranks(tmp_path / "release", weights, qwen, ONE)
         change(path / "mp_rank_00", lambda state: state["model"].update({WORDS: padded.clone()}))
     checkpoint = Checkpoint(tmp_path, path, "release", "torch_dist" if dist else "torch")
-    told = rf"has {11 + rows} rows, and config\.json says vocab_size=11: the {rows} above hold values"
+    told = rf"has {11 + rows} rows, config\.json has vocab_size=11: the {rows} extra rows are neither"
     with pytest.raises(KitError, match=told):
         open_megatron(checkpoint, qwen)
     assert same(hf_weights(open_megatron(checkpoint, qwen, drop_rows=True), qwen), weights)
@@ -141,7 +141,7 @@ def test_a_vocabulary_that_is_too_small_is_told(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE)
     change(path / "mp_rank_00", lambda state: state["model"].update({HEAD: torch.ones(10, 8)}))
-    with pytest.raises(KitError, match=r"output_layer\.weight has shape \[10, 8\], config\.json asks for \[11, 8\]"):
+    with pytest.raises(KitError, match=r"output_layer\.weight has shape \[10, 8\], config\.json expects \[11, 8\]"):
         reader(path, qwen)
 
 
@@ -161,8 +161,10 @@ def test_norms_that_differ_between_tensor_ranks_are_warned_of(tmp_path: Path, sa
     change(path / "mp_rank_01_001", lambda state: state["model"]["decoder.final_layernorm.weight"].add_(1))
     assert same(hf_weights(reader(path, qwen), qwen), weights)  # rank 0's
     (warning,) = said.records
-    assert warning.levelname == "WARNING" and "rank 0's are taken" in warning.getMessage()
-    assert "copies of 2 norms differ (decoder.layers.1.input_layernorm.weight, ...)" in warning.getMessage()
+    assert warning.levelname == "WARNING" and "using TP rank 0's" in warning.getMessage()
+    assert (
+        "2 norm weights differ between TP ranks (decoder.layers.1.input_layernorm.weight, ...)" in warning.getMessage()
+    )
 
 
 def test_a_missing_folder_or_file_is_told(tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_a_missing_folder_or_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"mp_rank_00_001/model_optim_rng\.pt cannot be read \(No such file"):
         reader(path, qwen)
     (path / "mp_rank_00_001").rmdir()
-    told = r"has TP=2 and PP=2, but lacks mp_rank_00_001: the checkpoint is not whole; copy it again"
+    told = r"has TP=2 and PP=2, but lacks mp_rank_00_001: the checkpoint is incomplete; copy it again"
     with pytest.raises(KitError, match=told):
         reader(path, qwen)
 
@@ -194,7 +196,7 @@ def test_a_missing_last_tensor_rank_is_told(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE, tp=2)
     remove(path / "mp_rank_01")
-    with pytest.raises(KitError, match=r"has shape .*, config\.json asks for "):
+    with pytest.raises(KitError, match=r"has shape .*, config\.json expects "):
         reader(path, qwen)
 
 
@@ -202,11 +204,11 @@ def test_folders_of_two_layouts_and_of_experts_are_told(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE)
     write_ranks(path, weights, qwen, TWO)
-    with pytest.raises(KitError, match=r"holds mp_rank_00_000 beside mp_rank_00: remove that of an older checkpoint"):
+    with pytest.raises(KitError, match=r"holds mp_rank_00_000 beside mp_rank_00: remove the older one"):
         reader(path, qwen)
     path = write_ranks(tmp_path / "experts", weights, qwen, TWO)
     (path / "mp_rank_00_000").rename(path / "mp_rank_00_000_000")
-    with pytest.raises(KitError, match=r"mp_rank_00_000_000: expert parallel or unknown folders are not read"):
+    with pytest.raises(KitError, match=r"mp_rank_00_000_000: expert-parallel or unknown folder"):
         reader(path, qwen)
 
 
@@ -216,11 +218,11 @@ def test_missing_and_unknown_tensors_are_told_of_every_rank(tmp_path: Path, rank
     bias, router = "decoder.layers.1.self_attention.linear_qkv.bias", "decoder.layers.0.mlp.router.weight"
     path = write_ranks(tmp_path / "release", weights, qwen, TWO, tp=2)
     change(path / rank, lambda state: state["model"].pop(bias))
-    with pytest.raises(KitError, match=rf"(lacks|unknown) {bias}"):
+    with pytest.raises(KitError, match=rf"(lacks|unexpected tensors) {bias}"):
         reader(path, qwen)
     path = write_ranks(tmp_path / "other", weights, qwen, TWO, tp=2)
     change(path / rank, lambda state: state["model"].update({router: torch.ones(1)}))
-    with pytest.raises(KitError, match=rf"(lacks|unknown) {router}"):
+    with pytest.raises(KitError, match=rf"(lacks|unexpected tensors) {router}"):
         reader(path, qwen)
 
 
@@ -239,7 +241,7 @@ def test_a_tensor_of_another_shape_is_told(
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE, tp=2)
     change(path / rank, lambda state: state["model"].update({name: torch.ones(shape)}))
-    with pytest.raises(KitError, match=rf"{name} has shape .*, config\.json asks for {wanted}: its config\.json bel"):
+    with pytest.raises(KitError, match=rf"{name} has shape .*, config\.json expects {wanted}: its config\.json bel"):
         reader(path, qwen)
 
 
@@ -247,7 +249,7 @@ def test_another_models_config_is_told(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE)
     for name, value, told in (
-        ("num_hidden_layers", 3, r"unknown decoder\.layers\.3"),
+        ("num_hidden_layers", 3, r"unexpected tensors decoder\.layers\.3"),
         ("num_hidden_layers", 5, r"lacks decoder\.layers\.4"),
         ("intermediate_size", 4, "has shape"),
         ("vocab_size", 12, "has shape"),
@@ -265,7 +267,7 @@ def test_another_models_config_is_told(tmp_path: Path) -> None:
     [
         ({"args": 1}, "a rank's file holds no 'model'"),
         ({"model": {}, "model0": {}}, "a rank's file holds no 'model'"),
-        ({"model": 1}, "its model is no dict of names"),
+        ({"model": 1}, "its model is no dict with str keys"),
         ([1], "holds no dict"),
     ],
 )
@@ -282,7 +284,7 @@ def test_a_stage_without_a_virtual_chunk_is_told(tmp_path: Path) -> None:
     stages = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]
     path = write_ranks(tmp_path / "release", weights, qwen, stages)
     change(path / "mp_rank_00_001", lambda state: state.pop("model1"))
-    with pytest.raises(KitError, match=r"the file of pipeline rank 1 has no 'model1': copy it again"):
+    with pytest.raises(KitError, match=r"the file of PP rank 1 has no 'model1': copy it again"):
         reader(path, qwen)
 
 
@@ -329,10 +331,13 @@ def test_torch_dist_of_another_model_is_told(tmp_path: Path) -> None:
     state = dist_state(weights, qwen)
     bias = "decoder.layers.self_attention.linear_qkv.bias"
     wrong = [
-        ({**state, bias: state[bias][:3]}, r"linear_qkv\.bias has shape \[3, 16\], config\.json asks for \[4, 16\]"),
-        ({**state, bias: state[bias][:, :8]}, r"linear_qkv\.bias has shape \[4, 8\], config\.json asks for \[4, 16\]"),
-        ({**state, HEAD: torch.ones(10, 8)}, r"output_layer\.weight has shape \[10, 8\], config\.json asks for \[11"),
-        ({**state, "decoder.layers.mlp.router.weight": torch.ones(1)}, r"unknown decoder\.layers\.mlp\.router\.weight"),
+        ({**state, bias: state[bias][:3]}, r"linear_qkv\.bias has shape \[3, 16\], config\.json expects \[4, 16\]"),
+        ({**state, bias: state[bias][:, :8]}, r"linear_qkv\.bias has shape \[4, 8\], config\.json expects \[4, 16\]"),
+        ({**state, HEAD: torch.ones(10, 8)}, r"output_layer\.weight has shape \[10, 8\], config\.json expects \[11"),
+        (
+            {**state, "decoder.layers.mlp.router.weight": torch.ones(1)},
+            r"unexpected tensors decoder\.layers\.mlp\.router",
+        ),
         ({name: tensor for name, tensor in state.items() if name != bias}, r"lacks decoder\.layers\.self_attention\."),
     ]
     for number, (each, told) in enumerate(wrong):

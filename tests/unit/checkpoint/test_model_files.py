@@ -57,9 +57,9 @@ def test_all_that_is_no_weight_is_copied_byte_for_byte(tmp_path: Path, said: pyt
     assert content(target) == {name: (source / name).read_bytes() for name in OURS} | {"notes.txt": b"notes.txt"}
     (told,) = [record.getMessage() for record in said.records]
     assert told.startswith(f"not copied from {source}: __pycache__, adapter_config.json, adapter_model.safetensors, ")
-    assert "and 7 more (weights, leftovers of training" in told
+    assert "and 7 more (weights, training files" in told
     tops = {Path(name).parts[0] for name in LEFT_OUT}
-    assert set(model_files(source).left_out) - {Path(name).parts[0] for name in UNSAID} == tops
+    assert set(model_files(source).skipped) - {Path(name).parts[0] for name in UNSAID} == tops
 
 
 def test_a_folder_copied_to_itself_stays(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_links_to_files_travel_as_files_and_those_to_folders_do_not(tmp_path: Pa
     copy_model_files(tmp_path / "model", tmp_path / "target")
     assert content(tmp_path / "target") == {"config.json": b"blobs/0"}
     assert not (tmp_path / "target" / "config.json").is_symlink()
-    assert model_files(tmp_path / "model").left_out == ["gone.json", "more"]
+    assert model_files(tmp_path / "model").skipped == ["gone.json", "more"]
 
 
 def test_what_is_very_large_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,4 +91,4 @@ def test_what_is_very_large_is_left_out(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "MAX_FOLDER_FILES", 4)
     found = model_files(tmp_path)
     assert [str(name) for name in found.files] == ["config.json", "few/a.txt"]
-    assert found.left_out == ["data", "large.txt"]
+    assert found.skipped == ["data", "large.txt"]

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 
 from common.checkpoint.untrusted.archive_reader import ArchiveReader
-from common.checkpoint.untrusted.unpickle import RestrictedUnpickler
+from common.checkpoint.untrusted.restricted_unpickler import RestrictedUnpickler
 from common.errors import KitError
 from tests.unit.checkpoint.opcodes import archive, named
 

@@ -19,12 +19,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
-from common.checkpoint.formats.dist_share import Block, write_dist
-from common.checkpoint.formats.torch_dist import DistReader
+from common.checkpoint.formats.torch_dist_reader import TorchDistReader
+from common.checkpoint.formats.torch_dist_writer import TensorShard, write_torch_dist
 from common.checkpoint.io.checksums import CHECKSUMS
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.errors import KitError
-from tests.unit.checkpoint.small import same_bits
+from tests.unit.checkpoint.small import bitwise_equal
 
 FC2 = "decoder.layers.mlp.linear_fc2.weight"
 
@@ -44,17 +44,17 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
 
 
-def block(key: str, shape: tuple[int, ...], offsets: tuple[int, ...], tensor: Tensor) -> Block:
-    return Block(key, shape, offsets, LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: [[tensor]]))
+def block(key: str, shape: tuple[int, ...], offsets: tuple[int, ...], tensor: Tensor) -> TensorShard:
+    return TensorShard(key, shape, offsets, LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: [[tensor]]))
 
 
-def whole(key: str, tensor: Tensor) -> Block:
+def whole(key: str, tensor: Tensor) -> TensorShard:
     return block(key, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
 
 
-def write(path: Path, *blocks: Block) -> Path:
+def write(path: Path, *blocks: TensorShard) -> Path:
     """Without checksums, which would find what these tests change before it is read; test_checksums.py has them."""
-    write_dist(path, blocks, {"checkpoint_version": 3.0, "iteration": 0}, lambda size: None)
+    write_torch_dist(path, blocks, {"checkpoint_version": 3.0, "iteration": 0}, lambda size: None)
     (path / CHECKSUMS).unlink()
     return path
 
@@ -68,9 +68,9 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
-def blocks_of(state: dict[str, Tensor]) -> list[Block]:
+def blocks_of(state: dict[str, Tensor]) -> list[TensorShard]:
     """The tensors whole, those of the layers a block a layer."""
-    blocks: list[Block] = []
+    blocks: list[TensorShard] = []
     for key, tensor in state.items():
         if key == FC2:
             blocks += [block(key, (4, 8, 6), (layer, 0, 0), tensor[layer : layer + 1]) for layer in range(4)]
@@ -86,17 +86,17 @@ def load_with_torch(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return set(one) == set(other) and all(same_bits(one[key], other[key]) for key in one)
+    return set(one) == set(other) and all(bitwise_equal(one[key], other[key]) for key in one)
 
 
 def read_all(path: Path) -> dict[str, Tensor]:
-    reader = DistReader(path)
+    reader = TorchDistReader(path)
     return {key: reader.read(key) for key in reader.tensors}
 
 
 def test_torch_loads_what_was_written(tmp_path: Path) -> None:
     state, told = tensors(), []
-    write_dist(tmp_path, blocks_of(state), {"iteration": 0}, told.append)
+    write_torch_dist(tmp_path, blocks_of(state), {"iteration": 0}, told.append)
     assert same(load_with_torch(tmp_path, state), state)
     assert sum(told) == sum(tensor.nbytes for tensor in state.values()) and len(told) == 7
     metadata = dcp.FileSystemReader(tmp_path).read_metadata()
@@ -119,7 +119,7 @@ def test_megatron_loads_what_was_written(tmp_path: Path, one_rank: None) -> None
     for layer, rank in places:
         columns = state[FC2][layer, :, rank * 3 : rank * 3 + 3]
         assert torch.equal(loaded[f"{layer} {rank}"].reshape(8, 3), columns)
-    assert all(same_bits(loaded[key], state[key]) for key in state if key != FC2)
+    assert all(bitwise_equal(loaded[key], state[key]) for key in state if key != FC2)
     assert dist_checkpointing.load_common_state_dict(str(tmp_path)) == {"checkpoint_version": 3.0, "iteration": 0}
     assert dist_checkpointing.check_is_distributed_checkpoint(str(tmp_path))
     assert torch.load(tmp_path / "common.pt", weights_only=True)["iteration"] == 0
@@ -127,13 +127,13 @@ def test_megatron_loads_what_was_written(tmp_path: Path, one_rank: None) -> None
 
 def test_what_was_written_is_read_without_a_copy(tmp_path: Path) -> None:
     state = tensors()
-    reader = DistReader(write(tmp_path, *blocks_of(state)))
+    reader = TorchDistReader(write(tmp_path, *blocks_of(state)))
     assert {key: (stored.shape, stored.dtype) for key, stored in reader.tensors.items()} == {
         key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()
     }
     assert same({key: reader.read(key) for key in state}, state)
     for layer in range(4):
-        assert same_bits(reader.read(FC2, layer), state[FC2][layer])
+        assert bitwise_equal(reader.read(FC2, layer), state[FC2][layer])
         assert reader.read(FC2, layer).data_ptr() == reader.read(FC2, layer).data_ptr()
 
 
@@ -143,7 +143,7 @@ def test_what_torch_writes_is_read(tmp_path: Path) -> None:
     found = read_all(tmp_path)
     assert same({key: found[key] for key in state}, state)
     assert set(found) - set(state) == {"nested.a.0"}  # numbers are no tensors
-    assert same_bits(DistReader(tmp_path).read(FC2, 2), state[FC2][2])
+    assert bitwise_equal(TorchDistReader(tmp_path).read(FC2, 2), state[FC2][2])
 
 
 def sharded(key: str, tensor: Tensor, *fragments: int) -> dict[str, ShardedTensor]:
@@ -182,8 +182,8 @@ def test_what_megatron_writes_in_parts_is_read(tmp_path: Path, one_rank: None, n
     assert same(found, {
         "embedding.word_embeddings.weight": embedding, "decoder.final_layernorm.weight": norm, FC2: layers, **numbered,
     })  # fmt: skip
-    reader = DistReader(tmp_path)
-    assert all(same_bits(reader.read(FC2, layer), layers[layer]) for layer in range(4))
+    reader = TorchDistReader(tmp_path)
+    assert all(bitwise_equal(reader.read(FC2, layer), layers[layer]) for layer in range(4))
 
 
 @pytest.mark.parametrize("layers_a_block", [1, 2, 3, 4])
@@ -196,18 +196,18 @@ def test_blocks_of_several_layers_are_read(tmp_path: Path, layers_a_block: int) 
     ]
     write(tmp_path, *blocks)
     assert same(load_with_torch(tmp_path, {FC2: state}), {FC2: state})
-    reader = DistReader(tmp_path)
-    assert same_bits(reader.read(FC2), state)
-    assert all(same_bits(reader.read(FC2, layer), state[layer]) for layer in range(4))
+    reader = TorchDistReader(tmp_path)
+    assert bitwise_equal(reader.read(FC2), state)
+    assert all(bitwise_equal(reader.read(FC2, layer), state[layer]) for layer in range(4))
 
 
 def test_missing_blocks_are_told(tmp_path: Path) -> None:
     state = torch.randn(4, 8, 6)
     present = [block(FC2, (4, 8, 6), (i, 0, column), state[i : i + 1, :, column : column + 3]) for i, column in
                ((0, 0), (0, 3), (1, 3), (3, 0), (3, 3))]  # fmt: skip
-    reader = DistReader(write(tmp_path, *present))
-    assert same_bits(reader.read(FC2, 3), state[3])
-    with pytest.raises(KitError, match=r"linear_fc2\.weight has 24 of 48 elements: the checkpoint is not whole"):
+    reader = TorchDistReader(write(tmp_path, *present))
+    assert bitwise_equal(reader.read(FC2, 3), state[3])
+    with pytest.raises(KitError, match=r"linear_fc2\.weight has 24 of 48 elements: the checkpoint is incomplete"):
         reader.read(FC2, 1)
     with pytest.raises(KitError, match=r"linear_fc2\.weight has 0 of 48 elements"):
         reader.read(FC2, 2)
@@ -220,13 +220,13 @@ def test_a_missing_or_shortened_data_file_is_told(tmp_path: Path) -> None:
     write(tmp_path, *blocks_of(state))
     data = (tmp_path / "__0_0.distcp").read_bytes()
     (tmp_path / "__0_0.distcp").write_bytes(data[: len(data) // 2])
-    reader = DistReader(tmp_path)
-    assert same_bits(reader.read("embedding.word_embeddings.weight"), state["embedding.word_embeddings.weight"])
-    with pytest.raises(KitError, match=r"__0_0\.distcp is no whole file of torch\.save"):
+    reader = TorchDistReader(tmp_path)
+    assert bitwise_equal(reader.read("embedding.word_embeddings.weight"), state["embedding.word_embeddings.weight"])
+    with pytest.raises(KitError, match=r"__0_0\.distcp is not a complete torch\.save file"):
         reader.read("half")
     (tmp_path / "__0_0.distcp").unlink()
     with pytest.raises(KitError, match=r"__0_0\.distcp cannot be read"):
-        DistReader(tmp_path).read("half")
+        TorchDistReader(tmp_path).read("half")
 
 
 def change(path: Path, edit: Callable[[Any], None]) -> None:
@@ -244,11 +244,11 @@ def test_metadata_and_data_that_disagree_are_told(tmp_path: Path) -> None:
         data[places["a"]], data[places["b"]] = data[places["b"]], data[places["a"]]
 
     change(tmp_path, exchange)
-    with pytest.raises(KitError, match=r"__0_0\.distcp: what lies at byte \d+ is not the block of \.metadata"):
-        DistReader(tmp_path).read("a")
+    with pytest.raises(KitError, match=r"__0_0\.distcp: the data at byte \d+ does not match the chunk in \.metadata"):
+        TorchDistReader(tmp_path).read("a")
     change(tmp_path, lambda metadata: metadata.storage_data.pop(places["a"]))
-    with pytest.raises(KitError, match=r"\.metadata tells no place for a at \[0\]: copy it again"):
-        DistReader(tmp_path)
+    with pytest.raises(KitError, match=r"\.metadata has no storage metadata for a at \[0\]: copy it again"):
+        TorchDistReader(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../a/__0_0.distcp", "/etc/passwd", "", ".."])
@@ -259,28 +259,30 @@ def test_metadata_names_no_file_outside_its_folder(tmp_path: Path, name: str) ->
     metadata.storage_data[index] = replace(metadata.storage_data[index], relative_path=name)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(KitError, match=r"\.metadata names .*, which is not in its folder"):
-        DistReader(tmp_path)
+        TorchDistReader(tmp_path)
 
 
 def test_blocks_over_one_another_are_told(tmp_path: Path) -> None:
     state = torch.randn(4, 8, 6)
     half = state[:, :4]
-    reader = DistReader(write(tmp_path, block(FC2, (4, 8, 6), (0, 0, 0), half), block(FC2, (4, 8, 6), (0, 2, 0), half)))
-    for ask in (lambda: reader.read(FC2), lambda: reader.read(FC2, 1), lambda: reader.check_cover(FC2)):
-        with pytest.raises(KitError, match=r"linear_fc2\.weight has two blocks that lie over one another at"):
+    reader = TorchDistReader(
+        write(tmp_path, block(FC2, (4, 8, 6), (0, 0, 0), half), block(FC2, (4, 8, 6), (0, 2, 0), half))
+    )
+    for ask in (lambda: reader.read(FC2), lambda: reader.read(FC2, 1), lambda: reader.check_coverage(FC2)):
+        with pytest.raises(KitError, match=r"linear_fc2\.weight has overlapping chunks at"):
             ask()
 
 
 def test_metadata_that_is_none_is_told(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"\.metadata cannot be read"):
-        DistReader(tmp_path)
+        TorchDistReader(tmp_path)
     for value in ({"a": 1}, dcp.Metadata({}, None, None)):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(value))
         with pytest.raises(KitError, match=r"\.metadata holds no metadata of torch\.distributed\.checkpoint"):
-            DistReader(tmp_path)
+            TorchDistReader(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(eval))
-    with pytest.raises(KitError, match=r"\.metadata asks for builtins\.eval"):
-        DistReader(tmp_path)
+    with pytest.raises(KitError, match=r"\.metadata references builtins\.eval"):
+        TorchDistReader(tmp_path)
 
 
 def test_the_metadata_class_of_megatron_core_0_15_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +296,7 @@ def test_the_metadata_class_of_megatron_core_0_15_is_read(tmp_path: Path, monkey
         patch.setitem(sys.modules, module.__name__, module)
         (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     assert b"MCoreMetadata" in (tmp_path / ".metadata").read_bytes()
-    assert torch.equal(DistReader(tmp_path).read("a"), torch.arange(6.0))
+    assert torch.equal(TorchDistReader(tmp_path).read("a"), torch.arange(6.0))
 
 
 def test_damaged_metadata_gives_an_error_that_names_it(tmp_path: Path) -> None:
@@ -303,7 +305,7 @@ def test_damaged_metadata_gives_an_error_that_names_it(tmp_path: Path) -> None:
     for length in range(0, len(data), 7):
         (tmp_path / ".metadata").write_bytes(data[:length])
         with pytest.raises(KitError, match=r"\.metadata cannot be read \(.*\): copy"):
-            DistReader(tmp_path)
+            TorchDistReader(tmp_path)
     refused = 0
     for at in range(0, len(data), 2):
         damaged = bytearray(data)
@@ -322,9 +324,9 @@ def test_the_metadata_is_the_last_to_be_written(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        write(tmp_path, whole("a", torch.ones(2)), Block("b", (2,), (0,), LazyTensor((2,), torch.float32, fail)))
+        write(tmp_path, whole("a", torch.ones(2)), TensorShard("b", (2,), (0,), LazyTensor((2,), torch.float32, fail)))
     assert [path.name for path in tmp_path.iterdir()] == ["__0_0.distcp"]
-    write_dist(tmp_path, [whole("a", torch.ones(2))], {}, lambda size: None)
+    write_torch_dist(tmp_path, [whole("a", torch.ones(2))], {}, lambda size: None)
     assert {path.name for path in tmp_path.iterdir()} == {
         "__0_0.distcp", "common.pt", "metadata.json", "checksums.json", ".metadata",
     }  # fmt: skip

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from common.checkpoint.formats.torch_format import load_rank_file, save_rank_files
-from common.checkpoint.io.lazy import LazyTensor
+from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.errors import KitError
-from tests.unit.checkpoint.small import same_bits
+from tests.unit.checkpoint.small import bitwise_equal
 
 
 def test_torch_loads_a_ranks_file(tmp_path: Path) -> None:
@@ -20,8 +20,8 @@ def test_torch_loads_a_ranks_file(tmp_path: Path) -> None:
     save_rank_files({path: {"args": Namespace(a=1), "iteration": 0, "model": model}}, told.append)
     loaded = torch.load(path, weights_only=False)
     assert list(loaded) == ["args", "iteration", "model"] and loaded["args"] == Namespace(a=1)
-    assert same_bits(loaded["model"]["w"], weight) and told == [12, 8]
-    assert same_bits(load_rank_file(path)["model"]["w"], weight)
+    assert bitwise_equal(loaded["model"]["w"], weight) and told == [12, 8]
+    assert bitwise_equal(load_rank_file(path)["model"]["w"], weight)
 
 
 def test_what_torch_saves_is_loaded(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_what_torch_saves_is_loaded(tmp_path: Path) -> None:
     state: dict[str, Any] = {"model": {"w": torch.randn(3)}, "optimizer": {0: torch.tensor(3.0)}, "iteration": 5}
     torch.save(state, path)
     loaded = load_rank_file(path)
-    assert same_bits(loaded["model"]["w"], state["model"]["w"]) and loaded["iteration"] == 5
+    assert bitwise_equal(loaded["model"]["w"], state["model"]["w"]) and loaded["iteration"] == 5
     assert loaded["optimizer"][0] == 3
 
 
@@ -39,9 +39,9 @@ def test_a_file_of_something_else_is_told(tmp_path: Path) -> None:
         load_rank_file(path)
     for content in ([1], {1: 2}):
         torch.save(content, path)
-        with pytest.raises(KitError, match=r"model_optim_rng\.pt holds no dict of names: it is no file of a Megatron"):
+        with pytest.raises(KitError, match=r"model_optim_rng\.pt holds no dict with str keys: it is not a Megatron"):
             load_rank_file(path)
     for weights in (1, {1: torch.ones(2)}):
         torch.save({"model0": weights}, path)
-        with pytest.raises(KitError, match=r"model_optim_rng\.pt: its model0 is no dict of names: it is no file"):
+        with pytest.raises(KitError, match=r"model_optim_rng\.pt: its model0 is no dict with str keys: it is not"):
             load_rank_file(path)

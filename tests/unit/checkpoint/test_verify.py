@@ -11,9 +11,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.checkpoint.formats.layout import Checkpoint
-from common.checkpoint.verification.proof_slices import slices
-from common.checkpoint.verification.verify import Report, verify
+from common.checkpoint.formats.checkpoint_paths import Checkpoint
+from common.checkpoint.verification.independent_mapping import slices
+from common.checkpoint.verification.report import Report
+from common.checkpoint.verification.verify import verify
 from common.model.shape.config import QwenConfig
 from tests.unit.checkpoint.small import dist_state, write_hf, write_ranks
 
@@ -231,9 +232,7 @@ def test_mutants_across_layers_and_stages_are_found(tmp_path: Path, rank: str) -
     norm = "decoder.layers.0.input_layernorm.weight"
     neighbour = pair.weights["model.layers.1.input_layernorm.weight"]
     pair.change_rank(f"{rank}_000", lambda state: state.update({norm: neighbour.clone()}))
-    assert pair.report().errors == [
-        f"{norm} of tensor rank {int(rank)} differs from model.layers.0.input_layernorm.weight"
-    ]
+    assert pair.report().errors == [f"{norm} of TP rank {int(rank)} differs from model.layers.0.input_layernorm.weight"]
     pair = Pair(tmp_path / "exchanged")
     path = pair.path / f"mp_rank_{rank}_000" / "model_optim_rng.pt"
     state = torch.load(path, weights_only=False)
@@ -248,7 +247,7 @@ def test_a_head_norm_of_qwen3_that_differs_is_found(tmp_path: Path, part: str) -
     pair = Pair(tmp_path, **QWEN3)
     name = f"decoder.layers.0.self_attention.{part}_layernorm.weight"
     pair.change_rank("01_000", lambda state: flip(state[name], 3))
-    assert pair.report().errors == [f"{name} of tensor rank 1 differs from model.layers.0.self_attn.{part}_norm.weight"]
+    assert pair.report().errors == [f"{name} of TP rank 1 differs from model.layers.0.self_attn.{part}_norm.weight"]
     pair.change_rank("01_000", lambda state: state.pop(name))
     assert len(pair.report().errors) == 1
 
@@ -256,7 +255,7 @@ def test_a_head_norm_of_qwen3_that_differs_is_found(tmp_path: Path, part: str) -
 def test_a_tied_copy_that_differs_is_found(tmp_path: Path) -> None:
     pair = Pair(tmp_path, tie_word_embeddings=True)
     pair.change_rank("01_001", lambda state: flip(state["output_layer.weight"], 3), "model1")
-    assert pair.report().errors == ["output_layer.weight of tensor rank 1 differs from model.embed_tokens.weight"]
+    assert pair.report().errors == ["output_layer.weight of TP rank 1 differs from model.embed_tokens.weight"]
 
 
 DIST_MUTANTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
@@ -339,5 +338,5 @@ def test_what_a_cast_makes_infinite_is_counted(tmp_path: Path) -> None:
     write_ranks(tmp_path / "release", {name: tensor.half() for name, tensor in weights.items()}, qwen, TWO)
     checkpoint = Checkpoint(tmp_path, tmp_path / "release", "release", "torch")
     report = verify(tmp_path / "hf", checkpoint, qwen, torch.float16)
-    told = ["model.layers.1.mlp.up_proj.weight: 1 values are beyond float16 and became infinite"]
+    told = ["model.layers.1.mlp.up_proj.weight: 1 values overflow float16"]
     assert (report.errors, report.non_finite) == (told, 1)

@@ -20,7 +20,7 @@ def test_a_folder_gives_its_files_of_rows_and_tells_the_rest(tmp_path: Path, cap
         (tmp_path / name).write_text('{"text": "a"}\n')
     assert names(tmp_path) == ["a.jsonl", "c.JSONL"]
     (told,) = caplog.messages
-    for each in ("2 hidden (._a.jsonl, .x)", "1 folders (sub)", "1 .json (d.json)", "1 .lz4", "1 without an ending"):
+    for each in ("2 hidden (._a.jsonl, .x)", "1 folders (sub)", "1 .json (d.json)", "1 .lz4", "1 without an extension"):
         assert each in told
     assert names(f"{tmp_path}/**/*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert names(f"{tmp_path}/** ") == ["README", "a.jsonl", "c.JSONL", "d.json", "e.jsonl.lz4", "b.jsonl"]
@@ -42,7 +42,7 @@ def test_a_file_that_is_named_twice_is_told_by_any_of_its_names(
 
 def test_what_is_no_file_of_rows_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(KitError, match=r"pipe\.jsonl is no regular file"):
+    with pytest.raises(KitError, match=r"pipe\.jsonl is not a regular file"):
         find_inputs(str(tmp_path / "pipe.jsonl"))
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / ".a.jsonl").write_text("1")

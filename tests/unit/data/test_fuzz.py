@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.dataset.indexed import IndexedReader, IndexedWriter
-from common.data.templates.sft import SftEncoder
+from common.data.dataset.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from common.data.encoders.sft import SftEncoder
 from tests.fuzz import __main__ as by_hand
 from tests.fuzz import data_surfaces, files, rows
 from tests.fuzz.bounds import in_a_child
@@ -57,9 +57,9 @@ def test_rows_that_are_lost_would_be_found(tmp_path: Path, monkeypatch: pytest.M
 
 def test_documents_that_are_others_would_be_found(tmp_path: Path) -> None:
     _, take = data_surfaces.SURFACES["index"](tmp_path, 0, 0)
-    tokens = IndexedReader(tmp_path / "data")[2]
+    tokens = IndexedDataset(tmp_path / "data")[2]
     data = (tmp_path / "data.bin").read_bytes()
-    with IndexedWriter(tmp_path / "other", "<u2") as writer:
+    with IndexedDatasetBuilder(tmp_path / "other", "<u2") as writer:
         for document in ([5, 6], [7, 1], tokens, [0], [65499]):
             writer.add_document(np.array(document))
     index = (tmp_path / "other.idx").read_bytes()
@@ -72,8 +72,8 @@ def test_a_row_that_is_rendered_otherwise_would_be_found(tmp_path: Path, monkeyp
     _, take = data_surfaces.SURFACES["rows"](tmp_path, 0, 0)
     case = b"qwen3 all answer whole system\n" + json.dumps(rows.SOURCES[0]).encode()
     take(case)
-    pieces = SftEncoder.pieces_of_row
-    monkeypatch.setattr(SftEncoder, "pieces_of_row", lambda *given: pieces(*given)[:-1])
+    pieces = SftEncoder.segments_of_row
+    monkeypatch.setattr(SftEncoder, "segments_of_row", lambda *given: pieces(*given)[:-1])
     with pytest.raises(AssertionError):
         take(case)
 

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data.sources import jsonl
+from common.data.sources.bad_rows import BadRowError
+from common.data.sources.chunks import Chunk, read_chunks
 from common.data.sources.discovery import find_inputs
-from common.data.sources.inputs import Chunk, Span, cut, read_chunks, whole_spans
-from common.data.sources.jsonl import BadRowError, first_row, parse, records, string_field
+from common.data.sources.jsonl import first_row, parse, records, string_field
+from common.data.sources.spans import Span, split_into_parts, whole_spans
 from common.errors import KitError
 
 
@@ -19,7 +21,7 @@ def read_all(files: list[Path], parts: int = 1, size: int = 1 << 20) -> list[lis
     """The records of each part."""
     return [
         [record for span in spans for chunk in read_chunks(span, size) for _, record in records(chunk, Counter())]
-        for spans in cut(whole_spans(files), parts)
+        for spans in split_into_parts(whole_spans(files), parts)
     ]
 
 
@@ -80,7 +82,7 @@ def test_a_gz_file_that_begins_where_a_part_does_is_read_once(tmp_path: Path) ->
 def test_a_byte_order_mark_is_one_at_the_files_start_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')
-    with pytest.raises(KitError, match=r"a\.jsonl, line 2: it is no JSON"):
+    with pytest.raises(KitError, match=r"a\.jsonl, line 2: it is not JSON"):
         read_all([path], size=1)
 
 
@@ -94,17 +96,17 @@ def test_blank_lines_are_counted(tmp_path: Path) -> None:
 
 
 BAD_LINES = {
-    "no JSON": (b'{"text": ', r"it is no JSON"),
+    "no JSON": (b'{"text": ', r"it is not JSON"),
     "array": (b'["a"]', "JSON array, not an object"),
     "string": (b'"a"', "JSON string, not an object"),
     "number": (b"1", "JSON number, not an object"),
     "null": (b"null", "JSON null, not an object"),
     "comma": (b'{"text": "a"},', "a comma follows the object"),
-    "json array file": (b"[", "a JSON array is read only where the file is one array"),
+    "json array file": (b"[", "a JSON array is only read when it is the whole file"),
     "latin-1": (b'{"text": "caf\xe9"}', r"byte 0xe9 at column 14 is not UTF-8"),
     "utf-16": ('{"text": "a"}'.encode("utf-16"), r"byte 0xff at column 1 is not UTF-8"),
     "half a pair": (rb'{"text": "\ud800"}', "half of a surrogate pair"),
-    "deep": (b"[" * 200000, "it is no JSON|nested too deeply"),
+    "deep": (b"[" * 200000, "it is not JSON|nested too deeply"),
 }
 
 
@@ -135,7 +137,7 @@ SAME = {
     "deep": b'{"a": ' + b"[" * 1023 + b"]" * 1023 + b"}",
 }
 REFUSED = {
-    "digits": (b'{"a": ' + b"9" * 5000 + b"}", "a whole number of more than 4300 digits"),
+    "digits": (b'{"a": ' + b"9" * 5000 + b"}", "an integer of more than 4300 digits"),
     "deeper": (b'{"a": ' + b"[" * 1024 + b"]" * 1024 + b"}", "nested too deeply, more than 1024 levels"),
     "objects": (b'{"a":' * 4000 + b"1" + b"}" * 4000, "nested too deeply"),
     "deep surrogate": (b'{"a": ' + b"[" * 1023 + rb'"\ud800"' + b"]" * 1023 + b"}", "half of a surrogate pair"),

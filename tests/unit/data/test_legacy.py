@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from common import preprocess
-from common.data.dataset.indexed import IndexedReader, IndexedWriter
-from common.data.dataset.legacy import import_legacy, refuse_legacy, split_row
+from common.data.dataset.builder import build_dataset
+from common.data.dataset.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from common.data.dataset.legacy import import_legacy, parse_legacy_row, refuse_legacy
 from common.data.dataset.manifest import DataFiles, resolve
-from common.data.dataset.samples import open_samples
-from common.data.tokenizer.tokenizer import load_tokenizer
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.errors import KitError
 
 ROOT = Path(__file__).parents[3]
@@ -36,7 +36,7 @@ C = ([3, 4, 3, 4, 3, 4], [0, 0, 1, 0, 0, 1])
 
 
 def write(path: Path, rows: list[list[int]], dtype: str = "<i4") -> Path:
-    with IndexedWriter(path, dtype) as writer:
+    with IndexedDatasetBuilder(path, dtype) as writer:
         for row in rows:
             writer.add_document(row)
     return path
@@ -48,13 +48,13 @@ def test_conversations_come_back_with_their_masks(qwen: Path, tmp_path: Path) ->
     content = import_legacy(source, tmp_path / "new" / "data", load_tokenizer(qwen))
     files = resolve(str(tmp_path / "new" / "data"))
     assert files.kind == "sft" and files.loss_mask
-    tokens, mask = IndexedReader(files.tokens), IndexedReader(files.loss_mask)
+    tokens, mask = IndexedDataset(files.tokens), IndexedDataset(files.loss_mask)
     found = [(tokens[i].tolist(), mask[i].tolist()) for i in range(len(tokens))]
     assert found == [A, B, C, A, C, B, full]
-    assert mask.dtype == np.uint8 and content["notes"] == {"rows of the old kit": 4}
+    assert mask.dtype == np.uint8 and content["notes"] == {"rows of the legacy kit": 4}
     assert content["documents"] == {"read": 7, "kept": 7, "dropped": {}}
     assert content["supervised_tokens"] == sum(sum(m) for _, m in found) and content["longest"] == S
-    with pytest.raises(KitError, match=r"data\.json is there already"):
+    with pytest.raises(KitError, match=r"data\.json already exists"):
         import_legacy(source, tmp_path / "new" / "data", load_tokenizer(qwen))
 
 
@@ -65,7 +65,10 @@ def test_it_is_what_the_old_kit_trains_on() -> None:
     undone = np.where(tokens < 0, -tokens - 1, tokens)
     positions = [(int(undone[i]), int(labels[i])) for i in range(S) if labels[i] != -100]
     ours = [
-        (int(ids[i]), int(ids[i + 1])) for ids, mask in split_row(row, "x") for i in range(len(ids) - 1) if mask[i + 1]
+        (int(ids[i]), int(ids[i + 1]))
+        for ids, mask in parse_legacy_row(row, "x")
+        for i in range(len(ids) - 1)
+        if mask[i + 1]
     ]
     assert ours == positions
 
@@ -77,8 +80,8 @@ def test_it_is_what_the_old_kit_trains_on() -> None:
         ([1, 2, 3, 4], "row 0 marks no end of a conversation"),
         ([1, -3, 2, 2], "row 0: its labels are not its tokens shifted by one"),
         ([1, -3, 7, -100], "row 0: its labels are not its tokens shifted by one"),
-        ([1, -3, 5, 2, -100, 9], "row 0 learns what follows its last conversation"),
-        ([600, -3, -100, -100], "row 0 holds the id 600, and .* has 400 tokens"),
+        ([1, -3, 5, 2, -100, 9], "row 0 has labels after its last conversation"),
+        ([600, -3, -100, -100], "row 0 holds the token id 600, but .* has 400 tokens"),
     ],
 )
 def test_what_is_no_old_data_is_told(qwen: Path, tmp_path: Path, row: list[int], told: str) -> None:
@@ -89,7 +92,7 @@ def test_what_is_no_old_data_is_told(qwen: Path, tmp_path: Path, row: list[int],
 
 
 def test_data_of_another_type_is_told(qwen: Path, tmp_path: Path) -> None:
-    with pytest.raises(KitError, match="holds uint16, the old kit's rows int32"):
+    with pytest.raises(KitError, match="holds uint16, but the legacy kit's rows are int32"):
         import_legacy(write(tmp_path / "old", [[1, 2]], "<u2"), tmp_path / "data", load_tokenizer(qwen))
 
 
@@ -102,7 +105,7 @@ def test_what_would_train_on_it_or_show_it_names_the_command_that_takes_it_over(
     told = []
     for train_mode in ("pretrain", "finetune"):
         with pytest.raises(KitError) as error:
-            open_samples(files, train_mode=train_mode, seq_length=4, seed=0)
+            build_dataset(files, train_mode=train_mode, seq_length=4, seed=0)
         told.append(str(error.value))
     words = ["--data", str(files.tokens), "--tokenizer-path", str(qwen)]
     for command in (["show", *words], ["stats", *words[:2]]):
@@ -118,7 +121,7 @@ def test_what_would_train_on_it_or_show_it_names_the_command_that_takes_it_over(
         env={**os.environ, "TOKENIZER_PATH": str(qwen), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    samples = open_samples(resolve(done.stdout.strip()), train_mode="finetune", seq_length=8, seed=0)
+    samples = build_dataset(resolve(done.stdout.strip()), train_mode="finetune", seq_length=8, seed=0)
     assert samples.samples_per_epoch == 3
 
 

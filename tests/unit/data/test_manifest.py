@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from common.data.dataset import manifest
-from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.data.dataset.manifest import DataFiles, resolve
 from common.errors import KitError
 
 
 def files(*prefixes: Path) -> None:
     for prefix in prefixes:
-        with IndexedWriter(prefix, "u1") as writer:
+        with IndexedDatasetBuilder(prefix, "u1") as writer:
             writer.add_document([1])
 
 
@@ -60,13 +60,13 @@ def test_a_json_of_someone_else_is_no_manifest(tmp_path: Path) -> None:
 
 
 def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
-    with pytest.raises(KitError, match=r"DATASET_PATH=.*none is no dataset: neither .*none\.json nor .*none\.idx"):
+    with pytest.raises(KitError, match=r"DATASET_PATH=.*none is not a dataset: neither .*none\.json nor .*none\.idx"):
         resolve(str(tmp_path / "none"))
     files(tmp_path / "a_text_document", tmp_path / "a_loss_mask_document")
     with pytest.raises(KitError, match=r"a_loss_mask_document is a loss mask: give the .*/a$"):
         resolve(str(tmp_path / "a_loss_mask_document"))
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(KitError, match=r"a\.json is no JSON"):
+    with pytest.raises(KitError, match=r"a\.json is not JSON"):
         resolve(str(tmp_path / "a"))
     (tmp_path / "a.json").write_text(json.dumps({"format": manifest.FORMAT, "version": manifest.VERSION + 1}))
     with pytest.raises(KitError, match="version 3, this kit reads 2"):
@@ -84,16 +84,16 @@ def test_counts_that_do_not_reconcile_are_our_own_mistake(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"version": None}, "its 'version' is no whole number"),
+        ({"version": None}, "its 'version' is not an integer"),
         ({"kind": "other"}, "its 'kind' is 'other', not pretrain or sft"),
-        ({"kind": []}, "its 'kind' is no string"),
-        ({"files": []}, "its 'files' is no object"),
+        ({"kind": []}, "its 'kind' is not a string"),
+        ({"files": []}, "its 'files' is not an object"),
         ({"files": {}}, "it has no 'tokens'"),
-        ({"files": {"tokens": 1}}, "its 'tokens' is no string"),
-        ({"files": {"tokens": "../other"}}, "its 'files' hold '../other', which is no file's name"),
+        ({"files": {"tokens": 1}}, "its 'tokens' is not a string"),
+        ({"files": {"tokens": "../other"}}, "its 'files' hold '../other', which is not a file name"),
         ({"documents": {"read": 1}}, "it has no 'kept'"),
-        ({"inputs": [1]}, "an object stands where '1' is"),
-        ({"tokenizer": "x"}, "its 'tokenizer' is no object"),
+        ({"inputs": [1]}, "'1' is not an object"),
+        ({"tokenizer": "x"}, "its 'tokenizer' is not an object"),
     ],
 )
 def test_a_manifest_with_odd_fields_is_told(tmp_path: Path, change: dict[str, Any], told: str) -> None:
@@ -101,8 +101,8 @@ def test_a_manifest_with_odd_fields_is_told(tmp_path: Path, change: dict[str, An
     manifest.write(tmp_path / "a", content("pretrain", tokens="a_text_document"))
     path = tmp_path / "a.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(KitError, match=re.escape(f"a.json is no whole manifest: {told}")):
+    with pytest.raises(KitError, match=re.escape(f"a.json is an incomplete manifest: {told}")):
         resolve(str(tmp_path / "a"))
     path.write_text('{"format": "qwen-kit-data"}')
-    with pytest.raises(KitError, match=r"a\.json is no whole manifest: it has no 'version'"):
+    with pytest.raises(KitError, match=r"a\.json is an incomplete manifest: it has no 'version'"):
         resolve(str(tmp_path / "a"))

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.job.merging import notes
-from common.data.job.pretrain import PretrainEncoder
-from common.data.sources.inputs import Chunk
-from common.data.sources.jsonl import BadRowError, BadRows, one_row
-from common.data.templates.chat import ChatTemplate
-from common.data.templates.sft import SftEncoder
-from common.data.tokenizer.encoded import BAD_ROWS, Encoded
-from common.data.tokenizer.tokenizer import load_tokenizer
+from common.data.encoders.encoded import BAD_ROWS, EncodedChunk
+from common.data.encoders.pretrain import PretrainEncoder
+from common.data.encoders.sft import SftEncoder
+from common.data.preprocessing.merging import notes_of
+from common.data.sources.bad_rows import BadRowError, BadRows, ignore_bad_row, to_bad_row_error
+from common.data.sources.chunks import Chunk
+from common.data.templates.chat_template import ChatTemplate
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.errors import KitError
 
 # Of the form of those that show reasoning in answers after the last question; one call's field is joined as text.
@@ -58,7 +58,7 @@ def made(qwen: Path, tmp_path: Path) -> Callable[..., SftEncoder]:
     return make
 
 
-def encode(encoder: SftEncoder, path: Path, *rows: Any) -> Encoded:
+def encode(encoder: SftEncoder, path: Path, *rows: Any) -> EncodedChunk:
     texts = (row if isinstance(row, str) else re.sub(r'"@(\d+)@"', _nested, json.dumps(row)) for row in rows)
     data = b"".join(text.encode() + b"\n" for text in texts)
     path.write_bytes(data)
@@ -96,15 +96,15 @@ ODD = {
     "a tool without a function": ({**GOOD, "tools": [{"type": "function", "function": None}]}, "'tools': tool 1"),
     "a number of 5,000 digits": (
         calling(name="f", arguments='{"a": ' + "1" * 5000 + "}"),
-        "arguments of the call of f",
+        "arguments of the call to f",
     ),
     "a loss of 401 digits": (answer(loss=10**400), "field 'loss' is a number of more than 64 bits"),
     "a loss that is infinite as float32": (answer(loss=1e39), "field 'loss' is 1e\\+39"),
-    "a loss that is 0 as float32": (answer(loss=1e-50), "too little for a float32"),
+    "a loss that is 0 as float32": (answer(loss=1e-50), "too small for a float32"),
     "no number": ('{"messages": [{"role": "assistant", "content": "a", "loss": NaN}]}', "field 'loss' is nan"),
     "a role that is no string": ({"messages": [{"role": {}, "content": ""}]}, "field 'role' holds a JSON object"),
-    "turns within turns": ({"messages": [[USER], ANSWER]}, "turn 1: it is no object"),
-    "settings that are no object": ({**GOOD, "chat_template_kwargs": [1]}, "'chat_template_kwargs' holds no object"),
+    "turns within turns": ({"messages": [[USER], ANSWER]}, "turn 1: it is not an object"),
+    "settings that are no object": ({**GOOD, "chat_template_kwargs": [1]}, "'chat_template_kwargs' is not an object"),
 }
 
 
@@ -130,16 +130,20 @@ def test_the_first_bad_row_names_on_error_once(made: Callable[..., SftEncoder], 
     assert str(elsewhere.value).endswith("line 1: x")
 
 
-def test_the_net_lets_through_what_is_no_rows_fault() -> None:
+def test_the_net_lets_through_what_is_no_rows_fault(tmp_path: Path) -> None:
+    bad = BadRows(Chunk(tmp_path / "a", 0, b"{}\n", 3), skip=True)
     for error in (KitError("x"), MemoryError(), KeyboardInterrupt(), SystemExit(1)):
-        with pytest.raises(type(error)), one_row():
-            raise error
+        for net in (ignore_bad_row, lambda: bad.row(0)):
+            with pytest.raises(type(error)), net():
+                raise error
     for odd in (TypeError("x"), RecursionError(), OverflowError("x"), AttributeError("x"), AssertionError()):
-        with (
-            pytest.raises(BadRowError, match=r"TypeError: x \(test_odd_rows.py, line|nested|cannot be used"),
-            one_row(),
-        ):
+        with ignore_bad_row():
             raise odd
+        with bad.row(0):
+            raise odd
+        cause = r"TypeError: x \(test_odd_rows.py, line|nested|cannot be used"
+        assert isinstance(to_bad_row_error(odd), BadRowError) and re.search(cause, bad.rows[-1].cause)
+    assert len(bad.rows) == 5
 
 
 def test_pretraining_has_the_same_net(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +162,7 @@ def test_pretraining_has_the_same_net(qwen: Path, tmp_path: Path, monkeypatch: p
 def test_a_row_that_leaves_nothing_to_learn_is_told(made: Callable[..., SftEncoder], tmp_path: Path) -> None:
     rows = {"messages": [USER, ANSWER, USER, {**ANSWER, "train": False}]}
     assert encode(made(), tmp_path / "a.jsonl", rows).counts["supervised"]
-    with pytest.raises(KitError, match="nothing of it is learned: LOSS_TURNS=last"):
+    with pytest.raises(KitError, match="there is nothing to train on: LOSS_TURNS=last"):
         encode(made(loss_turns="last"), tmp_path / "a.jsonl", rows)
 
 
@@ -167,7 +171,7 @@ def test_reasoning_that_the_template_does_not_show_is_told(
     field: str, made: Callable[..., SftEncoder], tmp_path: Path
 ) -> None:
     row = answer(**{field: "4"})  # which the answer has too
-    with pytest.raises(KitError, match=f"does not show field '{field}' of turn 2: write it into the answer's text"):
+    with pytest.raises(KitError, match=f"does not render field '{field}' of turn 2: write it into the answer's text"):
         encode(made(NONE), tmp_path / "a.jsonl", row)
     cut = made("true").template
     assert "<think>4</think>It is 4." in cut.render([USER, {**ANSWER, "reasoning_content": "4"}])
@@ -176,11 +180,11 @@ def test_reasoning_that_the_template_does_not_show_is_told(
 def test_reasoning_that_is_hidden_in_earlier_turns(made: Callable[..., SftEncoder], tmp_path: Path) -> None:
     thought = {**ANSWER, "thinking": "so"}
     row = {"messages": [USER, thought, USER, {**ANSWER, "content": "It is 5."}]}
-    told = "does not show field 'thinking' of turn 2: .*; where it shows that of the last answer, set LOSS_TURNS=last"
+    told = "does not render field 'thinking' of turn 2: .*; if it renders that of the last answer, set LOSS_TURNS=last"
     with pytest.raises(KitError, match=told):
         encode(made(), tmp_path / "a.jsonl", {"messages": [*row["messages"], USER, thought]})
     encoded = encode(made(loss_turns="last"), tmp_path / "a.jsonl", row)
-    note = "answers that are not learned, whose reasoning the chat template does not show"
+    note = "answers outside the loss, whose reasoning the chat template does not render"
     assert encoded.counts[note] == 1 and encoded.lengths.size == 1
 
 
@@ -189,11 +193,11 @@ def test_a_joined_table_of_two_formats(made: Callable[..., SftEncoder], tmp_path
     with pytest.raises(KitError, match="line 3: it is of format messages, the first row of instruction"):
         encode(made(format="instruction"), tmp_path / "a.jsonl", *rows)
     encoded = encode(made(format="instruction", skip_bad_rows=True), tmp_path / "a.jsonl", *rows)
-    assert encoded.lengths.size == 2 and encoded.counts["rows of format messages beside those of instruction"] == 1
+    assert encoded.lengths.size == 2 and encoded.counts["rows of format messages among those of instruction"] == 1
 
 
 def test_of_fields_that_are_not_used_the_commonest_are_named() -> None:
     few = {f"rows' field 'f{i:02}', not used": 2 for i in range(30)}
-    assert notes(Counter({**few, "blank lines": 1, "read": 9})) == {**few, "blank lines": 1}
+    assert notes_of(Counter({**few, "blank lines": 1, "read": 9})) == {**few, "blank lines": 1}
     many = {f"rows' field 'g{i:02}', not used": 1 for i in range(50)}
-    assert notes(Counter({**few, **many})) == {**few, "other fields, not used": 50}
+    assert notes_of(Counter({**few, **many})) == {**few, "other fields, not used": 50}

@@ -4,17 +4,20 @@ from typing import Any
 
 import pytest
 
-from common.data.job.pretrain import PretrainEncoder
+from common.data.encoders.encoded import BAD_ROWS, EncodedChunk
+from common.data.encoders.pretrain import PretrainEncoder
 from common.data.sources import jsonl
-from common.data.sources.inputs import Chunk
-from common.data.tokenizer.encoded import BAD_ROWS, Encoded
-from common.data.tokenizer.tokenizer import find_eod, load_tokenizer
+from common.data.sources.chunks import Chunk
+from common.data.tokenizer.eod import find_eod
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.errors import KitError
 
 SPELLED = "special tokens spelled in documents, "
 
 
-def encode(qwen: Path, rows: list[Any], path: Path = Path("a"), **settings: Any) -> tuple[list[list[int]], Encoded]:
+def encode(
+    qwen: Path, rows: list[Any], path: Path = Path("a"), **settings: Any
+) -> tuple[list[list[int]], EncodedChunk]:
     """(the documents' ids, what the encoder gave)."""
     tokenizer = load_tokenizer(qwen)
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
@@ -88,7 +91,7 @@ def test_bad_rows_are_kept_aside_with_their_bytes_and_cause(qwen: Path) -> None:
     assert len(documents) == 7
     assert [reject.row for reject in encoded.rejects] == bad
     assert [reject.cause.split(":")[0] for reject in encoded.rejects] == [
-        "it is no JSON (Expecting value", "byte 0xe9 at column 14 is not UTF-8",
+        "it is not JSON (Expecting value", "byte 0xe9 at column 14 is not UTF-8",
         "it has no field 'text'; its fields are 'txt'", "field 'text' holds a JSON number, not a string",
         "it is a JSON array, not an object", "a comma follows the object",
     ]  # fmt: skip

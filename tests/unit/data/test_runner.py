@@ -10,30 +10,31 @@ import numpy as np
 import pytest
 
 from common.data.dataset import manifest
-from common.data.dataset.indexed import IndexedReader
-from common.data.job import runner as engine
-from common.data.job.workers import Encoder, Workers, count_workers
-from common.data.sources.inputs import Chunk
-from common.data.tokenizer.encoded import Encoded
+from common.data.dataset.indexed_dataset import IndexedDataset
+from common.data.encoders.encoded import EncodedChunk
+from common.data.preprocessing import runner
+from common.data.preprocessing.job import Job
+from common.data.preprocessing.workers import Encoder, Workers, num_workers
+from common.data.sources.chunks import Chunk
 from common.errors import KitError
 
 
-def lengths_of_lines(chunk: Chunk) -> Encoded:
+def lengths_of_lines(chunk: Chunk) -> EncodedChunk:
     """An encoder without a tokenizer: a line of n bytes is the document [n] * n; empty lines are dropped."""
     sizes = [len(line) for line in chunk.data.split(b"\n")[:-1]]
     kept = [n for n in sizes if n]
     tokens = np.array([n for n in kept for _ in range(n)], np.uint16)
     counts = Counter({"read": len(sizes), "dropped: empty": len(sizes) - len(kept), "note": len(kept)})
-    return Encoded({"tokens": tokens}, np.array(kept, np.int32), counts)
+    return EncodedChunk({"tokens": tokens}, np.array(kept, np.int32), counts)
 
 
 def job(
     folder: Path, encode: Encoder = lengths_of_lines, partitions: int = 1, workers: int = 1, **settings: int
-) -> engine.Job:
+) -> Job:
     path = folder / "in.txt"
     if not path.exists():
         path.write_bytes(b"".join(b"x" * (i * 7 % 40) + b"\n" for i in range(20000)))
-    return engine.Job(
+    return Job(
         kind="pretrain",
         output_prefix=folder / "out" / "data",
         inputs=[path],
@@ -45,7 +46,7 @@ def job(
     )
 
 
-def output(made: engine.Job) -> bytes:
+def output(made: Job) -> bytes:
     return b"".join(Path(f"{made.final('tokens')}{end}").read_bytes() for end in (".bin", ".idx"))
 
 
@@ -53,7 +54,7 @@ def output(made: engine.Job) -> bytes:
 def expected(tmp_path: Path) -> bytes:
     (tmp_path / "plain").mkdir()
     made = job(tmp_path / "plain")
-    engine.run(made)
+    runner.run(made)
     return output(made)
 
 
@@ -61,7 +62,7 @@ def expected(tmp_path: Path) -> bytes:
 @pytest.mark.parametrize("workers", [1, 3])
 def test_partitions_and_workers_change_nothing(tmp_path: Path, expected: bytes, partitions: int, workers: int) -> None:
     made = job(tmp_path, partitions=partitions, workers=workers)
-    content = engine.run(made)
+    content = runner.run(made)
     assert output(made) == expected
     assert {path.name for path in made.output_prefix.parent.iterdir()} == {
         "data.json", "data_text_document.bin", "data_text_document.idx",
@@ -71,7 +72,7 @@ def test_partitions_and_workers_change_nothing(tmp_path: Path, expected: bytes, 
     assert content["documents"] == {"read": 20000, "kept": len(kept), "dropped": {"empty": 20000 - len(kept)}}
     assert (content["tokens"], content["longest"], content["notes"]) == (sum(kept), max(kept), {"note": len(kept)})
     assert content["largest_id"] == max(kept)  # a document of n bytes is n times the id n
-    assert IndexedReader(made.final("tokens")).lengths.tolist() == kept
+    assert IndexedDataset(made.final("tokens")).lengths.tolist() == kept
 
 
 class Failing:
@@ -80,7 +81,7 @@ class Failing:
     def __init__(self, at: int, how: str) -> None:
         self.at, self.how = at, how
 
-    def __call__(self, chunk: Chunk) -> Encoded:
+    def __call__(self, chunk: Chunk) -> EncodedChunk:
         if chunk.start <= self.at < chunk.start + len(chunk.data):
             if self.how == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -91,7 +92,7 @@ class Failing:
 @pytest.mark.parametrize(
     ("how", "kind", "told"),
     [
-        ("die", KitError, "a worker process was ended from outside.*smaller WORKERS"),
+        ("die", KitError, "a worker process was killed.*reduce WORKERS"),
         ("error", KitError, "in.txt, line .*: a bad row"),
         ("bug", RuntimeError, "a bug"),
     ],
@@ -101,17 +102,17 @@ def test_a_worker_that_fails_ends_the_run_and_finished_parts_are_kept(
 ) -> None:
     size = job(tmp_path).inputs[0].stat().st_size
     with pytest.raises(kind, match=told):
-        engine.run(job(tmp_path, Failing(size * 7 // 10, how), partitions=4, workers=2))
+        runner.run(job(tmp_path, Failing(size * 7 // 10, how), partitions=4, workers=2))
     assert not list((tmp_path / "out").glob("data_*")) and not (tmp_path / "out" / "data.json").exists()
     assert not list((tmp_path / "out").glob("*/*.partial"))
     read = []
 
-    def watched(chunk: Chunk) -> Encoded:
+    def watched(chunk: Chunk) -> EncodedChunk:
         read.append(chunk.start)
         return lengths_of_lines(chunk)
 
     made = job(tmp_path, watched, partitions=4)
-    engine.run(made)
+    runner.run(made)
     assert output(made) == expected and min(read) >= size * 0.49, "the first two parts were there"
 
 
@@ -119,7 +120,7 @@ def test_a_worker_that_fails_ends_the_run_and_finished_parts_are_kept(
 def test_a_part_of_anything_else_is_not_used_again(tmp_path: Path, change: str) -> None:
     size = job(tmp_path).inputs[0].stat().st_size
     with pytest.raises(RuntimeError):
-        engine.run(job(tmp_path, Failing(size - 10, "bug"), partitions=4, workers=2, a=1))
+        runner.run(job(tmp_path, Failing(size - 10, "bug"), partitions=4, workers=2, a=1))
     if change == "input":
         data = job(tmp_path).inputs[0].read_bytes()
         job(tmp_path).inputs[0].write_bytes(data.replace(b"x", b"y", 1))
@@ -131,28 +132,28 @@ def test_a_part_of_anything_else_is_not_used_again(tmp_path: Path, change: str) 
         state.write_text("[]")
     read = []
 
-    def watched(chunk: Chunk) -> Encoded:
+    def watched(chunk: Chunk) -> EncodedChunk:
         read.append(chunk.start)
         return lengths_of_lines(chunk)
 
-    engine.run(job(tmp_path, watched, 4, a=2 if change == "setting" else 1))
+    runner.run(job(tmp_path, watched, 4, a=2 if change == "setting" else 1))
     assert min(read) == 0
 
 
 def test_a_second_run_is_told_it_is_done_and_another_is_refused(tmp_path: Path) -> None:
-    first = engine.run(job(tmp_path, a=1))
+    first = runner.run(job(tmp_path, a=1))
 
-    def never(chunk: Chunk) -> Encoded:
+    def never(chunk: Chunk) -> EncodedChunk:
         raise AssertionError
 
-    assert engine.run(job(tmp_path, never, 7, 2, a=1)) == manifest.read(tmp_path / "out" / "data")
+    assert runner.run(job(tmp_path, never, 7, 2, a=1)) == manifest.read(tmp_path / "out" / "data")
     assert manifest.read(tmp_path / "out" / "data") == {"format": manifest.FORMAT, "version": 2, **first}
-    with pytest.raises(KitError, match=r"data\.json tells of other input, tokenizer or settings \(a\): remove it"):
-        engine.run(job(tmp_path, a=2))
+    with pytest.raises(KitError, match=r"data\.json has other input, tokenizer or settings \(a\): remove it"):
+        runner.run(job(tmp_path, a=2))
     with job(tmp_path).inputs[0].open("ab") as stream:
         stream.write(b"x\n")
     with pytest.raises(KitError, match=r"\(input\)"):
-        engine.run(job(tmp_path, a=1))
+        runner.run(job(tmp_path, a=1))
 
 
 def test_files_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:
@@ -160,33 +161,33 @@ def test_files_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:
     made.output_prefix.parent.mkdir()
     foreign = Path(f"{made.final('tokens')}.idx")
     foreign.write_bytes(b"theirs")
-    with pytest.raises(KitError, match=r"data_text_document\.idx is there, and nothing tells what it is of"):
-        engine.run(made)
+    with pytest.raises(KitError, match=r"data_text_document\.idx already exists without a manifest"):
+        runner.run(made)
     assert foreign.read_bytes() == b"theirs"
 
 
 def test_a_manifest_without_its_files_is_told(tmp_path: Path) -> None:
     made = job(tmp_path)
-    engine.run(made)
+    runner.run(made)
     Path(f"{made.final('tokens')}.bin").unlink()
-    with pytest.raises(KitError, match=r"data\.json is there but not its files"):
-        engine.run(job(tmp_path))
+    with pytest.raises(KitError, match=r"data\.json exists without its files"):
+        runner.run(job(tmp_path))
 
 
 def test_no_document_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(b"\n\n\n")
-    with pytest.raises(KitError, match="INPUT holds no document: 3 rows were read"):
-        engine.run(job(tmp_path))
+    with pytest.raises(KitError, match="INPUT holds no documents: 3 rows were read"):
+        runner.run(job(tmp_path))
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_an_input_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
-    def changing(chunk: Chunk) -> Encoded:
+    def changing(chunk: Chunk) -> EncodedChunk:
         os.utime(chunk.path, (1, 1))
         return lengths_of_lines(chunk)
 
-    with pytest.raises(KitError, match=r"in\.txt was changed while it was read"):
-        engine.run(job(tmp_path, changing))
+    with pytest.raises(KitError, match=r"in\.txt changed while it was being read"):
+        runner.run(job(tmp_path, changing))
     assert not list((tmp_path / "out").glob("data_*"))
 
 
@@ -197,10 +198,10 @@ def test_two_runs_at_once_are_told(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(made.folder / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline()
-        with pytest.raises(KitError, match="another run writes"):
-            engine.run(job(tmp_path))
+        with pytest.raises(KitError, match="another run is writing"):
+            runner.run(job(tmp_path))
         other.communicate(b"\n")
-    engine.run(job(tmp_path))
+    runner.run(job(tmp_path))
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     made.output_prefix.parent.mkdir()
     made.folder.write_text("a file where the folder of parts would be")
     with pytest.raises(KitError, match="cannot be written"):
-        engine.run(made)
+        runner.run(made)
 
 
 def test_workers_keep_the_order_and_bound_what_is_in_flight(tmp_path: Path) -> None:
@@ -230,22 +231,22 @@ def test_workers_keep_the_order_and_bound_what_is_in_flight(tmp_path: Path) -> N
     assert done == 50
 
 
-def slow(chunk: Chunk) -> Encoded:
+def slow(chunk: Chunk) -> EncodedChunk:
     time.sleep(len(chunk.data) % 3 / 1000)
     return lengths_of_lines(chunk)
 
 
 def test_number_of_workers() -> None:
-    assert count_workers(3) == 3
-    assert count_workers(None) == len(os.sched_getaffinity(0))
+    assert num_workers(3) == 3
+    assert num_workers(None) == len(os.sched_getaffinity(0))
     with pytest.raises(KitError, match="WORKERS=0"):
-        count_workers(0)
+        num_workers(0)
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     program = (
-        "import os, sys, time; from pathlib import Path; from common.data.sources.inputs import Chunk\n"
-        "from common.data.job.workers import Workers\n"
+        "import os, sys, time; from pathlib import Path; from common.data.sources.chunks import Chunk\n"
+        "from common.data.preprocessing.workers import Workers\n"
         "def encode(chunk):\n    os.write(1, b'%d\\n' % os.getpid())\n    time.sleep(0.2)\n    return 0\n"
         "with Workers(encode, 3) as workers:\n"
         "    for _ in workers.encode(Chunk(Path('a'), i, b'', 0) for i in range(1000)): pass\n"

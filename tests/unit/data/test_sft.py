@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from common.data.sources.inputs import Chunk
-from common.data.templates.chat import CHATML, ChatTemplate
-from common.data.templates.rows import Message
-from common.data.templates.sft import SftEncoder
-from common.data.tokenizer.tokenizer import find_eod, load_tokenizer
+from common.data.encoders.sft import SftEncoder
+from common.data.sources.chunks import Chunk
+from common.data.templates.chat_template import CHATML, ChatTemplate
+from common.data.templates.row_formats import Message
+from common.data.tokenizer.eod import find_eod
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.demo.tokenizer import write_tokenizer
 from common.errors import KitError
 
@@ -149,7 +150,7 @@ def test_without_a_template_chatml_is_used_and_said(
 
     with caplog.at_level("INFO", "kit"):
         made = encoder(with_template(qwen, tmp_path / "bare", None))
-    assert "has no chat template: ChatML is used" in caplog.text and not made.template.own
+    assert "has no chat template: using ChatML" in caplog.text and not made.template.own
     assert encode(made, messages(*TALK)) == encode(encoder(qwen), messages(*TALK))
     (tmp_path / "bare" / "tokenizer_config.json").unlink()
     alone = encoder(tmp_path / "bare")
@@ -169,7 +170,7 @@ def test_a_template_that_trims_is_followed(qwen: Path, tmp_path: Path) -> None:
         (FORGETFUL, "renders what comes before turn 5 otherwise|changes the text of turn 3"),
         (CHATML.replace("message.content", "message.content.upper()"), "changes the text of turn 3"),
         (CHATML.replace("+ '<|im_end|>' + '\\n'", "+ '\\n'"), "no special token after turn 3"),
-        ("{{- raise_exception('roles must alternate') -}}", "the chat template refuses it: roles must alternate"),
+        ("{{- raise_exception('roles must alternate') -}}", "the chat template rejects it: roles must alternate"),
     ],
 )
 def test_templates_that_hide_the_answer_are_told_with_the_line(
@@ -199,5 +200,5 @@ def test_transformers_must_see_the_same_vocabulary(qwen: Path, tmp_path: Path) -
     copy = with_template(qwen, tmp_path / "copy", CHATML)
     path = copy / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "additional_special_tokens": ["<|new|>"]}))
-    with pytest.raises(KitError, match="transformers sees .* tokens, tokenizer.json holds"):
+    with pytest.raises(KitError, match="transformers has .* tokens, tokenizer.json"):
         encoder(copy)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.sources.inputs import Chunk
-from common.data.sources.jsonl import BadRowError
-from common.data.templates.chat import ChatTemplate
-from common.data.templates.rows import is_weighted, to_conversation
-from common.data.templates.sft import SftEncoder
-from common.data.tokenizer.encoded import BAD_ROWS, Encoded
-from common.data.tokenizer.tokenizer import load_tokenizer
+from common.data.encoders.encoded import BAD_ROWS, EncodedChunk
+from common.data.encoders.sft import SftEncoder
+from common.data.sources.bad_rows import BadRowError
+from common.data.sources.chunks import Chunk
+from common.data.templates.chat_template import ChatTemplate
+from common.data.templates.row_formats import is_weighted, to_conversation
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.errors import KitError
 
 # Of the form of Qwen2.5's: tools in a system turn, calls as JSON between tags.
@@ -68,14 +68,14 @@ def encoder(folder: Path, **settings: Any) -> SftEncoder:
     return SftEncoder(tokenizer, ChatTemplate(tokenizer), **values)
 
 
-def encode(made: SftEncoder, *rows: dict[str, Any], path: Path = Path("a")) -> Encoded:
+def encode(made: SftEncoder, *rows: dict[str, Any], path: Path = Path("a")) -> EncodedChunk:
     data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     if path != Path("a"):
         path.write_bytes(data)
     return made(Chunk(path, 0, data, len(data)))
 
 
-def learned(made: SftEncoder, encoded: Encoded) -> list[tuple[str, float]]:
+def learned(made: SftEncoder, encoded: EncodedChunk) -> list[tuple[str, float]]:
     """(text, weight) of each run of equal weights above 0."""
     tokens, mask = encoded.streams["tokens"], encoded.streams["loss_mask"]
     cuts = np.flatnonzero(np.diff(mask)) + 1
@@ -127,19 +127,22 @@ def test_a_weight_where_none_was_told_is_an_error(tools: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        (with_losses(-1, True), "turn 2: field 'loss' is -1: give true, false or a weight from 0 on"),
+        (with_losses(-1, True), "turn 2: field 'loss' is -1: give true, false or a non-negative weight"),
         (with_losses("yes", True), "turn 2: field 'loss' is 'yes'"),
         (with_losses(float("inf"), True), "turn 2: field 'loss' is inf"),
-        (with_losses(False, 0), "its fields 'loss' leave nothing to learn"),
-        ({"messages": [{**TALK[0], "loss": True}, TALK[1]]}, "turn 1: field 'loss' is True, but only an assistant's"),
-        ({"messages": [*TALK], "tools": "no JSON"}, "field 'tools' is a string that is no JSON"),
-        ({"messages": [*TALK], "tools": {"name": "a"}}, "field 'tools' holds no list of objects"),
-        ({"messages": [{**TALK[0], "tool_calls": [CALL]}, TALK[1]]}, "turn 1: field 'tool_calls' stands in a turn"),
-        ({"messages": [TALK[0], {**TALK[1], "tool_calls": "x"}]}, "turn 2: field 'tool_calls' holds no list"),
-        ({"messages": [TALK[0], {**TALK[1], "tool_calls": [{}]}]}, "turn 2: .* a call without a function's name"),
+        (with_losses(False, 0), "its fields 'loss' exclude every assistant turn"),
+        ({"messages": [{**TALK[0], "loss": True}, TALK[1]]}, "turn 1: field 'loss' is True, but only assistant turns"),
+        ({"messages": [*TALK], "tools": "no JSON"}, "field 'tools' is a string that is not JSON"),
+        ({"messages": [*TALK], "tools": {"name": "a"}}, "field 'tools' is not a list of .*objects"),
+        (
+            {"messages": [{**TALK[0], "tool_calls": [CALL]}, TALK[1]]},
+            "turn 1: field 'tool_calls' is only allowed in an assistant turn",
+        ),
+        ({"messages": [TALK[0], {**TALK[1], "tool_calls": "x"}]}, "turn 2: field 'tool_calls' is not a list"),
+        ({"messages": [TALK[0], {**TALK[1], "tool_calls": [{}]}]}, "turn 2: .* a call without a function name"),
         (
             {"messages": [TALK[0], {**TALK[1], "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-            "turn 2: the arguments of the call of f are no JSON",
+            "turn 2: the arguments of the call to f are not JSON",
         ),
     ],
 )
@@ -179,9 +182,9 @@ def test_tools_are_shown_as_the_template_does_and_calls_are_learned(tools: Path)
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (("tool | tojson", "'x' | tojson"), "the chat template does not show the tool 'weather'"),
-        (("'name': function.name", "'name': 'f'"), "the chat template does not show the calls of turn 2"),
-        (("message.tool_calls or []", "[]"), "not show the calls"),
+        (("tool | tojson", "'x' | tojson"), "the chat template does not render the tool 'weather'"),
+        (("'name': function.name", "'name': 'f'"), "the chat template does not render the tool calls of turn 2"),
+        (("message.tool_calls or []", "[]"), "not render the tool calls"),
     ],
 )
 def test_a_template_that_hides_tools_is_told(tools: Path, tmp_path: Path, change: tuple[str, str], told: str) -> None:
@@ -201,7 +204,7 @@ def test_chatml_shows_no_tools_and_says_so(qwen: Path, tmp_path: Path) -> None:
     path = tmp_path / "hf" / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": None}))
     for row in ({"messages": TALK, "tools": [TOOL]}, {"messages": TOOL_TALK}):
-        with pytest.raises(KitError, match="it has tools, which ChatML does not show"):
+        with pytest.raises(KitError, match="it has tools, which ChatML does not render"):
             encode(encoder(tmp_path / "hf"), row, path=tmp_path / "a.jsonl")
 
 
@@ -219,16 +222,16 @@ def test_a_sample_whose_text_the_tokenizer_loses_is_a_bad_row(tools: Path, monke
     real = made.tokenizer.decode
     monkeypatch.setattr(made.tokenizer, "decode", lambda ids: real(ids).replace("d<", "e<"))
     encoded = encode(made, {"messages": TALK}, {"messages": TALK[:2]})
-    assert encoded.lengths.size == 1 and encoded.rejects[0].cause.startswith("what is learned decodes to 'b<|im_")
+    assert encoded.lengths.size == 1 and encoded.rejects[0].cause.startswith("the trained tokens decode to 'b<|im_")
     assert isinstance(encoded.counts, Counter)
 
 
 def test_the_sample_for_the_engines_is_bounded_and_passes_over_bad_rows(tools: Path) -> None:
-    from common.data.templates.sft import sample_pieces
+    from common.data.encoders.sft import sample_segments
 
     made = encoder(tools)
     rows = [("a", {"messages": TALK}), ("bad", {"messages": []}), ("b", {"messages": TALK}), ("c", {"messages": TALK})]
-    pieces = [piece.text for piece in made.pieces_of_row(rows[0][1], Counter())]
-    everything = sample_pieces(made, rows, 10**6)
+    pieces = [piece.text for piece in made.segments_of_row(rows[0][1], Counter())]
+    everything = sample_segments(made, rows, 10**6)
     assert everything == [(place, text) for place in "abc" for text in pieces]
-    assert sample_pieces(made, rows, len("".join(pieces)) + 1) == everything[: 2 * len(pieces)]
+    assert sample_segments(made, rows, len("".join(pieces)) + 1) == everything[: 2 * len(pieces)]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from common.data.dataset import manifest
-from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.data.dataset.manifest import resolve
-from common.data.dataset.show import GREEN_BOLD, PLAIN, show
-from common.data.tokenizer.tokenizer import TextTokenizer, load_tokenizer
+from common.data.dataset.show import BOLD_GREEN, RESET, show
+from common.data.tokenizer.text_tokenizer import TextTokenizer, load_tokenizer
 from common.errors import KitError
 
 
@@ -22,8 +22,8 @@ def tokenizer(qwen: Path) -> TextTokenizer:
 def data(tmp_path: Path, tokenizer: TextTokenizer) -> Path:
     """Two conversations whose answers are learned."""
     with (
-        IndexedWriter(tmp_path / "a_text_document", "<u2") as tokens,
-        IndexedWriter(tmp_path / "a_loss_mask_document", "u1") as mask,
+        IndexedDatasetBuilder(tmp_path / "a_text_document", "<u2") as tokens,
+        IndexedDatasetBuilder(tmp_path / "a_loss_mask_document", "u1") as mask,
     ):
         for question, answer in (("12?", "yes<|im_end|>"), ("今天天气", "好<|im_end|>")):
             before, after = tokenizer.encode_batch([question, answer], parse_special=True)
@@ -40,16 +40,16 @@ def test_what_is_learned_is_marked(data: Path, tokenizer: TextTokenizer) -> None
     lines = list(show(resolve(str(data)), tokenizer, 0, 9, colour=False))
     assert lines[1::2] == ["12?⟦yes<|im_end|>⟧", "今天天气⟦好<|im_end|>⟧"]
     sizes = [len(tokenizer.encode_batch([text], parse_special=True)[0]) for text in ("12?", "yes<|im_end|>")]
-    assert lines[0] == f"--- document 0 of 2: {sum(sizes)} tokens, {sizes[1]} learned"
+    assert lines[0] == f"--- document 0 of 2: {sum(sizes)} tokens, {sizes[1]} supervised"
     coloured = list(show(resolve(str(data)), tokenizer, 1, 1, colour=True))
-    assert coloured[1:] == [f"今天天气{GREEN_BOLD}好<|im_end|>{PLAIN}"]
+    assert coloured[1:] == [f"今天天气{BOLD_GREEN}好<|im_end|>{RESET}"]
 
 
 def test_pretraining_data_has_no_marks(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    with IndexedWriter(tmp_path / "a_text_document", "<u2") as tokens:
+    with IndexedDatasetBuilder(tmp_path / "a_text_document", "<u2") as tokens:
         tokens.add_document(tokenizer.encode_batch(["12 今天"])[0])
     lines = list(show(resolve(str(tmp_path / "a")), tokenizer, 0, 1, colour=False))
-    assert lines[1] == "12 今天" and "learned" not in lines[0]
+    assert lines[1] == "12 今天" and "supervised" not in lines[0]
 
 
 def test_another_tokenizer_and_a_number_too_high_are_told(
@@ -58,7 +58,7 @@ def test_another_tokenizer_and_a_number_too_high_are_told(
     with pytest.raises(KitError, match="INDEX=2: .* holds documents 0 to 1"):
         list(show(resolve(str(data)), tokenizer, 2, 1, colour=False))
     (tmp_path / "tokenizer.json").write_text((qwen / "tokenizer.json").read_text() + "\n")
-    with pytest.raises(KitError, match="was made with another tokenizer"):
+    with pytest.raises(KitError, match="was written with another tokenizer"):
         list(show(resolve(str(data)), load_tokenizer(tmp_path), 0, 1, colour=False))
 
 
@@ -66,15 +66,13 @@ def test_what_cannot_be_ids_and_a_mask_of_other_data_are_told(
     data: Path, tmp_path: Path, tokenizer: TextTokenizer
 ) -> None:
     for name, values in (("old", [5, -7]), ("large", [2**32, 5])):
-        with IndexedWriter(tmp_path / f"{name}_text_document", "<i8") as tokens:
+        with IndexedDatasetBuilder(tmp_path / f"{name}_text_document", "<i8") as tokens:
             tokens.add_document(values)
-        with pytest.raises(
-            KitError, match=f"{name}_text_document: document 0 holds the numbers .* no ids of a tokenizer"
-        ):
+        with pytest.raises(KitError, match=f"{name}_text_document: document 0 holds the numbers .* not token ids"):
             list(show(resolve(str(tmp_path / name)), tokenizer, 0, 1, colour=False))
-    with IndexedWriter(tmp_path / "a_loss_mask_document", "u1") as mask:
+    with IndexedDatasetBuilder(tmp_path / "a_loss_mask_document", "u1") as mask:
         mask.add_document([1])
-    with pytest.raises(KitError, match="a_loss_mask_document does not fit"):
+    with pytest.raises(KitError, match="a_loss_mask_document does not match"):
         list(show(resolve(str(data)), tokenizer, 0, 1, colour=False))
 
 
@@ -85,7 +83,7 @@ ROW = "a\x1b[2Jb \x1b]0;title\x07 \u202egnp\u2066 \r\x9b \U0001f600 \u4f60\t\n\U
 def written(tmp_path: Path, qwen: Path) -> list[str]:
     """The command that shows many documents of ROW."""
     tokenizer = load_tokenizer(qwen)
-    with IndexedWriter(tmp_path / "a_text_document", "<u2") as tokens:
+    with IndexedDatasetBuilder(tmp_path / "a_text_document", "<u2") as tokens:
         for _ in range(3000):
             tokens.add_document(tokenizer.encode_batch([ROW])[0])
     command = [sys.executable, "-m", "common.preprocess", "show", "--data", str(tmp_path / "a")]

@@ -9,19 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data.dataset.indexed import IndexedReader
-from common.data.job import parts
-from common.data.job import runner as engine
-from common.data.job.job import Job
-from common.data.sources import inputs
+from common.data.dataset.indexed_dataset import IndexedDataset
+from common.data.encoders.encoded import EncodedChunk
+from common.data.preprocessing import parts, runner
+from common.data.preprocessing.job import Job
+from common.data.sources import spans
+from common.data.sources.bad_rows import BadRowError, BadRows
+from common.data.sources.chunks import Chunk
 from common.data.sources.discovery import find_inputs
-from common.data.sources.inputs import Chunk
-from common.data.sources.jsonl import BadRowError, BadRows
-from common.data.tokenizer.encoded import Encoded
 from common.errors import KitError
 
 
-def encode(chunk: Chunk) -> Encoded:
+def encode(chunk: Chunk) -> EncodedChunk:
     """A line is the document of its bytes; one that begins with "bad" ends the run."""
     lines, offset = chunk.data.split(b"\n")[:-1], 0
     for line in lines:
@@ -29,7 +28,7 @@ def encode(chunk: Chunk) -> Encoded:
             BadRows(chunk).add(offset, BadRowError("no"))
         offset += len(line) + 1
     tokens = np.frombuffer(b"".join(lines), np.uint8).astype(np.uint16)
-    made = Encoded({"tokens": tokens}, np.array([len(line) for line in lines], np.int32))
+    made = EncodedChunk({"tokens": tokens}, np.array([len(line) for line in lines], np.int32))
     made.counts["read"] = len(lines)
     return made
 
@@ -65,7 +64,7 @@ def expected(folder: Path) -> list[str]:
 
 
 def written(folder: Path) -> list[str]:
-    data = IndexedReader(folder / "out" / "data_text_document")
+    data = IndexedDataset(folder / "out" / "data_text_document")
     return [bytes(ids.tolist()).decode() for ids in map(data.get, range(len(data)))]
 
 
@@ -92,9 +91,9 @@ def test_every_row_is_there_once_however_the_inputs_changed(tmp_path: Path, chan
     write(tmp_path / "in" / "a.jsonl", rows("a", 3000))
     write(tmp_path / "in" / "b.jsonl", [*rows("b", 300), "bad"])
     with pytest.raises(KitError, match=r"b\.jsonl, line 301: no"):
-        engine.run(job(tmp_path))
+        runner.run(job(tmp_path))
     CHANGES[change](tmp_path / "in")
-    engine.run(job(tmp_path, partitions))
+    runner.run(job(tmp_path, partitions))
     assert written(tmp_path) == expected(tmp_path) and not (tmp_path / "out" / "data.parts").exists()
 
 
@@ -103,33 +102,33 @@ def test_shares_are_joined_when_all_are_of_the_present_input(tmp_path: Path, cha
     write(tmp_path / "in" / "a.jsonl", rows("a", 3000))
     write(tmp_path / "in" / "b.jsonl", rows("b", 300))
     for index in range(4):
-        engine.run(job(tmp_path, 4, index))
+        runner.run(job(tmp_path, 4, index))
     CHANGES[change](tmp_path / "in")
     for index in range(2):
-        engine.run(job(tmp_path, 2, index))
-    engine.merge(tmp_path / "out" / "data")
+        runner.run(job(tmp_path, 2, index))
+    runner.merge(tmp_path / "out" / "data")
     assert written(tmp_path) == expected(tmp_path) and not (tmp_path / "out" / "data.parts").exists()
 
 
 def test_appended_data_uses_the_finished_parts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "PART_BYTES", 4096)
+    monkeypatch.setattr(spans, "PART_BYTES", 4096)
     write(tmp_path / "in" / "a.jsonl", rows("a", 3000))
     write(tmp_path / "in" / "b.jsonl", [*rows("b", 3000), "bad"])
     with pytest.raises(KitError):
-        engine.run(job(tmp_path, 1))
+        runner.run(job(tmp_path, 1))
     before = len(list((tmp_path / "out" / "data.parts").glob("part_*.json")))
     write(tmp_path / "in" / "b.jsonl", rows("b", 6000))
     write(tmp_path / "in" / "c.jsonl", rows("c", 3000))
     made: list[int] = []
     real = parts.Part.write
 
-    def watched(self: parts.Part, *words: object) -> parts.Finished:
+    def watched(self: parts.Part, *words: object) -> parts.FinishedPart:
         made.append(self.number)
         return real(self, *words)  # type: ignore[arg-type]
 
     monkeypatch.setattr(parts.Part, "write", watched)
     again = job(tmp_path, 1)
-    engine.run(again)
+    runner.run(again)
     assert written(tmp_path) == expected(tmp_path)
     assert before >= 12 and len(made) == len(again.plan) - before
 
@@ -140,55 +139,55 @@ def test_short_files_and_whole_ones_by_workers_are_all_rows_in_order(tmp_path: P
         write(tmp_path / "in" / f"{i:03d}.jsonl{'.gz' if i % 7 == 0 else ''}", rows(f"f{i}", i % 5 + 1))
     write(tmp_path / "in" / "0000.jsonl", rows("long", 20000))
     for partitions in (1, 40):
-        engine.run(job(tmp_path, partitions, workers=workers))
+        runner.run(job(tmp_path, partitions, workers=workers))
         assert written(tmp_path) == expected(tmp_path)
         for path in (tmp_path / "out").iterdir():
             path.unlink()
 
 
 def test_compressed_files_are_parts_that_workers_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "PART_BYTES", 1)
+    monkeypatch.setattr(spans, "PART_BYTES", 1)
     for letter in "abcdef":
         write(tmp_path / "in" / f"{letter}.jsonl.gz", rows(letter, 2000))
-    engine.run(job(tmp_path, 1, workers=3))
+    runner.run(job(tmp_path, 1, workers=3))
     assert written(tmp_path) == expected(tmp_path)
     (tmp_path / "out" / "data.json").unlink()
     write(tmp_path / "in" / "d.jsonl.gz", [*rows("d", 50), "bad"])
     (tmp_path / "out" / "data.parts").mkdir()
     with pytest.raises(KitError, match=r"d\.jsonl\.gz, line 51: no"):
-        engine.run(job(tmp_path, 1, workers=3))
+        runner.run(job(tmp_path, 1, workers=3))
 
 
 def test_a_finished_run_answers_by_size_and_time_or_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     write(tmp_path / "in" / "a.jsonl", rows("a", 100))
     path = tmp_path / "in" / "a.jsonl"
-    engine.run(job(tmp_path))
+    runner.run(job(tmp_path))
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.data.dataset.fingerprint.hash_bytes", None)  # nothing is read
-        engine.run(job(tmp_path))
+        patch.setattr("common.data.dataset.file_hash.hash_bytes", None)  # nothing is read
+        runner.run(job(tmp_path))
     os.utime(path, (1, 1))
-    engine.run(job(tmp_path))  # it is read, and is the same
+    runner.run(job(tmp_path))  # it is read, and is the same
     path.write_bytes(path.read_bytes().replace(b"a 000007", b"b 000007"))
     os.utime(path, ns=times)
     with pytest.raises(KitError, match=r"\(input\)"):
-        engine.run(replace(job(tmp_path), verify_input=True))
+        runner.run(replace(job(tmp_path), verify_input=True))
 
 
 def test_a_check_refuses_what_the_run_would(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.jsonl", rows("a", 100))
-    engine.check(job(tmp_path))
+    runner.check(job(tmp_path))
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "data.parts").write_text("")
-    for refused in (engine.check, engine.run):
+    for refused in (runner.check, runner.run):
         with pytest.raises(KitError, match="cannot be written"):
             refused(job(tmp_path))
     (tmp_path / "out" / "data.parts").unlink()
-    engine.run(job(tmp_path))
-    engine.check(job(tmp_path))
+    runner.run(job(tmp_path))
+    runner.check(job(tmp_path))
     write(tmp_path / "in" / "a.jsonl", rows("a", 99))
-    for refused in (engine.check, engine.run):
-        with pytest.raises(KitError, match=r"tells of other input, tokenizer or settings \(input\)"):
+    for refused in (runner.check, runner.run):
+        with pytest.raises(KitError, match=r"has other input, tokenizer or settings \(input\)"):
             refused(job(tmp_path))

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from common.data.tokenizer.tokenizer import find_eod, load_tokenizer
+from common.data.tokenizer.eod import find_eod
+from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.errors import KitError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -45,12 +46,12 @@ def test_padding_and_truncation_of_the_file_are_off(qwen: Path, tmp_path: Path) 
 
 
 def test_missing_and_broken_files_are_told(tmp_path: Path) -> None:
-    with pytest.raises(KitError, match="TOKENIZER_PATH=.*none is no folder"):
+    with pytest.raises(KitError, match="TOKENIZER_PATH=.*none is not a folder"):
         load_tokenizer(tmp_path / "none")
     with pytest.raises(KitError, match=r"has no tokenizer\.json.*save_pretrained"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(KitError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(KitError, match=r"tokenizer\.json is not a tokenizer"):
         load_tokenizer(tmp_path)
 
 
@@ -80,13 +81,13 @@ def test_end_of_document_by_rule(qwen: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("token", [3, ["<end>"], {"content": 5}, True])
 def test_an_end_token_of_another_type_is_told(token: object, tmp_path: Path) -> None:
-    with pytest.raises(KitError, match=r"tokenizer_config\.json: eos_token=.* is no token: set EOD_TOKEN to one"):
+    with pytest.raises(KitError, match=r"tokenizer_config\.json: eos_token=.* is not a token: set EOD_TOKEN"):
         find_eod(load_tokenizer(without_endoftext(tmp_path, {"eos_token": token}, {})), "auto")
 
 
 @pytest.mark.parametrize("number", [-1, 3, 1 << 40, True, "1", 1.0, [None], [[1]], {"a": 1}])
 def test_an_end_tokens_id_that_is_none_is_told(number: object, tmp_path: Path) -> None:
-    with pytest.raises(KitError, match=r"generation_config\.json: eos_token_id=.* is no token of the tokenizer"):
+    with pytest.raises(KitError, match=r"generation_config\.json: eos_token_id=.* is not a token of the tokenizer"):
         find_eod(load_tokenizer(without_endoftext(tmp_path, {}, {"eos_token_id": number})), "auto")
 
 
@@ -95,7 +96,7 @@ def test_a_file_beside_the_tokenizer_that_is_no_json_object_is_told(name: str, t
     folder = without_endoftext(tmp_path, {}, {})
     for text in ("[]", "{", "1", "[" * 10**5):
         (folder / name).write_text(text)
-        with pytest.raises(KitError, match=rf"{name} (is no JSON|holds no JSON object|is nested deeper)"):
+        with pytest.raises(KitError, match=rf"{name} (is not valid JSON|is not a JSON object|is nested deeper)"):
             find_eod(load_tokenizer(folder), "auto")
 
 

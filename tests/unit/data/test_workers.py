@@ -4,21 +4,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data.job import workers as workers_module
-from common.data.job.workers import Workers
-from common.data.sources.inputs import Chunk, Span, load, pieces_of
-from common.data.sources.jsonl import Reject
-from common.data.tokenizer.encoded import Encoded
+from common.data.encoders.encoded import EncodedChunk
+from common.data.preprocessing import workers as workers_module
+from common.data.preprocessing.workers import Workers
+from common.data.sources.bad_rows import RejectedRow
+from common.data.sources.chunks import Chunk, load_chunk, split_span
+from common.data.sources.spans import Span
 from common.errors import KitError
 
 
-def bytes_as_documents(chunk: Chunk) -> Encoded:
+def bytes_as_documents(chunk: Chunk) -> EncodedChunk:
     """A document a line of its bytes, a mask of floats beside it, and a reject."""
     lines = chunk.data.split(b"\n")[:-1]
     tokens = np.frombuffer(b"".join(lines), np.uint8).astype(np.int32)
     lengths = np.array([len(line) for line in lines], np.int32)
     streams = {"tokens": tokens, "loss_mask": tokens.astype(np.float32) / 2}
-    return Encoded(streams, lengths, Counter(read=len(lines)), [Reject(chunk.start, b"x", "y")])
+    return EncodedChunk(streams, lengths, Counter(read=len(lines)), [RejectedRow(chunk.start, b"x", "y")])
 
 
 @pytest.mark.parametrize("slot_bytes", [64, 3000, 1 << 20])
@@ -28,7 +29,7 @@ def test_arrays_come_back_whether_they_fit_the_shared_memory_or_not(
     monkeypatch.setattr(workers_module, "SLOT_BYTES", slot_bytes)
     path = tmp_path / "a.txt"
     path.write_bytes(b"".join(b"x" * (i * 13 % 700) + b"\n" for i in range(300)))
-    pieces = list(pieces_of(Span(path, 0, path.stat().st_size), 900))
+    pieces = list(split_span(Span(path, 0, path.stat().st_size), 900))
     assert len(pieces) > 50
     with Workers(bytes_as_documents, 2) as two, Workers(bytes_as_documents, 1) as one:
         expected = list(one.encode(pieces))
@@ -45,7 +46,7 @@ def test_the_pieces_of_a_span_are_whole_lines_in_order(tmp_path: Path) -> None:
     data = b"".join(b"x" * (i * 13 % 50) + b"\n" for i in range(200)) + b"no newline"
     path.write_bytes(data)
     for size in (1, 7, 100, 10**6):
-        chunks = [load(task) for task in pieces_of(Span(path, 0, len(data)), size)]
+        chunks = [load_chunk(task) for task in split_span(Span(path, 0, len(data)), size)]
         assert b"".join(chunk.data for chunk in chunks) == data
         assert all(chunk.data.endswith(b"\n") for chunk in chunks[:-1])
         assert [chunk.start for chunk in chunks] == np.cumsum([0, *(len(c.data) for c in chunks[:-1])]).tolist()
@@ -55,13 +56,13 @@ def test_the_pieces_of_a_span_are_whole_lines_in_order(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_meanwhile_is_told(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"xx\n" * 100)
-    (task,) = pieces_of(Span(path, 0, 300), 1000)
+    (task,) = split_span(Span(path, 0, 300), 1000)
     path.write_bytes(b"xx\n" * 50)
-    with pytest.raises(KitError, match="was changed while it was read"):
-        load(task)
+    with pytest.raises(KitError, match="changed while it was being read"):
+        load_chunk(task)
     path.unlink()
     with pytest.raises(KitError, match="cannot be read: "):
-        load(task)
+        load_chunk(task)
 
 
 def test_the_next_piece_is_not_read_into_what_is_still_looked_at(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_the_next_piece_is_not_read_into_what_is_still_looked_at(tmp_path: Path)
     path = tmp_path / "a.txt"
     path.write_bytes(b"".join(bytes([97 + i % 26]) * 100 + b"\n" for i in range(400)))
     with Workers(bytes_as_documents, 3) as workers:
-        for number, (_, encoded) in enumerate(workers.encode(pieces_of(Span(path, 0, path.stat().st_size), 101))):
+        for number, (_, encoded) in enumerate(workers.encode(split_span(Span(path, 0, path.stat().st_size), 101))):
             before = encoded.streams["tokens"].copy()
             assert set(before.tolist()) == {97 + number % 26}
             for _ in range(50):

@@ -61,7 +61,7 @@ Runner(work, [Step("slow", "t", command, work / "slow")], print).run()
 def test_a_file_system_without_locks_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOSYS, "Function not implemented")):
         run(tmp_path, writes(tmp_path, "first"))
-    assert [each.message for each in caplog.records if "takes no lock" in each.message]
+    assert [each.message for each in caplog.records if "the file system does not support locks" in each.message]
 
 
 def run(work: Path, *chosen: Step) -> Told:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from common.checkpoint.formats.layout import Checkpoint
-from common.checkpoint.formats.origin import check_ranks
+from common.checkpoint.formats.checkpoint_paths import Checkpoint
+from common.checkpoint.formats.common_state import check_parallel_sizes
 from common.engine import versions
 from common.engine.pipeline_layers import check_pipeline_layers
 from common.errors import KitError
@@ -50,10 +50,10 @@ def test_a_checkpoint_of_other_stages_is_told(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, [[range(3)], [range(3, 4)]])
     checkpoint = Checkpoint(tmp_path, path, "release", "torch")
-    check_ranks(checkpoint, ParallelSizes(2, pp=2, pipeline_layers=(3, 1)), qwen)
+    check_parallel_sizes(checkpoint, ParallelSizes(2, pp=2, pipeline_layers=(3, 1)), qwen)
     told = r"at TP=1 PP=2 VPP=1 PIPELINE_LAYERS=3,1, this run has TP=1 PP=2 VPP=1 PIPELINE_LAYERS=2,2: use the same"
     with pytest.raises(KitError, match=told):
-        check_ranks(checkpoint, ParallelSizes(2, pp=2), qwen)
+        check_parallel_sizes(checkpoint, ParallelSizes(2, pp=2), qwen)
     stages = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]
     path = write_ranks(tmp_path / "iter_0000001", weights, qwen, stages)
-    check_ranks(Checkpoint(tmp_path, path, 1, "torch"), ParallelSizes(2, pp=2, vpp=2), qwen)
+    check_parallel_sizes(Checkpoint(tmp_path, path, 1, "torch"), ParallelSizes(2, pp=2, vpp=2), qwen)

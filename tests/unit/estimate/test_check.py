@@ -48,7 +48,8 @@ def test_what_was_measured_to_fit_is_told_with_both_figures(tmp_path: Path, capl
 def test_what_cannot_go_in_is_refused_with_what_takes_less(tmp_path: Path) -> None:
     said = (
         r"^MICRO_BATCH_SIZE=2, SEQ_LENGTH=4096, TP=1, PP=1, RECOMPUTE=none, OPTIMIZER_STATE=fp32 need about"
-        r" 8\d\.\d GiB a GPU, and H100 has 79\.1: what takes less: a MICRO_BATCH_SIZE below 2, RECOMPUTE=full, .*--gpu"
+        r" 8\d\.\d GiB a GPU, and H100 has 79\.1: to use less memory: a MICRO_BATCH_SIZE below 2, RECOMPUTE=full,"
+        r" .*--gpu"
     )
     with pytest.raises(KitError, match=said):
         check.compare_memory(plan(tmp_path, micro_batch_size=2), "H100", int(H100))

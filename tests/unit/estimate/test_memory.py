@@ -18,7 +18,7 @@ from common.platforms.cpu import CPU
 from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
 from common.training.settings import TrainSettings
-from common.training.state import training_state as optimizer
+from common.training.state import optimizer
 from tests.unit.estimate.ranks import count, write_config
 
 WHOLE = Chunk(4, first=True, last=True)

@@ -170,12 +170,12 @@ def batch_of(plan: Plan) -> dict[str, torch.Tensor]:
 
 def peak(plan: Plan) -> dict[str, Any]:
     """The most bytes that a step made at once, its optimizer's part included."""
-    from common.training.loop.step import train_step
-    from common.training.state.contents import initialise_optimizer
+    from common.training.checkpointing.optimizer_state import initialize_optimizer_state
+    from common.training.loop.train_step import train_step
     from common.training.state.training_state import build_training_state
 
     training_state = build_training_state(plan)
-    initialise_optimizer(training_state)
+    initialize_optimizer_state(training_state)
     data = [iter([batch_of(plan) for _ in range(plan.num_microbatches)]) for _ in training_state.model]
     with Live() as live:
         train_step(plan, training_state, data, 0, False)
@@ -185,8 +185,9 @@ def peak(plan: Plan) -> dict[str, Any]:
 def count(plan: Plan, activations: bool) -> dict[str, Any]:
     """Parameters, bytes of the state, and the most that autograd kept at once during a step."""
     from common.model.build import unwrap
-    from common.training.loop.step import run_microbatches
-    from common.training.state.contents import initialise_optimizer, optimizer_parts
+    from common.training.checkpointing.optimizer_state import initialize_optimizer_state
+    from common.training.loop.forward_step import forward_backward
+    from common.training.state.optimizer import distributed_optimizers
     from common.training.state.training_state import build_training_state
 
     training_state = build_training_state(plan)
@@ -199,14 +200,14 @@ def count(plan: Plan, activations: bool) -> dict[str, Any]:
         ledger = Ledger(training_state.model)
         data = [iter([batch_of(plan) for _ in range(plan.num_microbatches)]) for _ in training_state.model]
         with torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack):
-            run_microbatches(plan, training_state, data, forward_only=False)
+            forward_backward(plan, training_state, data, forward_only=False)
         assert ledger.now == 0, "the step is over, and autograd still keeps something"
         result["kept"] = ledger.most
     else:
-        initialise_optimizer(training_state)
+        initialize_optimizer_state(training_state)
         seen: dict[int, int] = {}
         own = {p.untyped_storage().data_ptr() for chunk in training_state.model for p in unwrap(chunk).parameters()}
-        for part in optimizer_parts(training_state.optimizer):
+        for part in distributed_optimizers(training_state.optimizer):
             main = [p for group in part.optimizer.param_groups for p in group["params"]]
             state = [x for each in part.optimizer.state.values() for x in each.values() if torch.is_tensor(x)]
             for tensor in (*main, *(x for x in state if x.numel() > 1)):

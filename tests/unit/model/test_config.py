@@ -141,9 +141,9 @@ def test_all_unsupported_fields_are_said_at_once() -> None:
 def test_a_folder_without_a_usable_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="has no config.json: give a folder"):
         load_config(tmp_path)
-    with pytest.raises(KitError, match=r"is no JSON \(.*\): copy it again"):
+    with pytest.raises(KitError, match=r"is not valid JSON \(.*\): copy it again"):
         load_config(write(tmp_path, '{"model_type": '))
-    with pytest.raises(KitError, match="holds no JSON object"):
+    with pytest.raises(KitError, match="is not a JSON object"):
         load_config(write(tmp_path, "[1]"))
     assert load_config(write(tmp_path, json.dumps(QWEN_7B))) == parse()
 

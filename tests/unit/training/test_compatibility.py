@@ -1,6 +1,7 @@
-"""What the kind of layers or the installed packages cannot do is refused before anything starts."""
+"""Settings that the layers or the installed packages do not support are refused before anything starts."""
 
 import re
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -20,32 +21,32 @@ def settings(**changes: Any) -> TrainSettings:
 @pytest.mark.parametrize(
     ("platform", "changes", "said"),
     [
-        ("cpu", {"gpus": 2, "cp": 2}, "CP=2 needs TRANSFORMER_IMPL=transformer_engine"),
+        ("cpu", {"gpus": 2, "cp": 2}, "CP=2 needs the attention of TRANSFORMER_IMPL=transformer_engine"),
         ("nvidia", {"gpus": 2, "cp": 2, "seq_length": 30}, "SEQ_LENGTH=30 cannot be divided by 2 x CP x TP = 4"),
-        ("nvidia", {"gpus": 2, "cp": 2, "reset_attention": True}, "CP=2 and RESET_ATTENTION=true do not go together"),
+        ("nvidia", {"gpus": 2, "cp": 2, "reset_attention": True}, "CP=2 is not supported with RESET_ATTENTION=true"),
         ("cpu", {"fp8_format": "hybrid"}, "FP8_FORMAT=hybrid needs TRANSFORMER_IMPL="),
         ("cpu", {"tp_comm_overlap": True, "gpus": 2, "tp": 2}, "TP_COMM_OVERLAP=true needs TRANSFORMER_IMPL="),
         ("nvidia", {"tp_comm_overlap": True}, "TP_COMM_OVERLAP=true with TP=1 and SEQUENCE_PARALLEL=True: it needs TP"),
         (
             "nvidia",
             {"core_attention": "flash_attn_4", "gpus": 2, "cp": 2},
-            "CORE_ATTENTION=flash_attn_4 cannot do CP=2",
+            "CORE_ATTENTION=flash_attn_4 does not support CP=2",
         ),
         (
             "nvidia",
             {"core_attention": "sdpa", "packing": True, "train_mode": "finetune"},
-            "CORE_ATTENTION=sdpa cannot do PACKING=true",
+            "CORE_ATTENTION=sdpa does not support PACKING=true",
         ),
         ("metax", {"fused_products": "true"}, "FUSED_PRODUCTS=true needs an NVIDIA GPU, and this is metax"),
         (
             "nvidia",
             {"fused_products": "true", "fp8_format": "hybrid"},
-            "FUSED_PRODUCTS=true does not go together with FP8_FORMAT=hybrid",
+            "FUSED_PRODUCTS=true is not supported with FP8_FORMAT=hybrid",
         ),
         (
             "nvidia",
             {"fused_products": "true", "precision": "fp32"},
-            "FUSED_PRODUCTS=true does not go together with PRECISION=fp32",
+            "FUSED_PRODUCTS=true is not supported with PRECISION=fp32",
         ),
         ("metax", {"optimizer_state": "bf16"}, "OPTIMIZER_STATE=bf16 needs Transformer Engine, and metax has none"),
         ("metax", {"transformer_impl": "transformer_engine"}, "metax has no Transformer Engine: set it to local"),
@@ -73,16 +74,16 @@ def test_what_goes_together_is_let_pass(platform: str, changes: dict[str, Any]) 
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, *modules: str) -> None:
-    """What package metadata says, and which modules an import would find."""
+    """Fakes the versions in package metadata and the modules that an import would find."""
     versions = {"transformer-engine": engine, "megatron-core": megatron}
 
     def version(name: str) -> str:
         found = versions[name]
         if found is None:
-            raise versions.metadata.PackageNotFoundError(name)
+            raise metadata.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(versions.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(fit, "find_spec", lambda name: name in modules or None)
 
 
@@ -99,8 +100,10 @@ OF_NGC_24_03 = [
      "use FP8_RECIPE=delayed"),
     ({"tp_comm_overlap": True, "gpus": 2, "tp": 2}, "TP_COMM_OVERLAP=true needs Transformer Engine 1.9 or later",
      "set it to false"),
-    ({"fused_products": "true"}, "FUSED_PRODUCTS=true, and quack is not there", "requirements/hopper.txt, or set"),
-    ({"core_attention": "flash_attn_4"}, "CORE_ATTENTION=flash_attn_4, and flash_attn is not", "requirements/hopper"),
+    ({"fused_products": "true"}, "FUSED_PRODUCTS=true needs quack, which is not installed",
+     "requirements/hopper.txt, or set"),
+    ({"core_attention": "flash_attn_4"}, "CORE_ATTENTION=flash_attn_4 needs flash_attn, which is not",
+     "requirements/hopper"),
 ]  # fmt: skip
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data.dataset.blend import BlendedSamples, read_blend
-from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset.blended_dataset import BlendedDataset, read_blend
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.data.dataset.manifest import FORMAT
-from common.data.job import runner as engine
-from common.data.sources.inputs import Chunk
-from common.data.tokenizer.encoded import Encoded
+from common.data.encoders.encoded import EncodedChunk
+from common.data.preprocessing import runner
+from common.data.preprocessing.job import Job
+from common.data.sources.chunks import Chunk
 from common.errors import KitError
 from common.training.planning.datasets import check_tokenizer, content_hash, open_data
 from common.training.settings import TrainSettings
@@ -20,7 +21,7 @@ SHA_OF_AB = "fb8e20fc2e4c3f248c60c39bd652f3c1347298bb977b8b4d5903b85055620603"  
 
 
 def dataset(folder: Path, name: str, documents: int, sha: str | None = SHA_OF_AB, length: int = 33) -> Path:
-    with IndexedWriter(folder / f"{name}_text_document", "<i4") as writer:
+    with IndexedDatasetBuilder(folder / f"{name}_text_document", "<i4") as writer:
         for number in range(documents):
             writer.add_document([number] * length)
     if sha:
@@ -61,41 +62,44 @@ def test_where_it_cannot_be_known_the_log_says_so(
 
     caplog.set_level("INFO", "kit")
     check_tokenizer(read_blend(str(dataset(tmp_path, "bare", 3, None))), model)
-    assert "is not known: " in caplog.text and "bare_text_document has no manifest" in caplog.text
+    assert (
+        "cannot check that the data was made with the model's tokenizer: " in caplog.text
+        and "bare_text_document has no manifest" in caplog.text
+    )
     (model / "tokenizer.json").unlink()
     check_tokenizer(read_blend(str(dataset(tmp_path, "good", 3))), model)
-    assert "tokenizer.json is not there" in caplog.text
+    assert "tokenizer.json does not exist" in caplog.text
 
 
 def test_each_dataset_of_a_blend_is_split_and_blended(tmp_path: Path, model: Path) -> None:
     first, second = dataset(tmp_path, "a", 100), dataset(tmp_path, "b", 50)
     train, valid = open_data(settings(dataset_path=f"0.5 {first} 0.5 {second}", split="80,20"), model, 400)
-    assert isinstance(train, BlendedSamples) and isinstance(valid, BlendedSamples)
+    assert isinstance(train, BlendedDataset) and isinstance(valid, BlendedDataset)
     assert [m.samples_per_epoch for m in train.members] == [(80 * 33 - 1) // 16, (40 * 33 - 1) // 16]
     assert [m.samples_per_epoch for m in valid.members] == [(20 * 33 - 1) // 16, (10 * 33 - 1) // 16]
     train, valid = open_data(settings(dataset_path=str(first), valid_dataset_path=f"1 {second} 2 {first}"), model, 400)
-    assert train.samples_per_epoch == (3300 - 1) // 16 and isinstance(valid, BlendedSamples)
+    assert train.samples_per_epoch == (3300 - 1) // 16 and isinstance(valid, BlendedDataset)
 
 
 def test_a_dataset_too_small_to_validate_on_is_left_out_of_the_validation(tmp_path: Path, model: Path) -> None:
     first, second = dataset(tmp_path, "a", 100), dataset(tmp_path, "b", 20, length=15)
     train, valid = open_data(settings(dataset_path=f"0.5 {first} 0.5 {second}", split="95,5"), model, 400)
-    assert isinstance(train, BlendedSamples)
+    assert isinstance(train, BlendedDataset)
     assert valid is not None and valid.samples_per_epoch == (5 * 33 - 1) // 16
 
 
-def bytes_of_lines(chunk: Chunk) -> Encoded:
+def bytes_of_lines(chunk: Chunk) -> EncodedChunk:
     """An encoder without a tokenizer: a line is the document of its bytes."""
     lines = chunk.data.split(b"\n")[:-1]
     tokens = np.frombuffer(b"".join(lines), np.uint8).astype("<u2")
-    return Encoded({"tokens": tokens}, np.array([len(line) for line in lines], np.int32), Counter(read=len(lines)))
+    return EncodedChunk({"tokens": tokens}, np.array([len(line) for line in lines], np.int32), Counter(read=len(lines)))
 
 
 def preprocessed(folder: Path, rows: list[bytes], manifest: bool) -> Path:
     """What step 1 writes of `rows`."""
     folder.mkdir()
     (folder / "in.jsonl").write_bytes(b"".join(row + b"\n" for row in rows))
-    engine.run(engine.Job(
+    runner.run(Job(
         kind="pretrain", output_prefix=folder / "out" / "data", inputs=[folder / "in.jsonl"],
         streams={"tokens": ("text_document", np.dtype("<u2"))}, encode=bytes_of_lines, described={"settings": {}},
         workers=1, partitions=1,
@@ -124,6 +128,6 @@ def test_a_mask_that_is_mended_is_other_data(tmp_path: Path) -> None:
     for name, weight in (("a", 1.0), ("b", 0.5)):
         (tmp_path / name).mkdir()
         for stream, value, kind in (("text", 7, "<u2"), ("loss_mask", weight, "<f4")):
-            with IndexedWriter(tmp_path / name / f"d_{stream}_document", kind) as writer:
+            with IndexedDatasetBuilder(tmp_path / name / f"d_{stream}_document", kind) as writer:
                 writer.add_document([value] * 5)
     assert content_hash(str(tmp_path / "a" / "d")) != content_hash(str(tmp_path / "b" / "d"))

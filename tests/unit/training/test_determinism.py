@@ -45,7 +45,7 @@ def test_what_is_set_and_as_good_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_set_to_the_opposite_is_refused_by_name(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(KitError, match=f"{name}={value} with DETERMINISTIC=true: the environment must leave it out"):
+    with pytest.raises(KitError, match=f"{name}={value} with DETERMINISTIC=true: unset it"):
         determinism.check(settings(deterministic=True))
     determinism.check(settings())  # as one likes
 

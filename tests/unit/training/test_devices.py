@@ -30,8 +30,8 @@ def asks_for(gpus: int) -> TrainSettings:
 @pytest.mark.parametrize(
     ("platform", "hidden", "said"),
     [
-        (NVIDIA, None, r"^GPUS=8 devices are asked for, and torch sees 2: set GPUS=2, with TP, PP and CP that"),
-        (METAX, "0,1", r"torch sees 2 with CUDA_VISIBLE_DEVICES=0,1: set GPUS=2"),
+        (NVIDIA, None, r"^GPUS=8, but torch sees 2 devices: set GPUS=2, with TP, PP and CP that"),
+        (METAX, "0,1", r"torch sees 2 devices with CUDA_VISIBLE_DEVICES=0,1: set GPUS=2"),
     ],
 )
 def test_fewer_devices_than_asked_for_are_refused(
@@ -49,7 +49,7 @@ def test_fewer_devices_than_asked_for_are_refused(
 
 def test_where_there_is_no_device_the_containers_flags_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(KitError, match=r"GPUS=1 devices are asked for, and torch sees 0.*`docker run --gpus all`"):
+    with pytest.raises(KitError, match=r"GPUS=1, but torch sees 0 devices.*`docker run --gpus all`"):
         devices.check_devices(asks_for(1), NVIDIA)
     assert not torch.cuda.is_initialized()
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.errors import KitError
-from common.training.loop.run import check_first_loss
+from common.training.loop.first_loss import check_first_loss
 
 
 def plan(kind: str, most: float | None) -> Any:
@@ -20,7 +20,7 @@ def plan(kind: str, most: float | None) -> Any:
 
 def test_over_the_bound_the_run_stops() -> None:
     check_first_loss(plan("weights", 3.0), 2.99)
-    with pytest.raises(KitError, match=r"the first loss is 3\.0100, over MAX_FIRST_LOSS=3: .* rms_norm_eps"):
+    with pytest.raises(KitError, match=r"the first loss is 3\.0100, above MAX_FIRST_LOSS=3: .* rms_norm_eps"):
         check_first_loss(plan("weights", 3.0), 3.01)
 
 
@@ -32,7 +32,7 @@ def test_weights_that_know_nothing_are_told(
 ) -> None:
     caplog.set_level(logging.INFO, "kit")
     check_first_loss(plan(kind, None), loss)
-    assert ("guessing among all tokens gives 11.93" in caplog.text) == said
+    assert ("random weights give 11.93" in caplog.text) == said
 
 
 def test_of_what_all_ranks_find_one_process_of_a_node_speaks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,10 +152,10 @@ def test_a_run_without_it_says_that_scales_start_anew(
     caplog.set_level("INFO")
     assert bool(fp8_state(first.model)) == (engine != (1, 5))
     restore_fp8_state(other.model, saved)
-    assert ("start anew" in caplog.text) == (engine == (1, 5))
+    assert ("are reset" in caplog.text) == (engine == (1, 5))
     restore_fp8_state(other.model, None)
     restore_fp8_state(other.model, [])
-    assert caplog.text.count("start anew") == (3 if engine == (1, 5) else 2)
+    assert caplog.text.count("are reset") == (3 if engine == (1, 5) else 2)
 
 
 def test_another_model_is_refused() -> None:
@@ -163,10 +163,10 @@ def test_another_model_is_refused() -> None:
     first.step(0, "delayed")
     (saved,) = fp8_state(first.model)
     with pytest.raises(
-        KitError, match=r"is of 2 chunk\(s\) a rank, and this model has 1; modules that it has not: none"
+        KitError, match=r"has 2 chunk\(s\) per rank, and this model has 1; modules missing in this model: none"
     ):
         restore_fp8_state(other.model, [saved, saved])
-    with pytest.raises(KitError, match=r"modules that it has not: second: use"):
+    with pytest.raises(KitError, match=r"modules missing in this model: second: use"):
         restore_fp8_state(other.model, [{"second": saved["first"]}])
     wider = {"scaling_fwd": {"scale": torch.ones(6)}}
     restore_fp8_state(other.model, [{"first": wider}])

@@ -10,8 +10,8 @@ from common.errors import KitError
 from common.training.launching.interfaces import (
     address_towards,
     check_gloo_interface,
-    choose_gloo_interface,
     is_own_host,
+    select_gloo_interface,
     wait_for_port,
 )
 
@@ -52,12 +52,12 @@ def test_gloo_is_given_the_interface_of_an_address_unless_one_is_set(monkeypatch
     assert found
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     for nothing in (None, "127.0.0.1"):
-        choose_gloo_interface(nothing)
+        select_gloo_interface(nothing)
         assert os.environ["GLOO_SOCKET_IFNAME"] == ""
-    choose_gloo_interface(found[1])
+    select_gloo_interface(found[1])
     assert os.environ["GLOO_SOCKET_IFNAME"] == found[0]
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    choose_gloo_interface(found[1])
+    select_gloo_interface(found[1])
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
@@ -65,5 +65,5 @@ def test_an_interface_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     check_gloo_interface()
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,nothing7")
-    with pytest.raises(KitError, match="nothing7 is no network interface of .*, which has .*lo"):
+    with pytest.raises(KitError, match="has no network interface nothing7; give one of .*lo"):
         check_gloo_interface()

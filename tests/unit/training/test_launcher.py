@@ -1,4 +1,4 @@
-"""The words that torchrun is started with, the port it meets at, and what is told of a process that fails."""
+"""torchrun's arguments, the port of a single node, and what is logged of a rank that fails."""
 
 import socket
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import config_from_args, parse_args
 
-from common.errors import LAST_WORDS
-from common.training.launching.launcher import _tell_failure, torchrun_words, with_port
+from common.training.launching.launcher import log_first_failure, torchrun_arguments, with_port
+from common.training.launching.rank_exit import EXIT_REASONS
 from common.training.settings import TrainSettings
 
 
@@ -19,7 +19,7 @@ def config(monkeypatch: pytest.MonkeyPatch, serves: bool = False, **changes: Any
         monkeypatch.setenv(f"PET_{name}", value)
     monkeypatch.setenv("PET_MAX_RESTARTS", "7")
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
-    words = torchrun_words(settings(**changes), "10.0.0.3", serves)
+    words = torchrun_arguments(settings(**changes), "10.0.0.3", serves)
     return config_from_args(parse_args([*words, "-m", "common.train"]))[0]
 
 
@@ -86,18 +86,18 @@ def failure(local_rank: int, exitcode: int, timestamp: int) -> ProcessFailure:
 def test_the_process_that_was_killed_is_named_before_those_that_complain_of_it(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(LAST_WORDS, str(tmp_path))
-    (tmp_path / "error_0").write_text("connection reset by peer")
+    monkeypatch.setenv(EXIT_REASONS, str(tmp_path))
+    (tmp_path / "traceback_0").write_text("connection reset by peer")
     failures = {4: failure(0, 1, 10), 5: failure(1, 1, 11), 6: failure(2, -9, 12), 7: failure(3, -15, 13)}
-    assert _tell_failure(ChildFailedError("train", failures)) == 1
-    assert caplog.messages == ["rank 6 was ended first, by SIGKILL: is the host's memory used up (dmesg)?"]
+    assert log_first_failure(ChildFailedError("train", failures)) == 1
+    assert caplog.messages == ["rank 6 failed first, killed by SIGKILL: is the host out of memory (dmesg)?"]
 
 
 def test_of_processes_that_failed_the_first_is_named_with_its_traceback_and_its_code(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(LAST_WORDS, str(tmp_path))
-    (tmp_path / "error_1").write_text("ValueError: it")
+    monkeypatch.setenv(EXIT_REASONS, str(tmp_path))
+    (tmp_path / "traceback_1").write_text("ValueError: it")
     failures = {4: failure(0, 1, 12), 5: failure(1, 3, 11)}
-    assert _tell_failure(ChildFailedError("train", failures)) == 3
-    assert caplog.messages == ["rank 5 ended first, with exit code 3", "traceback of rank 5:\nValueError: it"]
+    assert log_first_failure(ChildFailedError("train", failures)) == 3
+    assert caplog.messages == ["rank 5 failed first, with exit code 3", "traceback of rank 5:\nValueError: it"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.training.launching.hang_detector import Heartbeat
-from common.training.loop.step import forward_step
+from common.training.loop.forward_step import forward_step
 from common.training.state import loss_weights
 from common.training.state.loss_weights import LossWeights
 

@@ -14,7 +14,7 @@ from common.platforms.base import Platform
 from common.platforms.cpu import CPU
 from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
-from common.training.loop.memory import explained_lack_of_memory
+from common.training.loop.memory import explain_out_of_memory
 from common.training.settings import TrainSettings
 
 # Seen on an H100 with torch 2.11, micro-batch 4 of 2,048 tokens, 3B.
@@ -38,7 +38,7 @@ def plan(platform: Platform, **settings: Any) -> Any:
 
 
 def told(of: Any, error: RuntimeError) -> str:
-    with pytest.raises(KitError) as raised, explained_lack_of_memory(of):
+    with pytest.raises(KitError) as raised, explain_out_of_memory(of):
         raise error
     assert raised.value.__cause__ is error
     return str(raised.value)
@@ -49,10 +49,10 @@ def test_each_setting_that_takes_less_is_named_with_what_it_is() -> None:
     assert told(of, torch.cuda.OutOfMemoryError(OF_TORCH)) == (
         "rank 3 is out of memory (CUDA out of memory. Tried to allocate 344.00 MiB. GPU 0 has a total capacity of 79.18"
         " GiB of which 191.19 MiB is free. If reserved but unallocated memory is large try setting"
-        " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation): what takes less: a MICRO_BATCH_SIZE"
-        " below 4, RECOMPUTE=full, OPTIMIZER_STATE=bf16, OPTIMIZER_STATE=cpu, a SEQ_LENGTH below 2048, more GPUs,"
-        " with TP over 2 or PP over 1; `python -m common.estimate --hf-model-path /models/3B --gpu TYPE --gpus 2"
-        " --seq-length 2048` tells what fits"
+        " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation): to use less memory: a"
+        " MICRO_BATCH_SIZE below 4, RECOMPUTE=full, OPTIMIZER_STATE=bf16, OPTIMIZER_STATE=cpu, a SEQ_LENGTH below 2048,"
+        " more GPUs, with TP over 2 or PP over 1; `python -m common.estimate --hf-model-path /models/3B --gpu TYPE"
+        " --gpus 2 --seq-length 2048` shows what fits"
     )
 
 
@@ -70,8 +70,8 @@ def test_each_setting_that_takes_less_is_named_with_what_it_is() -> None:
 )  # fmt: skip
 def test_what_takes_less_already_is_not_named(platform: Platform, settings: dict[str, Any], left: str) -> None:
     text = told(plan(platform, micro_batch_size=1, **settings), RuntimeError("CUDA error: out of memory\nlines of C++"))
-    assert f"(CUDA error: out of memory): what takes less: {left}, with TP over 1" in text
-    assert ("12 bytes a parameter of the hosts' memory" in text) == (settings.get("optimizer_state") == "cpu")
+    assert f"(CUDA error: out of memory): to use less memory: {left}, with TP over 1" in text
+    assert ("12 bytes of host memory a parameter" in text) == (settings.get("optimizer_state") == "cpu")
 
 
 def test_moments_in_bf16_are_not_named_where_transformer_engine_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,10 +82,10 @@ def test_moments_in_bf16_are_not_named_where_transformer_engine_is_too_old(monke
 
 def test_a_processor_without_memory_tells_it_too() -> None:
     said = r"rank 3 is out of memory \(.*can't allocate memory.*PP over 1$"
-    with pytest.raises(KitError, match=said), explained_lack_of_memory(plan(CPU)):
+    with pytest.raises(KitError, match=said), explain_out_of_memory(plan(CPU)):
         torch.empty(2**60)
 
 
 def test_other_errors_are_left_as_they_are() -> None:
-    with pytest.raises(RuntimeError, match=r"^shapes$"), explained_lack_of_memory(plan(CPU)):
+    with pytest.raises(RuntimeError, match=r"^shapes$"), explain_out_of_memory(plan(CPU)):
         raise RuntimeError("shapes")

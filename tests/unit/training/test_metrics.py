@@ -101,8 +101,8 @@ def test_a_lap_leaves_out_what_ran_while_the_watch_was_paused() -> None:
     time.sleep(0.02)
     watch.pause()
     time.sleep(0.3)
-    watch.go_on()
-    watch.go_on()  # not paused: nothing changes
+    watch.resume()
+    watch.resume()  # not paused: nothing changes
     first = watch.lap()
     total = time.perf_counter() - began
     assert 0.02 <= first <= total - 0.3

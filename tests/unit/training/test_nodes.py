@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.checkpoint.formats.layout import find_checkpoint, write_tracker
-from common.data.dataset.indexed import IndexedWriter
+from common.checkpoint.formats.checkpoint_paths import find_checkpoint, write_tracker
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.platforms.cpu import CPU
 from common.training.launching import nodes
 from common.training.launching.nodes import data_facts, differences, facts_of, hash_file, hash_samples, start_facts
@@ -22,7 +22,7 @@ from tests.tiny import tiny_qwen
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nodes")
     tiny_qwen(folder / "qwen")
-    with IndexedWriter(folder / "a", np.dtype(np.uint16)) as writer:
+    with IndexedDatasetBuilder(folder / "a", np.dtype(np.uint16)) as writer:
         for start in range(20):
             writer.add_document(np.arange(start, start + 17, dtype=np.uint16))
     return folder
@@ -60,7 +60,7 @@ def test_a_setting_is_told_with_both_values(work: Path, changes: dict[str, Any],
 
 
 def test_what_one_node_lacks_and_what_is_over_five_is_told() -> None:
-    assert differences({"x": "1"}, "a", {"y": "2"}, "b") == "x is on a alone, y is on b alone"
+    assert differences({"x": "1"}, "a", {"y": "2"}, "b") == "x exists only on a, y exists only on b"
     many = {str(number): "1" for number in range(8)}
     told = differences(many, "a", dict.fromkeys(many, "2"), "b")
     assert told.count(" is 2 on b") == 5 and told.endswith(", and 3 more")

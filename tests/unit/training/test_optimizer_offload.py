@@ -10,9 +10,14 @@ import torch
 import torch.distributed as dist
 
 from common.errors import KitError
-from common.training.state import optimizer_offload as host_state
-from common.training.state.optimizer_offload import HostState, check_host_memory, gradients_away, host_bytes
-from common.training.state.training_state import step_in_parts
+from common.training.state import optimizer_offload
+from common.training.state.optimizer import step_in_parts
+from common.training.state.optimizer_offload import (
+    OffloadedState,
+    check_host_memory,
+    offloaded_bytes,
+    released_gradients,
+)
 
 SIZES = (3, 4, 9, 2, 5, 1)
 PARTS, AT_ONCE = [3, 4, 9, 2, 5, 1], 8  # of 4 parameters, or of a tensor that has more
@@ -21,7 +26,7 @@ TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def distributed_optimizer(precision: str) -> Any:
-    """What HostState reads of Megatron-Core's: two groups of three parameters, sharded whole."""
+    """What OffloadedState reads of Megatron-Core's: two groups of three parameters, sharded whole."""
     torch.manual_seed(0)
     model = [torch.nn.Parameter(torch.randn(size).to(TYPES[precision])) for size in SIZES]
     shards = [param.detach().view(-1) for param in model]
@@ -37,10 +42,10 @@ def distributed_optimizer(precision: str) -> Any:
     )  # fmt: skip
 
 
-def moved_to_the_host(precision: str) -> tuple[Any, HostState]:
+def moved_to_the_host(precision: str) -> tuple[Any, OffloadedState]:
     moved = distributed_optimizer(precision)
-    host = HostState(moved, AT_ONCE)
-    step_in_parts(moved.optimizer, AT_ONCE // 2, host.in_turn)
+    host = OffloadedState(moved, AT_ONCE)
+    step_in_parts(moved.optimizer, AT_ONCE // 2, host.on_device)
     return moved, host
 
 
@@ -55,13 +60,13 @@ class LateCopies:
     def __init__(self, stream: None, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         self.pairs = pairs
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         for target, source in self.pairs:
             assert source.untyped_storage().nbytes() and target.untyped_storage().nbytes()  # freed too soon
             target.copy_(source)
         self.pairs = []
 
-    come_first = wait
+    wait = synchronize
 
 
 def step(of: Any, number: int) -> None:
@@ -71,19 +76,19 @@ def step(of: Any, number: int) -> None:
     of.optimizer.step()
 
 
-@pytest.mark.parametrize("copies", [host_state.copy_beside, LateCopies], ids=["at once", "late"])
+@pytest.mark.parametrize("copies", [optimizer_offload.copy_async, LateCopies], ids=["at once", "late"])
 @pytest.mark.parametrize("precision", TYPES)
 def test_steps_are_the_same_and_nothing_is_left_on_the_device(
     precision: str, copies: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_state, "copy_beside", copies)
+    monkeypatch.setattr(optimizer_offload, "copy_async", copies)
     plain, moved = distributed_optimizer(precision), distributed_optimizer(precision)
-    host = HostState(moved, AT_ONCE)
+    host = OffloadedState(moved, AT_ONCE)
     masters = [param for group in moved.optimizer.param_groups for param in group["params"]]
     brought, held = [], []
 
     def watched(parts: list[list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
-        for params in host.in_turn(parts):
+        for params in host.on_device(parts):
             brought.append(sum(param.numel() for param in params))
             held.append(sum(param.untyped_storage().nbytes() for param in masters) // 4)
             yield params
@@ -108,7 +113,7 @@ def test_steps_are_the_same_and_nothing_is_left_on_the_device(
 def test_what_is_loaded_is_what_the_next_step_begins_from() -> None:
     plain = distributed_optimizer("bf16")
     moved, host = moved_to_the_host("bf16")
-    host.make_moments()
+    host.initialize_moments()
     for number in range(2):
         step(plain, number)
     states = [host.read(param) for param in moved.model]
@@ -138,11 +143,11 @@ def test_master_weights_are_made_again_from_the_models() -> None:
 @pytest.mark.parametrize(("precision", "kinds"), [("bf16", 3), ("fp32", 2)])
 def test_the_memory_that_is_taken_is_that_which_is_counted(precision: str, kinds: int) -> None:
     optimizer = distributed_optimizer(precision)
-    counted = host_bytes(optimizer)
-    host = HostState(optimizer, AT_ONCE)
+    counted = offloaded_bytes(optimizer)
+    host = OffloadedState(optimizer, AT_ONCE)
     assert sum(counted.values()) == sum(map(len, host.buffers.values())) == kinds * 4 * sum(SIZES)
     for kind, buffer in host.buffers.items():
-        tensors = list(host.room[kind].values())
+        tensors = list(host.host[kind].values())
         # All of a buffer is used, and each tensor's storage ends with it: a writer copies what is part of a larger one.
         assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [4 * size for size in SIZES]
         start = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
@@ -155,8 +160,8 @@ def test_a_rank_without_a_shard_takes_nothing() -> None:
     optimizer = SimpleNamespace(
         optimizer=empty, shard_fp32_from_float16_groups=[[]], shard_float16_groups=[[]], model_param_group_index_map={}
     )
-    host = HostState(optimizer, AT_ONCE)
-    assert host.buffers == {} and list(host.in_turn([])) == []
+    host = OffloadedState(optimizer, AT_ONCE)
+    assert host.buffers == {} and list(host.on_device([])) == []
 
 
 def test_what_a_rank_forks_sees_its_memory_as_it_is() -> None:
@@ -173,7 +178,7 @@ def test_gradients_are_away_while_master_weights_are_made_and_zeros_after() -> N
     buffer = SimpleNamespace(grad_data=torch.ones(6))
     view = buffer.grad_data[2:4]
     chunk = SimpleNamespace(buffers=[buffer], zero_grad_buffer=lambda: buffer.grad_data.zero_())
-    with gradients_away([chunk]):
+    with released_gradients([chunk]):
         assert buffer.grad_data.untyped_storage().nbytes() == 0
     assert view.tolist() == [0.0, 0.0] and buffer.grad_data.untyped_storage().nbytes() == 24
 
@@ -190,13 +195,13 @@ def test_a_node_without_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(dist, "all_gather_object", gather)
     monkeypatch.setenv("GROUP_RANK", "0")
-    monkeypatch.setattr(host_state, "available_memory", lambda: 2 * own)
+    monkeypatch.setattr(optimizer_offload, "available_memory", lambda: 2 * own)
     check_host_memory([optimizer])
     check_host_memory([])
-    monkeypatch.setattr(host_state, "available_memory", lambda: 2 * own - 1)
+    monkeypatch.setattr(optimizer_offload, "available_memory", lambda: 2 * own - 1)
     with pytest.raises(KitError, match=r"keeps 0\.0 GiB in the memory of node 0, for 2 processes, and 0\.0 GiB are"):
         check_host_memory([optimizer])
     others[2] = (1, 10, own + 9)
-    monkeypatch.setattr(host_state, "available_memory", lambda: 2 * own)
+    monkeypatch.setattr(optimizer_offload, "available_memory", lambda: 2 * own)
     with pytest.raises(KitError, match="in the memory of node 1"):
         check_host_memory([optimizer])

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data.dataset import order
-from common.data.dataset.indexed import IndexedWriter
+from common.data.dataset import shuffle
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.errors import KitError
 from tests.tiny import tiny_qwen
 from tests.unit.training.test_plan import RUN, plan, write_run
@@ -15,7 +15,7 @@ from tests.unit.training.test_plan import RUN, plan, write_run
 @pytest.fixture
 def made(tmp_path: Path) -> tuple[Path, Path]:
     """The prefix of 100 documents of 17 tokens, and a model."""
-    with IndexedWriter(tmp_path / "a_text_document", np.dtype("<u2")) as writer:
+    with IndexedDatasetBuilder(tmp_path / "a_text_document", np.dtype("<u2")) as writer:
         writer.add_documents(np.ones(1700, np.uint16), np.full(100, 17))
     return tmp_path / "a_text_document", tiny_qwen(tmp_path / "qwen")
 
@@ -25,7 +25,7 @@ def test_a_run_keeps_the_order_that_it_began_with(
 ) -> None:
     """However many samples are listed by now; of two datasets each keeps its own."""
     data, qwen = made
-    monkeypatch.setattr(order, "MAX_LISTED", 10)
+    monkeypatch.setattr(shuffle, "MAX_LISTED", 10)
     blend = f"1 {data} 1 {data}"
     assert plan(data, qwen).data_identity["order"] == "keyed"
     assert plan(data, qwen, dataset_path=blend).data_identity["order"] == "keyed, keyed"

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint.formats.layout import RELEASE, iteration_dir, write_tracker
-from common.data.dataset.indexed import IndexedWriter
+from common.checkpoint.formats.checkpoint_paths import RELEASE, iteration_dir, write_tracker
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.errors import KitError
 from common.model.shape.config import load_config
 from common.platforms import PLATFORMS
@@ -39,7 +39,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prefix of 100 documents of 17 tokens, as Megatron-LM's own tool would write them."""
     prefix = tmp_path_factory.mktemp("data") / "a_text_document"
-    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
+    with IndexedDatasetBuilder(prefix, np.dtype(np.uint16)) as writer:
         for start in range(DOCUMENTS):
             writer.add_document(np.arange(start, start + TOKENS_OF_A_DOCUMENT, dtype=np.uint16))
     return prefix
@@ -146,7 +146,7 @@ REFUSED_STARTS = [
     (None, None, {}, "no weights to start from: set LOAD_CHECKPOINT_PATH to what step 2 wrote, or HF_MODEL_PATH"),
     (None, None, {"load_checkpoint_path": "{load}"}, "LOAD_CHECKPOINT_PATH={load} holds no checkpoint: give what step"),
     (None, None, {"load_checkpoint_path": "{load}/no"}, "LOAD_CHECKPOINT_PATH={load}/no is no folder: give what step"),
-    (None, 5, {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "{load}"}, "is in torch format already:"),
+    (None, 5, {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "{load}"}, "is already in torch format:"),
     (
         None,
         5,
@@ -222,21 +222,21 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
         (
             "cpu",
             {"seq_length": 1024},
-            "SEQ_LENGTH=1024 is over max_position_embeddings=512 of config.json: use a",
+            "SEQ_LENGTH=1024 exceeds max_position_embeddings=512 in config.json: use a",
         ),
         ("metax", {"async_save": True}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false"),
         ("cpu", {"async_save": True, "ckpt_format": "torch"}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only"),
         (
             "cpu",
             {"train_mode": "finetune"},
-            'TRAIN_MODE=finetune learns "sft" data: change TRAIN_MODE',
+            'TRAIN_MODE=finetune needs "sft" data: change TRAIN_MODE',
         ),
-        # 104 samples by 4 are 26 steps, of which the last has MIN_LR
-        ("cpu", {"lr_warmup_iters": 25, "seq_length": 16}, "LR_WARMUP_ITERS=25: the run has 26 steps, of which the"),
-        ("cpu", {"dataset_path": "/nowhere/a"}, "DATASET_PATH=/nowhere/a is no dataset"),
-        ("cpu", {"valid_dataset_path": "/nowhere/b"}, "/nowhere/b is no dataset"),
+        # 104 samples by 4 are 26 steps, the last at MIN_LR
+        ("cpu", {"lr_warmup_iters": 25, "seq_length": 16}, "LR_WARMUP_ITERS=25: the run has 26 steps, the last"),
+        ("cpu", {"dataset_path": "/nowhere/a"}, "DATASET_PATH=/nowhere/a is not a dataset"),
+        ("cpu", {"valid_dataset_path": "/nowhere/b"}, "/nowhere/b is not a dataset"),
         ("cpu", {"split": "1,99,0"}, "use more data, another SPLIT or a smaller SEQ_LENGTH"),
-        ("cpu", {"split": "x"}, "SPLIT=x: give one to three numbers"),
+        ("cpu", {"split": "x"}, "SPLIT=x: give one to three non-negative numbers"),
         ("cpu", {"hf_model_path": "/nowhere/c"}, "/nowhere/c has no config.json: give a folder"),
     ],
     ids=str,
@@ -267,7 +267,7 @@ def test_one_rank_of_a_node_looks_for_code_in_what_it_starts_from(
 ) -> None:
     save = str(write_run(tmp_path / "save", qwen, {"run": RUN}))
     torch.save({"x": print}, f"{save}/iter_0000005/mp_rank_00/distrib_optim.pt")
-    with pytest.raises(KitError, match="asks for .*print, .*could run code"):
+    with pytest.raises(KitError, match="references .*print, .*could run code"):
         plan(data, qwen, save_checkpoint_path=save, hf_model_path=None, epochs=7.0)
     monkeypatch.setenv("LOCAL_RANK", "1")  # which waits for rank 0 before it reads
     assert plan(data, qwen, save_checkpoint_path=save, hf_model_path=None, epochs=7.0).start.kind == "resume"
@@ -285,7 +285,7 @@ def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, t
     "run, changes, said",
     [
         ({"run": RUN}, {"seq_length": 8}, "(samples_per_epoch 104 -> 208, seq_length 16 -> 8)"),
-        ({"run": RUN}, {"seed": 1}, "(seed 1234 -> 1), so its position in the data has no meaning here: use the same"),
+        ({"run": RUN}, {"seed": 1}, "(seed 1234 -> 1), so its position in the data does not apply: use the same"),
         ({"run": {**RUN, "data": {**RUN["data"], "content": "0" * 16}}}, {}, f"(content {'0' * 16} -> "),
         ({"run": RUN}, {"gpus": 2}, "the optimizer of 1 data-parallel replicas, this run has 2: use as many GPUs"),
         (
@@ -293,7 +293,7 @@ def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, t
             {"gpus": 2, "tp": 2},
             "is in torch format at TP=1 PP=1 VPP=1, this run has TP=2 PP=1 VPP=1:",
         ),
-        ({}, {}, "was not written by this kit's training, so there is no run to resume: set LOAD_CHECKPOINT_PATH"),
+        ({}, {}, "was not written by this kit's training, so it cannot be resumed: set LOAD_CHECKPOINT_PATH"),
     ],
     ids=str,
 )
@@ -305,7 +305,7 @@ def test_a_run_that_cannot_go_on_is_refused(
         plan(data, qwen, save_checkpoint_path=str(save), **changes)
 
 
-def test_the_plan_is_told_a_line_a_subject(data: Path, qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_plan_is_logged_one_line_per_subject(data: Path, qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
     parallel = {"gpus": 8, "tp": 2, "pp": 2, "global_batch_size": 16}
     made = plan(data, qwen, METAX, split="90,10,0", train_iters=12, epochs=None, **parallel)
     caplog.clear()

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from common.training.checkpointing.retention import RECORD_FILE, Retention, RetentionRecord, checkpoints_to_remove
+from common.training.checkpointing.run_folder import RunFolder
 from common.training.settings import TrainSettings
-from common.training.state.retention import RECORD, Record, Retention, superfluous
-from common.training.state.run_folder import RunFolder
 
 ITERATIONS = [10, 20, 30, 40, 50, 60]
 
@@ -36,35 +36,35 @@ def settings(**changes: Any) -> TrainSettings:
     ],
 )
 def test_what_no_setting_keeps_is_removed(current: int, changes: dict[str, Any], removed: list[int]) -> None:
-    record = Record({10: 2.0, 20: 4.0, 30: 3.0, 40: 5.0, 50: 6.0, 70: 1.0, 55: 0.5}, {20, 55})
+    record = RetentionRecord({10: 2.0, 20: 4.0, 30: 3.0, 40: 5.0, 50: 6.0, 70: 1.0, 55: 0.5}, {20, 55})
     if current < 60:
         record.validation_losses[60] = 0.1
-    assert superfluous(ITERATIONS, current, settings(**changes), record) == removed
+    assert checkpoints_to_remove(ITERATIONS, current, settings(**changes), record) == removed
 
 
 def test_a_best_checkpoint_that_is_gone_takes_no_place() -> None:
-    record = Record({5: 0.1, 10: 2.0, 20: 1.0})  # 5 was never saved
-    assert superfluous([10, 20, 30], 30, settings(keep_checkpoints=1, keep_best=1), record) == [10]
+    record = RetentionRecord({5: 0.1, 10: 2.0, 20: 1.0})  # 5 was never saved
+    assert checkpoints_to_remove([10, 20, 30], 30, settings(keep_checkpoints=1, keep_best=1), record) == [10]
 
 
 def test_a_record_is_read_as_it_was_written_and_a_broken_one_is_empty(tmp_path: Path) -> None:
-    record = Record({20: 1.25, 10: 1 / 3}, {30, 10})
-    (tmp_path / RECORD).write_text(json.dumps(record.content()))
-    assert Record.read(tmp_path) == record
+    record = RetentionRecord({20: 1.25, 10: 1 / 3}, {30, 10})
+    (tmp_path / RECORD_FILE).write_text(json.dumps(record.to_json()))
+    assert RetentionRecord.read(tmp_path) == record
     for broken in ("", "[]", "3", '{"validation_losses": [], "epoch_ends": []}', '{"epoch_ends": []}',
                    '{"validation_losses": {"x": 1}, "epoch_ends": []}', '{"validation_losses": {}, "epoch_ends": 3}',
-                   json.dumps(record.content())[:30]):  # fmt: skip
-        (tmp_path / RECORD).write_text(broken)
-        assert Record.read(tmp_path) == Record(), broken
-    (tmp_path / RECORD).write_bytes(b"\xff\xfe")
-    assert Record.read(tmp_path) == Record()
-    assert Record.read(tmp_path / "nowhere") == Record()
+                   json.dumps(record.to_json())[:30]):  # fmt: skip
+        (tmp_path / RECORD_FILE).write_text(broken)
+        assert RetentionRecord.read(tmp_path) == RetentionRecord(), broken
+    (tmp_path / RECORD_FILE).write_bytes(b"\xff\xfe")
+    assert RetentionRecord.read(tmp_path) == RetentionRecord()
+    assert RetentionRecord.read(tmp_path / "nowhere") == RetentionRecord()
 
 
 class Folder:
     """A run's folder, of which RunFolder's removals are used alone."""
 
-    remove, remove_asides, _aside = RunFolder.remove, RunFolder.remove_asides, RunFolder._aside
+    remove, remove_replaced, _removing = RunFolder.remove, RunFolder.remove_replaced, RunFolder._removing
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,7 +94,7 @@ def test_a_removal_that_fails_is_a_line_in_the_log_and_is_made_up_for(
         kept.prune(30)
         kept.wait()
     (message,) = caplog.messages
-    assert message.startswith("an older checkpoint could not be removed ([Errno 116] Stale file handle: ")
+    assert message.startswith("could not remove an older checkpoint ([Errno 116] Stale file handle: ")
     assert not paths[0].exists()  # half removed, it bears no checkpoint's name
     assert len(list(tmp_path.glob("iter_0000010.removing_*"))) == 1 and paths[1].exists()
     monkeypatch.setattr(shutil, "rmtree", remove)

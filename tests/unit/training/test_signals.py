@@ -11,23 +11,23 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.training.launching.signals import LAUNCHER
+from common.training.launching.signals import LAUNCHER_PID
 
 ROOT = Path(__file__).parents[3]
-# Each line on its input is answered with what was heard, once the thread that waits has nothing left to take.
+# Each line on its input is answered with the signal it received, once the thread that waits has nothing left to take.
 RANK = """
 import signal, sys, time
 from common.training.launching import signals
-from common.training.launching.signals import hold, listen_in_rank
-signals.DOUBLE_S = float(sys.argv[1]) if sys.argv[1:] else signals.DOUBLE_S
-hold()
+from common.training.launching.signals import block_stop_signals, listen_in_rank
+signals.DEBOUNCE_S = float(sys.argv[1]) if sys.argv[1:] else signals.DEBOUNCE_S
+block_stop_signals()
 requests = listen_in_rank()
 print("ready", flush=True)
 for line in sys.stdin:
     while signal.sigpending() & requests._signals:
         time.sleep(0.01)
     time.sleep(0.1)
-    print(requests.heard and requests.heard.name, flush=True)
+    print(requests.received and requests.received.name, flush=True)
 """
 
 
@@ -37,7 +37,7 @@ class Rank:
     def __init__(self, program: str = RANK, *words: str, launcher: int = 0, nohup: bool = False) -> None:
         self.process = subprocess.Popen(
             ["nohup"] * nohup + [sys.executable, "-c", program, *words],
-            cwd=ROOT, env={**os.environ, LAUNCHER: str(launcher)}, text=True,
+            cwd=ROOT, env={**os.environ, LAUNCHER_PID: str(launcher)}, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
@@ -47,7 +47,7 @@ class Rank:
         assert self.process.stdout
         return self.process.stdout.readline().strip()
 
-    def heard(self) -> str:
+    def received(self) -> str:
         assert self.process.stdin
         print(file=self.process.stdin, flush=True)
         return self.line()
@@ -65,11 +65,11 @@ class Rank:
 
 
 def test_the_first_term_is_noted_and_one_soon_after_it_is_the_same() -> None:
-    rank = Rank(RANK, "30")  # DOUBLE_S, half a second by itself: a busy machine may take longer between two lines
-    assert rank.heard() == "None"
+    rank = Rank(RANK, "30")  # DEBOUNCE_S, half a second by itself: a busy machine may take longer between two lines
+    assert rank.received() == "None"
     for _ in range(3):  # as `timeout` does: to the process, and to its group
         rank.send(signal.SIGTERM)
-        assert rank.heard() == "SIGTERM"
+        assert rank.received() == "SIGTERM"
     rank.process.kill()
     rank.ends()
 
@@ -77,7 +77,7 @@ def test_the_first_term_is_noted_and_one_soon_after_it_is_the_same() -> None:
 def test_a_later_term_ends_at_once() -> None:
     rank = Rank()
     rank.send(signal.SIGTERM)
-    assert rank.heard() == "SIGTERM"
+    assert rank.received() == "SIGTERM"
     time.sleep(0.6)
     rank.send(signal.SIGTERM)
     assert rank.ends() == 128 + signal.SIGTERM
@@ -86,12 +86,12 @@ def test_a_later_term_ends_at_once() -> None:
 def test_only_who_insists_ends_the_process() -> None:
     rank = Rank()
     rank.send(signal.SIGUSR1)
-    assert rank.heard() == "SIGUSR1"
+    assert rank.received() == "SIGUSR1"
     time.sleep(0.6)
     rank.send(signal.SIGUSR1, signal.SIGHUP)  # the launcher asks each second
-    assert rank.heard() == "SIGUSR1"
+    assert rank.received() == "SIGUSR1"
     rank.send(signal.SIGINT)  # the first to insist, long after the request
-    assert rank.heard() == "SIGUSR1"
+    assert rank.received() == "SIGUSR1"
     time.sleep(0.6)
     rank.send(signal.SIGINT)
     assert rank.ends() == 128 + signal.SIGINT
@@ -100,7 +100,7 @@ def test_only_who_insists_ends_the_process() -> None:
 def test_term_from_the_launcher_ends_at_once() -> None:
     rank = Rank(launcher=os.getpid())
     rank.send(signal.SIGUSR1)
-    assert rank.heard() == "SIGUSR1"
+    assert rank.received() == "SIGUSR1"
     rank.send(signal.SIGTERM)
     assert rank.ends() == 128 + signal.SIGTERM
 
@@ -109,9 +109,9 @@ def test_term_from_the_launcher_ends_at_once() -> None:
 def test_a_hangup_asks_to_stop_but_not_under_nohup(nohup: bool) -> None:
     rank = Rank(nohup=nohup)
     rank.send(signal.SIGHUP)
-    assert rank.heard() == ("None" if nohup else "SIGHUP")
+    assert rank.received() == ("None" if nohup else "SIGHUP")
     rank.send(signal.SIGTERM)
-    assert rank.heard() == ("SIGTERM" if nohup else "SIGHUP")
+    assert rank.received() == ("SIGTERM" if nohup else "SIGHUP")
     rank.process.kill()
     rank.ends()
 
@@ -148,9 +148,9 @@ print(json.dumps(masks)""",
 LAUNCHER_PROGRAM = f"""
 import os, subprocess, sys
 from common import log
-from common.training.launching.signals import hold, listen_in_launcher
+from common.training.launching.signals import block_stop_signals, listen_in_launcher
 log.setup()
-hold()
+block_stop_signals()
 listen_in_launcher()
 of_a_rank = {{"TORCHELASTIC_RUN_ID": "none"}} if sys.argv[1:] == ["rank"] else {{}}
 child = subprocess.Popen([sys.executable, "-c", {RANK!r}], env=os.environ | of_a_rank, text=True,
@@ -166,9 +166,9 @@ def test_the_launcher_asks_its_ranks_and_kills_them_when_it_is_told_twice() -> N
     launcher = Rank(LAUNCHER_PROGRAM, "rank")
     launcher.send(signal.SIGTERM)
     for _ in range(100):  # its thread is on its way
-        if launcher.heard() != "None":
+        if launcher.received() != "None":
             break
-    assert launcher.heard() == "SIGUSR1"  # not TERM, of which a rank that its launcher ends would die
+    assert launcher.received() == "SIGUSR1"  # not TERM, of which a rank that its launcher ends would die
     (child,) = psutil.Process(launcher.process.pid).children()
     time.sleep(0.6)
     launcher.send(signal.SIGINT)

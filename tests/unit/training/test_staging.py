@@ -2,7 +2,7 @@
 
 import torch
 
-from common.training.state.staging import ALIGNMENT, BLOCK_BYTES, HostCopy, blocks_of
+from common.training.checkpointing.staging import ALIGNMENT, BLOCK_BYTES, StagingBuffer, iter_blocks
 
 TENSORS = [
     torch.arange(7, dtype=torch.float32), torch.ones((), dtype=torch.bfloat16), torch.empty(0),
@@ -15,16 +15,16 @@ def bytes_of(tensors: list[torch.Tensor]) -> bytes:
 
 
 def test_blocks_are_the_bytes_one_after_the_other() -> None:
-    blocks = [bytes(block) for block in blocks_of(TENSORS)]
+    blocks = [bytes(block) for block in iter_blocks(TENSORS)]
     assert b"".join(blocks) == bytes_of(TENSORS) and max(map(len, blocks)) == BLOCK_BYTES
 
 
 def test_a_copy_holds_what_was_there_and_its_memory_is_made_once() -> None:
-    host, tensors = HostCopy(), [tensor.clone() for tensor in TENSORS]
-    buffer = host.prepare(tensors)
+    staging, tensors = StagingBuffer(), [tensor.clone() for tensor in TENSORS]
+    buffer = staging.allocate(tensors)
     assert 0 <= buffer.numel() - len(bytes_of(tensors)) < ALIGNMENT * len(tensors)
-    copies = host.copy(tensors)
+    copies = staging.stage(tensors)
     tensors[0].fill_(9)
     assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, TENSORS, strict=True))
-    again = host.copy(tensors)
+    again = staging.stage(tensors)
     assert again[0].data_ptr() == copies[0].data_ptr() == buffer.data_ptr() and again[0][0] == 9

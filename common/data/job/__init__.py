@@ -1,1 +1,0 @@
-"""Step 1 as a job: its parts, workers, and their merging."""

@@ -1,0 +1,1 @@
+"""Step 1: the job, its parts, the workers that encode them, and the merge of the parts."""

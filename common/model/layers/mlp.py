@@ -1,0 +1,37 @@
+"""Megatron-Core's MLP, computed by the products of `gated_mlp`: a submodule for a layer's spec."""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+
+from common.model.layers.gated_mlp import GatedProduct, GatedProducts
+from common.model.layers.residual_norm import JoinedNorm
+from common.model.layers.tp_mappings import enter, leave
+from common.model.layers.weights import await_weights
+
+
+def gated_mlp(submodules: MLPSubmodules, products: GatedProducts) -> type[MLP]:
+    """A class to build MLPs of `submodules` by, whichever way a version of Megatron-Core builds them.
+
+    Not a ModuleSpec: from 0.14 on those of an unknown class are warned of, in every layer.
+    """
+
+    class GatedMLP(MLP):
+        """An MLP without a pass over SwiGLU's halves by itself; parameters as in Megatron-Core's."""
+
+        def __init__(self, config: Any, pg_collection: Any = None, **_: Any) -> None:
+            group = {"tp_group": pg_collection.tp} if pg_collection else {}
+            super().__init__(config, submodules, **group)
+
+        def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+            """hidden_states [s, b, h], not yet normed where linear_fc1 norms -> the same shape, and no bias."""
+            first, second = self.linear_fc1, self.linear_fc2
+            await_weights(first)
+            await_weights(second)
+            x = first.normed(hidden_states) if isinstance(first, JoinedNorm) else hidden_states
+            x = enter(x, self.config)
+            part: torch.Tensor = GatedProduct.apply(x.flatten(0, 1), first.weight, second.weight, products)
+            return leave(part.view(x.shape), self.config), None
+
+    return GatedMLP

@@ -1,0 +1,94 @@
+"""Retention: which checkpoints of a run are kept. The others are removed in the background."""
+
+import json
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint.formats.checkpoint_paths import iteration_dir, list_iterations
+from common.files import write_json
+from common.log import logger
+from common.training.checkpointing.run_folder import RunFolder
+from common.training.settings import TrainSettings
+
+RECORD_FILE = "kept_checkpoints.json"  # in the run's folder
+
+
+@dataclass
+class RetentionRecord:
+    """The facts by which checkpoints are kept: validation losses, and the iterations that completed an epoch."""
+
+    validation_losses: dict[int, float] = field(default_factory=dict)
+    epoch_ends: set[int] = field(default_factory=set)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object."""
+        losses = {str(iteration): loss for iteration, loss in sorted(self.validation_losses.items())}
+        return {"validation_losses": losses, "epoch_ends": sorted(self.epoch_ends)}
+
+    @classmethod
+    def read(cls, folder: Path) -> "RetentionRecord":
+        """The record in `folder`; empty if it is missing or unreadable."""
+        with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+            content = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+            losses = {int(iteration): float(loss) for iteration, loss in content["validation_losses"].items()}
+            return cls(losses, {int(iteration) for iteration in content["epoch_ends"]})
+        return cls()
+
+
+def checkpoints_to_remove(
+    iterations: list[int], current: int, settings: TrainSettings, record: RetentionRecord
+) -> list[int]:
+    """Those of `iterations` that no setting keeps; never `current` or a newer one.
+
+    A newer one exists after the tracker was set back; removing it is left to the user who did so.
+    """
+    if not settings.keep_checkpoints:
+        return []
+    older = sorted(iteration for iteration in iterations if iteration <= current)
+    kept = {current, *older[-settings.keep_checkpoints :]}
+    if settings.keep_every:
+        kept |= {iteration for iteration in older if iteration % settings.keep_every == 0}
+    if settings.keep_epochs:
+        kept |= record.epoch_ends
+    losses = record.validation_losses
+    evaluated = sorted((iteration for iteration in older if iteration in losses), key=lambda each: losses[each])
+    return [iteration for iteration in older if iteration not in kept | set(evaluated[: settings.keep_best])]
+
+
+class Retention:
+    """Keeps a run's retention record, and removes checkpoints in a thread of rank 0."""
+
+    def __init__(self, settings: TrainSettings, folder: RunFolder) -> None:
+        self.settings, self.folder, self.record = settings, folder, RetentionRecord.read(folder.path)
+        self._thread: threading.Thread | None = None
+
+    def write_record(self) -> None:
+        """Writes the record to disk; raises OSError."""
+        write_json(self.folder.path / RECORD_FILE, self.record.to_json())
+
+    def prune(self, current: int) -> None:
+        """Starts to remove what no setting keeps; `current` is the checkpoint that the tracker names."""
+        self.wait()
+        old = checkpoints_to_remove(list_iterations(self.folder.path), current, self.settings, self.record)
+        self._thread = threading.Thread(target=self._remove, args=(old,), name="retention", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Blocks until the removal in progress is done."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _remove(self, old: list[int]) -> None:
+        removed = 0
+        try:
+            self.folder.remove_replaced()
+            for iteration in old:
+                self.folder.remove(iteration_dir(self.folder.path, iteration))
+                removed += 1
+        except OSError as error:  # a reader on NFS, another disk's mount: the next save tries again
+            logger.warning("could not remove an older checkpoint (%s): remove it by hand", error)
+        if removed:
+            logger.info("removed %d older checkpoint(s): KEEP_CHECKPOINTS=%d", removed, self.settings.keep_checkpoints)

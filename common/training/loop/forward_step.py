@@ -1,0 +1,96 @@
+"""Forward and backward of a step's micro-batches through Megatron-Core's schedule, and the loss over their tokens.
+
+Letters: b micro-batch, s sequence.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from common.data.dataset.data_loader import Batch
+from common.training.loop.batch import prepare_batch
+from common.training.planning.plan import Plan
+from common.training.state.training_state import TrainingState
+
+
+def forward_step(
+    plan: Plan, training_state: TrainingState
+) -> Callable[[Iterator[Batch], Any], tuple[torch.Tensor, Any]]:
+    """The forward_step_func that Megatron-Core's schedule calls for each micro-batch."""
+    device = torch.device(plan.platform.device)
+
+    def forward_step_func(data_iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        training_state.heartbeat.beat("reading data")
+        rows = next(data_iterator)
+        training_state.heartbeat.beat("computing")
+        batch, attention = prepare_batch(plan, rows, device)
+        positions = torch.arange(batch["tokens"].shape[1], device=device).expand_as(batch["tokens"])
+        mask = attention.pop("attention_mask", None)
+        output = model(
+            batch["tokens"], positions, mask, labels=batch["labels"], loss_mask=batch["loss_mask"], **attention
+        )
+
+        def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            if training_state.loss_weights and torch.is_grad_enabled():
+                training_state.loss_weights.add(batch["loss_mask"].sum())
+            return sum_loss(batch["loss_mask"], losses)
+
+        return output, loss_func
+
+    return forward_step_func
+
+
+def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum of the supervised tokens' losses, their number as int32, reporting loss [sum, number]) of one micro-batch.
+
+    Megatron-Core divides the summed gradients by the number over the global batch (calculate_per_token_loss), so the
+    loss is the mean over its supervised tokens at any TP, PP, DP and micro-batch size; LossWeights does so where
+    weights are not whole numbers. losses, already multiplied by loss_mask, and loss_mask are [b, s] float32.
+    """
+    total = losses.sum()
+    number = loss_mask.sum()
+    # A copy: the schedule scales the first value in place.
+    reporting_loss = torch.stack([total.detach(), number]).clone()
+    return total, number.round().to(torch.int32), reporting_loss
+
+
+def forward_backward(
+    plan: Plan, training_state: TrainingState, data_iterators: list[Iterator[Batch]], *, forward_only: bool
+) -> list[torch.Tensor]:
+    """The reporting loss [sum of losses, number of tokens], float32, of each micro-batch; empty before the last stage.
+
+    One global batch, of which this rank runs its own micro-batches.
+    """
+    rows, seq_length = plan.settings.micro_batch_size, plan.settings.seq_length
+    if plan.joins_rows:
+        rows, seq_length = 1, rows * seq_length
+    reporting_losses: list[torch.Tensor] = get_forward_backward_func()(
+        forward_step_func=forward_step(plan, training_state),
+        data_iterator=data_iterators if len(data_iterators) > 1 else data_iterators[0],
+        model=training_state.model,
+        num_microbatches=plan.num_microbatches,
+        seq_length=seq_length,
+        micro_batch_size=rows,
+        decoder_seq_length=seq_length,
+        forward_only=forward_only,
+    )
+    return reporting_losses
+
+
+def sum_reporting_losses(plan: Plan, reporting_losses: list[torch.Tensor]) -> torch.Tensor:
+    """Their sum [sum of losses, number of tokens] as float64 on the device; zeros for none."""
+    total = torch.zeros(2, dtype=torch.float64, device=torch.device(plan.platform.device))
+    return total + torch.stack(reporting_losses).double().sum(0) if reporting_losses else total
+
+
+def mean_loss(reporting_loss: torch.Tensor) -> float:
+    """The mean loss over all ranks' tokens; reporting_loss: this rank's [sum, tokens]. A collective call."""
+    reporting_loss = reporting_loss.clone()
+    dist.all_reduce(reporting_loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    dist.all_reduce(reporting_loss, group=parallel_state.get_pipeline_model_parallel_group())
+    total, number = reporting_loss.tolist()
+    return total / number if number else float("nan")

@@ -1,0 +1,66 @@
+"""The log of a run: loss, gradient norm, learning rate and throughput every LOG_INTERVAL steps, memory once."""
+
+import torch
+import torch.distributed as dist
+
+from common.log import logger
+from common.training.loop.bad_steps import BadSteps
+from common.training.loop.forward_step import mean_loss, sum_reporting_losses
+from common.training.loop.memory import memory_line
+from common.training.loop.metrics import Interval, Meter, Stopwatch, flops_per_token, peak_tflops
+from common.training.loop.progress_bar import log_beside_bar
+from common.training.loop.tracking import WandbTracker
+from common.training.loop.train_step import StepResult
+from common.training.planning.plan import Plan, Progress
+
+
+class TrainingLog:
+    """Sums up steps, and logs them to the console and to the tracker."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.meter = plan, build_meter(plan)
+        self.stopwatch = Stopwatch()
+        self.tracker = WandbTracker(plan.settings, dist.get_rank())
+        self.reporting_loss = sum_reporting_losses(plan, [])
+        self.interval_steps = self.total_steps = 0  # since the last line, and before it
+        self.memory_is_logged = False
+
+    def add(self, result: StepResult) -> None:
+        """Adds a step to the interval."""
+        self.interval_steps += 1
+        if not result.skipped:
+            self.reporting_loss += result.reporting_loss
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether an interval ends with the step `iteration`."""
+        return iteration % self.plan.settings.log_interval == 0 or iteration in (1, self.plan.train_iters)
+
+    def log(self, progress: Progress, grad_norm: float, learning_rate: float, bad_steps: BadSteps) -> float:
+        """Logs the interval that ends at `progress`, and begins the next; returns its mean loss. A collective call."""
+        loss = mean_loss(self.reporting_loss)
+        interval = Interval(loss, grad_norm, learning_rate, self.interval_steps, self.stopwatch.lap())
+        log_beside_bar(self.meter.line(progress.iteration, progress.consumed_samples, interval))
+        values = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        if bad_steps.total:
+            values["skipped_steps"] = bad_steps.total
+        self.tracker.log(progress.iteration, **values, **self.meter.rates(interval))
+        self.total_steps += self.interval_steps
+        self.reporting_loss.zero_()
+        self.interval_steps = 0
+        if self.total_steps > 1 and not self.memory_is_logged and self.plan.platform.device == "cuda":
+            logger.info(memory_line())
+            self.memory_is_logged = True
+        return loss
+
+
+def build_meter(plan: Plan) -> Meter:
+    """The meter of this rank's device."""
+    device_name = torch.cuda.get_device_name() if plan.platform.device == "cuda" else plan.platform.name
+    return Meter(
+        train_iters=plan.train_iters,
+        global_batch_size=plan.settings.global_batch_size,
+        seq_length=plan.settings.seq_length,
+        world_size=plan.sizes.world_size,
+        flops_per_token=flops_per_token(plan.qwen, plan.settings.seq_length),
+        peak_tflops=peak_tflops(plan.platform, device_name),
+    )

@@ -1,0 +1,40 @@
+"""Adam, the learning rate schedule, and the handling of bad steps."""
+
+from dataclasses import dataclass
+
+from common.settings import option, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Optimizer."""
+
+    lr: float = option(6.5e-5, "peak learning rate")
+    min_lr: float = option(2.5e-6, "final learning rate")
+    lr_warmup_iters: int = option(0, "steps of linear warm-up from 0")
+    lr_decay_style: str = option("cosine", "shape of the learning rate decay", ("cosine", "linear", "constant"))
+    weight_decay: float = option(0.01, "not applied to norms and biases")
+    adam_beta1: float = option(0.9)
+    adam_beta2: float = option(0.999)
+    adam_eps: float = option(1e-8)
+    clip_grad: float = option(1.0, "maximum gradient norm; 0: no clipping")
+    optimizer_state: str = option(
+        "fp32",
+        "bf16: Adam's moments in bf16, 14 bytes per parameter, not 18; cpu: with master weights in host memory, 6",
+        ("fp32", "bf16", "cpu"),
+    )
+    max_bad_steps: int = option(
+        5, "stop after this many consecutive steps with a non-finite loss or gradient; 0: never"
+    )
+    skip_grad_norm: float | None = option(None, "skip steps with a larger gradient norm")
+
+    def check_optimizer(self) -> None:
+        """Raises KitError for values out of range."""
+        for name in ("lr_warmup_iters", "weight_decay", "clip_grad", "max_bad_steps"):
+            require(self, name, getattr(self, name) >= 0, "it must not be negative")
+        for name in ("adam_eps", "skip_grad_norm"):
+            value = getattr(self, name)
+            require(self, name, value is None or value > 0, "it must be above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(self, name, 0 <= getattr(self, name) < 1, "it must be at least 0 and below 1")
+        require(self, "min_lr", 0 <= self.min_lr <= self.lr, f"it must lie between 0 and LR={self.lr}")

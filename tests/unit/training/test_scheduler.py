@@ -1,0 +1,60 @@
+"""The schedule ends at MIN_LR, and the command's settings override a checkpoint's."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from common.training.settings import TrainSettings
+from common.training.state.scheduler import build_scheduler, override_checkpoint_settings
+
+
+def settings(**changes: Any) -> TrainSettings:
+    given = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 10, "lr": 1e-3, "min_lr": 1e-4, **changes}
+    return TrainSettings(**given)
+
+
+def rates(chosen: TrainSettings) -> list[float]:
+    """The learning rate of each of ten steps."""
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
+    scheduler = build_scheduler(optimizer, chosen, 10 * chosen.global_batch_size)
+    taken = []
+    for _ in range(10):
+        taken.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(chosen.global_batch_size)
+    return taken
+
+
+@pytest.mark.parametrize("batch", [2, 16])
+@pytest.mark.parametrize("style", ["cosine", "linear"])
+def test_the_first_step_has_lr_and_the_last_one_min_lr(style: str, batch: int) -> None:
+    found = rates(settings(lr_decay_style=style, global_batch_size=batch))
+    assert found[0] == pytest.approx(1e-3) and found[-1] == pytest.approx(1e-4)
+    assert found == sorted(found, reverse=True) and found[-2] > 1.01e-4
+    if style == "linear":
+        assert found == pytest.approx([1e-3 - number * 1e-4 for number in range(10)])
+
+
+def test_a_warm_up_begins_at_0_and_reaches_lr_after_its_steps() -> None:
+    found = rates(settings(lr_warmup_iters=4))
+    assert found[:5] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    assert found[5] < 1e-3 and found[-1] == pytest.approx(1e-4)
+
+
+def test_a_run_of_one_step_has_a_schedule() -> None:
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
+    build_scheduler(optimizer, settings(), 16)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+def test_the_commands_settings_take_the_place_of_a_checkpoints_and_what_changed_is_said() -> None:
+    saved = {"max_lr": 5e-3, "min_lr": 1e-4, "eps": 1e-8, "betas": [0.9, 0.95], "lr": 5e-3, "weight_decay": 0.0}
+    optimizer = SimpleNamespace(param_groups=[dict(saved), dict(saved)])
+    chosen = settings()
+    scheduler = build_scheduler(optimizer, chosen, 160)
+    assert override_checkpoint_settings(optimizer, scheduler, chosen) == [
+        "LR 0.005 -> 0.001", "ADAM_BETA1, ADAM_BETA2 (0.9, 0.95) -> (0.9, 0.999)",
+    ]  # fmt: skip
+    for group in optimizer.param_groups:
+        assert (group["max_lr"], group["betas"]) == (1e-3, (0.9, 0.999)) and group["lr"] == pytest.approx(1e-3)
+    assert override_checkpoint_settings(optimizer, scheduler, chosen) == []
