@@ -16,6 +16,8 @@ class Engine:
     numpy_2: bool = True  # whether it works with numpy 2 or later
     fp8_recipes: bool = True  # TransformerConfig.fp8_recipe; without, FP8 uses delayed scaling
     bf16_moments: bool = True  # OptimizerConfig.store_param_remainders
+    fused_single_qkv_rope: bool = True  # TransformerConfig.fused_single_qkv_rope
+    strided_weight_gradients: bool = True  # local linear layers take inputs that are not contiguous
     fused_residual_norms: bool = True  # its layers call norms and sums where layers/residual_norm.py replaces them
     separate_postprocess: bool = True  # GPTModel's output layer and loss are a method of their own, _postprocess
     uneven_pipeline_layers: bool = True  # any number of layers in any chunk: pipeline_model_parallel_layout

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from common.engine.versions import version
+from common.engine.versions import installed_engine
 
 NEWEST = (0, 19)  # the newest version that these patches were written against
 
@@ -121,9 +121,6 @@ def fuse_rotary_embedding() -> None:
         rope_utils._apply_rotary_pos_emb_bshd = torch.compile(apply)
 
 
-SINGLE_QKV_ROPE_SINCE = (0, 16)  # TransformerConfig.fused_single_qkv_rope
-
-
 def use_kernels(swiglu: Any, split_and_rotate: Any) -> None:
     """Puts these in the place of Megatron-Core's SwiGLU (every version) and of its split and rotated QKV (0.16).
 
@@ -132,25 +129,25 @@ def use_kernels(swiglu: Any, split_and_rotate: Any) -> None:
     from megatron.core.transformer import attention, mlp
 
     mlp.bias_swiglu_impl = swiglu
-    if version() >= SINGLE_QKV_ROPE_SINCE:
+    if installed_engine().fused_single_qkv_rope:
         attention.apply_fused_qkv_rotary_pos_emb = split_and_rotate
         attention.HAVE_FUSED_QKV_ROPE = True
 
 
 def single_qkv_rope(wanted: bool) -> dict[str, Any]:
     """TransformerConfig's field for it; nothing before 0.16."""
-    return {"fused_single_qkv_rope": wanted} if version() >= SINGLE_QKV_ROPE_SINCE else {}
+    return {"fused_single_qkv_rope": wanted} if installed_engine().fused_single_qkv_rope else {}
 
 
 def joins_norms() -> bool:
     """Whether layers call their sums and norms as `layers/residual_norm.py` is made for: from 0.16 on, as tried."""
-    return version() >= (0, 16)
+    return installed_engine().fused_residual_norms
 
 
 def mend_training() -> None:
     """Mends what a step and its checkpoint need mended in the installed version; called again, it does nothing."""
     mend_torch_adam_step()
-    if version() == (0, 11):
+    if not installed_engine().strided_weight_gradients:
         mend_weight_gradient_of_views()
 
 

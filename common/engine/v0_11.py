@@ -14,7 +14,9 @@ class MegatronCore011(Engine):
     environment = "torch 2.1 (MetaX's maca 2.27)"
     oldest_torch = (2, 1)
     numpy_2 = False
+    fused_single_qkv_rope = False
     fused_residual_norms = False
+    strided_weight_gradients = False
     fp8_recipes = False
     bf16_moments = False
     separate_postprocess = False

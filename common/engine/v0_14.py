@@ -12,6 +12,7 @@ class MegatronCore014(Engine):
     environment = "torch 2.2 to 2.5 (NVIDIA's NGC 24.03)"
     oldest_torch = (2, 2)
     numpy_2 = False
+    fused_single_qkv_rope = False
     fused_residual_norms = False
     legacy_optimizer_shardings = ("dp_zero_gather_scatter", "fully_sharded_model_space")
 

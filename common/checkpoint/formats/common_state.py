@@ -1,15 +1,19 @@
 """The common state of a checkpoint (all but its sharded tensors): the run that wrote it, its parallel sizes."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, Checkpoint, rank_dir_name
 from common.checkpoint.formats.mapping import num_layers
 from common.checkpoint.formats.torch_archive import ArchiveFile
+from common.checkpoint.formats.torch_dist_reader import TorchDistReader
 from common.checkpoint.formats.torch_format import load_rank_file
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
 from common.parallel import ParallelSizes
+
+COMMON_OBJECT = "common_state/shard_0_1"
 
 
 def run_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -25,10 +29,21 @@ def common_state(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.format == "torch":
         return _first_rank_file(checkpoint)
     path = checkpoint.path / "common.pt"
-    state = ArchiveFile(path).read() if path.is_file() else {}
+    state = ArchiveFile(path).read() if path.is_file() else _common_object(checkpoint.path)
     if not isinstance(state, dict):
         raise KitError(f"{path} holds no dict: it is not a Megatron checkpoint file")
     return state
+
+
+def _common_object(path: Path) -> Any:
+    """The common state where Megatron-Core writes it from 0.19 on: as an object beside the tensors; {} without one."""
+    if not (path / ".metadata").is_file():
+        return {}
+    reader = TorchDistReader(path)
+    if COMMON_OBJECT not in reader.objects:
+        return {}
+    saved = reader.object(COMMON_OBJECT)  # of each shard, and it has one
+    return saved[0] if isinstance(saved, list) and len(saved) == 1 else saved
 
 
 def _first_rank_file(checkpoint: Checkpoint) -> dict[str, Any]:
