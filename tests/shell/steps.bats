@@ -112,11 +112,10 @@ setup() {
 }
 
 @test "fields of Megatron-Core's configs go from step 3's script to Python's check" {
-  export TRANSFORMER_IMPL=local SEQ_LENGTH=64
-  export DATASET_PATH="$DATA/pretrain" HF_MODEL_PATH="$DATA/hf" SAVE_CHECKPOINT_PATH="$DATA/new"
   fields="--mcore.transformer.recompute_modules core_attn mlp --mcore.ddp.bucket_size 1000"
   # shellcheck disable=SC2086 # a word each
-  run -0 --separate-stderr "$KIT/cpu/3_run_mcore_qwen.sh" --dry-run -- $fields
+  run -0 --separate-stderr env TRANSFORMER_IMPL=local SEQ_LENGTH=64 DATASET_PATH="$DATA/pretrain" \
+    HF_MODEL_PATH="$DATA/hf" SAVE_CHECKPOINT_PATH="$DATA/new" "$KIT/cpu/3_run_mcore_qwen.sh" --dry-run -- $fields
   line=$output
   [[ $line == *" $fields" ]]
   run -0 paste_line "$line --check"
