@@ -139,11 +139,6 @@ def single_qkv_rope(wanted: bool) -> dict[str, Any]:
     return {"fused_single_qkv_rope": wanted} if installed_engine().fused_single_qkv_rope else {}
 
 
-def joins_norms() -> bool:
-    """Whether layers call their sums and norms as `layers/residual_norm.py` is made for: from 0.16 on, as tried."""
-    return installed_engine().fused_residual_norms
-
-
 def mend_training() -> None:
     """Mends what a step and its checkpoint need mended in the installed version; called again, it does nothing."""
     mend_torch_adam_step()

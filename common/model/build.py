@@ -14,10 +14,10 @@ from common.engine.patches import single_qkv_rope, weight_gradient_fusion
 from common.engine.pipeline_layers import first_and_last_differ
 from common.engine.transformer_engine import fp8_options
 from common.engine.versions import installed_engine
-from common.model.kernels.selection import Kernels, choose_kernels, with_working_kernels
+from common.model.kernels.selection import Kernels, select_kernels, with_working_kernels
 from common.model.layers.gpt import QwenModel
 from common.model.layers.layer_spec import block_spec
-from common.model.layers.residual_norm import join
+from common.model.layers.residual_norm import connect_norms
 from common.model.shape.config import QwenConfig
 from common.model.shape.options import ModelOptions
 from common.model.shape.rope import yarn_frequencies
@@ -79,7 +79,7 @@ def transformer_config(
         tp_comm_overlap=options.tp_comm_overlap,
         deterministic_mode=options.deterministic,
         # Its kernel knows neither bounds of packed samples nor a norm between the split and the rotation.
-        **single_qkv_rope(fused and not options.joins_rows and not qwen.qk_norm),
+        **single_qkv_rope(fused and not options.packed_sequences and not qwen.qk_norm),
         **fp8_options(options.fp8_format, options.fp8_recipe),
         **_recompute(options),
     )
@@ -128,7 +128,7 @@ def build_model(
     """
     platform = with_working_kernels(platform, options)
     config = transformer_config(qwen, sizes, options, platform)
-    kernels = choose_kernels(qwen, sizes, options, platform)
+    kernels = select_kernels(qwen, sizes, options, platform)
     chunks: list[torch.nn.Module] = []
     with weight_gradient_fusion(chunks):
         chunks += [_chunk(config, qwen, sizes, options, kernels, seq_length, i) for i in range(sizes.vpp)]
@@ -158,7 +158,7 @@ def _chunk(
             num_layers,
             qwen.qk_norm,
             kernels.core_attention,
-            joined_norms=kernels.norms is not None,
+            fused_residual_norms=kernels.norms is not None,
             products=kernels.products,
         ),
         vocab_size=qwen.padded_vocab_size(sizes.tp),
@@ -176,7 +176,7 @@ def _chunk(
         # float32 and, told to be deterministic, in one order (embedding_backward_cuda_kernel).
         model.embedding.word_embeddings.deterministic_mode = False
     if kernels.norms:
-        join(model.decoder, kernels.norms, across_layers=options.recompute != "full")
+        connect_norms(model.decoder, kernels.norms, across_layers=options.recompute != "full")
     if qwen.yarn:
         frequencies = yarn_frequencies(qwen.yarn, qwen.head_dim, qwen.rope_theta)
         model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)

@@ -156,7 +156,7 @@ def compare_joined(plan: Plan, packed: Batch, apart: Batch) -> dict[str, Any]:
     loss_alone, grads_alone = gradients(plan, apart)
     with (
         patch("common.model.kernels.selection.core_attention", lambda *_: SegmentAttention),
-        patch.object(Plan, "joins_rows", True),
+        patch.object(Plan, "packed_sequences", True),
     ):
         loss, grads = gradients(plan, packed, len(packed["tokens"]))
     worst = largest(max(map(difference, grads, grads_alone)))

@@ -19,7 +19,8 @@ import torch
 from megatron.core import parallel_state
 from torch.nn.functional import silu
 
-from common.engine.patches import fuse_rotary_embedding, joins_norms, use_kernels
+from common.engine.patches import fuse_rotary_embedding, use_kernels
+from common.engine.versions import installed_engine
 from common.errors import KitError
 from common.log import logger
 from common.model.kernels.quack_products import QuackProducts
@@ -88,12 +89,12 @@ def _swiglu_fault(swiglu: Callable[[torch.Tensor, None], torch.Tensor], device: 
     return find_fault(lambda: results(swiglu, given.clone()), lambda: results(exactly, given.float()))
 
 
-def choose_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform) -> Kernels:
+def select_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform) -> Kernels:
     """The fastest that work and are right here, the same on all ranks. A collective call.
 
     Raises KitError where the options ask for one that does not.
     """
-    norms = joined_norms(options, platform)
+    norms = fused_residual_norms(options, platform)
     kernels = Kernels(
         core_attention=core_attention(qwen, sizes, options, platform),
         products=mlp_products(qwen, sizes, options, platform, norms),
@@ -125,7 +126,7 @@ def core_attention(
 ) -> type[SdpaAttention] | None:
     """What attends in each layer; None: Transformer Engine's layers keep their own."""
     engine = options.transformer_impl == "transformer_engine"
-    if options.precision == "fp32" or options.joins_rows or sizes.cp > 1:
+    if options.precision == "fp32" or options.packed_sequences or sizes.cp > 1:
         return None if engine else SdpaAttention  # flash_attn has no float32; the others go by bounds and ranks
     told = options.core_attention
     preferred = platform.core_attention if told == "auto" else (told,)
@@ -137,14 +138,14 @@ def core_attention(
     return choose(preferred, heads, _device(platform), engine=engine and told == "auto")
 
 
-def joined_norms(options: ModelOptions, platform: Platform) -> Norms | None:
-    """Norms of sums as they are added: not where Transformer Engine joins norm and product to a purpose."""
-    apart = options.fp8_format == "none" and not options.tp_comm_overlap
-    if not (platform.fused_kernels and joins_norms() and apart):
+def fused_residual_norms(options: ModelOptions, platform: Platform) -> Norms | None:
+    """The fused residual norms; None where Transformer Engine fuses norm and product for FP8 or TP overlap."""
+    plain = options.fp8_format == "none" and not options.tp_comm_overlap
+    if not (platform.fused_kernels and installed_engine().fused_residual_norms and plain):
         return None
     norms, failure = tried(_triton_norms)
     if failure:
-        logger.info("norms: apart from the sums before them (Triton: %s)", failure)
+        logger.info("norms: separate from the residual sums (Triton: %s)", failure)
     return norms
 
 

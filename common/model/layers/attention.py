@@ -78,7 +78,7 @@ def preferred_kernels(device: str) -> AbstractContextManager[None]:
     return sdpa_kernel(order, set_priority=True)
 
 
-def joined_rows(segment_ids: torch.Tensor) -> PackedSeqParams:
+def packed_seq_params(segment_ids: torch.Tensor) -> PackedSeqParams:
     """What Transformer Engine's attention needs to keep the segments of [b, s] apart, its rows joined to one of b * s.
 
     `segment_ids` int [b, s], on the CPU, numbers the documents of a row. The format is Megatron-Core's "thd": the

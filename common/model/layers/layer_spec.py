@@ -13,7 +13,7 @@ from common.model.layers.attention import SdpaAttention
 from common.model.layers.gated_mlp import GatedProducts
 from common.model.layers.mlp import gated_mlp
 from common.model.layers.norm import RMSNorm
-from common.model.layers.residual_norm import JoinedRMSNorm, ResidualSum, normed_linear
+from common.model.layers.residual_norm import FusedResidualRMSNorm, ResidualSum, normed_linear
 
 
 def block_spec(
@@ -22,13 +22,13 @@ def block_spec(
     qk_norm: bool,
     core_attention: type[SdpaAttention] | None = None,
     *,
-    joined_norms: bool = False,
+    fused_residual_norms: bool = False,
     products: GatedProducts | None = None,
 ) -> Any:
     """The spec of a pipeline stage with `num_layers` layers; `transformer_impl` is transformer_engine or local.
 
     core_attention: in place of Transformer Engine's own; local layers need one.
-    joined_norms: with the norms and sums that `residual_norm.join`, which has to follow, connects.
+    fused_residual_norms: with the norms and sums that `residual_norm.connect_norms`, which has to follow, connects.
     products: what the MLPs are computed by, in place of Megatron-Core's own functions.
     """
     engine = transformer_impl == "transformer_engine"
@@ -37,18 +37,18 @@ def block_spec(
     mlp = installed_engine().mlp_submodules(parts)
     if core_attention or not engine:
         parts.self_attention.submodules.core_attention = core_attention
-    if joined_norms:
+    if fused_residual_norms:
         parts.self_attn_bda = parts.mlp_bda = ResidualSum
-    if joined_norms and engine:
+    if fused_residual_norms and engine:
         parts.self_attention.submodules.linear_qkv = mlp.linear_fc1 = normed_linear()
-    elif joined_norms:
-        parts.input_layernorm = parts.pre_mlp_layernorm = JoinedRMSNorm
+    elif fused_residual_norms:
+        parts.input_layernorm = parts.pre_mlp_layernorm = FusedResidualRMSNorm
     if products:
         parts.mlp = gated_mlp(mlp, products)
-    if engine and not joined_norms:
+    if engine and not fused_residual_norms:
         return layer
     # The final norm too: Megatron-Core's fallback for local layers refuses sequence parallelism.
-    norm = JoinedRMSNorm if joined_norms else RMSNorm
+    norm = FusedResidualRMSNorm if fused_residual_norms else RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 

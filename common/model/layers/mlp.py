@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
 from common.model.layers.gated_mlp import GatedProduct, GatedProducts
-from common.model.layers.residual_norm import JoinedNorm
+from common.model.layers.residual_norm import FusedResidualNorm
 from common.model.layers.tp_mappings import enter, leave
 from common.model.layers.weights import await_weights
 
@@ -29,7 +29,7 @@ def gated_mlp(submodules: MLPSubmodules, products: GatedProducts) -> type[MLP]:
             first, second = self.linear_fc1, self.linear_fc2
             await_weights(first)
             await_weights(second)
-            x = first.normed(hidden_states) if isinstance(first, JoinedNorm) else hidden_states
+            x = first.normed(hidden_states) if isinstance(first, FusedResidualNorm) else hidden_states
             x = enter(x, self.config)
             part: torch.Tensor = GatedProduct.apply(x.flatten(0, 1), first.weight, second.weight, products)
             return leave(part.view(x.shape), self.config), None

@@ -26,7 +26,7 @@ class Norms(Protocol):
         """x, residual [..., h] -> their sum and its norm."""
 
 
-class JoinedNorm:
+class FusedResidualNorm:
     """The part of a module that norms its input, or has had it normed."""
 
     norms: Norms
@@ -53,7 +53,7 @@ class JoinedNorm:
         return self.norms.norm(x, self.norm_weight(), self.eps)
 
 
-class JoinedRMSNorm(JoinedNorm, RMSNorm):
+class FusedResidualRMSNorm(FusedResidualNorm, RMSNorm):
     """A norm of local layers, and the last of both kinds."""
 
     def norm_weight(self) -> torch.Tensor:
@@ -69,7 +69,7 @@ def normed_linear() -> type[torch.nn.Module]:
     """Megatron-Core's TELayerNormColumnParallelLinear, parameter names and all, with a norm that can be joined."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
-    class NormedLinear(JoinedNorm, TEColumnParallelLinear):
+    class NormedLinear(FusedResidualNorm, TEColumnParallelLinear):
         def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
             super().__init__(input_size, output_size, config=config, **options)
             self.eps = config.layernorm_epsilon
@@ -91,7 +91,7 @@ def normed_linear() -> type[torch.nn.Module]:
 class ResidualSum:
     """A layer's `self_attn_bda` or `mlp_bda`: the residual sum, with the norm that follows it once that is known."""
 
-    following: JoinedNorm | None = None
+    following: FusedResidualNorm | None = None
 
     def __call__(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
         """The function of the sum, as Megatron-Core's get_bias_dropout_add returns it."""
@@ -110,13 +110,13 @@ class ResidualSum:
         return self.following.sum_and_norm(x, residual)
 
 
-def join(block: Any, norms: Norms, *, across_layers: bool) -> None:
+def connect_norms(block: Any, norms: Norms, *, across_layers: bool) -> None:
     """Connects each ResidualSum of `block`, a TransformerBlock built with them, to the norm that follows it.
 
     across_layers: also that of the next layer; not where layers are computed again for their gradients, each alone.
     """
     for module in block.modules():
-        if isinstance(module, JoinedNorm):
+        if isinstance(module, FusedResidualNorm):
             module.norms = norms
     begins = [_norm(layer.input_layernorm, layer.self_attention.linear_qkv) for layer in block.layers]
     for layer, following in zip(block.layers, [*begins[1:], block.final_layernorm], strict=True):
@@ -125,7 +125,7 @@ def join(block: Any, norms: Norms, *, across_layers: bool) -> None:
             layer.mlp_bda.following = following
 
 
-def _norm(alone: Any, linear: Any) -> JoinedNorm:
+def _norm(alone: Any, linear: Any) -> FusedResidualNorm:
     """The one of the two that norms: local layers have it alone, Transformer Engine's in the linear layer after it."""
-    (found,) = (module for module in (alone, linear) if isinstance(module, JoinedNorm))
+    (found,) = (module for module in (alone, linear) if isinstance(module, FusedResidualNorm))
     return found

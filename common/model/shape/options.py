@@ -18,7 +18,7 @@ class ModelOptions:
     core_attention: str = "auto"  # a kind of common.model.layers.attention, or auto: the platform's first that works
     fused_products: str = "auto"  # SwiGLU and the loss inside matrix products: auto (where that works), true or false
     weighted: bool = False  # tokens may have other weights in the loss than 0 and 1
-    joins_rows: bool = False  # packed samples are told apart by their bounds
+    packed_sequences: bool = False  # packed samples are told apart by their bounds
     mcore: tuple[str, ...] = ()  # fields of TransformerConfig by name (common.engine.overrides)
     deterministic: bool = (
         False  # the same bits in each run; torch has to be told before (common.training.planning.determinism)

@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 
 from common.data.dataset.data_loader import Batch
-from common.model.layers.attention import block_causal_mask, joined_rows
+from common.model.layers.attention import block_causal_mask, packed_seq_params
 from common.training.planning.plan import Plan
 
 
@@ -24,9 +24,9 @@ def prepare_batch(plan: Plan, batch: Batch, device: torch.device) -> tuple[Batch
         rank = parallel_state.get_context_parallel_rank()
         batch = {name: context_parallel_slice(tensor, plan.sizes.cp, rank) for name, tensor in batch.items()}
     attention: dict[str, Any] = {}
-    if segments is not None and plan.joins_rows:
+    if segments is not None and plan.packed_sequences:
         batch = {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
-        packed = joined_rows(segments)
+        packed = packed_seq_params(segments)
         packed.cu_seqlens_q = packed.cu_seqlens_kv = packed.cu_seqlens_q.to(device, non_blocking=True)
         attention["packed_seq_params"] = packed
     elif segments is not None:

@@ -66,7 +66,7 @@ def forward_backward(
     One global batch, of which this rank runs its own micro-batches.
     """
     rows, seq_length = plan.settings.micro_batch_size, plan.settings.seq_length
-    if plan.joins_rows:
+    if plan.packed_sequences:
         rows, seq_length = 1, rows * seq_length
     reporting_losses: list[torch.Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step(plan, training_state),

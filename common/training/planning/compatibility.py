@@ -3,9 +3,8 @@
 from importlib.util import find_spec
 
 from common.engine import transformer_engine
-from common.engine.patches import joins_norms
 from common.engine.pipeline_layers import check_pipeline_layers
-from common.engine.versions import first_version_with
+from common.engine.versions import first_version_with, installed_engine
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
 from common.platforms.base import Platform
@@ -89,7 +88,8 @@ def check_fused_products(settings: TrainSettings, platform: Platform, *, engine:
         f"PRECISION={settings.precision}": settings.precision != "bf16",
         f"FP8_FORMAT={settings.fp8_format}": settings.fp8_format != "none",
         "TP_COMM_OVERLAP=true": settings.tp_comm_overlap,
-        f"a megatron-core before {norms_since} under Transformer Engine's layers": engine and not joins_norms(),
+        f"a megatron-core before {norms_since} under Transformer Engine's layers": engine
+        and not installed_engine().fused_residual_norms,
     }
     for setting, present in conflicts.items():
         if present:

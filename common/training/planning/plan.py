@@ -75,7 +75,7 @@ class Plan:
         return self.sizes.num_microbatches(self.settings.global_batch_size, self.settings.micro_batch_size)
 
     @property
-    def joins_rows(self) -> bool:
+    def packed_sequences(self) -> bool:
         """Whether a micro-batch is one long row with sequence boundaries (Transformer Engine's `thd` layout)."""
         separate = self.settings.packing or self.settings.reset_attention
         return separate and self.transformer_impl == "transformer_engine"

@@ -62,7 +62,7 @@ def model_options(plan: Plan) -> ModelOptions:
         fused_products=settings.fused_products,
         deterministic=settings.deterministic,
         mcore=settings.mcore,
-        joins_rows=plan.joins_rows,
+        packed_sequences=plan.packed_sequences,
         weighted=any(data.weighted for data in (plan.train, plan.valid) if data),
     )
 

@@ -66,7 +66,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
     ),
     "triton's norms": (
         "common.model.kernels.norm_kernels", "TypeError", {}, {**BOTH, "norms": "NoneType"},
-        f"norms: apart from the sums before them (Triton: {SAID} (rank 1 of 2))",
+        f"norms: separate from the residual sums (Triton: {SAID} (rank 1 of 2))",
     ),
     "triton's loss": (
         "common.model.kernels.loss_kernels", "TypeError", {}, {**BOTH, "loss": "TorchKernels"},
@@ -161,8 +161,8 @@ def found(qwen: QwenConfig, sizes: ParallelSizes, task: dict[str, Any]) -> dict[
     )  # fmt: skip
     platform = replace(PLATFORMS["cpu"], fused_kernels=True, core_attention=tuple(task.get("attention", ["sdpa"])))
     kept: list[Any] = []
-    choose = build.choose_kernels
-    setattr(build, "choose_kernels", lambda *given: kept.append(choose(*given)) or kept[0])  # noqa: B010
+    choose = build.select_kernels
+    setattr(build, "select_kernels", lambda *given: kept.append(choose(*given)) or kept[0])  # noqa: B010
     try:
         (model,) = build.build_model(qwen, sizes, options, platform, S)
     except KitError as error:

@@ -14,6 +14,7 @@ from torch.nn.functional import silu
 
 from common.engine import patches
 from common.engine.installation import prepare
+from common.engine.versions import installed_engine
 from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms import PLATFORMS
@@ -159,7 +160,8 @@ def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
     setattr(build, "TransformerConfig", lambda **fields: config(**{**fields, **fused}))  # noqa: B010  not a type's name
     patches.use_kernels(swiglu, split_and_rotate)
     setattr(kernels, "loss_kernels", lambda *_: Loss())  # noqa: B010
-    setattr(kernels, "joined_norms", lambda *_: Norms() if patches.joins_norms() else None)  # noqa: B010
+    norms = Norms() if installed_engine().fused_residual_norms else None
+    setattr(kernels, "fused_residual_norms", lambda *_: norms)  # noqa: B010
     layers = qwen.num_hidden_layers
     for recompute, products in product(("none", "full"), (None, Products())):
         setattr(kernels, "mlp_products", lambda *_, which=products: which)  # noqa: B010
@@ -170,7 +172,7 @@ def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
         expected = {"swiglu": 2 * layers * passes}
         if products:
             expected = {"gate and up": 2 * layers * passes, "down, backward": 2 * layers}
-        if patches.joins_norms():
+        if installed_engine().fused_residual_norms:
             expected["qkv"] = 2 * layers * passes
             # Alone is normed what enters a stage, or a layer that is computed again by itself; and what leaves it then.
             expected["norm"] = 2 * (layers * passes + 1 if recompute == "full" else 1)

@@ -129,7 +129,7 @@ def test_a_deterministic_run_says_what_it_takes_in_the_place_of_what(
     tmp_path: Path, log: pytest.LogCaptureFixture, deterministic: None
 ) -> None:
     qwen, options = load_config(tiny_qwen(tmp_path)), replace(OPTIONS, deterministic=True)
-    kernels.choose_kernels(qwen, ONE, options, CPU)
+    kernels.select_kernels(qwen, ONE, options, CPU)
     assert log.messages[-1] == "deterministic: torch's deterministic algorithms, which a CPU takes anyway"
     assert transformer_config(qwen, ONE, options, CPU).deterministic_mode is True
     assert transformer_config(qwen, ONE, OPTIONS, CPU).deterministic_mode is False
@@ -144,7 +144,7 @@ def test_a_deterministic_run_says_what_it_takes_in_the_place_of_what(
 
 def test_kernels_are_not_chosen_as_deterministic_while_torch_is_not(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
-        kernels.choose_kernels(load_config(tiny_qwen(tmp_path)), ONE, replace(OPTIONS, deterministic=True), CPU)
+        kernels.select_kernels(load_config(tiny_qwen(tmp_path)), ONE, replace(OPTIONS, deterministic=True), CPU)
 
 
 def test_a_deterministic_model_leaves_its_embedding_to_torch(tmp_path: Path) -> None:
