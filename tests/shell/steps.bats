@@ -204,14 +204,6 @@ setup() {
   done
 }
 
-@test "a Python that is no program is refused by name" {
-  for script in "${SCRIPTS[@]}"; do
-    give_needed "$script" x
-    run -2 env "${GIVEN[@]}" PYTHON=/nowhere/python "$script" -n
-    [[ $output == *"PYTHON=/nowhere/python is no program"* ]]
-  done
-}
-
 @test "works from any folder, by a relative path, through links and from a kit in a folder with spaces" {
   use_fake_python
   ln -s "$KIT" kit
@@ -346,18 +338,5 @@ print(f"TRANSFORMER_IMPL={current().transformer_impl}", f"CKPT_FORMAT={current()
     give_needed "$script" x
     run -2 env "${GIVEN[@]}" TRAIN_OR_CONVERT_CKPT=trian "$script" -n
     [[ $output == *"TRAIN_OR_CONVERT_CKPT=trian is not known: set it to train or convert"* ]]
-  done
-}
-
-@test "every vendor has a doctor, which passes on its flags and its exit status" {
-  use_fake_python
-  for vendor in "${VENDORS[@]}"; do
-    script=$vendor/doctor.sh
-    [[ -x $script ]]
-    run -0 --separate-stderr "$script" --help
-    [[ -z $stderr && $output == *"--no-device"* && $output == *"$(declared "$vendor/env.sh" | head -n 1)"* ]]
-    run -7 "$script" -- --json --no-device
-    diff <(tail -n 4 "$PYTHON.record") <(printf '<%s>\n' -m common.doctor --json --no-device)
-    grep -qx "KIT_PLATFORM=${vendor##*/}" "$PYTHON.record"
   done
 }

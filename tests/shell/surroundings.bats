@@ -119,3 +119,24 @@ END
   run -2 env PATH="$PWD/bin" PYTHON= kit/cpu/doctor.sh
   [[ ${#lines[@]} == 1 && $output == *"python3 is no program: bash common/shell/setup_venv.sh makes .venv"* ]]
 }
+
+@test "a Python that is no program is refused by name" {
+  for script in "${SCRIPTS[@]}"; do
+    give_needed "$script" x
+    run -2 env "${GIVEN[@]}" PYTHON=/nowhere/python "$script" -n
+    [[ $output == *"PYTHON=/nowhere/python is no program"* ]]
+  done
+}
+
+@test "every vendor has a doctor, which passes on its flags and its exit status" {
+  use_fake_python
+  for vendor in "${VENDORS[@]}"; do
+    script=$vendor/doctor.sh
+    [[ -x $script ]]
+    run -0 --separate-stderr "$script" --help
+    [[ -z $stderr && $output == *"--no-device"* && $output == *"$(declared "$vendor/env.sh" | head -n 1)"* ]]
+    run -7 "$script" -- --json --no-device
+    diff <(tail -n 4 "$PYTHON.record") <(printf '<%s>\n' -m common.doctor --json --no-device)
+    grep -qx "KIT_PLATFORM=${vendor##*/}" "$PYTHON.record"
+  done
+}
