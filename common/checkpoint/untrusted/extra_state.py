@@ -42,12 +42,16 @@ def _check_tensor(tensor: TensorStub, archive: ArchiveReader) -> None:
         _StateUnpickler(archive.data(f"data/{tensor.storage.key}")[start:end], archive.source).load()
 
 
+# What pickle writes for a storage: torch's function, or the one with which Megatron-Core 0.19 replaces it.
+_STORAGE_LOADERS = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
+
+
 class _StateUnpickler(RestrictedUnpickler):
     """Allows the storages that plain pickle writes, without torch.save."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """As the base class, and torch.storage._load_from_bytes."""
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        """As the base class, and the functions that load a storage."""
+        if (module, name) in _STORAGE_LOADERS:
             return Global(module, name, lambda data: _check_torch_save(data, self.source))
         return super().find_class(module, name)
 

@@ -78,12 +78,10 @@ class _Item:
 def _check_backends(path: Path) -> None:
     """Raises KitError for other backends: metadata.json selects the code with which Megatron-Core reads the folder."""
     backends = read_json(path, "copy the checkpoint again")
-    expected_backends = {
-        name: (SHARDED_BACKEND | COMMON_BACKEND)[name] for name in ("sharded_backend", "common_backend")
-    }
-    if "common_backend" not in backends:  # as Megatron-Core writes from 0.19 on: the common state is one of the objects
-        del expected_backends["common_backend"]
-    for name, expected in expected_backends.items():
+    for name in ("sharded_backend", "common_backend"):
+        expected = (SHARDED_BACKEND | COMMON_BACKEND)[name]
+        if name == "common_backend" and name not in backends:
+            continue  # as Megatron-Core writes from 0.19 on: the common state is one of the objects
         if backends.get(name) != expected:
             raise KitError(
                 f"{path}: {name} is not {expected}, the only supported one: convert the checkpoint with other software"

@@ -160,7 +160,7 @@ def test_storages_in_fp8_state_are_no_larger_than_what_is_there(tmp_path: Path) 
         grown = data.replace(b"K\x30N", b"K\xffN") if b"K\x30N" in data else data.replace(b"K\x30", b"K\xff", 1)
         value: Any = torch.frombuffer(bytearray(grown), dtype=torch.uint8)
         value = value if isinstance(state, torch.Tensor) else io.BytesIO(grown)
-        with pytest.raises(KitError, match="has a damaged _extra_state|calls torch"):
+        with pytest.raises(KitError, match=r"has a damaged _extra_state|calls (torch|megatron\.core\.safe_globals)"):
             check_pickles(write(tmp_path / f"{len(data)}" / "iter_0000001", **{STATE: value}))
 
 
