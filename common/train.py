@@ -19,7 +19,7 @@ from common.platforms.base import Platform
 from common.settings import add_options, check_environment, from_namespace
 from common.training.launching import signals
 from common.training.launching.parent_death import set_parent_death_signal
-from common.training.launching.rank_exit import exit_on_error
+from common.training.launching.rank_exit import exit_now, exit_on_error
 from common.training.planning import determinism
 from common.training.settings import TrainSettings
 
@@ -65,6 +65,7 @@ def train(settings: TrainSettings) -> None:
 
     with exit_on_error():
         run_plan(plan, stop_requests)
+    exit_now(0)
 
 
 def launch(settings: TrainSettings, *, check_only: bool) -> None:

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from common.errors import KitError, report
 
@@ -52,6 +53,15 @@ def exit_on_error() -> Iterator[None]:
         if not isinstance(error, SystemExit | KeyboardInterrupt | KitError):
             # The other ranks go on to complain about this one, and what it printed scrolls away.
             write_exit_reason(TRACEBACK, "".join(traceback.format_exception(error)))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
+        exit_now(code if isinstance(code, int) else 1)
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends the process with `code` after flushing its output, without any teardown.
+
+    Also for a rank that is done, and whose group is destroyed: on a busy machine a thread of PyTorch's that outlived it
+    was seen to end the process in std::terminate (exit code -6), and one failed rank fails the run.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
