@@ -28,7 +28,7 @@ def test_other_settings_code_and_data_are_named_on_both_nodes(
     kit = work / "kit"
     for part in ("common", "cpu"):
         shutil.copytree(ROOT / part, kit / part, ignore=shutil.ignore_patterns("__pycache__"))
-    with (kit / "common" / "training" / "loop" / "step.py").open("a") as stream:
+    with (kit / "common" / "training" / "loop" / "train_step.py").open("a") as stream:
         stream.write("# a line more\n")
     data = bytearray((work / "text_text_document.bin").read_bytes())
     data[-2] ^= 1  # the last token is another

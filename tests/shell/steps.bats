@@ -248,7 +248,7 @@ setup() {
 
 @test "the steps' settings are Python's, and so are the defaults that all vendors share" {
   # For the expert, after --.
-  expert='NUM_WORKERS|SEQUENCE_PARALLEL|CORE_ATTENTION|FUSED_PRODUCTS'
+  expert='MCORE|NUM_WORKERS|SEQUENCE_PARALLEL|CORE_ATTENTION|FUSED_PRODUCTS'
   for step in 1_preprocess_pretrain:common.preprocess.PretrainSettings 1_preprocess_sft:common.preprocess.SftSettings \
     3_run_mcore_qwen:common.training.settings.TrainSettings; do
     script=${step%:*}.sh class=${step#*:}
