@@ -1,9 +1,9 @@
 """A disk that is full, read-only or gone: no run ends of it, nothing whole is touched, and what is due is saved."""
 
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,13 @@ def settings(work: Path, folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def fill(folder: Path, leave_kb: int = 0) -> Path:
-    """A file that takes what is free in `folder` but for so much."""
-    found = os.statvfs(folder)
+    """A file that takes what is free in `folder` but for so much, whatever else is written meanwhile."""
     path = folder.parent / "fill" if folder.is_file() else folder / "fill"
-    path.write_bytes(b"x" * (found.f_bavail * found.f_frsize - 1024 * leave_kb))
+    with path.open("wb", buffering=0) as stream:
+        with suppress(OSError):
+            while stream.write(bytes(4096)):
+                pass
+        stream.truncate(stream.tell() - 1024 * leave_kb)
     return path
 
 
