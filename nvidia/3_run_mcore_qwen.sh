@@ -92,7 +92,8 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${OVERLAP_PARAM_GATHER:=true}"           # gather weights during the forward pass (DP x CP above 1) / 前向计算时收集权重
 : "${DETERMINISTIC:=false}"                 # the same bits on the same GPUs, slower / 同样的 GPU 得到逐位相同的结果，较慢
 
-# Weights & Biases (off without WANDB_PROJECT / 未设 WANDB_PROJECT 时关闭)
+# TensorBoard and Weights & Biases (the latter off without WANDB_PROJECT / 未设 WANDB_PROJECT 时后者关闭)
+: "${TENSORBOARD:=auto}"  # event files in SAVE_CHECKPOINT_PATH/tensorboard: true, false or auto / 事件文件
 : "${WANDB_PROJECT:=}"    # project / 项目
 : "${WANDB_EXP_NAME:=}"   # the run's name / 实验名
 : "${WANDB_MODE:=online}" # online, offline or disabled / 模式

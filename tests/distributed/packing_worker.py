@@ -73,7 +73,7 @@ def gradients(plan: Plan, batch: Batch, micro_batch_size: int = 1) -> tuple[floa
     parts = [{name: x[i : i + micro_batch_size] for name, x in batch.items()} for i in starts]
     report = sum_reporting_losses(plan, forward_backward(plan, training_state, [iter(parts)], forward_only=False))
     found = [p.main_grad.clone() for chunk in training_state.model for p in chunk.parameters()]
-    return mean_loss(report), found
+    return mean_loss(report)[0], found
 
 
 def logits(plan: Plan, batch: Batch) -> torch.Tensor | None:

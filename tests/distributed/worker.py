@@ -82,7 +82,7 @@ def gradients_of(plan: Plan, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     parts = [{name: x[i : i + size] for name, x in batch.items()} for i in range(0, len(batch["tokens"]), size)]
     report = sum_reporting_losses(plan, forward_backward(plan, training_state, [iter(parts)], forward_only=False))
     gradients = {name: p.main_grad.clone() for name, p in unwrap(training_state.model[0]).named_parameters()}
-    return {"loss": mean_loss(report), "gradients": gradients}
+    return {"loss": mean_loss(report)[0], "gradients": gradients}
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ ROOMS = {
     "data": ["sources", "tokenizer", "dataset", "templates", "encoders", "preprocessing"],
     "model": ["shape", "probe", "layers", "kernels", "build"],
     "checkpoint": ["io", "untrusted", "formats", "verification", "conversion"],
-    "training": ["settings", "planning", "launching", "state", "checkpointing", "loop"],
+    "training": ["settings", "planning", "launching", "state", "checkpointing", "tracking", "loop"],
 }
 LAYER_OF = {part: layer for layer, parts in enumerate(LAYERS) for part in parts}
 

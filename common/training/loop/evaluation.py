@@ -43,7 +43,7 @@ def evaluate(
         chunk.train()
         if overlap:
             chunk.enable_forward_pre_hook()
-    return None if stop else mean_loss(total)
+    return None if stop else mean_loss(total)[0]
 
 
 def log_evaluation(plan: Plan, iteration: int, loss: float | None) -> None:

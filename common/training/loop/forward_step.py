@@ -87,10 +87,10 @@ def sum_reporting_losses(plan: Plan, reporting_losses: list[torch.Tensor]) -> to
     return total + torch.stack(reporting_losses).double().sum(0) if reporting_losses else total
 
 
-def mean_loss(reporting_loss: torch.Tensor) -> float:
-    """The mean loss over all ranks' tokens; reporting_loss: this rank's [sum, tokens]. A collective call."""
+def mean_loss(reporting_loss: torch.Tensor) -> tuple[float, float]:
+    """(mean loss, number of tokens) of all ranks; reporting_loss: this rank's [sum, tokens]. A collective call."""
     reporting_loss = reporting_loss.clone()
     dist.all_reduce(reporting_loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.all_reduce(reporting_loss, group=parallel_state.get_pipeline_model_parallel_group())
     total, number = reporting_loss.tolist()
-    return total / number if number else float("nan")
+    return (total / number if number else float("nan")), number

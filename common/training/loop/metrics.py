@@ -43,6 +43,8 @@ class Interval:
     learning_rate: float
     iterations: int
     seconds: float  # of training, without evaluation and saving
+    supervised_tokens: float = 0.0  # in the loss
+    other_seconds_per_iteration: float = 0.0  # evaluation and saving, averaged since the run started
 
 
 @dataclass
@@ -57,11 +59,15 @@ class Meter:
     peak_tflops: float | None
 
     def rates(self, interval: Interval) -> dict[str, float]:
-        """Tokens/s over all GPUs, TFLOP/s per GPU and milliseconds per iteration."""
+        """Tokens/s and supervised tokens/s over all GPUs, TFLOP/s per GPU and milliseconds per iteration."""
         seconds = interval.seconds / interval.iterations
         tokens = self.global_batch_size * self.seq_length / seconds
-        tflops = tokens * self.flops_per_token / self.world_size / 1e12
-        return {"tokens_per_s": tokens, "tflops_per_gpu": tflops, "ms_per_iteration": 1e3 * seconds}
+        return {
+            "tokens_per_s": tokens,
+            "supervised_tokens_per_s": interval.supervised_tokens / interval.seconds,
+            "tflops_per_gpu": tokens * self.flops_per_token / self.world_size / 1e12,
+            "ms_per_iteration": 1e3 * seconds,
+        }
 
     def line(self, iteration: int, consumed_samples: int, interval: Interval) -> str:
         """The log line of an interval that ends at `iteration`."""
@@ -70,7 +76,8 @@ class Meter:
         if self.peak_tflops:
             share = 100 * rates["tflops_per_gpu"] / self.peak_tflops
             flops += f" ({share:.1f}% of {self.peak_tflops:.0f} dense bf16)"
-        left = (self.train_iters - iteration) * rates["ms_per_iteration"] / 1e3
+        seconds = rates["ms_per_iteration"] / 1e3 + interval.other_seconds_per_iteration
+        left = (self.train_iters - iteration) * seconds
         return " | ".join(
             (
                 f"iteration {iteration}/{self.train_iters}",
@@ -99,15 +106,19 @@ class Stopwatch:
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.paused_at: float | None = None
+        self.paused_for = ""
+        self.pauses: dict[str, float] = {}  # seconds by what they were for
 
-    def pause(self) -> None:
-        """Pauses the watch."""
-        self.paused_at = time.perf_counter()
+    def pause(self, activity: str) -> None:
+        """Pauses the watch for `activity`."""
+        self.paused_at, self.paused_for = time.perf_counter(), activity
 
     def resume(self) -> None:
         """Resumes the watch, if it is paused."""
         if self.paused_at is not None:
-            self.start += time.perf_counter() - self.paused_at
+            seconds = time.perf_counter() - self.paused_at
+            self.start += seconds
+            self.pauses[self.paused_for] = self.pauses.get(self.paused_for, 0.0) + seconds
             self.paused_at = None
 
     def lap(self) -> float:

@@ -18,6 +18,7 @@ from common.training.loop.training_log import TrainingLog
 from common.training.planning.deadline import Deadline
 from common.training.planning.plan import Plan, Progress
 from common.training.state.training_state import TrainingState
+from common.training.tracking.tracker import Tracker
 
 SAVE_RETRY_S = 10  # between attempts to save at the end of a run
 
@@ -32,11 +33,12 @@ class Trainer:
         checkpointer: Checkpointer,
         loaders: DataLoaders,
         requests: StopRequests,
+        tracker: Tracker,
     ) -> None:
         self.plan, self.training_state, self.progress = plan, training_state, plan.progress
         self.checkpointer, self.loaders, self.requests = checkpointer, loaders, requests
         self.deadline = Deadline(plan.settings.exit_duration_min)
-        self.training_log, self.bad_steps = TrainingLog(plan), BadSteps(plan)
+        self.tracker, self.training_log, self.bad_steps = tracker, TrainingLog(plan, tracker), BadSteps(plan)
         self.save_is_postponed = False  # a save was due at a bad step
 
     def run(self) -> None:
@@ -45,12 +47,11 @@ class Trainer:
         bar = progress_bar(self.plan, self.progress)
         self.training_log.stopwatch.lap()
         stopped = False
-        with self.training_log.tracker:
-            while self.progress.iteration < self.plan.train_iters and not stopped:
-                stopped = self.step(data_iterators)
-                bar.update()
-            bar.close()
-            self.checkpointer.close()
+        while self.progress.iteration < self.plan.train_iters and not stopped:
+            stopped = self.step(data_iterators)
+            bar.update()
+        bar.close()
+        self.checkpointer.close()
         iteration = self.progress.iteration
         if stopped and iteration < self.plan.train_iters and not self._exits_here():
             write_exit_reason(STOPPED_AT, f"stopped and saved at iteration {iteration} of {self.plan.train_iters}")
@@ -65,7 +66,7 @@ class Trainer:
             self.plan, self.training_state, data_iterators, before.consumed_samples, self._should_stop()
         )
         self.progress = Progress(before.iteration + 1, before.consumed_samples + settings.global_batch_size)
-        iteration = self.progress.iteration
+        iteration = self.tracker.iteration = self.progress.iteration
         self.training_log.add(result)
         self.bad_steps.count(iteration, result)
         if self.training_log.is_due(iteration):
@@ -82,13 +83,13 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Evaluates and logs the loss on the validation samples; returns whether a stop request interrupted it."""
-        self.training_log.stopwatch.pause()
+        self.training_log.stopwatch.pause("evaluation")
         iteration = self.progress.iteration
         data_iterators = self.loaders.valid_iterators()
         loss = evaluate(self.plan, self.training_state, data_iterators, num_eval_batches(self.plan), self._should_stop)
         log_evaluation(self.plan, iteration, loss)
         if loss is not None:
-            self.training_log.tracker.log(iteration, validation_loss=loss)
+            self.tracker.log(iteration, validation_loss=loss)
             self.checkpointer.record(iteration, validation_loss=loss)
         self.training_log.stopwatch.resume()
         return loss is None
@@ -110,7 +111,7 @@ class Trainer:
         if due or self.save_is_postponed or retry:
             if stop:
                 logger.info("stop requested: saving iteration %d", iteration)
-            self.training_log.stopwatch.pause()
+            self.training_log.stopwatch.pause("saving")
             self.save_is_postponed = False
             self.save(ends)
             self.training_log.stopwatch.resume()

@@ -9,18 +9,18 @@ from common.training.loop.forward_step import mean_loss, sum_reporting_losses
 from common.training.loop.memory import memory_line
 from common.training.loop.metrics import Interval, Meter, Stopwatch, flops_per_token, peak_tflops
 from common.training.loop.progress_bar import log_beside_bar
-from common.training.loop.tracking import WandbTracker
 from common.training.loop.train_step import StepResult
 from common.training.planning.plan import Plan, Progress
+from common.training.tracking.tracker import Tracker
 
 
 class TrainingLog:
     """Sums up steps, and logs them to the console and to the tracker."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.meter = plan, build_meter(plan)
+    def __init__(self, plan: Plan, tracker: Tracker) -> None:
+        self.plan, self.meter, self.tracker = plan, build_meter(plan), tracker
         self.stopwatch = Stopwatch()
-        self.tracker = WandbTracker(plan.settings, dist.get_rank())
+        self.logged_pauses: dict[str, float] = {}
         self.reporting_loss = sum_reporting_losses(plan, [])
         self.interval_steps = self.total_steps = 0  # since the last line, and before it
         self.memory_is_logged = False
@@ -37,13 +37,26 @@ class TrainingLog:
 
     def log(self, progress: Progress, grad_norm: float, learning_rate: float, bad_steps: BadSteps) -> float:
         """Logs the interval that ends at `progress`, and begins the next; returns its mean loss. A collective call."""
-        loss = mean_loss(self.reporting_loss)
-        interval = Interval(loss, grad_norm, learning_rate, self.interval_steps, self.stopwatch.lap())
+        assert self.plan.train
+        loss, tokens = mean_loss(self.reporting_loss)
+        steps = self.total_steps + self.interval_steps
+        pauses = dict(self.stopwatch.pauses)
+        interval = Interval(
+            loss, grad_norm, learning_rate, self.interval_steps, self.stopwatch.lap(), tokens,
+            sum(pauses.values()) / steps,
+        )  # fmt: skip
         log_beside_bar(self.meter.line(progress.iteration, progress.consumed_samples, interval))
-        values = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
-        if bad_steps.total:
-            values["skipped_steps"] = bad_steps.total
-        self.tracker.log(progress.iteration, **values, **self.meter.rates(interval))
+        self.tracker.log(
+            progress.iteration,
+            **{"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate},
+            **self.meter.rates(interval),
+            **{f"{name}_s": seconds - self.logged_pauses.get(name, 0.0) for name, seconds in pauses.items()},
+            **self._memory(),
+            consumed_samples=progress.consumed_samples,
+            epoch=progress.consumed_samples / self.plan.train.samples_per_epoch,
+            skipped_steps=bad_steps.total,
+        )
+        self.logged_pauses = pauses
         self.total_steps += self.interval_steps
         self.reporting_loss.zero_()
         self.interval_steps = 0
@@ -51,6 +64,14 @@ class TrainingLog:
             logger.info(memory_line())
             self.memory_is_logged = True
         return loss
+
+    def _memory(self) -> dict[str, float]:
+        """The peak device memory of the fullest rank, which the others only see together. A collective call."""
+        if self.plan.platform.device != "cuda":
+            return {}
+        peak = torch.tensor(torch.cuda.max_memory_allocated(), dtype=torch.float64, device="cuda")
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        return {"memory_gib": float(peak) / 2**30}
 
 
 def build_meter(plan: Plan) -> Meter:

@@ -1,4 +1,4 @@
-"""Logging, evaluation and Weights & Biases."""
+"""Logging, evaluation, TensorBoard and Weights & Biases."""
 
 from dataclasses import dataclass
 
@@ -13,6 +13,11 @@ class LogSettings:
     eval_interval: int = option(100, "steps between evaluations; 0: none")
     eval_iters: int = option(50, "global batches per evaluation")
     max_first_loss: float | None = option(None, "stop if the first loss is higher, a sign of wrong weights")
+    tensorboard: str = option(
+        "auto",
+        "event files in SAVE_CHECKPOINT_PATH/tensorboard; auto: if tensorboardX is installed",
+        ("auto", "true", "false"),
+    )
     wandb_project: str | None = option(None, "log to Weights & Biases under this project")
     wandb_exp_name: str | None = option(None, "name of the Weights & Biases run")
     wandb_mode: str = option("online", "Weights & Biases mode", ("online", "offline", "disabled"))

@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,13 @@ def test_seconds_are_shown_as_a_clock(seconds: float, text: str) -> None:
 METER = Meter(
     train_iters=1210, global_batch_size=16, seq_length=1000, world_size=8, flops_per_token=5e9, peak_tflops=100.0
 )
-INTERVAL = Interval(loss=2.5, grad_norm=0.75, learning_rate=1.5e-5, iterations=10, seconds=4.0)
+INTERVAL = Interval(loss=2.5, grad_norm=0.75, learning_rate=1.5e-5, iterations=10, seconds=4.0, supervised_tokens=6e4)
 
 
 def test_rates_are_of_all_devices_of_one_device_and_of_one_step() -> None:
-    assert METER.rates(INTERVAL) == {"tokens_per_s": 40000.0, "tflops_per_gpu": 25.0, "ms_per_iteration": 400.0}
+    assert METER.rates(INTERVAL) == {
+        "tokens_per_s": 40000.0, "supervised_tokens_per_s": 15000.0, "tflops_per_gpu": 25.0, "ms_per_iteration": 400.0,
+    }  # fmt: skip
 
 
 def test_a_log_line_holds_every_number() -> None:
@@ -87,6 +90,11 @@ def test_a_log_line_holds_every_number() -> None:
         "iteration 110/1210 | consumed samples 1760 | loss 2.500000 | lr 1.500e-05 | grad norm 0.7500"
         " | tokens/s 40,000 | 25.0 TFLOP/s/GPU (25.0% of 100 dense bf16) | 400.0 ms/iteration | 0:07:20 left"
     )
+
+
+def test_the_time_left_counts_evaluation_and_saving() -> None:
+    interval = replace(INTERVAL, other_seconds_per_iteration=0.6)
+    assert METER.line(110, 1760, interval).endswith("0:18:20 left")  # 1,100 steps of a second
 
 
 def test_no_share_is_printed_of_a_peak_that_is_not_known() -> None:
@@ -99,7 +107,7 @@ def test_a_lap_leaves_out_what_ran_while_the_watch_was_paused() -> None:
     watch = Stopwatch()
     began = time.perf_counter()
     time.sleep(0.02)
-    watch.pause()
+    watch.pause("saving")
     time.sleep(0.3)
     watch.resume()
     watch.resume()  # not paused: nothing changes
@@ -107,3 +115,4 @@ def test_a_lap_leaves_out_what_ran_while_the_watch_was_paused() -> None:
     total = time.perf_counter() - began
     assert 0.02 <= first <= total - 0.3
     assert watch.lap() < first
+    assert [*watch.pauses] == ["saving"] and 0.3 <= watch.pauses["saving"] <= total

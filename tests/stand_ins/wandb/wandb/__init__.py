@@ -19,5 +19,6 @@ class Run:
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def init(*, project: str, name: str, mode: str, dir: str, config: dict[str, Any]) -> Run:
-    return Run(Path(dir) / f"{name}.jsonl", [{"project": project, "mode": mode, "lr": config["lr"]}])
+def init(*, project: str, name: str, mode: str, dir: str, id: str, resume: str, config: dict[str, Any]) -> Run:
+    first = {"project": project, "mode": mode, "id": id, "resume": resume, "lr": config["lr"]}
+    return Run(Path(dir) / f"{name}.jsonl", [first])

@@ -1,0 +1,1 @@
+"""What a run records for people: log, metrics, its own description, TensorBoard and Weights & Biases."""

@@ -1,0 +1,124 @@
+"""run.json: how each start of a run began and ended: settings, versions, devices, data and weights."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.data.dataset.file_hash import hash_file
+from common.errors import KitError, describe_os_error
+from common.files import write_json
+from common.log import logger
+from common.settings import KIT
+from common.training.launching.nodes import versions
+from common.training.planning.plan import Plan
+
+RUN_RECORD = "run.json"
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class RunRecord:
+    """SAVE_CHECKPOINT_PATH/run.json, rewritten as a start begins and ends; a disk error is logged, not raised."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._path = Path(plan.settings.save_checkpoint_path) / RUN_RECORD
+        self._content = read_run_record(self._path.parent)
+        self._content["starts"].append(describe_start(plan))
+        self._write()
+
+    @property
+    def start(self) -> int:
+        """The number of this start, from 0."""
+        return len(self._content["starts"]) - 1
+
+    def shared(self, name: str, new: str) -> str:
+        """The value that the run has had under `name` since its first start; `new` if there is none yet."""
+        value = str(self._content.setdefault(name, new))
+        self._write()
+        return value
+
+    def end(self, iteration: int, reason: str) -> None:
+        """Records that this start ended after `iteration`."""
+        self._content["starts"][-1]["end"] = {"time": _now(), "iteration": iteration, "reason": reason}
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            write_json(self._path, self._content)
+        except OSError as error:
+            logger.warning("%s cannot be written, training goes on: %s", self._path, describe_os_error(error))
+
+
+def read_run_record(folder: Path) -> dict[str, Any]:
+    """The content of `folder`/run.json: `starts`, a list of descriptions; without starts if there is no such file.
+
+    Raises KitError if the file is not a run record.
+    """
+    path = folder / RUN_RECORD
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"starts": []}
+    except ValueError as error:
+        raise KitError(f"{path} is not JSON ({error}): move it away") from error
+    if not isinstance(content, dict) or not isinstance(content.get("starts"), list):
+        raise KitError(f'{path} is not a run record with "starts": move it away')
+    return content
+
+
+def describe_start(plan: Plan) -> dict[str, Any]:
+    """What one start of the run consists of, as JSON values."""
+    sizes, start = plan.sizes, plan.start
+    layout: Mapping[str, int] = {name: getattr(sizes, name) for name in ("tp", "pp", "vpp", "cp", "dp")}
+    return {
+        "time": _now(),
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "command": shlex.join(["python", "-m", "common.train", *sys.argv[1:]]),
+        "iteration": plan.progress.iteration,
+        "train_iters": plan.train_iters,
+        "start": {"kind": start.kind, "from": str(start.checkpoint.path if start.checkpoint else start.model_folder)},
+        "config": hash_file(start.model_folder / "config.json"),
+        "data": plan.data_identity,
+        "world_size": sizes.world_size,
+        "parallel": dict(layout),
+        "platform": plan.platform.name,
+        "device": describe_device(plan.platform.device),
+        "versions": versions(),
+        "kit": git_commit(),
+        "settings": asdict(plan.settings),
+    }
+
+
+def describe_device(kind: str) -> dict[str, Any]:
+    """Name, memory and driver of this rank's device."""
+    if kind != "cuda":
+        return {"name": kind, "cores": len(os.sched_getaffinity(0))}
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    device = {"name": found.name, "memory_bytes": found.total_memory, "cuda": str(torch.version.cuda)}
+    with suppress(OSError):
+        device["driver"] = NVIDIA_DRIVER.read_text(encoding="utf-8").splitlines()[0]
+    return device
+
+
+def git_commit() -> str | None:
+    """The commit of the kit's checkout, with -dirty after it if files differ; None if it is no checkout."""
+    command = ["git", "-C", str(KIT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        if (KIT / ".git").exists():
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    return None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

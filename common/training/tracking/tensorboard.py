@@ -1,0 +1,75 @@
+"""TensorBoard event files in SAVE_CHECKPOINT_PATH/tensorboard.
+
+Each record is one append: tensorboardX's own writer keeps the file open, and its thread ends on a full disk.
+"""
+
+import os
+import socket
+import struct
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from common.errors import KitError
+from common.log import logger
+from common.training.settings import TrainSettings
+from common.training.tracking.run_file import RunFile
+
+TENSORBOARD_FOLDER = "tensorboard"
+FILE_VERSION = "brain.Event:2"
+
+
+class TensorBoardTracker:
+    """Writes metrics as scalars; what earlier starts wrote for `first_iteration` and later is hidden."""
+
+    def __init__(self, folder: Path, first_iteration: int) -> None:
+        self._folder, self._first_iteration = folder / TENSORBOARD_FOLDER, first_iteration
+        self._file: RunFile | None = None
+
+    def log(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of `iteration`; after a failed write in a new file, since a reader stops at a damage."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        if self._file is None:
+            self._file = self._begin()
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        event = Event(wall_time=time.time(), step=iteration, summary=Summary(value=values))
+        if self._file and not self._file.append_bytes(_record(event.SerializeToString())):
+            self._file = None
+
+    def _begin(self) -> RunFile | None:
+        """A new event file, with its first records; None if the folder cannot be made."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            file = RunFile(self._folder / name)
+        except OSError as error:
+            logger.debug("%s: %s", self._folder, error)  # log.txt in the folder above has warned already
+            return None
+        version = Event(wall_time=time.time(), file_version=FILE_VERSION)
+        restart = Event(
+            wall_time=time.time(), step=self._first_iteration, session_log=SessionLog(status=SessionLog.START)
+        )
+        file.append_bytes(_record(version.SerializeToString()) + _record(restart.SerializeToString()))
+        return file
+
+
+def _record(content: bytes) -> bytes:
+    """`content` as a TFRecord: length, its checksum, content, its checksum (tensorboardX/record_writer.py)."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    length = struct.pack("<Q", len(content))
+    return length + struct.pack("<I", masked_crc32c(length)) + content + struct.pack("<I", masked_crc32c(content))
+
+
+def writes_tensorboard(settings: TrainSettings) -> bool:
+    """Whether the run writes event files; raises KitError if TENSORBOARD=true and the package is missing."""
+    installed = find_spec("tensorboardX") is not None
+    if settings.tensorboard == "true" and not installed:
+        raise KitError(
+            "TENSORBOARD=true, but tensorboardX is not installed: pip install tensorboardX, or TENSORBOARD=auto"
+        )
+    return installed and settings.tensorboard != "false"

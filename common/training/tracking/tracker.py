@@ -1,0 +1,75 @@
+"""Everything that a run records in SAVE_CHECKPOINT_PATH and with Weights & Biases, on rank 0."""
+
+import logging
+import secrets
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import one_line
+from common.training.planning.plan import Plan
+from common.training.tracking.log_file import log_file
+from common.training.tracking.metrics_file import MetricsFile
+from common.training.tracking.run_record import RunRecord
+from common.training.tracking.tensorboard import TensorBoardTracker, writes_tensorboard
+from common.training.tracking.wandb import WandbTracker, check_wandb
+
+
+class Tracker:
+    """Passes metrics on to every recorder; without recorders, as on ranks above 0, it does nothing."""
+
+    def __init__(self) -> None:
+        self.iteration = 0
+        self._recorders: list[Callable[[int, dict[str, float]], None]] = []
+
+    def add(self, recorder: Callable[[int, dict[str, float]], None]) -> None:
+        """Also passes metrics on to `recorder`."""
+        self._recorders.append(recorder)
+
+    def log(self, iteration: int, **metrics: float) -> None:
+        """Records the metrics of `iteration`."""
+        self.iteration = iteration
+        for record in self._recorders:
+            record(iteration, metrics)
+
+
+@contextmanager
+def tracking(plan: Plan, rank: int, describe: Callable[[], None]) -> Iterator[Tracker]:
+    """The tracker of a run, and its records of how the block began and ended.
+
+    describe: logs the plan, for log.txt alone, since the launcher has logged it on the terminal.
+    """
+    tracker = Tracker()
+    if rank:
+        yield tracker
+        return
+    folder, settings = Path(plan.settings.save_checkpoint_path), plan.settings
+    with log_file(folder, describe) as log:
+        record = RunRecord(plan)
+        tracker.iteration = plan.progress.iteration
+        tracker.add(MetricsFile(folder, record.start).log)
+        if writes_tensorboard(settings):
+            tracker.add(TensorBoardTracker(folder, plan.progress.iteration + 1).log)
+        wandb = None
+        if settings.wandb_project:
+            wandb = WandbTracker(settings, record.shared("wandb_run_id", secrets.token_hex(4)))
+            tracker.add(wandb.log)
+        reason = "killed"
+        try:
+            yield tracker
+            reason = "complete" if tracker.iteration >= plan.train_iters else "stopped"
+        except BaseException as error:
+            reason = one_line(error) or "".join(traceback.format_exception(error))
+            log.emit(logging.makeLogRecord({"msg": reason}))  # on the terminal the rank's exit reports it
+            raise
+        finally:
+            record.end(tracker.iteration, reason)
+            if wandb:
+                wandb.finish(failed=reason not in ("complete", "stopped"))
+
+
+def check_tracking(plan: Plan) -> None:
+    """Raises KitError if a tracker is requested whose package is missing."""
+    check_wandb(plan.settings)
+    writes_tensorboard(plan.settings)
