@@ -135,7 +135,10 @@ def quack_kernels() -> str:
     products, loss = QuackProducts(), quack_loss.QuackLoss()
     if not torch.cuda.is_available():
         return "imports"
-    failures = [gated_mlp.why_not(products, 256, 512, _device()), quack_loss.why_not(loss, 256, 151936, _device())]
+    failures = [
+        gated_mlp.unusable_reason(products, 256, 512, _device()),
+        quack_loss.unusable_reason(loss, 256, 151936, _device()),
+    ]
     assert not any(failures), "; ".join(filter(None, failures))
     return "SwiGLU and the loss fused into matrix products, forward and backward"
 
@@ -158,9 +161,9 @@ PROBES: dict[str, Callable[[], Any]] = {
 
 
 def _attention(kind: str) -> str:
-    from common.model.layers.attention import KINDS, why_not
+    from common.model.layers.attention import KINDS, unusable_reason
 
-    failure = why_not(KINDS[kind], (8, 2, 64), _device())
+    failure = unusable_reason(KINDS[kind], (8, 2, 64), _device())
     assert not failure, failure
     return f"attention by {kind}, 8 heads in 2 groups, forward and backward"
 
