@@ -83,7 +83,7 @@ def resume(plan: Plan, training_state: TrainingState, checkpoint: Checkpoint) ->
 
 
 def _resume_torch_dist(plan: Plan, training_state: TrainingState, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's state other than tensors; loads this rank's share of the optimizer, and its chunks' weights."""
+    """The checkpoint's state other than tensors; loads this rank's shard of the optimizer, and its chunks' weights."""
     common = dist_checkpointing.load_common_state_dict(str(checkpoint.path))
     run = common["run"]
     same_layout = has_same_layout(plan, run)
