@@ -21,7 +21,7 @@ TRANSFORMERS = (
     ((2, 2), ">=4.47,<5"),
     ((2, 1), ">=4.47,<4.56"),
 )
-# Other packages that the kit and megatron-core import; torch, megatron-core and transformers have checks of their own.
+# Other packages that the kit and megatron-core import; torch, megatron-core and transformers have separate checks.
 NEEDED = ("numpy", "packaging", "tokenizers", "safetensors", "jinja2", "tqdm", "psutil", "pydantic")
 KEEP_TORCH = "with `--no-deps`, or with the image's versions as constraints, so that pip leaves torch alone"
 

@@ -13,7 +13,7 @@ from common.model.shape.config import QwenConfig
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What the activations of one micro-batch on one rank depend on."""
 
     qwen: QwenConfig
@@ -32,7 +32,7 @@ class Work:
     fused_products: bool  # SwiGLU, and at TP 1 the loss, fused into the GEMMs
 
     @property
-    def engine(self) -> bool:
+    def transformer_engine(self) -> bool:
         """Whether the layers are Transformer Engine's."""
         return self.transformer_impl == "transformer_engine"
 
@@ -42,120 +42,122 @@ class Work:
         return self.fused_products and self.tp == 1
 
     @property
-    def element(self) -> int:
-        """e."""
+    def element_bytes(self) -> int:
+        """Bytes of an element, e."""
         return ELEMENT_BYTES[self.precision]
 
     @property
     def tokens(self) -> int:
-        """n."""
+        """Tokens of a micro-batch on this rank, n."""
         return self.seq_length * self.micro_batch_size // self.cp
 
     @property
-    def hidden(self) -> int:
+    def hidden_bytes(self) -> int:
         """Bytes of the hidden states of all n tokens, e n h."""
-        return self.element * self.tokens * self.qwen.hidden_size
+        return self.element_bytes * self.tokens * self.qwen.hidden_size
 
     @property
-    def stream(self) -> int:
+    def residual_bytes(self) -> int:
         """Bytes of the hidden states between the layers, e n' h."""
-        return self.hidden // self.tp if self.sequence_parallel and self.tp > 1 else self.hidden
+        return self.hidden_bytes // self.tp if self.sequence_parallel and self.tp > 1 else self.hidden_bytes
 
     @property
-    def query(self) -> int:
+    def query_bytes(self) -> int:
         """Bytes of the queries, e n q."""
-        return self.element * self.tokens * self.qwen.num_attention_heads * self.qwen.head_dim // self.tp
+        return self.element_bytes * self.tokens * self.qwen.num_attention_heads * self.qwen.head_dim // self.tp
 
     @property
-    def key(self) -> int:
+    def key_bytes(self) -> int:
         """Bytes of the keys, or of the values, e n k."""
-        return self.element * self.tokens * self.qwen.num_key_value_heads * self.qwen.head_dim // self.tp
+        return self.element_bytes * self.tokens * self.qwen.num_key_value_heads * self.qwen.head_dim // self.tp
 
     @property
-    def mlp(self) -> int:
+    def mlp_bytes(self) -> int:
         """Bytes of one of the MLP's two halves, e n f."""
-        return self.element * self.tokens * self.qwen.intermediate_size // self.tp
+        return self.element_bytes * self.tokens * self.qwen.intermediate_size // self.tp
 
 
-def norm_bytes(work: Work, rows: int, stream: int) -> int:
-    """Bytes that an RMSNorm of `rows` rows, `stream` bytes, saves: its input and one float32 per row.
+def norm_bytes(work: Workload, rows: int, num_bytes: int) -> int:
+    """Bytes that an RMSNorm of `rows` rows, `num_bytes` bytes, saves: its input and one float32 per row.
 
     Unfused, it saves a float32 copy of the input and the normalized rows in float32 instead.
     """
-    return 4 * rows + (stream if work.fused_kernels else 2 * stream * 4 // work.element)
+    return 4 * rows + (num_bytes if work.fused_kernels else 2 * num_bytes * 4 // work.element_bytes)
 
 
-def query_key_norm_bytes(work: Work) -> int:
+def query_key_norm_bytes(work: Workload) -> int:
     """Bytes that Qwen3's norms of each query and key head save.
 
     Inputs that are views of the local QKV output are saved with it: the keys, and with one group the queries.
     """
     groups = work.qwen.num_key_value_heads // work.tp
     heads = work.qwen.num_attention_heads // work.tp
-    kept = norm_bytes(work, work.tokens * heads, work.query) + norm_bytes(work, work.tokens * groups, work.key)
-    if work.fused_kernels and not work.engine:
-        kept -= work.key + (work.query if groups == 1 else 0)
+    kept = norm_bytes(work, work.tokens * heads, work.query_bytes) + norm_bytes(
+        work, work.tokens * groups, work.key_bytes
+    )
+    if work.fused_kernels and not work.transformer_engine:
+        kept -= work.key_bytes + (work.query_bytes if groups == 1 else 0)
     return kept
 
 
-def attention_tensors(work: Work) -> dict[str, int]:
+def attention_tensors(work: Workload) -> dict[str, int]:
     """Bytes of the tensors that a layer's attention saves, from the output of linear_qkv to its own output.
 
     Query, key and value are separate tensors where kernels/qkv_rope.py computes them (megatron-core 0.15 and later),
     and in Transformer Engine's attention. Otherwise value is a view of the QKV output in local layers, which keeps all
     of it alive; so are the inputs of a recomputed attention (selective).
     """
-    qkv = work.query + 2 * work.key
+    qkv = work.query_bytes + 2 * work.key_bytes
     heads = work.qwen.num_attention_heads // work.tp
     fused_qkv_rope = work.fused_kernels and not work.qwen.qk_norm and not work.thd
-    value_is_view = not fused_qkv_rope and (not work.engine or work.recompute == "selective")
+    value_is_view = not fused_qkv_rope and (not work.transformer_engine or work.recompute == "selective")
     kept = {
-        "query and key": work.query + work.key,
-        "value": qkv if value_is_view else work.key,
-        "attention output": work.query,
+        "query and key": work.query_bytes + work.key_bytes,
+        "value": qkv if value_is_view else work.key_bytes,
+        "attention output": work.query_bytes,
     }
     if work.recompute != "selective":
         kept["softmax statistics"] = 4 * work.tokens * heads
-    if not work.engine and not fused_qkv_rope:
+    if not work.transformer_engine and not fused_qkv_rope:
         # cosine and sine [s, d], computed for query and for key
-        kept["rope"] = 4 * work.element * work.seq_length // work.cp * work.qwen.head_dim
+        kept["rope"] = 4 * work.element_bytes * work.seq_length // work.cp * work.qwen.head_dim
     if work.masked and work.recompute != "selective":
         # the mask as a bias [b, 1, s, s] in the layer's dtype
-        kept["attention mask"] = work.element * work.micro_batch_size * work.seq_length**2
+        kept["attention mask"] = work.element_bytes * work.micro_batch_size * work.seq_length**2
     if work.qwen.qk_norm:
         kept["query and key norm"] = query_key_norm_bytes(work)
     return kept
 
 
-def layer_tensors(work: Work) -> dict[str, int]:
+def layer_tensors(work: Workload) -> dict[str, int]:
     """Bytes of the tensors that one layer saves; with full recomputation, those that exist while it is recomputed."""
-    rows = work.stream // (work.element * work.qwen.hidden_size)
-    before_mlp = work.hidden if work.fused_products else work.stream  # gathered
+    rows = work.residual_bytes // (work.element_bytes * work.qwen.hidden_size)
+    before_mlp = work.hidden_bytes if work.fused_products else work.residual_bytes  # gathered
     # unfused: silu(gate), a copy of up (in Megatron-Core 0.16) and their product
-    swiglu = work.mlp if work.fused_kernels else 3 * work.mlp
+    swiglu = work.mlp_bytes if work.fused_kernels else 3 * work.mlp_bytes
     return {
         # and their outputs, the inputs of the next GEMMs
-        "norms": 2 * norm_bytes(work, rows, work.stream) + work.stream + before_mlp,
+        "norms": 2 * norm_bytes(work, rows, work.residual_bytes) + work.residual_bytes + before_mlp,
         **attention_tensors(work),
-        "gate and up": 2 * work.mlp,
+        "gate and up": 2 * work.mlp_bytes,
         "swiglu": 0 if work.fused_products else swiglu,
     }
 
 
-def recomputed_layers(work: Work, chunk: Chunk) -> int:
+def recomputed_layers(work: Workload, chunk: Chunk) -> int:
     """Number of layers at the start of a chunk that save only their input (RECOMPUTE=full)."""
     if work.recompute != "full":
         return 0
     return min(work.recompute_num_layers or chunk.num_layers, chunk.num_layers)
 
 
-def kept_by_layers(work: Work, chunk: Chunk) -> int:
+def kept_by_layers(work: Workload, chunk: Chunk) -> int:
     """Bytes that the layers of a chunk save in the forward pass for the backward pass."""
     recomputed = recomputed_layers(work, chunk)
-    return recomputed * work.stream + (chunk.num_layers - recomputed) * sum(layer_tensors(work).values())
+    return recomputed * work.residual_bytes + (chunk.num_layers - recomputed) * sum(layer_tensors(work).values())
 
 
-def kept_by_chunk(work: Work, chunk: Chunk) -> int:
+def kept_by_chunk(work: Workload, chunk: Chunk) -> int:
     """Bytes that autograd saves for one micro-batch in a chunk, without the loss, which `loss_bytes` counts."""
     kept = kept_by_layers(work, chunk)
     if work.masked and work.recompute != "none":
@@ -169,7 +171,7 @@ def kept_by_chunk(work: Work, chunk: Chunk) -> int:
     return kept
 
 
-def logits_bytes(work: Work) -> int:
+def logits_bytes(work: Workload) -> int:
     """Peak bytes of the logits and of the tensors computed from them.
 
     A chunk's [c, v] are freed when the next chunk's exist. Without Triton's kernels there are also two float32 copies,
@@ -179,29 +181,35 @@ def logits_bytes(work: Work) -> int:
     rows = work.qwen.padded_vocab_size(work.tp) // work.tp
     if work.fused_loss:
         size = min(work.tokens, fused_chunk_size(work.tokens, work.qwen.hidden_size))
-        return size * (work.element * (rows + work.qwen.hidden_size) + rows // 128 * 2 * (4 + work.element))
-    size = chunk_size(work.tokens, rows * work.element)
-    wide = 0 if work.fused_kernels else (8 if work.element < 4 else 4)
+        return size * (work.element_bytes * (rows + work.qwen.hidden_size) + rows // 128 * 2 * (4 + work.element_bytes))
+    size = chunk_size(work.tokens, rows * work.element_bytes)
+    wide = 0 if work.fused_kernels else (8 if work.element_bytes < 4 else 4)
     chunks = [min(size, work.tokens - start) for start in range(0, work.tokens, size)]
     pairs = zip([0, *chunks], chunks, strict=False)
-    return max(before * work.element + now * (work.element + wide) for before, now in pairs) * rows
+    return max(before * work.element_bytes + now * (work.element_bytes + wide) for before, now in pairs) * rows
 
 
-def loss_bytes(work: Work) -> int:
+def loss_bytes(work: Workload) -> int:
     """Peak bytes of the loss on the last stage, in its forward pass, besides those of the layers.
 
     Normalized hidden states (gathered with sequence parallelism), their gradient, the weight's in float32, logits.
     """
-    gathered = work.hidden if work.stream < work.hidden else 0
-    return work.stream + gathered + work.hidden + 4 * vocabulary_parameters(work.qwen, work.tp) + logits_bytes(work)
+    gathered = work.hidden_bytes if work.residual_bytes < work.hidden_bytes else 0
+    return (
+        work.residual_bytes
+        + gathered
+        + work.hidden_bytes
+        + 4 * vocabulary_parameters(work.qwen, work.tp)
+        + logits_bytes(work)
+    )
 
 
-def final_norm_bytes(work: Work) -> int:
+def final_norm_bytes(work: Workload) -> int:
     """Bytes that the final norm saves."""
-    return norm_bytes(work, work.stream // (work.element * work.qwen.hidden_size), work.stream)
+    return norm_bytes(work, work.residual_bytes // (work.element_bytes * work.qwen.hidden_size), work.residual_bytes)
 
 
-def backward_bytes(work: Work, chunk: Chunk) -> int:
+def backward_bytes(work: Workload, chunk: Chunk) -> int:
     """Peak temporary bytes of the backward pass of a chunk's layers, besides what the chunk saved.
 
     The last layer's backward pass needs the most. If it is recomputed, all layers are, and its tensors exist again.
@@ -210,19 +218,19 @@ def backward_bytes(work: Work, chunk: Chunk) -> int:
     return gradient_bytes(work) + (sum(layer_tensors(work).values()) if recomputed else 0)
 
 
-def gradient_bytes(work: Work) -> int:
+def gradient_bytes(work: Workload) -> int:
     """Peak temporary bytes of one layer's backward pass besides what it saved: the largest of the MLP's three steps.
 
     Each step counts the gradients that exist then, less the saved tensors that are already freed. Local layers compute
     a weight's gradient before they add it to the float32 buffer.
     """
-    weight = work.element * work.qwen.intermediate_size // work.tp * work.qwen.hidden_size
-    gathered = work.hidden if work.stream < work.hidden else 0
+    weight = work.element_bytes * work.qwen.intermediate_size // work.tp * work.qwen.hidden_size
+    gathered = work.hidden_bytes if work.residual_bytes < work.hidden_bytes else 0
     if work.fused_products:  # the gradients of gate and up replace them in place; three unused weight gradients
-        return work.stream + gathered + work.mlp + work.hidden + 3 * weight
-    weight = 0 if work.engine else weight
+        return work.residual_bytes + gathered + work.mlp_bytes + work.hidden_bytes + 3 * weight
+    weight = 0 if work.transformer_engine else weight
     kept = layer_tensors(work)
-    down = gathered + work.mlp + weight
-    swiglu = 2 * work.mlp
-    up = 2 * work.mlp + work.hidden + gathered + 2 * weight - kept["gate and up"] - kept["swiglu"]
-    return work.stream + max(down, swiglu, up)
+    down = gathered + work.mlp_bytes + weight
+    swiglu = 2 * work.mlp_bytes
+    up = 2 * work.mlp_bytes + work.hidden_bytes + gathered + 2 * weight - kept["gate and up"] - kept["swiglu"]
+    return work.residual_bytes + max(down, swiglu, up)

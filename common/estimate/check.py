@@ -66,7 +66,7 @@ def check_host_memory(plan: Plan) -> None:
 def compare_memory(plan: Plan, name: str, total_bytes: int) -> None:
     """As check_memory, for a device of that name and memory."""
     need = needed(plan)
-    figures = f"about {need.peak / GIB:.1f} GiB a GPU, and {name} has {total_bytes / GIB:.1f}"
+    figures = f"about {need.peak / GIB:.1f} GiB per GPU, and {name} has {total_bytes / GIB:.1f}"
     settings = plan.settings
     layout = ", ".join(
         f"{field.upper()}={getattr(settings, field)}"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.estimate.activations import Work, backward_bytes, final_norm_bytes, kept_by_chunk, loss_bytes
+from common.estimate.activations import Workload, backward_bytes, final_norm_bytes, kept_by_chunk, loss_bytes
 from common.estimate.constants import WORKSPACE_BYTES
 from common.estimate.schedule import moments
 from common.estimate.weights import (
@@ -41,11 +41,11 @@ class RankMemory:
         return self.state.total + max(self.activations, self.step) + self.workspace
 
 
-def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Work:
+def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Workload:
     """What the activations of a run depend on."""
     impl = settings.transformer_impl or platform.transformer_impl
     packed = settings.packing or settings.reset_attention
-    return Work(
+    return Workload(
         qwen=qwen,
         seq_length=settings.seq_length,
         micro_batch_size=settings.micro_batch_size,
@@ -89,14 +89,16 @@ def optimizer_bytes(settings: TrainSettings, platform: Platform, qwen: QwenConfi
     return own * shard
 
 
-def peak_activations(work: Work, chunks: list[Chunk], pp: int, pp_rank: int, num_microbatches: int) -> tuple[int, int]:
+def peak_activations(
+    work: Workload, chunks: list[Chunk], pp: int, pp_rank: int, num_microbatches: int
+) -> tuple[int, int]:
     """(peak bytes of activations, those of them saved for backward passes) of a stage with these chunks."""
     # With VPP, outputs are kept after they are sent (deallocate_pipeline_outputs=False in common/model/build.py).
-    sent = [work.stream if len(chunks) > 1 and not chunk.last else 0 for chunk in chunks]
+    sent = [work.residual_bytes if len(chunks) > 1 and not chunk.last else 0 for chunk in chunks]
     kept = [kept_by_chunk(work, chunk) + output for chunk, output in zip(chunks, sent, strict=True)]
     num_distinct = min(num_microbatches, 4 * pp)  # then the schedule repeats
     # One buffer to send and one to receive; with VPP (overlap_p2p_comm) two of each.
-    passed = 0 if pp == 1 else (2 if len(chunks) == 1 else 4) * work.stream
+    passed = 0 if pp == 1 else (2 if len(chunks) == 1 else 4) * work.residual_bytes
     most = (0, 0)
     for moment in moments(pp, len(chunks), pp_rank, num_distinct):
         chunk = chunks[moment.chunk]
@@ -105,24 +107,24 @@ def peak_activations(work: Work, chunks: list[Chunk], pp: int, pp_rank: int, num
     return most
 
 
-def pass_bytes(work: Work, chunk: Chunk, forward: bool) -> int:
+def pass_bytes(work: Workload, chunk: Chunk, forward: bool) -> int:
     """Temporary bytes of a pass of `chunk`: the loss in a forward pass, gradients in a backward pass."""
     if forward:
-        return loss_bytes(work) if chunk.last else work.stream
-    vocabulary = work.element * vocabulary_parameters(work.qwen, work.tp)
+        return loss_bytes(work) if chunk.last else work.residual_bytes
+    vocabulary = work.element_bytes * vocabulary_parameters(work.qwen, work.tp)
     # With tied embeddings the output layer's unused gradient stays until the embedding's exists.
     tied = vocabulary if chunk.first and chunk.last and work.qwen.tie_word_embeddings else 0
     # The final norm's backward pass is over before that of the last layer, which needs the most.
     return backward_bytes(work, chunk) + tied - (final_norm_bytes(work) if chunk.last else 0)
 
 
-def workspace_bytes(work: Work) -> int:
+def workspace_bytes(work: Workload) -> int:
     """Bytes of the libraries' buffers: a fixed size, and with Transformer Engine a dummy gradient of each weight shape.
 
     Autograd gets the dummy, since the fused weight gradient is added to the float32 `main_grad` directly.
     """
     qwen = work.qwen
-    if not work.engine:
+    if not work.transformer_engine:
         return WORKSPACE_BYTES["local"]
     rows = qwen.qkv_rows + qwen.num_attention_heads * qwen.head_dim
     rows += 0 if work.fused_products else 3 * qwen.intermediate_size

@@ -111,7 +111,7 @@ def checkpoint_values(kept: Upkeep) -> dict[str, Any]:
     return {
         "bytes": kept.num_bytes,
         "disk_bytes": kept.disk_bytes,
-        "host_bytes_a_gpu": kept.copy_bytes,
+        "host_bytes_per_gpu": kept.copy_bytes,
         **{f"{name}_s": value for name, value in asdict(kept.lost).items()},
         "best_interval_s": interval,
         "best_goodput": shares(kept.lost, interval).trains,

@@ -121,7 +121,7 @@ def parse_yarn(fields: ConfigFields, source: Path) -> Yarn | None:
 
 
 def rope_theta(fields: ConfigFields, source: Path) -> float:
-    """RoPE's base: a field of its own in transformers 4, of `rope_parameters` in 5; raises KitError if missing."""
+    """RoPE's base: a top-level field in transformers 4, in `rope_parameters` in 5; raises KitError if missing."""
     ropes = [getattr(fields, name) for name in _ROPES]
     for theta in (fields.rope_theta, *(rope.rope_theta for rope in ropes if rope)):
         if theta is not None:

@@ -42,13 +42,13 @@ def test_what_was_measured_to_fit_is_told_with_both_figures(tmp_path: Path, capl
     check.compare_memory(plan(tmp_path), "NVIDIA H100 80GB HBM3", int(H100))
     (told,) = caplog.records
     assert told.levelname == "INFO"
-    assert told.message == "memory: about 66.9 GiB a GPU, and NVIDIA H100 80GB HBM3 has 79.1"
+    assert told.message == "memory: about 66.9 GiB per GPU, and NVIDIA H100 80GB HBM3 has 79.1"
 
 
 def test_what_cannot_go_in_is_refused_with_what_takes_less(tmp_path: Path) -> None:
     said = (
         r"^MICRO_BATCH_SIZE=2, SEQ_LENGTH=4096, TP=1, PP=1, RECOMPUTE=none, OPTIMIZER_STATE=fp32 need about"
-        r" 8\d\.\d GiB a GPU, and H100 has 79\.1: to use less memory: a MICRO_BATCH_SIZE below 2, RECOMPUTE=full,"
+        r" 8\d\.\d GiB per GPU, and H100 has 79\.1: to use less memory: a MICRO_BATCH_SIZE below 2, RECOMPUTE=full,"
         r" .*--gpu"
     )
     with pytest.raises(KitError, match=said):
