@@ -1,4 +1,4 @@
-"""Goodput: the share of a run's time spent training, given saves and faults, and how often to save.
+"""Goodput: the fraction of a run's time spent training, given saves and faults, and how often to save.
 
 Letters: M mean seconds between faults (MTBF), t seconds of training between two saves, d seconds that a save pauses
 training, R seconds from a fault until training resumes. Faults are independent and may occur at any time, during saves
