@@ -71,7 +71,7 @@ def _triton_kernels(device: torch.device) -> tuple[Any, Any]:
     from common.model.kernels.qkv_rope import split_and_rotate  # these import triton, which may be missing
     from common.model.kernels.swiglu import bias_swiglu
 
-    need(_swiglu_fault(bias_swiglu, device))  # stands for all of them
+    need(_swiglu_fault(bias_swiglu, device))  # tests Triton itself too, for all of them
     return bias_swiglu, split_and_rotate
 
 
