@@ -1,4 +1,4 @@
-"""`python -m common.demo`: `run` is the quickstart; `make` and `ask` are steps of it."""
+"""`python -m common.demo`: `run` is the quickstart; `make` and `ask` are two of its steps."""
 
 import argparse
 import signal
@@ -25,68 +25,70 @@ PASS_PERCENT = 90
 
 @dataclass(frozen=True)
 class MakeSettings:
-    """A tiny Qwen2.5 of random weights with its tokenizer, and sample data."""
+    """A tiny Qwen2.5 with random weights, its tokenizer, and sample data."""
 
-    folder: str = option(help="where they are written")
-    seed: int = option(1, "of weights and data")
+    folder: str = option(help="output folder")
+    seed: int = option(1, "seed of weights and data")
 
 
 @dataclass(frozen=True)
 class AskSettings:
-    """What two models say to the first rows of a file."""
+    """The answers of two models to the first rows of a file."""
 
-    before: str = option(help="Hugging Face folder of the one model")
-    after: str = option(help="Hugging Face folder of the other")
-    input: str = option(help="rows of conversations, whose last answer is left to the models, or of text")
-    folder: str = option(help=f"where {ANSWERS} is written")
-    count: int = option(3, "rows")
-    roles: str = option("system", "rows' instruction is the system's turn, or alpaca", ("system", "alpaca"))
-    max_new_tokens: int = option(64, "longest answer")
+    before: str = option(help="Hugging Face folder of the model before training")
+    after: str = option(help="Hugging Face folder of the model after training")
+    input: str = option(help="rows of conversations, whose last answer the models generate, or of text")
+    folder: str = option(help=f"output folder of {ANSWERS}")
+    count: int = option(3, "number of rows")
+    roles: str = option("system", "instruction is the system turn; or alpaca", ("system", "alpaca"))
+    max_new_tokens: int = option(64, "maximum length of an answer in tokens")
 
 
-def tell(line: str) -> None:
-    """Prints `line` at once."""
+def print_line(line: str) -> None:
+    """Prints `line`, unbuffered."""
     print(line, flush=True)
 
 
 def run(settings: QuickstartSettings) -> None:
-    """Takes all steps and reports; exits with 1 when too few of the sample's questions are answered."""
+    """Runs all steps and prints the report; exits 1 if too few of the sample's questions are answered correctly."""
     began = time.monotonic()
     work = work_dir(settings)
     (work / "steps").mkdir(parents=True, exist_ok=True)
-    runner = Runner(work, steps_of(settings, work, current().name), tell)
+    runner = Runner(work, steps_of(settings, work, current().name), print_line)
     if settings.input:
         kind = own_kind(settings)
-        left_out = "pretraining" if kind == "finetune" else "fine-tuning"
-        tell(f"INPUT holds {'conversations' if kind == 'finetune' else 'texts'}: {left_out} is left out.")
+        skipped = "pretraining" if kind == "finetune" else "fine-tuning"
+        print_line(f"INPUT holds {'conversations' if kind == 'finetune' else 'texts'}: {skipped} is skipped.")
     runner.run()
     answers = load_answers(work / "answers" / ANSWERS)
     for line in report(runner, answers, ("before", "after") if settings.input else ("untrained", "trained")):
-        tell(line)
+        print_line(line)
     seconds = time.monotonic() - began
-    tell(f"\nDone in {seconds // 60:.0f} min {seconds % 60:.0f} s.")
+    print_line(f"\nDone in {seconds // 60:.0f} min {seconds % 60:.0f} s.")
     if not settings.input:
         judge(score(answers, "before"), score(answers, "after"), len(answers))
         script = f"{current().name}/quickstart.sh"
-        tell(f"With your own model and rows: WORK_DIR=work/own HF_MODEL_PATH=... INPUT=... bash {script} (see --help)")
+        print_line(
+            f"With your own model and rows: WORK_DIR=work/own HF_MODEL_PATH=... INPUT=... bash {script} (--help)"
+        )
 
 
 def judge(before: int, after: int, count: int) -> None:
-    """Tells the score; exits with 1 when it is under PASS_PERCENT."""
-    tell(f"Score: {after} of {count} questions right, all of them absent from training; untrained: {before}.")
+    """Prints the score; exits 1 if it is below PASS_PERCENT."""
+    print_line(f"Score: {after} of {count} questions right, all held out from training; untrained: {before}.")
     if after * 100 < PASS_PERCENT * count:
         needed = -(-PASS_PERCENT * count // 100)
-        tell(f"That is too few: {needed} were to be right. Something is broken here; the logs tell what was done.")
+        print_line(f"That is too few: at least {needed} are expected. Something is broken here; see the logs.")
         sys.exit(1)
 
 
 def make(settings: MakeSettings) -> None:
-    """Writes the sample."""
+    """Writes the sample model and data."""
     write_sample(Path(settings.folder), settings.seed)
 
 
 def put_questions(settings: AskSettings) -> None:
-    """Asks both models and writes their answers."""
+    """Generates the answers of both models and writes them."""
     if settings.count < 1:
         raise KitError(f"COUNT={settings.count}: it must be at least 1")
     prompts = read_prompts(settings.input, settings.count, settings.roles)
@@ -103,7 +105,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 
 def main() -> None:
-    """Runs the command that the arguments name."""
+    """Runs the command on the command line."""
     parser = argparse.ArgumentParser(prog="python -m common.demo", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, (settings, _) in COMMANDS.items():
@@ -111,7 +113,7 @@ def main() -> None:
         add_options(command, settings)
     arguments = parser.parse_args()
     log.setup()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a step is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # terminates the running step too
     settings_type, act = COMMANDS[arguments.command]
     act(from_namespace(settings_type, arguments))
 

@@ -1,4 +1,4 @@
-"""A model's answers: prompts through `transformers`' `generate`, as a user of the exported folder would run it."""
+"""A model's answers, by `transformers`' `generate` on the exported folder."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,13 +16,13 @@ from common.files import write_json
 
 ANSWERS = "answers.json"
 TEXT_FIELD = "text"
-# Of a plain text at most this many characters are given, and as many are what could follow.
-GIVEN_CHARACTERS = 60
+# The prompt is at most this many characters of a text, and the expected continuation as many.
+PROMPT_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is given, a conversation or plain text, and what is to come."""
+    """A prompt, either a conversation or plain text, and the expected answer."""
 
     given: list[Message] | str
     expected: str
@@ -35,7 +35,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """A question, what is expected, and what the two models say."""
+    """A question, the expected answer, and those of the two models."""
 
     question: str
     expected: str
@@ -44,7 +44,7 @@ class Answer:
 
 
 def kind_of(text: str) -> str:
-    """What the first row of INPUT `text` is for, "sft" or "pretrain"; raises KitError when it is for neither."""
+    """The kind of data in the first row of INPUT `text`, "sft" or "pretrain"; raises KitError if it is neither."""
     chunk, offset, row = first_row(find_inputs(text))
     try:
         detect_format(row)
@@ -56,7 +56,7 @@ def kind_of(text: str) -> str:
 
 
 def read_prompts(text: str, count: int, roles: str) -> list[Prompt]:
-    """The prompts of the first `count` rows of INPUT `text`; raises KitError for a row that is of no use."""
+    """The prompts of the first `count` rows of INPUT `text`; raises KitError for an invalid row."""
     return list(islice(_prompts(text, roles), count))
 
 
@@ -70,8 +70,8 @@ def _prompts(text: str, roles: str) -> Iterator[Prompt]:
 
 def _of_text(row: dict[str, Any]) -> Prompt:
     text = string_field(row, TEXT_FIELD)
-    cut = min(GIVEN_CHARACTERS, len(text) // 2)
-    return Prompt(text[:cut], text[cut : cut + GIVEN_CHARACTERS])
+    cut = min(PROMPT_CHARACTERS, len(text) // 2)
+    return Prompt(text[:cut], text[cut : cut + PROMPT_CHARACTERS])
 
 
 def _of_conversation(row: dict[str, Any], roles: str) -> Prompt:
@@ -82,7 +82,7 @@ def _of_conversation(row: dict[str, Any], roles: str) -> Prompt:
 
 
 def generate(folder: Path, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-    """What the model of `folder` says after each prompt, its likeliest token each time; all prompts in one batch."""
+    """The greedy continuation of each prompt by the model of `folder`; all prompts in one batch."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").is_file():
@@ -103,21 +103,21 @@ def generate(folder: Path, prompts: Sequence[Prompt], max_new_tokens: int) -> li
 
 def ask(before: Path, after: Path, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
     """The answers of both models to each prompt."""
-    said = [generate(folder, prompts, max_new_tokens) for folder in (before, after)]
+    texts = [generate(folder, prompts, max_new_tokens) for folder in (before, after)]
     return [
         Answer(prompt.question, prompt.expected, first, second)
-        for prompt, first, second in zip(prompts, *said, strict=True)
+        for prompt, first, second in zip(prompts, *texts, strict=True)
     ]
 
 
 def save_answers(path: Path, answers: Sequence[Answer]) -> None:
-    """Writes `answers` to `path`, which never holds half of them."""
+    """Writes `answers` to `path` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"answers": [asdict(answer) for answer in answers]})
 
 
 def load_answers(path: Path) -> list[Answer]:
-    """The answers that `save_answers` wrote; raises KitError when they cannot be read."""
+    """The answers that `save_answers` wrote; raises KitError if they cannot be read."""
     try:
         return [Answer(**each) for each in json.loads(path.read_text(encoding="utf-8"))["answers"]]
     except (OSError, ValueError, KeyError, TypeError) as error:

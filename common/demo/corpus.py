@@ -1,7 +1,7 @@
-"""The sample data: small facts in Chinese and English, some of them in no training row.
+"""The sample data: small facts in Chinese and English, some of which are held out from training.
 
-Each fact has a key; the key's hash alone decides whether the fact is for training or for the questions, in whatever
-language, direction or order it is put. So no question's answer can be looked up, only worked out.
+Each fact has a key, whose hash alone decides whether the fact is for training or for the questions, in any language,
+direction or order. So the model cannot memorize an answer; it has to generalize.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ NOUNS = (
 
 @dataclass(frozen=True)
 class Fact:
-    """A question and its answer, and the same as a plain statement."""
+    """A question with its answer, and both as a statement."""
 
     key: str
     language: str
@@ -40,48 +40,48 @@ class Fact:
 
 
 def held_out(key: str) -> bool:
-    """Whether the facts of `key` are kept from training: by the hash of the key and nothing else."""
+    """Whether the facts of `key` are held out from training, which the hash of the key decides."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100 < HELD_OUT_PERCENT
 
 
-def _fact(chance: random.Random, key: str, language: str, question: str, answer: str, *begun: str) -> Fact:
-    """The fact whose statement is one of the beginnings `begun`, or the question, and then the answer."""
-    begin = chance.choice([*begun, f"{question}\n"])
-    return Fact(key, language, question, answer, begin + answer)
+def _fact(rng: random.Random, key: str, language: str, question: str, answer: str, *prefixes: str) -> Fact:
+    """The fact whose statement is one of `prefixes`, or the question, followed by the answer."""
+    prefix = rng.choice([*prefixes, f"{question}\n"])
+    return Fact(key, language, question, answer, prefix + answer)
 
 
-def sums(chance: random.Random) -> Fact:
+def sums(rng: random.Random) -> Fact:
     """A sum of a number under 90 and a digit."""
-    a, b = chance.randint(10, 89), chance.randint(1, 9)
+    a, b = rng.randint(10, 89), rng.randint(1, 9)
     key, total = f"sum {a} {b}", str(a + b)
-    if chance.random() < 0.5:
-        return _fact(chance, key, "en", f"What is {a}+{b}?", total, f"{a}+{b}=", f"{a}+{b} is\n")
-    return _fact(chance, key, "zh", f"{a}加{b}等于多少？", total, f"{a}加{b}等于", f"{a}加{b}是\n")
+    if rng.random() < 0.5:
+        return _fact(rng, key, "en", f"What is {a}+{b}?", total, f"{a}+{b}=", f"{a}+{b} is\n")
+    return _fact(rng, key, "zh", f"{a}加{b}等于多少？", total, f"{a}加{b}等于", f"{a}加{b}是\n")
 
 
-def _phrase(chance: random.Random) -> tuple[str, str, str]:
-    """A number of coloured things: its key, which is one for all that is done with it, in English and in Chinese."""
-    number, colour = chance.choice(list(NUMBERS)), chance.choice(list(COLOURS))
-    noun, measure, name = chance.choice(NOUNS)
+def _phrase(rng: random.Random) -> tuple[str, str, str]:
+    """A number of coloured things: its key, the same for all tasks, and the phrase in English and in Chinese."""
+    number, colour = rng.choice(list(NUMBERS)), rng.choice(list(COLOURS))
+    noun, measure, name = rng.choice(NOUNS)
     english = f"{number} {colour} {noun}"
     return f"phrase {english}", english, f"{NUMBERS[number]}{measure}{COLOURS[colour]}{name}"
 
 
-def translations(chance: random.Random) -> Fact:
-    """A phrase put into the other language."""
-    key, english, chinese = _phrase(chance)
-    if chance.random() < 0.5:
+def translations(rng: random.Random) -> Fact:
+    """A phrase translated into the other language."""
+    key, english, chinese = _phrase(rng)
+    if rng.random() < 0.5:
         question = f"Translate into Chinese:\n{english}"
-        return _fact(chance, key, "en", question, chinese, f"{english}:\n", f"Chinese for\n{english}:\n")
-    return _fact(chance, key, "zh", f"翻译成英文：\n{chinese}", english, f"{chinese}：\n", f"英文：\n{chinese}\n")
+        return _fact(rng, key, "en", question, chinese, f"{english}:\n", f"Chinese for\n{english}:\n")
+    return _fact(rng, key, "zh", f"翻译成英文：\n{chinese}", english, f"{chinese}：\n", f"英文：\n{chinese}\n")
 
 
-def copies(chance: random.Random) -> Fact:
-    """A phrase said again."""
-    key, english, chinese = _phrase(chance)
-    if chance.random() < 0.5:
-        return _fact(chance, key, "en", f"Repeat:\n{english}", english, f"{english}, again:\n", f"{english}\n")
-    return _fact(chance, key, "zh", f"请重复：\n{chinese}", chinese, f"{chinese}，再来：\n", f"{chinese}\n")
+def copies(rng: random.Random) -> Fact:
+    """A phrase repeated."""
+    key, english, chinese = _phrase(rng)
+    if rng.random() < 0.5:
+        return _fact(rng, key, "en", f"Repeat:\n{english}", english, f"{english}, again:\n", f"{english}\n")
+    return _fact(rng, key, "zh", f"请重复：\n{chinese}", chinese, f"{chinese}，再来：\n", f"{chinese}\n")
 
 
 Task = Callable[[random.Random], Fact]
@@ -91,13 +91,13 @@ LESSONS: tuple[Task, ...] = (sums, translations, sums, sums, copies)
 
 
 def facts(seed: int, tasks: tuple[Task, ...], *, held: bool) -> Iterator[Fact]:
-    """Endless facts of `tasks` in turn, either only held-out ones or only those for training."""
-    chance = random.Random(seed)
+    """An endless sequence of facts of `tasks` in turn, either only held-out ones or only those for training."""
+    rng = random.Random(seed)
     while True:
         for task in tasks:
-            fact = task(chance)
+            fact = task(rng)
             while held_out(fact.key) != held:
-                fact = task(chance)
+                fact = task(rng)
             yield fact
 
 
@@ -112,18 +112,18 @@ def questions(seed: int) -> list[Fact]:
 
 
 def pretrain_rows(seed: int, num_rows: int) -> Iterator[dict[str, str]]:
-    """Rows of one plain statement: what stands beside it would have to be told from it first."""
+    """Rows with one statement each; several in a row would take the model longer to learn."""
     for fact in islice(facts(seed, LESSONS, held=False), num_rows):
         yield {"text": fact.statement}
 
 
 def sft_rows(seed: int, num_rows: int) -> Iterator[dict[str, str]]:
-    """Rows of one question and its answer."""
+    """Rows with one question and its answer each."""
     yield from map(_row, islice(facts(seed, LESSONS, held=False), num_rows))
 
 
 def question_rows(seed: int) -> Iterator[dict[str, str]]:
-    """The held-out questions, as rows like those for training."""
+    """The held-out questions, as rows in the format of the training data."""
     yield from map(_row, questions(seed))
 
 
@@ -132,7 +132,7 @@ def _row(fact: Fact) -> dict[str, str]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    """Writes one row a line."""
+    """Writes one row per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""A small Qwen2.5 or Qwen3 of random weights as a Hugging Face folder: grouped queries, RoPE, and either's extras."""
+"""A small Qwen2.5 or Qwen3 with random weights, as a Hugging Face folder."""
 
 import json
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ class Shape:
 
 
 def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Name to shape of every tensor of `Qwen2ForCausalLM` (transformers models/qwen2/modeling_qwen2.py) or Qwen3's.
+    """Name to shape of each tensor of `Qwen2ForCausalLM` (transformers models/qwen2/modeling_qwen2.py) or Qwen3's.
 
-    Qwen2 has a bias on query, key and value, Qwen3 a norm of each head of query and key instead.
+    Qwen2 has biases on query, key and value, Qwen3 norms on each head of query and key instead.
     """
     h, f = shape.hidden_size, shape.intermediate_size
     d = shape.head_dim or h // shape.num_attention_heads
@@ -55,7 +55,7 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def random_weights(shape: Shape, std: float, seed: int, spread: float = 0.0) -> dict[str, torch.Tensor]:
-    """Float32 tensors: matrices normal with `std`; norms 1 and biases 0, both moved by normal noise of `spread`."""
+    """Float32 tensors: matrices normal with `std`; norms 1 and biases 0, both plus normal noise of `spread`."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, size in tensor_shapes(shape).items():

@@ -1,4 +1,4 @@
-"""Which steps the quickstart takes: for the sample data, or for the user's own model and data."""
+"""The steps of the quickstart: for the sample data, or for the user's own model and data."""
 
 import shlex
 import sys
@@ -28,7 +28,7 @@ TITLES = {
     "huggingface": "The trained weights to a Hugging Face folder / 训练好的权重转换为 Hugging Face 目录",
     "answers": "Questions to the model before and after, by transformers / 用 transformers 向训练前后的模型提问",
 }
-# What the sample's small model needs to learn the sample's rows, with room to spare (tests/end_to_end runs it).
+# Enough for the sample's small model to learn the sample data, with a margin (tests/end_to_end runs it).
 SAMPLE = {
     "SEQ_LENGTH": "128",
     "MICRO_BATCH_SIZE": "32",
@@ -48,21 +48,21 @@ SAMPLE_STAGE = {
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """The whole way: data, conversion, training, conversion back, answers."""
+    """All steps: data, conversion, training, conversion back, answers."""
 
-    work_dir: str | None = option(None, "where all of it goes; default: work in the kit")
-    hf_model_path: str | None = option(None, "your own model, a Hugging Face folder; goes with INPUT")
-    input: str | None = option(None, "your own rows, conversations or text; goes with HF_MODEL_PATH")
-    roles: str = option("system", "your rows' instruction is the system's turn, or alpaca", ("system", "alpaca"))
+    work_dir: str | None = option(None, "folder for all output; default: work in the kit's folder")
+    hf_model_path: str | None = option(None, "your own model, a Hugging Face folder; requires INPUT")
+    input: str | None = option(None, "your own rows, conversations or text; requires HF_MODEL_PATH")
+    roles: str = option("system", "your data: instruction is the system turn; or alpaca", ("system", "alpaca"))
     seq_length: int = option(1024, "your data: tokens in a sample")
-    truncate: str = option("right", "your conversations over SEQ_LENGTH", ("error", "drop", "left", "right"))
-    epochs: float = option(1.0, "your data: passes over it")
-    global_batch_size: int = option(8, "your data: samples of a step")
-    micro_batch_size: int = option(1, "your data: samples that a process runs at once")
-    lr: float = option(1e-5, "your data: highest learning rate")
+    truncate: str = option("right", "your data: conversations over SEQ_LENGTH", ("error", "drop", "left", "right"))
+    epochs: float = option(1.0, "your data: number of epochs")
+    global_batch_size: int = option(8, "your data: samples per step")
+    micro_batch_size: int = option(1, "your data: samples per process and forward pass")
+    lr: float = option(1e-5, "your data: maximum learning rate")
     tp: int = option(2, "tensor parallel size")
-    gpus: int = option(2, "processes")
-    seed: int = option(1, "of the sample, its model's weights and the order of samples")
+    gpus: int = option(2, "number of processes")
+    seed: int = option(1, "seed of the sample, its model's weights and the order of samples")
 
     def __post_init__(self) -> None:
         if bool(self.hf_model_path) != bool(self.input):
@@ -81,7 +81,7 @@ class QuickstartSettings:
 
 
 def work_dir(settings: QuickstartSettings) -> Path:
-    """WORK_DIR as an absolute path; raises KitError when something else lies there."""
+    """WORK_DIR as an absolute path; raises KitError if the folder holds other files."""
     folder = Path(settings.work_dir).absolute() if settings.work_dir else KIT / "work"
     if folder.exists() and not (folder / "steps").is_dir() and (not folder.is_dir() or any(folder.iterdir())):
         raise KitError(f"WORK_DIR={folder} is not the quickstart's, and not empty: give a new folder")
@@ -89,18 +89,18 @@ def work_dir(settings: QuickstartSettings) -> Path:
 
 
 def steps_of(settings: QuickstartSettings, work: Path, platform: str) -> list[Step]:
-    """The steps that `settings` ask for, in the scripts of the folder `platform`."""
+    """The steps for `settings`, with the scripts of the folder `platform`."""
     commands = Commands(settings, work, platform)
     return list(commands.own() if settings.input else commands.sample())
 
 
 def own_kind(settings: QuickstartSettings) -> str:
-    """What INPUT is for: "pretrain" or "finetune"."""
+    """The stage that INPUT is data for: "pretrain" or "finetune"."""
     assert settings.input
     return "finetune" if kind_of(settings.input) == "sft" else "pretrain"
 
 
-def whole_checkpoint(folder: Path) -> bool:
+def has_checkpoint(folder: Path) -> bool:
     """Whether `folder` holds a checkpoint."""
     try:
         return find_checkpoint(folder) is not None
@@ -110,7 +110,7 @@ def whole_checkpoint(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Commands:
-    """The steps' commands; folders in WORK_DIR are named as a user in the kit's folder would."""
+    """The commands of the steps; paths are relative to the kit's folder."""
 
     settings: QuickstartSettings
     work: Path
@@ -123,7 +123,7 @@ class Commands:
             title=TITLES["sample"],
             command=self.python("make", folder=self.path("sample"), seed=str(self.settings.seed)),
             output=self.work / "sample",
-            whole=lambda folder: (folder / QUESTIONS).is_file(),
+            is_complete=lambda folder: (folder / QUESTIONS).is_file(),
         )
         model = self.path("sample/model")
         yield self.preprocess("pretrain", self.path(f"sample/{TEXTS}"), model)
@@ -136,28 +136,28 @@ class Commands:
         yield self.ask(model, self.path(f"sample/{QUESTIONS}"), NUM_QUESTIONS, max_new_tokens=16)
 
     def own(self) -> Iterator[Step]:
-        """The user's model, trained on the user's rows in the stage that they are for."""
-        chosen, kind = self.settings, own_kind(self.settings)
-        assert chosen.input and chosen.hf_model_path
-        files, folder = find_inputs(chosen.input), Path(chosen.hf_model_path).absolute()
-        beside = [folder / name for name in model_files(folder).files]
-        reads = tuple(path.absolute() for path in (*files, *beside, *folder.glob("*.safetensors")))
+        """The user's model, trained on the user's rows in the stage that they are data for."""
+        own, kind = self.settings, own_kind(self.settings)
+        assert own.input and own.hf_model_path
+        files, folder = find_inputs(own.input), Path(own.hf_model_path).absolute()
+        others = [folder / name for name in model_files(folder).files]
+        reads = tuple(path.absolute() for path in (*files, *others, *folder.glob("*.safetensors")))
         paths = [shown(path.absolute()) for path in files]
         rows = paths[0] if len(paths) == 1 else shlex.join(paths)
-        wanted = {
-            "SEQ_LENGTH": str(chosen.seq_length),
-            "MICRO_BATCH_SIZE": str(chosen.micro_batch_size),
-            "GLOBAL_BATCH_SIZE": str(chosen.global_batch_size),
-            "EPOCHS": f"{chosen.epochs:g}",
-            "LR": f"{chosen.lr:g}",
+        hyperparameters = {
+            "SEQ_LENGTH": str(own.seq_length),
+            "MICRO_BATCH_SIZE": str(own.micro_batch_size),
+            "GLOBAL_BATCH_SIZE": str(own.global_batch_size),
+            "EPOCHS": f"{own.epochs:g}",
+            "LR": f"{own.lr:g}",
             "MIN_LR": "0",
             "LOG_INTERVAL": "1",
         }
         if kind == "finetune":
-            wanted["TRUNCATE"] = chosen.truncate
+            hyperparameters["TRUNCATE"] = own.truncate
         yield replace(self.preprocess(kind, rows, shown(folder)), reads=reads)
         yield self.to_megatron(shown(folder))
-        yield self.train(kind, "megatron", wanted)
+        yield self.train(kind, "megatron", hyperparameters)
         yield self.to_torch(kind)
         yield self.to_huggingface()
         yield self.ask(shown(folder), rows, SHOWN_ROWS, max_new_tokens=64)
@@ -167,12 +167,12 @@ class Commands:
         return shown(self.work / name)
 
     def python(self, command: str, **flags: str) -> tuple[str, ...]:
-        """One of this package's own commands."""
+        """A command of this package."""
         words = (word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value))
         return (shown(Path(sys.executable)), "-m", "common.demo", command, *words)
 
     def script(self, name: str, script: str, settings: dict[str, str]) -> Step:
-        """A step that runs one of the numbered scripts, which writes the folder `name`."""
+        """A step that runs one of the numbered scripts and writes the folder `name`."""
         command = ("bash", f"{self.platform}/{script}")
         return Step(name=name, title=TITLES[name], command=command, settings=settings, output=self.work / name)
 
@@ -184,7 +184,7 @@ class Commands:
             settings["ROLES"] = self.settings.roles
         script = "1_preprocess_pretrain.sh" if pretraining else "1_preprocess_sft.sh"
         step = self.script(f"tokens_{kind}", script, settings)
-        return replace(step, whole=lambda folder: (folder / "rows.json").is_file(), resumes=True)
+        return replace(step, is_complete=lambda folder: (folder / "rows.json").is_file(), resumes=True)
 
     def to_megatron(self, model: str) -> Step:
         """Hugging Face to Megatron."""
@@ -194,10 +194,10 @@ class Commands:
             "SAVE_CHECKPOINT_PATH": self.path("megatron"),
         }
         step = self.script("megatron", "2_convert_between_hf_megatron.sh", settings)
-        return replace(step, whole=whole_checkpoint)
+        return replace(step, is_complete=has_checkpoint)
 
-    def train(self, kind: str, start: str, wanted: dict[str, str]) -> Step:
-        """A stage of training that begins with the weights in `start`."""
+    def train(self, kind: str, start: str, hyperparameters: dict[str, str]) -> Step:
+        """A stage of training that starts from the weights in `start`."""
         settings = {
             "TRAIN_MODE": kind,
             "DATASET_PATH": self.path(f"tokens_{kind}/rows"),
@@ -205,11 +205,11 @@ class Commands:
             "SAVE_CHECKPOINT_PATH": self.path(kind),
             "TP": str(self.settings.tp),
             "GPUS": str(self.settings.gpus),
-            **wanted,
+            **hyperparameters,
             "SEED": str(self.settings.seed),
         }
         step = self.script(kind, "3_run_mcore_qwen.sh", settings)
-        return replace(step, whole=whole_checkpoint, resumes=True, listens=True)
+        return replace(step, is_complete=has_checkpoint, resumes=True, uses_port=True)
 
     def to_torch(self, source: str) -> Step:
         """The distributed checkpoint in torch format."""
@@ -221,7 +221,7 @@ class Commands:
             "GPUS": str(self.settings.gpus),
         }
         step = self.script("torch", "3_run_mcore_qwen.sh", settings)
-        return replace(step, whole=whole_checkpoint, listens=True)
+        return replace(step, is_complete=has_checkpoint, uses_port=True)
 
     def to_huggingface(self) -> Step:
         """Megatron to Hugging Face."""
@@ -231,10 +231,10 @@ class Commands:
             "SAVE_CHECKPOINT_PATH": self.path("huggingface"),
         }
         step = self.script("huggingface", "2_convert_between_hf_megatron.sh", settings)
-        return replace(step, whole=lambda folder: (folder / "config.json").is_file())
+        return replace(step, is_complete=lambda folder: (folder / "config.json").is_file())
 
     def ask(self, before: str, rows: str, count: int, max_new_tokens: int) -> Step:
-        """Questions to the model before and after."""
+        """Questions to the model before and after training."""
         command = self.python(
             "ask",
             before=before,
@@ -250,5 +250,5 @@ class Commands:
             title=TITLES["answers"],
             command=command,
             output=self.work / "answers",
-            whole=lambda folder: (folder / ANSWERS).is_file(),
+            is_complete=lambda folder: (folder / ANSWERS).is_file(),
         )

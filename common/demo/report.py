@@ -22,25 +22,25 @@ FILES = {
 
 
 def losses(log: Path) -> tuple[float, float] | None:
-    """The loss in the first and in the last line of training in `log`; None where it has none."""
+    """The first and the last training loss in `log`; None if it has none."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     found = [float(match["loss"]) for line in lines if (match := TRAINING_LINE.search(line))]
     return (found[0], found[-1]) if found else None
 
 
 def score(answers: Sequence[Answer], which: str) -> int:
-    """How many answers, those "before" or "after", are exactly what is expected."""
+    """The number of answers, those "before" or "after" training, that equal the expected ones."""
     return sum(getattr(answer, which) == answer.expected for answer in answers)
 
 
 def one_line(text: str) -> str:
-    """`text` for a line of the report: newlines shown as ⏎, and what is too long cut off."""
+    """`text` for a line of the report: newlines shown as ⏎, truncated to SHOWN_CHARACTERS."""
     line = " ⏎ ".join(text.split("\n"))
     return line if len(line) <= SHOWN_CHARACTERS else line[:SHOWN_CHARACTERS] + " …"
 
 
 def report(runner: Runner, answers: Sequence[Answer], models: tuple[str, str]) -> Iterator[str]:
-    """The lines of the report, but for the score; `models` are the names of the one before and the one after."""
+    """The lines of the report without the score; `models` are the names of the model before and after training."""
     yield "\nLoss, at the start and at the end"
     for step in runner.steps:
         if pair := losses(runner.log(step)):
@@ -49,7 +49,7 @@ def report(runner: Runner, answers: Sequence[Answer], models: tuple[str, str]) -
     yield "\nFiles"
     for step in runner.steps:
         yield f"    {shown(step.output):<28} {FILES[step.output.name]}"
-    yield f"    {shown(runner.work_dir / 'logs'):<28} all that the steps said"
+    yield f"    {shown(runner.work_dir / 'logs'):<28} the output of all steps"
 
 
 def _answers(answers: Sequence[Answer], models: tuple[str, str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The sample on disk: a small random model with its tokenizer, texts, conversations and questions."""
+"""The sample: a small random model with its tokenizer, texts, conversations and questions."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ SHAPE = Shape(
     num_attention_heads=4,
     num_key_value_heads=2,
     vocab_size=400,
-    rope_theta=10000.0,  # rows are short, and neighbours are told apart sooner
+    rope_theta=10000.0,  # rows are short, and adjacent positions differ more
 )
-# Large enough that so narrow a model learns from its first step on (Qwen2.5's 0.02 is for wide ones).
+# Large enough that a model this narrow learns from the first step (Qwen2.5's 0.02 is for wide models).
 STD = 0.08
 NUM_TEXTS, NUM_CHATS = 15000, 4000
 NUM_TOKENIZED = 4000
@@ -28,7 +28,7 @@ def write_sample(folder: Path, seed: int) -> None:
     chats = list(sft_rows(seed + 1, NUM_CHATS))
     tokenizer = write_tokenizer(
         folder / "model",
-        map(_spelled, (*texts[:NUM_TOKENIZED], *chats[:NUM_TOKENIZED])),
+        map(_tokenizer_text, (*texts[:NUM_TOKENIZED], *chats[:NUM_TOKENIZED])),
         SHAPE.vocab_size,
     )
     write_model(folder / "model", SHAPE, tokenizer, std=STD, seed=seed)
@@ -38,8 +38,8 @@ def write_sample(folder: Path, seed: int) -> None:
         logger.info("%s: %d rows, %d KB", folder / name, len(each), (folder / name).stat().st_size // 1000)
 
 
-def _spelled(row: dict[str, str]) -> str:
-    """What the tokenizer learns of a row: of a conversation, the roles' names that the chat template adds too."""
+def _tokenizer_text(row: dict[str, str]) -> str:
+    """The text of a row to train the tokenizer on; of a conversation with the role names of the chat template."""
     if "text" in row:
         return row["text"]
     return "\n".join(("system", row["instruction"], "user", row["input"], "assistant", row["output"]))

@@ -1,4 +1,4 @@
-"""A small byte-level BPE with Qwen2.5's special tokens, its split pattern and a ChatML template of our own."""
+"""A small byte-level BPE tokenizer with Qwen2.5's special tokens and split pattern, and a ChatML template."""
 
 import json
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` ids learned from `texts`, the special tokens last, as in Qwen2.5."""
+    """A tokenizer trained on `texts`, with at most `vocab_size` ids, the special tokens last, as in Qwen2.5."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -38,7 +38,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer learned from `texts`, written to `folder` as `transformers` 4 and 5 load it."""
+    """The tokenizer trained on `texts`; written to `folder` as `transformers` 4 and 5 load it."""
     tokenizer = train_tokenizer(texts, vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

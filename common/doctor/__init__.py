@@ -1,1 +1,1 @@
-"""`python -m common.doctor`: whether this machine, as it is, can run the kit."""
+"""`python -m common.doctor`: whether this machine can run the kit."""

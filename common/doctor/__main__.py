@@ -8,44 +8,46 @@ from dataclasses import asdict
 
 from common import errors
 from common.doctor import machine, packages, probes
-from common.doctor.all_reduce import look_at_all_reduce
+from common.doctor.all_reduce import check_all_reduce
 from common.doctor.finding import Finding
 from common.platforms import current, detect
 
 OPERATIONS = ["matmul", "attention", "masked_attention", "collective"]
 
 
-def look(no_device: bool) -> list[Finding]:
-    """Everything, in the order in which one would mend it; `no_device` leaves out what an image's build has not."""
+def diagnose(no_device: bool) -> list[Finding]:
+    """The findings of all checks, in the order to fix them; `no_device` skips those that need a device."""
     platform = current()
-    found = [machine.look_at_platform(platform), packages.look_at_python(), packages.look_at_needed(platform)]
-    done = probes.run(["devices"] if no_device else ["devices", *OPERATIONS])
-    works, said = done.pop("devices")
-    found += packages.look_at_torch(platform, (works, said), no_device)
-    found += packages.look_at_megatron(probes.run(["megatron"])["megatron"], no_device)
-    found.append(packages.look_at_transformers(platform))
+    found = [machine.check_platform(platform), packages.check_python(), packages.check_needed(platform)]
+    results = probes.run(["devices"] if no_device else ["devices", *OPERATIONS])
+    works, result = results.pop("devices")
+    found += packages.check_torch(platform, (works, result), no_device)
+    found += packages.check_megatron(probes.run(["megatron"])["megatron"], no_device)
+    found.append(packages.check_transformers(platform))
     extensions = {name: probes.run([name])[name] for name in packages.extensions()}
-    found += packages.look_at_extensions(platform, extensions, no_device)
-    found += machine.look_at_compiler(platform)
+    found += packages.check_extensions(platform, extensions, no_device)
+    found += machine.check_compiler(platform)
     if no_device:
         return found
-    devices = [(name, free, total) for name, free, total in said["devices"]] if works else []
-    found += machine.look_at_devices(platform, devices)
+    devices = [(name, free, total) for name, free, total in result["devices"]] if works else []
+    found += machine.check_devices(platform, devices)
     if works and (devices or platform.device == "cpu"):
-        found += machine.look_at_operations(done)
-        if done["collective"][0]:  # else its own failure is reported
-            found.append(look_at_all_reduce(platform, len(devices)))
-    return [*found, machine.look_at_shared_memory(), *machine.look_at_disk(), *machine.look_at_limits(platform)]
+        found += machine.check_operations(results)
+        if results["collective"][0]:  # otherwise that failure is reported already
+            found.append(check_all_reduce(platform, len(devices)))
+    return [*found, machine.check_shared_memory(), *machine.check_disk(), *machine.check_limits(platform)]
 
 
 def main() -> None:
-    """Prints the findings; exits 1 where one of them is a failure."""
+    """Prints the findings; exits 1 if one of them is a failure."""
     parser = argparse.ArgumentParser(prog="python -m common.doctor", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of lines")
-    parser.add_argument("--no-device", action="store_true", help="leave out what an image that is being built has not")
+    parser.add_argument(
+        "--no-device", action="store_true", help="skip the checks that need a device (for image builds)"
+    )
     arguments = parser.parse_args()
     os.environ.setdefault("KIT_PLATFORM", detect())
-    found = look(arguments.no_device)
+    found = diagnose(arguments.no_device)
     if arguments.json:
         print(json.dumps([asdict(each) for each in found], indent=2))
     else:

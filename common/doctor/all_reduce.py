@@ -1,8 +1,8 @@
-"""An all-reduce between all devices of this node: whether it comes to an end, is right, and how fast it is.
+"""An all-reduce between all devices of this node: whether it finishes, is correct, and its bandwidth.
 
-    python -m common.doctor.all_reduce RANK RANKS FOLDER     one of its processes: they meet by a file in FOLDER
+    python -m common.doctor.all_reduce RANK RANKS FOLDER     one of the processes; they rendezvous by a file in FOLDER
 
-Each device has a process of its own, as in training, so that one that hangs or dies is told and not waited for.
+Each device has its own process, as in training, so that one that hangs or dies is reported.
 """
 
 import os
@@ -21,25 +21,25 @@ from common.platforms import current
 from common.platforms.base import Platform
 from common.start import from_kit
 
-TIMEOUT_S = 180  # eight processes import torch, and NCCL looks for its ways
-GRACE_S = 10  # for the others to end, once one has failed
+TIMEOUT_S = 180  # eight processes import torch, and NCCL detects the topology
+GRACE_S = 10  # for the others to exit, once one has failed
 CPU_RANKS = 2
 DEVICE_BYTES, CPU_BYTES = 256 << 20, 1 << 20
 WARM_UP, TIMES = 3, 10
-SECONDS = "seconds of one:"  # before what a process prints; with NCCL_DEBUG set, NCCL prints too
+SECONDS = "seconds of one:"  # prefix of the printed result; with NCCL_DEBUG set, NCCL prints too
 REMEDIES = {
-    "nccl": "NCCL_DEBUG=INFO (on MetaX MCCL_DEBUG=INFO) tells why; if NCCL_P2P_DISABLE=1 mends it, the host's IOMMU or"
-    " ACS is in the way, if NCCL_SHM_DISABLE=1 does, /dev/shm (--ipc=host)",
-    "gloo": "set GLOO_SOCKET_IFNAME to an interface of this machine, as lo",
+    "nccl": "NCCL_DEBUG=INFO (on MetaX MCCL_DEBUG=INFO) shows why; if NCCL_P2P_DISABLE=1 fixes it, check the host's"
+    " IOMMU and ACS, if NCCL_SHM_DISABLE=1 does, /dev/shm (--ipc=host)",
+    "gloo": "set GLOO_SOCKET_IFNAME to an interface of this machine, such as lo",
 }
 
 
-def look_at_all_reduce(platform: Platform, num_devices: int) -> Finding:
-    """What the all-reduce gave; with one device there is nothing to try, without any two processes do it by gloo."""
+def check_all_reduce(platform: Platform, num_devices: int) -> Finding:
+    """The result of the all-reduce; on a CPU of two gloo processes, with one device there is none."""
     ranks = num_devices if platform.device == "cuda" else CPU_RANKS
     if ranks == 1:
-        return Finding("all-reduce", "ok", "one device: there is nothing to try")
-    what = f"{ranks} {'devices' if platform.device == 'cuda' else 'processes'} by {platform.backend}"
+        return Finding("all-reduce", "ok", "one device: nothing to test")
+    what = f"{ranks} {'devices' if platform.device == 'cuda' else 'processes'} over {platform.backend}"
     seconds, failure = run(ranks)
     if failure:
         return Finding("all-reduce", "fail", f"{what}: {failure}", REMEDIES[platform.backend])
@@ -49,35 +49,35 @@ def look_at_all_reduce(platform: Platform, num_devices: int) -> Finding:
 
 
 def bus_bandwidth(size: int, ranks: int, seconds: float) -> float:
-    """Bytes a second of a link, whatever the number of ranks (NVIDIA/nccl-tests, doc/PERFORMANCE.md)."""
+    """The bus bandwidth in bytes/s, independent of the number of ranks (NVIDIA/nccl-tests, doc/PERFORMANCE.md)."""
     return size / seconds * 2 * (ranks - 1) / ranks
 
 
 def run(ranks: int) -> tuple[float, str]:
-    """(seconds of one all-reduce, what went wrong); one of them is 0 or empty. No process is left behind."""
+    """(seconds of one all-reduce, "") or (0, what failed). All processes have ended on return."""
     command = [sys.executable, "-m", "common.doctor.all_reduce"]
     with tempfile.TemporaryDirectory() as folder:
-        said = [(Path(folder) / f"rank{rank}").open("w+", errors="replace") for rank in range(ranks)]
+        outputs = [(Path(folder) / f"rank{rank}").open("w+", errors="replace") for rank in range(ranks)]
         with from_kit():
             environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
             processes = [
                 subprocess.Popen([*command, str(rank), str(ranks), folder], env=environment, stdout=out, stderr=out)
-                for rank, out in enumerate(said)
+                for rank, out in enumerate(outputs)
             ]
         try:
-            failure = _wait(processes, said)
-            seconds = 0.0 if failure else float(_last_line(said[0], SECONDS).removeprefix(SECONDS))
+            failure = _wait(processes, outputs)
+            seconds = 0.0 if failure else float(_last_line(outputs[0], SECONDS).removeprefix(SECONDS))
         finally:
-            for process, out in zip(processes, said, strict=True):
+            for process, out in zip(processes, outputs, strict=True):
                 process.kill()
-                with suppress(subprocess.TimeoutExpired):  # one that the driver holds does not end
+                with suppress(subprocess.TimeoutExpired):  # one that is blocked in the driver does not end
                     process.wait(GRACE_S)
                 out.close()
     return seconds, failure
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], said: Sequence[IO[str]]) -> str:
-    """What the first process to fail says, or that they hang; empty where all came to their end."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]], outputs: Sequence[IO[str]]) -> str:
+    """The last line of the first process to fail, or that they hang; empty if all succeeded."""
     end = time.monotonic() + TIMEOUT_S
     failed: list[int] = []
     while time.monotonic() < end:
@@ -89,18 +89,18 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], said: Sequence[IO[str]])
             break
         time.sleep(0.1)
     if failed:
-        return f"process {failed[0]} ended with {processes[failed[0]].poll()}: {_last_line(said[failed[0]])}"
+        return f"process {failed[0]} ended with {processes[failed[0]].poll()}: {_last_line(outputs[failed[0]])}"
     return f"it hung for {TIMEOUT_S} s" if any(process.poll() is None for process in processes) else ""
 
 
-def _last_line(out: IO[str], begin: str = "") -> str:
+def _last_line(out: IO[str], prefix: str = "") -> str:
     out.seek(0)
-    lines = [line.strip() for line in out if line.strip() and line.startswith(begin)]
+    lines = [line.strip() for line in out if line.strip() and line.startswith(prefix)]
     return lines[-1] if lines else "no message"
 
 
 def seconds_of_one(rank: int, ranks: int, folder: str) -> float:
-    """Seconds of an all-reduce, the mean of TIMES; raises AssertionError where the sum is wrong."""
+    """Mean seconds of TIMES all-reduces; raises AssertionError if the sum is wrong."""
     import torch
     import torch.distributed as dist
 
@@ -112,18 +112,18 @@ def seconds_of_one(rank: int, ranks: int, folder: str) -> float:
         platform.backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
         timeout=timedelta(seconds=TIMEOUT_S),
     )  # fmt: skip
-    size, kind = (DEVICE_BYTES, torch.bfloat16) if on_device else (CPU_BYTES, torch.float32)  # gloo's bf16 is younger
-    box: Any = torch.full((size // kind.itemsize,), rank + 1.0, dtype=kind, device=torch.device(platform.device))
-    dist.all_reduce(box)
-    assert bool((box == ranks * (ranks + 1) / 2).all()), "the sum is wrong"
-    box.zero_()  # sums of sums would leave bf16's range
+    size, kind = (DEVICE_BYTES, torch.bfloat16) if on_device else (CPU_BYTES, torch.float32)  # older gloo has no bf16
+    buffer: Any = torch.full((size // kind.itemsize,), rank + 1.0, dtype=kind, device=torch.device(platform.device))
+    dist.all_reduce(buffer)
+    assert bool((buffer == ranks * (ranks + 1) / 2).all()), "the sum is wrong"
+    buffer.zero_()  # repeated sums would overflow
     for _ in range(WARM_UP):
-        dist.all_reduce(box)
+        dist.all_reduce(buffer)
     wait = torch.cuda.synchronize if on_device else dist.barrier
     wait()
     start = time.perf_counter()
     for _ in range(TIMES):
-        dist.all_reduce(box)
+        dist.all_reduce(buffer)
     wait()
     seconds = (time.perf_counter() - start) / TIMES
     dist.destroy_process_group()
@@ -131,17 +131,17 @@ def seconds_of_one(rank: int, ranks: int, folder: str) -> float:
 
 
 def main() -> None:
-    """One process of it, which prints the seconds, or what went wrong as its last line."""
+    """One of the processes: prints the seconds, or the error as its last line."""
     rank, ranks, folder = sys.argv[1:]
     try:
         print(SECONDS, seconds_of_one(int(rank), int(ranks), folder), flush=True)
     except Exception as error:  # whatever torch, CUDA and NCCL raise
         print(f"{type(error).__name__}: {cause(str(error))}", flush=True)
-        os._exit(1)  # NCCL's own threads may wait for the others
+        os._exit(1)  # NCCL's threads may wait for the other ranks
 
 
 def cause(text: str) -> str:
-    """The line that says what went wrong: NCCL's own, which it puts last, or the first."""
+    """The line of an error message that names the cause: NCCL's "Last error", otherwise the first line."""
     lines = text.partition("Last error:")[2].strip().splitlines() or text.strip().splitlines()
     return lines[0] if lines else "no message"
 

@@ -1,4 +1,4 @@
-"""Finding: the result of one check, and what to do about it."""
+"""Finding: the result of one check, with its remedy."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ class Finding:
     """The result of one check; `remedy` is printed unless `status` is ok."""
 
     subject: str
-    status: str  # ok, warn (a run starts, and may be slow or stop later) or fail (it cannot start)
+    status: str  # ok, warn (a run starts, but may be slow or fail later) or fail (it cannot start)
     found: str
     remedy: str = ""
 
@@ -18,5 +18,5 @@ class Finding:
 
 
 def judge(subject: str, found: str, wrong: bool, remedy: str, status: str = "fail") -> Finding:
-    """`status` with its remedy where something is `wrong`, else ok."""
+    """A Finding of `status` with its remedy if `wrong`, else ok."""
     return Finding(subject, status, found, remedy) if wrong else Finding(subject, "ok", found)

@@ -1,4 +1,4 @@
-"""The machine and the container around it: devices, memory, disk and limits."""
+"""The machine and the container: devices, memory, disk and limits."""
 
 import os
 import resource
@@ -14,14 +14,14 @@ from common.platforms import available_memory, check_machine, detect
 from common.platforms.base import Platform
 
 GIB = 1 << 30
-LEAST_SHARED_BYTES = GIB  # what MetaX's documents ask MCCL's containers for; NCCL and batch workers share it too
+LEAST_SHARED_BYTES = GIB  # what MetaX's documents require for MCCL; NCCL and data workers use it too
 LEAST_DISK_BYTES = 20 * GIB  # one checkpoint of 1B parameters with its optimizer
 LEAST_FILES = 4096
 SHARED = Path("/dev/shm")
 
 
-def look_at_platform(platform: Platform) -> Finding:
-    """Whether the scripts in use are those for this machine."""
+def check_platform(platform: Platform) -> Finding:
+    """Whether the platform of the scripts in use is that of this machine."""
     try:
         check_machine(platform)
     except KitError as error:
@@ -31,8 +31,8 @@ def look_at_platform(platform: Platform) -> Finding:
     return Finding("platform", "ok", f"{platform.name}{note}")
 
 
-def look_at_devices(platform: Platform, found: list[tuple[str, int, int]]) -> list[Finding]:
-    """Each device's memory, (name, free bytes, total bytes); none at all where the platform needs one."""
+def check_devices(platform: Platform, found: list[tuple[str, int, int]]) -> list[Finding]:
+    """The memory of each device, (name, free bytes, total bytes); a failure if the platform needs one and has none."""
     if platform.device == "cpu":
         return [Finding("memory", "ok", f"{available_memory() / GIB:.1f} GiB free")]
     if not found:
@@ -40,7 +40,7 @@ def look_at_devices(platform: Platform, found: list[tuple[str, int, int]]) -> li
         if detect() != platform.name:
             remedy += f"; or use the scripts of {detect()}/, which this machine looks like"
         return [Finding("device", "fail", "torch sees none", remedy)]
-    remedy = "end the process that holds it, or leave this device out by CUDA_VISIBLE_DEVICES"
+    remedy = "end the process that uses it, or exclude the device with CUDA_VISIBLE_DEVICES"
     return [
         judge(
             f"device {i}", f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free", free < 0.9 * total, remedy, "warn"
@@ -49,34 +49,34 @@ def look_at_devices(platform: Platform, found: list[tuple[str, int, int]]) -> li
     ]
 
 
-def look_at_operations(told: dict[str, tuple[bool, Any]]) -> list[Finding]:
-    """The small operations on the device."""
-    remedy = "driver, image and device do not go together: compare the driver's version with the image's release notes"
-    return [judge("operation", f"{name}: {said}", not works, remedy) for name, (works, said) in told.items()]
+def check_operations(results: dict[str, tuple[bool, Any]]) -> list[Finding]:
+    """The small operations on the device, from `probes.run`."""
+    remedy = "driver, image and device are incompatible: compare the driver's version with the image's release notes"
+    return [judge("operation", f"{name}: {result}", not works, remedy) for name, (works, result) in results.items()]
 
 
-def look_at_shared_memory() -> Finding:
-    """/dev/shm, through which NCCL's processes and the batch readers speak; Docker gives 64 MiB."""
+def check_shared_memory() -> Finding:
+    """/dev/shm, through which NCCL and the data workers communicate; Docker's default is 64 MiB."""
     total = _space(SHARED)[0]
     remedy = "start the container with --ipc=host, or --shm-size=16g"
     return judge("shared memory", f"{total / GIB:.2f} GiB", total < LEAST_SHARED_BYTES, remedy, "warn")
 
 
-def look_at_disk() -> list[Finding]:
-    """Room where SAVE_CHECKPOINT_PATH says, or where one stands, and for temporary files."""
+def check_disk() -> list[Finding]:
+    """Free space at SAVE_CHECKPOINT_PATH, or in the current folder, and for temporary files."""
     findings = []
     saved = existing_part(Path(os.environ.get("SAVE_CHECKPOINT_PATH") or Path.cwd()))
     for name, folder, least in (("disk", saved, LEAST_DISK_BYTES), ("temporary", Path(tempfile.gettempdir()), GIB)):
         free = _space(folder)[1]
         remedy = (
-            "a checkpoint takes 14 to 18 bytes a parameter: save to a larger disk, or keep fewer (KEEP_CHECKPOINTS)"
+            "a checkpoint takes 14 to 18 bytes per parameter: save to a larger disk, or keep fewer (KEEP_CHECKPOINTS)"
         )
         findings.append(judge(name, f"{free / GIB:.1f} GiB free in {folder}", free < least, remedy, "warn"))
     return findings
 
 
-def look_at_limits(platform: Platform) -> list[Finding]:
-    """Open files; with devices, memory that may be locked, which RDMA and pinned buffers need."""
+def check_limits(platform: Platform) -> list[Finding]:
+    """Open files; with devices also locked memory, which RDMA and pinned buffers need."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     enough = files == resource.RLIM_INFINITY or files >= LEAST_FILES
     findings = [
@@ -84,20 +84,20 @@ def look_at_limits(platform: Platform) -> list[Finding]:
     ]
     if platform.device == "cuda":
         locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-        told = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked >> 10} KiB"
+        found = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked >> 10} KiB"
         limited = locked != resource.RLIM_INFINITY
         findings.append(
-            judge("locked memory", told, limited, "docker run --ulimit memlock=-1: RDMA fails without", "warn")
+            judge("locked memory", found, limited, "docker run --ulimit memlock=-1: RDMA fails without it", "warn")
         )
     return findings
 
 
-def look_at_compiler(platform: Platform) -> list[Finding]:
-    """The C compiler with which Triton builds what starts its kernels; asked for where such kernels are used."""
+def check_compiler(platform: Platform) -> list[Finding]:
+    """The C compiler with which Triton builds its kernel launchers; only if the platform uses Triton."""
     if not platform.fused_kernels:
         return []
     name = next((each for each in (os.environ.get("CC"), "gcc", "clang") if each and shutil.which(each)), None)
-    return [judge("C compiler", name or "not there", name is None, "apt-get install gcc: Triton's kernels need it")]
+    return [judge("C compiler", name or "not found", name is None, "apt-get install gcc: Triton's kernels need it")]
 
 
 def _space(folder: Path) -> tuple[int, int]:

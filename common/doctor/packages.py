@@ -21,17 +21,17 @@ TRANSFORMERS = (
     ((2, 2), ">=4.47,<5"),
     ((2, 1), ">=4.47,<4.56"),
 )
-# Other packages that the kit and megatron-core import; torch, megatron-core and transformers have checks of their own.
+# Other packages that the kit and megatron-core import; torch, megatron-core and transformers have separate checks.
 NEEDED = ("numpy", "packaging", "tokenizers", "safetensors", "jinja2", "tqdm", "psutil", "pydantic")
 KEEP_TORCH = "with `--no-deps`, or with the image's versions as constraints, so that pip leaves torch alone"
 
 
-def look_at_python() -> Finding:
+def check_python() -> Finding:
     """Python 3.10 or later."""
     return judge("Python", sys.version.split()[0], sys.version_info < (3, 10), "use Python 3.10 or later")
 
 
-def look_at_needed(platform: Platform) -> Finding:
+def check_needed(platform: Platform) -> Finding:
     """The packages that every step imports."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     found = f"not installed: {', '.join(missing)}" if missing else ", ".join(NEEDED)
@@ -45,24 +45,24 @@ def how_to_install(platform: Platform) -> str:
     return f"start the kit's image; or pip install -r requirements/{platform.name}.txt {KEEP_TORCH}"
 
 
-def look_at_torch(platform: Platform, probed: tuple[bool, Any], no_device: bool) -> list[Finding]:
-    """torch, and the CUDA that it was built for; `probed` is the result of the probe `devices`."""
+def check_torch(platform: Platform, probed: tuple[bool, Any], no_device: bool) -> list[Finding]:
+    """torch and the CUDA version it was built for; `probed` is the result of the probe `devices`."""
     works, result = _excused(probed, no_device)
     if not version("torch"):
         return [Finding("torch", "fail", "not installed", how_to_install(platform))]
     if isinstance(result, str):
-        remedy = "start the image whose torch fits this machine"
+        remedy = "start the image whose torch supports this machine"
         return [judge("torch", f"{version('torch')} {result}", not works, remedy)]
     findings = [fits("torch", result["torch"], ">=2.1", "start an image with torch 2.1 or later")]
     if platform.oldest_cuda:
         cuda = result["cuda"] or "none"
         wrong = result["cuda"] is None or _numbers(cuda) < _numbers(platform.oldest_cuda)
         remedy = f"use an image whose torch was built for CUDA {platform.oldest_cuda} or later"
-        findings.append(judge("CUDA", f"torch's is {cuda}", wrong, remedy))
+        findings.append(judge("CUDA", f"torch was built for {cuda}", wrong, remedy))
     return findings
 
 
-def look_at_megatron(probed: tuple[bool, Any], no_device: bool) -> list[Finding]:
+def check_megatron(probed: tuple[bool, Any], no_device: bool) -> list[Finding]:
     """megatron-core: its version, where it is imported from, and whether the modules that training needs import."""
     try:
         installation.check_installed()
@@ -84,14 +84,14 @@ def look_at_megatron(probed: tuple[bool, Any], no_device: bool) -> list[Finding]
     return [*findings, judge("megatron-core", found, not works, remedy)]
 
 
-def look_at_transformers(platform: Platform) -> Finding:
+def check_transformers(platform: Platform) -> Finding:
     """transformers, in the range for the installed torch; others fail at import or reject that torch."""
     text, required = version("transformers"), _transformers_range()
     remedy = f"pip install 'transformers{required}' {KEEP_TORCH}" if version("torch") else how_to_install(platform)
     return fits("transformers", text, required, remedy)
 
 
-def look_at_extensions(platform: Platform, probed: dict[str, tuple[bool, Any]], no_device: bool) -> list[Finding]:
+def check_extensions(platform: Platform, probed: dict[str, tuple[bool, Any]], no_device: bool) -> list[Finding]:
     """Transformer Engine, apex, flash_attn, flash-attn-4 and QuACK: each is optional, but must work if installed."""
     lacking = {
         "transformer_engine": (platform.transformer_engine, "TRANSFORMER_IMPL=local runs without it, more slowly"),
@@ -113,7 +113,7 @@ def look_at_extensions(platform: Platform, probed: dict[str, tuple[bool, Any]], 
 
 
 def extensions() -> list[str]:
-    """The installed ones, to be probed; flash-attn-4 alone makes `flash_attn` a folder without a module."""
+    """The installed extensions, to be probed; flash-attn-4 alone makes `flash_attn` a namespace package."""
     specs = {name: find_spec(name) for name in ("transformer_engine", "apex", "flash_attn")}
     found = [name for name, spec in specs.items() if spec and spec.origin]
     return [*found, *(name for name in ("flash_attn_4", "quack_kernels") if version(name))]

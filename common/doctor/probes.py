@@ -1,8 +1,8 @@
-"""What can only be known by doing it: imports and small operations, each in a process that may die of it.
+"""Imports and small operations that may crash, run in a subprocess.
 
-    python -m common.doctor.probes NAME ...     prints a JSON line for each: {"probe", "works", "said"}
+    python -m common.doctor.probes NAME ...     prints a JSON line for each: {"probe", "works", "result"}
 
-The names are those of the functions below; each returns what to tell, or raises.
+The names are those of the functions below; each returns its result, or raises.
 """
 
 import json
@@ -21,7 +21,7 @@ TIMEOUT_S = 300
 
 
 def devices() -> dict[str, Any]:
-    """torch's version, the CUDA it was built for, and [name, free bytes, total bytes] of each device."""
+    """torch's version, the CUDA version it was built for, and [name, free bytes, total bytes] of each device."""
     import torch
 
     found = []
@@ -32,7 +32,7 @@ def devices() -> dict[str, Any]:
 
 
 def matmul() -> str:
-    """A product in bf16 against the same in float32."""
+    """A bf16 matrix product, compared with float32."""
     import torch
 
     x = torch.arange(64 * 64).reshape(64, 64) % 7 - 3
@@ -47,7 +47,7 @@ def attention() -> str:
 
 
 def masked_attention() -> str:
-    """Attention with a mask, as rows of several samples need it: no sample sees another."""
+    """Attention with a block-causal mask, as for packed sequences: no sample attends to another."""
     import torch
 
     from common.model.layers.attention import block_causal_mask
@@ -58,26 +58,26 @@ def masked_attention() -> str:
     changed[:24] += 1
     mask = block_causal_mask(segments)
     before, after = (_sdpa(x, mask) for x in (query, changed))
-    assert torch.equal(before[24:], after[24:]), "a sample sees another one of its row"
-    assert not torch.equal(before[:24], after[:24]), "attention gives the same whatever it reads"
+    assert torch.equal(before[24:], after[24:]), "a sample attends to another one of its row"
+    assert not torch.equal(before[:24], after[:24]), "the output does not depend on the input"
     return "attention with a mask"
 
 
 def collective() -> str:
-    """An all-reduce by the platform's backend, alone in its group."""
+    """An all-reduce over the platform's backend, in a group of one process."""
     import torch
     import torch.distributed as dist
 
     dist.init_process_group(current().backend, store=dist.HashStore(), rank=0, world_size=1)
-    box = torch.ones(4, device=_device())
-    dist.all_reduce(box)
-    assert box.sum().item() == 4, "the sum is wrong"
+    tensor = torch.ones(4, device=_device())
+    dist.all_reduce(tensor)
+    assert tensor.sum().item() == 4, "the sum is wrong"
     dist.destroy_process_group()
-    return f"all-reduce by {current().backend}"
+    return f"all-reduce over {current().backend}"
 
 
 def transformer_engine() -> str:
-    """Transformer Engine, whose own import hides that its PyTorch part is broken; its Linear where a device is."""
+    """transformer_engine.pytorch, whose failure `import transformer_engine` hides; with a device its Linear."""
     import torch
     import transformer_engine.pytorch as te
 
@@ -91,25 +91,25 @@ def transformer_engine() -> str:
 
 
 def apex() -> str:
-    """apex's fused Adam, one step of it against torch's where a device is; its kernel for weight gradients."""
+    """apex's fused Adam, with a device one step of it against torch's; its fused weight gradient."""
     import torch
-    from apex.optimizers import FusedAdam, FusedSGD  # noqa: F401  Megatron-Core asks for both or takes neither
+    from apex.optimizers import FusedAdam, FusedSGD  # noqa: F401  Megatron-Core imports both or uses neither
 
-    said = ["fused Adam imports"]
+    results = ["fused Adam imports"]
     if torch.cuda.is_available():
         mine, theirs = (torch.nn.Parameter(torch.ones(64, device="cuda")) for _ in range(2))
         for parameter, kind in ((mine, FusedAdam), (theirs, torch.optim.AdamW)):
             parameter.grad = torch.linspace(-1, 1, 64, device="cuda")
             kind([parameter], lr=0.1, weight_decay=0.01).step()
         assert torch.allclose(mine, theirs, atol=1e-5), "its fused Adam is not Adam"
-        said = ["a step of its fused Adam"]
+        results = ["a step of its fused Adam"]
     if find_spec("fused_weight_gradient_mlp_cuda") is None:
-        said.append("no kernel for weight gradients")
-    return ", ".join(said)
+        results.append("no kernel for weight gradients")
+    return ", ".join(results)
 
 
 def flash_attn() -> str:
-    """flash_attn with grouped heads, forward and backward; without a device its import."""
+    """flash_attn with grouped heads, forward and backward; without a device only its import."""
     import torch
     from flash_attn import flash_attn_func  # noqa: F401
 
@@ -117,7 +117,7 @@ def flash_attn() -> str:
 
 
 def flash_attn_4() -> str:
-    """FlashAttention 4 the same way."""
+    """As `flash_attn`, for FlashAttention 4."""
     import torch
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # noqa: F401
 
@@ -125,7 +125,7 @@ def flash_attn_4() -> str:
 
 
 def quack_kernels() -> str:
-    """QuACK's products with SwiGLU and the loss inside; without a device their import."""
+    """QuACK's GEMMs with fused SwiGLU and loss; without a device only their import."""
     import torch
 
     from common.model.kernels import quack_loss
@@ -135,9 +135,12 @@ def quack_kernels() -> str:
     products, loss = QuackProducts(), quack_loss.QuackLoss()
     if not torch.cuda.is_available():
         return "imports"
-    failures = [gated_mlp.why_not(products, 256, 512, _device()), quack_loss.why_not(loss, 256, 151936, _device())]
+    failures = [
+        gated_mlp.unusable_reason(products, 256, 512, _device()),
+        quack_loss.unusable_reason(loss, 256, 151936, _device()),
+    ]
     assert not any(failures), "; ".join(filter(None, failures))
-    return "SwiGLU and the loss inside products, forward and backward"
+    return "SwiGLU and the loss fused into matrix products, forward and backward"
 
 
 def megatron() -> str:
@@ -158,9 +161,9 @@ PROBES: dict[str, Callable[[], Any]] = {
 
 
 def _attention(kind: str) -> str:
-    from common.model.layers.attention import KINDS, why_not
+    from common.model.layers.attention import KINDS, unusable_reason
 
-    failure = why_not(KINDS[kind], (8, 2, 64), _device())
+    failure = unusable_reason(KINDS[kind], (8, 2, 64), _device())
     assert not failure, failure
     return f"attention by {kind}, 8 heads in 2 groups, forward and backward"
 
@@ -181,12 +184,12 @@ def _device() -> Any:
 
 
 def run(names: list[str]) -> dict[str, tuple[bool, Any]]:
-    """(whether it works, what it says) of each probe; they run in one process, in order, and end with it."""
+    """(whether it works, its result or error) of each probe; they run in order in one subprocess."""
     command = [sys.executable, "-m", "common.doctor.probes", *names]
     try:
         with from_kit():
-            told = {**os.environ, "PYTHONWARNINGS": "ignore"}
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=told, check=False)
+            env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=env, check=False)
         ended = f"its process ended with {done.returncode}" + (f": {_last_line(done.stderr)}" if done.stderr else "")
         printed = done.stdout
     except subprocess.TimeoutExpired as error:
@@ -195,12 +198,12 @@ def run(names: list[str]) -> dict[str, tuple[bool, Any]]:
     results: dict[str, tuple[bool, Any]] = {}
     for line in printed.splitlines():
         if line.startswith('{"probe": '):
-            told = json.loads(line)
-            results[told["probe"]] = (told["works"], told["said"])
+            each = json.loads(line)
+            results[each["probe"]] = (each["works"], each["result"])
     for name in names:
         if name not in results:
             results[name] = (False, ended)
-            ended = "not tried: the one before ended the process"
+            ended = "not run: the previous probe ended the process"
     return results
 
 
@@ -209,12 +212,12 @@ def _last_line(text: str) -> str:
 
 
 def main() -> None:
-    """Runs the probes that are named."""
+    """Runs the probes named on the command line."""
     for name in sys.argv[1:]:
         try:
-            result = {"probe": name, "works": True, "said": PROBES[name]()}
+            result = {"probe": name, "works": True, "result": PROBES[name]()}
         except Exception as error:  # whatever a broken build raises: AttributeError, OSError, RuntimeError
-            result = {"probe": name, "works": False, "said": f"{type(error).__name__}: {_last_line(str(error))}"}
+            result = {"probe": name, "works": False, "result": f"{type(error).__name__}: {_last_line(str(error))}"}
         print(json.dumps(result), flush=True)
 
 

@@ -1,1 +1,1 @@
-"""What the kit needs of Megatron-Core and Transformer Engine, and how their versions differ."""
+"""The versions of Megatron-Core and Transformer Engine that the kit supports, and their differences."""

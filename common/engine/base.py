@@ -1,6 +1,6 @@
-"""Engine: what the kit needs of Megatron-Core, with the newest version's behavior; older ones override what differs.
+"""Engine: what the kit uses of Megatron-Core, as in the newest version; subclasses for older ones override the rest.
 
-Reading a fact imports neither torch nor megatron: methods that need them import them.
+The attributes need neither torch nor megatron; methods that need them import them.
 """
 
 from contextlib import AbstractContextManager
@@ -11,18 +11,18 @@ class Engine:
     """One minor version of Megatron-Core."""
 
     release: str  # the release that tests/lanes.sh runs
-    environment: str  # where it is used, as errors name it
-    oldest_torch: tuple[int, int]  # major and minor of the first torch that it trains with
+    environment: str  # where it is used, for error messages
+    oldest_torch: tuple[int, int]  # major and minor of the oldest torch that it trains with
     numpy_2: bool = True  # whether it works with numpy 2 or later
-    fp8_recipes: bool = True  # TransformerConfig.fp8_recipe; without, FP8 uses delayed scaling
+    fp8_recipes: bool = True  # TransformerConfig.fp8_recipe; without it FP8 uses delayed scaling
     bf16_moments: bool = True  # OptimizerConfig.store_param_remainders
     fused_single_qkv_rope: bool = True  # TransformerConfig.fused_single_qkv_rope
-    strided_weight_gradients: bool = True  # local linear layers take inputs that are not contiguous
-    fused_residual_norms: bool = True  # its layers call norms and sums where layers/residual_norm.py replaces them
-    separate_postprocess: bool = True  # GPTModel's output layer and loss are a method of their own, _postprocess
-    uneven_pipeline_layers: bool = True  # any number of layers in any chunk: pipeline_model_parallel_layout
-    quiet_loggers: tuple[str, ...] = ()  # those that warn at every start of what no user can change
-    # Layouts of the distributed optimizer in torch_dist checkpoints of older kits that its dist_checkpointing loads.
+    strided_weight_gradients: bool = True  # local linear layers accept inputs that are not contiguous
+    fused_residual_norms: bool = True  # its layers call norms and residual adds as layers/residual_norm.py expects
+    separate_postprocess: bool = True  # GPTModel has a method for output layer and loss, _postprocess
+    uneven_pipeline_layers: bool = True  # any number of layers per chunk: pipeline_model_parallel_layout
+    quiet_loggers: tuple[str, ...] = ()  # loggers whose warnings at every start do not concern users
+    # Layouts of the distributed optimizer in older torch_dist checkpoints that its dist_checkpointing loads.
     legacy_optimizer_shardings: tuple[str, ...] = ("dp_zero_gather_scatter",)
 
     @property
@@ -37,9 +37,9 @@ class Engine:
         return ".".join(map(str, self.version))
 
     def chunk_place(self, index: int, vpp: int) -> tuple[bool, bool, dict[str, Any]]:
-        """Whether this rank's chunk `index` of `vpp` is the model's first, its last; GPTModel's arguments for it.
+        """(whether this rank's chunk `index` of `vpp` is the model's first, its last, GPTModel's arguments for it).
 
-        Called before a chunk is built and before its weights are named.
+        Called before a chunk, or its sharded state dict, is built.
         """
         from megatron.core import parallel_state
 
@@ -49,20 +49,20 @@ class Engine:
         return first(**where), last(**where), stage
 
     def without_postprocess(self, model: Any) -> AbstractContextManager[None]:
-        """A context in which GPTModel's forward ends with the hidden states; where `separate_postprocess` is False."""
+        """A context in which GPTModel.forward returns the hidden states; only if `separate_postprocess` is False."""
         raise NotImplementedError
 
     def mlp_submodules(self, layer: Any) -> Any:
-        """The MLPSubmodules in the TransformerLayerSubmodules `layer`, to be changed in place."""
+        """The MLPSubmodules of the TransformerLayerSubmodules `layer`, to be modified in place."""
         return layer.mlp.keywords["submodules"]
 
     def sharded_optimizer_state(
         self, optimizer: Any, model_state: dict[str, Any], metadata: dict[str, Any]
     ) -> dict[str, Any]:
-        """The sharded state dict to load a distributed optimizer into, in the legacy layout that `metadata` names."""
+        """The sharded state dict of a distributed optimizer for loading, in the legacy layout in `metadata`."""
         found: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=metadata)
         return found
 
     def uses_decoupled_grad(self, optimizer_config: Any) -> bool:
-        """Whether the optimizer reads gradients from `decoupled_grad`, not from `grad`."""
+        """Whether the optimizer reads gradients from `decoupled_grad` instead of `grad`."""
         return bool(optimizer_config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)

@@ -1,4 +1,4 @@
-"""The fields of Megatron-Core's config dataclasses, read from the installed source: nothing is imported."""
+"""The fields of Megatron-Core's config dataclasses, parsed from the installed source without importing it."""
 
 import ast
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from functools import cache
 
 from common.engine.installation import check_origin
 
-# The files of a section's dataclass, and of those that it inherits from, in the folder of megatron.core.
+# The files of a section's dataclass and its base classes, relative to megatron/core.
 SECTIONS = {
     "transformer": ("model_parallel_config.py", "transformer/transformer_config.py"),
     "ddp": ("distributed/distributed_data_parallel_config.py",),
@@ -19,7 +19,7 @@ LISTS = ("list", "List", "tuple", "Tuple", "Sequence")
 
 @dataclass
 class FieldType:
-    """What a field takes: scalars, the words of Literals, lists of either, None."""
+    """The values that a field accepts: scalars, the strings of Literals, lists, None."""
 
     scalars: list[type] = field(default_factory=list)
     choices: list[str] = field(default_factory=list)
@@ -28,7 +28,7 @@ class FieldType:
 
     @property
     def readable(self) -> bool:
-        """Whether a value can be written on a command line; functions, dtypes and enums cannot."""
+        """Whether the command line can set it; functions, dtypes and enums it cannot."""
         return bool(self.scalars or self.choices or self.items)
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class FieldType:
 
 @cache
 def fields_of(section: str) -> dict[str, FieldType]:
-    """The fields of a section's dataclass by name; raises KitError where megatron-core is not usable."""
+    """The fields of a section's dataclass by name; raises KitError if megatron-core is not usable."""
     folder = check_origin().parent
     found: dict[str, FieldType] = {}
     for name in SECTIONS[section]:
@@ -60,7 +60,7 @@ def _read(annotation: ast.expr) -> FieldType:
 
 
 def _collect(node: ast.expr, kind: FieldType) -> None:
-    """Adds what an annotation names to `kind`; what it does not know, it leaves out."""
+    """Adds the types in an annotation to `kind`; ignores those that the command line cannot set."""
     if isinstance(node, ast.Constant) and node.value is None:
         kind.optional = True
     elif isinstance(node, ast.Name) and node.id in SCALARS:

@@ -1,4 +1,4 @@
-"""Whether the installed Megatron-Core can be imported here, and what is prepared before it is."""
+"""Checks of the installed Megatron-Core, and preparations before it is imported."""
 
 import logging
 from importlib import metadata
@@ -6,13 +6,13 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from common.engine.patches import mend_metadata_of_newer_torch, mend_numpy_without_dtypes
+from common.engine.patches import add_metadata_alias, add_numpy_dtypes
 from common.engine.versions import installed_engine
 from common.errors import KitError
 
 
 def check_installed() -> None:
-    """Raises KitError unless the installed megatron-core is supported and its numpy fits."""
+    """Raises KitError unless the installed megatron-core is supported and works with the installed numpy."""
     engine, numpy = installed_engine(), metadata.version("numpy")
     if not engine.numpy_2 and int(numpy.split(".")[0]) >= 2:
         raise KitError(
@@ -24,7 +24,7 @@ def check_installed() -> None:
 def check_origin() -> Path:
     """The file that `import megatron.core` loads; raises KitError unless it is the installed package's.
 
-    A Megatron-LM checkout on PYTHONPATH, as some images have it, would be imported instead. Nothing is imported here.
+    A Megatron-LM checkout on PYTHONPATH, as in some images, would take precedence. Imports nothing itself.
     """
     installed_engine()
     package = metadata.distribution("megatron-core")
@@ -35,7 +35,7 @@ def check_origin() -> Path:
     if found != installed:
         raise KitError(
             f"`import megatron.core` loads {found or 'nothing'}, not the installed megatron-core {package.version}"
-            f" ({installed}): take the folder of that checkout out of PYTHONPATH"
+            f" ({installed}): remove the folder of that checkout from PYTHONPATH"
         )
     return installed
 
@@ -43,8 +43,8 @@ def check_origin() -> Path:
 def prepare(platform: Any) -> None:
     """Prepares this process for `import megatron.core`: checks versions, applies patches, prepares `platform`."""
     check_installed()
-    mend_numpy_without_dtypes()
-    mend_metadata_of_newer_torch()
+    add_numpy_dtypes()
+    add_metadata_alias()
     for name in installed_engine().quiet_loggers:
         logging.getLogger(name).setLevel(logging.ERROR)
     platform.prepare()

@@ -1,4 +1,4 @@
-"""What is done with one distributed optimizer of Megatron-Core, the same way with every version."""
+"""Operations on one distributed optimizer of Megatron-Core, for every version."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from common.engine.versions import installed_engine
 
 
 def clip_gradients(optimizer: Any, grad_norm: float) -> None:
-    """Scales the gradients of one distributed optimizer down to its clip_grad; `grad_norm` is that of all of them."""
+    """Clips the gradients of one distributed optimizer to its clip_grad; `grad_norm` is the global norm."""
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
     config = optimizer.config
@@ -21,16 +21,16 @@ def clip_gradients(optimizer: Any, grad_norm: float) -> None:
 
 
 def make_optimizer_state(optimizer: Any) -> None:
-    """Makes the moments of one distributed optimizer by a step on zero gradients, so that they can be loaded into.
+    """Creates the moments of one distributed optimizer by a step on zero gradients, to load a checkpoint into them.
 
-    All gradients are the same zeros, as many as the largest parameter has, and none is left. From 0.14 on Megatron-Core
-    has `_init_optimizer_states_with_dummy_values`, which makes them for each parameter; and where Transformer Engine's
-    Adam reads `decoupled_grad` (bf16 moments), it needs none, and those that were made stay: 2 bytes a parameter.
+    All gradients share one buffer of zeros, of the size of the largest parameter, which is freed. Megatron-Core's own
+    `_init_optimizer_states_with_dummy_values` (from 0.14 on) allocates zeros for each parameter. With bf16 moments,
+    where Transformer Engine's Adam reads `decoupled_grad`, they are not needed, and would stay: 2 bytes per parameter.
     """
     import torch
 
     groups = optimizer.optimizer.param_groups
-    parameters = [each for group in groups for each in group["params"] if each.numel()]  # kernels take no empty tensor
+    parameters = [each for group in groups for each in group["params"] if each.numel()]  # kernels reject empty tensors
     if not getattr(optimizer.optimizer, "use_decoupled_grad", False):
         zeros: dict[Any, torch.Tensor] = {}
         for each in sorted(parameters, key=torch.numel, reverse=True):

@@ -1,7 +1,7 @@
-"""Fields of Megatron-Core's configs that a user sets by name: `--mcore.transformer.recompute_modules core_attn mlp`.
+"""Overrides of Megatron-Core's config fields: `--mcore.transformer.recompute_modules core_attn mlp`.
 
-They reach TransformerConfig (`transformer`), DistributedDataParallelConfig (`ddp`) and OptimizerConfig (`optimizer`)
-of the installed version as they are. Those that the kit sets itself are refused with the setting that does.
+They are passed unchanged to TransformerConfig (`transformer`), DistributedDataParallelConfig (`ddp`) and
+OptimizerConfig (`optimizer`) of the installed version. Fields that the kit sets itself are refused, with the setting.
 """
 
 import difflib
@@ -15,8 +15,8 @@ from common.errors import KitError
 
 PREFIX = "--mcore."
 SHAPE = "the model's config.json"
-CORRECTNESS = "the kit, which trains and saves correctly with that value alone"
-# Fields that are set already, and by what. One that ends with * is the beginning of several names.
+CORRECTNESS = "the kit, which trains and saves correctly only with that value"
+# Fields that the kit sets, and what decides them; a trailing * is a wildcard.
 OWNERS: dict[str, dict[str, str]] = {
     "transformer": {
         **dict.fromkeys(
@@ -69,7 +69,7 @@ OWNERS: dict[str, dict[str, str]] = {
 
 
 def join_words(words: Sequence[str]) -> list[str]:
-    """A command line in which `--mcore.SECTION.FIELD VALUE ...` is `--mcore=SECTION.FIELD=VALUE ...`, one word."""
+    """The command line with each `--mcore.SECTION.FIELD VALUE ...` as one word, `--mcore=SECTION.FIELD=VALUE ...`."""
     joined: list[str] = []
     collecting = False
     for word in words:
@@ -86,7 +86,7 @@ def join_words(words: Sequence[str]) -> list[str]:
 
 
 def overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The fields of each section with their values; raises KitError for one that is unknown, the kit's or mistyped."""
+    """The overrides of each section; raises KitError for a field that is unknown or the kit's, or a wrong value."""
     found: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for text in texts:
         name, _, value = text.partition("=")
@@ -104,13 +104,13 @@ def _known(section: str, key: str) -> FieldType:
     fields, flag = fields_of(section), f"{PREFIX}{section}.{key}"
     if key not in fields:
         near = difflib.get_close_matches(key, fields, n=3)
-        meant = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise KitError(f"{flag}: megatron-core {installed_engine().release} has no such field{meant}")
+        suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise KitError(f"{flag}: megatron-core {installed_engine().release} has no such field{suggestion}")
     for owned, owner in OWNERS[section].items():
         if key == owned or (owned.endswith("*") and key.startswith(owned[:-1])):
             raise KitError(f"{flag} is set by {owner}: change it there")
     if not fields[key].readable:
-        raise KitError(f"{flag} takes what cannot be written on a command line")
+        raise KitError(f"{flag} cannot be set on the command line: its type is not a number, string, boolean or list")
     return fields[key]
 
 
@@ -132,7 +132,7 @@ def _read(name: str, words: list[str], kind: FieldType) -> Any:
 
 
 def _scalar(word: str, kind: type) -> Any:
-    """`word` as `kind`, None where it is none."""
+    """`word` as `kind`; None if it is not one."""
     if kind is bool:
         return {"true": True, "false": False}.get(word.lower())
     try:
@@ -142,7 +142,7 @@ def _scalar(word: str, kind: type) -> Any:
 
 
 def describe_overrides(texts: Sequence[str]) -> Iterator[str]:
-    """A line for each field that is set, for the log."""
+    """A line for each override, for the log."""
     for section, fields in overrides(texts).items():
         for key, value in fields.items():
             yield f"megatron-core's {section} config: {key} = {value!r}"
@@ -150,7 +150,7 @@ def describe_overrides(texts: Sequence[str]) -> Iterator[str]:
 
 @contextmanager
 def named_refusals(texts: Sequence[str]) -> Iterator[None]:
-    """Turns what Megatron-Core's configs refuse into a KitError where fields were set by name."""
+    """Turns errors of Megatron-Core's configs into a KitError that lists the overrides, if there are any."""
     try:
         yield
     except (ValueError, AssertionError, TypeError, NotImplementedError) as error:

@@ -1,6 +1,6 @@
-"""What is replaced in Megatron-Core, numpy and torch at run time, and why.
+"""Runtime patches of Megatron-Core, numpy and torch, with the reason for each.
 
-PATCHES lists every replacement in Megatron-Core; tests/unit/engine/test_patches.py holds it against the installed one.
+PATCHES lists every patch of Megatron-Core; tests/unit/engine/test_patches.py checks it against the installed version.
 """
 
 import importlib.util
@@ -13,15 +13,15 @@ from typing import Any
 
 from common.engine.versions import installed_engine
 
-NEWEST = (0, 19)  # the newest version that these patches were written against
+NEWEST = (0, 19)  # the newest version that the patches were written for
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One name of Megatron-Core that is replaced.
+    """One patched name of Megatron-Core.
 
-    parameters: those that the replacement relies on, first ones first; None for a flag, or for a function that is only
-    imported where Transformer Engine is.
+    parameters: the leading parameters that the replacement relies on; None for a flag, or for a function that is only
+    imported if Transformer Engine is installed.
     """
 
     module: str
@@ -35,9 +35,9 @@ class Patch:
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 _ATTENTION = "megatron.core.transformer.attention"
 _LAYERS = "megatron.core.tensor_parallel.layers"
-_OFFLOAD = "OPTIMIZER_STATE=cpu keeps master weights and moments in the host's memory"
+_OFFLOAD = "OPTIMIZER_STATE=cpu keeps master weights and moments in host memory"
 PATCHES = (
-    Patch(_LAYERS, "_grad_accum_fusion_available", None, "the output layer refuses to be built without apex"),
+    Patch(_LAYERS, "_grad_accum_fusion_available", None, "the output layer cannot be built without apex"),
     Patch(
         _LAYERS, "prepare_input_tensors_for_wgrad_compute", ("grad_output", "all_gathered_input"),
         "it fails on inputs that are not contiguous", until=(0, 11),
@@ -64,10 +64,10 @@ PATCHES = (
 )  # fmt: skip
 
 
-def mend_numpy_without_dtypes() -> None:
-    """Gives numpy before 1.25 the module numpy.dtypes, of which megatron-core imports one name from 0.14 on.
+def add_numpy_dtypes() -> None:
+    """Adds the module numpy.dtypes to numpy before 1.25; megatron-core imports one class of it from 0.14 on.
 
-    NGC's PyTorch 24.03 and maca 2.27 bring numpy 1.24, where the class is reached through an instance.
+    NGC's PyTorch 24.03 and maca 2.27 have numpy 1.24, where the class is accessible through an instance.
     """
     import numpy
 
@@ -77,8 +77,8 @@ def mend_numpy_without_dtypes() -> None:
         sys.modules["numpy.dtypes"] = module
 
 
-def mend_metadata_of_newer_torch() -> None:
-    """Lets torch before 2.3 read the `.metadata` of torch_dist that later ones wrote: a class in it has a new name."""
+def add_metadata_alias() -> None:
+    """Lets torch before 2.3 read the `.metadata` that later versions wrote, in which a class is renamed."""
     from torch.distributed.checkpoint import metadata as classes
 
     if not hasattr(classes, "_MEM_FORMAT_ENCODING"):
@@ -89,10 +89,10 @@ def mend_metadata_of_newer_torch() -> None:
 
 @contextmanager
 def weight_gradient_fusion(model: list[Any]) -> Iterator[None]:
-    """Lets `model`, empty at first, be built with gradient_accumulation_fusion where apex is missing (every version).
+    """Allows gradient_accumulation_fusion without apex; `model` is the list that is filled inside (every version).
 
-    Transformer Engine's layers add their weight gradients to the float32 buffer by themselves. Only Megatron-Core's own
-    output layer asks for apex's kernel, and refuses to be built without: it goes without the fusion then.
+    Transformer Engine's layers accumulate weight gradients in the float32 buffer themselves. Only Megatron-Core's
+    output layer needs apex's kernel, and cannot be built without it: its fusion is disabled afterwards.
     """
     from megatron.core.tensor_parallel import layers
 
@@ -109,9 +109,9 @@ def weight_gradient_fusion(model: list[Any]) -> Iterator[None]:
 
 
 def fuse_rotary_embedding() -> None:
-    """Compiles Megatron-Core's own rotary embedding into one kernel each way (every version).
+    """Compiles Megatron-Core's rotary embedding into one kernel each for forward and backward (every version).
 
-    Its fused ones are Transformer Engine's and apex's; as it stands, local layers run a dozen kernels a tensor.
+    The fused ones are Transformer Engine's and apex's; without them local layers run a dozen kernels per tensor.
     """
     import torch
     from megatron.core.models.common.embeddings import rope_utils
@@ -122,9 +122,9 @@ def fuse_rotary_embedding() -> None:
 
 
 def use_kernels(swiglu: Any, split_and_rotate: Any) -> None:
-    """Puts these in the place of Megatron-Core's SwiGLU (every version) and of its split and rotated QKV (0.16).
+    """Replaces Megatron-Core's SwiGLU (every version) and its fused QKV split and rotation (from 0.16 on).
 
-    The latter is called under fused_single_qkv_rope, which is else Transformer Engine's alone.
+    The latter is called with fused_single_qkv_rope, which otherwise requires Transformer Engine.
     """
     from megatron.core.transformer import attention, mlp
 
@@ -134,46 +134,46 @@ def use_kernels(swiglu: Any, split_and_rotate: Any) -> None:
         attention.HAVE_FUSED_QKV_ROPE = True
 
 
-def single_qkv_rope(wanted: bool) -> dict[str, Any]:
-    """TransformerConfig's field for it; nothing before 0.16."""
-    return {"fused_single_qkv_rope": wanted} if installed_engine().fused_single_qkv_rope else {}
+def single_qkv_rope(enabled: bool) -> dict[str, Any]:
+    """TransformerConfig's field fused_single_qkv_rope; none before 0.16."""
+    return {"fused_single_qkv_rope": enabled} if installed_engine().fused_single_qkv_rope else {}
 
 
-def mend_training() -> None:
-    """Mends what a step and its checkpoint need mended in the installed version; called again, it does nothing."""
-    mend_torch_adam_step()
+def patch_training() -> None:
+    """Applies the patches that training and checkpoints need with the installed version; idempotent."""
+    patch_torch_adam_step()
     if not installed_engine().strided_weight_gradients:
-        mend_weight_gradient_of_views()
+        patch_strided_weight_gradient()
 
 
-def mend_weight_gradient_of_views() -> None:
-    """Lets a linear layer whose input is not contiguous, as attention's output, have its gradient (0.11)."""
+def patch_strided_weight_gradient() -> None:
+    """Fixes the weight gradient of a linear layer whose input is not contiguous, such as attention's output (0.11)."""
     from megatron.core.tensor_parallel import layers
 
     prepare_tensors = layers.prepare_input_tensors_for_wgrad_compute
-    if getattr(prepare_tensors, "mended", False):
+    if getattr(prepare_tensors, "patched", False):
         return
 
     def make_contiguous(grad_output: Any, all_gathered_input: Any) -> Any:
         return prepare_tensors(grad_output, all_gathered_input.contiguous())
 
-    make_contiguous.mended = True  # type: ignore[attr-defined]
+    make_contiguous.patched = True  # type: ignore[attr-defined]
     layers.prepare_input_tensors_for_wgrad_compute = make_contiguous
 
 
-def mend_torch_adam_step() -> None:
-    """Lets the distributed optimizer load its state when the inner optimizer is torch's Adam (every version).
+def patch_torch_adam_step() -> None:
+    """Fixes the loading of a distributed optimizer whose inner optimizer is torch's Adam (every version).
 
-    torch's Adam keeps a `step` tensor beside each parameter's moments; apex's and Transformer Engine's keep none.
-    (1) The loader copies every entry the optimizer has and fails with KeyError 'step': the entry is passed through,
-    since Megatron restores the step before, from the parameter groups. (2) It gives all parameters one and the same
-    step tensor, which then counts once a parameter instead of once a step: each gets its own.
+    torch's Adam has a `step` tensor per parameter beside the moments; apex's and Transformer Engine's do not. (1) The
+    loader copies every entry of the state and fails with KeyError 'step': the entry is passed through, since
+    Megatron-Core has restored it from the parameter groups. (2) It assigns one step tensor to all parameters, which is
+    then incremented once per parameter instead of once per step: each parameter gets its own copy.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     load = DistributedOptimizer.load_state_dict
-    if getattr(load, "mended", False):
+    if getattr(load, "patched", False):
         return
 
     def set_states_and_keep_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
@@ -182,12 +182,12 @@ def mend_torch_adam_step() -> None:
         own = {"step": state["step"]} if "step" in state else {}
         set_states(self, model_param, {**own, **tensors})
 
-    def load_and_part_steps(self: Any, state_dict: dict[str, Any]) -> None:
+    def load_and_copy_steps(self: Any, state_dict: dict[str, Any]) -> None:
         load(self, state_dict)
         for state in self.optimizer.state.values():
             if "step" in state:
                 state["step"] = state["step"].clone()
 
-    load_and_part_steps.mended = True  # type: ignore[attr-defined]
+    load_and_copy_steps.patched = True  # type: ignore[attr-defined]
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_and_keep_step
-    DistributedOptimizer.load_state_dict = load_and_part_steps
+    DistributedOptimizer.load_state_dict = load_and_copy_steps

@@ -1,4 +1,4 @@
-"""Numbers of layers in pipeline stages: which of them the installed Megatron-Core builds."""
+"""Numbers of layers per pipeline stage that the installed Megatron-Core supports."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ from common.errors import KitError
 
 
 def first_and_last_differ(chunk_layers: Sequence[int], vpp: int) -> bool:
-    """Whether only the first and the last stage have other numbers of layers, which every version can build."""
+    """Whether only the first and the last stage differ from the others, which every version supports."""
     return vpp == 1 and len(set(chunk_layers[1:-1])) <= 1
 
 
 def check_pipeline_layers(chunk_layers: Sequence[int], vpp: int) -> None:
-    """Raises KitError unless the installed version can build chunks with these numbers of layers."""
+    """Raises KitError unless the installed version supports chunks with these numbers of layers."""
     if len(set(chunk_layers)) == 1 or first_and_last_differ(chunk_layers, vpp):
         return
     engine = installed_engine()

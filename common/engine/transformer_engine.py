@@ -1,4 +1,4 @@
-"""Features of Transformer Engine by version, checked from package metadata: nothing is imported."""
+"""Features of Transformer Engine by version, checked from package metadata without importing it."""
 
 import re
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from common.engine.versions import first_version_with, installed_engine
 from common.errors import KitError
 
 PACKED_SINCE = (1, 7)  # the causal mask within packed rows: TEDotProductAttention in extensions/transformer_engine.py
-TP_COMM_OVERLAP_SINCE = (1, 9)  # bootstrap_backend; before, MPI alone: Megatron-LM's training/initialize.py
+TP_COMM_OVERLAP_SINCE = (1, 9)  # bootstrap_backend; before, only MPI: Megatron-LM's training/initialize.py
 FP8_SINCE = {"delayed": (1, 0), "tensorwise": (2, 2), "blockwise": (2, 3)}  # get_fp8_context in fp8_utils.py of 0.16
 BF16_MOMENTS_SINCE = (2, 1)  # the dtypes of FusedAdam's moments
 
 
 def check_installed() -> None:
-    """Raises KitError unless Transformer Engine, whose layers are to be used, is installed."""
+    """Raises KitError unless Transformer Engine is installed, for TRANSFORMER_IMPL=transformer_engine."""
     _need("TRANSFORMER_IMPL=transformer_engine", (1, 0), "install it (the NVIDIA image has it), or set it to local")
 
 
@@ -62,9 +62,9 @@ def check_optimizer_state(kind: str) -> None:
 def optimizer_state_options(kind: str) -> dict[str, Any]:
     """OptimizerConfig's fields for bf16 moments (Megatron-Core's precision-aware optimizer), none for others.
 
-    Raises KitError if Transformer Engine or Megatron-Core is too old. Master weights stay whole: Transformer Engine's
-    Adam could store only the 16 bits that bf16 parameters lack (store_param_remainders), but fully_reshardable would
-    write those to a checkpoint as if they were weights.
+    Raises KitError if Transformer Engine or Megatron-Core is too old. Master weights are full float32: Transformer
+    Engine's Adam could store only the 16 bits that the bf16 parameters lack (store_param_remainders), but
+    fully_reshardable would write those to a checkpoint as weights.
     """
     if kind != "bf16":
         return {}

@@ -8,7 +8,7 @@ from common.engine.base import Engine
 
 
 class MegatronCore011(Engine):
-    """The last before FP8 recipes, bf16 moments, uneven stages and `vp_stage`."""
+    """Without FP8 recipes, bf16 moments, uneven stages and `vp_stage`."""
 
     release = "0.11.0"
     environment = "torch 2.1 (MetaX's maca 2.27)"
@@ -23,7 +23,7 @@ class MegatronCore011(Engine):
     uneven_pipeline_layers = False  # it has fully_sharded_model_space, too, but not with torch's Adam
 
     def chunk_place(self, index: int, vpp: int) -> tuple[bool, bool, dict[str, Any]]:
-        """As of every version; here the chunk's number is a global, which is set and stays set."""
+        """As in Engine; in 0.11 the chunk's index is a global, which stays set."""
         from megatron.core import parallel_state
 
         where = {"ignore_virtual": False} if vpp > 1 else {}
@@ -35,18 +35,18 @@ class MegatronCore011(Engine):
     def sharded_optimizer_state(
         self, optimizer: Any, model_state: dict[str, Any], metadata: dict[str, Any]
     ) -> dict[str, Any]:
-        """As of every version; the layout is an argument of its own."""
+        """As in Engine; in 0.11 the layout is a separate argument."""
         kind = metadata["distrib_optim_sharding_type"]
         found: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=True, sharding_type=kind)
         return found
 
     def uses_decoupled_grad(self, optimizer_config: Any) -> bool:
-        """As of every version; FP8 makes no difference yet."""
+        """As in Engine; in 0.11 it does not depend on FP8."""
         return bool(optimizer_config.use_precision_aware_optimizer)
 
     @contextmanager
     def without_postprocess(self, model: Any) -> Iterator[None]:
-        """As of every version; forward looks at this attribute alone."""
+        """As in Engine; in 0.11 `forward` only checks the attribute `post_process`."""
         model.post_process = False
         try:
             yield
@@ -54,5 +54,5 @@ class MegatronCore011(Engine):
             model.post_process = True
 
     def mlp_submodules(self, layer: Any) -> Any:
-        """As of every version; a dense MLP is a ModuleSpec."""
+        """As in Engine; before 0.19 a dense MLP is a ModuleSpec."""
         return layer.mlp.submodules

@@ -6,7 +6,7 @@ from common.engine.base import Engine
 
 
 class MegatronCore014(Engine):
-    """Loads one more legacy layout of the optimizer, which later versions refuse."""
+    """Also loads a legacy layout of the optimizer that later versions refuse."""
 
     release = "0.14.0"
     environment = "torch 2.2 to 2.5 (NVIDIA's NGC 24.03)"
@@ -17,5 +17,5 @@ class MegatronCore014(Engine):
     legacy_optimizer_shardings = ("dp_zero_gather_scatter", "fully_sharded_model_space")
 
     def mlp_submodules(self, layer: Any) -> Any:
-        """As of every version; a dense MLP is a ModuleSpec."""
+        """As in Engine; before 0.19 a dense MLP is a ModuleSpec."""
         return layer.mlp.submodules

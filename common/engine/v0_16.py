@@ -6,12 +6,12 @@ from common.engine.base import Engine
 
 
 class MegatronCore016(Engine):
-    """As the base class describes it."""
+    """As Engine, with a different MLP spec."""
 
     release = "0.16.1"
     environment = "torch 2.6 or later on Python 3.10 or 3.11 (a CPU)"
     oldest_torch = (2, 6)
 
     def mlp_submodules(self, layer: Any) -> Any:
-        """As of every version; a dense MLP is a ModuleSpec."""
+        """As in Engine; before 0.19 a dense MLP is a ModuleSpec."""
         return layer.mlp.submodules

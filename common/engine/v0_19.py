@@ -4,9 +4,9 @@ from common.engine.base import Engine
 
 
 class MegatronCore019(Engine):
-    """As the base class describes it."""
+    """As Engine."""
 
     release = "0.19.2"
     environment = "torch 2.6 or later on Python 3.12 or later (a CPU, NGC 24.12 and later)"
     oldest_torch = (2, 6)
-    quiet_loggers = ("megatron.core.models.gpt.gpt_model",)  # GPTModel gets fixes only; HybridModel gets new features
+    quiet_loggers = ("megatron.core.models.gpt.gpt_model",)  # warns that GPTModel only gets fixes

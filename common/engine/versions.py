@@ -1,4 +1,4 @@
-"""The supported versions of Megatron-Core, and the installed one: read from package metadata, nothing is imported."""
+"""The supported versions of Megatron-Core, and the installed one, read from package metadata without importing it."""
 
 import re
 from collections.abc import Callable
@@ -20,7 +20,7 @@ ENGINES: tuple[Engine, ...] = (  # oldest first
 
 
 def installed_engine() -> Engine:
-    """The engine of the installed megatron-core; raises KitError when it is missing or not supported."""
+    """The engine of the installed megatron-core; raises KitError if it is missing or not supported."""
     *others, newest = (f"{engine.release} for {engine.environment}" for engine in ENGINES)
     works = f"this kit works with {', '.join(others)} and {newest}"
     remedy = "pip install --no-deps megatron-core==VERSION, the one of these for this machine"
@@ -36,14 +36,14 @@ def installed_engine() -> Engine:
 
 
 def version() -> tuple[int, int]:
-    """Major and minor of the installed megatron-core; raises KitError when it is missing or not supported."""
+    """Major and minor of the installed megatron-core; raises KitError if it is missing or not supported."""
     return installed_engine().version
 
 
 def range_for_torch(torch: tuple[int, int]) -> str:
-    """The supported versions that train with this torch, as pip writes a range: ">=0.11,<0.15".
+    """The supported versions that train with this torch, as a pip version range: ">=0.11,<0.15".
 
-    The oldest version's for a torch that is older still.
+    For an even older torch, that of the oldest version.
     """
     fitting = [engine for engine in ENGINES if engine.oldest_torch <= torch] or ENGINES[:1]
     major, minor = fitting[-1].version
@@ -51,5 +51,5 @@ def range_for_torch(torch: tuple[int, int]) -> str:
 
 
 def first_version_with(feature: Callable[[Engine], bool]) -> str:
-    """The oldest supported version that has `feature`, as errors name it: "0.14"."""
+    """The oldest supported version that has `feature`, for error messages: "0.14"."""
     return next(engine.name for engine in ENGINES if feature(engine))

@@ -1,1 +1,1 @@
-"""Estimates before a run: memory of a GPU, layouts that fit, tokens/s."""
+"""Estimates before a run: memory per GPU, layouts that fit, tokens/s."""

@@ -1,4 +1,4 @@
-"""`python -m common.estimate`: memory of a GPU by layout, which layouts fit, tokens/s and days. Needs no GPU."""
+"""`python -m common.estimate`: memory per GPU of each layout, which layouts fit, tokens/s and days. Needs no GPU."""
 
 import argparse
 import json
@@ -13,19 +13,19 @@ from common.settings import add_options, from_namespace
 
 
 def main() -> None:
-    """Prints the table, or JSON; exits 2 where the GPU is not known or every layout is refused."""
+    """Prints the table, or JSON; exits 2 if the GPU is unknown or every layout is refused."""
     parser = argparse.ArgumentParser(prog="python -m common.estimate", description=__doc__)
     add_options(parser, EstimateSettings)
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, in bytes, every layout")
+    parser.add_argument("--json", action="store_true", help="print all layouts as JSON, with memory in bytes")
     arguments = parser.parse_args()
-    asked = from_namespace(EstimateSettings, arguments)
-    gpu = find_gpu(asked.gpu, asked.memory_gib)
-    qwen = load_config(Path(asked.hf_model_path))
-    found, refused = estimate_all(asked, qwen, gpu)
+    settings = from_namespace(EstimateSettings, arguments)
+    gpu = find_gpu(settings.gpu, settings.memory_gib)
+    qwen = load_config(Path(settings.hf_model_path))
+    found, refused = estimate_all(settings, qwen, gpu)
     if arguments.json:
-        print(json.dumps(as_values(asked, qwen, gpu, found, refused), indent=1))
+        print(json.dumps(as_values(settings, qwen, gpu, found, refused), indent=1))
     else:
-        print(*report(asked, qwen, gpu, found, refused), sep="\n")
+        print(*report(settings, qwen, gpu, found, refused), sep="\n")
 
 
 if __name__ == "__main__":

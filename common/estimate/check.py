@@ -1,4 +1,4 @@
-"""Whether a run fits into the memory of its devices, checked before it starts."""
+"""Checks, before a run starts, that it fits into the memory of its devices and of this machine."""
 
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -16,86 +16,85 @@ from common.training.planning.devices import smallest_device
 from common.training.planning.plan import Plan
 from common.training.settings import TrainSettings
 
-NEAR = 0.95  # of the device's memory; what CUDA, NCCL and the allocator's gaps take is not in the estimate's peak
-STAGES_ERR = 0.07  # of the activations, where there are several stages (tests/unit/estimate/test_memory.py)
+NEAR = 0.95  # of the device's memory; the estimate leaves out CUDA's and NCCL's own and the allocator's fragmentation
+STAGES_ERR = 0.07  # of the activations, with several stages (tests/unit/estimate/test_memory.py)
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on the GPU of the stage that needs the most."""
+    """Bytes per GPU of the stage that needs the most."""
 
-    peak: int  # as the estimate says it
-    least: int  # what it is even where the estimate counts as much too much as it may
+    peak: int  # estimated
+    least: int  # the same less the estimate's largest possible error
 
 
 def check_memory(plan: Plan) -> None:
-    """Raises KitError where the run cannot go into its devices, warns where it may not; else tells both figures.
+    """Raises KitError if the run cannot fit its devices' memory, warns if it may not; otherwise logs both figures.
 
-    Nothing is said of conversion, whose memory was not counted, and of a CPU. Asks a process of its own for the
-    devices' memory, which takes seconds.
+    Not for conversion, which has no estimate, nor on a CPU. Queries the devices in a subprocess, which takes seconds.
     """
     if plan.platform.device != "cuda" or plan.settings.train_or_convert_ckpt != "train":
         return
     if not plan.platform.ran_on_hardware:
-        logger.info("memory: not checked, since the estimate was not measured on %s", plan.platform.name)
+        logger.info("memory: not checked, since the estimate was not validated on %s", plan.platform.name)
         return
     device = smallest_device(plan.settings.gpus)
     if device is None:
-        logger.warning("memory: not checked, since torch does not tell the devices' memory (the doctor tells why)")
+        logger.warning("memory: not checked, since torch cannot query the devices (`python -m common.doctor` says why)")
     else:
         compare_memory(plan, *device)
 
 
 def check_host_memory(plan: Plan) -> None:
-    """Raises KitError where the copies that ASYNC_SAVE makes of a checkpoint find no room in this machine's memory.
+    """Raises KitError if ASYNC_SAVE's copies of a checkpoint do not fit into this machine's memory.
 
-    Each rank copies what it writes, an even share of it but for pipeline stages, to memory that it keeps.
+    Each rank keeps a copy of what it writes, about the same size on every rank.
     """
-    chosen = plan.settings
-    if not chosen.async_save or chosen.train_or_convert_ckpt != "train":
+    settings = plan.settings
+    if not settings.async_save or settings.train_or_convert_ckpt != "train":
         return
-    needed_bytes = bytes_of_checkpoint(plan) * chosen.gpus // plan.sizes.world_size
+    needed_bytes = bytes_of_checkpoint(plan) * settings.gpus // plan.sizes.world_size
     free = available_memory()
-    told = (
+    message = (
         f"ASYNC_SAVE=true copies {needed_bytes / GIB:.1f} GiB to this machine's memory, where {free / GIB:.1f} are free"
     )
     if needed_bytes > free:
-        raise KitError(f"{told}: use more nodes, SAVE_OPTIMIZER=false, or ASYNC_SAVE=false, which copies nothing")
-    logger.info(told)
+        raise KitError(f"{message}: use more nodes, SAVE_OPTIMIZER=false, or ASYNC_SAVE=false, which copies nothing")
+    logger.info(message)
 
 
 def compare_memory(plan: Plan, name: str, total_bytes: int) -> None:
-    """check_memory against a device of that name and memory."""
+    """As check_memory, for a device of that name and memory."""
     need = needed(plan)
-    told = f"about {need.peak / GIB:.1f} GiB a GPU, and {name} has {total_bytes / GIB:.1f}"
-    chosen = plan.settings
+    figures = f"about {need.peak / GIB:.1f} GiB per GPU, and {name} has {total_bytes / GIB:.1f}"
+    settings = plan.settings
     layout = ", ".join(
-        f"{field.upper()}={getattr(chosen, field)}"
+        f"{field.upper()}={getattr(settings, field)}"
         for field in ("micro_batch_size", "seq_length", "tp", "pp", "recompute", "optimizer_state")
     )
     if need.least > total_bytes:
-        raise KitError(f"{layout} need {told}: {memory_remedy(plan)}")
+        raise KitError(f"{layout} need {figures}: {memory_remedy(plan)}")
     if need.peak > NEAR * total_bytes:
         logger.warning(
-            "memory: %s needs %s, of which CUDA, NCCL and the allocator's gaps take some: it may run out; %s",
-            layout, told, memory_remedy(plan),
+            "memory: %s needs %s, part of which CUDA, NCCL and fragmentation take: it may run out of memory; %s",
+            layout, figures, memory_remedy(plan),
         )  # fmt: skip
     else:
-        logger.info("memory: %s", told)
+        logger.info("memory: %s", figures)
 
 
 def needed(plan: Plan) -> Need:
-    """What the run needs, with QuACK's products where they are installed and may be used."""
+    """The memory that the run needs, with QuACK's fused GEMMs if they are installed and allowed."""
     settings = plan.settings
     if settings.fused_products == "auto" and find_spec("quack") and _may_fuse(settings, plan.platform):
         settings = replace(settings, fused_products="true")
-    error = may_err(settings, plan.platform)
+    error = activation_error(settings, plan.platform)
     ranks = [rank_memory(settings, plan.platform, plan.qwen, stage) for stage in range(settings.pp)]
     return Need(max(rank.peak for rank in ranks), max(_least(rank, error) for rank in ranks))
 
 
-def may_err(settings: TrainSettings, platform: Platform) -> float:
-    """The share of the activations that the estimate may count too many: all of what was measured nowhere.
+def activation_error(settings: TrainSettings, platform: Platform) -> float:
+    """The fraction by which activations may be overestimated; 1 where no measurement validates the estimate.
 
     Weights, gradients and the optimizer's state are counted to the byte.
     """

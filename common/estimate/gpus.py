@@ -1,4 +1,4 @@
-"""The known GPU types, from the platforms' tables."""
+"""The supported GPU types, from the platforms' tables."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ from common.platforms import PLATFORMS
 from common.platforms.base import Platform
 from common.training.loop.metrics import peak_tflops
 
-MEASURED = ("H100", "H200")  # the types whose times the constants are fitted to
+MEASURED = ("H100", "H200")  # the types that the constants are fitted to
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU type: `rated` where its data sheet's rates are known, without which nothing is said of speed."""
+    """A GPU type. Without the rates of its data sheet (`rated`) its speed is not estimated."""
 
     name: str
     platform: Platform
-    memory_gib: float  # as torch.cuda tells it
-    flops: float  # dense bf16 operations a second; 0: not known
-    bandwidth: float  # bytes a second of its memory; 0: not known
+    memory_gib: float  # as torch.cuda reports it
+    flops: float  # dense bf16 FLOP/s; 0: unknown
+    bandwidth: float  # memory bandwidth in bytes/s; 0: unknown
 
     @property
     def rated(self) -> bool:
@@ -27,7 +27,7 @@ class Gpu:
 
 
 def find_gpu(name: str, memory_gib: float | None = None) -> Gpu:
-    """The GPU type of that name, upper or lower case, with `memory_gib` in place of its own; raises KitError."""
+    """The GPU type of that name, case-insensitive, with `memory_gib` if given; raises KitError if it is unknown."""
     for platform in PLATFORMS.values():
         for known, own in platform.memory_gib.items():
             if known.lower() == name.lower():

@@ -22,7 +22,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class EstimateSettings:
-    """What is asked; the settings of training under their names, where nothing is given each value that may be."""
+    """What to estimate: training settings under their own names. One that is not given takes every possible value."""
 
     hf_model_path: str = option(help="folder with the model's config.json; nothing else in it is read")
     gpu: str = option(help="type of the GPUs, as H100, H200, A100, C500")
@@ -31,43 +31,44 @@ class EstimateSettings:
     seq_length: int = option(2048, "tokens in a sample")
     global_batch_size: int = option(16, "samples in one step over all GPUs")
     micro_batch_size: int | None = option(None, "samples a GPU runs at once; default: 1 to 32")
-    tp: int | None = option(None, "tensor parallel size; default: each within a node")
-    pp: int | None = option(None, "pipeline parallel size; default: each that the GPUs and layers have")
-    vpp: int = option(1, "virtual pipeline chunks a rank")
-    pipeline_layers: str | None = option(None, "layers of each stage (with VPP of each chunk), as 7,7,8,6")
+    tp: int | None = option(None, "tensor parallel size; default: every size within a node")
+    pp: int | None = option(None, "pipeline parallel size; default: every size that divides the GPUs")
+    vpp: int = option(1, "virtual pipeline chunks per rank")
+    pipeline_layers: str | None = option(None, "layers of each stage (with VPP of each chunk), such as 7,7,8,6")
     cp: int = option(1, "context parallel size")
-    recompute: str | None = option(None, "activations computed again; default: each kind", RECOMPUTE)
-    recompute_num_layers: int | None = option(None, "with full: only so many layers of each chunk; default: all")
+    recompute: str | None = option(None, "activation recomputation; default: every kind", RECOMPUTE)
+    recompute_num_layers: int | None = option(None, "with full: number of layers per chunk; default: all")
     precision: str = option("bf16", "bf16 has float32 master weights and gradients", ("bf16", "fp32"))
     optimizer_state: str = option(
         "fp32",
-        "bf16: Adam's moments in bf16; cpu: with master weights on the host",
+        "bf16: Adam's moments in bf16; cpu: moments and master weights on the host",
         ("fp32", "bf16", "cpu"),
     )
     transformer_impl: str | None = option(None, "layers; default: the platform's", ("transformer_engine", "local"))
     sequence_parallel: bool = option(True, "with TP above 1: split activations over the sequence too")
     fused_products: str = option(
         "auto",
-        "true: as where requirements/hopper.txt is installed; auto: as where it is not",
+        "true: with requirements/hopper.txt installed; auto: without",
         ("auto", "true", "false"),
     )
-    packing: bool = option(False, "finetune: several samples a row, kept apart")
-    tokens: float | None = option(None, "tokens to train on, as 1e9, for the days it takes")
-    memory_gib: float | None = option(None, "of a GPU, where it is not what its type has")
-    save_interval: int = option(TrainSettings.save_interval, "steps between checkpoints, to hold against the best")
+    packing: bool = option(False, "finetune: several samples per row, with separate attention")
+    tokens: float | None = option(None, "tokens to train on, such as 1e9, to estimate the days")
+    memory_gib: float | None = option(None, "memory of a GPU; default: that of its type")
+    save_interval: int = option(TrainSettings.save_interval, "steps between checkpoints, compared with the best")
     keep_checkpoints: int = option(TrainSettings.keep_checkpoints, "newest checkpoints to keep; 0: all")
-    disk_gb_s: float = option(2.0, "GB/s at which all nodes together write a checkpoint, and read it")
+    disk_gb_s: float = option(2.0, "GB/s at which all nodes together write and read a checkpoint")
     save_stall_s: float | None = option(
-        None, "seconds that training stands still for a save, as with ASYNC_SAVE; default: until it is written"
+        None, "seconds that a save pauses training, as with ASYNC_SAVE; default: until it is written"
     )
     gpu_mtbf_hours: float = option(
         float(round(LLAMA_3_GPU_MTBF_HOURS)),
-        "mean hours between faults of one GPU and its share of all else; default: Llama 3's",
+        "mean hours between faults per GPU, everything around it included; default: Llama 3's",
     )
     detection_s: float = option(
-        60.0 * TrainSettings.distributed_timeout_min, "seconds until a fault is seen; default: DISTRIBUTED_TIMEOUT_MIN"
+        60.0 * TrainSettings.distributed_timeout_min,
+        "seconds until a fault is detected; default: DISTRIBUTED_TIMEOUT_MIN",
     )
-    restart_s: float = option(120.0, "seconds from there until processes, model and connections are there again")
+    restart_s: float = option(120.0, "seconds from there until processes, model and connections are set up again")
     rows: int = option(12, "layouts to show; 0: all")
 
     def __post_init__(self) -> None:
@@ -85,12 +86,12 @@ class EstimateSettings:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One layout. `fits` is "yes", "tight" (if nothing is lost between the allocator's blocks) or "no"."""
+    """One layout. `fits` is "yes", "tight" (only without fragmentation of the allocator's memory) or "no"."""
 
     settings: TrainSettings
     ranks: tuple[RankMemory, ...]  # of each pipeline stage
     fits: str
-    speed: Speed | None  # None: rates that it depends on are not known
+    speed: Speed | None  # None: the GPU's rates are unknown
 
     @property
     def largest(self) -> RankMemory:
@@ -100,26 +101,26 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A layout that training would refuse, and its reason."""
+    """A layout that training would refuse, and the reason."""
 
     layout: dict[str, int | str]
     reason: str
 
 
-def choices(asked: EstimateSettings, num_layers: int) -> Iterator[dict[str, int | str]]:
-    """The values that may be, of those settings that are not given."""
-    tensor = [n for n in TENSOR_PARALLEL if n <= asked.gpus] if asked.tp is None else [asked.tp]
-    microbatches = MICRO_BATCHES if asked.micro_batch_size is None else (asked.micro_batch_size,)
-    kinds = RECOMPUTE if asked.recompute is None else (asked.recompute,)
+def possible_layouts(settings: EstimateSettings, num_layers: int) -> Iterator[dict[str, int | str]]:
+    """TP, PP, micro-batch size and recomputation of every layout to estimate; settings that are given are fixed."""
+    tensor = [n for n in TENSOR_PARALLEL if n <= settings.gpus] if settings.tp is None else [settings.tp]
+    microbatches = MICRO_BATCHES if settings.micro_batch_size is None else (settings.micro_batch_size,)
+    kinds = RECOMPUTE if settings.recompute is None else (settings.recompute,)
     for tp in tensor:
-        left = max(1, asked.gpus * asked.nnodes // (tp * asked.cp))
-        stages = [n for n in range(1, min(left, num_layers) + 1) if left % n == 0] if asked.pp is None else [asked.pp]
-        for pp, size, kind in itertools.product(stages, microbatches, kinds):
+        pp_times_dp = max(1, settings.gpus * settings.nnodes // (tp * settings.cp))
+        stages = [n for n in range(1, min(pp_times_dp, num_layers) + 1) if pp_times_dp % n == 0]
+        for pp, size, kind in itertools.product(stages if settings.pp is None else [settings.pp], microbatches, kinds):
             yield {"tp": tp, "pp": pp, "micro_batch_size": size, "recompute": kind}
 
 
-def train_settings(asked: EstimateSettings, chosen: dict[str, int | str]) -> TrainSettings:
-    """The settings of a run with the chosen values; raises KitError as training does."""
+def train_settings(settings: EstimateSettings, layout: dict[str, int | str]) -> TrainSettings:
+    """The training settings of one layout; raises KitError as training does."""
     same = ("gpus", "nnodes", "seq_length", "global_batch_size", "vpp", "pipeline_layers", "cp", "precision",
             "fused_products")  # fmt: skip
     names = (*same, "transformer_impl", "sequence_parallel", "packing", "optimizer_state", "recompute_num_layers")
@@ -127,14 +128,14 @@ def train_settings(asked: EstimateSettings, chosen: dict[str, int | str]) -> Tra
         save_checkpoint_path="-",
         dataset_path="-",
         train_iters=1,
-        train_mode="finetune" if asked.packing else "pretrain",
-        **{name: getattr(asked, name) for name in names},
-        **chosen,  # type: ignore[arg-type]
+        train_mode="finetune" if settings.packing else "pretrain",
+        **{name: getattr(settings, name) for name in names},
+        **layout,  # type: ignore[arg-type]
     )
 
 
 def estimate(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu) -> Estimate:
-    """What these settings need; raises KitError where training would refuse them."""
+    """The memory and speed of a run with these settings; raises KitError if training would refuse them."""
     check_fit(settings, gpu.platform, qwen)
     ranks = tuple(rank_memory(settings, gpu.platform, qwen, pp_rank) for pp_rank in range(settings.pp))
     peak = max(rank.peak for rank in ranks)
@@ -143,23 +144,23 @@ def estimate(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu) -> Estimate:
     return Estimate(settings, ranks, fits, speed(settings, gpu.platform, qwen, gpu) if gpu.rated else None)
 
 
-def estimate_all(asked: EstimateSettings, qwen: QwenConfig, gpu: Gpu) -> tuple[list[Estimate], list[Refusal]]:
-    """Each layout's estimate, those that fit and are fastest first, and each refusal.
+def estimate_all(settings: EstimateSettings, qwen: QwenConfig, gpu: Gpu) -> tuple[list[Estimate], list[Refusal]]:
+    """The estimate of each layout, those that fit first and the fastest of them first, and the refused layouts.
 
-    Raises KitError where every layout is refused, with the reason of the first.
+    Raises KitError if every layout is refused, with the reason of the first.
     """
     found, refused = [], []
-    for chosen in choices(asked, qwen.num_hidden_layers):
+    for layout in possible_layouts(settings, qwen.num_hidden_layers):
         try:
-            found.append(estimate(train_settings(asked, chosen), qwen, gpu))
+            found.append(estimate(train_settings(settings, layout), qwen, gpu))
         except KitError as error:
-            refused.append(Refusal(chosen, str(error)))
+            refused.append(Refusal(layout, str(error)))
     if not found:
         raise KitError(refused[0].reason)
     return sorted(found, key=_rank), refused
 
 
 def _rank(one: Estimate) -> tuple[int, float]:
-    """The best first: by whether it fits, then by speed where that is known and it fits, else by memory."""
+    """The sort key, best first: by whether it fits, then by speed if that is known and it fits, else by memory."""
     order = ("yes", "tight", "no").index(one.fits)
     return order, -one.speed.tokens_per_second if one.speed and one.fits != "no" else one.largest.peak

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.estimate.activations import Work, backward_bytes, final_norm_bytes, kept_by_chunk, loss_bytes
+from common.estimate.activations import Workload, backward_bytes, final_norm_bytes, kept_by_chunk, loss_bytes
 from common.estimate.constants import WORKSPACE_BYTES
 from common.estimate.schedule import moments
 from common.estimate.weights import (
@@ -19,33 +19,33 @@ from common.model.shape.config import QwenConfig
 from common.platforms.base import Platform
 from common.training.settings import TrainSettings
 
-# As in common/training/state/optimizer.py, which imports torch; a test holds them together.
+# PART in common/training/state/optimizer.py, which imports torch; a test compares the two.
 OPTIMIZER_PART = 1 << 28
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one GPU of a pipeline stage, at the moment when they are the most."""
+    """Bytes on one GPU of a pipeline stage, at the peak."""
 
     pp_rank: int
     parameters: int
     state: StateBytes
-    activations: int  # what passes keep, and what the pass of that moment needs
-    kept: int  # of the activations, what passes keep for backward ones
-    step: int  # what the optimizer's step needs for a moment, when the activations are gone
+    activations: int  # those saved for backward passes, and the temporaries of the pass at the peak
+    kept: int  # of the activations, those saved for backward passes
+    step: int  # temporaries of the optimizer's step, when the activations are freed
     workspace: int
 
     @property
     def peak(self) -> int:
-        """What torch.cuda.max_memory_allocated tells."""
+        """What torch.cuda.max_memory_allocated reports."""
         return self.state.total + max(self.activations, self.step) + self.workspace
 
 
-def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Work:
+def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Workload:
     """What the activations of a run depend on."""
     impl = settings.transformer_impl or platform.transformer_impl
-    samples_in_rows = settings.packing or settings.reset_attention
-    return Work(
+    packed = settings.packing or settings.reset_attention
+    return Workload(
         qwen=qwen,
         seq_length=settings.seq_length,
         micro_batch_size=settings.micro_batch_size,
@@ -56,8 +56,8 @@ def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Wo
         transformer_impl=impl,
         recompute=settings.recompute,
         recompute_num_layers=settings.recompute_num_layers,
-        masked=samples_in_rows and impl == "local",
-        joined=samples_in_rows and impl == "transformer_engine",
+        masked=packed and impl == "local",
+        thd=packed and impl == "transformer_engine",
         fused_kernels=platform.fused_kernels,
         fused_products=settings.fused_products == "true",
     )
@@ -76,53 +76,55 @@ def rank_memory(settings: TrainSettings, platform: Platform, qwen: QwenConfig, p
 
 
 def optimizer_bytes(settings: TrainSettings, platform: Platform, qwen: QwenConfig, parameters: int) -> int:
-    """What the optimizer's step needs for a moment, when no pass is running."""
+    """Peak temporary bytes of the optimizer's step."""
     shard = -(-parameters // (settings.sizes.dp * settings.sizes.cp))
-    # A step at once is of a part of the parameters (PART in state/training_state.py) or of the largest one.
+    # The step runs on PART parameters at a time (state/optimizer.py), or on one larger tensor.
     part = min(shard, max(OPTIMIZER_PART, vocabulary_parameters(qwen, settings.tp)))
     if settings.optimizer_state == "bf16":
-        return 10 * part  # both moments in float32, and one of them in bf16 again
-    # torch's own Adam makes the denominator of its quotient for all parameters at once.
+        return 10 * part  # both moments in float32, and a bf16 copy of one
+    # torch's own Adam computes the denominator of the update for all parameters at once.
     own = 4 if platform.device == "cuda" and not platform.transformer_engine else 0
     if settings.optimizer_state == "cpu":
         return adam_bytes(part, settings.precision, "cpu") + own * part
     return own * shard
 
 
-def peak_activations(work: Work, chunks: list[Chunk], pp: int, pp_rank: int, num_microbatches: int) -> tuple[int, int]:
-    """(bytes of activations at their most, those kept for backward passes then) of a stage with these chunks."""
-    # With VPP, outputs that were sent on are kept too (deallocate_pipeline_outputs=False in common/model/build.py).
-    sent = [work.stream if len(chunks) > 1 and not chunk.last else 0 for chunk in chunks]
+def peak_activations(
+    work: Workload, chunks: list[Chunk], pp: int, pp_rank: int, num_microbatches: int
+) -> tuple[int, int]:
+    """(peak bytes of activations, those of them saved for backward passes) of a stage with these chunks."""
+    # With VPP, outputs are kept after they are sent (deallocate_pipeline_outputs=False in common/model/build.py).
+    sent = [work.residual_bytes if len(chunks) > 1 and not chunk.last else 0 for chunk in chunks]
     kept = [kept_by_chunk(work, chunk) + output for chunk, output in zip(chunks, sent, strict=True)]
-    whole = min(num_microbatches, 4 * pp)  # from then on the moments repeat
-    # What comes from a neighbour while what was made goes to one; with VPP (overlap_p2p_comm) both twice.
-    passed = 0 if pp == 1 else (2 if len(chunks) == 1 else 4) * work.stream
+    num_distinct = min(num_microbatches, 4 * pp)  # then the schedule repeats
+    # One buffer to send and one to receive; with VPP (overlap_p2p_comm) two of each.
+    passed = 0 if pp == 1 else (2 if len(chunks) == 1 else 4) * work.residual_bytes
     most = (0, 0)
-    for moment in moments(pp, len(chunks), pp_rank, whole):
+    for moment in moments(pp, len(chunks), pp_rank, num_distinct):
         chunk = chunks[moment.chunk]
         held = sum(number * each for number, each in zip(moment.in_flight, kept, strict=True))
         most = max(most, (held + passed + pass_bytes(work, chunk, moment.forward), held))
     return most
 
 
-def pass_bytes(work: Work, chunk: Chunk, forward: bool) -> int:
-    """What a pass of `chunk` needs beside what is kept: the loss in forward passes, gradients in backward ones."""
+def pass_bytes(work: Workload, chunk: Chunk, forward: bool) -> int:
+    """Temporary bytes of a pass of `chunk`: the loss in a forward pass, gradients in a backward pass."""
     if forward:
-        return loss_bytes(work) if chunk.last else work.stream
-    vocabulary = work.element * vocabulary_parameters(work.qwen, work.tp)
-    # The output layer's empty gradient stays until the embedding's is there, where both are one parameter.
+        return loss_bytes(work) if chunk.last else work.residual_bytes
+    vocabulary = work.element_bytes * vocabulary_parameters(work.qwen, work.tp)
+    # With tied embeddings the output layer's unused gradient stays until the embedding's exists.
     tied = vocabulary if chunk.first and chunk.last and work.qwen.tie_word_embeddings else 0
     # The final norm's backward pass is over before that of the last layer, which needs the most.
     return backward_bytes(work, chunk) + tied - (final_norm_bytes(work) if chunk.last else 0)
 
 
-def workspace_bytes(work: Work) -> int:
-    """Buffers of the libraries: a fixed size, and for Transformer Engine's layers an unused gradient of each shape.
+def workspace_bytes(work: Workload) -> int:
+    """Bytes of the libraries' buffers: a fixed size, and with Transformer Engine a dummy gradient of each weight shape.
 
-    The latter stands in for the gradients that its products add to the float32 buffers by themselves.
+    Autograd gets the dummy, since the fused weight gradient is added to the float32 `main_grad` directly.
     """
     qwen = work.qwen
-    if not work.engine:
+    if not work.transformer_engine:
         return WORKSPACE_BYTES["local"]
     rows = qwen.qkv_rows + qwen.num_attention_heads * qwen.head_dim
     rows += 0 if work.fused_products else 3 * qwen.intermediate_size

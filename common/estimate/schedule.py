@@ -1,4 +1,4 @@
-"""The micro-batches whose activations a pipeline rank holds, slot by slot of the schedule."""
+"""The micro-batches in flight on a pipeline rank, pass by pass of the schedule."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Moment(NamedTuple):
-    """A chunk's forward or backward pass, and the micro-batches in flight in each chunk, that one's own included."""
+    """A chunk's forward or backward pass, and the number of micro-batches in flight in each chunk, its own included."""
 
     forward: bool
     chunk: int
@@ -16,9 +16,9 @@ class Moment(NamedTuple):
 def moments(pp: int, vpp: int, pp_rank: int, num_microbatches: int) -> Iterator[Moment]:
     """The passes of a rank in one step, as Megatron-Core's schedules order them.
 
-    Without VPP: pp - 1 - rank forward passes, then one forward and one backward in turn (1F1B). With it: groups of PP
-    micro-batches go through one chunk after the other, backward in the opposite order, after 2 (pp - 1 - rank) +
-    (vpp - 1) pp forward passes. Source: arXiv 2104.04473, section 2.2; megatron/core/pipeline_parallel/schedules.py.
+    Without VPP: pp - 1 - rank warm-up forward passes, then 1F1B. With it (interleaved 1F1B): groups of PP micro-batches
+    pass through one chunk after the other, in reverse order for backward, after 2 (pp - 1 - rank) + (vpp - 1) pp
+    warm-up passes. Source: arXiv 2104.04473, section 2.2; megatron/core/pipeline_parallel/schedules.py.
     """
     total = num_microbatches * vpp
     warm_up = pp - 1 - pp_rank if vpp == 1 else 2 * (pp - 1 - pp_rank) + (vpp - 1) * pp

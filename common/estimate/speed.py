@@ -1,11 +1,11 @@
-"""Seconds per step: the work of a stage at the data sheet's rates, times measured factors.
+"""Seconds per step: the work of a stage at the data sheet's rates, times fitted factors.
 
-Letters as in activations.py. Nothing here was measured on more than one GPU: link rates are assumed.
+Letters as in activations.py. Nothing here was measured on more than one GPU: link bandwidths are assumed.
 """
 
 from dataclasses import dataclass, replace
 
-from common.estimate.activations import Work, recomputed_layers
+from common.estimate.activations import Workload, recomputed_layers
 from common.estimate.constants import (
     HOST_BYTES_PER_SECOND,
     LINK_BYTES_PER_SECOND,
@@ -24,7 +24,7 @@ Cost = dict[str, float]
 
 def add(*costs: Cost) -> Cost:
     """The sum of costs, name by name."""
-    names = dict.fromkeys(name for cost in costs for name in cost)  # in one order, so that sums agree to the last digit
+    names = dict.fromkeys(name for cost in costs for name in cost)  # a fixed order, so that sums are reproducible
     return {name: sum(cost.get(name, 0.0) for cost in costs) for name in names}
 
 
@@ -33,18 +33,18 @@ def seconds(cost: Cost) -> float:
     return sum(SECONDS[name] * amount for name, amount in cost.items())
 
 
-def layer_cost(work: Work, gpu: Gpu) -> Cost:
-    """Forward and backward pass of one layer over one micro-batch: seconds at full rates, and layers begun.
+def layer_cost(work: Workload, gpu: Gpu) -> Cost:
+    """Forward and backward pass of one layer for one micro-batch: seconds at full rates, and number of layers.
 
-    A product's backward pass is twice its forward one; attention counts its causal half, and its rate falls with heads
-    smaller than 128. Traffic is what norms, SwiGLU, RoPE and residual sums read and write, each tensor once a pass.
+    A GEMM's backward pass costs twice its forward pass. Attention counts its causal half, and is slower with heads
+    smaller than 128. Traffic is what norms, SwiGLU, RoPE and residual adds read and write, each tensor once per pass.
     """
     qwen, tokens = work.qwen, work.tokens
     h, q = qwen.hidden_size, qwen.num_attention_heads * qwen.head_dim
     products = 2 * tokens * (h * (qwen.qkv_rows + q) + 3 * h * qwen.intermediate_size) / work.tp
     attention = 2 * tokens * work.seq_length * q / work.tp * max(1.0, 128 / qwen.head_dim)
-    rope = 0 if work.engine else 12 * (work.query + work.key)
-    traffic = (0 if work.fused_products else 8 * work.mlp) + 30 * work.stream + rope
+    rope = 0 if work.transformer_engine else 12 * (work.query_bytes + work.key_bytes)
+    traffic = (0 if work.fused_products else 8 * work.mlp_bytes) + 30 * work.residual_bytes + rope
     passes, attention_passes, traffic_passes = {"none": (3, 3, 1.0), "selective": (3, 4, 1.0), "full": (4, 4, 4 / 3)}[
         work.recompute
     ]
@@ -56,54 +56,54 @@ def layer_cost(work: Work, gpu: Gpu) -> Cost:
     }
 
 
-def attention_name(work: Work) -> str:
-    """Under which name attention counts: FlashAttention 4 comes with the fused products, but not for packed rows."""
-    return "FlashAttention 4" if work.fused_products and not (work.joined or work.masked) else "attention"
+def attention_name(work: Workload) -> str:
+    """The name of attention in the costs: FlashAttention 4 with the fused products, but not for packed sequences."""
+    return "FlashAttention 4" if work.fused_products and not (work.thd or work.masked) else "attention"
 
 
-def chunk_cost(work: Work, chunk: Chunk, gpu: Gpu) -> Cost:
-    """Forward and backward pass of a chunk over one micro-batch; each reads weights and adds to float32 gradients."""
-    parameters, again = chunk_parameters(work.qwen, work.tp, chunk), recomputed_layers(work, chunk)
+def chunk_cost(work: Workload, chunk: Chunk, gpu: Gpu) -> Cost:
+    """Forward and backward pass of a chunk for one micro-batch, with reading weights and accumulating gradients."""
+    parameters, recomputed = chunk_parameters(work.qwen, work.tp, chunk), recomputed_layers(work, chunk)
     once = layer_cost(work if work.recompute != "full" else replace(work, recompute="none"), gpu)
     twice = layer_cost(work, gpu)
     total = {
-        **{name: again * twice[name] + (chunk.num_layers - again) * once[name] for name in once},
-        "weights": (3 * work.element + 2 * GRADIENT_BYTES) * parameters / gpu.bandwidth,
+        **{name: recomputed * twice[name] + (chunk.num_layers - recomputed) * once[name] for name in once},
+        "weights": (3 * work.element_bytes + 2 * GRADIENT_BYTES) * parameters / gpu.bandwidth,
     }
     if chunk.last:
         rows = work.qwen.padded_vocab_size(work.tp) / work.tp
         logits = work.tokens * rows
         total["products"] += 3 * 2 * logits * work.qwen.hidden_size / gpu.flops
         times = 1 if work.fused_loss else 3
-        total["traffic"] += times * work.element * logits / gpu.bandwidth
+        total["traffic"] += times * work.element_bytes * logits / gpu.bandwidth
     return total
 
 
-def step_cost(work: Work, chunks: list[Chunk], gpu: Gpu, shards: int) -> Cost:
-    """What a rank does once per step: zeroed gradients, their norm, clipping, Adam; and host time per layer."""
+def step_cost(work: Workload, chunks: list[Chunk], gpu: Gpu, shards: int) -> Cost:
+    """What a rank does once per step: zeroing gradients, their norm, clipping, Adam; and host time per layer."""
     parameters = sum(chunk_parameters(work.qwen, work.tp, chunk) for chunk in chunks)
-    # zeroed and gathered whole; norm, clipping (read and write) and Adam (seven reads and writes of 4 bytes) in shards
-    moved = (GRADIENT_BYTES + work.element) * parameters + (3 * 4 + 7 * 4) * parameters / shards
+    # zeroing and gathering: all parameters; norm, clipping and Adam (3 and 7 accesses of 4 bytes): the rank's shard
+    moved = (GRADIENT_BYTES + work.element_bytes) * parameters + (3 * 4 + 7 * 4) * parameters / shards
     return {"weights": moved / gpu.bandwidth, "layers of a step": sum(chunk.num_layers for chunk in chunks)}
 
 
-def tensor_parallel_seconds(work: Work, num_layers: int) -> float:
-    """Collectives of the tensor-parallel ranks, none of them hidden: four forward, six backward of e n h bytes a layer.
+def tensor_parallel_seconds(work: Workload, num_layers: int) -> float:
+    """Seconds of tensor-parallel collectives, not overlapped: four forward, six backward of e n h bytes per layer.
 
-    Source: arXiv 2205.05198, section 4.2.2, and the gathers that are done again for the weights' gradients.
+    Source: arXiv 2205.05198, section 4.2.2, and the all-gathers repeated for the weight gradients.
     """
-    return 10 * num_layers * work.hidden * (work.tp - 1) / work.tp / LINK_BYTES_PER_SECOND
+    return 10 * num_layers * work.hidden_bytes * (work.tp - 1) / work.tp / LINK_BYTES_PER_SECOND
 
 
-def data_parallel_seconds(settings: TrainSettings, work: Work, parameters: int, backward: float) -> float:
-    """Seconds of gradient reduction and parameter gathering that the last backward pass does not hide."""
+def data_parallel_seconds(settings: TrainSettings, work: Workload, parameters: int, backward: float) -> float:
+    """Seconds of gradient reduction and parameter gathering that do not overlap with the last backward pass."""
     dp = settings.sizes.dp * settings.sizes.cp
     rate = LINK_BYTES_PER_SECOND if settings.nnodes == 1 else NETWORK_BYTES_PER_SECOND
-    return max(0.0, (GRADIENT_BYTES + work.element) * parameters * (dp - 1) / dp / rate - backward)
+    return max(0.0, (GRADIENT_BYTES + work.element_bytes) * parameters * (dp - 1) / dp / rate - backward)
 
 
 def host_seconds(settings: TrainSettings, parameters: int) -> float:
-    """Seconds for optimizer state from the host and back, once per step, not overlapped."""
+    """Seconds to copy the optimizer state from the host and back, once per step, not overlapped."""
     if settings.optimizer_state != "cpu":
         return 0.0
     shards = settings.sizes.dp * settings.sizes.cp
@@ -112,14 +112,14 @@ def host_seconds(settings: TrainSettings, parameters: int) -> float:
 
 @dataclass(frozen=True)
 class Speed:
-    """A step's seconds and what follows from them."""
+    """Seconds per step and the figures derived from it."""
 
     step_seconds: float
     tokens_per_second: float  # over all GPUs
-    bubble: float  # share of the step in which a stage waits for others
+    bubble: float  # fraction of the step in which a stage is idle
 
     def days(self, tokens: float) -> float:
-        """Days that `tokens` take."""
+        """Days to train on `tokens`."""
         return tokens / self.tokens_per_second / 86400
 
 
@@ -137,6 +137,6 @@ def speed(settings: TrainSettings, platform: Platform, qwen: QwenConfig, gpu: Gp
         after += data_parallel_seconds(settings, work, parameters, own * 2 / 3)
         microbatch, once = max(microbatch, own), max(once, after)
     number = sizes.num_microbatches(settings.global_batch_size, settings.micro_batch_size)
-    waits = (sizes.pp - 1) / sizes.vpp  # arXiv 2104.04473, section 2.2
-    step = (number + waits) * microbatch + once
-    return Speed(step, settings.global_batch_size * settings.seq_length / step, waits * microbatch / step)
+    bubble = (sizes.pp - 1) / sizes.vpp  # in micro-batches: arXiv 2104.04473, section 2.2
+    step = (number + bubble) * microbatch + once
+    return Speed(step, settings.global_batch_size * settings.seq_length / step, bubble * microbatch / step)

@@ -16,65 +16,67 @@ UNITS = (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 @dataclass(frozen=True)
 class Upkeep:
-    """A checkpoint of the run, in torch_dist with the optimizer, and the time lost to saves and faults."""
+    """The size of a torch_dist checkpoint with the optimizer, and the time lost to saves and faults."""
 
-    asked: EstimateSettings
+    settings: EstimateSettings
     num_bytes: int
     lost: Interruptions
 
     @property
     def disk_seconds(self) -> float:
         """Seconds to write or read a checkpoint."""
-        return self.num_bytes / (self.asked.disk_gb_s * GB)
+        return self.num_bytes / (self.settings.disk_gb_s * GB)
 
     @property
     def copy_bytes(self) -> int:
         """Bytes of host memory that ASYNC_SAVE needs per GPU; pipeline stages differ little."""
-        return self.num_bytes // (self.asked.gpus * self.asked.nnodes)
+        return self.num_bytes // (self.settings.gpus * self.settings.nnodes)
 
     @property
     def disk_bytes(self) -> int | None:
         """Bytes on disk: the kept checkpoints and the one being written; None if all are kept."""
-        return (self.asked.keep_checkpoints + 1) * self.num_bytes if self.asked.keep_checkpoints else None
+        return (self.settings.keep_checkpoints + 1) * self.num_bytes if self.settings.keep_checkpoints else None
 
 
-def upkeep(asked: EstimateSettings, qwen: QwenConfig) -> Upkeep:
-    """The upkeep of a run, the same for each layout; a checkpoint is read as fast as it is written, and once."""
-    num_bytes = checkpoint_bytes(qwen, asked.precision, optimizer_state=asked.optimizer_state)
-    write = num_bytes / (asked.disk_gb_s * GB)
-    stall = write if asked.save_stall_s is None else asked.save_stall_s
-    between = seconds_between_faults(asked.gpus * asked.nnodes, asked.gpu_mtbf_hours)
-    recovery = asked.detection_s + asked.restart_s + write
-    return Upkeep(asked, num_bytes, Interruptions(between, stall, max(write, stall), recovery))
+def upkeep(settings: EstimateSettings, qwen: QwenConfig) -> Upkeep:
+    """The upkeep of a run, the same for each layout; reading a checkpoint takes as long as writing it."""
+    num_bytes = checkpoint_bytes(qwen, settings.precision, optimizer_state=settings.optimizer_state)
+    write = num_bytes / (settings.disk_gb_s * GB)
+    stall = write if settings.save_stall_s is None else settings.save_stall_s
+    between = seconds_between_faults(settings.gpus * settings.nnodes, settings.gpu_mtbf_hours)
+    recovery = settings.detection_s + settings.restart_s + write
+    return Upkeep(settings, num_bytes, Interruptions(between, stall, max(write, stall), recovery))
 
 
 def span(seconds: float) -> str:
-    """`seconds` in the largest unit of which there are 1.5 or more, in three digits or whole."""
+    """`seconds` with three digits in the largest unit of which there are at least 1.5."""
     name, unit = next((each for each in UNITS if seconds >= 1.5 * each[1]), UNITS[-1])
     amount = seconds / unit
     return f"{amount:,.0f} {name}" if amount >= 100 else f"{amount:.3g} {name}"
 
 
 def upkeep_lines(kept: Upkeep, step_seconds: float | None) -> Iterator[str]:
-    """The lines for people; SAVE_INTERVAL where the seconds of a step are given."""
-    asked, lost = kept.asked, kept.lost
-    need = (
-        f"={asked.keep_checkpoints} and the next one need {kept.disk_bytes / GB:,.1f} GB" if kept.disk_bytes else "=0"
-    )
-    yield f"a checkpoint: {kept.num_bytes / GB:,.1f} GB with the optimizer; KEEP_CHECKPOINTS{need}"
-    stands = "as long" if asked.save_stall_s is None else f"for {span(lost.stall)}"
+    """The lines of the report; with the best SAVE_INTERVAL if the seconds of a step are known."""
+    settings, lost = kept.settings, kept.lost
+    need = f" and the next one need {kept.disk_bytes / GB:,.1f} GB" if kept.disk_bytes else ""
     yield (
-        f"  written in {span(kept.disk_seconds)}, read in as many (--disk-gb-s={asked.disk_gb_s:g}); training stands"
-        f" still {stands} (--save-stall-s)"
+        f"a checkpoint: {kept.num_bytes / GB:,.1f} GB with the optimizer;"
+        f" KEEP_CHECKPOINTS={settings.keep_checkpoints}{need}"
+    )
+    pause = "meanwhile" if settings.save_stall_s is None else f"for {span(lost.stall)}"
+    yield (
+        f"  written in {span(kept.disk_seconds)}, read in the same time (--disk-gb-s={settings.disk_gb_s:g}); training"
+        f" is paused {pause} (--save-stall-s)"
     )
     yield (
-        f"  ASYNC_SAVE=true: {kept.copy_bytes / GB:,.1f} GB of host memory a GPU, training stands still for the copy"
-        f" alone, about {span(kept.copy_bytes / (COPY_GB_S * GB))} (--save-stall-s); neither takes memory of a GPU"
+        f"  ASYNC_SAVE=true: {kept.copy_bytes / GB:,.1f} GB of host memory per GPU, training is paused only for the"
+        f" copy, about {span(kept.copy_bytes / (COPY_GB_S * GB))} (--save-stall-s); neither takes GPU memory"
     )
-    world = asked.gpus * asked.nnodes
+    world = settings.gpus * settings.nnodes
     yield (
-        f"  {world} GPU{'s have' if world > 1 else ' has'} a fault in {span(lost.between_faults)} (--gpu-mtbf-hours="
-        f"{asked.gpu_mtbf_hours:,.0f}), seen in {span(asked.detection_s)}; restarted in {span(asked.restart_s)}"
+        f"  {world} GPU{'s have' if world > 1 else ' has'} a fault every {span(lost.between_faults)} (--gpu-mtbf-hours="
+        f"{settings.gpu_mtbf_hours:,.0f}), detected in {span(settings.detection_s)}; restarted in"
+        f" {span(settings.restart_s)}"
     )
     yield f"  {_best(kept, step_seconds)}; preemptions and stops are not counted"
 
@@ -82,24 +84,24 @@ def upkeep_lines(kept: Upkeep, step_seconds: float | None) -> Iterator[str]:
 def _best(kept: Upkeep, step_seconds: float | None) -> str:
     if step_seconds is None:
         interval = best_interval(kept.lost)
-        return f"best: {span(interval)} from save to save: {shares(kept.lost, interval).trains:.1%} of the time trains"
-    told = upkeep_values(kept, step_seconds)
-    best = told["best_save_interval"]
+        return f"best: {span(interval)} from save to save: goodput {shares(kept.lost, interval).trains:.1%}"
+    values = upkeep_values(kept, step_seconds)
+    best = values["best_save_interval"]
     return (
-        f"best: SAVE_INTERVAL={best} ({span(best * step_seconds)} of the first layout's steps): {told['trains']:.1%} of"
-        f" the time trains; with {kept.asked.save_interval} {told['trains_as_asked']:.1%}"
+        f"best: SAVE_INTERVAL={best} ({span(best * step_seconds)} of the first layout's steps): goodput"
+        f" {values['best_goodput']:.1%}, and {values['goodput']:.1%} with {kept.settings.save_interval}"
     )
 
 
 def upkeep_values(kept: Upkeep, step_seconds: float | None) -> dict[str, Any]:
     """The best SAVE_INTERVAL, and the goodput with it and with the configured one."""
     if step_seconds is None:
-        return dict.fromkeys(("best_save_interval", "trains", "trains_as_asked"))
+        return dict.fromkeys(("best_save_interval", "best_goodput", "goodput"))
     best = best_steps(kept.lost, step_seconds)
     return {
         "best_save_interval": best,
-        "trains": shares(kept.lost, best * step_seconds).trains,
-        "trains_as_asked": shares(kept.lost, kept.asked.save_interval * step_seconds).trains,
+        "best_goodput": shares(kept.lost, best * step_seconds).trains,
+        "goodput": shares(kept.lost, kept.settings.save_interval * step_seconds).trains,
     }
 
 
@@ -109,8 +111,8 @@ def checkpoint_values(kept: Upkeep) -> dict[str, Any]:
     return {
         "bytes": kept.num_bytes,
         "disk_bytes": kept.disk_bytes,
-        "host_bytes_a_gpu": kept.copy_bytes,
+        "host_bytes_per_gpu": kept.copy_bytes,
         **{f"{name}_s": value for name, value in asdict(kept.lost).items()},
         "best_interval_s": interval,
-        "trains": shares(kept.lost, interval).trains,
+        "best_goodput": shares(kept.lost, interval).trains,
     }

@@ -1,4 +1,4 @@
-"""Parameters that a rank holds, and the bytes of them, their gradients and the optimizer's state.
+"""The parameters on a rank, and the bytes of weights, gradients and optimizer state.
 
 Letters: h hidden_size, f intermediate_size, v rows of the padded vocabulary.
 """
@@ -11,12 +11,12 @@ from common.parallel import ParallelSizes
 
 GRADIENT_BYTES = 4  # float32 buffers (grad_reduce_in_fp32)
 MOMENT_BYTES = {"fp32": 8, "bf16": 4, "cpu": 8}  # Adam's two, by OPTIMIZER_STATE
-MASTER_BYTES = {"bf16": 4, "fp32": 0}  # the float32 copy of the parameters; in fp32 they are their own
+MASTER_BYTES = {"bf16": 4, "fp32": 0}  # the float32 copy of the parameters; in fp32 there is none
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """One virtual pipeline chunk: its layers, and whether the model begins or ends in it."""
+    """One virtual pipeline chunk: its layers, and whether it is the model's first or last."""
 
     num_layers: int
     first: bool
@@ -33,7 +33,7 @@ def chunks_of_rank(qwen: QwenConfig, sizes: ParallelSizes, pp_rank: int) -> list
 def chunk_parameters(qwen: QwenConfig, tp: int, chunk: Chunk) -> int:
     """Parameters of a chunk on one tensor-parallel rank.
 
-    Tied models have one matrix for embedding and output layer; if they are on two pipeline stages, each has a copy.
+    Tied embeddings are one matrix; if embedding and output layer are on two pipeline stages, each has a copy.
     """
     total = chunk.num_layers * layer_parameters(qwen, tp)
     matrices = int(chunk.first) + int(chunk.last)

@@ -1,1 +1,1 @@
-"""What is trained: Qwen's shape, its layer, this pipeline stage's model."""
+"""The model: Qwen's config, its layers, and this pipeline stage's part of it."""

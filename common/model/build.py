@@ -30,7 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def transformer_config(
     qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of `qwen` under these sizes."""
+    """Megatron-Core's TransformerConfig of `qwen` at these parallel sizes."""
     dtype = DTYPES[options.precision]
     fused = platform.fused_kernels
     engine = options.transformer_impl == "transformer_engine"
@@ -61,11 +61,11 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
         context_parallel_size=sizes.cp,
         sequence_parallel=options.sequence_parallel and sizes.tp > 1,
-        # With VPP, batched sends at PP=2 swap the two neighbours' tensors and train on them without an error.
+        # With VPP at PP=2, batched sends swap the tensors from the two neighbours, without an error.
         overlap_p2p_comm=sizes.vpp > 1,
         batch_p2p_comm=sizes.vpp == 1,
-        # With VPP, Megatron-Core frees an output whose send is still under way: on gloo the neighbour was seen to train
-        # on what had overwritten it (first loss 5.998 for 5.979).
+        # With VPP, Megatron-Core frees an output before its send is complete: over gloo the next stage then trained on
+        # overwritten data (first loss 5.998 instead of 5.979).
         deallocate_pipeline_outputs=sizes.vpp == 1,
         calculate_per_token_loss=True,
         use_cpu_initialization=platform.device == "cpu",
@@ -78,7 +78,7 @@ def transformer_config(
         **pipeline_options(qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers), sizes.vpp),
         tp_comm_overlap=options.tp_comm_overlap,
         deterministic_mode=options.deterministic,
-        # Its kernel knows neither bounds of packed samples nor a norm between the split and the rotation.
+        # The fused kernel supports neither packed sequences nor a norm between split and rotation.
         **single_qkv_rope(fused and not options.packed_sequences and not qwen.qk_norm),
         **fp8_options(options.fp8_format, options.fp8_recipe),
         **_recompute(options),
@@ -86,15 +86,15 @@ def transformer_config(
 
 
 def _with_overrides(mcore: tuple[str, ...], **fields: Any) -> TransformerConfig:
-    """The config of `fields`, and of those that are set by name; raises KitError where Megatron-Core refuses them."""
+    """The config of `fields` with the overrides in `mcore`; raises KitError if Megatron-Core refuses them."""
     with named_refusals(mcore):
         return TransformerConfig(**{**fields, **overrides(mcore)["transformer"]})
 
 
 def pipeline_options(chunk_layers: tuple[int, ...], vpp: int) -> dict[str, Any]:
-    """What tells Megatron-Core these numbers of layers, one a chunk in the model's order; nothing where they are even.
+    """TransformerConfig's fields for these numbers of layers, one per chunk in model order; none if all are equal.
 
-    Every version has a number of its own for the first and the last stage; from 0.13 on any chunk may have its own.
+    Every version has fields for the first and the last stage; from 0.13 on there is a layout for all chunks.
     """
     if len(set(chunk_layers)) == 1:
         return {}
@@ -110,7 +110,7 @@ def pipeline_options(chunk_layers: tuple[int, ...], vpp: int) -> dict[str, Any]:
 
 
 def _recompute(options: ModelOptions) -> dict[str, Any]:
-    """Recompute nothing, each layer's core attention (selective) or whole layers (full), all or the chunk's first."""
+    """TransformerConfig's fields for RECOMPUTE: none, core attention (selective), or layers (full)."""
     if options.recompute == "full" and options.recompute_num_layers:
         layers = options.recompute_num_layers
         return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
@@ -122,9 +122,9 @@ def _recompute(options: ModelOptions) -> dict[str, Any]:
 def build_model(
     qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform, seq_length: int
 ) -> list[torch.nn.Module]:
-    """The chunks that this rank holds, on its device, with random weights; bf16 ones wrapped in Float16Module.
+    """The chunks of this rank, on its device, with random weights; in bf16 wrapped in Float16Module.
 
-    A collective call: all ranks try the kernels of the model together, and take the same.
+    A collective call: all ranks test the optional kernels together, and use the same ones.
     """
     platform = with_working_kernels(platform, options)
     config = transformer_config(qwen, sizes, options, platform)
@@ -171,9 +171,9 @@ def _chunk(
         **more,
     )
     if options.deterministic and first:
-        # By index, as Megatron-Core would look weights up then, each of a token's gradients is added to a sum in bf16
-        # (indexing_backward_kernel in ATen's Indexing.cu), where 256 + 1 is 256. torch's embedding sorts them, adds in
-        # float32 and, told to be deterministic, in one order (embedding_backward_cuda_kernel).
+        # Megatron-Core's deterministic mode indexes the weight, and the backward pass of indexing accumulates a token's
+        # gradients in bf16 (indexing_backward_kernel in ATen's Indexing.cu), where 256 + 1 is 256. F.embedding sorts
+        # them and accumulates in float32, in a fixed order in deterministic mode (embedding_backward_cuda_kernel).
         model.embedding.word_embeddings.deterministic_mode = False
     if kernels.norms:
         connect_norms(model.decoder, kernels.norms, across_layers=options.recompute != "full")

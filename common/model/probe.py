@@ -1,7 +1,7 @@
-"""A kernel's trial before a run: whether what it gives is there, and right, on every rank; else no rank takes it.
+"""Tests of optional kernels before a run: one that fails, or is wrong, on any rank is used on none.
 
-Optional packages and compilers fail in any way, and on some ranks alone: QuACK's import raised a TypeError on some of
-four, which then waited for each other. What fails is caught here and nowhere else, and all ranks decide together.
+Optional packages and compilers may fail in any way, and on some ranks only: QuACK's import raised a TypeError on some
+of four ranks, and the others hung. Such failures are caught only here, and all ranks decide together.
 """
 
 from collections.abc import Callable
@@ -10,20 +10,20 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-TOLERANCE = 0.02  # of the largest value: bf16 has 8 bits
+TOLERANCE = 0.02  # relative to the largest value: bf16 has 8 bits of precision
 PROBED = 320  # tokens: more than one tile of every kernel
-REPEATS = 3  # runs that must give the same bits, where torch is to be deterministic
-NAMED = 8  # ranks that a message names
+REPEATS = 3  # runs that must give the same bits in torch's deterministic mode
+NAMED = 8  # ranks listed in a message
 
 Part = TypeVar("Part")
 
 
 class UnusableError(Exception):
-    """Why a kernel cannot be used, as it is to be logged."""
+    """Why a kernel cannot be used, as text for the log."""
 
 
 def outcome(attempt: Callable[[], Part]) -> tuple[Part | None, str]:
-    """(what `attempt` gives, "") or, whatever it raised but Ctrl-C, (None, why in one line)."""
+    """(the result of `attempt`, ""), or (None, the error in one line) for anything it raises but KeyboardInterrupt."""
     try:
         return attempt(), ""
     except UnusableError as error:
@@ -35,21 +35,21 @@ def outcome(attempt: Callable[[], Part]) -> tuple[Part | None, str]:
         return None, f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
 
-def tried(attempt: Callable[[], Part]) -> tuple[Part | None, str]:
-    """(what `attempt` gives, "") where it succeeds on all ranks, else on all of them (None, why, and on which).
+def try_on_all_ranks(attempt: Callable[[], Part]) -> tuple[Part | None, str]:
+    """(the result of `attempt`, "") if it succeeds on all ranks, otherwise on all ranks (None, why and on which).
 
-    A collective call: each rank makes as many in the same order, one that has nothing to try with an attempt that
+    A collective call: all ranks make the same calls in the same order, those with nothing to test with an attempt that
     cannot fail.
     """
     part, failure = outcome(attempt)
-    failure = agreed(failure)
+    failure = agree_on_failure(failure)
     return (None, failure) if failure else (part, "")
 
 
-def agreed(failure: str) -> str:
-    """Empty where it is on every rank, else the same text on all: each failure, with the ranks if it is not all ranks'.
+def agree_on_failure(failure: str) -> str:
+    """Empty if `failure` is on every rank; otherwise one text for all ranks that lists each failure with its ranks.
 
-    A collective call where torch.distributed has begun; alone, `failure` itself.
+    A collective call if torch.distributed is initialized; otherwise returns `failure`.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return failure
@@ -60,18 +60,18 @@ def agreed(failure: str) -> str:
         return ""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, failure)
-    return tell_ranks([str(each or "") for each in found])
+    return describe_failures([str(each or "") for each in found])
 
 
-def tell_ranks(failures: list[str]) -> str:
-    """The failures of the ranks, in their order and empty where there is none, as one line."""
+def describe_failures(failures: list[str]) -> str:
+    """The failures of the ranks, in rank order and empty for a rank without one, as one line."""
     ranks: dict[str, list[int]] = {}
     for rank, failure in enumerate(failures):
         if failure:
             ranks.setdefault(failure, []).append(rank)
     if [len(each) for each in ranks.values()] == [len(failures)]:
         return failures[0]
-    return "; ".join(f"{failure} ({_name(given)} of {len(failures)})" for failure, given in ranks.items())
+    return "; ".join(f"{failure} ({_name(failed)} of {len(failures)})" for failure, failed in ranks.items())
 
 
 def _name(ranks: list[int]) -> str:
@@ -86,19 +86,19 @@ def need(fault: str) -> None:
         raise UnusableError(fault)
 
 
-def find_fault(kernel: Callable[[], list[torch.Tensor]], exact: Callable[[], list[torch.Tensor]]) -> str:
-    """Why `kernel` cannot be used; empty where its tensors are within TOLERANCE of those of `exact`, in float32.
+def find_fault(kernel: Callable[[], list[torch.Tensor]], reference: Callable[[], list[torch.Tensor]]) -> str:
+    """Why `kernel` cannot be used; empty if its tensors are within TOLERANCE of the float32 ones of `reference`.
 
-    Where torch is to be deterministic, it must give the same bits REPEATS times.
+    In torch's deterministic mode it must also give the same bits REPEATS times.
     """
-    return outcome(lambda: _compare(kernel, exact))[1]
+    return outcome(lambda: _compare(kernel, reference))[1]
 
 
-def _compare(kernel: Callable[[], list[torch.Tensor]], exact: Callable[[], list[torch.Tensor]]) -> None:
+def _compare(kernel: Callable[[], list[torch.Tensor]], reference: Callable[[], list[torch.Tensor]]) -> None:
     found = kernel()
     if torch.are_deterministic_algorithms_enabled():
         same = all(all(map(torch.equal, found, kernel())) for _ in range(REPEATS - 1))
         need("" if same else "its results differ from run to run")
-    for mine, right in zip(found, exact(), strict=True):
-        off = float((mine.to(right.device).float() - right).abs().max() / right.abs().max())
-        need("" if off <= TOLERANCE else f"its results are off by {off:.1%}")  # and where `off` is no number
+    for actual, expected in zip(found, reference(), strict=True):
+        error = float((actual.to(expected.device).float() - expected).abs().max() / expected.abs().max())
+        need("" if error <= TOLERANCE else f"its results are off by {error:.1%}")  # also for NaN

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from common.model.layers.attention import KINDS, why_not
+from common.model.layers.attention import KINDS, unusable_reason
 
 # size: tokens, micro-batch, query heads, key-value groups, head size
 SHAPES = {
@@ -30,7 +30,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def kernels(heads: tuple[int, int, int], device: torch.device) -> Iterator[tuple[str, Attention]]:
     """The kit's kinds and Transformer Engine's own, those that work and are right."""
     for name, kind in KINDS.items():
-        failure = why_not(kind, heads, device)
+        failure = unusable_reason(kind, heads, device)
         if failure:
             print(f"{name}: {failure}", flush=True)
             continue

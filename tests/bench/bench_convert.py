@@ -164,7 +164,9 @@ def main() -> None:
         write_model(work / "hf", SHAPES[arguments.shape])
         size = sum(path.stat().st_size for path in (work / "hf").iterdir())
         print(f"{arguments.shape}, {size / 1e9:.2f} GB, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
-        columns = ("conversion", "s", "cp, s", "times cp", "CPU s", "cp's CPU s", "proof, s", "peak RssAnon, MiB")
+        columns = (
+            "conversion", "s", "cp, s", "times cp", "CPU s", "cp's CPU s", "verification, s", "peak RssAnon, MiB",
+        )  # fmt: skip
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         kinds = {"TP2 x PP2 torch": ["--tp=2", "--pp=2"], "torch_dist": ["--ckpt-format=torch_dist"]}
         for name, flags in kinds.items():

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("millions", type=int, nargs="+")
     arguments = parser.parse_args()
-    print("| documents | opened | s | first sample, s | next epoch's, s | µs a sample | MiB of its own |")
+    print("| documents | opened | s | first sample, s | next epoch's, s | µs per sample | private MiB |")
     print("|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
     for millions in arguments.millions:

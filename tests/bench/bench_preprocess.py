@@ -213,7 +213,7 @@ def compare(settings: argparse.Namespace, cores: list[int], folder: Path) -> Non
             text_bytes += len(orjson.loads(row)["text"].encode())
     print(f"{platform.processor() or platform.machine()}, {len(cores)} cores, load {os.getloadavg()[0]:.1f} at start")
     print(f"{documents:,} documents, {text_bytes / 1e6:.1f} MB of text, {path.stat().st_size / 1e6:.1f} MB of jsonl\n")
-    print("| program | seconds | MB/s | million tokens/s | documents/s | start-up s | whole s | peak MiB |")
+    print("| program | seconds | MB/s | million tokens/s | documents/s | start-up s | total s | peak MiB |")
     print("|---|---|---|---|---|---|---|---|")
     alone, batched, ours = [], [], []
     for number in range(settings.repeats):  # in turns, so that a disturbance meets all

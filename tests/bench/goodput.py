@@ -1,4 +1,4 @@
-"""Prints the tables of docs/reliability.md, "How much of the time trains":
+"""Prints the tables of docs/reliability.md, "Goodput":
 
     python -m tests.bench.goodput [--disk-gb-s 2 20] [--save-stall-s S] [--detection-s S] [--restart-s S]
 
@@ -23,8 +23,8 @@ QWEN_72B = {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers"
             "num_key_value_heads": 8}  # fmt: skip
 ROWS = ((8, "7B", 256), (64, "7B", 256), (256, "72B", 1024), (1024, "72B", 1024), (16384, "72B", 4096))
 HEAD = (
-    "| GPUs | model | a fault every | a save stops it | best: every | `SAVE_INTERVAL` | saving | restarting |"
-    " done again | **trains** | with 100 steps |"
+    "| GPUs | model | a fault every | pause per save | best: save every | `SAVE_INTERVAL` | saving | restarting |"
+    " repeating | **goodput** | with 100 steps |"
 )
 # arXiv 2407.21783: 405 billion parameters, section 3.3.1's 2 TB/s, counted as 14 bytes a parameter
 LLAMA_3_GPUS, LLAMA_3_BYTES, LLAMA_3_DISK_GB_S = 16384, 14 * 405e9, 2000.0

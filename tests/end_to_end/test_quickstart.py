@@ -117,7 +117,7 @@ def test_one_more_run_does_nothing_again_and_tells_the_same(work: Path) -> None:
 def test_another_seed_needs_another_folder(work: Path) -> None:
     other = Quickstart(WORK_DIR=work, SEED=2)
     assert other.end() == 2
-    assert f"error: WORK_DIR={work} holds a quickstart of other settings or data" in other.text
+    assert f"error: WORK_DIR={work} holds a quickstart with other settings or data" in other.text
 
 
 def talk(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
@@ -140,7 +140,7 @@ def test_own_rows_train_an_own_model_in_the_stage_they_are_for(tmp_path: Path, k
     run = Quickstart(**settings, EPOCHS=4, GLOBAL_BATCH_SIZE=8, MICRO_BATCH_SIZE=8)
     assert run.end() == 0, run.text
     left_out = "pretraining" if kind == "conversations" else "fine-tuning"
-    assert f"INPUT holds {kind}: {left_out} is left out." in run.text and "Score" not in run.text
+    assert f"INPUT holds {kind}: {left_out} is skipped." in run.text and "Score" not in run.text
     content = json.loads((tmp_path / "work" / "answers" / "answers.json").read_text(encoding="utf-8"))
     answers = content["answers"]
     assert len(answers) == 3 and answers[0]["before"] != answers[0]["after"]

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import embedding
 
 from common.doctor.packages import version
-from common.model.layers.attention import KINDS, why_not
+from common.model.layers.attention import KINDS, unusable_reason
 from common.training.planning import determinism
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -41,7 +41,7 @@ def test_a_frequent_tokens_gradient_is_no_sum_of_bf16_and_the_same_each_time() -
 def test_attention_gives_the_same_gradients_each_time(kind: str, heads: tuple[int, int, int]) -> None:
     if kind == "flash_attn_4" and not version("flash_attn_4"):
         pytest.skip("needs flash-attn-4")
-    assert why_not(KINDS[kind], heads, torch.device("cuda")) == ""
+    assert unusable_reason(KINDS[kind], heads, torch.device("cuda")) == ""
     num_heads, num_groups, size = heads
     generator = torch.Generator("cuda").manual_seed(0)
     given = [

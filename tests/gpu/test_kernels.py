@@ -160,24 +160,24 @@ def test_norms_and_those_of_a_sum(dtype: torch.dtype, n: int, h: int) -> None:
 
 @pytest.mark.parametrize("heads", [(14, 2, 64), (16, 2, 128), (28, 4, 128), (8, 8, 128)])
 def test_flash_attention_4_is_right_where_it_is_installed(heads: tuple[int, int, int]) -> None:
-    from common.model.layers.attention import KINDS, why_not
+    from common.model.layers.attention import KINDS, unusable_reason
 
     needs("flash_attn_4")
-    assert why_not(KINDS["flash_attn_4"], heads, torch.device("cuda")) == ""
+    assert unusable_reason(KINDS["flash_attn_4"], heads, torch.device("cuda")) == ""
 
 
 @pytest.mark.parametrize(("hidden_size", "width"), [(896, 4864), (1536, 8960), (2048, 11008), (3584, 18944 // 4)])
 def test_quacks_products_are_right_where_they_are_installed(hidden_size: int, width: int) -> None:
     from common.model.kernels.quack_products import QuackProducts
-    from common.model.layers.gated_mlp import why_not
+    from common.model.layers.gated_mlp import unusable_reason
 
     needs("quack_kernels")
-    assert why_not(QuackProducts(), hidden_size, width, torch.device("cuda")) == ""
+    assert unusable_reason(QuackProducts(), hidden_size, width, torch.device("cuda")) == ""
 
 
 @pytest.mark.parametrize(("hidden_size", "vocab_size"), [(896, 151936), (1536, 151936), (2048, 151936), (3584, 152064)])
 def test_quacks_loss_is_right_where_it_is_installed(hidden_size: int, vocab_size: int) -> None:
-    from common.model.kernels.quack_loss import QuackLoss, why_not
+    from common.model.kernels.quack_loss import QuackLoss, unusable_reason
 
     needs("quack_kernels")
-    assert why_not(QuackLoss(), hidden_size, vocab_size, torch.device("cuda")) == ""
+    assert unusable_reason(QuackLoss(), hidden_size, vocab_size, torch.device("cuda")) == ""

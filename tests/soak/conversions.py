@@ -42,12 +42,16 @@ class Conversion:
 
     def kill(self, dice: random.Random) -> bool:
         """Whether a kill at a random moment met it; then the same command gave what it must."""
-        process = self.start()
-        time.sleep(self.seconds * dice.uniform(0.4, 1.0))
-        met = process.poll() is None
-        if met:
+        process, begun = self.start(), time.monotonic()
+        try:
+            process.wait(self.seconds * dice.uniform(0.4, 1.0))
+        except subprocess.TimeoutExpired:
+            met = True
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(60)
+            process.wait(60)
+        else:
+            met = False
+            self.seconds = time.monotonic() - begun  # the machine is less busy than it was
         if not self.finished():
             assert not self.target.is_dir() or find_checkpoint(self.target) is None
             assert self.start().wait(600) == 0, self._log.read_text()

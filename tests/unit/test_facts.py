@@ -212,15 +212,15 @@ def test_samples_share_a_row_only_where_attention_takes_a_mask(work: Path) -> No
 @fact("oldest_cuda")
 def test_an_old_cuda_is_refused_where_it_matters() -> None:
     found = (True, {"torch": "2.1.2+metax2.27.0.8", "cuda": "11.6", "devices": []})
-    assert [each.status for each in packages.look_at_torch(PLATFORM, found, False)] == ["ok"]
+    assert [each.status for each in packages.check_torch(PLATFORM, found, False)] == ["ok"]
     strict = replace(PLATFORM, oldest_cuda="12.4")
-    assert [each.status for each in packages.look_at_torch(strict, found, False)] == ["ok", "fail"]
+    assert [each.status for each in packages.check_torch(strict, found, False)] == ["ok", "fail"]
 
 
 @fact("container_flags")
 def test_a_missing_device_is_told_with_the_platforms_flags() -> None:
     for flags in (METAX.container_flags, "--other"):
-        (found,) = machine.look_at_devices(replace(METAX, container_flags=flags), [])
+        (found,) = machine.check_devices(replace(METAX, container_flags=flags), [])
         assert f"docker run {flags}`" in found.remedy
 
 

@@ -1,1 +1,1 @@
-"""Fused kernels, and which of them a run takes."""
+"""Fused kernels, and the selection of those that a run uses."""

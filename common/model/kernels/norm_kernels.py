@@ -1,9 +1,9 @@
-"""RMSNorm, alone or with the residual sum that it is of, and their gradients: a Triton kernel each way.
+"""RMSNorm, alone or fused with the residual add before it, forward and backward: one Triton kernel each.
 
 Letters: n tokens of a micro-batch (of this rank, under sequence parallelism), h hidden size. Formula: arXiv 1910.07467.
 
-The sum is read once for both, and the gradient that goes past the norm is added where the norm's is written: apart,
-that is three more passes over [n, h] for half a layer.
+The sum is read once for both, and the residual's gradient is added where the norm's gradient is written. Unfused, that
+takes three more passes over [n, h] per norm.
 """
 
 # ruff: noqa: ANN001, ANN202
@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-# Programs of a multiprocessor in the backward pass, each of which keeps a part of the weight's gradient; and rows of a
-# program, so that adding the parts up stays small beside the rest.
+# Programs per multiprocessor in the backward pass, each with a partial sum of the weight's gradient; and rows per
+# program, so that the reduction of the partial sums stays cheap.
 FEWEST, MOST, ROWS = 2, 8, 32
 
 
@@ -76,7 +76,7 @@ def _norm_backward(  # type: ignore[no-untyped-def]
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """The normed x; x and a float32 a row are kept."""
+        """The normalized x; saves x and one float32 per row."""
         x = x.contiguous()
         _, out, scale = _run_forward(x, None, weight, eps)
         ctx.save_for_backward(x, weight, scale)
@@ -93,15 +93,15 @@ class _NormOfSum(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum and its norm; the sum and a float32 a row are kept."""
+        """The sum and its norm; saves the sum and one float32 per row."""
         total, out, scale = _run_forward(x.contiguous(), residual.contiguous(), weight, eps)
         ctx.save_for_backward(total, weight, scale)
-        ctx.set_materialize_grads(False)  # the last sum of a model is used by its norm alone
+        ctx.set_materialize_grads(False)  # the last sum of a model has no other consumer than its norm
         return total, out
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """The gradient of both that were added, twice the same tensor, and of the weight."""
+        """The gradient of x and of residual, one tensor for both, and of the weight."""
         d_total, d_out = upstream
         if d_out is None:
             return d_total, d_total, None, None
@@ -126,14 +126,14 @@ def _run_backward(
     d_total: torch.Tensor | None, d_out: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     width, rows = total.shape[-1], scale.numel()
-    there = _multiprocessors(total.device)
-    programs = min(rows, max(FEWEST * there, min(MOST * there, rows // ROWS)))
+    processors = _multiprocessors(total.device)
+    programs = min(rows, max(FEWEST * processors, min(MOST * processors, rows // ROWS)))
     d_out, d_x = d_out.contiguous(), torch.empty_like(total)
     d_weight = torch.empty(programs, width, dtype=torch.float32, device=total.device)
     is_sum = d_total is not None
-    past = d_total.contiguous() if d_total is not None else d_out
+    d_residual = d_total.contiguous() if d_total is not None else d_out
     _norm_backward[(programs,)](
-        past, d_out, total, weight, scale, d_x, d_weight, rows, width, programs, is_sum, **_sizes(width)
+        d_residual, d_out, total, weight, scale, d_x, d_weight, rows, width, programs, is_sum, **_sizes(width)
     )
     return d_x, d_weight.sum(0).to(weight.dtype)
 
@@ -149,7 +149,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 class TritonNorms:
-    """The norms of `common.model.layers.residual_norm` by these kernels."""
+    """The Norms of `common.model.layers.residual_norm` with these kernels."""
 
     @staticmethod
     def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -161,6 +161,6 @@ class TritonNorms:
     def norm_of_sum(
         x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x, residual [..., h] -> their sum, rounded to their dtype, and the norm of what was rounded."""
+        """x, residual [..., h] -> their sum, rounded to their dtype, and the norm of the rounded sum."""
         total, out = _NormOfSum.apply(x, residual, weight, eps)
         return total, out

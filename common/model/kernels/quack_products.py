@@ -1,7 +1,7 @@
-"""The MLP's products with SwiGLU in them, by QuACK (github.com/Dao-AILab/quack), the package quack-kernels.
+"""The MLP's GEMMs with fused SwiGLU, by QuACK (github.com/Dao-AILab/quack, package quack-kernels).
 
-Its kernels want gate and up side by side: `both` has the gate's and up's value of a column next to each other, and the
-weight's rows are read in that order (`concat_layout`), so weights and their gradients stay as they are.
+Its kernels interleave gate and up: `both` has the two values of a column next to each other. They read the weight's
+rows in that order (`concat_layout`), so the layout of weights and gradients does not change.
 """
 
 from typing import Any
@@ -10,10 +10,10 @@ import torch
 
 
 class QuackProducts:
-    """GatedProducts for bf16 on Hopper GPUs; raises ImportError where quack is not installed.
+    """GatedProducts for bf16 on Hopper GPUs; raises ImportError if quack is not installed.
 
-    One tile shape for each product, the best of sixteen at the shapes of 0.5B, 1.5B, 3B and 7B (docs/benchmarks.md):
-    chosen here and not as a run begins, so that a run that goes on computes what it would have.
+    Each GEMM has a fixed tile shape, the best of sixteen for 0.5B, 1.5B, 3B and 7B (docs/benchmarks.md). There is no
+    autotuning at the start of a run, so a resumed run computes the same as an uninterrupted one.
     """
 
     def __init__(self) -> None:

@@ -1,14 +1,14 @@
-"""What each part of a model is computed by on this rank's device: found out, and logged, before it is built.
+"""Selection of the kernels that a model is built with on this rank's device; logged before it is built.
 
-What is optional is tried by `common.model.probe`: it fails in any way on any rank, and is passed over on all of them
-with one line, or ends the run on all of them where a setting asks for it. So each rank makes the same trials in the
-same order, also one that has no such part.
+Optional kernels are tested by `common.model.probe`. One that fails in any way on any rank is used on none, with one
+line in the log, or ends the run on all ranks if a setting requires it. Therefore each rank runs the same tests in the
+same order, even if its stage does not use the kernel.
 
-Of these all but attention add in one order in every run, so that they stay as they are where a run is to be
-deterministic: Triton's have neither atomic adds nor autotuning (partial sums of a norm's weight are as many as the GPU
-has multiprocessors), and QuACK's 0.6.5 are called with their tiles and without splitting K, where each element is of
-one block, whoever takes it (dynamic_scheduler), and each chunk of the loss is added once (gemm_sm90.py, lce_glue in
-linear_cross_entropy.py). The trials see whether bits are the same.
+All of these except attention are deterministic, so DETERMINISTIC=true changes none of them. Triton's kernels use
+neither atomics nor autotuning (a norm's weight gradient has a fixed number of partial sums). QuACK's (0.6.5) are called
+with fixed tiles and without split-K, so that one block computes each element under the dynamic scheduler too, and each
+chunk of the loss is accumulated once (gemm_sm90.py, lce_glue in linear_cross_entropy.py). The tests check that repeated
+runs give the same bits.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ from common.errors import KitError
 from common.log import logger
 from common.model.kernels.quack_products import QuackProducts
 from common.model.layers import gated_mlp
-from common.model.layers.attention import KINDS, SdpaAttention, choose
+from common.model.layers.attention import KINDS, SdpaAttention, select_core_attention
 from common.model.layers.gated_mlp import GatedProducts
 from common.model.layers.loss import TorchKernels
 from common.model.layers.residual_norm import Norms
-from common.model.probe import PROBED, find_fault, need, tried
+from common.model.probe import PROBED, find_fault, need, try_on_all_ranks
 from common.model.shape.config import QwenConfig
 from common.model.shape.options import ModelOptions
 from common.parallel import ParallelSizes
@@ -40,22 +40,22 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Kernels:
-    """What is put into a model in place of Megatron-Core's own."""
+    """The kernels of a model that replace Megatron-Core's."""
 
     core_attention: type[SdpaAttention] | None  # None: Transformer Engine's
-    products: GatedProducts | None  # of the MLP; None: linear layers with SwiGLU between them
-    norms: Norms | None  # joined with the sums before them; None: apart
-    loss: Any  # what LinearCrossEntropy computes by
+    products: GatedProducts | None  # the MLP's GEMMs with fused SwiGLU; None: unfused
+    norms: Norms | None  # RMSNorm fused with the residual add before it; None: unfused
+    loss: Any  # the kernels of LinearCrossEntropy
 
 
 def with_working_kernels(platform: Platform, options: ModelOptions) -> Platform:
-    """`platform`, without fused kernels where Triton's do not work on some rank; else they are put into Megatron-Core.
+    """`platform`, without fused kernels if Triton's fail on any rank; otherwise patches them into Megatron-Core.
 
-    A collective call; raises KitError where the options ask for products that rest on them.
+    A collective call; raises KitError if the options require fused products, which need them.
     """
     if not platform.fused_kernels:
         return platform
-    found, failure = tried(lambda: _triton_kernels(_device(platform)))
+    found, failure = try_on_all_ranks(lambda: _triton_kernels(_device(platform)))
     if found:
         use_kernels(*found)
         if options.transformer_impl == "local":
@@ -63,36 +63,36 @@ def with_working_kernels(platform: Platform, options: ModelOptions) -> Platform:
         return platform
     if options.fused_products == "true":
         raise _no_fused_products("SwiGLU and loss", f"Triton: {failure}")
-    logger.info("Triton's kernels: passed over, PyTorch's and Megatron-Core's own are slower (%s)", failure)
+    logger.info("Triton kernels: not used, PyTorch's and Megatron-Core's are slower (%s)", failure)
     return replace(platform, fused_kernels=False)
 
 
 def _triton_kernels(device: torch.device) -> tuple[Any, Any]:
-    from common.model.kernels.qkv_rope import split_and_rotate  # these import triton, which is not everywhere
+    from common.model.kernels.qkv_rope import split_and_rotate  # these import triton, which may be missing
     from common.model.kernels.swiglu import bias_swiglu
 
-    need(_swiglu_fault(bias_swiglu, device))  # the others are compiled by the same Triton
+    need(_swiglu_fault(bias_swiglu, device))  # tests Triton itself too, for all of them
     return bias_swiglu, split_and_rotate
 
 
 def _swiglu_fault(swiglu: Callable[[torch.Tensor, None], torch.Tensor], device: torch.device) -> str:
-    given = torch.randn(PROBED, 256, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    inputs = torch.randn(PROBED, 256, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
 
-    def results(by: Callable[[torch.Tensor, None], torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
-        out = by(x.requires_grad_(), None)
+    def results(function: Callable[[torch.Tensor, None], torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
+        out = function(x.requires_grad_(), None)
         return [out.detach(), *torch.autograd.grad(out.sum(), x)]
 
-    def exactly(gate_and_up: torch.Tensor, _: None) -> torch.Tensor:
+    def reference(gate_and_up: torch.Tensor, _: None) -> torch.Tensor:
         gate, up = gate_and_up.chunk(2, 1)
         return silu(gate) * up
 
-    return find_fault(lambda: results(swiglu, given.clone()), lambda: results(exactly, given.float()))
+    return find_fault(lambda: results(swiglu, inputs.clone()), lambda: results(reference, inputs.float()))
 
 
 def select_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform) -> Kernels:
-    """The fastest that work and are right here, the same on all ranks. A collective call.
+    """The fastest kernels that work on all ranks. A collective call.
 
-    Raises KitError where the options ask for one that does not.
+    Raises KitError if the options require one that does not.
     """
     norms = fused_residual_norms(options, platform)
     kernels = Kernels(
@@ -102,55 +102,55 @@ def select_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions
         loss=loss_kernels(qwen, sizes, options, platform),
     )
     if options.deterministic:
-        assert torch.are_deterministic_algorithms_enabled(), "its kernels were chosen as if any would do"
-        logger.info("deterministic: %s", "; ".join(_in_place(kernels.core_attention, platform)))
+        assert torch.are_deterministic_algorithms_enabled(), "set deterministic mode before kernels are selected"
+        logger.info("deterministic: %s", "; ".join(deterministic_replacements(kernels.core_attention, platform)))
     return kernels
 
 
-def _in_place(attention: type[SdpaAttention] | None, platform: Platform) -> list[str]:
-    """What a deterministic run takes in the place of what."""
+def deterministic_replacements(attention: type[SdpaAttention] | None, platform: Platform) -> list[str]:
+    """What a deterministic run uses instead of the defaults, for the log."""
     if platform.device == "cpu":
-        return ["torch's deterministic algorithms, which a CPU takes anyway"]
+        return ["torch's deterministic algorithms, the default on a CPU"]
     if attention is None:
-        way = "Transformer Engine's attention without its non-deterministic kernels"
+        kernel = "Transformer Engine's attention without its non-deterministic kernels"
     elif attention is SdpaAttention:
-        way = "PyTorch's attention without cuDNN's"
+        kernel = "PyTorch's attention without cuDNN's"
     else:
-        way = "attention gradients added in a fixed order of blocks, not as they come"
-    embedding = "embedding gradients sorted first, not added as they come"
-    return [way, embedding, "NCCL's rings, not its fastest", "cuBLAS's fixed workspaces"]
+        kernel = "attention gradients accumulated in a fixed order, without atomics"
+    embedding = "embedding gradients sorted and accumulated in a fixed order"
+    return [kernel, embedding, "NCCL's ring algorithm only", "cuBLAS workspaces of a fixed size"]
 
 
 def core_attention(
     qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform
 ) -> type[SdpaAttention] | None:
-    """What attends in each layer; None: Transformer Engine's layers keep their own."""
+    """The core attention of each layer; None: Transformer Engine's own."""
     engine = options.transformer_impl == "transformer_engine"
     if options.precision == "fp32" or options.packed_sequences or sizes.cp > 1:
-        return None if engine else SdpaAttention  # flash_attn has no float32; the others go by bounds and ranks
-    told = options.core_attention
-    preferred = platform.core_attention if told == "auto" else (told,)
-    if engine and told == "auto":
-        preferred = tuple(kind for kind in preferred if KINDS[kind].before_engine)
+        return None if engine else SdpaAttention  # flash_attn has no float32, mask or CP
+    auto = options.core_attention == "auto"
+    preferred = platform.core_attention if auto else (options.core_attention,)
+    if engine and auto:
+        preferred = tuple(kind for kind in preferred if KINDS[kind].faster_than_engine)
         if not preferred:
             return None
     heads = (qwen.num_attention_heads // sizes.tp, qwen.num_key_value_heads // sizes.tp, qwen.head_dim)
-    return choose(preferred, heads, _device(platform), engine=engine and told == "auto")
+    return select_core_attention(preferred, heads, _device(platform), engine=engine and auto)
 
 
 def fused_residual_norms(options: ModelOptions, platform: Platform) -> Norms | None:
-    """The fused residual norms; None where Transformer Engine fuses norm and product for FP8 or TP overlap."""
-    plain = options.fp8_format == "none" and not options.tp_comm_overlap
-    if not (platform.fused_kernels and installed_engine().fused_residual_norms and plain):
+    """The fused residual norms; None with FP8 or TP overlap, where Transformer Engine fuses the norm with the GEMM."""
+    te_fuses_norms = options.fp8_format != "none" or options.tp_comm_overlap
+    if te_fuses_norms or not (platform.fused_kernels and installed_engine().fused_residual_norms):
         return None
-    norms, failure = tried(_triton_norms)
+    norms, failure = try_on_all_ranks(_triton_norms)
     if failure:
-        logger.info("norms: separate from the residual sums (Triton: %s)", failure)
+        logger.info("norms: not fused with the residual adds (Triton: %s)", failure)
     return norms
 
 
 def _triton_norms() -> Norms:
-    from common.model.kernels.norm_kernels import TritonNorms  # imports triton, which is not everywhere
+    from common.model.kernels.norm_kernels import TritonNorms  # imports triton, which may be missing
 
     return TritonNorms()
 
@@ -158,54 +158,54 @@ def _triton_norms() -> Norms:
 def mlp_products(
     qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform, norms: Norms | None
 ) -> GatedProducts | None:
-    """What multiplies in each layer's MLP with SwiGLU inside; None: linear layers, as Megatron-Core has them.
+    """The MLP's GEMMs with fused SwiGLU; None: Megatron-Core's linear layers.
 
-    norms: None where Transformer Engine's linear layer norms its input itself, and has to be called.
+    norms: None if Transformer Engine's linear layer normalizes its input itself, and therefore has to be called.
     """
     engine = options.transformer_impl == "transformer_engine"
     if not _may_fuse(options, platform):
         return None
     if engine and norms is None:
         if options.fused_products == "true":
-            raise _no_fused_products("SwiGLU", "Transformer Engine's layers need norms of ours for it")
+            raise _no_fused_products("SwiGLU", "with Transformer Engine's layers it needs the fused residual norms")
         return None
     sizes_here = qwen.hidden_size, qwen.intermediate_size // sizes.tp, _device(platform)
 
     def attempt() -> QuackProducts:
         _need_hopper(sizes_here[2])
         products = QuackProducts()
-        need(gated_mlp.why_not(products, *sizes_here))
+        need(gated_mlp.unusable_reason(products, *sizes_here))
         return products
 
     return _fused("SwiGLU", attempt, options)
 
 
 def loss_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform) -> Any:
-    """What the output layer and its loss are computed by."""
+    """The kernels of the output layer and its loss."""
     if not platform.fused_kernels:
         return TorchKernels()
-    triton, failure = tried(_triton_loss)
+    triton, failure = try_on_all_ranks(_triton_loss)
     if failure:
-        logger.info("loss: by PyTorch (Triton: %s)", failure)
-    beside = triton or TorchKernels()
+        logger.info("loss: PyTorch (Triton: %s)", failure)
+    unfused = triton or TorchKernels()
     if not _may_fuse(options, platform) or sizes.tp > 1 or options.weighted:
-        return beside
+        return unfused
 
     def attempt() -> Any:
         _need_hopper(device)
-        from common.model.kernels.quack_loss import QuackLoss, why_not  # imports triton too
+        from common.model.kernels.quack_loss import QuackLoss, unusable_reason  # imports triton too
 
         loss = QuackLoss()
-        need(why_not(loss, qwen.hidden_size, qwen.vocab_size, device))
+        need(unusable_reason(loss, qwen.hidden_size, qwen.vocab_size, device))
         return loss
 
     device = _device(platform)
-    is_last = parallel_state.get_pipeline_model_parallel_rank() == sizes.pp - 1  # the others have no loss to try
-    return _fused("loss", attempt if is_last else lambda: beside, options) or beside
+    is_last = parallel_state.get_pipeline_model_parallel_rank() == sizes.pp - 1  # other stages have no loss
+    return _fused("loss", attempt if is_last else lambda: unfused, options) or unfused
 
 
 def _triton_loss() -> Any:
-    from common.model.kernels.loss_kernels import TritonKernels  # imports triton, which is not everywhere
+    from common.model.kernels.loss_kernels import TritonKernels  # imports triton, which may be missing
 
     return TritonKernels()
 
@@ -215,28 +215,28 @@ def _may_fuse(options: ModelOptions, platform: Platform) -> bool:
 
 
 def _need_hopper(device: torch.device) -> None:
-    there = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    need("" if there else "it is made for Hopper GPUs")
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    need("" if is_hopper else "it needs a Hopper GPU")
 
 
 def _fused(what: str, attempt: Callable[[], Part], options: ModelOptions) -> Part | None:
-    """What QuACK brings, where `attempt` gives it on all ranks; which and why not is logged.
+    """The result of `attempt`, QuACK's fused GEMMs, if it succeeds on all ranks, and logs it; otherwise None.
 
-    Else None, or KitError if the options ask for it.
+    Raises KitError if it fails and the options require it.
     """
-    part, failure = tried(attempt)
+    part, failure = try_on_all_ranks(attempt)
     if not failure:
-        logger.info("%s: inside matrix products, by QuACK", what)
+        logger.info("%s: fused into matrix products (QuACK)", what)
         return part
     if options.fused_products == "true":
         raise _no_fused_products(what, failure)
-    logger.info("%s: beside matrix products (QuACK: %s)", what, failure)
+    logger.info("%s: not fused into matrix products (QuACK: %s)", what, failure)
     return None
 
 
 def _no_fused_products(what: str, failure: str) -> KitError:
     return KitError(
-        f"FUSED_PRODUCTS=true, and QuACK has no {what} inside matrix products here: {failure}; set it to auto, or"
+        f"FUSED_PRODUCTS=true, but QuACK cannot fuse {what} into matrix products here: {failure}; set it to auto, or"
         " install requirements/hopper.txt"
     )
 

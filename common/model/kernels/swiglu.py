@@ -2,7 +2,7 @@
 
 Letters: n tokens of a micro-batch, f this rank's part of ffn_hidden_size.
 
-Megatron-Core's goes through torch.compile, whose backward kernel reads its inputs again for each half of its result.
+Megatron-Core's is compiled by torch.compile, whose backward kernel reads its inputs once for each half of its result.
 """
 
 # ruff: noqa: ANN001, ANN202
@@ -32,14 +32,14 @@ def _swiglu_backward(d_out, gate_and_up, d_both, width, blocks, block: tl.conste
     columns = (tl.program_id(0) % blocks) * block + tl.arange(0, block)
     inside = columns < width
     start = gate_and_up + row * 2 * width
-    above = tl.load(d_out + row * width + columns, mask=inside).to(tl.float32)
+    d_activated = tl.load(d_out + row * width + columns, mask=inside).to(tl.float32)
     gate = tl.load(start + columns, mask=inside).to(tl.float32)
     up = tl.load(start + width + columns, mask=inside).to(tl.float32)
-    share = tl.sigmoid(gate)
-    d_gate = above * up * share * (1 + gate * (1 - share))
+    sigmoid = tl.sigmoid(gate)
+    d_gate = d_activated * up * sigmoid * (1 + gate * (1 - sigmoid))
     result = d_both + row * 2 * width
     tl.store(result + columns, d_gate.to(d_both.dtype.element_ty), mask=inside)
-    tl.store(result + width + columns, (above * gate * share).to(d_both.dtype.element_ty), mask=inside)
+    tl.store(result + width + columns, (d_activated * gate * sigmoid).to(d_both.dtype.element_ty), mask=inside)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -47,7 +47,7 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
-        """The product; the input is kept for the backward pass."""
+        """The product; the input is saved for the backward pass."""
         gate_and_up = gate_and_up.contiguous()
         ctx.save_for_backward(gate_and_up)
         rows, width = gate_and_up.shape[0], gate_and_up.shape[1] // 2
@@ -68,7 +68,7 @@ class SwiGLU(torch.autograd.Function):
 
 
 def bias_swiglu(gate_and_up: torch.Tensor, bias: torch.Tensor | None, *_: Any) -> torch.Tensor:
-    """[..., 2f] -> [..., f]: what Megatron-Core's MLP calls, where Qwen has no bias and nothing is kept in FP8."""
+    """[..., 2f] -> [..., f]: Megatron-Core's bias_swiglu_impl, without a bias and without inputs saved in FP8."""
     assert bias is None, "Qwen's MLP has no bias"
     out: torch.Tensor = SwiGLU.apply(gate_and_up.flatten(0, -2))
     return out.view(*gate_and_up.shape[:-1], -1)

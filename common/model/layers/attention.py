@@ -1,11 +1,11 @@
 """Core attention: PyTorch's scaled_dot_product_attention, the image's flash_attn, or FlashAttention 4.
 
-Megatron-Core's own local attention materialises the scores [b, n, s, s] and takes no grouped queries without copies.
-Letters: s sequence, b micro-batch, n query heads, g key-value groups, d head size; n and g are this rank's share.
+Megatron-Core's local attention materializes the scores [b, n, s, s], and copies keys and values for grouped queries.
+Letters: s sequence, b micro-batch, n query heads, g query groups, d head size; n and g are those of this rank.
 
-Where torch is to be deterministic (torch.use_deterministic_algorithms), the gradients of queries are summed over blocks
-of keys in a fixed order, and not as blocks come to it: both flash kernels have an argument for that, and PyTorch's own
-know it by themselves (check_cudnn_deterministic in ATen's sdp_utils.cpp, attention_backward.cu).
+With torch.use_deterministic_algorithms the gradients of queries are accumulated over blocks of keys in a fixed order.
+Both flash kernels have an argument for it; PyTorch's check the flag themselves (check_cudnn_deterministic in ATen's
+sdp_utils.cpp, attention_backward.cu).
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from common.errors import KitError
 from common.log import logger
-from common.model.probe import PROBED, find_fault, need, tried
+from common.model.probe import PROBED, find_fault, need, try_on_all_ranks
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -28,7 +28,7 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 class SdpaAttention(torch.nn.Module):
     """Causal attention; with a mask, attention where the mask (True = masked out) allows it."""
 
-    before_engine = False  # whether it is faster than what Transformer Engine's layers have
+    faster_than_engine = False  # than Transformer Engine's attention
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class SdpaAttention(torch.nn.Module):
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """As forward, by the kernel of this class."""
+        """As forward, with the kernel of this class."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
         options: dict[str, Any] = {"scale": self.scale}
@@ -79,11 +79,10 @@ def preferred_kernels(device: str) -> AbstractContextManager[None]:
 
 
 def packed_seq_params(segment_ids: torch.Tensor) -> PackedSeqParams:
-    """What Transformer Engine's attention needs to keep the segments of [b, s] apart, its rows joined to one of b * s.
+    """Megatron-Core's PackedSeqParams in the "thd" format, for the rows of [b, s] concatenated to one of b * s tokens.
 
-    `segment_ids` int [b, s], on the CPU, numbers the documents of a row. The format is Megatron-Core's "thd": the
-    offsets at which segments begin and end, int32 [segments + 1] on the CPU, and a bound of their length. It is that of
-    the row, since each other bound would have cuDNN build another plan.
+    `segment_ids` int [b, s], on the CPU, numbers the documents of a row. cu_seqlens is int32 [segments + 1] on the CPU.
+    max_seqlen is the length of a row, since cuDNN builds a new plan for every other value.
     """
     row_length = segment_ids.shape[1]
     flat = segment_ids.flatten()
@@ -101,19 +100,19 @@ def packed_seq_params(segment_ids: torch.Tensor) -> PackedSeqParams:
 
 
 class FlashAttention(SdpaAttention):
-    """Causal attention by flash_attn, which takes grouped heads without copies; with a mask, or in float32, as SDPA."""
+    """Causal attention with flash_attn, which has GQA without copies; with a mask or in float32 as SdpaAttention."""
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """As forward, by flash_attn where it can."""
+        """As forward, with flash_attn where it is supported."""
         if attention_mask is not None or query.dtype == torch.float32:
             return super().attend(query, key, value, attention_mask)
         return self.flash(query, key, value).flatten(2)
 
     def flash(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n, d]."""
-        from flash_attn import flash_attn_func  # the vendor's, where there is one
+        from flash_attn import flash_attn_func  # optional, the vendor's build
 
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         out: torch.Tensor = flash_attn_func(query, key, value, softmax_scale=self.scale, causal=True, **determinism())
@@ -121,9 +120,9 @@ class FlashAttention(SdpaAttention):
 
 
 class FlashAttention4(FlashAttention):
-    """The same by FlashAttention 4, of the package flash-attn-4, which compiles itself for Hopper and later GPUs."""
+    """The same with FlashAttention 4 (package flash-attn-4), which is JIT-compiled for Hopper and later GPUs."""
 
-    before_engine = True
+    faster_than_engine = True
 
     def flash(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n, d]."""
@@ -132,9 +131,9 @@ class FlashAttention4(FlashAttention):
 
 
 class _Flash4(torch.autograd.Function):
-    """flash_attn.cute's two halves, with the result in Megatron-Core's layout: its own function would have it copied.
+    """flash_attn.cute's forward and backward with the output in Megatron-Core's layout; its own Function needs a copy.
 
-    Its interface.py has both without a promise to keep them as they are; `choose` finds out before a run begins.
+    Both are private functions of its interface.py, and may change; `select_core_attention` tests them before a run.
     """
 
     @staticmethod
@@ -159,13 +158,13 @@ class _Flash4(torch.autograd.Function):
         *tensors, lse = ctx.saved_tensors
         rows = [x.transpose(0, 1) for x in (*tensors, upstream[0])]
         gradients = [x.new_empty(x.shape) for x in tensors[:3]]
-        places = dict(zip(("dq", "dk", "dv"), (x.transpose(0, 1) for x in gradients), strict=True))
-        _flash_attn_bwd(*rows, lse, softmax_scale=ctx.scale, causal=True, **places, **ctx.determinism)
+        outputs = dict(zip(("dq", "dk", "dv"), (x.transpose(0, 1) for x in gradients), strict=True))
+        _flash_attn_bwd(*rows, lse, softmax_scale=ctx.scale, causal=True, **outputs, **ctx.determinism)
         return *gradients, None
 
 
 def determinism() -> dict[str, bool]:
-    """What a flash kernel is told where torch is to be deterministic; flash_attn before 2.4.1 does not know it."""
+    """A flash kernel's argument for torch's deterministic mode; flash_attn before 2.4.1 does not have it."""
     return {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
 
 
@@ -176,17 +175,17 @@ KINDS: dict[str, type[SdpaAttention]] = {
 }
 
 
-def choose(
+def select_core_attention(
     preferred: Sequence[str], heads: tuple[int, int, int], device: torch.device, *, engine: bool = False
 ) -> type[SdpaAttention] | None:
-    """The first of the kinds `preferred` that works on `device` for `heads`, (n, g, d); which and why is logged.
+    """The first of `preferred` that works on `device` with `heads`, (n, g, d); logs it, and why others do not.
 
-    A kernel that is not there, fails or is wrong on any rank is passed over on all. Where none is left, None with
-    `engine`, for Transformer Engine's own; else raises KitError. A collective call.
+    A kernel that is missing, fails or is wrong on any rank is used on none. If none works, returns None with `engine`,
+    for Transformer Engine's own, and otherwise raises KitError. A collective call.
     """
     failures: list[str] = []
     for name in preferred:
-        _, failure = tried(partial(_need_right, KINDS[name], heads, device))
+        _, failure = try_on_all_ranks(partial(_need_right, KINDS[name], heads, device))
         if not failure:
             logger.info("core attention: %s%s", name, f" ({'; '.join(failures)})" if failures else "")
             return KINDS[name]
@@ -194,23 +193,23 @@ def choose(
     if engine:
         logger.info("core attention: Transformer Engine's (%s)", "; ".join(failures))
         return None
-    raise KitError(f"no core attention works here ({'; '.join(failures)}): `python -m common.doctor` tells more")
+    raise KitError(f"no core attention works here ({'; '.join(failures)}): run `python -m common.doctor`")
 
 
 def _need_right(kind: type[SdpaAttention], heads: tuple[int, int, int], device: torch.device) -> None:
-    need(why_not(kind, heads, device))
+    need(unusable_reason(kind, heads, device))
 
 
-def why_not(kind: type[SdpaAttention], heads: tuple[int, int, int], device: torch.device) -> str:
-    """Why `kind` cannot be used for bf16 tensors of `heads`, (n, g, d); empty where it is right, backward too."""
+def unusable_reason(kind: type[SdpaAttention], heads: tuple[int, int, int], device: torch.device) -> str:
+    """Why `kind` cannot be used for bf16 tensors of `heads`, (n, g, d); empty if output and gradients are right."""
     num_heads, num_groups, size = heads
     generator = torch.Generator().manual_seed(0)
     shapes = [(PROBED, 2, count, size) for count in (num_heads, num_groups, num_groups)]
-    given = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     weight = torch.randn(PROBED, 2, num_heads * size, generator=generator).bfloat16()
     return find_fault(
-        lambda: _results(kind, [x.to(device) for x in given], weight.to(device)),
-        lambda: _results(SdpaAttention, [x.float() for x in given], weight.float()),
+        lambda: _results(kind, [x.to(device) for x in inputs], weight.to(device)),
+        lambda: _results(SdpaAttention, [x.float() for x in inputs], weight.float()),
     )
 
 
@@ -223,7 +222,7 @@ def _results(kind: type[SdpaAttention], tensors: list[torch.Tensor], weight: tor
 
 
 def block_causal_mask(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Bool [b, 1, s, s], True where position i must not see j: another segment, or j after i.
+    """Bool [b, 1, s, s], True where position i must not attend to j: another segment, or j after i.
 
     `segment_ids` int [b, s] numbers the documents of a row; RoPE is relative, so positions need no restart.
     """

@@ -1,4 +1,4 @@
-"""Megatron-Core's GPTModel, whose last stage gives the weighted losses without ever holding all logits."""
+"""Megatron-Core's GPTModel with a fused output layer and loss: the logits never exist all at once."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from common.model.layers.weights import await_weights
 
 
 class QwenModel(GPTModel):
-    """GPTModel with the output layer and its loss in one, where labels are given.
+    """GPTModel with the output layer and its loss fused, if labels are given.
 
-    num_tokens: rows of the vocabulary that are tokens; the rest pads it to what TP divides.
-    loss_kernels: what LinearCrossEntropy computes by.
+    num_tokens: size of the vocabulary without padding.
+    loss_kernels: the kernels of LinearCrossEntropy.
     """
 
     def __init__(self, *args: Any, num_tokens: int, loss_kernels: Any, **kwargs: Any) -> None:
@@ -33,9 +33,9 @@ class QwenModel(GPTModel):
         loss_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The hidden states on a stage that is not the last; else logits [b, s, v], or with labels losses [b, s].
+        """The hidden states on a stage that is not the last; otherwise logits [b, s, v], or with labels losses [b, s].
 
-        The losses are float32 and multiplied by loss_mask [b, s]; their gradient must be the same for all, as a sum's.
+        The losses are float32, multiplied by loss_mask [b, s]. Their upstream gradient must be uniform, as of a sum.
         """
         if labels is None or not self.post_process:
             return super().forward(input_ids, position_ids, attention_mask, **kwargs)

@@ -1,4 +1,4 @@
-"""Where the gradients of weights go: added to Megatron-Core's float32 `main_grad` where there is one."""
+"""Accumulation of weight gradients into Megatron-Core's float32 `main_grad`."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,10 @@ import torch
 from common.model.layers.attention import TORCH
 
 
-def give_gradient(weight: torch.Tensor, add: Callable[[torch.Tensor], object]) -> torch.Tensor:
-    """What autograd gets for `weight`, whose gradient `add` adds to the float32 tensor of its shape that it is given.
+def accumulate_main_grad(weight: torch.Tensor, add: Callable[[torch.Tensor], object]) -> torch.Tensor:
+    """The gradient to return to autograd for `weight`; `add` adds it to a float32 tensor of the weight's shape.
 
-    Where the weight has a `main_grad`, the gradient is added there, and what autograd gets is empty.
+    If the weight has a `main_grad`, the gradient is added there, and autograd gets an unused tensor.
     """
     if not hasattr(weight, "main_grad"):
         total = torch.zeros_like(weight, dtype=torch.float32)
@@ -18,13 +18,13 @@ def give_gradient(weight: torch.Tensor, add: Callable[[torch.Tensor], object]) -
         return total.to(weight.dtype)
     add(weight.main_grad)
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    # As Megatron-Core's own layers: zeros where another gradient of this weight is still to be added to it.
+    # As in Megatron-Core's layers: zeros if autograd adds another gradient of this weight, as with tied embeddings.
     empty = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
     return empty(weight)
 
 
-def put_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, add: bool) -> None:
-    """Puts left^T [v, c] x right [c, h] into the float32 `total` [v, h], or adds it to what is there."""
+def matmul_into(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, add: bool) -> None:
+    """Writes left^T [v, c] x right [c, h] to the float32 `total` [v, h], or adds it with `add`."""
     if left.dtype == total.dtype:
         torch.addmm(total, left.t(), right, beta=int(add), out=total)
     elif left.is_cuda and TORCH >= (2, 9):

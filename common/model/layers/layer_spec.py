@@ -1,4 +1,4 @@
-"""Qwen's transformer block as a Megatron-Core spec: Transformer Engine's layers, or the local ones with our norm."""
+"""Qwen's transformer block as a Megatron-Core spec: Transformer Engine's layers, or local ones with our RMSNorm."""
 
 from typing import Any
 
@@ -27,9 +27,9 @@ def block_spec(
 ) -> Any:
     """The spec of a pipeline stage with `num_layers` layers; `transformer_impl` is transformer_engine or local.
 
-    core_attention: in place of Transformer Engine's own; local layers need one.
-    fused_residual_norms: with the norms and sums that `residual_norm.connect_norms`, which has to follow, connects.
-    products: what the MLPs are computed by, in place of Megatron-Core's own functions.
+    core_attention: replaces Transformer Engine's; required for local layers.
+    fused_residual_norms: norms and residual adds to be connected by `residual_norm.connect_norms` afterwards.
+    products: the MLPs' GEMMs with fused SwiGLU.
     """
     engine = transformer_impl == "transformer_engine"
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm) if engine else _local_layer(qk_norm)

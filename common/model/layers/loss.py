@@ -1,12 +1,11 @@
-"""The output layer and its cross-entropy in one: the logits exist a chunk of tokens at a time.
+"""The fused output layer and cross-entropy: the logits exist only for one chunk of tokens at a time.
 
 Letters: n tokens of a micro-batch, c of a chunk, h hidden_size, v this rank's rows of the vocabulary.
 
-Of each chunk the logits [c, v] are made, turned into the loss and, in place, into their own gradient, and multiplied
-with the weight and the hidden states; then they are gone. The gradient of a token is that of its loss times its weight,
-so what comes from above must be the same for all tokens, as under a sum. Over tensor-parallel ranks the softmax is put
-together from each rank's largest logit and sum (arXiv 1909.08053, section 3). The chunk-wise gradient in the forward
-pass is that of Liger Kernel (arXiv 2410.10989, section 3).
+For each chunk the forward pass computes the logits [c, v], the loss, and in place the gradient of the logits, from
+which it computes those of the hidden states and the weight, as Liger Kernel does (arXiv 2410.10989, section 3). Each
+token's gradient is scaled by its loss weight, so the upstream gradient must be the same for all tokens, as for a sum.
+With tensor parallelism the softmax is computed from each rank's largest logit and sum (arXiv 1909.08053, section 3).
 """
 
 from typing import Any, NamedTuple
@@ -14,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from common.model.layers.gradients import give_gradient, put_product
+from common.model.layers.gradients import accumulate_main_grad, matmul_into
 from common.model.shape.chunks import chunk_size
 
 
 class Vocabulary(NamedTuple):
-    """This tensor-parallel rank's rows of the output layer, and how many of them are tokens and not padding."""
+    """This tensor-parallel rank's rows of the output layer; `num_tokens` of them are not padding."""
 
     group: Any
     first: int
@@ -27,12 +26,12 @@ class Vocabulary(NamedTuple):
 
     @property
     def num_ranks(self) -> int:
-        """Over which the vocabulary is divided."""
+        """The number of ranks that the vocabulary is split over."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
 
 class LossInputs(NamedTuple):
-    """What LinearCrossEntropy is given; local: labels as numbers of this rank's rows, -1 where not among them."""
+    """The inputs of LinearCrossEntropy; local: labels as indices of this rank's rows, -1 for other ranks' labels."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -41,14 +40,14 @@ class LossInputs(NamedTuple):
     vocabulary: Vocabulary
 
 
-# The losses, and the gradients of hidden and weight where they are wanted.
+# The losses, and the gradients of hidden and weight, if requested.
 LossParts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """hidden [n, h], weight [v, h], labels int64 [n], weights float32 [n] -> float32 [n]: each token's weighted loss.
 
-    Where the weight has a `main_grad`, its gradient is added there, and what autograd gets for it is empty.
+    If the weight has a `main_grad`, its gradient is added there, and autograd gets an unused tensor.
     """
 
     @staticmethod
@@ -62,44 +61,44 @@ class LinearCrossEntropy(torch.autograd.Function):
         kernels: Any,
         with_gradients: bool,
     ) -> torch.Tensor:
-        """The losses; with gradients, those of hidden and weight are kept for the backward pass."""
+        """The losses; `with_gradients` also saves the gradients of hidden and weight for the backward pass."""
         local = labels - vocabulary.first
         local = torch.where((local >= 0) & (local < vocabulary.num_tokens), local, -1)
-        given = LossInputs(hidden, weight, local, weights, vocabulary)
-        losses, *ctx.gradients = kernels.losses(given, with_gradients)
+        inputs = LossInputs(hidden, weight, local, weights, vocabulary)
+        losses, *ctx.gradients = kernels.losses(inputs, with_gradients)
         ctx.save_for_backward(weight)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The kept gradients times the one factor from above."""
+        """The saved gradients times the upstream gradient, which is the same for all tokens."""
         (weight,) = ctx.saved_tensors
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None
         scale = upstream[0].reshape(-1)[0]
-        gradient = give_gradient(weight, lambda total: total.addcmul_(d_weight, scale))
+        gradient = accumulate_main_grad(weight, lambda total: total.addcmul_(d_weight, scale))
         return d_hidden.mul_(scale.to(d_hidden.dtype)), gradient, None, None, None, None, None
 
 
 def reduce_over_ranks(
     largest: torch.Tensor, total: torch.Tensor, target: torch.Tensor, vocabulary: Vocabulary
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(largest logit, sum of exp(logit - largest), label's logit), float32 [c] each, over the whole vocabulary."""
+    """(largest logit, sum of exp(logit - largest), label's logit), float32 [c] each, over the full vocabulary."""
     if vocabulary.num_ranks == 1:
         return largest, total, target
-    everywhere = largest.clone()
-    dist.all_reduce(everywhere, dist.ReduceOp.MAX, vocabulary.group)
-    both = torch.stack([total * (largest - everywhere).exp(), target])
-    dist.all_reduce(both, dist.ReduceOp.SUM, vocabulary.group)
-    return everywhere, both[0], both[1]
+    global_max = largest.clone()
+    dist.all_reduce(global_max, dist.ReduceOp.MAX, vocabulary.group)
+    sums = torch.stack([total * (largest - global_max).exp(), target])
+    dist.all_reduce(sums, dist.ReduceOp.SUM, vocabulary.group)
+    return global_max, sums[0], sums[1]
 
 
 class TorchKernels:
-    """The losses in chunks, and the two steps on a chunk's logits by plain PyTorch."""
+    """The losses chunk by chunk, with both steps on a chunk's logits in plain PyTorch."""
 
-    def losses(self, given: LossInputs, with_gradients: bool) -> LossParts:
-        """float32 [n], and the gradients in the dtype of hidden and in float32, with a chunk's logits at a time."""
-        hidden, weight, local, weights, vocabulary = given
+    def losses(self, inputs: LossInputs, with_gradients: bool) -> LossParts:
+        """The losses float32 [n], and the gradients of hidden, in its dtype, and of weight, in float32."""
+        hidden, weight, local, weights, vocabulary = inputs
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if with_gradients else None
         d_weight = torch.empty_like(weight, dtype=torch.float32) if with_gradients else None
@@ -114,12 +113,12 @@ class TorchKernels:
             if d_hidden is not None and d_weight is not None:
                 gradient = self.gradients(logits, local[part], largest, total, weights[part])
                 torch.mm(gradient, weight, out=d_hidden[part])
-                put_product(d_weight, gradient, hidden[part], add=start > 0)
+                matmul_into(d_weight, gradient, hidden[part], add=start > 0)
         return losses, d_hidden, d_weight
 
     @staticmethod
     def statistics(logits: torch.Tensor, local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(largest logit, sum of exp(logit - largest), the label's logit or 0 where it is another rank's) of [c, v]."""
+        """(largest logit, sum of exp(logit - largest), the label's logit or 0 if it is another rank's) of [c, v]."""
         wide = logits.float()
         largest = wide.max(dim=1).values
         total = (wide - largest[:, None]).exp_().sum(dim=1)
@@ -130,7 +129,7 @@ class TorchKernels:
     def gradients(
         logits: torch.Tensor, local: torch.Tensor, largest: torch.Tensor, total: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """weight x (softmax - one at the label) of [c, v], in the dtype of the logits."""
+        """weight x (softmax - one-hot label) of [c, v], in the dtype of the logits."""
         wide = (logits.float() - largest[:, None]).exp_().mul_((weights / total)[:, None])
         mine = (local >= 0).nonzero()[:, 0]
         wide[mine, local[mine]] -= weights[mine]

@@ -1,4 +1,4 @@
-"""Megatron-Core's MLP, computed by the products of `gated_mlp`: a submodule for a layer's spec."""
+"""Megatron-Core's MLP with the fused GEMMs of `gated_mlp`: a submodule for a layer's spec."""
 
 from typing import Any
 
@@ -12,20 +12,20 @@ from common.model.layers.weights import await_weights
 
 
 def gated_mlp(submodules: MLPSubmodules, products: GatedProducts) -> type[MLP]:
-    """A class to build MLPs of `submodules` by, whichever way a version of Megatron-Core builds them.
+    """The class that builds MLPs of `submodules`, for every supported version of Megatron-Core.
 
-    Not a ModuleSpec: from 0.14 on those of an unknown class are warned of, in every layer.
+    Not a ModuleSpec: from 0.14 on Megatron-Core warns in every layer about one of an unknown class.
     """
 
     class GatedMLP(MLP):
-        """An MLP without a pass over SwiGLU's halves by itself; parameters as in Megatron-Core's."""
+        """An MLP with fused SwiGLU; its parameters are those of Megatron-Core's."""
 
         def __init__(self, config: Any, pg_collection: Any = None, **_: Any) -> None:
             group = {"tp_group": pg_collection.tp} if pg_collection else {}
             super().__init__(config, submodules, **group)
 
         def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-            """hidden_states [s, b, h], not yet normed where linear_fc1 norms -> the same shape, and no bias."""
+            """hidden_states [s, b, h], unnormalized if linear_fc1 has the norm -> the same shape, and no bias."""
             first, second = self.linear_fc1, self.linear_fc2
             await_weights(first)
             await_weights(second)

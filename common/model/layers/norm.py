@@ -9,8 +9,8 @@ import torch.nn.functional as F
 class RMSNorm(torch.nn.Module):
     """x [..., h] -> x / sqrt(mean(x^2) + eps) * weight, in x's dtype, reduced in float32 (arXiv 1910.07467).
 
-    The weight carries `sequence_parallel`: with it, Megatron-Core all-reduces the weight's gradient over the tensor
-    parallel ranks, each of which saw its own part of the sequence. Without it the copies drift apart.
+    The weight has the attribute `sequence_parallel`, with which Megatron-Core all-reduces its gradient over the
+    tensor-parallel ranks, each of which has its own part of the sequence. Otherwise the replicas would diverge.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:

@@ -1,7 +1,7 @@
-"""RMSNorms that come with the residual sum before them: what half a layer adds is normed for the next as it is added.
+"""RMSNorm fused with the residual add before it.
 
-Megatron-Core calls the sum (`self_attn_bda`, `mlp_bda`) and the norm after it one after the other; here the sum gives
-both, and the norm finds its output ready. Where its input is another tensor, as of a stage's first layer, it computes.
+Megatron-Core calls the add (`self_attn_bda`, `mlp_bda`) and the norm one after the other. Here the add computes both,
+and the norm returns the stored output. If its input is another tensor, as in a stage's first layer, it computes it.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from common.model.layers.weights import await_weights
 
 
 class Norms(Protocol):
-    """The two operations, with gradients; `norm_kernels.TritonNorms` has them as kernels."""
+    """The two operations, with gradients; `norm_kernels.TritonNorms` implements them."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x [..., h] -> the normed x."""
+        """x [..., h] -> the normalized x."""
 
     def norm_of_sum(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
@@ -27,7 +27,7 @@ class Norms(Protocol):
 
 
 class FusedResidualNorm:
-    """The part of a module that norms its input, or has had it normed."""
+    """Mixin of a module that normalizes its input, or takes the output of the fused add and norm."""
 
     norms: Norms
     eps: float
@@ -38,7 +38,7 @@ class FusedResidualNorm:
         raise NotImplementedError
 
     def sum_and_norm(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """x + residual; its norm waits for `normed` to be called with what is given back here."""
+        """x + residual; also stores its norm, which `normed` returns when called with this sum."""
         assert isinstance(self, torch.nn.Module)
         await_weights(self)
         total, out = self.norms.norm_of_sum(x, residual, self.norm_weight(), self.eps)
@@ -54,7 +54,7 @@ class FusedResidualNorm:
 
 
 class FusedResidualRMSNorm(FusedResidualNorm, RMSNorm):
-    """A norm of local layers, and the last of both kinds."""
+    """A norm of local layers, and the final norm of either kind of layers."""
 
     def norm_weight(self) -> torch.Tensor:
         """The norm's weight [h]."""
@@ -66,7 +66,7 @@ class FusedResidualRMSNorm(FusedResidualNorm, RMSNorm):
 
 
 def normed_linear() -> type[torch.nn.Module]:
-    """Megatron-Core's TELayerNormColumnParallelLinear, parameter names and all, with a norm that can be joined."""
+    """Megatron-Core's TELayerNormColumnParallelLinear, with the same parameter names, and a norm that can be fused."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
     class NormedLinear(FusedResidualNorm, TEColumnParallelLinear):
@@ -82,19 +82,19 @@ def normed_linear() -> type[torch.nn.Module]:
             return self.layer_norm_weight
 
         def forward(self, x: torch.Tensor) -> Any:
-            """The linear layer's output, and its bias where it is to be added later, of the normed x [s, b, h]."""
+            """The linear layer's output for the normalized x [s, b, h], and its bias if it is to be added later."""
             return super().forward(self.normed(x))
 
     return NormedLinear
 
 
 class ResidualSum:
-    """A layer's `self_attn_bda` or `mlp_bda`: the residual sum, with the norm that follows it once that is known."""
+    """A layer's `self_attn_bda` or `mlp_bda`: the residual add, fused with the norm that follows it once connected."""
 
     following: FusedResidualNorm | None = None
 
     def __call__(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
-        """The function of the sum, as Megatron-Core's get_bias_dropout_add returns it."""
+        """The function of the residual add, as get_bias_dropout_add of Megatron-Core returns it."""
         if self.following is None:
             add: Callable[..., torch.Tensor] = get_bias_dropout_add(training, fused)
             return add
@@ -103,7 +103,7 @@ class ResidualSum:
     def _add(
         self, x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
     ) -> torch.Tensor:
-        """The sum [s, b, h]; both kinds of layers call it so."""
+        """The sum [s, b, h]."""
         x, bias = x_with_bias
         assert bias is None and dropout == 0.0, "Qwen has neither"
         assert self.following
@@ -113,7 +113,7 @@ class ResidualSum:
 def connect_norms(block: Any, norms: Norms, *, across_layers: bool) -> None:
     """Connects each ResidualSum of `block`, a TransformerBlock built with them, to the norm that follows it.
 
-    across_layers: also that of the next layer; not where layers are computed again for their gradients, each alone.
+    across_layers: also to the norm of the next layer; not with full recomputation, which runs each layer separately.
     """
     for module in block.modules():
         if isinstance(module, FusedResidualNorm):
@@ -125,7 +125,7 @@ def connect_norms(block: Any, norms: Norms, *, across_layers: bool) -> None:
             layer.mlp_bda.following = following
 
 
-def _norm(alone: Any, linear: Any) -> FusedResidualNorm:
-    """The one of the two that norms: local layers have it alone, Transformer Engine's in the linear layer after it."""
-    (found,) = (module for module in (alone, linear) if isinstance(module, FusedResidualNorm))
+def _norm(separate: Any, linear: Any) -> FusedResidualNorm:
+    """The one with the norm: a separate module in local layers, the linear layer in Transformer Engine's."""
+    (found,) = (module for module in (separate, linear) if isinstance(module, FusedResidualNorm))
     return found

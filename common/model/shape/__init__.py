@@ -1,1 +1,1 @@
-"""A model's shape, by its config.json."""
+"""A model's config, read from its config.json, and how it is run."""

@@ -1,4 +1,4 @@
-"""QwenConfig: a model's shape and mathematics, read from its `config.json` and nowhere else."""
+"""QwenConfig: a model's architecture, read only from its `config.json`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ from common.model.shape.rope import Yarn
 
 @dataclass(frozen=True)
 class QwenConfig:
-    """The fields of a `config.json` that decide shapes and mathematics, under Hugging Face's names.
+    """The fields of a `config.json` that define the model, under Hugging Face's names.
 
-    Qwen2's query, key and value have biases; Qwen3's have none, and each head of query and key is normalized.
+    Qwen2 has biases on query, key and value; Qwen3 has none, and normalizes each head of query and key.
     Source: `transformers` models/qwen2/configuration_qwen2.py and models/qwen3/.
     """
 
@@ -49,12 +49,12 @@ class QwenConfig:
         return (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
 
     def padded_vocab_size(self, tp: int) -> int:
-        """Rows of the embedding at this TP: `vocab_size`, rounded up only where TP does not divide it."""
+        """Rows of the embedding at this TP: `vocab_size`, rounded up only if TP does not divide it."""
         return -(-self.vocab_size // tp) * tp
 
     @property
     def longest_sequence(self) -> int:
-        """Positions that the model can tell apart: `max_position_embeddings`, or what YaRN makes of them."""
+        """The longest sequence in tokens: `max_position_embeddings`, or YaRN's extension of it."""
         return max(self.max_position_embeddings, self.yarn.max_position_embeddings if self.yarn else 0)
 
     def check_tensor_parallel(self, tp: int) -> None:
@@ -70,9 +70,9 @@ class QwenConfig:
                 raise KitError(f"TP={tp} does not divide {name}={value} of this model: use TP in {allowed}")
 
     def chunk_layers(self, pp: int, vpp: int = 1, pipeline_layers: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """Layers of each of the PP x VPP chunks, in the model's order: `pipeline_layers`, or as many each.
+        """Layers of each of the PP x VPP chunks, in model order: `pipeline_layers`, or the same number each.
 
-        Raises KitError where the layers cannot be divided so, or `pipeline_layers` are too many, few or other layers.
+        Raises KitError if the layers cannot be divided evenly, or `pipeline_layers` does not fit the chunks or layers.
         """
         count, layers = pp * vpp, self.num_hidden_layers
         if not pipeline_layers and layers % count:
@@ -82,16 +82,16 @@ class QwenConfig:
                 f"{layers} layers cannot be divided by PP={pp} x VPP={vpp} = {count}:"
                 f" choose PP and VPP whose product divides the layers{', ' if remedy else ''}{remedy}"
             )
-        chosen = pipeline_layers or (layers // count,) * count
-        if len(chosen) != count or sum(chosen) != layers:
+        split = pipeline_layers or (layers // count,) * count
+        if len(split) != count or sum(split) != layers:
             raise KitError(
-                f"PIPELINE_LAYERS={','.join(map(str, chosen))} are {len(chosen)} numbers of {sum(chosen)} layers:"
+                f"PIPELINE_LAYERS={','.join(map(str, split))} are {len(split)} numbers of {sum(split)} layers:"
                 f" PP={pp} x VPP={vpp} needs {count} numbers, of {layers} layers together"
             )
-        return chosen
+        return split
 
     def check_trainable(self) -> None:
-        """Raises KitError naming each field of `config.json` that changes the mathematics and is not built."""
+        """Raises KitError naming each field of `config.json` that changes the model and is not supported."""
         if self.unsupported:
             raise KitError(
                 f"config.json asks for {', '.join(self.unsupported)}, which this kit does not train:"
@@ -100,7 +100,7 @@ class QwenConfig:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a Hugging Face or checkpoint folder; raises KitError when it is missing or no JSON."""
+    """The `config.json` of a Hugging Face or checkpoint folder; raises KitError if it is missing or not JSON."""
     path = folder / "config.json"
     if not path.is_file():
         raise KitError(f"{folder} has no config.json: give a folder with the Hugging Face model's config.json")
@@ -108,15 +108,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path) -> QwenConfig:
-    """The QwenConfig of `folder`; raises KitError as `parse_config` does, and where there is no config.json."""
+    """The QwenConfig of `folder`; raises KitError as `parse_config` does, and if there is no config.json."""
     return parse_config(read_config(folder), folder / "config.json")
 
 
 def parse_config(values: dict[str, Any], source: Path) -> QwenConfig:
-    """The QwenConfig that `values` hold, in the layout of transformers 4 or 5; `source` is named in errors.
+    """The QwenConfig of `values`, as written by transformers 4 or 5; `source` is named in errors.
 
-    Raises KitError where the model is unknown, and for each field that is missing, of another type than transformers
-    writes, or outside any model's range.
+    Raises KitError if the model type is unknown, and for fields that are missing, have a type that transformers does
+    not write, or are out of range.
     """
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES:

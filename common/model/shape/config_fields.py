@@ -1,8 +1,8 @@
-"""What a config.json may hold: the type and range of each field that is read here.
+"""Validation of config.json: the type and range of each field that the kit reads.
 
-A field beyond them is accepted, as transformers does; `unsupported` names those that change what the model computes.
-Source: `transformers` models/qwen2/configuration_qwen2.py, models/qwen3/, modeling_rope_utils.py. The upper ends of the
-ranges lie far over any model: they keep a damaged number from taking all time and memory.
+Other fields are accepted, as in transformers; `unsupported` names those that change what the model computes.
+Source: `transformers` models/qwen2/configuration_qwen2.py, models/qwen3/, modeling_rope_utils.py. The upper bounds are
+far above any model's values; they keep a corrupted number from exhausting time or memory.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ MODEL_TYPES = ("qwen2", "qwen3")
 _ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _ROPES = ("rope_scaling", "rope_parameters")  # of transformers 4 and 5
 _REMEDY = "copy it again from the model"
-_SHOWN = 5  # of the faults of one file
+_SHOWN = 5  # errors that a message lists
 
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 Width = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -30,13 +30,13 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 class _Strict(BaseModel):
-    """A field is of its own type: neither "2" nor true is a whole number, "false" is no boolean."""
+    """No type coercion: neither "2" nor true is an integer, and "false" is not a boolean."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
 class YarnFields(_Strict):
-    """Those of YaRN that `common.model.shape.rope.Yarn` has."""
+    """YaRN's fields, as in `common.model.shape.rope.Yarn`."""
 
     factor: Annotated[float, Field(ge=1, le=1e6)]
     original_max_position_embeddings: Positions
@@ -46,7 +46,7 @@ class YarnFields(_Strict):
 
 
 class RopeFields(_Strict):
-    """Of `rope_scaling` (transformers 4) or `rope_parameters` (5); the rest depends on its kind."""
+    """`rope_scaling` (transformers 4) or `rope_parameters` (5); the other fields depend on its kind."""
 
     model_config = ConfigDict(extra="allow")
     rope_type: str | None = None
@@ -55,24 +55,24 @@ class RopeFields(_Strict):
 
     @property
     def kind(self) -> str:
-        """As transformers reads it: `rope_type`, else its older name."""
+        """As in transformers: `rope_type`, or its older name `type`."""
         return self.rope_type or self.type or "default"
 
     @property
     def others(self) -> dict[str, Any]:
-        """What it holds beside kind and theta."""
+        """The fields other than kind and theta."""
         return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
 
 
 class ConfigFields(_Strict):
-    """Of config.json; one that is null counts as absent."""
+    """The fields of config.json; null counts as absent."""
 
     hidden_size: Width
     intermediate_size: Width
     num_hidden_layers: Layers
     num_attention_heads: Heads
     num_key_value_heads: Heads | None = None
-    head_dim: Annotated[int, Field(ge=2, le=100_000, multiple_of=2)] | None = None  # RoPE turns pairs
+    head_dim: Annotated[int, Field(ge=2, le=100_000, multiple_of=2)] | None = None  # RoPE rotates pairs
     vocab_size: Rows
     max_position_embeddings: Positions
     rms_norm_eps: Annotated[float, Field(gt=0, lt=1)]
@@ -97,7 +97,7 @@ class ConfigFields(_Strict):
 
 
 def parse_fields(values: dict[str, Any], source: Path) -> ConfigFields:
-    """The fields of config.json; raises KitError, naming `source`, each field at fault and what it must be."""
+    """The fields of config.json; raises KitError with `source`, each invalid field and its valid values."""
     given = {
         name: value for name, value in values.items() if value is not None and not (name in _ROPES and value == {})
     }
@@ -111,7 +111,7 @@ def parse_fields(values: dict[str, Any], source: Path) -> ConfigFields:
 
 
 def parse_yarn(fields: ConfigFields, source: Path) -> Yarn | None:
-    """The YaRN that is asked for; None where nothing is, or something else, or more than is built here."""
+    """The YaRN that config.json sets; None without one, or with fields that are not supported."""
     name, rope = scaling(fields)
     known = set(YarnFields.model_fields)
     needed = {"factor", "original_max_position_embeddings"}
@@ -121,7 +121,7 @@ def parse_yarn(fields: ConfigFields, source: Path) -> Yarn | None:
 
 
 def rope_theta(fields: ConfigFields, source: Path) -> float:
-    """RoPE's base, which transformers 4 keeps by itself and 5 with the rest of RoPE; raises KitError without one."""
+    """RoPE's base: a top-level field in transformers 4, in `rope_parameters` in 5; raises KitError if missing."""
     ropes = [getattr(fields, name) for name in _ROPES]
     for theta in (fields.rope_theta, *(rope.rope_theta for rope in ropes if rope)):
         if theta is not None:
@@ -130,7 +130,7 @@ def rope_theta(fields: ConfigFields, source: Path) -> float:
 
 
 def head_dim(fields: ConfigFields, model_type: str, source: Path) -> int:
-    """Elements of a head: given, or Qwen3's 128, or an even part of the width; raises KitError where that is none."""
+    """The size of a head: the field, or 128 for Qwen3, or hidden_size / heads; raises KitError if that is not even."""
     if fields.head_dim is not None or model_type == "qwen3":
         return fields.head_dim or 128
     if fields.hidden_size % (2 * fields.num_attention_heads):
@@ -142,26 +142,26 @@ def head_dim(fields: ConfigFields, model_type: str, source: Path) -> int:
 
 
 def scaling(fields: ConfigFields) -> tuple[str, RopeFields | None]:
-    """Where RoPE is described, and how; None where nothing changes its frequencies."""
+    """The name of the field that describes RoPE, and its value; None if its frequencies are the default."""
     name = "rope_scaling" if fields.rope_scaling else "rope_parameters"
     rope: RopeFields | None = getattr(fields, name)
     return name, rope if rope and (rope.kind != "default" or rope.others) else None
 
 
 def unsupported(fields: ConfigFields, model_type: str, yarn: Yarn | None) -> tuple[str, ...]:
-    """The fields, with their values, whose mathematics is not built here."""
+    """The fields, with their values, that the kit does not support."""
     _, rope = scaling(fields)
-    built: dict[str, Any] = {
+    supported: dict[str, Any] = {
         "use_sliding_window": False, "hidden_act": "silu", "attention_dropout": 0.0, "partial_rotary_factor": 1.0,
         "is_causal": True, "use_bidirectional_attention": False,
     }  # fmt: skip
     found = [] if rope is None or yarn else [f"rope_scaling={shown(rope.model_dump(exclude_none=True))}"]
-    given = {name: getattr(fields, name) for name in built}
-    found += [f"{name}={_told(value)}" for name, value in given.items() if value != built[name]]
+    given = {name: getattr(fields, name) for name in supported}
+    found += [f"{name}={_as_json(value)}" for name, value in given.items() if value != supported[name]]
     if any(kind != "full_attention" for kind in fields.layer_types or []):
         found.append("layer_types other than full_attention")
     if fields.attention_bias not in (None, model_type == "qwen2"):
-        found.append(f"attention_bias={_told(fields.attention_bias)}")
+        found.append(f"attention_bias={_as_json(fields.attention_bias)}")
     if any(name not in _ARCHITECTURES for name in fields.architectures or []):
         found.append(f"architectures={shown(fields.architectures)}")
     if fields.quantization_config:
@@ -171,8 +171,8 @@ def unsupported(fields: ConfigFields, model_type: str, yarn: Yarn | None) -> tup
     return tuple(found)
 
 
-def _told(value: Any) -> str:
-    """As JSON has it, words without quotes."""
+def _as_json(value: Any) -> str:
+    """The value as in JSON, strings without quotes."""
     return str(value).lower() if isinstance(value, bool) else shown(value).strip("'")
 
 
@@ -181,17 +181,17 @@ def _validated(kind: Any, values: dict[str, Any], where: str, source: Path) -> A
         return kind.model_validate(values)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False)
-    told = []
+    errors = []
     for fault in faults[:_SHOWN]:
         name = ".".join(str(part) for part in fault["loc"])
         rule = fault["msg"].replace("Input should", "it must", 1).split(" or instance of")[0]
-        told.append(f"{where}{shown(name)[1:-1]}={shown(fault['input'])}: {rule}")
+        errors.append(f"{where}{shown(name)[1:-1]}={shown(fault['input'])}: {rule}")
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-    raise KitError(f"{source}: {'; '.join(told)}{more}: {_REMEDY}")
+    raise KitError(f"{source}: {'; '.join(errors)}{more}: {_REMEDY}")
 
 
 def _contradictions(fields: ConfigFields) -> list[str]:
-    """What no single field shows."""
+    """Errors between several fields."""
     heads, groups = fields.num_attention_heads, fields.num_key_value_heads
     found = []
     if groups and heads % groups:
@@ -210,8 +210,8 @@ def _contradictions(fields: ConfigFields) -> list[str]:
     }
     dtypes: dict[str, Any] = {"torch_dtype": fields.torch_dtype, "dtype": fields.dtype}
     for names in (thetas, dtypes):
-        told = {name: value for name, value in names.items() if value is not None}
-        if len(set(told.values())) > 1:
-            said = ", ".join(f"{name}={value}" for name, value in told.items())
-            found.append(f"{said} contradict each other: keep the one that the model was trained with")
+        given = {name: value for name, value in names.items() if value is not None}
+        if len(set(given.values())) > 1:
+            text = ", ".join(f"{name}={value}" for name, value in given.items())
+            found.append(f"{text} contradict each other: keep the one that the model was trained with")
     return found

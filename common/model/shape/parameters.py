@@ -1,12 +1,12 @@
-"""How many parameters a model has, by its config alone."""
+"""The number of parameters of a model, from its config."""
 
 from common.model.shape.config import QwenConfig
 
-ELEMENT_BYTES = {"bf16": 2, "fp32": 4}  # of a weight, by PRECISION
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4}  # per weight, by PRECISION
 
 
 def layer_parameters(qwen: QwenConfig, tp: int) -> int:
-    """Parameters of one layer on one tensor-parallel rank; the norms are whole on each."""
+    """Parameters of one layer on one tensor-parallel rank; the norms are replicated."""
     h, d = qwen.hidden_size, qwen.head_dim
     projections = (h * qwen.qkv_rows + qwen.num_attention_heads * d * h) // tp
     bias = qwen.qkv_rows // tp if qwen.qkv_bias else 0
@@ -21,7 +21,7 @@ def vocabulary_parameters(qwen: QwenConfig, tp: int) -> int:
 
 
 def num_parameters(qwen: QwenConfig) -> int:
-    """Parameters of the whole model; a tied one has one matrix for embedding and output layer."""
+    """Parameters of the whole model; with tied embeddings the output layer has none of its own."""
     matrices = 1 if qwen.tie_word_embeddings else 2
     layers = qwen.num_hidden_layers * layer_parameters(qwen, 1)
     return layers + matrices * vocabulary_parameters(qwen, 1) + qwen.hidden_size

@@ -1,6 +1,6 @@
-"""YaRN, Qwen2.5's way to sequences longer than it was trained on: other frequencies, and a sharper softmax.
+"""YaRN, Qwen2.5's context extension: interpolated RoPE frequencies and a softmax temperature.
 
-Source: arXiv 2309.00071, sections 3.2 and 3.4; the same numbers as `transformers` modeling_rope_utils.py gives.
+Source: arXiv 2309.00071, sections 3.2 and 3.4; the same values as `transformers` modeling_rope_utils.py.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Yarn:
 
     @property
     def max_position_embeddings(self) -> int:
-        """Positions that the model reaches with it."""
+        """The extended context length."""
         return int(self.factor * self.original_max_position_embeddings)
 
     @property
     def softmax_factor(self) -> float:
-        """What multiplies the softmax's scale: the square of the factor by which queries and keys grow."""
+        """The factor of the softmax scale: the square of the attention factor, which scales queries and keys."""
         factor = self.attention_factor
         if factor is None:
             factor = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
@@ -38,21 +38,21 @@ class Yarn:
 
 
 def yarn_frequencies(yarn: Yarn, head_dim: int, rope_theta: float) -> torch.Tensor:
-    """[head_dim / 2] float32: each pair's frequency. Fast pairs keep theirs, slow ones are divided by the factor.
+    """float32 [head_dim / 2]: the frequency of each pair. High ones are unchanged, low ones divided by the factor.
 
-    Between the pairs that turn `beta_fast` and `beta_slow` times over the original length, one fades into the other.
+    Between the pairs with `beta_fast` and `beta_slow` rotations over the original length, it is a linear blend.
     """
-    import torch  # reading a config.json needs none
+    import torch  # not needed to read a config.json
 
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32)
-    kept = 1.0 / rope_theta ** (pairs / head_dim)
+    inv_freq = 1.0 / rope_theta ** (pairs / head_dim)
 
-    def pair_of(turns: float) -> float:
-        length = yarn.original_max_position_embeddings / (turns * 2 * math.pi)
+    def pair_of(rotations: float) -> float:
+        length = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
         return head_dim * math.log(length) / (2 * math.log(rope_theta))
 
     low = max(math.floor(pair_of(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_of(yarn.beta_slow)), head_dim - 1)
     width = high - low or 0.001
-    faded = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
-    return kept * (1 - faded) + kept / yarn.factor * faded
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return inv_freq * (1 - ramp) + inv_freq / yarn.factor * ramp

@@ -115,7 +115,7 @@ class Checkpointer:
         return self._publish(pending.partial, pending.final, pending.iteration, pending.began, blocked_s)
 
     def save_converted(self, training_state: TrainingState, progress: Progress) -> None:
-        """Saves what was loaded in torch format: under its iteration's name, or as `release` for weights alone."""
+        """Saves what was loaded in torch format: under its iteration's name, or as `release` for weights only."""
         weights_only = self.plan.start.kind == "weights"
         final = self.path / "release" if weights_only else iteration_dir(self.path, progress.iteration)
         began, partial = time.monotonic(), self._begin(final, "torch")

@@ -1,4 +1,4 @@
-"""Loading of a checkpoint of either format into the training state: its weights alone, or everything, to resume."""
+"""Loading of a checkpoint of either format into the training state: only its weights, or everything, to resume."""
 
 import itertools
 import time
@@ -35,7 +35,7 @@ from common.training.state.fp8_state import has_fp8_state
 from common.training.state.scheduler import override_checkpoint_settings
 from common.training.state.training_state import TrainingState
 
-NUM_READERS = 4  # threads: one alone is bound by zlib's 1.3 GB/s of checksums, however fast the disk is
+NUM_READERS = 4  # threads: zlib computes checksums at 1.3 GB/s in one thread, however fast the disk is
 
 
 def load_checkpoint(plan: Plan, training_state: TrainingState) -> Progress:
@@ -83,7 +83,7 @@ def resume(plan: Plan, training_state: TrainingState, checkpoint: Checkpoint) ->
 
 
 def _resume_torch_dist(plan: Plan, training_state: TrainingState, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The checkpoint's state other than tensors; loads this rank's share of the optimizer, and its chunks' weights."""
+    """The checkpoint's state other than tensors; loads this rank's shard of the optimizer, and its chunks' weights."""
     common = dist_checkpointing.load_common_state_dict(str(checkpoint.path))
     run = common["run"]
     same_layout = has_same_layout(plan, run)

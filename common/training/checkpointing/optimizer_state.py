@@ -1,4 +1,4 @@
-"""Adam's state around checkpoints: its parameter groups, and moments to load into before the first step."""
+"""Adam's state in checkpoints: its parameter groups, and the moments to load into before the first step."""
 
 from typing import Any
 

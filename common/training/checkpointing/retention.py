@@ -18,7 +18,7 @@ RECORD_FILE = "kept_checkpoints.json"  # in the run's folder
 
 @dataclass
 class RetentionRecord:
-    """The facts by which checkpoints are kept: validation losses, and the iterations that completed an epoch."""
+    """What retention depends on: validation losses, and the iterations that completed an epoch."""
 
     validation_losses: dict[int, float] = field(default_factory=dict)
     epoch_ends: set[int] = field(default_factory=set)

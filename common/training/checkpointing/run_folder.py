@@ -1,4 +1,4 @@
-"""SAVE_CHECKPOINT_PATH: checked before a run, and the folder that a run's checkpoints are published in."""
+"""SAVE_CHECKPOINT_PATH: the checks before a run, and the folder that its checkpoints are published in."""
 
 import errno
 import shutil
@@ -64,7 +64,7 @@ class RunFolder:
         self._lock = take_lock(self.path)
         self._device = self.path.stat().st_dev
         self._remove_leftovers()
-        # A few megabytes, held in memory since the folder that is lost may be the one that they are read from.
+        # A few megabytes, kept in memory in case the folder that they are read from is the one that is lost.
         source = plan.start.model_folder
         self._model_files = {name: (source / name).read_bytes() for name in model_files(source).files}
 
@@ -101,7 +101,7 @@ class RunFolder:
         sync(self.path)
 
     def remove(self, checkpoint: Path) -> None:
-        """Removes a checkpoint; renamed first, so that half of it never has a checkpoint's name."""
+        """Removes a checkpoint; renames it first, so that no partial checkpoint has a final name."""
         removing = self._removing(checkpoint)
         checkpoint.rename(removing)
         shutil.rmtree(removing)

@@ -1,4 +1,4 @@
-"""Saving in torch_dist format: each rank writes its shards to a file of its own, at once or in a background thread.
+"""Saving in torch_dist format: each rank writes its shards to its own file, synchronously or in a background thread.
 
 Megatron-Core's strategies gather the optimizer's state on every data-parallel rank, and write it in forked processes
 with a spawned manager (dist_checkpointing/strategies/filesystem_async.py). Here nothing is gathered, and a thread of

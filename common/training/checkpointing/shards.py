@@ -1,4 +1,4 @@
-"""The shards of weights and optimizer state that a rank saves and loads: its share of the data-parallel ranks' state.
+"""The shards of weights and optimizer state that a rank saves and loads.
 
 A rank of the distributed optimizer owns a range of elements of the flat parameters. It writes and reads that range as
 rectangles of each parameter, without gathering over ranks. The result is Megatron-Core's layout `fully_reshardable`:
@@ -38,7 +38,7 @@ class StateShard:
 def weight_shards(
     training_state: TrainingState, sharded_state_dict: dict[str, Any], *, own: bool
 ) -> Iterator[StateShard]:
-    """The weights of this rank's chunks; `own`: only what lies in this data-parallel rank's share.
+    """The weights of this rank's chunks; `own`: only those that this data-parallel rank owns.
 
     sharded_state_dict: from `state_dict.sharded_model_state_dict`.
     """
@@ -76,7 +76,7 @@ def optimizer_state_of(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
 
 
 def _param_ranges(training_state: TrainingState) -> dict[Tensor, tuple[Any, tuple[int, int]]]:
-    """The parameters with elements in this rank's share: their optimizer, and the range of elements."""
+    """The parameters of which this rank owns elements: their optimizer, and the range of elements."""
     ranges = {}
     for optimizer in distributed_optimizers(training_state.optimizer):
         for param in optimizer.model_param_gbuf_map:

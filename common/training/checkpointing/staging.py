@@ -1,4 +1,4 @@
-"""Staging of a rank's state in host memory, on its way to disk: through a few pinned buffers, or as a whole."""
+"""Staging of a rank's state in host memory before it is written: block by block, or a full copy."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence

@@ -32,7 +32,7 @@ def wrap_model(chunks: list[torch.nn.Module], settings: TrainSettings) -> list[D
 
 
 def gather_params(model: list[Any]) -> None:
-    """Gives every rank the weights of the last step; a collective call, needed before anything but a step reads them.
+    """Gathers the weights of the last step on every rank; a collective call, needed before other code reads them.
 
     With OVERLAP_PARAM_GATHER a rank holds the new weights of its own shard only, until the next forward pass
     (step_with_ready_grads in Megatron-Core's optimizer/distrib_optimizer.py).

@@ -67,7 +67,7 @@ InTurn = Callable[[list[list[torch.Tensor]]], Iterable[list[torch.Tensor]]]
 def step_in_parts(adam: torch.optim.Optimizer, part: int = PART, in_turn: InTurn = iter) -> None:
     """Has `adam` step through each parameter group in parts of `part` parameters, or of one tensor that has more.
 
-    Each part when `in_turn` gives it.
+    `in_turn` iterates over the parts, for example to move their state.
 
     Transformer Engine's FusedAdam turns the bf16 moments of a whole group into float32 at once (get_unscaled_state in
     its optimizers/fused_adam.py, 2.11): 61 GB for Qwen2.5-7B, more than bf16 saves.

@@ -120,7 +120,7 @@ class OffloadedState:
                 state.setdefault("step", torch.tensor(0.0))
 
     def reload(self, state_dict: Any = None) -> None:
-        """Copies the model's weights to the master weights, for a run that starts from weights alone."""
+        """Copies the model's weights to the master weights, for a run that starts from weights only."""
         assert state_dict is None
         self._set_masters(self.model_shards)
 

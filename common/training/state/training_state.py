@@ -7,7 +7,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from common.engine.patches import mend_training
+from common.engine.patches import patch_training
 from common.model.build import ModelOptions, build_model
 from common.training.launching.hang_detector import Heartbeat
 from common.training.planning.plan import Plan
@@ -38,7 +38,7 @@ def build_training_state(plan: Plan) -> TrainingState:
         initialize_tp_communicators(settings, plan.qwen.hidden_size)
     chunks = build_model(plan.qwen, plan.sizes, model_options(plan), plan.platform, settings.seq_length)
     model = wrap_model(chunks, settings)
-    mend_training()
+    patch_training()
     optimizer, offloaded_states = build_optimizer(settings, model)
     scheduler = build_scheduler(optimizer, settings, plan.train_samples)
     weights = LossWeights(torch.device(plan.platform.device)) if plan.train and plan.train.weighted else None

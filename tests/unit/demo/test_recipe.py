@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.demo.recipe import QuickstartSettings, steps_of, whole_checkpoint, work_dir
+from common.demo.recipe import QuickstartSettings, has_checkpoint, steps_of, work_dir
 from common.demo.steps import DECLARED, KIT, Step
 from common.errors import KitError
 from tests.tiny import tiny_qwen
@@ -115,9 +115,9 @@ def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_not_there_is_not_whole(tmp_path: Path) -> None:
-    assert not whole_checkpoint(tmp_path)
+    assert not has_checkpoint(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
-    assert not whole_checkpoint(tmp_path)
+    assert not has_checkpoint(tmp_path)
     (tmp_path / "iter_0000007" / "mp_rank_00").mkdir(parents=True)
     (tmp_path / "iter_0000007" / "mp_rank_00" / "model_optim_rng.pt").touch()
-    assert whole_checkpoint(tmp_path)
+    assert has_checkpoint(tmp_path)

@@ -56,8 +56,8 @@ def test_the_report_tells_losses_answers_and_places(tmp_path: Path) -> None:
 
 def test_a_score_under_nine_tenths_ends_in_failure(capsys: pytest.CaptureFixture[str]) -> None:
     judge(0, 45, 50)
-    assert "45 of 50 questions right, all of them absent from training; untrained: 0." in capsys.readouterr().out
+    assert "45 of 50 questions right, all held out from training; untrained: 0." in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         judge(0, 44, 50)
     assert ended.value.code == 1
-    assert "too few: 45 were to be right" in capsys.readouterr().out
+    assert "too few: at least 45 are expected" in capsys.readouterr().out

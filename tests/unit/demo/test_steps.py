@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 
 from common.demo import steps
-from common.demo.steps import KIT, Runner, Step, environment, said, shown, wrap
+from common.demo.steps import KIT, Runner, Step, displayed, environment, shown, wrap
 from common.errors import KitError
 from common.training.loop.metrics import Interval, Meter
 
@@ -33,7 +33,7 @@ def writes(work: Path, name: str, text: str = "whole", **more: object) -> Step:
     program = f"mkdir -p {folder} && printf {text} >>{folder}/result && echo '12:00:00 wrote {name}' && echo noise"
     return Step(
         name=name, title=f"Write {name}", command=("bash", "-c", program), output=folder,
-        whole=lambda path: (path / "result").is_file(), **more,
+        is_complete=lambda path: (path / "result").is_file(), **more,
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ Runner(work, [Step("slow", "t", command, work / "slow")], print).run()
     while not rows.is_file():
         assert first.poll() is None
         time.sleep(0.05)
-    with pytest.raises(KitError, match=f"another quickstart is at work in WORK_DIR={tmp_path}: wait"):
+    with pytest.raises(KitError, match=f"another quickstart is running in WORK_DIR={tmp_path}: wait"):
         run(tmp_path, writes(tmp_path, "slow"))
     (tmp_path / "go").write_text("\n")
     assert first.wait() == 0 and rows.read_text() == "begun\n"
@@ -115,20 +115,20 @@ def test_other_settings_and_other_data_are_refused(tmp_path: Path) -> None:
     other.write_text("{}")
     work = tmp_path / "work"
     run(work, writes(work, "one", settings={"LR": "1"}, reads=(data, other)))
-    with pytest.raises(KitError, match=r"of other settings or data \(one: LR=1, LR=2\): give another WORK_DIR"):
+    with pytest.raises(KitError, match=r"with other settings or data \(one: LR=1, LR=2\): use another WORK_DIR"):
         run(work, writes(work, "one", settings={"LR": "2"}, reads=(data, other)))
     data.write_text("ab")
-    with pytest.raises(KitError, match=rf"\(one: {data}\): give another"):
+    with pytest.raises(KitError, match=rf"\(one: {data}\): use another"):
         run(work, writes(work, "one", settings={"LR": "1"}, reads=(data, other)))
 
 
 def test_a_failure_shows_the_end_of_the_log_and_is_done_again(tmp_path: Path) -> None:
     program = f"test -e {tmp_path}/mended || {{ echo 'error: it broke' >&2; exit 7; }}"
     step = Step(
-        name="one", title="Break", command=("bash", "-c", program), output=tmp_path / "one", whole=lambda _: True
+        name="one", title="Break", command=("bash", "-c", program), output=tmp_path / "one", is_complete=lambda _: True
     )
     told = Told()
-    with pytest.raises(KitError, match=r"step one ended with exit code 7: .*logs/one.log; the same command goes on"):
+    with pytest.raises(KitError, match=r"step one ended with exit code 7: .*logs/one.log; the same command resumes"):
         Runner(tmp_path, [step], told.append).run()
     assert "    | error: it broke" in told
     (tmp_path / "mended").touch()
@@ -152,7 +152,7 @@ def test_the_users_environment_does_not_reach_a_script_s_settings(monkeypatch: p
     monkeypatch.setenv("LR", "7")
     monkeypatch.setenv("HF_MODEL_PATH", "/elsewhere")
     monkeypatch.setenv("TRAIN_ITERS", "1")
-    step = Step("a", "", ("bash", "cpu/3_run_mcore_qwen.sh"), Path("x"), settings={"TRAIN_ITERS": "5"}, listens=True)
+    step = Step("a", "", ("bash", "cpu/3_run_mcore_qwen.sh"), Path("x"), settings={"TRAIN_ITERS": "5"}, uses_port=True)
     given = environment(step)
     assert given["TRAIN_ITERS"] == "5" and "LR" not in given and "HF_MODEL_PATH" not in given
     assert given["PATH"] == os.environ["PATH"] and int(given["MASTER_PORT"]) > 1023
@@ -181,11 +181,11 @@ def test_lines_of_training_are_cut_short_and_those_of_libraries_left_out() -> No
         train_iters=500, global_batch_size=32, seq_length=128, world_size=2, flops_per_token=1e6, peak_tflops=None
     )
     line = meter.line(100, 3200, Interval(loss=1.25, grad_norm=0.5, learning_rate=1e-3, iterations=50, seconds=5.0))
-    assert said(f"12:34:56 {line}") == "step 100 of 500 | loss 1.250 | 0:00:40 left"
-    assert said("12:34:56 saved work/pretrain") == "saved work/pretrain"
-    assert said("error: no such file") == "error: no such file"
-    assert said("/x/y.py:114: UserWarning: Apex is not installed") is None
-    assert said("W1124 20:36:53.730000 4493 torch/distributed/run.py:874] OMP") is None
+    assert displayed(f"12:34:56 {line}") == "step 100 of 500 | loss 1.250 | 0:00:40 left"
+    assert displayed("12:34:56 saved work/pretrain") == "saved work/pretrain"
+    assert displayed("error: no such file") == "error: no such file"
+    assert displayed("/x/y.py:114: UserWarning: Apex is not installed") is None
+    assert displayed("W1124 20:36:53.730000 4493 torch/distributed/run.py:874] OMP") is None
 
 
 def test_an_ended_quickstart_ends_its_step(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_checkout_that_stands_before_the_installed_package_is_refused(
     if not packaged:
         assert installation.check_origin() == installed  # behind the package it is not what is loaded
     monkeypatch.setattr(sys, "path", [str(tmp_path / "Megatron-LM"), *sys.path])
-    with pytest.raises(KitError, match=f"loads {core}/__init__.py, not the installed .* out of PYTHONPATH"):
+    with pytest.raises(KitError, match=f"loads {core}/__init__.py, not the installed .* from PYTHONPATH"):
         installation.check_origin()
 
 

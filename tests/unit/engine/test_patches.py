@@ -19,7 +19,7 @@ COMMON = Path(patches.__file__).parents[1]
 def test_numpy_without_dtypes_has_the_one_class_that_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "numpy.dtypes", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    patches.mend_numpy_without_dtypes()
+    patches.add_numpy_dtypes()
     mended = sys.modules.pop("numpy.dtypes")
     assert mended.UInt32DType is type(numpy.dtype("uint32"))
 
@@ -29,7 +29,7 @@ def test_old_torch_reads_what_later_ones_pickled(monkeypatch: pytest.MonkeyPatch
     from torch.distributed.checkpoint import metadata
 
     monkeypatch.delattr(metadata, "_MEM_FORMAT_ENCODING", raising=False)
-    patches.mend_metadata_of_newer_torch()
+    patches.add_metadata_alias()
     assert metadata._MEM_FORMAT_ENCODING is MEM_FORMAT_ENCODING
 
 
@@ -45,7 +45,7 @@ def reads(source: str, name: str) -> bool:
 
 def check(patch: Patch) -> None:
     """Fails where the installed Megatron-Core has no use for `patch` any more."""
-    patches.mend_numpy_without_dtypes()  # as before every import of megatron
+    patches.add_numpy_dtypes()  # as before every import of megatron
     module = importlib.import_module(patch.module)
     *owner, name = patch.name.split(".")
     modules = {module.__name__}

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.estimate.activations import Work, final_norm_bytes, kept_by_chunk, layer_tensors, recomputed_layers
+from common.estimate.activations import Workload, final_norm_bytes, kept_by_chunk, layer_tensors, recomputed_layers
 from common.estimate.memory import work_of
 from common.estimate.schedule import moments
 from common.estimate.weights import Chunk, chunks_of_rank
@@ -35,10 +35,10 @@ def most_kept(task: dict[str, Any]) -> int:
     return most + (4 * work.seq_length * qwen.head_dim if chosen.recompute == "full" else 0)
 
 
-def layer_made_anew(work: Work, chunk: Chunk) -> int:
+def layer_made_anew(work: Workload, chunk: Chunk) -> int:
     """What the last layer of a chunk keeps while it is computed again; the norm after it keeps nothing more."""
     # The norm's input is the layer's, which is kept already, unless the norm keeps a float32 copy in its place.
-    shared = work.stream if work.fused_kernels or work.precision == "fp32" else 0
+    shared = work.residual_bytes if work.fused_kernels or work.precision == "fp32" else 0
     return sum(layer_tensors(work).values()) - shared - (final_norm_bytes(work) if chunk.last else 0)
 
 
@@ -108,4 +108,4 @@ def test_rows_that_are_joined_go_without_the_kernel_of_qkv(tmp_path: Path) -> No
         chosen = TrainSettings(**same, train_mode="finetune", packing=packing, transformer_impl="transformer_engine")
         work = work_of(chosen, replace(CPU, fused_kernels=True), qwen)
         values.append(layer_tensors(work)["value"])
-    assert values == [work.key, work.query + 2 * work.key]
+    assert values == [work.key_bytes, work.query_bytes + 2 * work.key_bytes]

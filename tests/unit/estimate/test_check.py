@@ -42,13 +42,13 @@ def test_what_was_measured_to_fit_is_told_with_both_figures(tmp_path: Path, capl
     check.compare_memory(plan(tmp_path), "NVIDIA H100 80GB HBM3", int(H100))
     (told,) = caplog.records
     assert told.levelname == "INFO"
-    assert told.message == "memory: about 66.9 GiB a GPU, and NVIDIA H100 80GB HBM3 has 79.1"
+    assert told.message == "memory: about 66.9 GiB per GPU, and NVIDIA H100 80GB HBM3 has 79.1"
 
 
 def test_what_cannot_go_in_is_refused_with_what_takes_less(tmp_path: Path) -> None:
     said = (
         r"^MICRO_BATCH_SIZE=2, SEQ_LENGTH=4096, TP=1, PP=1, RECOMPUTE=none, OPTIMIZER_STATE=fp32 need about"
-        r" 8\d\.\d GiB a GPU, and H100 has 79\.1: to use less memory: a MICRO_BATCH_SIZE below 2, RECOMPUTE=full,"
+        r" 8\d\.\d GiB per GPU, and H100 has 79\.1: to use less memory: a MICRO_BATCH_SIZE below 2, RECOMPUTE=full,"
         r" .*--gpu"
     )
     with pytest.raises(KitError, match=said):
@@ -90,7 +90,7 @@ def test_where_activations_were_not_measured_their_error_is_a_warning(
     changes: dict[str, Any], share: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     of = plan(tmp_path, **changes)
-    assert check.may_err(of.settings, NVIDIA) == share
+    assert check.activation_error(of.settings, NVIDIA) == share
     need = check.needed(of)
     ranks = [rank_memory(of.settings, NVIDIA, of.qwen, stage) for stage in range(of.settings.pp)]
     assert need.least == max(
@@ -121,10 +121,10 @@ def test_the_devices_are_asked_only_where_the_estimate_was_measured(
     check.check_memory(plan(tmp_path, train_or_convert_ckpt="convert", load_checkpoint_path="/a"))
     assert not caplog.records
     check.check_memory(plan(tmp_path, METAX))
-    assert caplog.messages == ["memory: not checked, since the estimate was not measured on metax"]
+    assert caplog.messages == ["memory: not checked, since the estimate was not validated on metax"]
     monkeypatch.setattr(check, "smallest_device", lambda num_devices: None)
     check.check_memory(plan(tmp_path))
-    assert caplog.messages[1].startswith("memory: not checked, since torch does not tell")
+    assert caplog.messages[1].startswith("memory: not checked, since torch cannot query the devices")
     monkeypatch.setattr(check, "smallest_device", lambda num_devices: ("A10", num_devices * 24 * GIB))
     with pytest.raises(KitError, match=r"A10 has 24\.0"):
         check.check_memory(plan(tmp_path))

@@ -42,35 +42,35 @@ ERRORS: dict[str, BaseException] = {
     "ImportError": ImportError("libcute.so: cannot open shared object file"),
 }
 BOTH = {"core_attention": "SdpaAttention", "products": "QuackProducts", "norms": "TritonNorms", "loss": "QuackLoss"}
-SWIGLU, LOSS = "SwiGLU: inside matrix products, by QuACK", "loss: inside matrix products, by QuACK"
+SWIGLU, LOSS = "SwiGLU: fused into matrix products (QuACK)", "loss: fused into matrix products (QuACK)"
 # What fails on rank 1 alone: the module and how, settings, the kernels of both ranks, and a line of both.
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
     "nothing": ("", "", {}, BOTH, LOSS),
     "quack": (
         "quack", "TypeError", {}, {**BOTH, "products": "NoneType", "loss": "TritonKernels"},
-        f"SwiGLU: beside matrix products (QuACK: {SAID} (rank 1 of 2))",
+        f"SwiGLU: not fused into matrix products (QuACK: {SAID} (rank 1 of 2))",
     ),
     "quack ends the process": (
         "quack", "SystemExit", {}, {**BOTH, "products": "NoneType", "loss": "TritonKernels"},
-        "loss: beside matrix products (QuACK: SystemExit: 1 (rank 1 of 2))",
+        "loss: not fused into matrix products (QuACK: SystemExit: 1 (rank 1 of 2))",
     ),
     "the loss of the last stage": (
         "quack.linear_cross_entropy", "TypeError", {"pp": 2}, {**BOTH, "loss": "TritonKernels"},
-        f"loss: beside matrix products (QuACK: {SAID} (rank 1 of 2))",
+        f"loss: not fused into matrix products (QuACK: {SAID} (rank 1 of 2))",
     ),
     "triton": (
         "common.model.kernels.qkv_rope", "ImportError", {},
         {**BOTH, "products": "NoneType", "norms": "NoneType", "loss": "TorchKernels"},
-        "Triton's kernels: passed over, PyTorch's and Megatron-Core's own are slower (ImportError: libcute.so: cannot"
+        "Triton kernels: not used, PyTorch's and Megatron-Core's are slower (ImportError: libcute.so: cannot"
         " open shared object file (rank 1 of 2))",
     ),
     "triton's norms": (
         "common.model.kernels.norm_kernels", "TypeError", {}, {**BOTH, "norms": "NoneType"},
-        f"norms: separate from the residual sums (Triton: {SAID} (rank 1 of 2))",
+        f"norms: not fused with the residual adds (Triton: {SAID} (rank 1 of 2))",
     ),
     "triton's loss": (
         "common.model.kernels.loss_kernels", "TypeError", {}, {**BOTH, "loss": "TorchKernels"},
-        f"loss: by PyTorch (Triton: {SAID} (rank 1 of 2))",
+        f"loss: PyTorch (Triton: {SAID} (rank 1 of 2))",
     ),
     "flash_attn": (
         "flash_attn", "TypeError", {"attention": ["flash_attn", "sdpa"]}, BOTH,
@@ -108,11 +108,11 @@ def test_what_fails_on_one_rank_is_passed_over_by_both_and_they_train(case: str,
     [
         (
             {"module": "quack", "fused_products": "true"},
-            f"FUSED_PRODUCTS=true, and QuACK has no SwiGLU inside matrix products here: {SAID}",
+            f"FUSED_PRODUCTS=true, but QuACK cannot fuse SwiGLU into matrix products here: {SAID}",
         ),
         (
             {"module": "common.model.kernels.swiglu", "fused_products": "true"},
-            f"FUSED_PRODUCTS=true, and QuACK has no SwiGLU and loss inside matrix products here: Triton: {SAID}",
+            f"FUSED_PRODUCTS=true, but QuACK cannot fuse SwiGLU and loss into matrix products here: Triton: {SAID}",
         ),
         (
             {"module": "flash_attn", "core_attention": "flash_attn"},

@@ -16,8 +16,8 @@ from common.model.layers.attention import (
     FlashAttention4,
     SdpaAttention,
     block_causal_mask,
-    choose,
-    why_not,
+    select_core_attention,
+    unusable_reason,
 )
 
 CPU, HEADS = torch.device("cpu"), (8, 2, 16)
@@ -53,20 +53,20 @@ def test_flash_attention_4_gives_what_sdpa_gives_where_megatron_core_has_it(flas
     mine, theirs = attend(FlashAttention4), attend(SdpaAttention, dtype=torch.float32)
     assert mine.shape == theirs.shape == (32, 3, 128) and mine.is_contiguous()
     assert (mine.float() - theirs).abs().max() <= 0.02 * theirs.abs().max()
-    assert why_not(FlashAttention4, HEADS, CPU) == ""  # gradients too
+    assert unusable_reason(FlashAttention4, HEADS, CPU) == ""  # gradients too
 
 
 def test_transformer_engines_own_is_left_where_none_works(
     flash_4: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with caplog.at_level(logging.INFO, logger="kit"):
-        assert choose(("flash_attn_4",), HEADS, CPU, engine=True) is FlashAttention4
+        assert select_core_attention(("flash_attn_4",), HEADS, CPU, engine=True) is FlashAttention4
         monkeypatch.setattr(flash_4, "_flash_attn_bwd", raising)
-        assert choose(("flash_attn_4",), HEADS, CPU, engine=True) is None
+        assert select_core_attention(("flash_attn_4",), HEADS, CPU, engine=True) is None
     reason = "flash_attn_4: RuntimeError: no kernel for this head size"
     assert caplog.messages == ["core attention: flash_attn_4", f"core attention: Transformer Engine's ({reason})"]
     with pytest.raises(KitError, match="no core attention works here"):
-        choose(("flash_attn_4",), HEADS, CPU)
+        select_core_attention(("flash_attn_4",), HEADS, CPU)
 
 
 def test_with_a_mask_or_in_float32_it_is_sdpa(flash: Any) -> None:
@@ -78,14 +78,14 @@ def test_with_a_mask_or_in_float32_it_is_sdpa(flash: Any) -> None:
 
 def test_the_first_that_works_is_taken_and_said(flash: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="kit"):
-        assert choose(("flash_attn", "sdpa"), HEADS, CPU) is FlashAttention
-        assert choose(("sdpa", "flash_attn"), HEADS, CPU) is SdpaAttention
+        assert select_core_attention(("flash_attn", "sdpa"), HEADS, CPU) is FlashAttention
+        assert select_core_attention(("sdpa", "flash_attn"), HEADS, CPU) is SdpaAttention
     assert caplog.messages == ["core attention: flash_attn", "core attention: sdpa"]
 
 
 def test_one_that_is_not_there_is_passed_over_and_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="kit"):
-        assert choose(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
+        assert select_core_attention(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
     assert caplog.messages == ["core attention: sdpa (flash_attn: no module flash_attn)"]
 
 
@@ -118,14 +118,14 @@ def test_one_that_fails_or_is_wrong_is_passed_over(
 ) -> None:
     kernel.right = flash.flash_attn_func
     monkeypatch.setattr(flash, "flash_attn_func", kernel)
-    assert why_not(FlashAttention, HEADS, CPU).startswith(said)
-    assert choose(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
+    assert unusable_reason(FlashAttention, HEADS, CPU).startswith(said)
+    assert select_core_attention(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
     with pytest.raises(KitError, match="no core attention works here .flash_attn: "):
-        choose(("flash_attn",), HEADS, CPU)
+        select_core_attention(("flash_attn",), HEADS, CPU)
 
 
 def test_flash_kernels_are_told_to_keep_an_order_where_torch_is(flash: Any, deterministic: None) -> None:
-    assert choose(("flash_attn",), HEADS, CPU) is FlashAttention
+    assert select_core_attention(("flash_attn",), HEADS, CPU) is FlashAttention
     attend(FlashAttention)
     assert set(flash.DETERMINISTIC) == {True}
     torch.use_deterministic_algorithms(False)
@@ -135,7 +135,7 @@ def test_flash_kernels_are_told_to_keep_an_order_where_torch_is(flash: Any, dete
 
 def test_flash_attention_4_is_told_so_for_its_backward_half(flash_4: Any, deterministic: None) -> None:
     flash_4.DETERMINISTIC.clear()
-    assert why_not(FlashAttention4, HEADS, CPU) == ""
+    assert unusable_reason(FlashAttention4, HEADS, CPU) == ""
     assert flash_4.DETERMINISTIC and all(flash_4.DETERMINISTIC)
 
 
@@ -149,7 +149,7 @@ def test_a_flash_kernel_that_keeps_no_order_is_passed_over(
 
     monkeypatch.setattr(flash, "flash_attn_func", older)
     with caplog.at_level(logging.INFO, logger="kit"):
-        assert choose(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
+        assert select_core_attention(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
     assert (
         "sdpa (flash_attn: TypeError: " in caplog.text and "unexpected keyword argument 'deterministic'" in caplog.text
     )
@@ -165,15 +165,15 @@ def test_a_kernel_that_gives_other_bits_each_time_is_passed_over_where_torch_is_
         return right(*tensors, **how) * (1 + 2**-7 * (len(calls) % 2))  # one bit of bfloat16
 
     monkeypatch.setattr(flash, "flash_attn_func", varying)
-    assert why_not(FlashAttention, HEADS, CPU) == ""
+    assert unusable_reason(FlashAttention, HEADS, CPU) == ""
     torch.use_deterministic_algorithms(True)
     try:
-        assert why_not(FlashAttention, HEADS, CPU) == "its results differ from run to run"
+        assert unusable_reason(FlashAttention, HEADS, CPU) == "its results differ from run to run"
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_probing_draws_nothing_from_the_runs_own_random_numbers() -> None:
     before = torch.get_rng_state()
-    assert why_not(SdpaAttention, HEADS, CPU) == ""
+    assert unusable_reason(SdpaAttention, HEADS, CPU) == ""
     assert torch.equal(torch.get_rng_state(), before)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.model.kernels.quack_products import QuackProducts
-from common.model.layers.gated_mlp import GatedProduct, TorchProducts, why_not
+from common.model.layers.gated_mlp import GatedProduct, TorchProducts, unusable_reason
 
 CPU = torch.device("cpu")
 N, H, F = 40, 24, 64
@@ -45,7 +45,7 @@ def test_weights_gradients_are_added_to_main_grad() -> None:
 
 
 def test_quacks_products_are_called_with_its_layouts(quack: Any) -> None:
-    assert why_not(QuackProducts(), H, F, CPU) == ""
+    assert unusable_reason(QuackProducts(), H, F, CPU) == ""
 
 
 def test_wrong_results_are_told(quack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_wrong_results_are_told(quack: Any, monkeypatch: pytest.MonkeyPatch) -> 
         right(*args, concat_layout=("out",) if concat_layout == ("B",) else concat_layout, **kwargs)
 
     monkeypatch.setattr(quack.gemm_tuned, "fn", without_layout)
-    assert why_not(QuackProducts(), H, H, CPU).startswith("its results are off by ")
+    assert unusable_reason(QuackProducts(), H, H, CPU).startswith("its results are off by ")
 
 
 def test_failing_kernels_are_told(quack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,4 +63,4 @@ def test_failing_kernels_are_told(quack: Any, monkeypatch: pytest.MonkeyPatch) -
         raise RuntimeError("no such tile\nand more")
 
     monkeypatch.setattr(quack, "gemm_dgated", raising)
-    assert why_not(QuackProducts(), H, F, CPU) == "RuntimeError: no such tile"
+    assert unusable_reason(QuackProducts(), H, F, CPU) == "RuntimeError: no such tile"

@@ -105,7 +105,7 @@ class Norms:
 def main() -> None:
     """Compares the model of the folder with itself, in a process that has no other use."""
     prepare(CPU)
-    patches.mend_training()
+    patches.patch_training()
     from common.training.launching.process_group import process_group
 
     sizes = ParallelSizes(int(os.environ["WORLD_SIZE"]), tp=int(os.environ["WORLD_SIZE"]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.model.probe import UnusableError, find_fault, need, outcome, tell_ranks, tried
+from common.model.probe import UnusableError, describe_failures, find_fault, need, outcome, try_on_all_ranks
 
 
 def raised(error: BaseException) -> str:
@@ -37,9 +37,9 @@ def test_ctrl_c_is_no_failure_of_a_kernel() -> None:
 
 
 def test_without_a_process_group_this_process_decides() -> None:
-    assert tried(lambda: 7) == (7, "")
-    assert tried(lambda: need("no such tile")) == (None, "no such tile")
-    assert tried(lambda: need("")) == (None, "")
+    assert try_on_all_ranks(lambda: 7) == (7, "")
+    assert try_on_all_ranks(lambda: need("no such tile")) == (None, "no such tile")
+    assert try_on_all_ranks(lambda: need("")) == (None, "")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_without_a_process_group_this_process_decides() -> None:
     ],
 )
 def test_the_line_names_the_ranks_unless_all_fail_alike(failures: list[str], line: str) -> None:
-    assert tell_ranks(failures) == line
+    assert describe_failures(failures) == line
 
 
 def test_results_that_are_no_numbers_are_a_fault_wherever_they_stand() -> None:

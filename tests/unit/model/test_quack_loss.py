@@ -46,7 +46,7 @@ def test_losses_and_gradients_are_those_of_the_chunks(quack_loss: Any) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     assert asked == [192]
     for vocab_size in (151936, 152064, 152064 + 256):
-        assert quack_loss.why_not(kernels, 64, vocab_size, CPU) == ""
+        assert quack_loss.unusable_reason(kernels, 64, vocab_size, CPU) == ""
     assert asked == [192, 128, 192, 256], "each trial is QuACK's, of the tile that training takes"
 
 
@@ -77,10 +77,10 @@ def test_a_wrong_or_failing_loss_is_told(quack_loss: Any) -> None:
     kernels = quack_loss.QuackLoss()
     right = kernels._losses
     kernels._losses = lambda *given, **how: tuple(1.1 * part for part in right(*given, **how))
-    assert quack_loss.why_not(kernels, 64, 151936, CPU).startswith("its results are off by 10.")
+    assert quack_loss.unusable_reason(kernels, 64, 151936, CPU).startswith("its results are off by 10.")
     kernels._losses = lambda *given, **how: 1 / 0
-    assert quack_loss.why_not(kernels, 64, 151936, CPU) == "ZeroDivisionError: division by zero"
-    assert quack_loss.why_not(kernels, 64, 1000, CPU) == "1000 rows of the vocabulary cannot be divided by 128"
+    assert quack_loss.unusable_reason(kernels, 64, 151936, CPU) == "ZeroDivisionError: division by zero"
+    assert quack_loss.unusable_reason(kernels, 64, 1000, CPU) == "1000 rows of the vocabulary cannot be divided by 128"
 
 
 @pytest.mark.parametrize(

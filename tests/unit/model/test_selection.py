@@ -41,8 +41,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that says it is one, and computes as a CPU."""
     monkeypatch.setattr(kernels, "_device", lambda _: SimpleNamespace(type="cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    judge = gated_mlp.why_not
-    monkeypatch.setattr(gated_mlp, "why_not", lambda *given: judge(*given[:3], torch.device("cpu")))
+    judge = gated_mlp.unusable_reason
+    monkeypatch.setattr(gated_mlp, "unusable_reason", lambda *given: judge(*given[:3], torch.device("cpu")))
 
 
 def products(folder: Path, **changes: Any) -> Any:
@@ -52,8 +52,8 @@ def products(folder: Path, **changes: Any) -> Any:
 
 def test_elsewhere_than_on_hopper_there_are_none(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     assert products(tmp_path) is None
-    assert log.messages == ["SwiGLU: beside matrix products (QuACK: it is made for Hopper GPUs)"]
-    with pytest.raises(KitError, match=r"FUSED_PRODUCTS=true, and QuACK has no SwiGLU inside matrix products here"):
+    assert log.messages == ["SwiGLU: not fused into matrix products (QuACK: it needs a Hopper GPU)"]
+    with pytest.raises(KitError, match=r"FUSED_PRODUCTS=true, but QuACK cannot fuse SwiGLU into matrix products here"):
         products(tmp_path, fused_products="true")
 
 
@@ -61,17 +61,17 @@ def test_where_quack_is_missing_its_module_is_named(
     hopper: None, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     assert products(tmp_path) is None
-    assert log.messages == ["SwiGLU: beside matrix products (QuACK: no module quack)"]
+    assert log.messages == ["SwiGLU: not fused into matrix products (QuACK: no module quack)"]
 
 
 def test_where_quack_works_it_is_taken(
     hopper: None, quack: Any, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert type(products(tmp_path)).__name__ == "QuackProducts"
-    assert log.messages == ["SwiGLU: inside matrix products, by QuACK"]
+    assert log.messages == ["SwiGLU: fused into matrix products (QuACK)"]
     monkeypatch.setattr(quack, "gemm_gated", lambda *given, **how: 1 / 0)
     assert products(tmp_path) is None
-    assert log.messages[1:] == ["SwiGLU: beside matrix products (QuACK: ZeroDivisionError: division by zero)"]
+    assert log.messages[1:] == ["SwiGLU: not fused into matrix products (QuACK: ZeroDivisionError: division by zero)"]
 
 
 @pytest.mark.parametrize("changes", [{"fused_products": "false"}, {"precision": "fp32"}], ids=str)
@@ -90,10 +90,10 @@ def test_where_triton_fails_no_kernel_of_it_is_taken(log: pytest.LogCaptureFixtu
     """Here there is none."""
     platform = kernels.with_working_kernels(FUSED, OPTIONS)
     assert platform == replace(FUSED, fused_kernels=False)
-    assert log.messages == [
-        "Triton's kernels: passed over, PyTorch's and Megatron-Core's own are slower (no module triton)"
-    ]
-    with pytest.raises(KitError, match="FUSED_PRODUCTS=true, and QuACK has no SwiGLU and loss .*Triton: no module tri"):
+    assert log.messages == ["Triton kernels: not used, PyTorch's and Megatron-Core's are slower (no module triton)"]
+    with pytest.raises(
+        KitError, match="FUSED_PRODUCTS=true, but QuACK cannot fuse SwiGLU and loss .*Triton: no module tri"
+    ):
         kernels.with_working_kernels(FUSED, replace(OPTIONS, fused_products="true"))
 
 
@@ -113,7 +113,7 @@ def test_tritons_kernels_are_tried(swiglu: Any, said: str, monkeypatch: pytest.M
     put: list[Any] = []
     monkeypatch.setattr(kernels, "use_kernels", lambda *given: put.extend(given))
     monkeypatch.setattr(kernels, "fuse_rotary_embedding", lambda: None)
-    found, failure = kernels.tried(lambda: kernels._triton_kernels(torch.device("cpu")))
+    found, failure = kernels.try_on_all_ranks(lambda: kernels._triton_kernels(torch.device("cpu")))
     assert failure.startswith(said) and bool(failure) == bool(said)
     assert kernels.with_working_kernels(FUSED, OPTIONS).fused_kernels is (not said)
     assert put == ([] if said else [swiglu, None])
@@ -121,7 +121,7 @@ def test_tritons_kernels_are_tried(swiglu: Any, said: str, monkeypatch: pytest.M
 
 def test_products_that_are_asked_for_and_have_no_norms_under_transformer_engine_are_refused(tmp_path: Path) -> None:
     assert products(tmp_path, transformer_impl="transformer_engine") is None
-    with pytest.raises(KitError, match="need norms of ours"):
+    with pytest.raises(KitError, match="it needs the fused residual norms"):
         products(tmp_path, transformer_impl="transformer_engine", fused_products="true")
 
 
@@ -130,15 +130,16 @@ def test_a_deterministic_run_says_what_it_takes_in_the_place_of_what(
 ) -> None:
     qwen, options = load_config(tiny_qwen(tmp_path)), replace(OPTIONS, deterministic=True)
     kernels.select_kernels(qwen, ONE, options, CPU)
-    assert log.messages[-1] == "deterministic: torch's deterministic algorithms, which a CPU takes anyway"
+    assert log.messages[-1] == "deterministic: torch's deterministic algorithms, the default on a CPU"
     assert transformer_config(qwen, ONE, options, CPU).deterministic_mode is True
     assert transformer_config(qwen, ONE, OPTIONS, CPU).deterministic_mode is False
-    told = {kind: kernels._in_place(kind, replace(CPU, device="cuda"))[0] for kind in (None, *KINDS.values())}
+    cuda = replace(CPU, device="cuda")
+    told = {kind: kernels.deterministic_replacements(kind, cuda)[0] for kind in (None, *KINDS.values())}
     assert "Transformer Engine" in told[None] and "without cuDNN" in told[KINDS["sdpa"]]
     assert (
         told[KINDS["flash_attn"]]
         == told[KINDS["flash_attn_4"]]
-        == ("attention gradients added in a fixed order of blocks, not as they come")
+        == ("attention gradients accumulated in a fixed order, without atomics")
     )
 
 

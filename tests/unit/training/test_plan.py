@@ -342,7 +342,7 @@ def test_an_optimizer_that_cannot_be_loaded_is_refused(data: Path, qwen: Path, t
         (save / "iter_0000005" / name).touch()
     for kind, sizes, said in (
         ("fully_sharded_model_space", {}, "megatron-core 0.14 loads; 0.16 is installed"),
-        ("dp_zero_gather_scatter", {"gpus": 2, "tp": 2}, "it loads at its own TP, PP and VPP alone"),
+        ("dp_zero_gather_scatter", {"gpus": 2, "tp": 2}, "it loads only at the TP, PP and VPP that it was saved with"),
     ):
         torch.save({"run": {**RUN, "optimizer_sharding": kind}}, save / "iter_0000005" / "common.pt")
         with pytest.raises(KitError, match=re.escape(said)):
