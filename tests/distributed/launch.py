@@ -12,9 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.conversion.hf_to_megatron import HfToMegatron, convert_hf_to_megatron
-from common.checkpoint.conversion.megatron_to_hf import MegatronToHf, convert_megatron_to_hf
-
 ROOT = Path(__file__).parents[2]
 STEP = re.compile(r"iteration (\d+)/\d+ .*? loss ([\d.]+) .*? grad norm ([\d.]+)")
 
@@ -82,18 +79,6 @@ def forked(ranks: int, module: str, given: list[str], expect: int = 0, more: dic
         found, text = int(process.stdout.readline()), log.read()
     assert found == expect, f"exit code {found}:\n{text[-6000:]}"
     return text
-
-
-def convert(load: Path, save: Path, **settings: Any) -> Path:
-    """`save`, after step 2's Hugging Face to Megatron; in this process, which saves its start."""
-    convert_hf_to_megatron(HfToMegatron(str(load), str(save), **settings), check=False)
-    return save
-
-
-def export(load: Path, save: Path, **settings: Any) -> Path:
-    """`save`, after step 2's Megatron to Hugging Face."""
-    convert_megatron_to_hf(MegatronToHf(str(load), str(save), **settings), check=False)
-    return save
 
 
 def steps(log: str) -> list[tuple[int, float, float]]:

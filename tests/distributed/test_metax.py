@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from common.model.shape.config import load_config
-from tests.distributed.launch import ROOT, convert, export, run, steps, train, train_forked, words
+from tests.conversion import to_hf, to_megatron
+from tests.distributed.launch import ROOT, run, steps, train, train_forked, words
 from tests.tiny import TEXTS, tiny_qwen
 from tests.unit.checkpoint.small import write_ranks
 
@@ -33,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = {"input": folder / "d.jsonl", "output_prefix": folder / "d", "tokenizer_path": qwen, "workers": 1}
     run("-m", "common.preprocess", "pretrain", *words(flags))
-    convert(qwen, folder / "start", tp=2, pp=2, transformer_impl="local", ckpt_format="torch")
+    to_megatron(qwen, folder / "start", tp=2, pp=2, transformer_impl="local", ckpt_format="torch")
     return folder
 
 
@@ -131,7 +132,7 @@ def test_the_old_kits_checkpoints_load_and_go_on_and_come_out_again(work: Path, 
     log = train_forked(**settings(work, f"{name}_run", load_checkpoint_path=folder), more=METAX)
     assert f"start: weights from {folder}" in log
     assert steps(log) == steps(plain), "bit for bit the run from our own conversion"
-    exports = (export(work / each, work / f"{name}_{each}_hf") for each in (f"{name}_run", "plain"))
+    exports = (to_hf(work / each, work / f"{name}_{each}_hf") for each in (f"{name}_run", "plain"))
     mine, theirs = (load_file(folder / "model.safetensors") for folder in exports)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in theirs)
 

@@ -12,7 +12,8 @@ from common.data.dataset.builder import build_dataset
 from common.data.dataset.data_loader import collate
 from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.data.dataset.manifest import DataFiles
-from tests.distributed.launch import convert, worker
+from tests.conversion import to_megatron
+from tests.distributed.launch import worker
 from tests.tiny import tiny_qwen
 
 SEQ_LENGTH = 64
@@ -52,7 +53,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compared(work: Path, batch: str, tp: int, pp: int, sequence_parallel: bool) -> dict[str, Any]:
     target = work / f"megatron_{tp}_{pp}"
     if not target.exists():
-        convert(work / "hf", target, tp=tp, pp=pp, ckpt_format="torch", transformer_impl="local")
+        to_megatron(work / "hf", target, tp=tp, pp=pp, ckpt_format="torch", transformer_impl="local")
     settings = {
         "tp": tp, "pp": pp, "gpus": tp * pp, "seq_length": SEQ_LENGTH, "micro_batch_size": 1, "global_batch_size": 1,
         "precision": "fp32", "sequence_parallel": sequence_parallel,

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from common.checkpoint.formats.torch_dist_reader import TorchDistReader
-from tests.distributed.launch import convert, forked, free_port, run, steps, train_forked, words
+from tests.conversion import to_megatron
+from tests.distributed.launch import forked, free_port, run, steps, train_forked, words
 from tests.tiny import tiny_qwen
 
 FLAGS = {
@@ -30,7 +31,7 @@ def saved(work: Path) -> Path:
     """The run at TP2 x PP2 x DP2, stopped after its third step; its vocabulary is padded at TP 4 and not at TP 1."""
     shape: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
     tiny_qwen(work / "four", std=0.05, spread=0.05, **shape)
-    convert(work / "four", work / "four_start", ckpt_format="torch_dist")
+    to_megatron(work / "four", work / "four_start", ckpt_format="torch_dist")
     train_forked(**flags(work, work / "wide"), **WIDE, exit_interval=3)
     return work / "wide"
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launch import export, steps
+from tests.conversion import to_hf
+from tests.distributed.launch import steps
 from tests.distributed.user import ENDLESS, Run, step3, step3_forked
 
 
@@ -26,7 +27,7 @@ def train(work: Path, name: str, code: int = 0, **more: Any) -> str:
 
 
 def weights(work: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(export(work / name, work / f"{name}_exported") / "model.safetensors")
+    return load_file(to_hf(work / name, work / f"{name}_exported") / "model.safetensors")
 
 
 def assert_same_weights(work: Path, one: str, other: str) -> None:

@@ -12,17 +12,8 @@ from transformers import Qwen2ForCausalLM
 
 from common.data.dataset.builder import build_dataset
 from common.data.dataset.manifest import resolve
-from tests.distributed.launch import (
-    convert,
-    export,
-    forked,
-    free_port,
-    run,
-    steps,
-    train,
-    train_forked,
-    words,
-)
+from tests.conversion import to_hf, to_megatron
+from tests.distributed.launch import forked, free_port, run, steps, train, train_forked, words
 from tests.tiny import tiny_qwen
 
 COMMON = {
@@ -46,7 +37,7 @@ def settings(work: Path, mode: str, **more: Any) -> dict[str, Any]:
 
 def weights(work: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     target = work / f"exported_{checkpoint.name}_{time.monotonic_ns()}"
-    return load_file(export(checkpoint, target) / "model.safetensors")
+    return load_file(to_hf(checkpoint, target) / "model.safetensors")
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -86,10 +77,10 @@ def test_every_layout_follows_one_process(work: Path, one_process: list[tuple[in
 
 
 def test_virtual_stages_over_four_ranks_follow_one_process(work: Path) -> None:
-    convert(tiny_qwen(work / "deep", std=0.05, spread=0.05, num_hidden_layers=8), work / "deep_start")
+    to_megatron(tiny_qwen(work / "deep", std=0.05, spread=0.05, num_hidden_layers=8), work / "deep_start")
     flags = {**settings(work, "pretrain"), "load_checkpoint_path": work / "deep_start", "train_iters": 6}
     one = steps(train_forked(**flags, save_checkpoint_path=work / "deep_one"))
-    convert(work / "deep", work / "deep_stages", pp=4, vpp=2, transformer_impl="local")
+    to_megatron(work / "deep", work / "deep_stages", pp=4, vpp=2, transformer_impl="local")
     flags["load_checkpoint_path"] = work / "deep_stages"
     four = steps(train_forked(**flags, save_checkpoint_path=work / "deep_four", gpus=4, pp=4, vpp=2))
     assert len(one) == len(four) == 6
@@ -148,7 +139,7 @@ def test_weights_weigh_the_loss_and_its_gradient(work: Path) -> None:
 def test_ten_and_ten_steps_are_twenty(work: Path, ckpt_format: str, layout: dict[str, Any]) -> None:
     name = f"resumed_{ckpt_format}"
     if ckpt_format == "torch":
-        convert(work / "qwen", work / "start_ranks", tp=2, pp=2, transformer_impl="local")
+        to_megatron(work / "qwen", work / "start_ranks", tp=2, pp=2, transformer_impl="local")
         layout = {**layout, "load_checkpoint_path": work / "start_ranks"}
     same = {**settings(work, "pretrain"), "train_iters": 20, "ckpt_format": ckpt_format, **layout}
     unbroken = steps(train_forked(**same, save_checkpoint_path=work / f"{name}_unbroken"))
@@ -242,7 +233,7 @@ def test_fields_of_megatron_core_are_set_by_name(work: Path) -> None:
 
 
 def test_a_torch_checkpoint_of_other_sizes_is_refused_before_any_process_starts(work: Path) -> None:
-    start = convert(work / "qwen", work / "other_sizes", tp=2, pp=1, transformer_impl="local")
+    start = to_megatron(work / "qwen", work / "other_sizes", tp=2, pp=1, transformer_impl="local")
     flags = settings(work, "pretrain", save_checkpoint_path=work / "refused", train_iters=1)
     log = train(**{**flags, "load_checkpoint_path": start}, expect=2)
     assert "TP=2 PP=1 VPP=1" in log and "TP=1 PP=1 VPP=1" in log and "step 2" in log

@@ -19,7 +19,8 @@ from common.checkpoint.conversion.output_folder import REPORT
 from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.errors import KitError
 from common.log import logger
-from tests.end_to_end.converting import TRACKER, run_main, same, to_hf, to_megatron, tree, weights, words
+from tests.conversion import to_hf, to_megatron
+from tests.end_to_end.converting import TRACKER, run_main, same, tree, weights, words
 from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[2]

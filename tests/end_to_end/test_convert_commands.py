@@ -13,7 +13,8 @@ from common import convert
 from common.checkpoint.conversion import hf_to_megatron
 from common.checkpoint.conversion.output_folder import REPORT
 from common.errors import KitError
-from tests.end_to_end.converting import run_main, to_hf, to_megatron, tree, weights, words
+from tests.conversion import to_hf, to_megatron
+from tests.end_to_end.converting import run_main, tree, weights, words
 from tests.tiny import tiny_qwen
 
 

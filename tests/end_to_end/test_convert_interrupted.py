@@ -17,7 +17,8 @@ import pytest
 from common.checkpoint.conversion import hf_to_megatron, megatron_to_hf
 from common.checkpoint.conversion.output_folder import check_disk_space
 from common.checkpoint.formats.checkpoint_paths import find_checkpoint
-from tests.end_to_end.converting import TRACKER, run_main, to_megatron, tree, words
+from tests.conversion import to_megatron
+from tests.end_to_end.converting import TRACKER, run_main, tree, words
 from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[2]

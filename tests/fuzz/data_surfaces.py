@@ -111,11 +111,9 @@ def jsonl(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
     path = folder / "rows.jsonl"
 
     def take(data: bytes) -> None:
-        path.write_bytes(data)
-        found = read_rows(path)
-        if detect_layout(path).array:
-            _check_array(found, data)
-        elif not detect_layout(path).compression:
+        found = _read_case(path, data)
+        layout = detect_layout(path)
+        if not layout.array and not layout.compression:
             _check_lines(found, data)
 
     return files.jsonl_cases(seed, count), take
@@ -150,17 +148,16 @@ def json_array(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Ca
     """One JSON array of rows."""
     path = folder / "rows.json"
 
-    def take(data: bytes) -> None:
-        path.write_bytes(data)
-        found = read_rows(path)
-        if detect_layout(path).array:
-            _check_array(found, data)
-
-    return files.json_array_cases(seed, count), take
+    return files.json_array_cases(seed, count), lambda data: _read_case(path, data)
 
 
-def _check_array(found: list[Any], data: bytes) -> None:
-    _check_same(found, json.loads(data.decode("utf-8-sig")))
+def _read_case(path: Path, data: bytes) -> list[Any]:
+    """The rows of `data`, written to `path`; those of a JSON array are compared with Python's own reader."""
+    path.write_bytes(data)
+    found = read_rows(path)
+    if detect_layout(path).array:
+        _check_same(found, json.loads(data.decode("utf-8-sig")))
+    return found
 
 
 def gzip(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launch import convert, export, run, words
+from tests.conversion import to_hf, to_megatron
+from tests.distributed.launch import run, words
 from tests.distributed.user import ENDLESS, Run, wait_for
 from tests.tiny import TEXTS, tiny_qwen
 
@@ -46,7 +47,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.jsonl").write_text("".join(rows))
     flags = {"input": folder / "rows.jsonl", "output_prefix": folder / "text", "tokenizer_path": folder / "qwen"}
     run("-m", "common.preprocess", "pretrain", *words({**flags, "workers": 1}))
-    convert(folder / "qwen", folder / "start", ckpt_format="torch_dist", dtype="bf16")
+    to_megatron(folder / "qwen", folder / "start", ckpt_format="torch_dist", dtype="bf16")
     return folder
 
 
@@ -70,14 +71,14 @@ def test_a_stopped_run_goes_on_and_exports_the_bits_of_its_step(work: Path, layo
     stopped.process.send_signal(signal.SIGTERM)
     first = stopped.end(75, 100)
     done = stopped.tracker()
-    export(work / name, work / f"{name}_hf")
+    to_hf(work / name, work / f"{name}_hf")
     more = {**same, "EXIT_INTERVAL": done + 4}
     rest = GpuRun(settings(work, name, layout, **more), work / f"{name}_rest.log").end(0, 200)
     whole = GpuRun(settings(work, f"{name}_whole", layout, **more), work / f"{name}_whole.log").end(0, 200)
     assert losses(first) | losses(rest) == losses(whole) and len(losses(rest)) == 4
     more["EXIT_INTERVAL"] = done
     GpuRun(settings(work, f"{name}_at", layout, **more), work / f"{name}_at.log").end(0, 200)
-    export(work / f"{name}_at", work / f"{name}_at_hf")
+    to_hf(work / f"{name}_at", work / f"{name}_at_hf")
     expected, found = (load_file(work / each / "model.safetensors") for each in (f"{name}_at_hf", f"{name}_hf"))
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
 

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.launch import convert, environment, free_port, run, steps, train, words
+from tests.conversion import to_megatron
+from tests.distributed.launch import environment, free_port, run, steps, train, words
 from tests.end_to_end.steps import chats, write_rows
 from tests.tiny import tiny_qwen
 
@@ -37,7 +38,7 @@ def prepare(folder: Path) -> None:
     run("-m", "common.preprocess", "sft", *words({**flags, "tokenizer_path": qwen, "workers": 1}))
     for ckpt_format in FORMATS:
         layout = {"tp": 2} if ckpt_format == "torch" else {}
-        convert(qwen, folder / f"start_{ckpt_format}", ckpt_format=ckpt_format, **layout)
+        to_megatron(qwen, folder / f"start_{ckpt_format}", ckpt_format=ckpt_format, **layout)
 
 
 def flags_of(folder: Path, ckpt_format: str, **more: Any) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import convert, run, words
+from tests.conversion import to_megatron
+from tests.distributed.launch import run, words
 from tests.nodes.network import Node, Run, network, why_not
 from tests.tiny import TEXTS, tiny_qwen
 
@@ -33,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.jsonl").write_text("".join(rows), encoding="utf-8")
     flags = {"input": folder / "text.jsonl", "output_prefix": folder / "text", "tokenizer_path": folder / "qwen"}
     run("-m", "common.preprocess", "pretrain", *words({**flags, "workers": 1}))
-    convert(folder / "qwen", folder / "start", ckpt_format="torch_dist")
+    to_megatron(folder / "qwen", folder / "start", ckpt_format="torch_dist")
     return folder
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launch import convert, export, run, words
+from tests.conversion import to_hf, to_megatron
+from tests.distributed.launch import run, words
 from tests.distributed.user import Run
 from tests.tiny import TEXTS, tiny_qwen
 
@@ -38,7 +39,7 @@ class Soak:
         (self.folder / "text.jsonl").write_text("".join(rows))
         flags = {"input": self.folder / "text.jsonl", "output_prefix": self.folder / "text", "workers": 1}
         run("-m", "common.preprocess", "pretrain", *words({**flags, "tokenizer_path": self.folder / "qwen"}))
-        convert(self.folder / "qwen", self.folder / "start", ckpt_format="torch_dist")
+        to_megatron(self.folder / "qwen", self.folder / "start", ckpt_format="torch_dist")
 
     def start(self, name: str, **more: Any) -> Run:
         """The same command for the run `name`."""
@@ -59,7 +60,7 @@ class Soak:
 
     def compare_weights(self, *names: str) -> int:
         """How many tensors both exports hold, all alike to the bit; raises AssertionError where one is not."""
-        folders = [export(self.folder / each, self.folder / f"{each}_{time.time_ns()}") for each in names]
+        folders = [to_hf(self.folder / each, self.folder / f"{each}_{time.time_ns()}") for each in names]
         expected, found = (load_file(folder / "model.safetensors") for folder in folders)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)

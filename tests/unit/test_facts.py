@@ -9,10 +9,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.doctor import machine, packages
 from common.errors import KitError
 from common.estimate.gpus import find_gpu
@@ -26,7 +24,7 @@ from common.platforms.metax import METAX
 from common.training.loop.metrics import peak_tflops
 from common.training.planning.plan import Plan, describe, plan_run
 from common.training.settings import TrainSettings
-from tests.tiny import tiny_qwen
+from tests.tiny import tiny_qwen, write_ramps
 
 ROOT = Path(__file__).parents[2]
 PLATFORM = on_cpu(METAX)
@@ -43,9 +41,7 @@ def fact(name: str) -> Callable[[Any], Any]:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("facts")
     tiny_qwen(folder / "qwen")
-    with IndexedDatasetBuilder(folder / "d_text_document", np.dtype(np.uint16)) as writer:
-        for start in range(40):
-            writer.add_document(np.arange(start, start + 33, dtype=np.uint16))
+    write_ramps(folder / "d_text_document", 40, 33)
     return folder
 
 

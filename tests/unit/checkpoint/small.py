@@ -22,6 +22,20 @@ SHAPE = {
     "vocab_size": 11,
     "tie_word_embeddings": False,
 }
+QWEN = QwenConfig(
+    hidden_size=4,
+    intermediate_size=4,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=5,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    tie_word_embeddings=False,
+    max_position_embeddings=16,
+    head_dim=1,
+    dtype="float32",
+)
 
 
 def write_hf(folder: Path, seed: int = 0, **shape: int | bool | str) -> tuple[QwenConfig, dict[str, Tensor]]:

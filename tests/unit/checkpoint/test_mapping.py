@@ -30,22 +30,8 @@ from common.checkpoint.formats.mapping import (
 )
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
-from tests.unit.checkpoint.small import joined
+from tests.unit.checkpoint.small import QWEN, joined
 
-QWEN = QwenConfig(
-    hidden_size=4,
-    intermediate_size=4,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=5,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    tie_word_embeddings=False,
-    max_position_embeddings=16,
-    head_dim=1,
-    dtype="float32",
-)
 # Hugging Face's names and Megatron-Core's, with Transformer Engine and without, for layer 3.
 NAMES = {
     "model.embed_tokens.weight": ("embedding.word_embeddings.weight",) * 2,

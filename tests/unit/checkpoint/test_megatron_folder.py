@@ -13,21 +13,12 @@ from common.checkpoint.formats.checkpoint_paths import Checkpoint
 from common.checkpoint.formats.megatron_folder import MegatronReader, open_megatron
 from common.checkpoint.formats.parallel_layout import model_tensors
 from common.errors import KitError
-from common.log import logger
 from common.model.shape.config import QwenConfig
 from tests.unit.checkpoint.small import bitwise_equal, dist_state, joined, write_hf, write_ranks
 
 ONE = [[range(4)]]
 TWO = [[range(2)], [range(2, 4)]]
 WORDS, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the kit's logger says, whether or not an earlier test set it up."""
-    monkeypatch.setattr(logger, "propagate", False)
-    monkeypatch.setattr(logger, "handlers", [caplog.handler])
-    return caplog
 
 
 def reader(path: Path, qwen: QwenConfig, kind: Literal["torch", "torch_dist"] = "torch") -> MegatronReader:
@@ -107,16 +98,15 @@ def test_the_stored_dtype_is_told(tmp_path: Path) -> None:
     assert set(dtypes.values()) == {torch.bfloat16}
 
 
-def test_a_vocabulary_padded_further_is_cut_off(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_a_vocabulary_padded_further_is_cut_off(tmp_path: Path, kit_log: pytest.LogCaptureFixture) -> None:
     qwen, weights = write_hf(tmp_path / "hf", tie_word_embeddings=True)
     path = write_ranks(tmp_path / "release", weights, qwen, ONE, tp=2)
-    said.set_level("INFO", logger.name)
     padded = torch.cat([weights["model.embed_tokens.weight"], torch.ones(5, 8)])  # 16 rows, not the 12 that TP=2 needs
     for rank in range(2):
         rows = padded[rank * 8 : rank * 8 + 8].clone()
         change(path / f"mp_rank_{rank:02d}", lambda state, rows=rows: state["model"].update({WORDS: rows}))
     assert same(hf_weights(reader(path, qwen), qwen), weights)
-    (told,) = said.records
+    (told,) = kit_log.records
     assert "has 16 rows, config.json has vocab_size=11: the 5 extra rows are padding" in told.getMessage()
 
 
@@ -153,14 +143,14 @@ def test_a_tied_copy_that_differs_is_refused(tmp_path: Path) -> None:
         reader(path, qwen)
 
 
-def test_norms_that_differ_between_tensor_ranks_are_warned_of(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_norms_that_differ_between_tensor_ranks_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, TWO, tp=2, impl="local")
-    assert same(hf_weights(reader(path, qwen), qwen), weights) and not said.records
+    assert same(hf_weights(reader(path, qwen), qwen), weights) and not caplog.records
     change(path / "mp_rank_01_000", lambda state: state["model"]["decoder.layers.1.input_layernorm.weight"].add_(1))
     change(path / "mp_rank_01_001", lambda state: state["model"]["decoder.final_layernorm.weight"].add_(1))
     assert same(hf_weights(reader(path, qwen), qwen), weights)  # rank 0's
-    (warning,) = said.records
+    (warning,) = caplog.records
     assert warning.levelname == "WARNING" and "using TP rank 0's" in warning.getMessage()
     assert (
         "2 norm weights differ between TP ranks (decoder.layers.1.input_layernorm.weight, ...)" in warning.getMessage()

@@ -9,21 +9,9 @@ from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT
 from common.checkpoint.formats.parallel_layout import ParallelLayout, chunk_tensors, model_chunks, model_tensors
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
+from tests.unit.checkpoint import small
 
-QWEN = QwenConfig(
-    hidden_size=8,
-    intermediate_size=8,
-    num_hidden_layers=8,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=10,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    tie_word_embeddings=False,
-    max_position_embeddings=16,
-    head_dim=2,
-    dtype="float32",
-)
+QWEN = replace(small.QWEN, hidden_size=8, intermediate_size=8, num_hidden_layers=8, vocab_size=10, head_dim=2)
 TIED = replace(QWEN, tie_word_embeddings=True)
 QWEN3 = replace(QWEN, head_dim=4, qkv_bias=False, qk_norm=True)
 LAYER = [

@@ -16,22 +16,10 @@ from common.checkpoint.verification.independent_mapping import slices
 from common.checkpoint.verification.report import Report
 from common.checkpoint.verification.verify import verify
 from common.model.shape.config import QwenConfig
+from tests.unit.checkpoint import small
 from tests.unit.checkpoint.small import dist_state, write_hf, write_ranks
 
-QWEN = QwenConfig(
-    hidden_size=4,
-    intermediate_size=4,
-    num_hidden_layers=9,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=5,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    tie_word_embeddings=False,
-    max_position_embeddings=16,
-    head_dim=1,
-    dtype="float32",
-)
+QWEN = replace(small.QWEN, num_hidden_layers=9)
 QWEN3 = {"model_type": "qwen3", "head_dim": 4}
 TWO = [[range(2)], [range(2, 4)]]
 STAGES = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]

@@ -5,26 +5,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from common.checkpoint.formats.checkpoint_paths import find_checkpoint, write_tracker
-from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.platforms.cpu import CPU
 from common.training.launching import nodes
 from common.training.launching.nodes import data_facts, differences, facts_of, hash_file, hash_samples, start_facts
 from common.training.planning.plan import Plan, Start, plan_run
 from common.training.settings import TrainSettings
-from tests.tiny import tiny_qwen
+from tests.tiny import tiny_qwen, write_ramps
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nodes")
     tiny_qwen(folder / "qwen")
-    with IndexedDatasetBuilder(folder / "a", np.dtype(np.uint16)) as writer:
-        for start in range(20):
-            writer.add_document(np.arange(start, start + 17, dtype=np.uint16))
+    write_ramps(folder / "a", 20, 17)
     return folder
 
 

@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from common.checkpoint.formats.checkpoint_paths import RELEASE, iteration_dir, write_tracker
-from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.errors import KitError
 from common.model.shape.config import load_config
 from common.platforms import PLATFORMS
@@ -24,7 +22,7 @@ from common.platforms.nvidia import NVIDIA
 from common.training.planning.datasets import content_hash
 from common.training.planning.plan import Plan, describe, find_start, plan_run
 from common.training.settings import TrainSettings
-from tests.tiny import tiny_qwen
+from tests.tiny import tiny_qwen, write_ramps
 
 ROOT = Path(__file__).parents[3]
 TOKENS_OF_A_DOCUMENT, DOCUMENTS = 17, 100
@@ -39,10 +37,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prefix of 100 documents of 17 tokens, as Megatron-LM's own tool would write them."""
     prefix = tmp_path_factory.mktemp("data") / "a_text_document"
-    with IndexedDatasetBuilder(prefix, np.dtype(np.uint16)) as writer:
-        for start in range(DOCUMENTS):
-            writer.add_document(np.arange(start, start + TOKENS_OF_A_DOCUMENT, dtype=np.uint16))
-    return prefix
+    return write_ramps(prefix, DOCUMENTS, TOKENS_OF_A_DOCUMENT)
 
 
 def settings(**changes: Any) -> TrainSettings:
