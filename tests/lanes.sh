@@ -6,7 +6,7 @@
 #
 #   LANES_DIR             where environments, checkpoints and reports lie, 2 GB a lane; default: ~/.cache/qwen-lanes
 #   TORCH_INDEX_URL       index for torch alone, as PyTorch's CPU index; empty: PyPI's torch without its CUDA packages,
-#                         with stand-ins for their libraries (needs cc)
+#                         with stubs for their libraries (needs cc)
 #   PYTHON_3_10, PYTHON_3_12   the Pythons; default: python3.10, python3.12
 
 # shellcheck disable=SC2329 # step calls the functions

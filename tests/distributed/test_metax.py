@@ -1,6 +1,6 @@
 """MetaX's platform on the CPU, all its facts in force: what a run does, and the checkpoints of the kit before this one.
 
-Not MetaX's hardware, and stand-ins for its flash_attn and apex: what is shown is what the kit makes of them.
+Not MetaX's hardware, and stubs for its flash_attn and apex: what is shown is what the kit makes of them.
 """
 
 import json
@@ -21,7 +21,7 @@ from tests.unit.checkpoint.small import write_ranks
 
 pytestmark = pytest.mark.lane
 METAX = {"KIT_PLATFORM": "metax", "KIT_TEST_ON_CPU": "true"}
-STAND_INS = ROOT / "tests" / "stand_ins"
+STUBS = ROOT / "tests" / "stubs"
 RANKS = ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_000", "mp_rank_01_001"]
 
 
@@ -48,8 +48,8 @@ def settings(work: Path, save: str, **more: Any) -> dict[str, Any]:
 
 
 def vendor(*names: str) -> dict[str, str]:
-    """The environment with stand-ins for these packages of the vendor's."""
-    return {**METAX, "PYTHONPATH": ":".join([*(str(STAND_INS / name) for name in names), str(ROOT)])}
+    """The environment with stubs for these packages of the vendor's."""
+    return {**METAX, "PYTHONPATH": ":".join([*(str(STUBS / name) for name in names), str(ROOT)])}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The images as their tests read them: instructions by BuildKit's parser, stand-ins for a vendor's packages."""
+"""The images as their tests read them: instructions by BuildKit's parser, stubs for a vendor's packages."""
 
 import atexit
 import base64
@@ -112,7 +112,7 @@ def empty_environment(program: str) -> Path:
 
 
 def make_base(folder: Path, packages: dict[str, str], cuda: str | None = "12.4", program: str = sys.executable) -> Path:
-    """The Python of an environment that has pip and stand-ins for `packages`."""
+    """The Python of an environment that has pip and stubs for `packages`."""
     shutil.copytree(empty_environment(program), folder / "venv", symlinks=True)
     (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
     for wheel in write_base(folder / "base", packages, cuda):

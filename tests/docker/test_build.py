@@ -1,6 +1,6 @@
 """The images' steps, run for real over this machine as the base.
 
-In the vendors' images stand-ins of every package spare the downloads (test_install.py resolves the real ones), and the
+In the vendors' images stubs of every package spare the downloads (test_install.py resolves the real ones), and the
 doctor at the end, which needs the vendor's torch, is left out. The CPU's image is built whole.
 """
 

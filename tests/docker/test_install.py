@@ -1,4 +1,4 @@
-"""docker/install.sh and base.py beside stand-ins for a vendor's packages: these survive, or the build fails."""
+"""docker/install.sh and base.py beside stubs for a vendor's packages: these survive, or the build fails."""
 
 import subprocess
 from pathlib import Path
@@ -38,7 +38,7 @@ def version_of(base: Path, name: str) -> str:
 
 @pytest.fixture
 def shelf(tmp_path: Path) -> Path:
-    """Where pip finds everything: the kit's stand-ins, and a torch that is newer than the base's."""
+    """Where pip finds everything: the kit's stubs, and a torch that is newer than the base's."""
     folder = tmp_path / "shelf"
     write_wheel(folder, "torch", "2.14.1")
     write_wheel(folder, "megatron-core", "0.14.0", ("torch>=2.6",))

@@ -21,7 +21,7 @@ from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
 
 ROOT = Path(__file__).parents[2]
-STAND_INS = ROOT / "tests" / "stand_ins"
+STUBS = ROOT / "tests" / "stubs"
 GIB = 1 << 30
 
 
@@ -74,7 +74,7 @@ def test_an_extension_that_is_there_and_broken_is_a_failure(tmp_path: Path) -> N
 
 
 def test_one_that_works_is_well(tmp_path: Path) -> None:
-    path = f"{STAND_INS / 'apex'}:{STAND_INS / 'flash_attn'}:{ROOT}"
+    path = f"{STUBS / 'apex'}:{STUBS / 'flash_attn'}:{ROOT}"
     told = doctor("--no-device", expect=0, KIT_PLATFORM="cpu", PYTHONPATH=path)
     assert "fused Adam imports, no kernel for weight gradients" in told and "flash_attn            imports" in told
 

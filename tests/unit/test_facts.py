@@ -183,7 +183,7 @@ def test_core_attention_is_the_first_that_works_of_the_platforms(work: Path, mon
     chosen = plan(work, PLATFORM)
     options = ModelOptions("bf16", "local", "none")
     assert core_attention(chosen.qwen, chosen.sizes, options, PLATFORM) is SdpaAttention  # nothing else is here
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "stand_ins" / "flash_attn"))
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "stubs" / "flash_attn"))
     assert core_attention(chosen.qwen, chosen.sizes, options, PLATFORM) is FlashAttention
     other = replace(PLATFORM, core_attention=("sdpa",))
     assert core_attention(chosen.qwen, chosen.sizes, options, other) is SdpaAttention

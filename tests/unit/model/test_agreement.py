@@ -86,8 +86,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def two_ranks(qwen: Path, **task: Any) -> list[dict[str, Any]]:
     """What both print, rank 0 first."""
-    stand_ins = [ROOT / "tests" / "stand_ins" / name for name in ("quack", "flash_attn")]
-    path = ":".join(map(str, [ROOT, *stand_ins]))
+    stubs = [ROOT / "tests" / "stubs" / name for name in ("quack", "flash_attn")]
+    path = ":".join(map(str, [ROOT, *stubs]))
     printed = forked(2, __name__, [json.dumps({"qwen": str(qwen), **task})], more={"PYTHONPATH": path})
     told = [json.loads(line) for line in printed.splitlines() if line.startswith('{"rank": ')]
     return sorted(told, key=lambda each: each.pop("rank"))
@@ -134,7 +134,7 @@ def main() -> None:
     from tests.unit.model import plain_kernels
 
     plain_kernels.install()
-    setattr(kernels, "_need_hopper", lambda _: None)  # noqa: B010  QuACK's stand-in is for CPUs
+    setattr(kernels, "_need_hopper", lambda _: None)  # noqa: B010  QuACK's stub is for CPUs
     setattr(kernels, "fuse_rotary_embedding", lambda: None)  # noqa: B010  needs a compiler
     if task.get("module") and os.environ["RANK"] == "1":
         sys.modules.pop(task["module"], None)

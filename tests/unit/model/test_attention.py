@@ -21,12 +21,12 @@ from common.model.layers.attention import (
 )
 
 CPU, HEADS = torch.device("cpu"), (8, 2, 16)
-STAND_INS = Path(__file__).parents[2] / "stand_ins"
+STUBS = Path(__file__).parents[2] / "stubs"
 
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(STAND_INS / "flash_attn"))
+    monkeypatch.syspath_prepend(str(STUBS / "flash_attn"))
     import flash_attn
 
     flash_attn.GROUPS.clear()

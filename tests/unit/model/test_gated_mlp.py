@@ -1,4 +1,4 @@
-"""The MLP with SwiGLU inside its products, on the CPU: QuACK's calls by a stand-in that keeps its layouts."""
+"""The MLP with SwiGLU inside its products, on the CPU: QuACK's calls by a stub that keeps its layouts."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The loss inside the output layer's products: what QuACK's is given and where the chunks are left, by a stand-in."""
+"""The loss inside the output layer's products: what QuACK's is given and where the chunks are left, by a stub."""
 
 import sys
 from types import ModuleType

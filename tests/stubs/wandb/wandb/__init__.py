@@ -1,4 +1,4 @@
-"""A stand-in for wandb: what of it the kit calls, written to DIR/NAME.jsonl, and only as the run is finished."""
+"""A stub for wandb: what of it the kit calls, written to DIR/NAME.jsonl, and only as the run is finished."""
 
 import json
 from pathlib import Path
