@@ -79,7 +79,7 @@ def main() -> None:
     planned = time.monotonic()
     sent = [pickle.dumps(each) for each in shares]
     received = [pickle.loads(each) for each in sent]
-    told = time.monotonic()
+    listed = time.monotonic()
     content = pickle.dumps(build_metadata(received))
     made = time.monotonic()
     read = pickle.loads(content)
@@ -90,7 +90,7 @@ def main() -> None:
             "files": sum(map(bool, entries)), "bytes_of_a_list": max(map(len, sent)),
             "ranks_plan_s": round(planned - began, 2),
             "of_one_rank_ms": round(1000 * (planned - began) / len(shares), 2),
-            "lists_s": round(told - planned, 2), "metadata_s": round(made - told, 2),
+            "lists_s": round(listed - planned, 2), "metadata_s": round(made - listed, 2),
             "metadata_mb": round(len(content) / 1e6, 1), "read_again_s": round(time.monotonic() - made, 2),
             "in_all_s": round(made - began, 2), "tensors": len(read.state_dict_metadata),
             "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2), "cpus": os.cpu_count(),

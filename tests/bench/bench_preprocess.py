@@ -224,14 +224,14 @@ def compare(settings: argparse.Namespace, cores: list[int], folder: Path) -> Non
     print(line("gigatoken alone, in memory, in calls of 1 MiB", batched, text_bytes, documents), flush=True)
     print(line("step 1, gigatoken", ours, text_bytes, documents), flush=True)
     best = min(result.work_s for result in ours)
-    told = [
+    summary = [
         f"step 1 reaches {min(r.work_s for r in alone) / best:.0%} of gigatoken alone in one call,"
         f" {min(r.work_s for r in batched) / best:.0%} in calls of 1 MiB"
     ]
     if not settings.skip_tokenizers:
         slow = bench_kit(path, settings.tokenizer, cores, folder / "slow", "--tokenizer-engine", "tokenizers")
         print(line("step 1, tokenizers", [slow], text_bytes, documents), flush=True)
-        told.append(f"both engines: {same(folder / 'ours0_text_document', folder / 'slow_text_document')}")
+        summary.append(f"both engines: {same(folder / 'ours0_text_document', folder / 'slow_text_document')}")
     for tool in ("preprocess_data.py", "preprocess_data_fast.py"):
         if not settings.megatron or not (settings.megatron / "tools" / tool).is_file():
             continue
@@ -239,9 +239,9 @@ def compare(settings: argparse.Namespace, cores: list[int], folder: Path) -> Non
         theirs = bench_megatron(path, settings.tokenizer, cores, out, settings.megatron, tool)
         print(line(f"Megatron-LM, {tool}", [theirs], text_bytes, documents), flush=True)
         times = theirs.whole_s / min(r.whole_s for r in ours)
-        told.append(f"{tool}: step 1 is {times:.1f} times as fast as a whole process; the files are "
+        summary.append(f"{tool}: step 1 is {times:.1f} times as fast as a whole process; the files are "
                     f"{same(folder / 'ours0_text_document', Path(f'{out}_text_document'))}")  # fmt: skip
-    print("\n" + "\n".join(told))
+    print("\n" + "\n".join(summary))
 
 
 if __name__ == "__main__":

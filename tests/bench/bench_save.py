@@ -65,8 +65,8 @@ class Watch:
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         while not self.over:
             if shutil.which("nvidia-smi"):
-                told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-                self.gpu_mib = max([self.gpu_mib, *map(int, told)])
+                used_mib = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+                self.gpu_mib = max([self.gpu_mib, *map(int, used_mib)])
             for rank in self.process.children():
                 try:
                     self.host_gib = max(self.host_gib, rank.memory_info().rss / 2**30)

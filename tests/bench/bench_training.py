@@ -220,8 +220,8 @@ def main() -> None:
     arguments = parser.parse_args()
     left: queue.SimpleQueue[str] = queue.SimpleQueue()
     for row in arguments.rows or ROWS:
-        wanted = {"megatron": arguments.megatron, "padded": arguments.chats, "packed": arguments.chats}
-        if wanted.get(row.split("/")[1], True):
+        available = {"megatron": arguments.megatron, "padded": arguments.chats, "packed": arguments.chats}
+        if available.get(row.split("/")[1], True):
             left.put(row)
 
     def following(gpu: int) -> Started | None:

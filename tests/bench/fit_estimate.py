@@ -145,7 +145,7 @@ def fit_seconds(steps: list[Step]) -> dict[str, float]:
     return {**rates, **{name: float(f"{rate:.3g}") for name, rate in zip(names, found[:-1], strict=True)}}
 
 
-def least_squares(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def least_squares(table: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The x without a value below 0 for which table [rows, columns] times x is nearest to `wanted` [rows].
 
     There are few columns, so each choice of those that are not 0 is tried.
@@ -153,8 +153,8 @@ def least_squares(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     best, error = np.zeros(table.shape[1]), float("inf")
     for size in range(1, table.shape[1] + 1):
         for columns in map(list, itertools.combinations(range(table.shape[1]), size)):
-            found, *_ = np.linalg.lstsq(table[:, columns], wanted, rcond=None)
-            off = float(((table[:, columns] @ found - wanted) ** 2).sum())
+            found, *_ = np.linalg.lstsq(table[:, columns], target, rcond=None)
+            off = float(((table[:, columns] @ found - target) ** 2).sum())
             if (found >= 0).all() and off < error * (1 - 1e-9):
                 best, error = np.zeros(table.shape[1]), off
                 best[columns] = found
@@ -171,9 +171,9 @@ def table(steps: list[Step]) -> list[str]:
     for step in sorted(steps, key=lambda step: not step.fitted):
         row, peak, measured = step.row, step.peak / GIB, step.row["allocated_gib"]
         packed = (", fused" if row.get("fused_products") == "true" else "") + (", packed" if row.get("packing") else "")
-        told = f"{row['gpu']}, {row['shape']}, {row['impl']}{packed}", f"{row['seq']}, {row['mbs']}, {row['gbs']}"
+        sizes = f"{row['gpu']}, {row['shape']}, {row['impl']}{packed}", f"{row['seq']}, {row['mbs']}, {row['gbs']}"
         cells = [
-            *told, row["recompute"], f"{measured:.1f}", f"{peak:.2f} ({peak / measured - 1:+.1%})",
+            *sizes, row["recompute"], f"{measured:.1f}", f"{peak:.2f} ({peak / measured - 1:+.1%})",
             step.decided_by, "", "", "fitted" if step.fitted else "judged",
         ]  # fmt: skip
         if step.rate and step.estimate.speed and not step.old:

@@ -46,8 +46,8 @@ def kill(processes: set[int], code: int) -> int:
 
 def act(job: dict[str, Any], rank: int) -> None:
     """Makes this process the job's: its output, its environment, its arguments, its module."""
-    told = os.open(job["log"], os.O_WRONLY | os.O_APPEND)
-    for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, told), (2, told)):
+    log_fd = os.open(job["log"], os.O_WRONLY | os.O_APPEND)
+    for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log_fd), (2, log_fd)):
         os.dup2(source, target)
     os.environ.update(job["environment"])
     if job["ranks"]:

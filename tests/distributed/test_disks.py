@@ -56,8 +56,8 @@ def test_a_full_disk_is_waited_for_while_training_goes_on(work: Path, disk: Path
     run.wait_for("NOT SAVED to ")
     before = run.tracker()
     assert "No space left on device" in run.text()
-    said = len(steps(run.text()))
-    wait_for(lambda: len(steps(run.text())) >= said + 3)  # it goes on
+    logged = len(steps(run.text()))
+    wait_for(lambda: len(steps(run.text())) >= logged + 3)  # it goes on
     assert run.tracker() == before and not list((disk / "run").glob("*.partial"))
     filler.unlink()
     wait_for(lambda: run.tracker() > before)

@@ -81,11 +81,11 @@ def test_the_vendors_attention_and_adam_are_taken_where_they_are_and_train_the_s
 
 def test_a_kernel_that_is_asked_for_and_missing_stops_the_run(work: Path) -> None:
     log = train(**settings(work, "missing"), core_attention="flash_attn", more=METAX, expect=2)
-    told = (
+    message = (
         "error: CORE_ATTENTION=flash_attn needs flash_attn, which is not installed: install the vendor's build of it,"
         " or set it to"
     )
-    assert told in log  # before any process starts
+    assert message in log  # before any process starts
     assert not (work / "missing").exists()
 
 

@@ -105,8 +105,8 @@ def test_a_flipped_bit_is_found_by_resume_and_by_verify(work: Path, saved: Path)
     given = words({**flags(work, work / "flipped"), **WIDE, "master_port": free_port()})
     log = forked(8, "common.train", given, expect=2)
     assert f"{file} is damaged: the CRC-32 of a chunk does not match" in log
-    told = run(
+    output = run(
         "-m", "common.convert", "verify", f"--hf-model-path={work / 'four'}",
         f"--load-checkpoint-path={work / 'flipped'}", expect=2,
     )  # fmt: skip
-    assert f"{file} is damaged: its CRC-32 is" in told
+    assert f"{file} is damaged: its CRC-32 is" in output

@@ -220,9 +220,9 @@ def test_bf16_recompute_evaluation_and_asynchronous_saving_work_together(work: P
 
 
 def test_fields_of_megatron_core_are_set_by_name(work: Path) -> None:
-    chosen = settings(work, "pretrain", train_iters=2, gpus=2, recompute="selective")
-    plain = train_forked(**chosen, save_checkpoint_path=work / "mcore_plain")
-    flags = words({**chosen, "master_port": free_port()})
+    options = settings(work, "pretrain", train_iters=2, gpus=2, recompute="selective")
+    plain = train_forked(**options, save_checkpoint_path=work / "mcore_plain")
+    flags = words({**options, "master_port": free_port()})
     given = ["--mcore.transformer.recompute_modules", "core_attn", "mlp", "--mcore.ddp.bucket_size", "1000"]
     log = run("-m", "common.train", *given, *flags, f"--save-checkpoint-path={work / 'mcore'}")
     assert "megatron-core's transformer config: recompute_modules = ['core_attn', 'mlp']" in log
@@ -258,9 +258,9 @@ def test_a_rank_that_runs_out_of_memory_says_so_and_ends_while_the_others_wait_f
     flags = settings(work, "pretrain", save_checkpoint_path=work / "too_much", train_iters=4, gpus=2, recompute="full")
     log = forked(2, "tests.distributed.failing_worker", words({**flags, "master_port": free_port()}), expect=2)
     assert steps(log) and steps(log)[0][0] == 1 and len(steps(log)) < 4, log
-    (told,) = (line for line in log.splitlines() if line.startswith("error: "))
-    assert told.startswith("error: rank 1 is out of memory (") and "can't allocate memory" in told
-    assert told.endswith(
+    (error,) = (line for line in log.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: rank 1 is out of memory (") and "can't allocate memory" in error
+    assert error.endswith(
         "): to use less memory: a MICRO_BATCH_SIZE below 2, a SEQ_LENGTH below 32, more GPUs, with TP over 1 or PP"
         " over 1"
     )

@@ -97,8 +97,8 @@ def write_wheel(
 
 def write_base(folder: Path, packages: dict[str, str], cuda: str | None = "12.4") -> list[Path]:
     """Wheels that stand in for a base image's packages."""
-    told = f"from typing import Optional\n\n__version__ = {packages.get('torch')!r}\ncuda: Optional[str] = {cuda!r}\n"
-    torch = {"torch/__init__.py": "from . import version\n", "torch/version.py": told}
+    source = f"from typing import Optional\n\n__version__ = {packages.get('torch')!r}\ncuda: Optional[str] = {cuda!r}\n"
+    torch = {"torch/__init__.py": "from . import version\n", "torch/version.py": source}
     return [write_wheel(folder, *each, files=torch if each[0] == "torch" else None) for each in packages.items()]
 
 

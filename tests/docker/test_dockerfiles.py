@@ -83,8 +83,8 @@ def test_no_secret_is_asked_for_and_mirrors_are_empty(path: Path) -> None:
 def test_labels_user_and_entry_point(path: Path) -> None:
     steps = [(each.cmd.upper(), list(each.value)) for each in instructions(path)]
     labels = next(value for name, value in steps if name == "LABEL")
-    wanted = ("title", "description", "licenses", "version", "revision", "base.name")
-    assert {f"org.opencontainers.image.{each}" for each in wanted} <= set(labels)
+    required = ("title", "description", "licenses", "version", "revision", "base.name")
+    assert {f"org.opencontainers.image.{each}" for each in required} <= set(labels)
     assert [value for name, value in steps if name == "USER"][-1] == ["${USER_ID}:${GROUP_ID}"]
     found = arguments(path)
     assert (found["USER_ID"], found["GROUP_ID"]) == ("0", "0")

@@ -68,8 +68,8 @@ def test_a_package_that_would_replace_torch_fails_the_build_and_torch_survives(t
     for name, packages in (("ngc", NGC_24_03), ("maca", MACA_2_27)):
         base = make_base(tmp_path / name, packages)
         (tmp_path / "kit.txt").write_text("greedy==1.0\n")
-        told = install(base, tmp_path, "0.14.0", str(tmp_path / "kit.txt"), expect=1, **offline(shelf))
-        assert "greedy" in told and "pip could not install" in told and "constraint" in told
+        output = install(base, tmp_path, "0.14.0", str(tmp_path / "kit.txt"), expect=1, **offline(shelf))
+        assert "greedy" in output and "pip could not install" in output and "constraint" in output
         assert version_of(base, "torch") == packages["torch"]
 
 
@@ -101,16 +101,16 @@ def test_wheels_that_a_stage_built_are_installed_and_held(tmp_path: Path, shelf:
 
 
 @pytest.mark.parametrize(
-    ("cuda", "said"),
+    ("cuda", "message"),
     [("12.1", "built for CUDA 12.1: take a base with CUDA 12.4"), (None, "without CUDA: take"), ("9.2", "CUDA 9.2")],
 )
 def test_an_old_cuda_is_refused_before_anything_is_installed(
-    cuda: str | None, said: str, tmp_path: Path, shelf: Path
+    cuda: str | None, message: str, tmp_path: Path, shelf: Path
 ) -> None:
     base = make_base(tmp_path, {"torch": "2.2.0"}, cuda)
     kit = str(tmp_path / "kit.txt")
     Path(kit).write_text("modest==1.0\n")
-    assert said in install(base, tmp_path, "0.14.0", kit, expect=1, OLDEST_CUDA="12.4", **offline(shelf))
+    assert message in install(base, tmp_path, "0.14.0", kit, expect=1, OLDEST_CUDA="12.4", **offline(shelf))
     with pytest.raises(subprocess.CalledProcessError):
         version_of(base, "modest")
 
@@ -123,15 +123,15 @@ def test_cuda_is_compared_as_numbers(cuda: str, tmp_path: Path) -> None:
 
 def test_a_base_without_torch_is_refused(tmp_path: Path, shelf: Path) -> None:
     base = make_base(tmp_path, {"numpy": "1.24.4"})
-    told = install(base, tmp_path, "0.14.0", str(tmp_path / "kit.txt"), expect=1, **offline(shelf))
-    assert "the base image has no torch: take one that brings it" in told
+    output = install(base, tmp_path, "0.14.0", str(tmp_path / "kit.txt"), expect=1, **offline(shelf))
+    assert "the base image has no torch: take one that brings it" in output
 
 
 @pytest.mark.skipif(python("3.9") is None, reason="no Python 3.9 on this machine")
 def test_an_old_python_is_refused(tmp_path: Path) -> None:
     base = Path(str(python("3.9")))
-    told = install(base, tmp_path, "0.14.0", "kit.txt", expect=1)
-    assert "Python 3.9" in told and "take a base with Python 3.10 or later" in told
+    output = install(base, tmp_path, "0.14.0", "kit.txt", expect=1)
+    assert "Python 3.9" in output and "take a base with Python 3.10 or later" in output
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_check_prints_ok_and_writes_nothing(
 ) -> None:
     megatron = to_megatron(qwen[True], tmp_path / "megatron", tp=2)
     before = tree(tmp_path)
-    for command, told in (
+    for command, expected in (
         (words("hf-to-megatron", load_checkpoint_path=qwen[True], save_checkpoint_path=tmp_path / "new", tp=2),
          f"ok: 50 tensors can be converted to {tmp_path / 'new'}\n"),
         (words("megatron-to-hf", load_checkpoint_path=megatron, save_checkpoint_path=tmp_path / "new"),
@@ -185,7 +185,7 @@ def test_check_prints_ok_and_writes_nothing(
         (words("verify", hf_model_path=qwen[True], load_checkpoint_path=megatron),
          f"ok: {qwen[True]} and {megatron / 'release'} can be compared\n"),
     ):  # fmt: skip
-        assert run_main([*command, "--check"]) == 0 and capsys.readouterr().out == told
+        assert run_main([*command, "--check"]) == 0 and capsys.readouterr().out == expected
         assert tree(tmp_path) == before
 
 
@@ -201,11 +201,11 @@ def test_verify_tells_that_a_bit_is_another(
     state["model"]["decoder.layers.1.mlp.linear_fc1.weight"].view(torch.int32)[3, 3] ^= 1
     torch.save(state, path)
     assert run_main(command) == 2
-    told = "decoder.layers.3.mlp.linear_fc1.weight of TP rank 1 differs from model.layers.3.mlp.gate_proj.weight"
-    assert f"error: verification failed: {told}: copy the source again" in capsys.readouterr().err
+    difference = "decoder.layers.3.mlp.linear_fc1.weight of TP rank 1 differs from model.layers.3.mlp.gate_proj.weight"
+    assert f"error: verification failed: {difference}: copy the source again" in capsys.readouterr().err
     assert run_main([*command, "--report", str(tmp_path / "report.json")]) == 2
-    assert f"{told} (all in {tmp_path / 'report.json'}): copy" in capsys.readouterr().err
-    assert json.loads((tmp_path / "report.json").read_text())["errors"] == [told]
+    assert f"{difference} (all in {tmp_path / 'report.json'}): copy" in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text())["errors"] == [difference]
 
 
 def start_script(folder: Path, **settings: Any) -> subprocess.Popen[str]:
@@ -231,8 +231,8 @@ def test_the_script_converts_there_and_back_and_tells_a_mistake(tmp_path: Path, 
     assert same(weights(tmp_path / "hf"), {name: tensor.bfloat16() for name, tensor in weights(qwen[True]).items()})
     out, err = mistaken.communicate(timeout=120)
     assert (mistaken.returncode, out) == (2, "") and err.startswith("+ ")
-    told = "error: TP=3 does not divide num_attention_heads=4 of this model: use TP in [1, 2]\n"
-    assert err.partition("\n")[2] == told and not (tmp_path / "new").exists()
+    message = "error: TP=3 does not divide num_attention_heads=4 of this model: use TP in [1, 2]\n"
+    assert err.partition("\n")[2] == message and not (tmp_path / "new").exists()
 
 
 MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -309,7 +309,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory, qwen: dict[bool, Path]) -> P
 def test_wrong_use_gets_one_message(
     tmp_path: Path, qwen: dict[bool, Path], wrong: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command, changes, told = MISTAKES[name]
+    command, changes, message = MISTAKES[name]
     flags: dict[str, Any] = {
         "hf-to-megatron": {"load_checkpoint_path": "{hf}", "save_checkpoint_path": tmp_path / "new"},
         "megatron-to-hf": {"load_checkpoint_path": "{root}/megatron", "save_checkpoint_path": tmp_path / "new"},
@@ -320,7 +320,7 @@ def test_wrong_use_gets_one_message(
     assert run_main(words(command, **given)) == 2
     out, err = capsys.readouterr()
     (error,) = [line for line in err.splitlines() if "error: " in line]
-    assert told in error and "Traceback" not in err and not out
+    assert message in error and "Traceback" not in err and not out
     assert tree(wrong) == before and not (tmp_path / "new").exists()
 
 

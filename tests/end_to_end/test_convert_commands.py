@@ -27,7 +27,7 @@ def test_inspect_tells_both_sides(tmp_path: Path, qwen: Path, capsys: pytest.Cap
     megatron = to_megatron(qwen, tmp_path / "megatron", tp=2, pp=2, transformer_impl="local")
     dist = to_megatron(qwen, tmp_path / "dist", ckpt_format="torch_dist")
     capsys.readouterr()
-    for folder, told in (
+    for folder, expected in (
         (qwen, ["format: Hugging Face, safetensors", "weights: 214,080 parameters in 51 tensors,"]),
         (megatron, ["layout: TP=2 PP=2 VPP=1, layers per chunk 2,2", "names: local",
                     "weights: 214,080 parameters in 62", "written by: this kit, step 2", "optimizer: no",
@@ -37,7 +37,7 @@ def test_inspect_tells_both_sides(tmp_path: Path, qwen: Path, capsys: pytest.Cap
     ):  # fmt: skip
         assert run_main(["inspect", str(folder)]) == 0
         out = capsys.readouterr().out
-        assert all(any(line.startswith(each) for line in out.splitlines()) for each in told), out
+        assert all(any(line.startswith(each) for line in out.splitlines()) for each in expected), out
     common_file = dist / "release" / "common.pt"  # Megatron-Core 0.11 holds the optimizer's tensors as objects
     (dist / "release" / "checksums.json").unlink()  # and has none of these
     torch.save({**torch.load(common_file), "optimizer": {}}, common_file)

@@ -163,17 +163,17 @@ def fill(root: Path) -> None:
             for direction in (hf_to_megatron, megatron_to_hf):
                 direction.check_disk_space = check_disk_space if number % 2 else lambda *_: None
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * pages}k", "x", str(disk)], check=True)
-            status, told = run_forked(command, stderr), stderr.read_text()
+            status, output = run_forked(command, stderr), stderr.read_text()
             left = [path.name for path in disk.rglob("*")]
             subprocess.run(["umount", str(disk)], check=True)
             if status == 0:
                 break
-            assert status == 2 and "Traceback" not in told, (name, pages, status, told)
-            named = re.search(r" cannot be written: .*No space left on device.*: free some space", told)
-            assert named, (name, pages, told)
+            assert status == 2 and "Traceback" not in output, (name, pages, status, output)
+            named = re.search(r" cannot be written: .*No space left on device.*: free some space", output)
+            assert named, (name, pages, output)
             assert left in ([], ["target"]), (name, pages, left)
             print(name, pages)
-        assert status == 0, (name, needed, told)
+        assert status == 0, (name, needed, output)
 
 
 if __name__ == "__main__":

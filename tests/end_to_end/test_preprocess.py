@@ -141,8 +141,8 @@ def test_show_stats_and_the_old_kits_data(tmp_path: Path, qwen: Path) -> None:
     number = int(other.split()[2])
     ids = " ".join(f"⟦{i}⟧" if m else str(i) for i, m in zip(tokens[number], mask[number], strict=True))
     assert ids in other.splitlines()
-    told, _ = run("stats", **data, seq_lengths="64,256", global_batch_size=4)
-    assert '"sft" data, 40 documents' in told and "supervised: " in told and "SEQ_LENGTH=256: 0 too long" in told
+    output, _ = run("stats", **data, seq_lengths="64,256", global_batch_size=4)
+    assert '"sft" data, 40 documents' in output and "supervised: " in output and "SEQ_LENGTH=256: 0 too long" in output
     _, err = run("stats", **data, expect=2, seq_lengths="64,x")
     assert "SEQ_LENGTHS=64,x: give integers separated by commas" in err
     with IndexedDatasetBuilder(tmp_path / "old", "<i4") as writer:
@@ -189,12 +189,12 @@ PRETRAIN_MISTAKES = {
 
 @pytest.mark.parametrize("name", PRETRAIN_MISTAKES)
 def test_wrong_use_of_pretrain_gets_one_message(tmp_path: Path, qwen: Path, name: str) -> None:
-    rows, flags, told = PRETRAIN_MISTAKES[name]
+    rows, flags, message = PRETRAIN_MISTAKES[name]
     path = write_rows(tmp_path / "a.jsonl", rows)
     flags = {"input": path, "output_prefix": tmp_path / "out" / "a", "tokenizer_path": qwen, "workers": 2, **flags}
     _, err = run("pretrain", expect=2, **flags)
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert told in error and "Traceback" not in err
+    assert message in error and "Traceback" not in err
     assert not list((tmp_path / "out").glob("a_*")) and not (tmp_path / "out" / "a.json").exists()
 
 

@@ -72,8 +72,8 @@ def test_bad_rows_stop_the_run_or_are_written_to_the_rejects_file(tmp_path: Path
     rows = map(json.loads, (tmp_path / "out" / "a.rejects").read_text(encoding="utf-8").splitlines())
     found = [(row["file"], row["line"], row["cause"][:22]) for row in rows]
     assert found == [(str(path), 2, "byte 0xe9 at column 14"), (str(path), 3, "it has no field 'text'")]
-    told = json.loads((tmp_path / "out" / "a.json").read_text())["documents"]
-    assert told == {"read": 5, "kept": 2, "dropped": {"bad rows, written to the rejects file": 2, "no text": 1}}
+    counts = json.loads((tmp_path / "out" / "a.json").read_text())["documents"]
+    assert counts == {"read": 5, "kept": 2, "dropped": {"bad rows, written to the rejects file": 2, "no text": 1}}
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, qwen: Path) -> None:

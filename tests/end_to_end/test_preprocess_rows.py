@@ -54,12 +54,12 @@ def test_odd_rows_are_told_one_by_one_and_left_out_where_that_is_asked_for(tmp_p
     good = [turns(ASKED, {**SAID, "value": "wrong", "weight": 0}), GOOD, turns(ASKED, {**SAID, "from": "chatgpt"})]
     rows = write_rows(tmp_path / "a.jsonl", [*good, *ODD, *good])
     settings = {"INPUT": rows, "OUTPUT_PREFIX": tmp_path / "out", "TOKENIZER_PATH": qwen, "WORKERS": 2}
-    told = preprocess(2, **settings)
-    assert f"error: {rows}, line 4: conversations: turn 4: field 'mask' is not supported" in told
-    assert told.count("ON_ERROR=skip") == 1 and "Traceback" not in told
-    told = preprocess(0, **settings, ON_ERROR="skip")
-    assert f"dropped {len(ODD)} documents: bad rows, written to the rejects file" in told
-    assert "rows' field 'id', not used: 6" in told and "rows' field 'source', not used: 6" in told
+    output = preprocess(2, **settings)
+    assert f"error: {rows}, line 4: conversations: turn 4: field 'mask' is not supported" in output
+    assert output.count("ON_ERROR=skip") == 1 and "Traceback" not in output
+    output = preprocess(0, **settings, ON_ERROR="skip")
+    assert f"dropped {len(ODD)} documents: bad rows, written to the rejects file" in output
+    assert "rows' field 'id', not used: 6" in output and "rows' field 'source', not used: 6" in output
     with jsonlines.open(tmp_path / "out.rejects") as reader:
         rejects = list(reader)
     assert [row["line"] for row in rejects] == list(range(4, 4 + len(ODD)))

@@ -23,7 +23,7 @@ CHUNK = 1000
 
 
 @dataclass
-class Told:
+class SurfaceResult:
     """What came of the cases of a surface. kept: the files of those that escaped; slowest: seconds; memory: bytes."""
 
     read: int = 0
@@ -56,23 +56,23 @@ def main() -> None:
     parser.add_argument("--surface", nargs="+", choices=MODULES, default=list(MODULES), help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fuzz_"))
-    told = {name: Told() for name in asked.surface}
-    chunks = [(name, *chunk) for name in asked.surface for chunk in chunks_of(asked.number, asked.seed)]
-    with ThreadPoolExecutor(asked.processes) as pool:
+    results = {name: SurfaceResult() for name in arguments.surface}
+    chunks = [(name, *chunk) for name in arguments.surface for chunk in chunks_of(arguments.number, arguments.seed)]
+    with ThreadPoolExecutor(arguments.processes) as pool:
         for done, (name, seed, part) in enumerate(pool.map(lambda chunk: run_chunk(*chunk), chunks), 1):
-            told[name].add(name, seed, part, folder)
-            escaped = sum(len(each.kept) for each in told.values())
+            results[name].add(name, seed, part, folder)
+            escaped = sum(len(each.kept) for each in results.values())
             print(f"\r{done} of {len(chunks)} chunks, {name}, {escaped} escaped ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     print("surface            cases     read  refused  escaped  slowest  memory")
-    for name, each in told.items():
+    for name, each in results.items():
         print(
             f"{name:16} {each.cases:7} {each.read:8} {each.refused:8} {len(each.kept):8}"
             f" {each.slowest:6.2f} s {each.memory >> 20:4} MiB"
         )
-    if any(each.kept for each in told.values()):
+    if any(each.kept for each in results.values()):
         print(f"the cases that escaped, and why, are in {folder}")
         sys.exit(1)
     folder.rmdir()

@@ -46,18 +46,18 @@ def main() -> None:
     parser.add_argument("seed", type=int)
     parser.add_argument("cases", nargs="+")
     parser.add_argument("--last", type=Path)
-    asked, told = parser.parse_args(), {}
-    for name, count in (word.split("=") for word in asked.cases):
+    arguments, results = parser.parse_args(), {}
+    for name, count in (word.split("=") for word in arguments.cases):
         with tempfile.TemporaryDirectory() as folder:
-            given, take = surface(name)(Path(folder), asked.seed, int(count))
-            told[name] = run(_kept(given, asked.last) if asked.last else given, take)
-    print(json.dumps(told))
+            given, take = surface(name)(Path(folder), arguments.seed, int(count))
+            results[name] = run(_kept(given, arguments.last) if arguments.last else given, take)
+    print(json.dumps(results))
 
 
 def in_a_child(counts: dict[str, int], seed: int = 1) -> dict[str, Any]:
     """What came of so many cases of each surface, read in a process of its own."""
-    asked = [f"{name}={count}" for name, count in counts.items()]
-    command = [sys.executable, "-m", "tests.fuzz.bounds", str(seed), *asked]
+    cases = [f"{name}={count}" for name, count in counts.items()]
+    command = [sys.executable, "-m", "tests.fuzz.bounds", str(seed), *cases]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout))
@@ -80,7 +80,7 @@ def run(given: Iterator[bytes], take: Case) -> dict[str, Any]:
 
     slowest: seconds of the processor; memory: bytes that the process had beyond those before, at most.
     """
-    told: dict[str, Any] = {"read": 0, "refused": 0, "escaped": [], "slowest": 0.0, "memory": 0}
+    result: dict[str, Any] = {"read": 0, "refused": 0, "escaped": [], "slowest": 0.0, "memory": 0}
     ran: list[str] = []
     sys.addaudithook(lambda event, _: ran.append(event) if event in RUNS else None)
     signal.signal(signal.SIGPROF, _too_slow)
@@ -93,13 +93,13 @@ def run(given: Iterator[bytes], take: Case) -> dict[str, Any]:
         ran.clear()
         start = time.process_time()
         why = _outcome(take, data)
-        told["slowest"] = max(told["slowest"], time.process_time() - start)
+        result["slowest"] = max(result["slowest"], time.process_time() - start)
         if why in ("read", "refused") and not ran:
-            told[why] += 1
+            result[why] += 1
         else:
-            told["escaped"].append([data.hex(), f"{why} {ran or ''}"])
-    told["memory"] = max(0, _peak() - resident * resource.getpagesize())
-    return told
+            result["escaped"].append([data.hex(), f"{why} {ran or ''}"])
+    result["memory"] = max(0, _peak() - resident * resource.getpagesize())
+    return result
 
 
 def _peak() -> int:

@@ -33,12 +33,12 @@ FIELDS = ("kind", "files", "tokens", "loss_mask", "documents", "inputs", "path",
 
 def _cases(seed: int, count: int, source: dict[str, Any]) -> Iterator[bytes]:
     """Of the JSON `source`: values anywhere in it are changed as in rows, or as in other JSON files."""
-    chosen, plain = random.Random(seed), cases(seed, count, source, FIELDS)
+    rng, plain = random.Random(seed), cases(seed, count, source, FIELDS)
     for text in plain:
-        if chosen.random() < 0.5:
+        if rng.random() < 0.5:
             made = copy.deepcopy(source)
-            for _ in range(chosen.choice((1, 1, 2, 3))):
-                change(chosen, made)
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                change(rng, made)
             text = json.dumps(made).encode()
         yield text
 

@@ -90,10 +90,10 @@ def on_the_gpu() -> set[int]:
 
 
 def used_mib() -> int:
-    told = subprocess.run(
+    completed = subprocess.run(
         ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True
     )
-    return max(map(int, told.stdout.split()))
+    return max(map(int, completed.stdout.split()))
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])

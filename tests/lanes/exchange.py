@@ -61,17 +61,17 @@ def save(folder: Path, lane: str) -> None:
 def go_on(folder: Path, lane: str) -> bool:
     """Prints a line for each lane and format; whether each went on or was refused."""
     well = True
-    for told in sorted(folder.glob("saved/*/*.json")):
-        ckpt_format, saver = told.stem, told.parent.name
+    for losses in sorted(folder.glob("saved/*/*.json")):
+        ckpt_format, saver = losses.stem, losses.parent.name
         work = folder / "work" / lane
         shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(told.parent / ckpt_format, work)
+        shutil.copytree(losses.parent / ckpt_format, work)
         flags = flags_of(folder, ckpt_format, save_checkpoint_path=work, master_port=free_port())
         done = subprocess.run(
             [sys.executable, "-m", "common.train", *words(flags)], env=environment(), text=True, timeout=300,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
-        result = outcome(done.returncode, done.stdout, json.loads(told.read_text()))
+        result = outcome(done.returncode, done.stdout, json.loads(losses.read_text()))
         well = well and not result.startswith("FAILED")
         print(f"| {saver} | {lane} | {ckpt_format} | {result} |", flush=True)
     return well

@@ -52,7 +52,7 @@ def common(work: Path) -> dict[str, Any]:
 def waiting(nodes: list[Node], work: Path, common: dict[str, Any]) -> dict[str, tuple[Run, Run]]:
     """What takes a minute to end, which test_waiting.py sees: begun now, so that the other tests fill the time."""
     same = {**common, "nnodes": 2, "distributed_timeout_min": 1}
-    apart = {**same, "save_checkpoint_path": work / "out_of_reach"}
+    unreachable = {**same, "save_checkpoint_path": work / "out_of_reach"}
     meeting = {**same, "save_checkpoint_path": work / "meeting", "rdzv_endpoint": f"{nodes[2].address}:29400"}
     private = {name: work / name for name in ("shared", "own")}
     for folder in private.values():
@@ -62,8 +62,8 @@ def waiting(nodes: list[Node], work: Path, common: dict[str, Any]) -> dict[str, 
     first.wait_for("starting torchrun")
     return {
         "out of reach": (
-            nodes[2].train(**apart, node_rank=0, master_addr=nodes[2].address),
-            nodes[3].train(**apart, node_rank=1, master_addr="10.77.0.99"),
+            nodes[2].train(**unreachable, node_rank=0, master_addr=nodes[2].address),
+            nodes[3].train(**unreachable, node_rank=1, master_addr="10.77.0.99"),
         ),
         "not shared": (
             nodes[2].train(**divided, node_rank=0),

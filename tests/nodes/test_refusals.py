@@ -37,11 +37,11 @@ def test_other_settings_code_and_data_are_named_on_both_nodes(
 
     settings = {**common, "save_checkpoint_path": work / "refused"}
     logs = pair(nodes, 29610, settings, lr=2e-3, kit=kit, mounts=mounts)
-    told = (
+    message = (
         "error: node 1 (node1) is not like node 0 (node0): LR is 0.002 on node 1 (node1), 0.001 on node 0 (node0),"
         " common/training/loop/train_step.py differs, DATASET_PATH[0] text_text_document.bin differs\n"
     )
-    assert all(told in log and "Traceback" not in log for log in logs), logs
+    assert all(message in log and "Traceback" not in log for log in logs), logs
     assert "iteration" not in logs[0] and not [*(work / "refused").glob("iter_*")]
 
 
@@ -56,14 +56,14 @@ def test_other_weights_to_start_from_are_noticed_before_they_are_read(
     file.write_bytes(data)
     settings = {**common, "save_checkpoint_path": work / "two_starts"}
     logs = pair(nodes, 29640, settings, mounts={work / "start": work / "trained_further"})
-    told = f"error: node1 does not start from what node0 starts from: release/{file.name} differs: "
-    assert all(told in log and "iteration 1/" not in log for log in logs), logs
+    message = f"error: node1 does not start from what node0 starts from: release/{file.name} differs: "
+    assert all(message in log and "iteration 1/" not in log for log in logs), logs
 
 
 def test_two_nodes_with_one_number_are_named(nodes: list[Node], work: Path, common: dict[str, Any]) -> None:
     logs = pair(nodes, 29630, {**common, "save_checkpoint_path": work / "twice"}, node_rank=0)
-    told = "error: NODE_RANK=0 is set on node 0 (node1) and on node 0 (node0)"
-    either = [told, told.replace("1)", "x)").replace("0 (node0)", "0 (node1)").replace("x)", "0)")]
+    message = "error: NODE_RANK=0 is set on node 0 (node1) and on node 0 (node0)"
+    either = [message, message.replace("1)", "x)").replace("0 (node0)", "0 (node1)").replace("x)", "0)")]
     assert all(log.count("error: ") == 1 and any(each in log for each in either) for log in logs), logs
 
 

@@ -33,7 +33,7 @@ def moment(run: Run, kind: str, dice: random.Random) -> None:
 def main() -> None:
     """Kills, compares, tells."""
     given = arguments(__doc__ or "", 25)
-    dice, told = random.Random(given.seed), collections.Counter[str]()
+    dice, counts = random.Random(given.seed), collections.Counter[str]()
     name = f"killed_{given.async_save}"
     soak = Soak(given.folder / given.layout, given.layout, ASYNC_SAVE=given.async_save, TRAIN_ITERS=10 * given.number)
     soak.unbroken(SAVE_CHECKPOINT_PATH=soak.folder / f"unbroken_{given.async_save}")
@@ -52,13 +52,13 @@ def main() -> None:
         wait_for(lambda: not run.processes(), 30)  # noqa: B023
         soak.compare(run.text())
         kills += 1
-        told[f"{kind}, {target}"] += 1
+        counts[f"{kind}, {target}"] += 1
         tracker = run.folder / "latest_checkpointed_iteration.txt"
         if tracker.exists():
             assert (run.folder / f"iter_{int(tracker.read_text()):07d}" / "metadata.json").is_file()
         print(f"kill {kills}: {kind}, {target}; {soak.compared} losses compared", flush=True)
     tensors = soak.compare_weights(f"unbroken_{given.async_save}", name)
-    print(f"{kills} kills {dict(told)}: {soak.compared} losses and {tensors} tensors are those of the unbroken run")
+    print(f"{kills} kills {dict(counts)}: {soak.compared} losses and {tensors} tensors are those of the unbroken run")
 
 
 if __name__ == "__main__":

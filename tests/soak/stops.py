@@ -27,9 +27,9 @@ def main() -> None:
         time.sleep(dice.uniform(0, 1.5))
         number, target = SIGNALS[stop % len(SIGNALS)], dice.choice(["launcher", "rank"])
         os.kill(run.process.pid if target == "launcher" else dice.choice(run.ranks()).pid, number)
-        asked = time.monotonic()
+        stopped_at = time.monotonic()
         log = run.end(75, 120)
-        seconds.append(time.monotonic() - asked)
+        seconds.append(time.monotonic() - stopped_at)
         steps = [int(i) for i, _, _ in LOSS.findall(log)]
         assert run.tracker() == steps[-1] and steps == list(range(reached + 1, steps[-1] + 1)), (reached, steps)
         reached = steps[-1]

@@ -45,18 +45,18 @@ def test_a_machine_that_runs_the_kit_is_well(tmp_path: Path) -> None:
     assert {"platform", "Python", "packages", "torch", "megatron-core", "transformers", "operation", "disk"} <= subjects
     operations = [each["found"] for each in found if each["subject"] == "operation"]
     assert len(operations) == 4 and any("all-reduce by gloo" in each for each in operations)
-    (told,) = (each["found"] for each in found if each["subject"] == "all-reduce")
-    assert re.fullmatch(r"2 processes by gloo, 1 MiB: \d+\.\d GB/s of bus bandwidth", told)
+    (bandwidth,) = (each["found"] for each in found if each["subject"] == "all-reduce")
+    assert re.fullmatch(r"2 processes by gloo, 1 MiB: \d+\.\d GB/s of bus bandwidth", bandwidth)
 
 
 def test_lines_say_the_remedy_and_a_failure_exits_1() -> None:
-    told = doctor(expect=1, KIT_PLATFORM="metax", MACA_PATH="/nowhere")
-    lines = told.splitlines()
+    output = doctor(expect=1, KIT_PLATFORM="metax", MACA_PATH="/nowhere")
+    lines = output.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("fail  platform"))
     assert "is not MetaX's and MACA_PATH is no folder here" in lines[first]
     assert lines[first + 1].strip().startswith("-> use the scripts of cpu/")
-    assert "fail  device               torch sees none" in told and "--device=/dev/mxcd --group-add video" in told
-    assert "all-reduce" not in told, "without a device its operations are not tried"
+    assert "fail  device               torch sees none" in output and "--device=/dev/mxcd --group-add video" in output
+    assert "all-reduce" not in output, "without a device its operations are not tried"
 
 
 def test_the_image_of_a_platform_is_looked_at_without_its_device() -> None:
@@ -69,14 +69,14 @@ def test_an_extension_that_is_there_and_broken_is_a_failure(tmp_path: Path) -> N
     # As Transformer Engine does when flash-attn or pydantic is missing: its own import succeeds, without its part.
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").touch()
-    told = doctor("--no-device", expect=1, KIT_PLATFORM="cpu", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert "No module named 'transformer_engine.pytorch'" in told and "install the vendor's own build again" in told
+    output = doctor("--no-device", expect=1, KIT_PLATFORM="cpu", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert "No module named 'transformer_engine.pytorch'" in output and "install the vendor's own build again" in output
 
 
 def test_one_that_works_is_well(tmp_path: Path) -> None:
     path = f"{STUBS / 'apex'}:{STUBS / 'flash_attn'}:{ROOT}"
-    told = doctor("--no-device", expect=0, KIT_PLATFORM="cpu", PYTHONPATH=path)
-    assert "fused Adam imports, no kernel for weight gradients" in told and "flash_attn            imports" in told
+    output = doctor("--no-device", expect=0, KIT_PLATFORM="cpu", PYTHONPATH=path)
+    assert "fused Adam imports, no kernel for weight gradients" in output and "flash_attn            imports" in output
 
 
 def test_an_import_that_lacks_the_driver_is_excused_where_there_is_no_device(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_an_import_that_lacks_the_driver_is_excused_where_there_is_no_device(tmp
 def test_a_checkout_in_megatrons_place_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "megatron" / "core").mkdir(parents=True)
     (tmp_path / "megatron" / "core" / "__init__.py").touch()
-    told = doctor("--no-device", expect=1, KIT_PLATFORM="cpu", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert f"loads {tmp_path}/megatron/core/__init__.py" in told and "out of PYTHONPATH" in told
+    output = doctor("--no-device", expect=1, KIT_PLATFORM="cpu", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert f"loads {tmp_path}/megatron/core/__init__.py" in output and "out of PYTHONPATH" in output
 
 
 @pytest.mark.parametrize(
@@ -125,15 +125,15 @@ def test_versions_that_do_not_go_together_are_told(
 
 @pytest.mark.parametrize(("cuda", "status"), [("12.4", "ok"), ("12.10", "ok"), ("12.1", "fail"), (None, "fail")])
 def test_cuda_is_asked_for_by_platform(cuda: str | None, status: str) -> None:
-    told = (True, {"torch": "2.6.0", "cuda": cuda, "devices": []})
-    (torch, found) = packages.look_at_torch(NVIDIA, told, no_device=False)
+    probed = (True, {"torch": "2.6.0", "cuda": cuda, "devices": []})
+    (torch, found) = packages.look_at_torch(NVIDIA, probed, no_device=False)
     assert (torch.status, found.subject, found.status) == ("ok", "CUDA", status)
-    assert [each.subject for each in packages.look_at_torch(METAX, told, no_device=False)] == ["torch"]
+    assert [each.subject for each in packages.look_at_torch(METAX, probed, no_device=False)] == ["torch"]
 
 
 def extensions(platform: Any, *there: str) -> dict[str, Finding]:
-    told = dict.fromkeys(there, (True, "works"))
-    return {each.subject: each for each in packages.look_at_extensions(platform, told, no_device=False)}
+    probed = dict.fromkeys(there, (True, "works"))
+    return {each.subject: each for each in packages.look_at_extensions(platform, probed, no_device=False)}
 
 
 def test_what_a_platform_lacks_is_weighed_by_what_it_would_use() -> None:
@@ -246,12 +246,12 @@ def test_the_disk_is_that_of_the_checkpoints(tmp_path: Path, monkeypatch: pytest
 def test_an_all_reduce_is_told_by_its_bus_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     # nccl-tests: of 8 GPUs each link carries 7/4 of the data.
     assert all_reduce.bus_bandwidth(256 << 20, 8, 1e-3) == pytest.approx(469.76e9, rel=1e-4)
-    asked = []
-    monkeypatch.setattr(all_reduce, "run", lambda ranks: (asked.append(ranks), (1e-3, ""))[1])
+    calls = []
+    monkeypatch.setattr(all_reduce, "run", lambda ranks: (calls.append(ranks), (1e-3, ""))[1])
     found = all_reduce.look_at_all_reduce(NVIDIA, 8)
     assert (found.status, found.found) == ("ok", "8 devices by nccl, 256 MiB: 469.8 GB/s of bus bandwidth")
     assert all_reduce.look_at_all_reduce(NVIDIA, 1).found == "one device: there is nothing to try"
-    assert asked == [8]
+    assert calls == [8]
 
 
 def run_all_reduce(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Finding:

@@ -76,7 +76,7 @@ def ended(body: str, folder: Path, **more: str) -> subprocess.CompletedProcess[b
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ("open('nowhere/a')", b"error: nowhere/a: No such file or directory: check the path, and that its"),
         ("os.mkdir('file/a')", b"error: file/a: Not a directory: check the path, or give another one"),
@@ -93,16 +93,18 @@ def ended(body: str, folder: Path, **more: str) -> subprocess.CompletedProcess[b
         ("open(b'\\xca\\xfd')", b"error: \\udcca\\udcfd: No such file or directory: "),
     ],
 )  # fmt: skip
-def test_what_the_system_refuses_is_one_line_with_path_cause_and_remedy(tmp_path: Path, body: str, told: bytes) -> None:
+def test_what_the_system_refuses_is_one_line_with_path_cause_and_remedy(
+    tmp_path: Path, body: str, message: bytes
+) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     done = ended(body, tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1), done.stderr
-    assert told in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "message"),
     [
         ("EDQUOT", "Disk quota exceeded: your quota is used up: free some space (quota -s), then run the same command"),
         ("ESTALE", "Stale file handle: the network file system lost it: check the mount, then run the same command"),
@@ -111,10 +113,10 @@ def test_what_the_system_refuses_is_one_line_with_path_cause_and_remedy(tmp_path
         ("EACCES", "Permission denied: ask its owner for access (chmod, chown), or give another path"),
     ],
 )
-def test_what_only_other_disks_refuse_has_its_remedy_too(tmp_path: Path, number: str, told: str) -> None:
+def test_what_only_other_disks_refuse_has_its_remedy_too(tmp_path: Path, number: str, message: str) -> None:
     error = f"OSError(getattr(errno, {number!r}), os.strerror(getattr(errno, {number!r})), 'there')"
     done = ended(f"import errno; raise {error}", tmp_path)
-    assert done.returncode == 2 and done.stderr.decode().startswith(f"error: there: {told}")
+    assert done.returncode == 2 and done.stderr.decode().startswith(f"error: there: {message}")
 
 
 def test_a_block_that_reads_or_writes_gives_its_path_to_an_error_without_one(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def plan(work: Path, platform: Platform, **changes: Any) -> Plan:
     return plan_run(TrainSettings(**{**settings, **changes}), platform)
 
 
-def told(work: Path, platform: Platform, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
+def logged(work: Path, platform: Platform, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
     """What is logged of a plan."""
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="kit"):
@@ -62,9 +62,9 @@ def told(work: Path, platform: Platform, caplog: pytest.LogCaptureFixture, **cha
 
 
 def config(work: Path, platform: Platform) -> Any:
-    chosen = plan(work, platform)
-    options = ModelOptions("bf16", chosen.transformer_impl, "none")
-    return transformer_config(chosen.qwen, chosen.sizes, options, platform)
+    run_plan = plan(work, platform)
+    options = ModelOptions("bf16", run_plan.transformer_impl, "none")
+    return transformer_config(run_plan.qwen, run_plan.sizes, options, platform)
 
 
 def python(program: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -80,8 +80,8 @@ def test_every_fact_is_tested_here() -> None:
 
 @fact("name")
 def test_the_name_is_the_one_that_is_told(work: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert "other: 1 processes" in told(work, replace(PLATFORM, name="other"), caplog)
-    assert "metax on a CPU, for tests: 1 processes" in told(work, PLATFORM, caplog)
+    assert "other: 1 processes" in logged(work, replace(PLATFORM, name="other"), caplog)
+    assert "metax on a CPU, for tests: 1 processes" in logged(work, PLATFORM, caplog)
 
 
 @fact("device")
@@ -159,15 +159,15 @@ def test_checkpoints_are_in_the_platforms_format_unless_told_otherwise(work: Pat
 @fact("unproven_formats")
 def test_a_format_that_was_not_run_there_is_warned_of(work: Path, caplog: pytest.LogCaptureFixture) -> None:
     warning = "CKPT_FORMAT=torch_dist was not run on metax on a CPU, for tests hardware"
-    assert warning in told(work, PLATFORM, caplog, ckpt_format="torch_dist")
-    assert warning not in told(work, PLATFORM, caplog)
-    assert warning not in told(work, replace(PLATFORM, unproven_formats=()), caplog, ckpt_format="torch_dist")
+    assert warning in logged(work, PLATFORM, caplog, ckpt_format="torch_dist")
+    assert warning not in logged(work, PLATFORM, caplog)
+    assert warning not in logged(work, replace(PLATFORM, unproven_formats=()), caplog, ckpt_format="torch_dist")
 
 
 @fact("ran_on_hardware")
 def test_what_was_not_run_there_is_said(work: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert "this kit was not run on metax on a CPU, for tests hardware" in told(work, PLATFORM, caplog)
-    assert "was not run" not in told(work, replace(PLATFORM, ran_on_hardware=True), caplog)
+    assert "this kit was not run on metax on a CPU, for tests hardware" in logged(work, PLATFORM, caplog)
+    assert "was not run" not in logged(work, replace(PLATFORM, ran_on_hardware=True), caplog)
 
 
 @fact("fused_kernels")
@@ -180,19 +180,19 @@ def test_fused_kernels_are_used_where_they_work(work: Path) -> None:
 
 @fact("core_attention")
 def test_core_attention_is_the_first_that_works_of_the_platforms(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = plan(work, PLATFORM)
+    run_plan = plan(work, PLATFORM)
     options = ModelOptions("bf16", "local", "none")
-    assert core_attention(chosen.qwen, chosen.sizes, options, PLATFORM) is SdpaAttention  # nothing else is here
+    assert core_attention(run_plan.qwen, run_plan.sizes, options, PLATFORM) is SdpaAttention  # nothing else is here
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "stubs" / "flash_attn"))
-    assert core_attention(chosen.qwen, chosen.sizes, options, PLATFORM) is FlashAttention
+    assert core_attention(run_plan.qwen, run_plan.sizes, options, PLATFORM) is FlashAttention
     other = replace(PLATFORM, core_attention=("sdpa",))
-    assert core_attention(chosen.qwen, chosen.sizes, options, other) is SdpaAttention
-    told_otherwise = replace(options, core_attention="sdpa")
-    assert core_attention(chosen.qwen, chosen.sizes, told_otherwise, PLATFORM) is SdpaAttention
+    assert core_attention(run_plan.qwen, run_plan.sizes, options, other) is SdpaAttention
+    with_sdpa = replace(options, core_attention="sdpa")
+    assert core_attention(run_plan.qwen, run_plan.sizes, with_sdpa, PLATFORM) is SdpaAttention
     engine = replace(options, transformer_impl="transformer_engine")
-    assert core_attention(chosen.qwen, chosen.sizes, engine, PLATFORM) is None  # it has its own
+    assert core_attention(run_plan.qwen, run_plan.sizes, engine, PLATFORM) is None  # it has its own
     float32 = replace(options, precision="fp32")
-    assert core_attention(chosen.qwen, chosen.sizes, float32, PLATFORM) is SdpaAttention
+    assert core_attention(run_plan.qwen, run_plan.sizes, float32, PLATFORM) is SdpaAttention
     del sys.modules["flash_attn"]
 
 

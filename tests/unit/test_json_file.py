@@ -44,8 +44,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_anything_else_is_refused(kind: str, tmp_path: Path) -> None:
-    data, told = REFUSED[kind]
-    with pytest.raises(KitError, match=rf"a\.json {told}"):
+    data, message = REFUSED[kind]
+    with pytest.raises(KitError, match=rf"a\.json {message}"):
         read(tmp_path, data)
 
 

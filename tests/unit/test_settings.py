@@ -71,7 +71,7 @@ def test_the_last_of_two_values_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         ([], "--data-path"),
         (["--data-path=a", "--append-eod=1"], "'1' is neither true nor false"),
@@ -81,12 +81,12 @@ def test_the_last_of_two_values_counts() -> None:
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(*words)
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_help_tells_defaults_choices_and_kinds() -> None:
@@ -158,8 +158,8 @@ def test_the_scripts_settings_are_those_that_the_shell_finds() -> None:
     ],
 )
 def test_a_name_that_looks_like_a_setting_is_refused_with_the_nearest(name: str, meant: str) -> None:
-    said = f"{name} is in the environment but is not a setting: write {meant}, or unset it"
-    with pytest.raises(KitError, match=f"^{re.escape(said)}$"):
+    message = f"{name} is in the environment but is not a setting: write {meant}, or unset it"
+    with pytest.raises(KitError, match=f"^{re.escape(message)}$"):
         check_environment(TRAINING, {"PATH": "/bin", name: "1"})
 
 
@@ -175,8 +175,8 @@ def test_settings_of_any_step_are_no_mistake() -> None:
 
 
 def test_an_experts_flag_is_not_read_from_the_environment() -> None:
-    said = "CORE_ATTENTION=sdpa is not read from the environment: pass `-- --core-attention=sdpa`, or unset it"
-    with pytest.raises(KitError, match=f"^{re.escape(said)}$"):
+    message = "CORE_ATTENTION=sdpa is not read from the environment: pass `-- --core-attention=sdpa`, or unset it"
+    with pytest.raises(KitError, match=f"^{re.escape(message)}$"):
         check_environment(TRAINING, {"CORE_ATTENTION": "sdpa"})
     check_environment(dataclasses.replace(TRAINING, core_attention="sdpa"), {"CORE_ATTENTION": "sdpa"})
     check_environment(TRAINING, {"SEQUENCE_PARALLEL": "True"})

@@ -122,9 +122,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_what_the_pickler_does_not_write_is_refused(kind: str) -> None:
-    value, told = HOSTILE[kind]
+    value, message = HOSTILE[kind]
     start = time.monotonic()
-    with pytest.raises(KitError, match=rf"^folder/common\.pt .*({told})"):
+    with pytest.raises(KitError, match=rf"^folder/common\.pt .*({message})"):
         load(value)
     assert time.monotonic() - start < 5 and not hasattr(dcp.MetadataIndex, "evil")
 
@@ -151,9 +151,9 @@ IN_ARCHIVES = {
 
 @pytest.mark.parametrize("kind", IN_ARCHIVES)
 def test_tensors_that_torch_does_not_write_are_refused(kind: str, tmp_path: Path) -> None:
-    value, records, told = IN_ARCHIVES[kind]
+    value, records, message = IN_ARCHIVES[kind]
     (tmp_path / "a.pt").write_bytes(archive(value, **records))
-    with pytest.raises(KitError, match=rf"a\.pt .*{told}"):
+    with pytest.raises(KitError, match=rf"a\.pt .*{message}"):
         ArchiveFile(tmp_path / "a.pt").read()
 
 

@@ -96,8 +96,10 @@ def test_a_tracker_that_names_nothing_whole_is_told(tmp_path: Path) -> None:
     write_tracker(tmp_path, 300)
     torch_format(tmp_path / "iter_0000100")
     dist_format(tmp_path / "release")
-    told = r"names iter_0000300, which does not exist: restore that folder, or write one of \['100', 'release'\] there"
-    with pytest.raises(KitError, match=told):
+    message = (
+        r"names iter_0000300, which does not exist: restore that folder, or write one of \['100', 'release'\] there"
+    )
+    with pytest.raises(KitError, match=message):
         find_checkpoint(tmp_path)
     make(tmp_path / "iter_0000300", "__0_0.distcp", "common.pt")
     with pytest.raises(KitError, match=r"iter_0000300 holds neither .* nor \.metadata: the checkpoint is incomplete"):

@@ -134,8 +134,8 @@ def test_views_keep_their_shape_and_order(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12" + whole.view(torch.uint8).numpy().tobytes())
     matrix = MappedFile(tmp_path / "file").tensor(2, whole.nbytes, torch.bfloat16).reshape(300, 70)
     views = (matrix, matrix[:, 3:50], matrix[7], matrix.t(), matrix[5:9, 1:2], matrix[:0], matrix[3, 4])
-    wanted = (whole, whole[:, 3:50], whole[7], whole.t(), whole[5:9, 1:2], whole[:0], whole[3, 4])
-    for view, tensor in zip(views, wanted, strict=True):
+    expected = (whole, whole[:, 3:50], whole[7], whole.t(), whole[5:9, 1:2], whole[:0], whole[3, 4])
+    for view, tensor in zip(views, expected, strict=True):
         loaded = load(view)
         assert torch.equal(loaded, tensor) and loaded.shape == tensor.shape
         assert not loaded.numel() or loaded.data_ptr() != view.data_ptr()

@@ -21,14 +21,14 @@ COUNTS = {"rank_file": 60, "metadata": 200, "common": 60, "distcp": 30, "config"
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, Any]:
+def results() -> dict[str, Any]:
     return in_a_child(COUNTS)
 
 
 @pytest.mark.parametrize("surface", COUNTS)
-def test_nothing_but_a_message_comes_of_a_damaged_or_hostile_file(surface: str, told: dict[str, Any]) -> None:
-    assert told[surface]["escaped"] == []
-    assert told[surface]["read"] > 0 and told[surface]["refused"] > COUNTS[surface] // 4
+def test_nothing_but_a_message_comes_of_a_damaged_or_hostile_file(surface: str, results: dict[str, Any]) -> None:
+    assert results[surface]["escaped"] == []
+    assert results[surface]["read"] > 0 and results[surface]["refused"] > COUNTS[surface] // 4
 
 
 WORSE = """
@@ -47,9 +47,9 @@ print(json.dumps(run(iter([b"sound", b"runs", b"grows", b"hangs", b"breaks"]), t
 
 def test_what_would_be_wrong_is_found() -> None:
     done = subprocess.run([sys.executable, "-c", WORSE], capture_output=True, text=True, check=True, cwd=ROOT)
-    told = json.loads(done.stdout)
-    assert told["read"] == 1 and told["refused"] == 0
-    escaped = {bytes.fromhex(data): why for data, why in told["escaped"]}
+    results = json.loads(done.stdout)
+    assert results["read"] == 1 and results["refused"] == 0
+    escaped = {bytes.fromhex(data): why for data, why in results["escaped"]}
     wrong = {b"runs": "os.system", b"grows": "MemoryError", b"hangs": "SlowError", b"breaks": "KeyError"}
     for data, why in wrong.items():
         assert why in escaped[data]

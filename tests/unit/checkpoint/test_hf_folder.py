@@ -74,15 +74,15 @@ def test_tensors_of_one_file_and_of_several_are_read(tmp_path: Path) -> None:
 
 
 def test_one_file_is_what_safetensors_reads(tmp_path: Path) -> None:
-    told: list[int] = []
-    assert write_safetensors(tmp_path, lazy(TENSORS), 10**9, told.append) == [SINGLE]
+    progress: list[int] = []
+    assert write_safetensors(tmp_path, lazy(TENSORS), 10**9, progress.append) == [SINGLE]
     loaded = load_file(tmp_path / SINGLE)
     assert set(loaded) == set(TENSORS) and all(bitwise_equal(loaded[name], TENSORS[name]) for name in TENSORS)
-    assert told == [48, 10, 4, 8] and [path.name for path in tmp_path.iterdir()] == [SINGLE]
+    assert progress == [48, 10, 4, 8] and [path.name for path in tmp_path.iterdir()] == [SINGLE]
     data = (tmp_path / SINGLE).read_bytes()
     (length,) = struct.unpack_from("<Q", data)
     assert length % 8 == 0 and json.loads(data[8 : 8 + length])["__metadata__"] == {"format": "pt"}
-    assert len(data) == 8 + length + sum(told)
+    assert len(data) == 8 + length + sum(progress)
 
 
 def test_shards_and_index_are_what_safetensors_reads(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_an_index_and_files_that_disagree_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "is not valid JSON"),
         ("{", "is not valid JSON"),
@@ -194,9 +194,9 @@ def test_an_index_and_files_that_disagree_are_told(tmp_path: Path) -> None:
         ('{"weight_map": {"a": "x", "a": "y"}}', "is not valid JSON .*'a' is a duplicate key"),
     ],
 )
-def test_an_index_that_is_none_is_told(tmp_path: Path, text: str, told: str) -> None:
+def test_an_index_that_is_none_is_told(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / INDEX).write_bytes(text.encode("latin1"))
-    with pytest.raises(KitError, match=rf"model\.safetensors\.index\.json {told}"):
+    with pytest.raises(KitError, match=rf"model\.safetensors\.index\.json {message}"):
         HfReader(tmp_path)
 
 
@@ -288,8 +288,8 @@ def test_a_resized_embedding_is_told_by_vocab_size(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path)
     weights["model.embed_tokens.weight"] = torch.randn(14, 8)
     save_file(weights, tmp_path / "model.safetensors")
-    told = r"embed_tokens\.weight has shape \[14, 8\], config\.json expects \[11, 8\]: set vocab_size to 14 there"
-    with pytest.raises(KitError, match=told):
+    message = r"embed_tokens\.weight has shape \[14, 8\], config\.json expects \[11, 8\]: set vocab_size to 14 there"
+    with pytest.raises(KitError, match=message):
         check_weights(HfReader(tmp_path), hf_sizes(qwen), qwen)
 
 

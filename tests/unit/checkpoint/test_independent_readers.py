@@ -62,8 +62,8 @@ def test_rows_above_the_vocabulary_that_hold_values_are_found(tmp_path: Path, di
             pair.change_dist(widen)
         else:
             pair.change_rank("00_000", widen)
-        told = [] if is_padding else [f"{WORDS} has 5 rows above vocab_size=11 that hold values"]
-        assert pair.report().errors == told
+        errors = [] if is_padding else [f"{WORDS} has 5 rows above vocab_size=11 that hold values"]
+        assert pair.report().errors == errors
     assert verify(pair.folder, pair.checkpoint, pair.qwen, drop_rows=True).dropped_rows == 5
 
 

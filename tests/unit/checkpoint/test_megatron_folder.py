@@ -106,8 +106,8 @@ def test_a_vocabulary_padded_further_is_cut_off(tmp_path: Path, kit_log: pytest.
         rows = padded[rank * 8 : rank * 8 + 8].clone()
         change(path / f"mp_rank_{rank:02d}", lambda state, rows=rows: state["model"].update({WORDS: rows}))
     assert same(hf_weights(reader(path, qwen), qwen), weights)
-    (told,) = kit_log.records
-    assert "has 16 rows, config.json has vocab_size=11: the 5 extra rows are padding" in told.getMessage()
+    (record,) = kit_log.records
+    assert "has 16 rows, config.json has vocab_size=11: the 5 extra rows are padding" in record.getMessage()
 
 
 @pytest.mark.parametrize("dist", [True, False])
@@ -121,8 +121,8 @@ def test_rows_above_the_vocabulary_that_hold_values_are_refused(tmp_path: Path, 
         path = write_ranks(tmp_path / "release", weights, qwen, ONE)
         change(path / "mp_rank_00", lambda state: state["model"].update({WORDS: padded.clone()}))
     checkpoint = Checkpoint(tmp_path, path, "release", "torch_dist" if dist else "torch")
-    told = rf"has {11 + rows} rows, config\.json has vocab_size=11: the {rows} extra rows are neither"
-    with pytest.raises(KitError, match=told):
+    message = rf"has {11 + rows} rows, config\.json has vocab_size=11: the {rows} extra rows are neither"
+    with pytest.raises(KitError, match=message):
         open_megatron(checkpoint, qwen)
     assert same(hf_weights(open_megatron(checkpoint, qwen, drop_rows=True), qwen), weights)
 
@@ -164,8 +164,8 @@ def test_a_missing_folder_or_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"mp_rank_00_001/model_optim_rng\.pt cannot be read \(No such file"):
         reader(path, qwen)
     (path / "mp_rank_00_001").rmdir()
-    told = r"has TP=2 and PP=2, but lacks mp_rank_00_001: the checkpoint is incomplete; copy it again"
-    with pytest.raises(KitError, match=told):
+    message = r"has TP=2 and PP=2, but lacks mp_rank_00_001: the checkpoint is incomplete; copy it again"
+    with pytest.raises(KitError, match=message):
         reader(path, qwen)
 
 
@@ -218,7 +218,7 @@ def test_missing_and_unknown_tensors_are_told_of_every_rank(tmp_path: Path, rank
 
 @pytest.mark.parametrize("rank", ["mp_rank_00", "mp_rank_01"])
 @pytest.mark.parametrize(
-    ("name", "shape", "wanted"),
+    ("name", "shape", "expected"),
     [
         ("decoder.layers.0.self_attention.linear_qkv.weight", (4, 8), r"\[8, 8\]"),
         ("decoder.layers.0.mlp.linear_fc2.weight", (8, 8), r"\[8, 4\]"),
@@ -226,25 +226,25 @@ def test_missing_and_unknown_tensors_are_told_of_every_rank(tmp_path: Path, rank
     ],
 )
 def test_a_tensor_of_another_shape_is_told(
-    tmp_path: Path, rank: str, name: str, shape: tuple[int, ...], wanted: str
+    tmp_path: Path, rank: str, name: str, shape: tuple[int, ...], expected: str
 ) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE, tp=2)
     change(path / rank, lambda state: state["model"].update({name: torch.ones(shape)}))
-    with pytest.raises(KitError, match=rf"{name} has shape .*, config\.json expects {wanted}: its config\.json bel"):
+    with pytest.raises(KitError, match=rf"{name} has shape .*, config\.json expects {expected}: its config\.json bel"):
         reader(path, qwen)
 
 
 def test_another_models_config_is_told(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE)
-    for name, value, told in (
+    for name, value, message in (
         ("num_hidden_layers", 3, r"unexpected tensors decoder\.layers\.3"),
         ("num_hidden_layers", 5, r"lacks decoder\.layers\.4"),
         ("intermediate_size", 4, "has shape"),
         ("vocab_size", 12, "has shape"),
     ):
-        with pytest.raises(KitError, match=told):
+        with pytest.raises(KitError, match=message):
             reader(path, write_hf(tmp_path / "other", **{name: value})[0])
     tied, state = write_hf(tmp_path / "tied", tie_word_embeddings=True)
     path = write_ranks(tmp_path / "of_tied", state, tied, ONE)
@@ -253,7 +253,7 @@ def test_another_models_config_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ({"args": 1}, "a rank's file holds no 'model'"),
         ({"model": {}, "model0": {}}, "a rank's file holds no 'model'"),
@@ -261,11 +261,11 @@ def test_another_models_config_is_told(tmp_path: Path) -> None:
         ([1], "holds no dict"),
     ],
 )
-def test_files_without_a_model_are_told(tmp_path: Path, content: Any, told: str) -> None:
+def test_files_without_a_model_are_told(tmp_path: Path, content: Any, message: str) -> None:
     qwen, _ = write_hf(tmp_path / "hf")
     (tmp_path / "release" / "mp_rank_00").mkdir(parents=True)
     torch.save(content, tmp_path / "release" / "mp_rank_00" / "model_optim_rng.pt")
-    with pytest.raises(KitError, match=told):
+    with pytest.raises(KitError, match=message):
         reader(tmp_path / "release", qwen)
 
 
@@ -330,7 +330,7 @@ def test_torch_dist_of_another_model_is_told(tmp_path: Path) -> None:
         ),
         ({name: tensor for name, tensor in state.items() if name != bias}, r"lacks decoder\.layers\.self_attention\."),
     ]
-    for number, (each, told) in enumerate(wrong):
+    for number, (each, message) in enumerate(wrong):
         path = save_dist(tmp_path / str(number), each)
-        with pytest.raises(KitError, match=told):
+        with pytest.raises(KitError, match=message):
             reader(path, qwen, "torch_dist")

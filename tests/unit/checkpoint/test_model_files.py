@@ -44,9 +44,11 @@ def test_all_that_is_no_weight_is_copied_byte_for_byte(tmp_path: Path, kit_log: 
     target = make(tmp_path / "new" / "target", "config.json", "notes.txt")
     copy_model_files(source, target)
     assert content(target) == {name: (source / name).read_bytes() for name in OURS} | {"notes.txt": b"notes.txt"}
-    (told,) = [record.getMessage() for record in kit_log.records]
-    assert told.startswith(f"not copied from {source}: __pycache__, adapter_config.json, adapter_model.safetensors, ")
-    assert "and 7 more (weights, training files" in told
+    (message,) = [record.getMessage() for record in kit_log.records]
+    assert message.startswith(
+        f"not copied from {source}: __pycache__, adapter_config.json, adapter_model.safetensors, "
+    )
+    assert "and 7 more (weights, training files" in message
     tops = {Path(name).parts[0] for name in LEFT_OUT}
     assert set(model_files(source).skipped) - {Path(name).parts[0] for name in UNSAID} == tops
 

@@ -101,8 +101,8 @@ def test_a_folder_with_anything_in_it_is_refused(tmp_path: Path) -> None:
     for name in ("notes.txt", "config.json", "iter_0000100/x"):
         folder = tmp_path / name.partition("/")[0].partition(".")[0]
         write((name,))(folder)
-        told = rf"^SAVE_CHECKPOINT_PATH={folder} is not empty, it holds {Path(name).parts[0]}: choose another folder"
-        with pytest.raises(KitError, match=told):
+        message = rf"^SAVE_CHECKPOINT_PATH={folder} is not empty, it holds {Path(name).parts[0]}: choose another folder"
+        with pytest.raises(KitError, match=message):
             check_output_folder(folder, tmp_path / "source")
         assert content(folder) == whole((name,))
 
@@ -126,8 +126,8 @@ def killed(tmp_path: Path) -> Path:
     write(MEGATRON)(folder)
     names = [name for name in MEGATRON if name != TRACKER]
     (folder / TRACKER).rename(folder / ".unfinished" / TRACKER)
-    told = {name: [(folder / name).stat().st_ino, len(name), (folder / name).stat().st_mtime_ns] for name in names}
-    (folder / ".unfinished.json").write_text(json.dumps({"published": told}))
+    published = {name: [(folder / name).stat().st_ino, len(name), (folder / name).stat().st_mtime_ns] for name in names}
+    (folder / ".unfinished.json").write_text(json.dumps({"published": published}))
     return folder
 
 
@@ -171,8 +171,8 @@ def test_a_target_that_cannot_be_written_is_told_beforehand(tmp_path: Path, monk
     with pytest.raises(KitError, match=r"=/proc/target cannot be written: /proc/\S+: "):
         check_output_folder(Path("/proc/target"), tmp_path)
     check_disk_space(tmp_path / "a" / "b", 0)
-    told = r"b cannot be written: No space left on device \(.* GB are free, and 1000000000.00 GB are needed\): "
-    with pytest.raises(KitError, match=told):
+    message = r"b cannot be written: No space left on device \(.* GB are free, and 1000000000.00 GB are needed\): "
+    with pytest.raises(KitError, match=message):
         check_disk_space(tmp_path / "a" / "b", 10**18)
 
 

@@ -130,7 +130,7 @@ def test_the_whole_model_in_its_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "told"),
+    ("sizes", "message"),
     [
         ((0, 1, 1), "TP=0: it must be at least 1"),
         ((1, -1, 1), "PP=-1: it must be at least 1"),
@@ -142,20 +142,20 @@ def test_the_whole_model_in_its_order() -> None:
         ((1, 4, 3), "8 layers cannot be divided by PP=4 x VPP=3 = 12: choose PP and VPP whose .* the layers$"),
     ],
 )
-def test_sizes_that_cannot_be_are_told(sizes: tuple[int, int, int], told: str) -> None:
-    with pytest.raises(KitError, match=told):
+def test_sizes_that_cannot_be_are_told(sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(KitError, match=message):
         ParallelLayout(*sizes, "local").check(QWEN)
 
 
 @pytest.mark.parametrize(
-    ("each", "told"),
+    ("each", "message"),
     [
         ((4, 4, 1), r"PIPELINE_LAYERS=4,4,1 are 3 numbers of 9 layers: PP=3 x VPP=1 needs 3 numbers, of 8 layers"),
         ((4, 4), r"PIPELINE_LAYERS=4,4 are 2 numbers of 8 layers: PP=3 x VPP=1 needs 3 numbers, of 8 layers together"),
     ],
 )
-def test_layers_that_are_not_the_models_are_told(each: tuple[int, ...], told: str) -> None:
-    with pytest.raises(KitError, match=told):
+def test_layers_that_are_not_the_models_are_told(each: tuple[int, ...], message: str) -> None:
+    with pytest.raises(KitError, match=message):
         ParallelLayout(1, 3, 1, "local", each).check(QWEN)
 
 

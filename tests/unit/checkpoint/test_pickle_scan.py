@@ -56,8 +56,8 @@ def write(path: Path, *, common: Any = None, **objects: Any) -> Checkpoint:
 
 
 def megatron_loads(checkpoint: Checkpoint, *names: str) -> Any:
-    wanted = {"weight": ShardedTensor.from_rank_offsets(WEIGHT, torch.zeros(8))}
-    return dist_checkpointing.load(wanted | {name: sharded(name, None) for name in names}, str(checkpoint.path))
+    state_dict = {"weight": ShardedTensor.from_rank_offsets(WEIGHT, torch.zeros(8))}
+    return dist_checkpointing.load(state_dict | {name: sharded(name, None) for name in names}, str(checkpoint.path))
 
 
 def code(proof: Path) -> Runs:
@@ -188,7 +188,7 @@ def test_code_in_the_optimizer_of_any_rank_is_named(tmp_path: Path) -> None:
 def test_files_that_are_not_the_checkpoints_are_refused(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "iter_0000001")
     good = (checkpoint.path / ".metadata").read_bytes()
-    for field, value, told in (
+    for field, value, message in (
         ("relative_path", "../elsewhere", "in '../elsewhere', which is not a plain file of the checkpoint"),
         ("relative_path", "/dev/zero", "in '/dev/zero', which is not a plain file of the checkpoint"),
         ("relative_path", "nothing", "nothing is missing"),
@@ -202,7 +202,7 @@ def test_files_that_are_not_the_checkpoints_are_refused(tmp_path: Path) -> None:
             checkpoint,
             lambda found, field=field, value=value: setattr(next(iter(found.storage_data.values())), field, value),
         )
-        with pytest.raises(KitError, match=told):
+        with pytest.raises(KitError, match=message):
             check_pickles(checkpoint)
     (checkpoint.path / ".metadata").write_bytes(pickle.dumps(dcp.Metadata({}, None, [1])))
     with pytest.raises(KitError, match="has an invalid storage_data"):

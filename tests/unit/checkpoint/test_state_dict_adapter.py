@@ -82,16 +82,16 @@ def test_hugging_face_shapes_in_the_models_order(tmp_path: Path) -> None:
 def test_either_direction_casts_when_asked(tmp_path: Path, dtype: torch.dtype | None) -> None:
     qwen, weights = write_hf(tmp_path)
     source = MegatronTensors(HfReader(tmp_path), qwen, dtype)
-    wanted = dtype or torch.float32
+    target = dtype or torch.float32
     state = megatron_state(weights, qwen, range(4), first=True, last=True)
     made = rank_state_dict(source, ParallelLayout(1, 1, 1, "transformer_engine"), 0, 0)["model"]
-    assert all(bitwise_equal(made[name].materialize(), tensor.to(wanted)) for name, tensor in state.items())
+    assert all(bitwise_equal(made[name].materialize(), tensor.to(target)) for name, tensor in state.items())
     path = write_ranks(tmp_path / "release", weights, qwen, [[range(4)]])
     reader = open_megatron(Checkpoint(tmp_path, path, "release", "torch"), qwen)
     tensors = hf_state_dict(reader, qwen, dtype)
     assert list(tensors) == list(hf_shapes(qwen))
-    assert all(bitwise_equal(tensors[name].materialize(), tensor.to(wanted)) for name, tensor in weights.items())
-    assert {tensor.dtype for tensor in tensors.values()} == {wanted}
+    assert all(bitwise_equal(tensors[name].materialize(), tensor.to(target)) for name, tensor in weights.items())
+    assert {tensor.dtype for tensor in tensors.values()} == {target}
 
 
 def test_parts_of_one_tensor_in_two_dtypes_are_told(tmp_path: Path) -> None:

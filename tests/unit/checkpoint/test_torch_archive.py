@@ -110,7 +110,7 @@ def test_one_tensor_saved_twice_is_one_record(tmp_path: Path) -> None:
 
 
 def test_tensors_of_several_archives_are_made_in_turn_and_told() -> None:
-    streams, told, began = [io.BytesIO(), io.BytesIO()], [], []
+    streams, progress, began = [io.BytesIO(), io.BytesIO()], [], []
 
     def make(size: int) -> LazyTensor:
         def parts() -> list[list[Tensor]]:
@@ -121,9 +121,9 @@ def test_tensors_of_several_archives_are_made_in_turn_and_told() -> None:
 
     values = [{"a": make(1000), "b": make(2000), "c": make(10)}, {"a": make(1001), "b": make(0)}]
     sizes = write_archives(
-        [ArchiveWriter(stream, value) for stream, value in zip(streams, values, strict=True)], told.append
+        [ArchiveWriter(stream, value) for stream, value in zip(streams, values, strict=True)], progress.append
     )
-    assert began == [1000, 1001, 2000, 0, 10] and told == [4000, 4004, 8000, 0, 40]
+    assert began == [1000, 1001, 2000, 0, 10] and progress == [4000, 4004, 8000, 0, 40]
     assert sizes == [len(stream.getvalue()) for stream in streams]
     for stream, value in zip(streams, values, strict=True):
         loaded = torch.load(io.BytesIO(stream.getvalue()), weights_only=True)

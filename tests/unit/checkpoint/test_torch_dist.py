@@ -95,10 +95,10 @@ def read_all(path: Path) -> dict[str, Tensor]:
 
 
 def test_torch_loads_what_was_written(tmp_path: Path) -> None:
-    state, told = tensors(), []
-    write_torch_dist(tmp_path, blocks_of(state), {"iteration": 0}, told.append)
+    state, progress = tensors(), []
+    write_torch_dist(tmp_path, blocks_of(state), {"iteration": 0}, progress.append)
     assert same(load_with_torch(tmp_path, state), state)
-    assert sum(told) == sum(tensor.nbytes for tensor in state.values()) and len(told) == 7
+    assert sum(progress) == sum(tensor.nbytes for tensor in state.values()) and len(progress) == 7
     metadata = dcp.FileSystemReader(tmp_path).read_metadata()
     assert {key: tuple(entry.size) for key, entry in metadata.state_dict_metadata.items()} == {
         key: tuple(tensor.shape) for key, tensor in state.items()
@@ -108,14 +108,14 @@ def test_torch_loads_what_was_written(tmp_path: Path) -> None:
 def test_megatron_loads_what_was_written(tmp_path: Path, one_rank: None) -> None:
     state = tensors()
     write(tmp_path, *blocks_of(state))
-    wanted = {key: ShardedTensor.from_rank_offsets(key, torch.empty_like(value)) for key, value in state.items()}
-    del wanted[FC2]
+    state_dict = {key: ShardedTensor.from_rank_offsets(key, torch.empty_like(value)) for key, value in state.items()}
+    del state_dict[FC2]
     places = [(layer, rank) for layer in range(4) for rank in range(2)]
     for layer, rank in places:  # as tensor rank `rank` of 2 asks for it
-        wanted[f"{layer} {rank}"] = ShardedTensor.from_rank_offsets(
+        state_dict[f"{layer} {rank}"] = ShardedTensor.from_rank_offsets(
             FC2, torch.empty(8, 3), (0, layer, 4), (2, rank, 2), prepend_axis_num=1
         )
-    loaded = dist_checkpointing.load(wanted, str(tmp_path))
+    loaded = dist_checkpointing.load(state_dict, str(tmp_path))
     for layer, rank in places:
         columns = state[FC2][layer, :, rank * 3 : rank * 3 + 3]
         assert torch.equal(loaded[f"{layer} {rank}"].reshape(8, 3), columns)

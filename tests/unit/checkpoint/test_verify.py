@@ -326,5 +326,5 @@ def test_what_a_cast_makes_infinite_is_counted(tmp_path: Path) -> None:
     write_ranks(tmp_path / "release", {name: tensor.half() for name, tensor in weights.items()}, qwen, TWO)
     checkpoint = Checkpoint(tmp_path, tmp_path / "release", "release", "torch")
     report = verify(tmp_path / "hf", checkpoint, qwen, torch.float16)
-    told = ["model.layers.1.mlp.up_proj.weight: 1 values overflow float16"]
-    assert (report.errors, report.non_finite) == (told, 1)
+    errors = ["model.layers.1.mlp.up_proj.weight: 1 values overflow float16"]
+    assert (report.errors, report.non_finite) == (errors, 1)

@@ -227,14 +227,14 @@ def test_made_up_conversations_are_those_of_transformers(folders: dict[str, Path
             answers = answers[-1:] if loss_turns == "last" else answers
             assert len(found) == len(answers)
             for piece, message in zip(found, answers, strict=True):
-                thought, said = message.get("reasoning_content", ""), message["content"]
+                reasoning, content = message.get("reasoning_content", ""), message["content"]
                 calls = '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
                 calls *= len(message.get("tool_calls", []))
-                expected = f"{said}{calls}" if said else calls[name != "qwen2.5" and name != "qwq" :]
-                if calls and not said:
+                expected = f"{content}{calls}" if content else calls[name != "qwen2.5" and name != "qwq" :]
+                if calls and not content:
                     expected = calls.lstrip("\n")
-                if thought:
-                    expected = f"<think>\n{thought}\n</think>\n\n{expected}"
+                if reasoning:
+                    expected = f"<think>\n{reasoning}\n</think>\n\n{expected}"
                     expected = expected.removeprefix("<think>\n") if name == "qwen3_thinking" else expected
                 assert piece == f"{expected}<|im_end|>"
 

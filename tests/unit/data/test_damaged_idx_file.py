@@ -153,9 +153,9 @@ def test_what_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_training_is_told_of_files_that_are_not_those_of_their_manifest(tmp_path: Path) -> None:
     prefix = write(tmp_path / "a_text_document", documents=[[1] * 50])
-    told = {"documents": {"read": 1, "kept": 1, "dropped": {}}, "tokens": 50}
+    manifest = {"documents": {"read": 1, "kept": 1, "dropped": {}}, "tokens": 50}
     common = {"train_mode": "pretrain", "seq_length": 8, "seed": 1}
-    assert build_dataset(DataFiles("pretrain", prefix, None, told), **common).samples_per_epoch == 6  # type: ignore[arg-type]
+    assert build_dataset(DataFiles("pretrain", prefix, None, manifest), **common).samples_per_epoch == 6  # type: ignore[arg-type]
     write(prefix, documents=[[1] * 30, [1] * 19])
     with pytest.raises(KitError, match=r"records 1 documents instead of 2; 50 tokens instead of 49"):
-        build_dataset(DataFiles("pretrain", prefix, None, told), **common)  # type: ignore[arg-type]
+        build_dataset(DataFiles("pretrain", prefix, None, manifest), **common)  # type: ignore[arg-type]

@@ -244,8 +244,8 @@ def test_too_long_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         assert firsts(finetune(files, truncate="drop")) == [(1, 17), (201, 205)]
         assert firsts(finetune(files, truncate="right")) == [(1, 17), (101, 117), (201, 205)]
         assert firsts(finetune(files, truncate="left")) == [(1, 17), (102, 118), (201, 205)]
-    told = caplog.text
-    assert "dropped" in told and "truncated from the right" in told and "truncated from the left" in told
+    log = caplog.text
+    assert "dropped" in log and "truncated from the right" in log and "truncated from the left" in log
     with pytest.raises(KitError, match="TRUNCATE=middle is unknown"):
         finetune(files, truncate="middle")
 

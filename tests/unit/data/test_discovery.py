@@ -19,9 +19,9 @@ def test_a_folder_gives_its_files_of_rows_and_tells_the_rest(tmp_path: Path, cap
     for name in ("a.jsonl", "c.JSONL", "sub/b.jsonl", *others):
         (tmp_path / name).write_text('{"text": "a"}\n')
     assert names(tmp_path) == ["a.jsonl", "c.JSONL"]
-    (told,) = caplog.messages
+    (message,) = caplog.messages
     for each in ("2 hidden (._a.jsonl, .x)", "1 folders (sub)", "1 .json (d.json)", "1 .lz4", "1 without an extension"):
-        assert each in told
+        assert each in message
     assert names(f"{tmp_path}/**/*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert names(f"{tmp_path}/** ") == ["README", "a.jsonl", "c.JSONL", "d.json", "e.jsonl.lz4", "b.jsonl"]
 

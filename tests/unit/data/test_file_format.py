@@ -99,7 +99,7 @@ def test_turned_bits_are_told_or_change_nothing(
         monkeypatch.setitem(sys.modules, name, None)
     whole, chance = COMPRESS[ending](ROWS[:2000]), random.Random(0)
     path = tmp_path / f"a.jsonl.{ending}"
-    told = 0
+    refused = 0
     for at in range(0, 8 * len(whole), 29):
         data = bytearray(whole)
         for bit in (at, chance.randrange(8 * len(data))):
@@ -109,8 +109,8 @@ def test_turned_bits_are_told_or_change_nothing(
             assert lines_of(path) == ROWS[:2000] or ending == "zst"  # whose checksum may be left out
         except KitError as error:
             assert str(error).startswith(f"{path} cannot be read: ") or "one JSON array" in str(error)
-            told += 1
-    assert told > len(whole) // 29
+            refused += 1
+    assert refused > len(whole) // 29
 
 
 def test_a_zst_file_without_its_library_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +137,9 @@ FOREIGN = {
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, zstd])
 def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, compress: Any) -> None:
     path = tmp_path / "a.jsonl"
-    data, told = FOREIGN[name]
+    data, message = FOREIGN[name]
     path.write_bytes(compress(data))
-    with pytest.raises(KitError, match=rf"a\.jsonl is {told}.*: write it as jsonl in UTF-8"):
+    with pytest.raises(KitError, match=rf"a\.jsonl is {message}.*: write it as jsonl in UTF-8"):
         detect_layout(path)
 
 
@@ -253,10 +253,10 @@ ARRAYS = {
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_what_is_wrong_with_an_array_is_told(tmp_path: Path, name: str) -> None:
-    data, told = ARRAYS[name]
+    data, message = ARRAYS[name]
     path = tmp_path / "a.json"
     path.write_bytes(data)
-    with pytest.raises(KitError, match=f"a.json is a JSON array, but .*{told}"):
+    with pytest.raises(KitError, match=f"a.json is a JSON array, but .*{message}"):
         lines_of(path)
 
 
@@ -292,7 +292,7 @@ def test_a_bad_element_is_a_bad_row_and_the_others_are_read(
         monkeypatch.setattr(json_array, "orjson", None)
         monkeypatch.setattr("common.data.sources.jsonl.orjson", None)
     monkeypatch.setattr(json_array, "BLOCK", block)
-    element, told = BAD_ELEMENTS[name]
+    element, message = BAD_ELEMENTS[name]
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"text": "a"},\n' + element + b' , {"text": "b"}]')
     good, bad = [], []
@@ -302,7 +302,7 @@ def test_a_bad_element_is_a_bad_row_and_the_others_are_read(
         bad += [(each.element, each.cause, each.whole) for each in rows.rows]
     assert good == ["a", "b"]
     ((element, cause, whole),) = bad
-    assert element == 2 and told in cause and whole == ("MAX_ROW_BYTES" not in told)
+    assert element == 2 and message in cause and whole == ("MAX_ROW_BYTES" not in message)
 
 
 def test_a_byte_order_mark_alone_is_no_array(tmp_path: Path) -> None:

@@ -32,14 +32,14 @@ COUNTS = {
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, Any]:
+def results() -> dict[str, Any]:
     return in_a_child(COUNTS)
 
 
 @pytest.mark.parametrize("surface", COUNTS)
-def test_what_is_read_of_a_mutant_is_right(surface: str, told: dict[str, Any]) -> None:
-    assert told[surface]["escaped"] == []
-    assert told[surface]["read"] > COUNTS[surface] // 20 and told[surface]["refused"] > COUNTS[surface] // 4
+def test_what_is_read_of_a_mutant_is_right(surface: str, results: dict[str, Any]) -> None:
+    assert results[surface]["escaped"] == []
+    assert results[surface]["read"] > COUNTS[surface] // 20 and results[surface]["refused"] > COUNTS[surface] // 4
 
 
 def test_the_same_seed_gives_the_same_cases() -> None:

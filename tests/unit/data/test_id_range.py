@@ -30,13 +30,15 @@ def check(tokens: IndexedDataset, vocab_size: int, manifest: dict[str, object] |
 
 def test_the_largest_id_must_be_under_the_models_vocab_size(tmp_path: Path) -> None:
     tokens = data(tmp_path / "a", [3, 419, 0])
-    told = r"a\.bin holds the token id 419, but the model's largest id is 399 \(vocab_size=400 in model/config\.json\)"
+    message = (
+        r"a\.bin holds the token id 419, but the model's largest id is 399 \(vocab_size=400 in model/config\.json\)"
+    )
     check(tokens, 420)
     for vocab_size in (400, 419):
-        with pytest.raises(KitError, match=told.replace("399", f"{vocab_size - 1}").replace("400", f"{vocab_size}")):
+        with pytest.raises(KitError, match=message.replace("399", f"{vocab_size - 1}").replace("400", f"{vocab_size}")):
             check(tokens, vocab_size)
     check(tokens, 1, {"largest_id": 0})  # a manifest is believed, and the file not read
-    with pytest.raises(KitError, match=told):
+    with pytest.raises(KitError, match=message):
         check(data(tmp_path / "a", [3]), 400, {"largest_id": 419})
     with pytest.raises(KitError, match=r"a\.bin holds the token id -5, which is negative: .*import-legacy"):
         check(data(tmp_path / "a", [3, -5, 9]), 400)

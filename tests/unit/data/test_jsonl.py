@@ -118,11 +118,11 @@ def test_a_bad_line_is_told_with_file_line_and_cause(
 ) -> None:
     if not fast:
         monkeypatch.setattr(jsonl, "orjson", None)
-    line, told = BAD_LINES[name]
+    line, message = BAD_LINES[name]
     path = tmp_path / ("bad.jsonl.gz" if zipped else "bad.jsonl")
     data = b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "b"}\n' + line + b"\n"
     path.write_bytes(gzip.compress(data) if zipped else data)
-    with pytest.raises(KitError, match=rf"bad\.jsonl(\.gz)?, line 4: .*({told})"):
+    with pytest.raises(KitError, match=rf"bad\.jsonl(\.gz)?, line 4: .*({message})"):
         read_all([path], size=16)
 
 
@@ -160,8 +160,8 @@ def test_both_parsers_give_the_record_that_the_standard_one_gives(monkeypatch: p
 def test_both_parsers_refuse_alike(monkeypatch: pytest.MonkeyPatch, name: str, fast: bool) -> None:
     if not fast:
         monkeypatch.setattr(jsonl, "orjson", None)
-    line, told = REFUSED[name]
-    with pytest.raises(BadRowError, match=told):
+    line, message = REFUSED[name]
+    with pytest.raises(BadRowError, match=message):
         parse(line)
 
 
@@ -207,7 +207,7 @@ def test_wrong_inputs_are_told(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "nothing.jsonl").touch()
     (tmp_path / "a.jsonl").write_text("{}\n")
-    for text, told in {
+    for text, message in {
         "{}/none.jsonl": r"none\.jsonl does not exist",
         "{0}/a.jsonl {0}/*.txt": r"\*\.txt does not exist",
         "{}/empty": r"empty holds no \.jsonl",
@@ -216,7 +216,7 @@ def test_wrong_inputs_are_told(tmp_path: Path) -> None:
         "": "INPUT is empty",
         "{0}/a.jsonl {0}/none.jsonl": r"none\.jsonl does not exist",
     }.items():
-        with pytest.raises(KitError, match=told):
+        with pytest.raises(KitError, match=message):
             find_inputs(text.format(tmp_path))
 
 

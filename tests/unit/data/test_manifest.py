@@ -82,7 +82,7 @@ def test_counts_that_do_not_reconcile_are_our_own_mistake(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"version": None}, "its 'version' is not an integer"),
         ({"kind": "other"}, "its 'kind' is 'other', not pretrain or sft"),
@@ -96,12 +96,12 @@ def test_counts_that_do_not_reconcile_are_our_own_mistake(tmp_path: Path) -> Non
         ({"tokenizer": "x"}, "its 'tokenizer' is not an object"),
     ],
 )
-def test_a_manifest_with_odd_fields_is_told(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+def test_a_manifest_with_odd_fields_is_told(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     files(tmp_path / "a_text_document")
     manifest.write(tmp_path / "a", content("pretrain", tokens="a_text_document"))
     path = tmp_path / "a.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(KitError, match=re.escape(f"a.json is an incomplete manifest: {told}")):
+    with pytest.raises(KitError, match=re.escape(f"a.json is an incomplete manifest: {message}")):
         resolve(str(tmp_path / "a"))
     path.write_text('{"format": "qwen-kit-data"}')
     with pytest.raises(KitError, match=r"a\.json is an incomplete manifest: it has no 'version'"):

@@ -105,7 +105,7 @@ def test_what_a_row_says_of_learning_is_refused_by_name(field: str, kind: str) -
 def test_text_parts_are_joined_and_other_parts_refused() -> None:
     parts = [{"type": "text", "text": "a", "image_url": None}, {"type": "text", "text": "b"}]
     assert parse_turn({"role": "user", "content": parts}).message["content"] == "ab"
-    for part, told in (
+    for part, message in (
         ({"type": "image_url", "image_url": {"url": "x"}}, "a part of type 'image_url'"),
         ({"type": "thinking", "thinking": "x"}, "a part of type 'thinking'"),
         ({"type": "text", "text": "x", "cache_control": {"type": "y"}}, "a part with the field 'cache_control'"),
@@ -113,7 +113,7 @@ def test_text_parts_are_joined_and_other_parts_refused() -> None:
         ({"type": "text"}, "no field 'text'"),
         ("x", "an array with a string|a JSON array with a string"),
     ):
-        with pytest.raises(BadRowError, match=told):
+        with pytest.raises(BadRowError, match=message):
             parse_turn({"role": "user", "content": [*parts, part]})
 
 
@@ -125,7 +125,7 @@ def test_function_call_is_the_assistants_call(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         ("f(1)", "the function_call turn is a string that is not JSON"),
         ("[]", "holds no call"),
@@ -139,8 +139,8 @@ def test_function_call_is_the_assistants_call(value: Any) -> None:
         ('{"name": "f", "arguments": {"a": ' + "1" * 5000 + "}}", "function_call turn is a string that is not JSON"),
     ],
 )
-def test_calls_that_are_none_are_told(value: Any, told: str) -> None:
-    with pytest.raises(BadRowError, match=told):
+def test_calls_that_are_none_are_told(value: Any, message: str) -> None:
+    with pytest.raises(BadRowError, match=message):
         parse_turn({"from": "function_call", "value": value})
 
 

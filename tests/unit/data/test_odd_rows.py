@@ -110,9 +110,9 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_row_is_one_bad_row(name: str, made: Callable[..., SftEncoder], tmp_path: Path) -> None:
-    row, told = ODD[name]
+    row, message = ODD[name]
     encoded = encode(made(skip_bad_rows=True, weighted=True), tmp_path / "a.jsonl", GOOD, row, GOOD)
-    assert [reject.cause for reject in encoded.rejects if re.search(told, reject.cause)], encoded.rejects
+    assert [reject.cause for reject in encoded.rejects if re.search(message, reject.cause)], encoded.rejects
     assert encoded.lengths.size == 2 and encoded.counts[BAD_ROWS] == 1 and encoded.counts["read"] == 3
     assert np.isfinite(encoded.streams["loss_mask"]).all()
 
@@ -180,8 +180,10 @@ def test_reasoning_that_the_template_does_not_show_is_told(
 def test_reasoning_that_is_hidden_in_earlier_turns(made: Callable[..., SftEncoder], tmp_path: Path) -> None:
     thought = {**ANSWER, "thinking": "so"}
     row = {"messages": [USER, thought, USER, {**ANSWER, "content": "It is 5."}]}
-    told = "does not render field 'thinking' of turn 2: .*; if it renders that of the last answer, set LOSS_TURNS=last"
-    with pytest.raises(KitError, match=told):
+    message = (
+        "does not render field 'thinking' of turn 2: .*; if it renders that of the last answer, set LOSS_TURNS=last"
+    )
+    with pytest.raises(KitError, match=message):
         encode(made(), tmp_path / "a.jsonl", {"messages": [*row["messages"], USER, thought]})
     encoded = encode(made(loss_turns="last"), tmp_path / "a.jsonl", row)
     note = "answers outside the loss, whose reasoning the chat template does not render"

@@ -90,7 +90,7 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    ("how", "kind", "told"),
+    ("how", "kind", "message"),
     [
         ("die", KitError, "a worker process was killed.*reduce WORKERS"),
         ("error", KitError, "in.txt, line .*: a bad row"),
@@ -98,10 +98,10 @@ class Failing:
     ],
 )
 def test_a_worker_that_fails_ends_the_run_and_finished_parts_are_kept(
-    tmp_path: Path, expected: bytes, how: str, kind: type[Exception], told: str
+    tmp_path: Path, expected: bytes, how: str, kind: type[Exception], message: str
 ) -> None:
     size = job(tmp_path).inputs[0].stat().st_size
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         runner.run(job(tmp_path, Failing(size * 7 // 10, how), partitions=4, workers=2))
     assert not list((tmp_path / "out").glob("data_*")) and not (tmp_path / "out" / "data.json").exists()
     assert not list((tmp_path / "out").glob("*/*.partial"))
@@ -214,12 +214,12 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 def test_workers_keep_the_order_and_bound_what_is_in_flight(tmp_path: Path) -> None:
     chunks = [Chunk(tmp_path, i, b"x" * (50 - i) + b"\n", 1) for i in range(50)]
-    asked = 0
+    submitted = 0
 
     def counted() -> list[Chunk]:
-        nonlocal asked
+        nonlocal submitted
         for chunk in chunks:
-            asked += 1
+            submitted += 1
             yield chunk
 
     done = 0
@@ -227,7 +227,7 @@ def test_workers_keep_the_order_and_bound_what_is_in_flight(tmp_path: Path) -> N
         for chunk, encoded in workers.encode(counted()):
             assert encoded.lengths.tolist() == [50 - done] and chunk.start == done
             done += 1
-            assert asked - done <= 6
+            assert submitted - done <= 6
     assert done == 50
 
 

@@ -165,7 +165,7 @@ def test_a_template_that_trims_is_followed(qwen: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "message"),
     [
         (FORGETFUL, "renders what comes before turn 5 otherwise|changes the text of turn 3"),
         (CHATML.replace("message.content", "message.content.upper()"), "changes the text of turn 3"),
@@ -174,10 +174,10 @@ def test_a_template_that_trims_is_followed(qwen: Path, tmp_path: Path) -> None:
     ],
 )
 def test_templates_that_hide_the_answer_are_told_with_the_line(
-    qwen: Path, tmp_path: Path, template: str, told: str
+    qwen: Path, tmp_path: Path, template: str, message: str
 ) -> None:
     made = encoder(with_template(qwen, tmp_path / "copy", template))
-    with pytest.raises(KitError, match=rf"rows\.jsonl, line 1: .*({told})"):
+    with pytest.raises(KitError, match=rf"rows\.jsonl, line 1: .*({message})"):
         encode(made, messages(*TALK), path=tmp_path / "rows.jsonl")
 
 

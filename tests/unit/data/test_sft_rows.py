@@ -125,7 +125,7 @@ def test_a_weight_where_none_was_told_is_an_error(tools: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         (with_losses(-1, True), "turn 2: field 'loss' is -1: give true, false or a non-negative weight"),
         (with_losses("yes", True), "turn 2: field 'loss' is 'yes'"),
@@ -146,8 +146,8 @@ def test_a_weight_where_none_was_told_is_an_error(tools: Path, tmp_path: Path) -
         ),
     ],
 )
-def test_what_is_wrong_is_told(row: dict[str, Any], told: str) -> None:
-    with pytest.raises(BadRowError, match=told):
+def test_what_is_wrong_is_told(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRowError, match=message):
         to_conversation(row, "messages", "system")
 
 
@@ -180,22 +180,24 @@ def test_tools_are_shown_as_the_template_does_and_calls_are_learned(tools: Path)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (("tool | tojson", "'x' | tojson"), "the chat template does not render the tool 'weather'"),
         (("'name': function.name", "'name': 'f'"), "the chat template does not render the tool calls of turn 2"),
         (("message.tool_calls or []", "[]"), "not render the tool calls"),
     ],
 )
-def test_a_template_that_hides_tools_is_told(tools: Path, tmp_path: Path, change: tuple[str, str], told: str) -> None:
+def test_a_template_that_hides_tools_is_told(
+    tools: Path, tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
     shutil.copytree(tools, tmp_path / "hf")
     path = tmp_path / "hf" / "tokenizer_config.json"
     assert change[0] in TEMPLATE
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE.replace(*change)}))
     row: dict[str, Any] = {"messages": TOOL_TALK}
-    if "tool 'weather'" in told:
+    if "tool 'weather'" in message:
         row["tools"] = [TOOL]
-    with pytest.raises(KitError, match=told):
+    with pytest.raises(KitError, match=message):
         encode(encoder(tmp_path / "hf"), row, path=tmp_path / "a.jsonl")
 
 

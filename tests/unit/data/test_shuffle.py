@@ -26,10 +26,10 @@ def test_each_element_has_one_place_whichever_way_it_is_asked(size: int) -> None
 
 def test_a_place_is_found_among_a_trillion_without_a_list() -> None:
     permutation = keyed_shuffle(10**12, 1234, 7)
-    asked = np.random.default_rng(0).integers(0, 10**12, 10_000).astype(np.uint64)
-    places = permutation[asked]
-    assert places.max() < 10**12 and np.unique(places).size == np.unique(asked).size
-    assert int(places[0]) == permutation[int(asked[0])]
+    indices = np.random.default_rng(0).integers(0, 10**12, 10_000).astype(np.uint64)
+    places = permutation[indices]
+    assert places.max() < 10**12 and np.unique(places).size == np.unique(indices).size
+    assert int(places[0]) == permutation[int(indices[0])]
 
 
 def test_seeds_and_epochs_have_orders_of_their_own_that_stay() -> None:
@@ -94,14 +94,14 @@ def stream(documents: GroupedDocumentOrder | ListedDocumentOrder) -> list[int]:
 
 
 @pytest.mark.parametrize("group", [2, 7, 64, 499, 500, 4096])
-@pytest.mark.parametrize("chosen", [range(500), range(20, 333), range(7, 8)])
+@pytest.mark.parametrize("subset", [range(500), range(20, 333), range(7, 8)])
 def test_groups_hold_each_document_once_and_a_position_leads_into_it(
-    tokens: IndexedDataset, monkeypatch: pytest.MonkeyPatch, group: int, chosen: range
+    tokens: IndexedDataset, monkeypatch: pytest.MonkeyPatch, group: int, subset: range
 ) -> None:
     monkeypatch.setattr(shuffle, "GROUP", group)
-    documents = GroupedDocumentOrder(tokens, chosen, 1, 0)
+    documents = GroupedDocumentOrder(tokens, subset, 1, 0)
     whole = [each for each in stream(documents) if LENGTHS[each]]
-    assert sorted(whole) == [each for each in chosen if LENGTHS[each]]
+    assert sorted(whole) == [each for each in subset if LENGTHS[each]]
     places = [(document, offset) for document in whole for offset in range(LENGTHS[document])]
     for position in range(0, len(places), 37):
         assert next(documents.parts(position)) == places[position]

@@ -62,8 +62,8 @@ def test_the_report_of_conversations(tmp_path: Path) -> None:
 
 def test_the_report_of_documents_with_a_manifest(tmp_path: Path) -> None:
     bare = data(tmp_path, [5, 12])
-    told = {"documents": {"read": 5, "kept": 2, "dropped": {"no text": 3}}}
-    lines = list(report(DataFiles("pretrain", bare.tokens, None, told), [8], None))
+    manifest = {"documents": {"read": 5, "kept": 2, "dropped": {"no text": 3}}}
+    lines = list(report(DataFiles("pretrain", bare.tokens, None, manifest), [8], None))
     assert "read 5 documents, kept 2, 3 dropped (no text)" in lines
     assert lines[-1] == "SEQ_LENGTH=8: 2 samples per epoch" and not any("supervised" in line for line in lines)
 

@@ -20,7 +20,7 @@ from common.errors import KitError
 from common.training.loop.metrics import Interval, Meter
 
 
-class Told(list[str]):
+class Output(list[str]):
     """What was told, as one text."""
 
     def __str__(self) -> str:
@@ -64,10 +64,10 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, caplog: pytest.LogC
     assert [each.message for each in caplog.records if "the file system does not support locks" in each.message]
 
 
-def run(work: Path, *chosen: Step) -> Told:
-    told = Told()
-    Runner(work, chosen, told.append).run()
-    return told
+def run(work: Path, *steps: Step) -> Output:
+    output = Output()
+    Runner(work, steps, output.append).run()
+    return output
 
 
 def content(work: Path, name: str) -> str:
@@ -75,8 +75,8 @@ def content(work: Path, name: str) -> str:
 
 
 def test_steps_run_in_order_and_say_what_they_do(tmp_path: Path) -> None:
-    told = run(tmp_path, writes(tmp_path, "one"), writes(tmp_path, "two"))
-    text = str(told)
+    output = run(tmp_path, writes(tmp_path, "one"), writes(tmp_path, "two"))
+    text = str(output)
     assert text.index("[1/2] Write one") < text.index("    wrote one") < text.index("[2/2] Write two")
     assert "bash -c" in text and "\n    noise" not in text and text.count("done in 0 s") == 2
     assert (tmp_path / "logs" / "one.log").read_text() == "12:00:00 wrote one\nnoise\n"
@@ -84,19 +84,19 @@ def test_steps_run_in_order_and_say_what_they_do(tmp_path: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
-    chosen = writes(tmp_path, "one"), writes(tmp_path, "two")
-    run(tmp_path, *chosen)
-    told = run(tmp_path, *chosen)
-    assert told.count("    done already") == 2 and "    wrote one" not in told
+    both = writes(tmp_path, "one"), writes(tmp_path, "two")
+    run(tmp_path, *both)
+    output = run(tmp_path, *both)
+    assert output.count("    done already") == 2 and "    wrote one" not in output
     assert (content(tmp_path, "one"), content(tmp_path, "two")) == ("whole", "whole")
 
 
 def test_a_lost_result_is_made_again_and_all_that_came_of_it(tmp_path: Path) -> None:
-    chosen = [writes(tmp_path, name, resumes=True) for name in ("one", "two", "three")]
-    run(tmp_path, *chosen)
+    three = [writes(tmp_path, name, resumes=True) for name in ("one", "two", "three")]
+    run(tmp_path, *three)
     (tmp_path / "two" / "result").unlink()
-    told = run(tmp_path, *chosen)
-    assert told.count("    done already") == 1
+    output = run(tmp_path, *three)
+    assert output.count("    done already") == 1
     assert [content(tmp_path, name) for name in ("one", "two", "three")] == ["whole"] * 3
 
 
@@ -127,10 +127,10 @@ def test_a_failure_shows_the_end_of_the_log_and_is_done_again(tmp_path: Path) ->
     step = Step(
         name="one", title="Break", command=("bash", "-c", program), output=tmp_path / "one", whole=lambda _: True
     )
-    told = Told()
+    output = Output()
     with pytest.raises(KitError, match=r"step one ended with exit code 7: .*logs/one.log; the same command goes on"):
-        Runner(tmp_path, [step], told.append).run()
-    assert "    | error: it broke" in told
+        Runner(tmp_path, [step], output.append).run()
+    assert "    | error: it broke" in output
     (tmp_path / "mended").touch()
     assert "done in" in str(run(tmp_path, step))
 

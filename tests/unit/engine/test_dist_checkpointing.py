@@ -21,8 +21,8 @@ def test_an_optimizer_that_the_version_does_not_load_is_refused(
     text: str, kind: str, those: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path, text, monkeypatch)
-    told = f"/run holds the optimizer as {kind}, which {those} loads; {text[:4]} is installed: use"
-    with pytest.raises(KitError, match=f"^{told} .* from the weights alone: set LOAD_CHECKPOINT_PATH"):
+    message = f"/run holds the optimizer as {kind}, which {those} loads; {text[:4]} is installed: use"
+    with pytest.raises(KitError, match=f"^{message} .* from the weights alone: set LOAD_CHECKPOINT_PATH"):
         dist_checkpointing.check_optimizer_sharding(kind, Path("/run"), same_ranks=True)
 
 

@@ -51,8 +51,8 @@ def test_a_checkpoint_of_other_stages_is_told(tmp_path: Path) -> None:
     path = write_ranks(tmp_path / "release", weights, qwen, [[range(3)], [range(3, 4)]])
     checkpoint = Checkpoint(tmp_path, path, "release", "torch")
     check_parallel_sizes(checkpoint, ParallelSizes(2, pp=2, pipeline_layers=(3, 1)), qwen)
-    told = r"at TP=1 PP=2 VPP=1 PIPELINE_LAYERS=3,1, this run has TP=1 PP=2 VPP=1 PIPELINE_LAYERS=2,2: use the same"
-    with pytest.raises(KitError, match=told):
+    message = r"at TP=1 PP=2 VPP=1 PIPELINE_LAYERS=3,1, this run has TP=1 PP=2 VPP=1 PIPELINE_LAYERS=2,2: use the same"
+    with pytest.raises(KitError, match=message):
         check_parallel_sizes(checkpoint, ParallelSizes(2, pp=2), qwen)
     stages = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]
     path = write_ranks(tmp_path / "iter_0000001", weights, qwen, stages)

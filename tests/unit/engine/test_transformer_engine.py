@@ -21,7 +21,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str
 
 
 @pytest.mark.parametrize(
-    ("engine", "megatron", "asked", "given"),
+    ("engine", "megatron", "requested", "given"),
     [
         ("2.11.0", "0.16.1", ("none", "tensorwise"), {}),
         ("2.11.0", "0.16.1", ("hybrid", "tensorwise"), {"fp8": "hybrid", "fp8_recipe": "tensorwise"}),
@@ -31,14 +31,14 @@ def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str
     ],
 )
 def test_fp8(
-    monkeypatch: pytest.MonkeyPatch, engine: str, megatron: str, asked: tuple[str, str], given: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, engine: str, megatron: str, requested: tuple[str, str], given: dict[str, Any]
 ) -> None:
     installed(monkeypatch, engine, megatron)
-    assert transformer_engine.fp8_options(*asked) == given
+    assert transformer_engine.fp8_options(*requested) == given
 
 
 @pytest.mark.parametrize(
-    ("engine", "megatron", "asked", "said"),
+    ("engine", "megatron", "recipe", "message"),
     [
         ("2.1.0", "0.16.1", "tensorwise", "FP8_RECIPE=tensorwise needs Transformer Engine 2.2 or later, and 2.1 is"),
         ("2.2.0", "0.16.1", "blockwise", "FP8_RECIPE=blockwise needs Transformer Engine 2.3 or later, and 2.2 is"),
@@ -48,12 +48,12 @@ def test_fp8(
     ],
 )
 def test_fp8_that_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, asked: str, said: str
+    monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, recipe: str, message: str
 ) -> None:
     installed(monkeypatch, engine, megatron)
     for ask in (transformer_engine.fp8_options, transformer_engine.check_fp8):
-        with pytest.raises(KitError, match=re.escape(said)):
-            ask("hybrid", asked)
+        with pytest.raises(KitError, match=re.escape(message)):
+            ask("hybrid", recipe)
 
 
 def test_moments_in_bf16_keep_whole_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_moments_in_bf16_keep_whole_master_weights(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("engine", "megatron", "said"),
+    ("engine", "megatron", "message"),
     [
         ("2.11.0", "0.11.0", "megatron-core 0.14 or later, and 0.11 is installed: set it to fp32"),
         ("2.0.1", "0.16.1", "Transformer Engine 2.1 or later, and 2.0 is installed: set it to fp32"),
@@ -73,11 +73,11 @@ def test_moments_in_bf16_keep_whole_master_weights(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_moments_in_bf16_where_they_cannot_be(
-    monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, said: str
+    monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, message: str
 ) -> None:
     installed(monkeypatch, engine, megatron)
     for ask in (transformer_engine.optimizer_state_options, transformer_engine.check_optimizer_state):
-        with pytest.raises(KitError, match=re.escape(f"OPTIMIZER_STATE=bf16 needs {said}")):
+        with pytest.raises(KitError, match=re.escape(f"OPTIMIZER_STATE=bf16 needs {message}")):
             ask("bf16")
         ask("fp32")
 

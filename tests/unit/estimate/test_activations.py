@@ -18,21 +18,21 @@ from tests.unit.estimate.ranks import count, write_config
 def most_kept(task: dict[str, Any]) -> int:
     """The formulas' most bytes that passes keep, with those of the layer that full recomputation makes anew."""
     same = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1}
-    chosen = TrainSettings(**same, gpus=task["world"], **task["settings"])
-    qwen, stage = load_config(Path(task["folder"])), task["rank"] // (task["world"] // chosen.pp)
-    work = work_of(chosen, replace(CPU, fused_kernels=task["fused"]), qwen)
-    chunks = chunks_of_rank(qwen, chosen.sizes, stage)
+    settings = TrainSettings(**same, gpus=task["world"], **task["settings"])
+    qwen, stage = load_config(Path(task["folder"])), task["rank"] // (task["world"] // settings.pp)
+    work = work_of(settings, replace(CPU, fused_kernels=task["fused"]), qwen)
+    chunks = chunks_of_rank(qwen, settings.sizes, stage)
     kept = [kept_by_chunk(work, chunk) for chunk in chunks]
-    number = chosen.sizes.num_microbatches(chosen.global_batch_size, chosen.micro_batch_size)
+    number = settings.sizes.num_microbatches(settings.global_batch_size, settings.micro_batch_size)
     most = 0
-    for moment in moments(chosen.pp, chosen.vpp, stage, number):
+    for moment in moments(settings.pp, settings.vpp, stage, number):
         held = sum(each * size for each, size in zip(moment.in_flight, kept, strict=True))
         chunk = chunks[moment.chunk]
         if not moment.forward and recomputed_layers(work, chunk) == chunk.num_layers:
             held += layer_made_anew(work, chunk)
         most = max(most, held)
     # Full recomputation keeps the table of angles, float32 [s, d], which is one for all.
-    return most + (4 * work.seq_length * qwen.head_dim if chosen.recompute == "full" else 0)
+    return most + (4 * work.seq_length * qwen.head_dim if settings.recompute == "full" else 0)
 
 
 def layer_made_anew(work: Work, chunk: Chunk) -> int:
@@ -105,7 +105,7 @@ def test_rows_that_are_joined_go_without_the_kernel_of_qkv(tmp_path: Path) -> No
     same = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1, "recompute": "selective"}
     values = []
     for packing in (False, True):
-        chosen = TrainSettings(**same, train_mode="finetune", packing=packing, transformer_impl="transformer_engine")
-        work = work_of(chosen, replace(CPU, fused_kernels=True), qwen)
+        settings = TrainSettings(**same, train_mode="finetune", packing=packing, transformer_impl="transformer_engine")
+        work = work_of(settings, replace(CPU, fused_kernels=True), qwen)
         values.append(layer_tensors(work)["value"])
     assert values == [work.key, work.query + 2 * work.key]

@@ -102,15 +102,15 @@ def test_llama_3_trained_over_90_percent_with_one_fault_in_three_hours() -> None
 
 def test_the_shares_are_all_of_the_time() -> None:
     for lost in RUNS.values():
-        told = shares(lost, best_interval(lost))
-        assert told.trains + told.saves + told.recovers + told.repeats == pytest.approx(1)
-        assert min(told.trains, told.saves, told.recovers, told.repeats) > 0
+        split = shares(lost, best_interval(lost))
+        assert split.trains + split.saves + split.recovers + split.repeats == pytest.approx(1)
+        assert min(split.trains, split.saves, split.recovers, split.repeats) > 0
     # Where both are short, half of an interval and its save is lost a fault, and a save an interval.
     few = RUNS["few faults"]
-    told, interval = shares(few, 2 * HOUR), 2 * HOUR
-    assert told.saves == pytest.approx(few.stall / (interval + few.stall), rel=0.03)
-    assert told.repeats == pytest.approx((interval + few.stall) / 2 / few.between_faults, rel=0.03)
-    assert told.recovers == pytest.approx(few.recovery / few.between_faults, rel=0.03)
+    split, interval = shares(few, 2 * HOUR), 2 * HOUR
+    assert split.saves == pytest.approx(few.stall / (interval + few.stall), rel=0.03)
+    assert split.repeats == pytest.approx((interval + few.stall) / 2 / few.between_faults, rel=0.03)
+    assert split.recovers == pytest.approx(few.recovery / few.between_faults, rel=0.03)
 
 
 def test_a_save_before_the_last_one_is_written_waits_for_it() -> None:
@@ -127,5 +127,5 @@ def test_the_best_save_interval_is_the_best_whole_number_of_steps(step: float) -
 
 
 def test_a_run_that_never_gets_to_its_save_trains_nothing() -> None:
-    told = shares(Interruptions(1.0, 10.0, 10.0, 5000.0), 1e6)
-    assert told.trains == 0 and told.recovers == 1
+    split = shares(Interruptions(1.0, 10.0, 10.0, 5000.0), 1e6)
+    assert split.trains == 0 and split.recovers == 1

@@ -147,13 +147,13 @@ class Live(TorchDispatchMode):
 
 
 def plan_of(task: dict[str, Any]) -> Plan:
-    chosen = TrainSettings(
+    train_settings = TrainSettings(
         save_checkpoint_path="-", dataset_path="-", train_iters=1, gpus=task["world"], **task["settings"]
     )
     folder = Path(task["folder"])
     platform = replace(CPU, fused_kernels=task.get("fused", False))
     return Plan(
-        settings=chosen, platform=platform, sizes=chosen.sizes, qwen=load_config(folder),
+        settings=train_settings, platform=platform, sizes=train_settings.sizes, qwen=load_config(folder),
         start=Start("random", folder, None), transformer_impl="local", ckpt_format="torch_dist",
         train=None, valid=None, train_iters=1,
     )  # fmt: skip

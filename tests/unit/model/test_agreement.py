@@ -89,8 +89,8 @@ def two_ranks(qwen: Path, **task: Any) -> list[dict[str, Any]]:
     stubs = [ROOT / "tests" / "stubs" / name for name in ("quack", "flash_attn")]
     path = ":".join(map(str, [ROOT, *stubs]))
     printed = forked(2, __name__, [json.dumps({"qwen": str(qwen), **task})], more={"PYTHONPATH": path})
-    told = [json.loads(line) for line in printed.splitlines() if line.startswith('{"rank": ')]
-    return sorted(told, key=lambda each: each.pop("rank"))
+    results = [json.loads(line) for line in printed.splitlines() if line.startswith('{"rank": ')]
+    return sorted(results, key=lambda each: each.pop("rank"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -104,7 +104,7 @@ def test_what_fails_on_one_rank_is_passed_over_by_both_and_they_train(case: str,
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [
         (
             {"module": "quack", "fused_products": "true"},
@@ -121,9 +121,9 @@ def test_what_fails_on_one_rank_is_passed_over_by_both_and_they_train(case: str,
     ],
     ids=["products", "triton", "attention"],
 )
-def test_what_is_asked_for_and_fails_on_one_rank_ends_both(task: dict[str, str], said: str, qwen: Path) -> None:
+def test_what_is_asked_for_and_fails_on_one_rank_ends_both(task: dict[str, str], message: str, qwen: Path) -> None:
     first, second = two_ranks(qwen, error="TypeError", **task)
-    assert first == second and first["error"].startswith(said)
+    assert first == second and first["error"].startswith(message)
 
 
 def main() -> None:
@@ -146,8 +146,8 @@ def main() -> None:
     logging.getLogger("kit").setLevel(logging.INFO)
     sizes = ParallelSizes(2, pp=task.get("pp", 1))
     with process_group(PLATFORMS["cpu"], sizes, 1234, 1):
-        told = found(load_config(Path(task["qwen"])), sizes, task)
-        line = json.dumps({"rank": int(os.environ["RANK"]), **told, "log": lines})
+        result = found(load_config(Path(task["qwen"])), sizes, task)
+        line = json.dumps({"rank": int(os.environ["RANK"]), **result, "log": lines})
         os.write(1, f"{line}\n".encode())  # in one piece: both ranks write to one file
 
 

@@ -106,7 +106,7 @@ def no_gradient(q: Any, k: Any, v: Any, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "said"),
+    ("kernel", "reason"),
     [
         (raising, "RuntimeError: no kernel for this head size"),
         (not_causal, "its results are off by"),
@@ -114,11 +114,11 @@ def no_gradient(q: Any, k: Any, v: Any, **more: Any) -> Any:
     ],
 )
 def test_one_that_fails_or_is_wrong_is_passed_over(
-    kernel: Any, said: str, flash: Any, monkeypatch: pytest.MonkeyPatch
+    kernel: Any, reason: str, flash: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel.right = flash.flash_attn_func
     monkeypatch.setattr(flash, "flash_attn_func", kernel)
-    assert why_not(FlashAttention, HEADS, CPU).startswith(said)
+    assert why_not(FlashAttention, HEADS, CPU).startswith(reason)
     assert choose(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
     with pytest.raises(KitError, match="no core attention works here .flash_attn: "):
         choose(("flash_attn",), HEADS, CPU)

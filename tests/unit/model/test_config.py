@@ -108,7 +108,7 @@ def test_another_model_type_is_refused_with_the_known_ones(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling={'type': 'yarn', 'factor': 4.0}"),
         ({"rope_scaling": {"type": "yarn", "mscale": 2.0, **YARN}}, "'mscale': 2.0"),
@@ -127,8 +127,8 @@ def test_another_model_type_is_refused_with_the_known_ones(kind: Any) -> None:
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "code of its own (auto_map)"),
     ],
 )
-def test_mathematics_that_is_not_built_is_refused_by_name(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(KitError, match=re.escape(said)) as raised:
+def test_mathematics_that_is_not_built_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(KitError, match=re.escape(message)) as raised:
         parse(**changes).check_trainable()
     assert "remove the field" in str(raised.value)
 
@@ -211,9 +211,9 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes, said", WRONG, ids=[said[:40] for _, said in WRONG])
-def test_a_field_of_another_type_or_range_is_named_with_what_it_must_be(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(KitError, match=rf"^model/config.json: .*{re.escape(said)}"):
+@pytest.mark.parametrize("changes, message", WRONG, ids=[message[:40] for _, message in WRONG])
+def test_a_field_of_another_type_or_range_is_named_with_what_it_must_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(KitError, match=rf"^model/config.json: .*{re.escape(message)}"):
         parse(**changes)
 
 
@@ -233,9 +233,11 @@ def test_tp_that_divides_everything_is_taken(tp: int) -> None:
     parse().check_tensor_parallel(tp)
 
 
-@pytest.mark.parametrize("tp, said", [(8, "num_attention_heads=28"), (7, "num_key_value_heads=4")])
-def test_tp_that_divides_not_is_refused_with_those_that_do(tp: int, said: str) -> None:
-    with pytest.raises(KitError, match=re.escape(f"TP={tp} does not divide {said} of this model: use TP in [1, 2, 4]")):
+@pytest.mark.parametrize("tp, message", [(8, "num_attention_heads=28"), (7, "num_key_value_heads=4")])
+def test_tp_that_divides_not_is_refused_with_those_that_do(tp: int, message: str) -> None:
+    with pytest.raises(
+        KitError, match=re.escape(f"TP={tp} does not divide {message} of this model: use TP in [1, 2, 4]")
+    ):
         parse().check_tensor_parallel(tp)
 
 

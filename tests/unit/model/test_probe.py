@@ -16,7 +16,7 @@ def raised(error: BaseException) -> str:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "line"),
     [
         (UnusableError("it is made for Hopper GPUs"), "it is made for Hopper GPUs"),
         (ModuleNotFoundError("No module named 'quack'", name="quack"), "no module quack"),
@@ -27,8 +27,8 @@ def raised(error: BaseException) -> str:
     ],
     ids=lambda given: type(given).__name__,
 )
-def test_whatever_is_raised_becomes_one_line(error: BaseException, said: str) -> None:
-    assert raised(error) == said
+def test_whatever_is_raised_becomes_one_line(error: BaseException, line: str) -> None:
+    assert raised(error) == line
 
 
 def test_ctrl_c_is_no_failure_of_a_kernel() -> None:

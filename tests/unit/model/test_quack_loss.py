@@ -37,17 +37,17 @@ def losses_and_gradients(kernels: Any, rows: int, num_tokens: int, group: Any = 
 
 def test_losses_and_gradients_are_those_of_the_chunks(quack_loss: Any) -> None:
     kernels = quack_loss.QuackLoss()
-    asked = []
+    tiles = []
     inner = kernels._losses
-    kernels._losses = lambda *given, **how: asked.append(how["tile_n1"]) or inner(*given, **how)
+    kernels._losses = lambda *given, **how: tiles.append(how["tile_n1"]) or inner(*given, **how)
     for mine, theirs in zip(
         losses_and_gradients(kernels, 384, 384), losses_and_gradients(TorchKernels(), 384, 384), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    assert asked == [192]
+    assert tiles == [192]
     for vocab_size in (151936, 152064, 152064 + 256):
         assert quack_loss.why_not(kernels, 64, vocab_size, CPU) == ""
-    assert asked == [192, 128, 192, 256], "each trial is QuACK's, of the tile that training takes"
+    assert tiles == [192, 128, 192, 256], "each trial is QuACK's, of the tile that training takes"
 
 
 @pytest.mark.parametrize(("rows", "num_tokens"), [(384, 380), (380, 380), (576, 576)])

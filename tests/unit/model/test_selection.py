@@ -98,7 +98,7 @@ def test_where_triton_fails_no_kernel_of_it_is_taken(log: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("swiglu", "said"),
+    ("swiglu", "reason"),
     [
         (plain_kernels.bias_swiglu, ""),
         (lambda x, _: x.chunk(2, -1)[0] * x.chunk(2, -1)[1], "its results are off by "),
@@ -107,16 +107,16 @@ def test_where_triton_fails_no_kernel_of_it_is_taken(log: pytest.LogCaptureFixtu
     ],
     ids=["right", "wrong", "no number", "failing"],
 )
-def test_tritons_kernels_are_tried(swiglu: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tritons_kernels_are_tried(swiglu: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "common.model.kernels.swiglu", SimpleNamespace(bias_swiglu=swiglu))
     monkeypatch.setitem(sys.modules, "common.model.kernels.qkv_rope", SimpleNamespace(split_and_rotate=None))
     put: list[Any] = []
     monkeypatch.setattr(kernels, "use_kernels", lambda *given: put.extend(given))
     monkeypatch.setattr(kernels, "fuse_rotary_embedding", lambda: None)
     found, failure = kernels.tried(lambda: kernels._triton_kernels(torch.device("cpu")))
-    assert failure.startswith(said) and bool(failure) == bool(said)
-    assert kernels.with_working_kernels(FUSED, OPTIONS).fused_kernels is (not said)
-    assert put == ([] if said else [swiglu, None])
+    assert failure.startswith(reason) and bool(failure) == bool(reason)
+    assert kernels.with_working_kernels(FUSED, OPTIONS).fused_kernels is (not reason)
+    assert put == ([] if reason else [swiglu, None])
 
 
 def test_products_that_are_asked_for_and_have_no_norms_under_transformer_engine_are_refused(tmp_path: Path) -> None:
@@ -133,11 +133,11 @@ def test_a_deterministic_run_says_what_it_takes_in_the_place_of_what(
     assert log.messages[-1] == "deterministic: torch's deterministic algorithms, which a CPU takes anyway"
     assert transformer_config(qwen, ONE, options, CPU).deterministic_mode is True
     assert transformer_config(qwen, ONE, OPTIONS, CPU).deterministic_mode is False
-    told = {kind: kernels._in_place(kind, replace(CPU, device="cuda"))[0] for kind in (None, *KINDS.values())}
-    assert "Transformer Engine" in told[None] and "without cuDNN" in told[KINDS["sdpa"]]
+    replacements = {kind: kernels._in_place(kind, replace(CPU, device="cuda"))[0] for kind in (None, *KINDS.values())}
+    assert "Transformer Engine" in replacements[None] and "without cuDNN" in replacements[KINDS["sdpa"]]
     assert (
-        told[KINDS["flash_attn"]]
-        == told[KINDS["flash_attn_4"]]
+        replacements[KINDS["flash_attn"]]
+        == replacements[KINDS["flash_attn_4"]]
         == ("attention gradients added in a fixed order of blocks, not as they come")
     )
 
@@ -150,8 +150,8 @@ def test_kernels_are_not_chosen_as_deterministic_while_torch_is_not(tmp_path: Pa
 def test_a_deterministic_model_leaves_its_embedding_to_torch(tmp_path: Path) -> None:
     """Which adds a token's gradients in float32 on a GPU; Megatron-Core's, by index, adds them in bf16."""
     tiny_qwen(tmp_path)
-    told = json.loads(forked(1, "tests.unit.model.test_selection", [str(tmp_path)]).splitlines()[-1])
-    assert told == {"config": True, "embedding": False}
+    result = json.loads(forked(1, "tests.unit.model.test_selection", [str(tmp_path)]).splitlines()[-1])
+    assert result == {"config": True, "embedding": False}
 
 
 if __name__ == "__main__":

@@ -48,11 +48,11 @@ def model(tmp_path: Path) -> Path:
 def test_data_of_another_tokenizer_is_refused(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
     good, other = dataset(tmp_path, "good", 3), dataset(tmp_path, "other", 3, "0" * 64)
     check_tokenizer(read_blend(str(good)), model)
-    told = "other_text_document was made with another tokenizer than .*model/tokenizer.json: .*TOKENIZER_PATH"
-    with pytest.raises(KitError, match=told):
+    message = "other_text_document was made with another tokenizer than .*model/tokenizer.json: .*TOKENIZER_PATH"
+    with pytest.raises(KitError, match=message):
         check_tokenizer(read_blend(f"1 {good} 1 {other}"), model)
     for flags in ({"dataset_path": str(other)}, {"dataset_path": str(good), "valid_dataset_path": str(other)}):
-        with pytest.raises(KitError, match=told):
+        with pytest.raises(KitError, match=message):
             open_data(settings(**flags), model, 400)
 
 

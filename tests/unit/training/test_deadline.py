@@ -29,10 +29,10 @@ def test_room_is_left_for_the_longest_step_so_far_and_a_save_that_is_slower_than
     clock: SimpleNamespace,
 ) -> None:
     end = Deadline(10)  # at 1600
-    asked = []
+    answers = []
     for clock.now in (1000, 1100, 1110, 1439, 1441):  # the longest is 329 s
-        asked.append(end.is_near(0))
-    assert asked == [False, False, False, True, True]
+        answers.append(end.is_near(0))
+    assert answers == [False, False, False, True, True]
     end = Deadline(10)
     clock.now = 1479.0
     assert not end.is_near(100)

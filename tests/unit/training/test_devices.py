@@ -28,20 +28,20 @@ def asks_for(gpus: int) -> TrainSettings:
 
 
 @pytest.mark.parametrize(
-    ("platform", "hidden", "said"),
+    ("platform", "hidden", "message"),
     [
         (NVIDIA, None, r"^GPUS=8, but torch sees 2 devices: set GPUS=2, with TP, PP and CP that"),
         (METAX, "0,1", r"torch sees 2 devices with CUDA_VISIBLE_DEVICES=0,1: set GPUS=2"),
     ],
 )
 def test_fewer_devices_than_asked_for_are_refused(
-    platform: Any, hidden: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+    platform: Any, hidden: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    with pytest.raises(KitError, match=said):
+    with pytest.raises(KitError, match=message):
         devices.check_devices(asks_for(8), platform)
     devices.check_devices(asks_for(2), platform)
     devices.check_devices(asks_for(8), CPU)

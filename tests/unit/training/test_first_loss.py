@@ -25,14 +25,14 @@ def test_over_the_bound_the_run_stops() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "loss", "said"), [("weights", 11.5, True), ("weights", 4.0, False), ("random", 11.9, False)]
+    ("kind", "loss", "warns"), [("weights", 11.5, True), ("weights", 4.0, False), ("random", 11.9, False)]
 )
 def test_weights_that_know_nothing_are_told(
-    kind: str, loss: float, said: bool, caplog: pytest.LogCaptureFixture
+    kind: str, loss: float, warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "kit")
     check_first_loss(plan(kind, None), loss)
-    assert ("random weights give 11.93" in caplog.text) == said
+    assert ("random weights give 11.93" in caplog.text) == warns
 
 
 def test_of_what_all_ranks_find_one_process_of_a_node_speaks(monkeypatch: pytest.MonkeyPatch) -> None:

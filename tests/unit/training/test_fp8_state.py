@@ -132,9 +132,9 @@ def test_other_recipes_have_none() -> None:
     run = Run()
     run.step(0, "tensorwise")
     assert fp8_state(run.model) == [{}]
-    chosen = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1}
+    required = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1}
     found = {
-        (form, recipe): has_fp8_state(TrainSettings(**chosen, fp8_format=form, fp8_recipe=recipe))
+        (form, recipe): has_fp8_state(TrainSettings(**required, fp8_format=form, fp8_recipe=recipe))
         for form in ("none", "hybrid")
         for recipe in ("delayed", "tensorwise")
     }

@@ -44,22 +44,22 @@ def test_what_is_a_nodes_own_is_no_difference(work: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"lr": 1e-3}, "LR is 0.001 on b, 6.5e-05 on a"),
         ({"gpus": 2}, "GPUS is 2 on b, 1 on a"),
         ({"train_iters": 5, "epochs": None}, "EPOCHS is None on b, 1.0 on a, TRAIN_ITERS is 5 on b, None on a"),
     ],
 )
-def test_a_setting_is_told_with_both_values(work: Path, changes: dict[str, Any], told: str) -> None:
-    assert differences(facts_of(plan(work)), "a", facts_of(plan(work, **changes)), "b") == told
+def test_a_setting_is_told_with_both_values(work: Path, changes: dict[str, Any], expected: str) -> None:
+    assert differences(facts_of(plan(work)), "a", facts_of(plan(work, **changes)), "b") == expected
 
 
 def test_what_one_node_lacks_and_what_is_over_five_is_told() -> None:
     assert differences({"x": "1"}, "a", {"y": "2"}, "b") == "x exists only on a, y exists only on b"
     many = {str(number): "1" for number in range(8)}
-    told = differences(many, "a", dict.fromkeys(many, "2"), "b")
-    assert told.count(" is 2 on b") == 5 and told.endswith(", and 3 more")
+    text = differences(many, "a", dict.fromkeys(many, "2"), "b")
+    assert text.count(" is 2 on b") == 5 and text.endswith(", and 3 more")
 
 
 def test_data_differs_by_weight_index_and_tokens(work: Path, tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_data_differs_by_weight_index_and_tokens(work: Path, tmp_path: Path) -> 
     data = bytearray((tmp_path / "a.bin").read_bytes())
     data[11] ^= 1
     (tmp_path / "a.bin").write_bytes(data)
-    told = differences(reference, "a", data_facts("DATASET_PATH", str(tmp_path / "a")), "b")
-    assert told == "DATASET_PATH[0] a.bin differs"
+    text = differences(reference, "a", data_facts("DATASET_PATH", str(tmp_path / "a")), "b")
+    assert text == "DATASET_PATH[0] a.bin differs"
 
 
 def test_samples_reach_from_the_first_byte_to_the_last(tmp_path: Path) -> None:
@@ -110,6 +110,6 @@ def test_a_start_is_told_apart_by_its_iteration_and_by_its_bytes(tmp_path: Path)
     )
     before = facts(2)
     (folder / "iter_0000002" / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"\7")
-    told = "iter_0000002/mp_rank_00/model_optim_rng.pt differs"
-    assert differences(before, "a", facts(2), "b") == told
+    expected = "iter_0000002/mp_rank_00/model_optim_rng.pt differs"
+    assert differences(before, "a", facts(2), "b") == expected
     assert start_facts(Start("random", folder, None)) == {"start": "random"}

@@ -151,9 +151,11 @@ REFUSED_STARTS = [
 ]
 
 
-@pytest.mark.parametrize("saved, loaded, changes, said", REFUSED_STARTS, ids=[case[3][:40] for case in REFUSED_STARTS])
+@pytest.mark.parametrize(
+    "saved, loaded, changes, message", REFUSED_STARTS, ids=[case[3][:40] for case in REFUSED_STARTS]
+)
 def test_an_impossible_start_is_refused(
-    saved: int | str | None, loaded: int | str | None, changes: dict[str, str], said: str, tmp_path: Path
+    saved: int | str | None, loaded: int | str | None, changes: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     folders = {"save": tmp_path / "save", "load": tmp_path / "load"}
     for folder, iteration in zip(folders.values(), (saved, loaded), strict=True):
@@ -161,13 +163,13 @@ def test_an_impossible_start_is_refused(
         if iteration is not None:
             write_checkpoint(folder, iteration)
     changes = {name: text.format(**folders) for name, text in changes.items()}
-    with pytest.raises(KitError, match=re.escape(said.format(**folders))):
+    with pytest.raises(KitError, match=re.escape(message.format(**folders))):
         find_start(settings(save_checkpoint_path=str(folders["save"]), **changes))
 
 
 def plan(data: Path, qwen: Path, platform: Platform = CPU, **changes: Any) -> Plan:
-    chosen = {"dataset_path": str(data), "hf_model_path": str(qwen), "seq_length": 16, "global_batch_size": 4}
-    return plan_run(settings(**{**chosen, **changes}), platform)
+    defaults = {"dataset_path": str(data), "hf_model_path": str(qwen), "seq_length": 16, "global_batch_size": 4}
+    return plan_run(settings(**{**defaults, **changes}), platform)
 
 
 def test_a_plan_follows_from_settings_data_and_model(data: Path, qwen: Path) -> None:
@@ -210,7 +212,7 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
 
 
 @pytest.mark.parametrize(
-    "platform, changes, said",
+    "platform, changes, message",
     [
         ("cpu", {"gpus": 4, "tp": 4}, "TP=4 does not divide num_key_value_heads=2 of this model: use TP in [1, 2]"),
         ("cpu", {"gpus": 3, "pp": 3, "global_batch_size": 2}, "4 layers cannot be divided by PP=3 x VPP=1 = 3"),
@@ -237,9 +239,9 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
     ids=str,
 )
 def test_what_cannot_run_is_refused_before_it_starts(
-    platform: str, changes: dict[str, Any], said: str, data: Path, qwen: Path
+    platform: str, changes: dict[str, Any], message: str, data: Path, qwen: Path
 ) -> None:
-    with pytest.raises(KitError, match=re.escape(said)):
+    with pytest.raises(KitError, match=re.escape(message)):
         plan(data, qwen, PLATFORMS[platform], **{"seq_length": 32, **changes})
 
 
@@ -277,7 +279,7 @@ def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, t
 
 
 @pytest.mark.parametrize(
-    "run, changes, said",
+    "run, changes, message",
     [
         ({"run": RUN}, {"seq_length": 8}, "(samples_per_epoch 104 -> 208, seq_length 16 -> 8)"),
         ({"run": RUN}, {"seed": 1}, "(seed 1234 -> 1), so its position in the data does not apply: use the same"),
@@ -293,10 +295,10 @@ def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, t
     ids=str,
 )
 def test_a_run_that_cannot_go_on_is_refused(
-    run: dict[str, Any], changes: dict[str, Any], said: str, data: Path, qwen: Path, tmp_path: Path
+    run: dict[str, Any], changes: dict[str, Any], message: str, data: Path, qwen: Path, tmp_path: Path
 ) -> None:
     save = write_run(tmp_path / "save", qwen, run)
-    with pytest.raises(KitError, match=re.escape(said)):
+    with pytest.raises(KitError, match=re.escape(message)):
         plan(data, qwen, save_checkpoint_path=str(save), **changes)
 
 
@@ -335,10 +337,10 @@ def test_an_optimizer_that_cannot_be_loaded_is_refused(data: Path, qwen: Path, t
     save = write_run(tmp_path / "save", qwen, {})
     for name in (".metadata", "metadata.json"):  # of torch_dist
         (save / "iter_0000005" / name).touch()
-    for kind, sizes, said in (
+    for kind, sizes, message in (
         ("fully_sharded_model_space", {}, "megatron-core 0.14 loads; 0.16 is installed"),
         ("dp_zero_gather_scatter", {"gpus": 2, "tp": 2}, "it loads at its own TP, PP and VPP alone"),
     ):
         torch.save({"run": {**RUN, "optimizer_sharding": kind}}, save / "iter_0000005" / "common.pt")
-        with pytest.raises(KitError, match=re.escape(said)):
+        with pytest.raises(KitError, match=re.escape(message)):
             plan(data, qwen, save_checkpoint_path=str(save), hf_model_path=None, epochs=7.0, **sizes)

@@ -119,9 +119,11 @@ def test_one_node_needs_no_check(settings: Callable[..., TrainSettings]) -> None
 def test_a_port_that_is_taken_is_told(settings: Callable[..., TrainSettings]) -> None:
     import socket
 
-    chosen = settings(0)
+    train_settings = settings(0)
     with socket.socket() as taken:
-        taken.bind(("", chosen.master_port))
+        taken.bind(("", train_settings.master_port))
         taken.listen()
-        with pytest.raises(KitError, match=rf"cannot open the store .* MASTER_PORT={chosen.master_port} .*taken"):
-            Preflight(chosen, 2)
+        with pytest.raises(
+            KitError, match=rf"cannot open the store .* MASTER_PORT={train_settings.master_port} .*taken"
+        ):
+            Preflight(train_settings, 2)

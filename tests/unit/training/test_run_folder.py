@@ -101,9 +101,9 @@ def test_too_little_room_is_told_before_a_checkpoint_is_begun(
     folder = RunFolder(plan(tmp_path / "run", model))
     folder.check_disk()
     monkeypatch.setattr(run_folder, "free_bytes", lambda path: NEEDED_BYTES - 1)
-    with pytest.raises(OSError, match=r"0\.00 GB free, and a checkpoint takes 0\.00 GB") as told:
+    with pytest.raises(OSError, match=r"0\.00 GB free, and a checkpoint takes 0\.00 GB") as raised:
         folder.check_disk()
-    assert told.value.errno == errno.ENOSPC
+    assert raised.value.errno == errno.ENOSPC
     assert sorted(path.name for path in folder.path.iterdir()) == [LOCK_FILE]  # the file of the try is gone
 
 
@@ -125,9 +125,9 @@ def test_a_full_disk_and_another_disk_in_its_place_are_told(disk: Path, model: P
     with (disk / "other").open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
         while True:
             stream.write(b"x" * 4096)
-    with pytest.raises(OSError, match="No space left") as told:
+    with pytest.raises(OSError, match="No space left") as raised:
         folder.check_disk()
-    assert told.value.errno == errno.ENOSPC
+    assert raised.value.errno == errno.ENOSPC
     assert sorted(path.name for path in folder.path.iterdir()) == [LOCK_FILE]
     (disk / "other").unlink()
     folder.check_disk()

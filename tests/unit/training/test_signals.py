@@ -138,10 +138,10 @@ print(json.dumps(masks)""",
     masks = json.loads(rank.line())
     rank.process.kill()
     rank.ends()
-    asked = {str(int(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+    expected = {str(int(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
     assert len(masks) == 3
     for mask in masks:
-        assert asked <= set(mask), masks
+        assert expected <= set(mask), masks
 
 
 # Has a child, which is a rank with "rank" as its word, and has it answer each line.
