@@ -48,7 +48,7 @@ def fill(folder: Path, leave_kb: int = 0) -> Path:
 
 
 @pytest.mark.parametrize("ckpt_format", ["torch_dist", "torch"])
-def test_a_full_disk_is_waited_for_while_training_goes_on(work: Path, disk: Path, ckpt_format: str) -> None:
+def test_a_full_disk_is_waited_for_while_training_continues(work: Path, disk: Path, ckpt_format: str) -> None:
     own = {"HF_MODEL_PATH": work / "qwen", "LOAD_CHECKPOINT_PATH": ""} if ckpt_format == "torch" else {}
     run = Run(settings(work, disk / "run", CKPT_FORMAT=ckpt_format, **own), disk.parent / "log")
     run.wait_for("saved " + str(disk / "run" / "iter_0000005"))
@@ -86,7 +86,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(
     assert run.tracker() > before and "Traceback" not in log
 
 
-def test_a_disk_that_turns_read_only_or_is_gone_is_waited_for(work: Path, disk: Path) -> None:
+def test_a_disk_that_becomes_read_only_or_disappears_is_waited_for(work: Path, disk: Path) -> None:
     run = Run(settings(work, disk / "run"), disk.parent / "log")
     run.wait_for("saved " + str(disk / "run" / "iter_0000005"))
     mount("-o", "remount,bind,ro", disk)

@@ -16,7 +16,7 @@ def settings(work: Path, name: str, **more: Any) -> dict[str, Any]:
     return {**paths, "SAVE_CHECKPOINT_PATH": work / name, "GPUS": 2, "SAVE_INTERVAL": 5, **more}
 
 
-def test_a_rank_that_hangs_is_named_and_max_restarts_brings_the_run_back(work: Path) -> None:
+def test_a_rank_that_hangs_is_named_and_max_restarts_restarts_the_run(work: Path) -> None:
     # A tenth of a minute in place of eight: the test would wait for as long.
     given = settings(work, "hangs", HANG_TIMEOUT_MIN=0.1, MAX_RESTARTS=1, TRAIN_ITERS=40)
     run = Run(given, work / "hangs.log")

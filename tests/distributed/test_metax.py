@@ -58,7 +58,7 @@ def plain(work: Path) -> str:
     return train_forked(**settings(work, "plain"), more=METAX)
 
 
-def test_a_run_says_what_it_found_and_saves_in_torch_format(work: Path, plain: str) -> None:
+def test_a_run_logs_what_it_found_and_saves_in_torch_format(work: Path, plain: str) -> None:
     assert "metax on a CPU, for tests: 4 processes = TP 2 x PP 2 x CP 1 x DP 1, local layers, bf16" in plain
     assert "this kit was not run on metax" in plain
     assert "core attention: sdpa (flash_attn: no module flash_attn)" in plain
@@ -79,7 +79,7 @@ def test_the_vendors_attention_and_adam_are_taken_where_they_are_and_train_the_s
     assert "core attention: sdpa\n" in told_otherwise and steps(told_otherwise) == steps(plain)
 
 
-def test_a_kernel_that_is_asked_for_and_missing_stops_the_run(work: Path) -> None:
+def test_a_requested_kernel_that_is_missing_stops_the_run(work: Path) -> None:
     log = train(**settings(work, "missing"), core_attention="flash_attn", more=METAX, expect=2)
     message = (
         "error: CORE_ATTENTION=flash_attn needs flash_attn, which is not installed: install the vendor's build of it,"
@@ -90,7 +90,7 @@ def test_a_kernel_that_is_asked_for_and_missing_stops_the_run(work: Path) -> Non
 
 
 @pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
-def test_a_stopped_run_with_the_vendors_adam_goes_on_as_if_unbroken(ckpt_format: str, work: Path) -> None:
+def test_a_stopped_run_with_the_vendors_adam_resumes_as_if_uninterrupted(ckpt_format: str, work: Path) -> None:
     more = vendor("flash_attn", "apex")
     flags = {"ckpt_format": ckpt_format, "tp": 2, "pp": 2, "gpus": 4}
     unbroken = train_forked(**settings(work, f"whole_{ckpt_format}", **flags), more=more)
@@ -126,7 +126,7 @@ def old_checkpoint(work: Path, folder: Path, trained: bool) -> Path:
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["converted", "trained"])
-def test_the_old_kits_checkpoints_load_and_go_on_and_come_out_again(work: Path, plain: str, trained: bool) -> None:
+def test_the_old_kits_checkpoints_load_resume_and_are_exported(work: Path, plain: str, trained: bool) -> None:
     name = f"old_{trained}"
     folder = old_checkpoint(work, work / name, trained)
     log = train_forked(**settings(work, f"{name}_run", load_checkpoint_path=folder), more=METAX)

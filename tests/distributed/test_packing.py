@@ -76,7 +76,7 @@ def test_packed_samples_are_to_the_model_what_each_is_alone(
 
 
 @pytest.mark.parametrize(("tp", "pp", "sequence_parallel"), [(1, 1, True), (2, 2, True)])
-def test_documents_of_one_window_are_kept_apart_by_the_same_means(
+def test_documents_of_one_window_are_separated_by_the_same_means(
     work: Path, tp: int, pp: int, sequence_parallel: bool
 ) -> None:
     rows = torch.load(work / "windows.pt")["tokens"].shape[0]

@@ -73,7 +73,7 @@ def test_another_layout_holds_the_same_bits(work: Path, saved: Path, name: str) 
     assert max(file.stat().st_size for file in files) < 1.6 * share  # every rank wrote its part
 
 
-def test_the_next_steps_are_those_of_the_run_that_went_on(work: Path, saved: Path) -> None:
+def test_the_next_steps_are_those_of_the_uninterrupted_run(work: Path, saved: Path) -> None:
     shutil.copytree(saved, work / "goes_on")
     unbroken = steps(train_forked(**flags(work, work / "goes_on"), **WIDE))
     assert [i for i, _, _ in unbroken] == [4, 5, 6]

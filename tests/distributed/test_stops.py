@@ -85,7 +85,7 @@ def test_exit_duration_min_counts_the_save(work: Path) -> None:
     assert "stop requested: saving iteration" in log
 
 
-def test_hang_up_is_not_heard_under_nohup(work: Path) -> None:
+def test_a_hangup_is_ignored_under_nohup(work: Path) -> None:
     run = Run(settings(work, "nohup", TRAIN_ITERS=30), log_of(work, "nohup"), nohup=True)
     run.wait_for("iteration 6/")
     run.process.send_signal(signal.SIGHUP)
@@ -111,7 +111,7 @@ def test_a_killed_process_takes_all_others_with_it_at_once(work: Path, what: str
     assert [iteration for iteration, _, _ in steps(again)] == [done + 1]
 
 
-def test_a_run_that_is_killed_is_brought_back_by_max_restarts(work: Path) -> None:
+def test_a_killed_run_is_restarted_by_max_restarts(work: Path) -> None:
     run = Run(settings(work, "restarted", MAX_RESTARTS=1, TRAIN_ITERS=30), log_of(work, "restarted"))
     run.wait_for("iteration 7/")
     os.kill(run.ranks()[0].pid, signal.SIGKILL)

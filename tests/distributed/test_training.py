@@ -169,7 +169,7 @@ def test_a_learning_rate_of_zero_changes_no_bit_and_both_ways_out_agree(work: Pa
 
 
 @pytest.mark.lane
-def test_a_distributed_checkpoint_goes_on_at_another_layout(
+def test_a_distributed_checkpoint_resumes_at_another_layout(
     work: Path, one_process: list[tuple[int, float, float]]
 ) -> None:
     flags = settings(work, "finetune", save_checkpoint_path=work / "moved", train_iters=20)
@@ -254,7 +254,7 @@ def test_more_epochs_on_resume_change_nothing_that_was(work: Path) -> None:
     assert first + rest == whole
 
 
-def test_a_rank_that_runs_out_of_memory_says_so_and_ends_while_the_others_wait_for_it(work: Path) -> None:
+def test_a_rank_that_runs_out_of_memory_reports_it_and_ends_while_the_others_wait_for_it(work: Path) -> None:
     flags = settings(work, "pretrain", save_checkpoint_path=work / "too_much", train_iters=4, gpus=2, recompute="full")
     log = forked(2, "tests.distributed.failing_worker", words({**flags, "master_port": free_port()}), expect=2)
     assert steps(log) and steps(log)[0][0] == 1 and len(steps(log)) < 4, log

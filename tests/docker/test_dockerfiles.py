@@ -71,7 +71,7 @@ def test_a_build_gets_no_secret_and_no_data() -> None:
 
 
 @EACH
-def test_no_secret_is_asked_for_and_mirrors_are_empty(path: Path) -> None:
+def test_no_secret_is_required_and_mirrors_are_empty(path: Path) -> None:
     found = arguments(path)
     names = {*found, *(each.value[0] for each in instructions(path) if each.cmd.upper() == "ENV")}
     assert not [name for name in names if re.search("TOKEN|PASSWORD|SECRET|KEY|CREDENTIAL", name)]

@@ -41,7 +41,7 @@ def source(folder: Path, *modules: str) -> str:
     return str(folder)
 
 
-def test_with_both_there_nothing_is_built_and_no_compiler_is_asked_for(tmp_path: Path) -> None:
+def test_nothing_is_built_and_no_compiler_is_needed_when_both_are_installed(tmp_path: Path) -> None:
     base = make_base(tmp_path, NGC_24_03)
     output = build(base, tmp_path, TRANSFORMER_ENGINE="2.11.0", APEX_SOURCE="/nowhere", CC="/nowhere", CXX="/nowhere")
     assert output.splitlines() == ["transformer-engine 1.4.0", "apex 0.1"]

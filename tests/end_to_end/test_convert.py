@@ -47,7 +47,7 @@ def restore_logger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
 @pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_there_and_back_gives_the_same_bits(
+def test_a_round_trip_gives_the_same_bits(
     tmp_path: Path, qwen: dict[bool, Path], tp: int, pp: int, ckpt_format: str, tied: bool, impl: str
 ) -> None:
     source = qwen[tied]
@@ -73,7 +73,7 @@ def test_there_and_back_gives_the_same_bits(
 @pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])
-def test_qwen3_there_and_back(tmp_path: Path, ckpt_format: str, tied: bool, impl: str) -> None:
+def test_qwen3_survives_a_round_trip(tmp_path: Path, ckpt_format: str, tied: bool, impl: str) -> None:
     source = tiny_qwen(tmp_path / "qwen3", model_type="qwen3", head_dim=32, tie_word_embeddings=tied)
     options = {"tp": 2, "pp": 2, "ckpt_format": ckpt_format, "transformer_impl": impl}
     back = to_hf(to_megatron(source, tmp_path / "megatron", **options), tmp_path / "hf")
@@ -90,7 +90,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_familys_proportions_there_and_back(tmp_path: Path, name: str) -> None:
+def test_each_familys_proportions_survive_a_round_trip(tmp_path: Path, name: str) -> None:
     heads, groups, head_dim, wider, tied = FAMILIES[name]
     shape = {"hidden_size": heads * head_dim, "num_attention_heads": heads, "num_key_value_heads": groups}
     width = int(wider * heads * head_dim) // groups * groups
@@ -109,7 +109,7 @@ def test_each_familys_proportions_there_and_back(tmp_path: Path, name: str) -> N
 @pytest.mark.parametrize(
     ("pp", "vpp", "layers"), [(3, 1, "1,2,1"), (3, 1, "2,1,1"), (2, 1, "3,1"), (4, 1, "1,1,1,1"), (2, 2, "1,1,1,1")]
 )
-def test_stages_of_other_sizes_there_and_back(
+def test_stages_of_other_sizes_survive_a_round_trip(
     tmp_path: Path, qwen: dict[bool, Path], pp: int, vpp: int, layers: str
 ) -> None:
     megatron = to_megatron(qwen[True], tmp_path / "megatron", tp=2, pp=pp, vpp=vpp, pipeline_layers=layers)
@@ -121,7 +121,7 @@ def test_stages_of_other_sizes_there_and_back(
     assert same(weights(to_hf(megatron, tmp_path / "hf")), weights(qwen[True]))
 
 
-def test_virtual_chunks_and_several_shards_there_and_back(tmp_path: Path, qwen: dict[bool, Path]) -> None:
+def test_virtual_chunks_and_several_shards_survive_a_round_trip(tmp_path: Path, qwen: dict[bool, Path]) -> None:
     megatron = to_megatron(qwen[True], tmp_path / "megatron", tp=2, pp=2, vpp=2)
     state = torch.load(megatron / "release" / "mp_rank_01_001" / "model_optim_rng.pt", weights_only=False)
     assert {"model0", "model1"} <= set(state) and state["args"].virtual_pipeline_model_parallel_size == 2
@@ -141,7 +141,7 @@ def test_one_iteration_and_another_models_files(tmp_path: Path, qwen: dict[bool,
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
-def test_dtype_casts_and_config_tells_it(tmp_path: Path, qwen: dict[bool, Path], name: str) -> None:
+def test_dtype_casts_and_config_records_it(tmp_path: Path, qwen: dict[bool, Path], name: str) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     cast = {key: tensor.to(dtype) for key, tensor in weights(qwen[True]).items()}
     for kind in ("torch", "torch_dist"):
@@ -189,9 +189,7 @@ def test_check_prints_ok_and_writes_nothing(
         assert tree(tmp_path) == before
 
 
-def test_verify_tells_that_a_bit_is_another(
-    tmp_path: Path, qwen: dict[bool, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_finds_a_flipped_bit(tmp_path: Path, qwen: dict[bool, Path], capsys: pytest.CaptureFixture[str]) -> None:
     megatron = to_megatron(qwen[False], tmp_path / "megatron", tp=2, pp=2)
     command = words("verify", hf_model_path=qwen[False], load_checkpoint_path=megatron)
     assert run_main(command) == 0 and "verification: 51 tensors, 0.00 GB: all bits agree" in capsys.readouterr().err
@@ -214,7 +212,7 @@ def start_script(folder: Path, **settings: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(["bash", str(SCRIPT)], env=environment, stdout=pipe, stderr=pipe, text=True, cwd=folder)
 
 
-def test_the_script_converts_there_and_back_and_tells_a_mistake(tmp_path: Path, qwen: dict[bool, Path]) -> None:
+def test_the_script_converts_in_both_directions_and_reports_a_mistake(tmp_path: Path, qwen: dict[bool, Path]) -> None:
     there = {"CONVERT_TYPE": "huggingface-to-megatron", "LOAD_CHECKPOINT_PATH": qwen[True], "PP": 2, "VPP": 2}
     there |= {"CKPT_FORMAT": "torch"}
     mistaken = start_script(tmp_path, **there, TP=3, SAVE_CHECKPOINT_PATH="new")

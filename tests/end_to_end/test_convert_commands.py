@@ -23,7 +23,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen(tmp_path_factory.mktemp("qwen"), tie_word_embeddings=False)
 
 
-def test_inspect_tells_both_sides(tmp_path: Path, qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_describes_both_formats(tmp_path: Path, qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
     megatron = to_megatron(qwen, tmp_path / "megatron", tp=2, pp=2, transformer_impl="local")
     dist = to_megatron(qwen, tmp_path / "dist", ckpt_format="torch_dist")
     capsys.readouterr()
@@ -45,7 +45,7 @@ def test_inspect_tells_both_sides(tmp_path: Path, qwen: Path, capsys: pytest.Cap
     assert run_main(["inspect", str(tmp_path)]) == 2 and "is neither a Hugging Face folder" in capsys.readouterr().err
 
 
-def test_a_plan_tells_what_is_then_done(tmp_path: Path, qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_shows_what_is_then_done(tmp_path: Path, qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there = {"load_checkpoint_path": qwen, "save_checkpoint_path": tmp_path / "new", "tp": 2, "pp": 2}
     assert run_main([*words("hf-to-megatron", **there), "--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -69,7 +69,7 @@ def test_a_plan_tells_what_is_then_done(tmp_path: Path, qwen: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
-def test_a_report_lies_beside_what_was_converted(tmp_path: Path, qwen: Path, ckpt_format: str) -> None:
+def test_a_report_is_written_beside_what_was_converted(tmp_path: Path, qwen: Path, ckpt_format: str) -> None:
     megatron = to_megatron(qwen, tmp_path / "megatron", tp=2, ckpt_format=ckpt_format)
     back = to_hf(megatron, tmp_path / "hf")
     there, again = (json.loads((folder / REPORT).read_text()) for folder in (megatron, back))

@@ -57,7 +57,7 @@ def test_a_run_killed_at_any_moment_can_be_repeated(programs: dict[str, subproce
 
 
 @pytest.mark.skipif(not CAN_MOUNT, reason="a small file system cannot be mounted here")
-def test_a_full_disk_is_told_and_leaves_nothing(programs: dict[str, subprocess.Popen[str]]) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(programs: dict[str, subprocess.Popen[str]]) -> None:
     assert num_failures(programs["disk"]) > 3 * 6
 
 

@@ -21,7 +21,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen(tmp_path_factory.mktemp("qwen"))
 
 
-def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path: Path, qwen: Path) -> None:
+def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(tmp_path: Path, qwen: Path) -> None:
     rows = [{"text": f"{i} " + TEXTS[i % 4] * (i % 9)} for i in range(12000)]
     path = write_rows(tmp_path / "a.jsonl", rows)
     # The slow engine, so that there is time to kill it in.
@@ -76,7 +76,7 @@ def test_bad_rows_stop_the_run_or_are_written_to_the_rejects_file(tmp_path: Path
     assert counts == {"read": 5, "kept": 2, "dropped": {"bad rows, written to the rejects file": 2, "no text": 1}}
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, qwen: Path) -> None:
+def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, qwen: Path) -> None:
     # Reading its first page fails for root too.
     flags = {"input": "/proc/self/mem", "output_prefix": tmp_path / "a", "tokenizer_path": qwen}
     _, err = run("pretrain", expect=2, **flags)
@@ -84,7 +84,7 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, qwen: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_disk_that_is_full_is_told_and_the_run_goes_on_where_there_is_room(tmp_path: Path, qwen: Path) -> None:
+def test_a_full_disk_is_reported_and_the_run_resumes_once_there_is_room(tmp_path: Path, qwen: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"text": f"{i} {TEXTS[i % 4]}"} for i in range(20000)])
     small = tmp_path / "small"
     small.mkdir()
@@ -126,7 +126,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, qwen: Path, kind: s
     assert path.stat().st_size > 55e6 and peaks[1] < peaks[0] + 25, peaks
 
 
-def test_a_full_disk_is_told_and_nothing_has_a_final_name(tmp_path: Path, qwen: Path) -> None:
+def test_a_full_disk_is_reported_and_nothing_has_a_final_name(tmp_path: Path, qwen: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts(4000)])
     limited = 'ulimit -f 100; exec "$0" -m common.preprocess pretrain "$@"'  # KiB a file, as if no more were free
     words = ["--input", path, "--output-prefix", tmp_path / "out" / "a", "--tokenizer-path", qwen, "--workers", "1"]
@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_and_nothing_has_a_final_name(tmp_path: Path, qwen: 
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["a.parts", "lock"]
 
 
-def test_an_output_that_would_lie_on_an_input_is_refused(tmp_path: Path, qwen: Path) -> None:
+def test_an_output_that_would_overwrite_an_input_is_refused(tmp_path: Path, qwen: Path) -> None:
     path = write_rows(tmp_path / "a.json", [{"text": "12"}])
     before = path.read_bytes()
     _, err = run("pretrain", expect=2, input=path, output_prefix=tmp_path / "a", tokenizer_path=qwen)

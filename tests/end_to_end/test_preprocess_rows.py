@@ -50,7 +50,7 @@ def preprocess(expect: int, **settings: object) -> str:
     return done.stdout
 
 
-def test_odd_rows_are_told_one_by_one_and_left_out_where_that_is_asked_for(tmp_path: Path, qwen: Path) -> None:
+def test_odd_rows_are_reported_one_by_one_and_skipped_with_on_error_skip(tmp_path: Path, qwen: Path) -> None:
     good = [turns(ASKED, {**SAID, "value": "wrong", "weight": 0}), GOOD, turns(ASKED, {**SAID, "from": "chatgpt"})]
     rows = write_rows(tmp_path / "a.jsonl", [*good, *ODD, *good])
     settings = {"INPUT": rows, "OUTPUT_PREFIX": tmp_path / "out", "TOKENIZER_PATH": qwen, "WORKERS": 2}

@@ -76,7 +76,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("quick start") / "work"
 
 
-def test_a_run_broken_off_goes_on_and_the_model_learns(work: Path) -> None:
+def test_an_interrupted_run_resumes_and_the_model_learns(work: Path) -> None:
     first = Quickstart(WORK_DIR=work, LOAD_CHECKPOINT_PATH="/not/for/the/steps", TRAIN_ITERS=3)
     first.wait_for(lambda text: f"saved {work}/pretrain/iter_" in text)
     assert first.interrupt() == 130, first.text
@@ -104,7 +104,7 @@ def test_the_exported_model_answers_what_no_row_holds(work: Path) -> None:
     assert len(rows) == NUM_QUESTIONS and right >= 0.9 * NUM_QUESTIONS
 
 
-def test_one_more_run_does_nothing_again_and_tells_the_same(work: Path) -> None:
+def test_another_run_repeats_nothing_and_prints_the_same(work: Path) -> None:
     began = time.time()
     third = Quickstart(WORK_DIR=work)
     assert third.end() == 0, third.text

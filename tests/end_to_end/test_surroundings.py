@@ -155,7 +155,7 @@ def test_what_may_not_be_read_or_written_is_one_line_with_its_path(
     )
 
 
-def test_a_python_without_packages_is_told_how_to_get_them(tmp_path: Path) -> None:
+def test_a_python_without_packages_prints_how_to_install_them(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     for command in ("preprocess", "convert", "train", "demo", "logits"):
         done = subprocess.run(

@@ -19,7 +19,7 @@ FP8: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("ckpt_format", ["torch_dist", "torch"])
-def test_a_resumed_run_scales_as_the_unbroken_one(work: Path, ckpt_format: str) -> None:
+def test_a_resumed_run_scales_as_the_uninterrupted_one(work: Path, ckpt_format: str) -> None:
     needs_transformer_engine()
     folder = work / f"fp8_{ckpt_format}"
     whole = {**FP8, "ckpt-format": ckpt_format, "save-checkpoint-path": folder / "unbroken"}

@@ -50,7 +50,7 @@ def test_both_kernels_give_the_same_statistics_and_gradients(dtype: torch.dtype,
         ("quack", 1e-4),  # the losses come out of float32 sums
     ],
 )
-def test_the_whole_loss_over_several_chunks_is_that_of_cross_entropy(name: str, bound: float) -> None:
+def test_the_loss_over_several_chunks_is_that_of_cross_entropy(name: str, bound: float) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(9000, 256, device="cuda").bfloat16().requires_grad_()
     weight = (0.05 * torch.randn(151936, 256, device="cuda")).bfloat16().requires_grad_()

@@ -62,7 +62,7 @@ def losses(log: str) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_stopped_run_goes_on_and_exports_the_bits_of_its_step(work: Path, layout: dict[str, int]) -> None:
+def test_a_stopped_run_resumes_and_exports_the_bits_of_its_step(work: Path, layout: dict[str, int]) -> None:
     name = "_".join(f"{key}{value}" for key, value in layout.items())
     same = {"DETERMINISTIC": "true", "TRAIN_ITERS": 400}
     # Saved from a copy in the host's memory here, and straight from the GPU by the runs that it is held against.

@@ -107,7 +107,7 @@ def memory(log: str) -> float:
 
 
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
-def test_a_resumed_run_takes_no_more_memory_than_the_unbroken_one(state: str, tmp_path: Path, work: Path) -> None:
+def test_a_resumed_run_takes_no_more_memory_than_the_uninterrupted_one(state: str, tmp_path: Path, work: Path) -> None:
     """Gradients that were made to begin the optimizer's state with stayed: 2 bytes a parameter, here 0.5 GiB."""
     needs_transformer_engine()
     qwen = tiny_qwen(tmp_path / "qwen", hidden_size=1024, intermediate_size=8192, num_hidden_layers=10)
@@ -123,7 +123,7 @@ def test_a_resumed_run_takes_no_more_memory_than_the_unbroken_one(state: str, tm
     assert memory(resumed) <= unbroken + 0.1
 
 
-def test_both_layers_learn_alike_and_a_stopped_run_goes_on(work: Path) -> None:
+def test_both_layers_learn_alike_and_a_stopped_run_resumes(work: Path) -> None:
     needs_transformer_engine()
     engine, local = (
         train(work, impl, **{"train-iters": 30, "save-checkpoint-path": work / f"thirty_{impl}"})
@@ -144,7 +144,7 @@ PACKED = {
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_transformer_engine_keeps_the_samples_of_a_row_apart_as_the_mask_does(work: Path, name: str) -> None:
+def test_transformer_engine_separates_the_samples_of_a_row_as_the_mask_does(work: Path, name: str) -> None:
     needs_transformer_engine()
     flags: dict[str, Any] = {"train-iters": 3, **PACKED[name]}
     if name == "packing":

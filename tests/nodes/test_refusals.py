@@ -60,14 +60,16 @@ def test_other_weights_to_start_from_are_noticed_before_they_are_read(
     assert all(message in log and "iteration 1/" not in log for log in logs), logs
 
 
-def test_two_nodes_with_one_number_are_named(nodes: list[Node], work: Path, common: dict[str, Any]) -> None:
+def test_two_nodes_with_the_same_rank_are_named(nodes: list[Node], work: Path, common: dict[str, Any]) -> None:
     logs = pair(nodes, 29630, {**common, "save_checkpoint_path": work / "twice"}, node_rank=0)
     message = "error: NODE_RANK=0 is set on node 0 (node1) and on node 0 (node0)"
     either = [message, message.replace("1)", "x)").replace("0 (node0)", "0 (node1)").replace("x)", "0)")]
     assert all(log.count("error: ") == 1 and any(each in log for each in either) for log in logs), logs
 
 
-def test_a_node_that_cannot_start_tells_the_others_why(nodes: list[Node], work: Path, common: dict[str, Any]) -> None:
+def test_a_node_that_cannot_start_sends_the_reason_to_the_others(
+    nodes: list[Node], work: Path, common: dict[str, Any]
+) -> None:
     settings = {**common, "save_checkpoint_path": work / "lacks"}
     logs = pair(nodes, 29650, settings, dataset_path=work / "nowhere")
     assert f"error: node 1 (node1) cannot start: DATASET_PATH={work / 'nowhere'} is not a dataset" in logs[0]

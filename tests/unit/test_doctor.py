@@ -49,7 +49,7 @@ def test_a_machine_that_runs_the_kit_is_well(tmp_path: Path) -> None:
     assert re.fullmatch(r"2 processes by gloo, 1 MiB: \d+\.\d GB/s of bus bandwidth", bandwidth)
 
 
-def test_lines_say_the_remedy_and_a_failure_exits_1() -> None:
+def test_lines_name_the_remedy_and_a_failure_exits_with_1() -> None:
     output = doctor(expect=1, KIT_PLATFORM="metax", MACA_PATH="/nowhere")
     lines = output.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("fail  platform"))
@@ -109,7 +109,7 @@ def test_a_checkout_in_megatrons_place_is_a_failure(tmp_path: Path) -> None:
         ("2.13.0", "0.16.1", "6.0.0", ["transformers"]),
     ],
 )
-def test_versions_that_do_not_go_together_are_told(
+def test_versions_that_do_not_go_together_are_reported(
     torch: str, megatron: str, transformers: str, failed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = {"torch": torch, "megatron-core": megatron, "transformers": transformers}
@@ -124,7 +124,7 @@ def test_versions_that_do_not_go_together_are_told(
 
 
 @pytest.mark.parametrize(("cuda", "status"), [("12.4", "ok"), ("12.10", "ok"), ("12.1", "fail"), (None, "fail")])
-def test_cuda_is_asked_for_by_platform(cuda: str | None, status: str) -> None:
+def test_cuda_is_required_by_platform(cuda: str | None, status: str) -> None:
     probed = (True, {"torch": "2.6.0", "cuda": cuda, "devices": []})
     (torch, found) = packages.look_at_torch(NVIDIA, probed, no_device=False)
     assert (torch.status, found.subject, found.status) == ("ok", "CUDA", status)
@@ -148,7 +148,7 @@ def test_what_a_platform_lacks_is_weighed_by_what_it_would_use() -> None:
     assert [each.status for each in extensions(on_cpu(METAX)).values()] == ["ok"] * 5
 
 
-def test_devices_are_told_with_their_memory() -> None:
+def test_devices_are_reported_with_their_memory() -> None:
     (none,) = machine.look_at_devices(NVIDIA, [])
     assert none.status == "fail" and "docker run --gpus all" in none.remedy
     free, full = machine.look_at_devices(NVIDIA, [("H100", 79 * GIB, 80 * GIB), ("H100", 10 * GIB, 80 * GIB)])
@@ -186,7 +186,7 @@ print(*look_at_limits(NVIDIA), sep="\\n")
         assert "warn  locked memory        64 KiB" in done.stdout and "--ulimit memlock=-1" in done.stdout
 
 
-def test_a_compiler_is_asked_for_where_triton_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_is_required_where_triton_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.look_at_compiler(METAX) == []
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -197,7 +197,7 @@ def test_a_compiler_is_asked_for_where_triton_is_used(tmp_path: Path, monkeypatc
     assert machine.look_at_compiler(replace(NVIDIA, fused_kernels=False)) == []
 
 
-def test_a_probe_that_kills_its_process_is_told_and_so_is_what_was_not_tried(
+def test_a_probe_that_kills_its_process_is_reported_and_so_is_what_was_not_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "flash_attn.py").write_text("import os\nos.abort()\n")
@@ -208,7 +208,7 @@ def test_a_probe_that_kills_its_process_is_told_and_so_is_what_was_not_tried(
     assert "ended with -6" in found["flash_attn"][1] and "not tried" in found["attention"][1]
 
 
-def test_a_probe_that_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_hangs_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flash_attn.py").write_text("import time\ntime.sleep(600)\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     monkeypatch.setenv("KIT_PLATFORM", "cpu")
@@ -216,7 +216,7 @@ def test_a_probe_that_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert probes.run(["flash_attn"]) == {"flash_attn": (False, "it hung for 15 s")}
 
 
-def test_a_python_without_packages_is_told_what_is_missing(tmp_path: Path) -> None:
+def test_a_python_without_packages_prints_what_is_missing(tmp_path: Path) -> None:
     venv.create(tmp_path, symlinks=True)
     done = subprocess.run(
         [tmp_path / "bin" / "python", "-m", "common.doctor"], cwd=ROOT, capture_output=True, text=True, check=False,
@@ -231,7 +231,7 @@ def test_a_python_without_packages_is_told_what_is_missing(tmp_path: Path) -> No
     assert not [line for line in lines if "<4.56" in line], "of the transformers that the oldest torch asks for"
 
 
-def test_the_packages_that_are_asked_for_are_those_of_the_lock() -> None:
+def test_the_required_packages_are_those_of_the_lock() -> None:
     pinned = (ROOT / "requirements" / "cpu.txt").read_text()
     assert not [name for name in packages.NEEDED if f"\n{name}==" not in pinned]
 
@@ -243,7 +243,7 @@ def test_the_disk_is_that_of_the_checkpoints(tmp_path: Path, monkeypatch: pytest
     assert machine.look_at_disk()[0].found.endswith(f"free in {Path.cwd()}")
 
 
-def test_an_all_reduce_is_told_by_its_bus_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_all_reduce_is_reported_by_its_bus_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     # nccl-tests: of 8 GPUs each link carries 7/4 of the data.
     assert all_reduce.bus_bandwidth(256 << 20, 8, 1e-3) == pytest.approx(469.76e9, rel=1e-4)
     calls = []
@@ -270,7 +270,7 @@ def test_a_process_of_an_all_reduce_that_fails_is_named_and_the_others_end(monke
     assert re.match(r"2 processes by gloo: process [01] ended with 1: .*nowhere0", found.found)
 
 
-def test_of_an_error_the_line_that_says_the_cause_is_told() -> None:
+def test_the_line_of_an_error_that_names_the_cause_is_shown() -> None:
     # As torch 2.11 gives them.
     cuda = "CUDA error: invalid device ordinal\nSearch for `cudaErrorInvalidDevice'\nCompile with `TORCH_USE_CUDA_DSA`"
     assert all_reduce.cause(cuda) == "CUDA error: invalid device ordinal"
@@ -302,9 +302,7 @@ def test_a_wrong_sum_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("lane", ["cpu", "nvidia", "metax"])
-def test_the_versions_that_are_asked_for_take_in_what_each_lane_pins(
-    lane: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_required_versions_include_what_each_lane_pins(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The image brings torch, its Dockerfile megatron-core: NGC 24.03 and maca 2.27.
     torch = {"nvidia": "2.3.0a0+40ec155e58.nv24.3", "metax": "2.1.2+metax2.27"}
     pinned = (ROOT / "requirements" / f"{lane}.txt").read_text()

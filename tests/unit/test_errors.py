@@ -141,12 +141,12 @@ def test_what_names_neither_a_path_nor_a_cause_keeps_its_traceback(tmp_path: Pat
     assert done.returncode == 1 and b"Traceback" in done.stderr
 
 
-def test_a_socket_that_is_closed_is_not_taken_for_a_reader_that_has_enough(tmp_path: Path) -> None:
+def test_a_closed_socket_is_not_treated_as_a_closed_pipe(tmp_path: Path) -> None:
     done = ended("import socket; a, b = socket.socketpair(); b.close(); a.send(b'x'); a.send(b'x')", tmp_path)
     assert done.returncode == 1 and b"BrokenPipeError" in done.stderr
 
 
-def test_a_reader_that_has_enough_ends_a_command_in_silence(tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_a_command_silently(tmp_path: Path) -> None:
     program = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -169,7 +169,7 @@ def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path, encoding: str, s
 
 
 @pytest.mark.parametrize("module", ["argparse", "json", "common"])
-def test_what_the_kit_starts_is_its_own_whatever_lies_where_the_user_stands(tmp_path: Path, module: str) -> None:
+def test_the_kit_starts_its_own_modules_whatever_the_working_directory_holds(tmp_path: Path, module: str) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / f"{module}.py").write_text("raise SystemExit('not the one that is meant')\n")
     program = """
@@ -187,7 +187,7 @@ print(probes.run(["nothing"]), Path.cwd())
     assert done.stdout == f"{{'nothing': (False, \"KeyError: 'nothing'\")}} {tmp_path / 'own'}\n", done
 
 
-def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+def test_a_deleted_folder_is_reported(tmp_path: Path) -> None:
     done = ended("pass", tmp_path, KIT_CWD=str(tmp_path / "gone"))
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1
     assert b"gone cannot be entered (No such file or directory)" in done.stderr

@@ -79,7 +79,7 @@ def test_every_fact_is_tested_here() -> None:
 
 
 @fact("name")
-def test_the_name_is_the_one_that_is_told(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_name_is_the_one_that_is_logged(work: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "other: 1 processes" in logged(work, replace(PLATFORM, name="other"), caplog)
     assert "metax on a CPU, for tests: 1 processes" in logged(work, PLATFORM, caplog)
 
@@ -115,7 +115,7 @@ with process_group(replace(platform, backend="mpi"), ParallelSizes(1), 1, 1):
 
 
 @fact("prepare")
-def test_the_machine_is_prepared_as_the_platform_says() -> None:
+def test_the_machine_is_prepared_as_the_platform_requires() -> None:
     program = """
 from dataclasses import replace
 from common.platforms import current
@@ -134,7 +134,7 @@ print(torch.zeros(1, device="cuda").device)
 
 
 @fact("transformer_impl")
-def test_the_layers_are_the_platforms_unless_told_otherwise(work: Path) -> None:
+def test_the_layers_are_the_platforms_unless_set_otherwise(work: Path) -> None:
     assert plan(work, PLATFORM).transformer_impl == "local"
     engine = replace(PLATFORM, transformer_impl="transformer_engine", transformer_engine=True)
     assert plan(work, engine).transformer_impl == "transformer_engine"
@@ -150,7 +150,7 @@ def test_layers_that_the_platform_has_not_are_refused(work: Path) -> None:
 
 
 @fact("checkpoint_format")
-def test_checkpoints_are_in_the_platforms_format_unless_told_otherwise(work: Path) -> None:
+def test_checkpoints_are_in_the_platforms_format_unless_set_otherwise(work: Path) -> None:
     assert plan(work, PLATFORM).ckpt_format == "torch"
     assert plan(work, replace(PLATFORM, checkpoint_format="torch_dist")).ckpt_format == "torch_dist"
     assert plan(work, PLATFORM, ckpt_format="torch_dist").ckpt_format == "torch_dist"
@@ -165,7 +165,7 @@ def test_a_format_that_was_not_run_there_is_warned_of(work: Path, caplog: pytest
 
 
 @fact("ran_on_hardware")
-def test_what_was_not_run_there_is_said(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_not_run_there_is_logged(work: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "this kit was not run on metax on a CPU, for tests hardware" in logged(work, PLATFORM, caplog)
     assert "was not run" not in logged(work, replace(PLATFORM, ran_on_hardware=True), caplog)
 
@@ -214,14 +214,14 @@ def test_an_old_cuda_is_refused_where_it_matters() -> None:
 
 
 @fact("container_flags")
-def test_a_missing_device_is_told_with_the_platforms_flags() -> None:
+def test_a_missing_device_is_reported_with_the_platforms_flags() -> None:
     for flags in (METAX.container_flags, "--other"):
         (found,) = machine.look_at_devices(replace(METAX, container_flags=flags), [])
         assert f"docker run {flags}`" in found.remedy
 
 
 @fact("peak_tflops")
-def test_the_share_of_the_peak_is_told_where_the_peak_is_known() -> None:
+def test_the_share_of_the_peak_is_reported_where_the_peak_is_known() -> None:
     assert peak_tflops(PLATFORM, "MetaX C500") is None
     assert peak_tflops(replace(PLATFORM, peak_tflops={"C500": 1.0}), "MetaX C500") == 1.0
 

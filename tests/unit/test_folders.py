@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 NOBODY = 65534
 
 
-def test_a_folder_that_can_be_written_to_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_writable_folder_is_not_changed(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b", "X")
     assert list(tmp_path.iterdir()) == []
     assert free_bytes(tmp_path / "a" / "b") > 0

@@ -130,7 +130,7 @@ def run_python(program: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_every_part_has_a_layer_and_stands_in_the_map() -> None:
+def test_every_part_has_a_layer_and_is_in_the_map() -> None:
     assert set(LAYER_OF) >= PARTS
     words = (common.__doc__ or "").replace(",", " ").split()
     assert not {part for part in PARTS if part not in words}, "common/__init__.py does not draw every part"

@@ -17,7 +17,7 @@ def saying(number: int) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told_and_no_error(number: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_system_without_locks_is_reported_and_no_error(number: int, caplog: pytest.LogCaptureFixture) -> None:
     lock(0, "/data/x", saying(number))
     assert len(caplog.messages) == 1 and "/data/x: the file system does not support locks" in caplog.text
 

@@ -89,7 +89,7 @@ def test_what_cannot_be_read_is_refused_by_name(
     assert message in capsys.readouterr().err
 
 
-def test_help_tells_defaults_choices_and_kinds() -> None:
+def test_help_shows_defaults_choices_and_kinds() -> None:
     text = " ".join(parser().format_help().split())
     assert "--data-path TEXT where 100% of the data is --append-eod" in text  # required: no default to tell
     assert "--append-eod true|false whether it ends (default: true)" in text
@@ -163,7 +163,7 @@ def test_a_name_that_looks_like_a_setting_is_refused_with_the_nearest(name: str,
         check_environment(TRAINING, {"PATH": "/bin", name: "1"})
 
 
-def test_all_such_names_are_told_at_once() -> None:
+def test_all_such_names_are_reported_at_once() -> None:
     with pytest.raises(KitError, match=r"^TRAIN_ITER is .* TRAIN_ITERS, or unset it; ADAM_BETA_2 is .* ADAM_BETA2, or"):
         check_environment(TRAINING, {"TRAIN_ITER": "1", "ADAM_BETA_2": "0.9"})
 

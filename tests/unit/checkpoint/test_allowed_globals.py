@@ -186,7 +186,7 @@ def test_a_frame_that_ends_in_a_name_has_the_c_unpickler_read_another() -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_what_stands_in_checkpoints_is_read(protocol: int) -> None:
+def test_what_checkpoints_hold_is_read(protocol: int) -> None:
     rows = [Namespace(index=i, name=f"row {i}", at=(i, 2.5, None, True, b"\xff", 1 << 70)) for i in range(3000)]
     values = {
         "rows": rows,  # more than one frame

@@ -23,7 +23,7 @@ def test_a_run_of_elements_is_a_few_blocks_in_order(seed: int) -> None:
         assert found == list(range(start, end)) and len(blocks) <= 2 * len(shape) - 1
 
 
-def test_a_number_is_a_block_without_dimensions() -> None:
+def test_a_scalar_is_a_block_without_dimensions() -> None:
     assert chunks_of_range((), 0, 1) == [Chunk((), ())]
     assert chunks_of_range((3,), 2, 2) == []
 
@@ -56,7 +56,7 @@ def test_chunks_that_do_not_cover_each_element_once_are_reported(
     assert coverage_error(Chunk((0, 0), (4, 3)), [Chunk(*block) for block in blocks]) == fault
 
 
-def test_a_random_cover_is_whole_and_each_change_of_it_is_not() -> None:
+def test_a_random_cover_is_complete_and_each_change_of_it_is_not() -> None:
     dice = random.Random(5)
     for _ in range(300):
         shape = tuple(dice.randint(1, 6) for _ in range(dice.randint(1, 3)))

@@ -94,7 +94,7 @@ def test_a_file_is_on_the_disk_when_it_is_left(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("when", ["soon", "at the end"])
-def test_a_disk_that_refuses_is_told_and_leaves_no_thread_or_handle(
+def test_a_disk_that_refuses_is_reported_and_leaves_no_thread_or_handle(
     tmp_path: Path, when: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*given: Any) -> int:
@@ -115,7 +115,7 @@ def test_a_writer_that_is_left_by_an_error_raises_that_one(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("start", NEAR_SECTORS)
-def test_what_lies_anywhere_in_a_file_is_loaded(
+def test_data_at_any_offset_of_a_file_is_loaded(
     tmp_path: Path, start: int, way: str, cached: bool, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = data_of(9 * SECTOR + 99)
@@ -141,7 +141,7 @@ def test_views_keep_their_shape_and_order(tmp_path: Path) -> None:
         assert not loaded.numel() or loaded.data_ptr() != view.data_ptr()
 
 
-def test_what_lies_in_no_file_is_itself(tmp_path: Path) -> None:
+def test_a_tensor_in_no_file_is_itself(tmp_path: Path) -> None:
     tensor = torch.ones(3)
     assert load(tensor) is tensor
     (tmp_path / "file").write_bytes(bytes(100))
@@ -150,7 +150,7 @@ def test_what_lies_in_no_file_is_itself(tmp_path: Path) -> None:
     assert load(tensor) is tensor
 
 
-def test_a_file_that_has_become_shorter_is_told(tmp_path: Path) -> None:
+def test_a_file_that_has_become_shorter_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(5 * SECTOR))
     file = MappedFile(tmp_path / "file")
     os.truncate(tmp_path / "file", SECTOR)
@@ -194,7 +194,7 @@ def test_a_file_that_was_replaced_is_not_read_for_the_one_that_is_mapped(tmp_pat
         load(file.bytes)
 
 
-def test_what_to_do_where_no_file_can_be_opened_is_told(tmp_path: Path) -> None:
+def test_the_remedy_is_named_where_no_file_can_be_opened(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"1")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))

@@ -61,7 +61,7 @@ def test_others_checkpoints_give_their_weights(foreign: Path, kind: str) -> None
     assert report.line().endswith("all bits agree; 234 rows above vocab_size were dropped")
 
 
-def test_what_torch_would_make_of_their_own_classes_is_told_before(foreign: Path) -> None:
+def test_classes_of_their_own_are_refused_before_torch_loads_them(foreign: Path) -> None:
     for kind in KINDS:
         checkpoint = find_checkpoint(foreign / kind)
         assert checkpoint
@@ -75,7 +75,7 @@ def test_what_torch_would_make_of_their_own_classes_is_told_before(foreign: Path
             check_pickles(checkpoint)
 
 
-def test_what_they_are_is_told(foreign: Path) -> None:
+def test_inspect_describes_them(foreign: Path) -> None:
     found = {kind: inspect_folder(foreign / kind) for kind in KINDS}
     assert [found[kind]["format"] for kind in KINDS] == ["Megatron, torch"] * 2 + ["Megatron, torch_dist"] * 2
     assert [found[kind]["optimizer"] for kind in KINDS] == ["yes", "no", "yes", "yes"]
@@ -91,7 +91,7 @@ def test_what_they_are_is_told(foreign: Path) -> None:
     assert all(found[kind]["config.json"].startswith("missing") for kind in KINDS)
 
 
-def test_a_hugging_face_folder_is_told(foreign: Path) -> None:
+def test_a_hugging_face_folder_is_described(foreign: Path) -> None:
     found = inspect_folder(foreign / "hf")
     numel = sum(tensor.numel() for tensor in load_file(foreign / "hf" / "model.safetensors").values())
     assert found["format"] == "Hugging Face, safetensors" and found["files"] == "1"
@@ -99,7 +99,7 @@ def test_a_hugging_face_folder_is_told(foreign: Path) -> None:
     assert found["model"].startswith("qwen2, num_hidden_layers 4, hidden_size 8,") and "not tied" in found["model"]
 
 
-def test_virtual_chunks_and_local_names_are_told(tmp_path: Path) -> None:
+def test_virtual_chunks_and_local_names_are_described(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf", tie_word_embeddings=True)
     stages = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]
     write_ranks(tmp_path / "release", weights, qwen, stages, impl="local")
@@ -108,7 +108,7 @@ def test_virtual_chunks_and_local_names_are_told(tmp_path: Path) -> None:
     assert found["written by"] == "unknown: it holds no arguments"
 
 
-def test_what_is_nothing_known_is_told(tmp_path: Path) -> None:
+def test_an_unknown_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="is neither a Hugging Face folder .* nor a Megatron checkpoint"):
         inspect_folder(tmp_path)
     with pytest.raises(KitError, match="nowhere is not a folder: give the folder of a model or checkpoint"):

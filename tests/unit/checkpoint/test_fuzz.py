@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_cases() -> None:
 
 
 @pytest.mark.parametrize("value", [b")" + b"\x85" * 50_000, b"\x8b\x88\x13\0\0" + b"\x7f" * 5000], ids=["deep", "long"])
-def test_an_argument_of_any_depth_or_length_is_told_by_its_kind(value: bytes, tmp_path: Path) -> None:
+def test_an_argument_of_any_depth_or_length_is_described_by_its_kind(value: bytes, tmp_path: Path) -> None:
     common(tmp_path, 0, 0)
     arguments = named("argparse", "Namespace") + b")\x81" + entry(word("num_layers"), value) + b"b"
     (tmp_path / "megatron/release/common.pt").write_bytes(archive(entry(word("args"), arguments)))

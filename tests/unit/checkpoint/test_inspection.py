@@ -152,7 +152,7 @@ def test_a_tied_copy_is_counted_once(tmp_path: Path, told_by: str) -> None:
     assert inspect_folder(path)["weights"].startswith(f"{numel:,} parameters")
 
 
-def test_what_is_none_of_these_is_told(tmp_path: Path) -> None:
+def test_anything_else_is_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=re.escape(f"{tmp_path} is neither a Hugging Face folder (model.safetensors or")):
         inspect_folder(tmp_path)
     with pytest.raises(KitError, match="a is not a folder: give the folder of a model or checkpoint"):

@@ -96,7 +96,7 @@ def test_only_an_untied_model_has_an_output_layer() -> None:
     assert param_mappings(QWEN) == (*tied, OUTPUT) and EMBEDDING in tied
 
 
-def test_queries_keys_and_values_lie_group_by_group() -> None:
+def test_queries_keys_and_values_are_interleaved_by_group() -> None:
     q, k, v = rows(0, 1, 2, 3), rows(10, 11), rows(20, 21)
     whole = whole_of(row("linear_qkv.weight"), [q, k, v], QWEN)
     assert torch.equal(whole, rows(0, 1, 10, 20, 2, 3, 11, 21))
@@ -142,7 +142,7 @@ def test_projections_back_are_divided_by_columns(end: str) -> None:
 @pytest.mark.parametrize(
     "end", ["linear_qkv.layer_norm_weight", "linear_fc1.layer_norm_weight", "final_layernorm.weight"]
 )
-def test_norms_are_whole_on_every_rank(end: str) -> None:
+def test_norms_are_replicated_on_every_rank(end: str) -> None:
     norm = torch.tensor([1.0, 2, 3, 4])
     assert [at_rank(row(end), [norm], QWEN, rank, 4).tolist() for rank in range(4)] == [[1, 2, 3, 4]] * 4
     assert joined(unshard(row(end), [norm, norm + 1], 0, QWEN)).tolist() == [1, 2, 3, 4]
@@ -255,7 +255,7 @@ def test_renaming_keeps_layers_prefixes_and_other_keys() -> None:
     assert canonical_name("decoder.final_layernorm.weight") == "decoder.final_layernorm.weight"
 
 
-def test_the_implementation_is_told_by_the_names() -> None:
+def test_the_implementation_is_recognized_by_the_names() -> None:
     te, local = zip(*NAMES.values(), strict=True)
     assert implementation_of(te) == "transformer_engine" and implementation_of(local) == "local"
     assert implementation_of([]) == "transformer_engine"
@@ -272,17 +272,17 @@ def test_the_implementation_is_told_by_the_names() -> None:
         "model.layers.0.self_attn.rotary_emb.inv_freq",
     ],
 )
-def test_entries_that_hold_no_weight_are_passed_over(name: str) -> None:
+def test_entries_without_weights_are_skipped(name: str) -> None:
     assert is_skipped(name)
     check_names([name, "a"], ["a"], "here")
 
 
-def test_weights_are_not_passed_over() -> None:
+def test_weights_are_not_skipped() -> None:
     names = {*NAMES, *(name for names in NAMES.values() for name in names), "x._extra_state.weight"}
     assert not any(map(is_skipped, names))
 
 
-def test_missing_and_unknown_names_are_told() -> None:
+def test_missing_and_unknown_names_are_reported() -> None:
     with pytest.raises(KitError, match=r"^here lacks b, c: its config.json belongs to another model"):
         check_names(["a"], ["c", "a", "b"], "here")
     with pytest.raises(KitError, match=r"^here holds unexpected tensors d0, d1, d2, d3, d4 and 2 more: "):

@@ -75,7 +75,7 @@ def test_more_than_ten_virtual_chunks_keep_their_order(tmp_path: Path) -> None:
     assert same(hf_weights(found, qwen), weights)
 
 
-def test_what_else_a_checkpoint_holds_is_passed_over(tmp_path: Path) -> None:
+def test_other_entries_of_a_checkpoint_are_skipped(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "iter_0000010", weights, qwen, ONE)
 
@@ -88,7 +88,7 @@ def test_what_else_a_checkpoint_holds_is_passed_over(tmp_path: Path) -> None:
     assert same(hf_weights(reader(path, qwen), qwen), weights)
 
 
-def test_the_stored_dtype_is_told(tmp_path: Path) -> None:
+def test_the_stored_dtype_is_read(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     halves = {name: tensor.bfloat16() for name, tensor in weights.items()} | {"model.norm.weight": torch.ones(8)}
     halves["model.embed_tokens.weight"] = torch.ones(11, 8)
@@ -127,7 +127,7 @@ def test_rows_above_the_vocabulary_that_hold_values_are_refused(tmp_path: Path, 
     assert same(hf_weights(open_megatron(checkpoint, qwen, drop_rows=True), qwen), weights)
 
 
-def test_a_vocabulary_that_is_too_small_is_told(tmp_path: Path) -> None:
+def test_a_vocabulary_that_is_too_small_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE)
     change(path / "mp_rank_00", lambda state: state["model"].update({HEAD: torch.ones(10, 8)}))
@@ -157,7 +157,7 @@ def test_norms_that_differ_between_tensor_ranks_are_warned_of(tmp_path: Path, ca
     )
 
 
-def test_a_missing_folder_or_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_or_file_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, TWO, tp=2)
     (path / "mp_rank_00_001" / "model_optim_rng.pt").unlink()
@@ -174,7 +174,7 @@ def remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def test_a_missing_last_stage_is_told(tmp_path: Path) -> None:
+def test_a_missing_last_stage_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, TWO)
     remove(path / "mp_rank_00_001")
@@ -182,7 +182,7 @@ def test_a_missing_last_stage_is_told(tmp_path: Path) -> None:
         reader(path, qwen)
 
 
-def test_a_missing_last_tensor_rank_is_told(tmp_path: Path) -> None:
+def test_a_missing_last_tensor_rank_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE, tp=2)
     remove(path / "mp_rank_01")
@@ -190,7 +190,7 @@ def test_a_missing_last_tensor_rank_is_told(tmp_path: Path) -> None:
         reader(path, qwen)
 
 
-def test_folders_of_two_layouts_and_of_experts_are_told(tmp_path: Path) -> None:
+def test_folders_of_two_layouts_and_of_experts_are_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE)
     write_ranks(path, weights, qwen, TWO)
@@ -203,7 +203,7 @@ def test_folders_of_two_layouts_and_of_experts_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", ["mp_rank_00_000", "mp_rank_01_000"])
-def test_missing_and_unknown_tensors_are_told_of_every_rank(tmp_path: Path, rank: str) -> None:
+def test_missing_and_unknown_tensors_are_reported_for_every_rank(tmp_path: Path, rank: str) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     bias, router = "decoder.layers.1.self_attention.linear_qkv.bias", "decoder.layers.0.mlp.router.weight"
     path = write_ranks(tmp_path / "release", weights, qwen, TWO, tp=2)
@@ -225,7 +225,7 @@ def test_missing_and_unknown_tensors_are_told_of_every_rank(tmp_path: Path, rank
         ("decoder.final_layernorm.weight", (4,), r"\[8\]"),
     ],
 )
-def test_a_tensor_of_another_shape_is_told(
+def test_a_tensor_of_another_shape_is_reported(
     tmp_path: Path, rank: str, name: str, shape: tuple[int, ...], expected: str
 ) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
@@ -235,7 +235,7 @@ def test_a_tensor_of_another_shape_is_told(
         reader(path, qwen)
 
 
-def test_another_models_config_is_told(tmp_path: Path) -> None:
+def test_another_models_config_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE)
     for name, value, message in (
@@ -261,7 +261,7 @@ def test_another_models_config_is_told(tmp_path: Path) -> None:
         ([1], "holds no dict"),
     ],
 )
-def test_files_without_a_model_are_told(tmp_path: Path, content: Any, message: str) -> None:
+def test_files_without_a_model_are_reported(tmp_path: Path, content: Any, message: str) -> None:
     qwen, _ = write_hf(tmp_path / "hf")
     (tmp_path / "release" / "mp_rank_00").mkdir(parents=True)
     torch.save(content, tmp_path / "release" / "mp_rank_00" / "model_optim_rng.pt")
@@ -269,7 +269,7 @@ def test_files_without_a_model_are_told(tmp_path: Path, content: Any, message: s
         reader(tmp_path / "release", qwen)
 
 
-def test_a_stage_without_a_virtual_chunk_is_told(tmp_path: Path) -> None:
+def test_a_stage_without_a_virtual_chunk_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     stages = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]
     path = write_ranks(tmp_path / "release", weights, qwen, stages)
@@ -316,7 +316,7 @@ def test_torch_dist_with_a_tied_copy(tmp_path: Path) -> None:
         reader(path, qwen, "torch_dist")
 
 
-def test_torch_dist_of_another_model_is_told(tmp_path: Path) -> None:
+def test_torch_dist_of_another_model_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     state = dist_state(weights, qwen)
     bias = "decoder.layers.self_attention.linear_qkv.bias"

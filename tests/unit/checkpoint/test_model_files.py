@@ -53,17 +53,17 @@ def test_all_that_is_no_weight_is_copied_byte_for_byte(tmp_path: Path, kit_log: 
     assert set(model_files(source).skipped) - {Path(name).parts[0] for name in UNSAID} == tops
 
 
-def test_a_folder_copied_to_itself_stays(tmp_path: Path) -> None:
+def test_a_folder_copied_to_itself_is_not_changed(tmp_path: Path) -> None:
     copy_model_files(make(tmp_path, *OURS), tmp_path)
     assert content(tmp_path) == {name: name.encode() for name in OURS}
 
 
-def test_nothing_is_said_where_all_travels(tmp_path: Path, kit_log: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_logged_where_all_files_are_copied(tmp_path: Path, kit_log: pytest.LogCaptureFixture) -> None:
     copy_model_files(make(tmp_path / "source", *OURS, *UNSAID), tmp_path / "target")
     assert not kit_log.records
 
 
-def test_links_to_files_travel_as_files_and_those_to_folders_do_not(tmp_path: Path) -> None:
+def test_links_to_files_are_copied_as_files_and_those_to_folders_are_not(tmp_path: Path) -> None:
     make(tmp_path, "blobs/0", "elsewhere/x.json")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").symlink_to("../blobs/0")  # as in Hugging Face's cache

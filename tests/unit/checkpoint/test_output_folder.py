@@ -86,7 +86,7 @@ def test_a_run_that_fails_leaves_an_empty_folder(tmp_path: Path, error: type[Bas
     check_output_folder(tmp_path, tmp_path / "source")
 
 
-def test_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
+def test_a_disk_that_refuses_is_reported(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
@@ -167,7 +167,9 @@ def test_a_mark_that_names_nothing_gives_nothing_away(tmp_path: Path, mark: str 
     assert content(tmp_path) == before
 
 
-def test_a_target_that_cannot_be_written_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_cannot_be_written_is_reported_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(KitError, match=r"=/proc/target cannot be written: /proc/\S+: "):
         check_output_folder(Path("/proc/target"), tmp_path)
     check_disk_space(tmp_path / "a" / "b", 0)
@@ -184,7 +186,7 @@ def test_the_room_that_a_killed_run_takes_counts_as_free(killed: Path, monkeypat
         check_disk_space(killed, left + 1)
 
 
-def test_all_is_on_the_disk_before_it_is_called_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_on_the_disk_before_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     synced, renamed = os.fsync, Path.replace
 

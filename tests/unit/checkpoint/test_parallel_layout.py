@@ -104,7 +104,7 @@ def test_each_chunk_may_have_a_number_of_layers_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("pp", "vpp", "each"), [(1, 1, ()), (2, 1, ()), (2, 4, ()), (8, 1, ()), (3, 1, (3, 3, 2)), (2, 2, (1, 2, 4, 1))]
 )
-def test_every_tensor_lies_in_one_place(qwen: QwenConfig, pp: int, vpp: int, each: tuple[int, ...]) -> None:
+def test_every_tensor_is_in_one_place(qwen: QwenConfig, pp: int, vpp: int, each: tuple[int, ...]) -> None:
     layout = ParallelLayout(1, pp, vpp, "local", each)
     counted = Counter(
         (each.mapping, each.layer)
@@ -115,7 +115,7 @@ def test_every_tensor_lies_in_one_place(qwen: QwenConfig, pp: int, vpp: int, eac
     assert counted == Counter(model_tensors(qwen)) and set(counted.values()) == {1}
 
 
-def test_the_whole_model_in_its_order() -> None:
+def test_the_full_model_in_its_order() -> None:
     names = [
         row.megatron_name("transformer_engine", layer)
         for row, layer in model_tensors(replace(QWEN, num_hidden_layers=2))
@@ -142,7 +142,7 @@ def test_the_whole_model_in_its_order() -> None:
         ((1, 4, 3), "8 layers cannot be divided by PP=4 x VPP=3 = 12: choose PP and VPP whose .* the layers$"),
     ],
 )
-def test_sizes_that_cannot_be_are_told(sizes: tuple[int, int, int], message: str) -> None:
+def test_sizes_that_cannot_be_are_reported(sizes: tuple[int, int, int], message: str) -> None:
     with pytest.raises(KitError, match=message):
         ParallelLayout(*sizes, "local").check(QWEN)
 
@@ -154,7 +154,7 @@ def test_sizes_that_cannot_be_are_told(sizes: tuple[int, int, int], message: str
         ((4, 4), r"PIPELINE_LAYERS=4,4 are 2 numbers of 8 layers: PP=3 x VPP=1 needs 3 numbers, of 8 layers together"),
     ],
 )
-def test_layers_that_are_not_the_models_are_told(each: tuple[int, ...], message: str) -> None:
+def test_layers_that_are_not_the_models_are_reported(each: tuple[int, ...], message: str) -> None:
     with pytest.raises(KitError, match=message):
         ParallelLayout(1, 3, 1, "local", each).check(QWEN)
 

@@ -201,7 +201,7 @@ def test_blocks_of_several_layers_are_read(tmp_path: Path, layers_a_block: int) 
     assert all(bitwise_equal(reader.read(FC2, layer), state[layer]) for layer in range(4))
 
 
-def test_missing_blocks_are_told(tmp_path: Path) -> None:
+def test_missing_blocks_are_reported(tmp_path: Path) -> None:
     state = torch.randn(4, 8, 6)
     present = [block(FC2, (4, 8, 6), (i, 0, column), state[i : i + 1, :, column : column + 3]) for i, column in
                ((0, 0), (0, 3), (1, 3), (3, 0), (3, 3))]  # fmt: skip
@@ -215,7 +215,7 @@ def test_missing_blocks_are_told(tmp_path: Path) -> None:
         reader.read(FC2)
 
 
-def test_a_missing_or_shortened_data_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_or_shortened_data_file_is_reported(tmp_path: Path) -> None:
     state = tensors()
     write(tmp_path, *blocks_of(state))
     data = (tmp_path / "__0_0.distcp").read_bytes()
@@ -235,7 +235,7 @@ def change(path: Path, edit: Callable[[Any], None]) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def test_metadata_and_data_that_disagree_are_told(tmp_path: Path) -> None:
+def test_metadata_and_data_that_disagree_are_reported(tmp_path: Path) -> None:
     write(tmp_path, whole("a", torch.ones(2)), whole("b", torch.ones(3)))
     places = {index.fqn: index for index in pickle.loads((tmp_path / ".metadata").read_bytes()).storage_data}
 
@@ -262,7 +262,7 @@ def test_metadata_names_no_file_outside_its_folder(tmp_path: Path, name: str) ->
         TorchDistReader(tmp_path)
 
 
-def test_blocks_over_one_another_are_told(tmp_path: Path) -> None:
+def test_blocks_over_one_another_are_reported(tmp_path: Path) -> None:
     state = torch.randn(4, 8, 6)
     half = state[:, :4]
     reader = TorchDistReader(
@@ -273,7 +273,7 @@ def test_blocks_over_one_another_are_told(tmp_path: Path) -> None:
             ask()
 
 
-def test_metadata_that_is_none_is_told(tmp_path: Path) -> None:
+def test_metadata_that_is_none_is_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"\.metadata cannot be read"):
         TorchDistReader(tmp_path)
     for value in ({"a": 1}, dcp.Metadata({}, None, None)):

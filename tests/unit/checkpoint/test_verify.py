@@ -80,7 +80,7 @@ def test_slices_of_projections_back_are_columns() -> None:
         ("decoder.final_layernorm.weight", "norm"),
     ],
 )
-def test_slices_of_norms_are_whole(name: str, norm: str) -> None:
+def test_slices_of_norms_are_the_full_tensors(name: str, norm: str) -> None:
     for tp_rank in range(2):
         (piece,) = slices(name, tp_rank, 2, QWEN, 4)
         assert piece == (f"model.{norm}.weight", range(4), None, 0)
@@ -96,7 +96,7 @@ def test_slices_of_the_vocabulary_leave_padding_out() -> None:
 
 
 @pytest.mark.parametrize("part", ["q", "k"])
-def test_slices_of_qwen3s_head_norms_are_whole(part: str) -> None:
+def test_slices_of_qwen3s_head_norms_are_the_full_tensors(part: str) -> None:
     qwen3 = replace(QWEN, head_dim=3, qkv_bias=False, qk_norm=True)
     (piece,) = slices(f"decoder.layers.8.self_attention.{part}_layernorm.weight", 1, 2, qwen3, 3)
     assert piece == (f"model.layers.8.self_attn.{part}_norm.weight", range(3), None, 0)

@@ -84,7 +84,7 @@ def test_an_epoch_is_as_long_as_the_datasets_together_and_members_count_their_ow
     assert made.description == "3/4 of 100, 1/4 of 300"
 
 
-def test_it_goes_to_the_processes_that_read_ahead(tmp_path: Path) -> None:
+def test_it_is_sent_to_the_processes_that_read_ahead(tmp_path: Path) -> None:
     members = []
     for number in range(2):
         with IndexedDatasetBuilder(tmp_path / f"{number}_text_document", "<i4") as writer:
@@ -135,7 +135,7 @@ def test_one_path_several_with_weights_or_a_file(data: SimpleNamespace) -> None:
         ("{a}x", "DATASET_PATH=.*ax is not a dataset"),
     ],
 )
-def test_what_is_no_blend_is_told(data: SimpleNamespace, text: str, message: str) -> None:
+def test_what_is_no_blend_is_reported(data: SimpleNamespace, text: str, message: str) -> None:
     with pytest.raises(KitError, match=message):
         read_blend(text.format(a=data.a))
 
@@ -152,7 +152,7 @@ def test_what_is_no_blend_is_told(data: SimpleNamespace, text: str, message: str
         (json.dumps({"format": "qwen-kit-data"}), "is the manifest of a dataset: remove .json from the path"),
     ],
 )
-def test_a_wrong_file_is_told(tmp_path: Path, content: str, message: str) -> None:
+def test_a_wrong_file_is_reported(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "blend.json"
     path.write_text(content)
     with pytest.raises(KitError, match=f"VALID_DATASET_PATH.*{message}"):

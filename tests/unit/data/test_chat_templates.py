@@ -134,7 +134,7 @@ def test_an_answer_after_a_shorter_prompt_is_counted(folders: dict[str, Path]) -
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwq", "r1_distill", "qwen3_thinking"])
-def test_earlier_reasoning_that_is_left_out_is_told(folders: dict[str, Path], name: str) -> None:
+def test_earlier_reasoning_that_is_left_out_is_reported(folders: dict[str, Path], name: str) -> None:
     messages = talk("q", THOUGHT + "a", "q", THOUGHT + "b")
     with pytest.raises(BadRowError, match="drops the reasoning of turn 2 when more turns follow: set LOSS_TURNS="):
         learned(encoder(folders[name]), messages)
@@ -145,7 +145,7 @@ def test_earlier_reasoning_that_is_left_out_is_told(folders: dict[str, Path], na
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "qwq", "r1_distill"])
-def test_a_field_of_reasoning_that_is_not_shown_is_told(folders: dict[str, Path], name: str) -> None:
+def test_a_field_of_reasoning_that_is_not_shown_is_reported(folders: dict[str, Path], name: str) -> None:
     messages = talk("q", {"content": "Two and two.", "reasoning_content": "and"})
     with pytest.raises(BadRowError, match="'reasoning_content'.* of turn 2"):
         learned(encoder(folders[name]), messages)

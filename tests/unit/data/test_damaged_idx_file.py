@@ -92,9 +92,7 @@ def test_two_faults_that_hide_each_other_are_refused_too(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 1 << 20])
-def test_a_fault_is_found_in_whichever_block_it_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
-) -> None:
+def test_a_fault_is_found_in_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(idx_file, "BLOCK", block)
     prefix = write(tmp_path / "a")
     index = idx_path(prefix).read_bytes()
@@ -137,7 +135,7 @@ def test_an_index_of_a_kind_that_is_not_text_alone_is_refused(tmp_path: Path) ->
         IndexedDataset(prefix)
 
 
-def test_what_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_not_be_read_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = write(tmp_path / "a")
     opened = Path.open
 
@@ -151,7 +149,7 @@ def test_what_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         IndexedDataset(prefix)
 
 
-def test_training_is_told_of_files_that_are_not_those_of_their_manifest(tmp_path: Path) -> None:
+def test_training_refuses_files_that_do_not_match_their_manifest(tmp_path: Path) -> None:
     prefix = write(tmp_path / "a_text_document", documents=[[1] * 50])
     manifest = {"documents": {"read": 1, "kept": 1, "dropped": {}}, "tokens": 50}
     common = {"train_mode": "pretrain", "seq_length": 8, "seed": 1}

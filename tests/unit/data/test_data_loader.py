@@ -57,7 +57,7 @@ def test_over_all_ranks_each_global_batch_holds_its_samples_once(
             assert rows == [samples[first + i]["tokens"].tolist() for i in range(micro_batch_size * dp_size)]
 
 
-def test_a_later_start_goes_on_where_an_earlier_one_would_be(samples: SampleDataset) -> None:
+def test_a_later_start_continues_where_an_earlier_one_would_be(samples: SampleDataset) -> None:
     def tokens(start_sample: int, count: int) -> list[list[list[int]]]:
         made = taken(
             samples, count, start_sample=start_sample, global_batch_size=8, micro_batch_size=2, dp_rank=1, dp_size=2

@@ -70,7 +70,7 @@ def test_split_is_megatrons(number: int, split: str) -> None:
 
 
 @pytest.mark.parametrize("split", ["", "a,b", "98,2,0,1", "-1,2", "0,0,0", "0,1", "nan,1", "inf,1"])
-def test_wrong_splits_are_told(split: str) -> None:
+def test_wrong_splits_are_reported(split: str) -> None:
     with pytest.raises(KitError, match=f"SPLIT={split}: give one to three non-negative numbers"):
         split_documents(10, split)
 
@@ -79,7 +79,7 @@ def test_wrong_splits_are_told(split: str) -> None:
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_windows_hold_the_documents_in_the_epochs_order_and_the_rest_is_told(
+def test_windows_hold_the_documents_in_the_epochs_order_and_the_rest_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, listed: bool
 ) -> None:
 
@@ -164,7 +164,7 @@ def test_only_the_splits_documents_are_used(tmp_path: Path) -> None:
     assert sorted((int(row["tokens"][0]) - 1) // 100 for row in rows) == [3, 4, 5]
 
 
-def test_too_little_data_and_the_other_kind_are_told(tmp_path: Path) -> None:
+def test_too_little_data_and_the_other_kind_are_reported(tmp_path: Path) -> None:
     files = pretrain_data(tmp_path)
     total = sum(LENGTHS)
     assert pretrain(files, seq_length=total - 1).samples_per_epoch == 1
@@ -267,7 +267,7 @@ def test_samples_of_one_token_are_dropped_and_none_left_is_an_error(tmp_path: Pa
         finetune(sft_data(tmp_path, [1]))
 
 
-def test_a_mask_of_other_data_is_told(tmp_path: Path) -> None:
+def test_a_mask_of_other_data_is_reported(tmp_path: Path) -> None:
     files = sft_data(tmp_path, [5, 6])
     (tmp_path / "other").mkdir()
     other = sft_data(tmp_path / "other", [6, 5])

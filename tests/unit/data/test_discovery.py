@@ -12,7 +12,7 @@ def names(text: object) -> list[str]:
     return [path.name for path in find_inputs(str(text))]
 
 
-def test_a_folder_gives_its_files_of_rows_and_tells_the_rest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_gives_its_row_files_and_the_rest_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kit")
     (tmp_path / "sub").mkdir()
     others = ("._a.jsonl", ".x", "d.json", "e.jsonl.lz4", "README")
@@ -26,7 +26,7 @@ def test_a_folder_gives_its_files_of_rows_and_tells_the_rest(tmp_path: Path, cap
     assert names(f"{tmp_path}/** ") == ["README", "a.jsonl", "c.JSONL", "d.json", "e.jsonl.lz4", "b.jsonl"]
 
 
-def test_a_file_that_is_named_twice_is_told_by_any_of_its_names(
+def test_a_file_that_is_given_twice_is_recognized_by_any_of_its_names(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "in").mkdir()

@@ -56,14 +56,14 @@ def test_any_text_gets_the_same_ids_from_both_engines(
     assert ids.tolist() == [number for row in expected for number in row]
 
 
-def test_special_tokens_are_text_unless_they_are_asked_for(pair: tuple[TextTokenizer, Gigatoken]) -> None:
+def test_special_tokens_are_text_unless_they_are_enabled(pair: tuple[TextTokenizer, Gigatoken]) -> None:
     tokenizer, engine = pair
     number = tokenizer.token_id("<|im_end|>")
     assert engine.encode_flat(["a<|im_end|>"], True)[0].tolist()[-1] == number
     assert number not in engine.encode_flat(["a<|im_end|>"], False)[0].tolist()
 
 
-def test_gigatoken_is_chosen_and_said_and_gives_what_the_other_gives(qwen: Path, log: Callable[[], str]) -> None:
+def test_gigatoken_is_selected_and_logged_and_agrees_with_tokenizers(qwen: Path, log: Callable[[], str]) -> None:
     tokenizer, other = load_tokenizer(qwen), load_tokenizer(qwen)
     select_engine(tokenizer, "auto", False, [("a", TEXTS[0]), ("b", TEXTS[1])])
     select_engine(other, "tokenizers", False, [("a", TEXTS[0])])
@@ -204,7 +204,7 @@ def test_the_sample_comes_from_all_over_the_input_and_is_bounded(tmp_path: Path)
     assert place == f"the document at byte {start} of {files[1]}"
 
 
-def test_rows_that_cannot_be_used_are_passed_over_in_the_sample(tmp_path: Path) -> None:
+def test_unusable_rows_are_skipped_in_the_sample(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xff\n{"no": 1}\n[1]\n{"text": 5}\n{"text": "good"}\n')
     sample = sample_texts([Span(path, 0, path.stat().st_size)], "text")

@@ -92,7 +92,7 @@ def test_damage_and_a_wrong_ending_are_errors(tmp_path: Path, ending: str) -> No
 
 @pytest.mark.parametrize("without", [(), ("isal.igzip", "isal.isal_zlib")])
 @pytest.mark.parametrize("ending", COMPRESS)
-def test_turned_bits_are_told_or_change_nothing(
+def test_flipped_bits_are_reported_or_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, without: tuple[str, ...]
 ) -> None:
     for name in without:
@@ -113,7 +113,7 @@ def test_turned_bits_are_told_or_change_nothing(
     assert refused > len(whole) // 29
 
 
-def test_a_zst_file_without_its_library_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zst_file_without_its_library_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(zstd(ROWS))
     monkeypatch.setattr(compression, "_zstd", lambda: None)
@@ -217,7 +217,7 @@ def test_a_json_array_gives_its_elements_however_it_is_written(
 
 @pytest.mark.parametrize("number", ["0.5", "-1.25e+10", "12345", "1E5"])
 @pytest.mark.parametrize("after", [b",2]", b"]", b" \n]"])
-def test_a_number_is_whole_wherever_a_read_ends(tmp_path: Path, number: str, after: bytes) -> None:
+def test_a_number_is_complete_wherever_a_read_ends(tmp_path: Path, number: str, after: bytes) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"[" + number.encode() + after)
     for block in range(1, 12):
@@ -252,7 +252,7 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_what_is_wrong_with_an_array_is_told(tmp_path: Path, name: str) -> None:
+def test_what_is_wrong_with_an_array_is_reported(tmp_path: Path, name: str) -> None:
     data, message = ARRAYS[name]
     path = tmp_path / "a.json"
     path.write_bytes(data)
@@ -260,7 +260,7 @@ def test_what_is_wrong_with_an_array_is_told(tmp_path: Path, name: str) -> None:
         lines_of(path)
 
 
-def test_an_error_in_a_long_array_is_told_without_reading_on(tmp_path: Path) -> None:
+def test_an_error_in_a_long_array_is_reported_without_reading_on(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"text": 1}, {"text" 2}, ' + b'{"text": 3},' * 1_000_000)
     with path.open("rb") as stream:

@@ -78,7 +78,7 @@ def test_a_row_that_is_rendered_otherwise_would_be_found(tmp_path: Path, monkeyp
         take(case)
 
 
-def test_by_hand_a_case_that_escapes_is_kept_and_told(
+def test_by_hand_a_case_that_escapes_is_saved_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     part = {"read": 3, "refused": 4, "escaped": [[b"bad".hex(), "why"]], "slowest": 1.25, "memory": 7 << 20}

@@ -85,7 +85,9 @@ def test_ids_of_a_tokenizer_with_holes_fit_their_type() -> None:
     assert made.vocab_size == 70_001 and token_dtype(made.vocab_size) == np.int32
 
 
-def test_a_model_with_fewer_ids_than_the_tokenizer_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_with_fewer_ids_than_the_tokenizer_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
 
     tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
     tokenizer.add_tokens([AddedToken(f"<{i}>") for i in range(419)])

@@ -131,7 +131,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_truncated_and_foreign_files_are_told(tmp_path: Path) -> None:
+def test_missing_truncated_and_foreign_files_are_reported(tmp_path: Path) -> None:
     prefix = write(tmp_path / "a", DOCUMENTS)
     index, data = idx_path(prefix).read_bytes(), bin_path(prefix).read_bytes()
     idx_path(prefix).write_bytes(index[:-1])
@@ -171,7 +171,7 @@ def test_memory_does_not_grow_with_documents(tmp_path: Path) -> None:
     assert peak_kib(60) - peak_kib(15) < 24 * 1024
 
 
-def test_what_the_disk_is_told_meanwhile_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_writeback_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small documents and those larger than the buffer, with the disk told to begin after each few bytes, or never."""
     written = []
     for name, size in (("often", 10), ("never", 1 << 40)):

@@ -113,7 +113,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("name", BAD_LINES)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_bad_line_is_told_with_file_line_and_cause(
+def test_a_bad_line_is_reported_with_file_line_and_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fast: bool, zipped: bool
 ) -> None:
     if not fast:
@@ -203,7 +203,7 @@ def test_inputs_are_a_path_a_folder_a_glob_or_words_of_them(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
-def test_wrong_inputs_are_told(tmp_path: Path) -> None:
+def test_wrong_inputs_are_reported(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "nothing.jsonl").touch()
     (tmp_path / "a.jsonl").write_text("{}\n")
@@ -220,7 +220,7 @@ def test_wrong_inputs_are_told(tmp_path: Path) -> None:
             find_inputs(text.format(tmp_path))
 
 
-def test_a_cut_gz_file_is_told(tmp_path: Path) -> None:
+def test_a_cut_gz_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(1000)))
     path.write_bytes(whole[: len(whole) // 2])
@@ -231,7 +231,7 @@ def test_a_cut_gz_file_is_told(tmp_path: Path) -> None:
         rows_of(path)
 
 
-def test_the_first_row_stands_after_blank_lines_and_files(tmp_path: Path) -> None:
+def test_the_first_row_is_found_after_blank_lines_and_files(tmp_path: Path) -> None:
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     one.write_bytes(b"\n \n")
     two.write_bytes(b'\xef\xbb\xbf\n\n{"a": 1}\n{"a": 2}\n')

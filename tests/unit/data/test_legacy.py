@@ -84,14 +84,14 @@ def test_it_is_what_the_old_kit_trains_on() -> None:
         ([600, -3, -100, -100], "row 0 holds the token id 600, but .* has 400 tokens"),
     ],
 )
-def test_what_is_no_old_data_is_told(qwen: Path, tmp_path: Path, row: list[int], message: str) -> None:
+def test_what_is_no_old_data_is_reported(qwen: Path, tmp_path: Path, row: list[int], message: str) -> None:
     source = write(tmp_path / "old", [row])
     with pytest.raises(KitError, match=message):
         import_legacy(source, tmp_path / "data", load_tokenizer(qwen))
     assert not list(tmp_path.glob("data*"))
 
 
-def test_data_of_another_type_is_told(qwen: Path, tmp_path: Path) -> None:
+def test_data_of_another_type_is_reported(qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(KitError, match="holds uint16, but the legacy kit's rows are int32"):
         import_legacy(write(tmp_path / "old", [[1, 2]], "<u2"), tmp_path / "data", load_tokenizer(qwen))
 

@@ -59,7 +59,7 @@ def test_a_json_of_someone_else_is_no_manifest(tmp_path: Path) -> None:
     assert resolve(str(tmp_path / "a")).manifest is None
 
 
-def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
+def test_what_is_no_dataset_is_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"DATASET_PATH=.*none is not a dataset: neither .*none\.json nor .*none\.idx"):
         resolve(str(tmp_path / "none"))
     files(tmp_path / "a_text_document", tmp_path / "a_loss_mask_document")
@@ -96,7 +96,7 @@ def test_counts_that_do_not_reconcile_are_our_own_mistake(tmp_path: Path) -> Non
         ({"tokenizer": "x"}, "its 'tokenizer' is not an object"),
     ],
 )
-def test_a_manifest_with_odd_fields_is_told(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_manifest_with_odd_fields_is_reported(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     files(tmp_path / "a_text_document")
     manifest.write(tmp_path / "a", content("pretrain", tokens="a_text_document"))
     path = tmp_path / "a.json"

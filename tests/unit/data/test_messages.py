@@ -66,7 +66,7 @@ def test_two_fields_of_a_loss_are_refused() -> None:
 
 
 @pytest.mark.parametrize("field", ["mask", "images", "audio", "function_call", "refusal", "content_blocks", "train_on"])
-def test_what_a_turn_says_otherwise_is_refused_by_name(field: str) -> None:
+def test_other_fields_of_a_turn_are_refused_by_name(field: str) -> None:
     with pytest.raises(BadRowError, match=f"turn 2: field '{field}' "):
         answer(**{field: [1]})
     for nothing in (None, [], "", {}):
@@ -92,7 +92,7 @@ def test_metadata_is_counted_and_what_templates_use_is_passed_on() -> None:
     + ["history", "functions", "documents", "system_prompt", "reasoning_content", "thinking", "loss_mask"],
 )
 @pytest.mark.parametrize("kind", ["messages", "instruction"])
-def test_what_a_row_says_of_learning_is_refused_by_name(field: str, kind: str) -> None:
+def test_fields_of_a_row_about_training_are_refused_by_name(field: str, kind: str) -> None:
     row = {"messages": [USER, ANSWER]} if kind == "messages" else {"input": "q", "output": "a"}
     assert to_conversation({**row, field: None}, kind, "system").messages == [USER, ANSWER]
     if (kind, field) == ("instruction", "loss"):
@@ -139,13 +139,13 @@ def test_function_call_is_the_assistants_call(value: Any) -> None:
         ('{"name": "f", "arguments": {"a": ' + "1" * 5000 + "}}", "function_call turn is a string that is not JSON"),
     ],
 )
-def test_calls_that_are_none_are_told(value: Any, message: str) -> None:
+def test_calls_that_are_none_are_reported(value: Any, message: str) -> None:
     with pytest.raises(BadRowError, match=message):
         parse_turn({"from": "function_call", "value": value})
 
 
 @pytest.mark.parametrize("function", [None, "name", [], {}, {"name": None}, {"name": ""}, {"name": "a\x1b[2J"}])
-def test_tools_without_a_name_are_told(function: Any) -> None:
+def test_tools_without_a_name_are_reported(function: Any) -> None:
     with pytest.raises(BadRowError, match="field 'tools': tool 2 has no function name"):
         talk(USER, ANSWER, tools=[{"name": "f"}, {"type": "function", "function": function}])
 

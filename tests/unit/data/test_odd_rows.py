@@ -159,7 +159,7 @@ def test_pretraining_has_the_same_net(qwen: Path, tmp_path: Path, monkeypatch: p
     assert encoded.lengths.size == 1
 
 
-def test_a_row_that_leaves_nothing_to_learn_is_told(made: Callable[..., SftEncoder], tmp_path: Path) -> None:
+def test_a_row_that_leaves_nothing_to_learn_is_reported(made: Callable[..., SftEncoder], tmp_path: Path) -> None:
     rows = {"messages": [USER, ANSWER, USER, {**ANSWER, "train": False}]}
     assert encode(made(), tmp_path / "a.jsonl", rows).counts["supervised"]
     with pytest.raises(KitError, match="there is nothing to train on: LOSS_TURNS=last"):
@@ -167,7 +167,7 @@ def test_a_row_that_leaves_nothing_to_learn_is_told(made: Callable[..., SftEncod
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_that_the_template_does_not_show_is_told(
+def test_reasoning_that_the_template_does_not_show_is_reported(
     field: str, made: Callable[..., SftEncoder], tmp_path: Path
 ) -> None:
     row = answer(**{field: "4"})  # which the answer has too

@@ -69,7 +69,7 @@ def unbroken(tmp_path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("partitions", [1, 2, 5])
-def test_parts_in_any_order_joined_are_the_unbroken_run(
+def test_parts_joined_in_any_order_are_the_uninterrupted_run(
     tmp_path: Path, unbroken: dict[str, bytes], partitions: int, workers: int
 ) -> None:
     for index in reversed(range(partitions)):
@@ -94,7 +94,7 @@ def test_a_run_of_all_takes_up_the_parts_of_others(tmp_path: Path, unbroken: dic
     assert not [start for name, start in seen if name == "b.txt" and size * 0.7 < start < size]
 
 
-def test_merge_tells_what_is_missing_and_what_does_not_fit(tmp_path: Path) -> None:
+def test_merge_reports_what_is_missing_and_what_does_not_fit(tmp_path: Path) -> None:
     prefix = tmp_path / "out" / "data"
     with pytest.raises(KitError, match=r"has no parts .*: run its parts first"):
         runner.merge(prefix)
@@ -116,7 +116,7 @@ def test_merge_tells_what_is_missing_and_what_does_not_fit(tmp_path: Path) -> No
         runner.merge(prefix)
 
 
-def test_an_input_that_changed_between_two_parts_is_told(tmp_path: Path) -> None:
+def test_an_input_that_changed_between_two_parts_is_reported(tmp_path: Path) -> None:
     for index in range(4):
         runner.run(job(tmp_path, 4, index))
         if index == 0:
@@ -128,7 +128,7 @@ def test_an_input_that_changed_between_two_parts_is_told(tmp_path: Path) -> None
     runner.merge(tmp_path / "out" / "data")
 
 
-def test_a_file_that_was_only_touched_is_joined_and_so_is_one_that_is_not_here(tmp_path: Path) -> None:
+def test_a_file_that_was_only_touched_is_joined_and_so_is_a_missing_one(tmp_path: Path) -> None:
     for index in range(2):
         runner.run(job(tmp_path, 2, index))
     os.utime(tmp_path / "b.txt", (1, 1))
@@ -184,7 +184,7 @@ def test_the_hash_of_a_file_is_of_its_blocks(tmp_path: Path, monkeypatch: pytest
         assert of(3, 10) == {"head": part[0], "blocks": []} and of(10, 20) == {"blocks": whole[1:2]}
 
 
-def test_two_runs_of_one_part_and_a_run_of_all_are_kept_apart(tmp_path: Path) -> None:
+def test_two_runs_of_one_part_and_a_run_of_all_do_not_mix(tmp_path: Path) -> None:
     import subprocess
     import sys
 
@@ -209,7 +209,7 @@ def test_two_runs_of_one_part_and_a_run_of_all_are_kept_apart(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_rejects_file_tells_file_line_cause_and_row(tmp_path: Path, workers: int) -> None:
+def test_the_rejects_file_holds_file_line_cause_and_row(tmp_path: Path, workers: int) -> None:
     runner.run(job(tmp_path, 3, workers=workers))
     found = [json.loads(line) for line in rejects_path(tmp_path / "out" / "data").read_text().splitlines()]
     expected = []
@@ -240,7 +240,7 @@ def all_bad_but_first(chunk: Chunk) -> EncodedChunk:
     return EncodedChunk({"tokens": np.array([1], np.uint16)}, np.array([1], np.int32), counts, bad.rows)
 
 
-def test_a_run_that_a_bad_row_stopped_goes_on_with_skip_and_not_the_other_way(tmp_path: Path) -> None:
+def test_a_run_that_a_bad_row_stopped_resumes_with_skip_and_not_the_other_way(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"x" * 20 + b"\n" + b"x" * 20 + b"\n")
     (tmp_path / "a.txt").write_bytes(b"x" * 20 + b"\nbad\n")
     with pytest.raises(KitError, match=r"a\.txt, line 2: 3 bytes"):
@@ -261,7 +261,7 @@ def test_a_run_that_a_bad_row_stopped_goes_on_with_skip_and_not_the_other_way(tm
     assert runner.run(job(tmp_path, 2, encode=never)) is not None
 
 
-def test_a_file_that_is_named_twice_is_read_twice(tmp_path: Path) -> None:
+def test_a_file_that_is_given_twice_is_read_twice(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"xx\n")
     (tmp_path / "a.txt").write_bytes(b"x\n")
     twice = [tmp_path / "b.txt", tmp_path / "a.txt", tmp_path / "b.txt"]

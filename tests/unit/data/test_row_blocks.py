@@ -122,7 +122,7 @@ def test_a_row_of_120_mb_takes_no_memory(tmp_path: Path, kind: str) -> None:
     assert lines == ["1 a", middle, "3 b"] and int(kib) < 80 << 10
 
 
-def test_a_limit_may_be_higher_and_a_reject_says_that_it_is_a_beginning(tmp_path: Path) -> None:
+def test_a_limit_may_be_higher_and_a_reject_holds_the_start_of_its_row(tmp_path: Path) -> None:
     lines = ['{"text": "' + "é" * 3000 + '"}', '{"text": "b"}', '{"text": 5}']
     path = write(tmp_path / "a.jsonl", lines, "plain")
     assert read(path, 1, 10, 6012)[0] == ["é" * 3000, "b", 5]

@@ -140,7 +140,7 @@ def test_a_part_of_anything_else_is_not_used_again(tmp_path: Path, change: str) 
     assert min(read) == 0
 
 
-def test_a_second_run_is_told_it_is_done_and_another_is_refused(tmp_path: Path) -> None:
+def test_a_second_run_finds_it_done_and_another_is_refused(tmp_path: Path) -> None:
     first = runner.run(job(tmp_path, a=1))
 
     def never(chunk: Chunk) -> EncodedChunk:
@@ -166,7 +166,7 @@ def test_files_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:
     assert foreign.read_bytes() == b"theirs"
 
 
-def test_a_manifest_without_its_files_is_told(tmp_path: Path) -> None:
+def test_a_manifest_without_its_files_is_reported(tmp_path: Path) -> None:
     made = job(tmp_path)
     runner.run(made)
     Path(f"{made.final('tokens')}.bin").unlink()
@@ -181,7 +181,7 @@ def test_no_document_is_an_error(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_input_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+def test_an_input_that_changes_meanwhile_is_reported(tmp_path: Path) -> None:
     def changing(chunk: Chunk) -> EncodedChunk:
         os.utime(chunk.path, (1, 1))
         return lengths_of_lines(chunk)
@@ -191,7 +191,7 @@ def test_an_input_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("data_*"))
 
 
-def test_two_runs_at_once_are_told(tmp_path: Path) -> None:
+def test_two_runs_at_once_are_reported(tmp_path: Path) -> None:
     made = job(tmp_path)
     made.folder.mkdir(parents=True)
     program = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
@@ -204,7 +204,7 @@ def test_two_runs_at_once_are_told(tmp_path: Path) -> None:
     runner.run(job(tmp_path))
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     made = job(tmp_path)
     made.output_prefix.parent.mkdir()
     made.folder.write_text("a file where the folder of parts would be")

@@ -106,7 +106,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 @settings(max_examples=60, deadline=None)
 @given(TEXT, st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), st.sampled_from(["all", "last"]))
-def test_any_answer_is_learned_whole_and_nothing_else(
+def test_all_of_any_answer_is_learned_and_nothing_else(
     qwen: Path, system: str, pairs: list[tuple[str, str]], loss_turns: str
 ) -> None:
     made = encoder(qwen, "answer", loss_turns)
@@ -144,7 +144,7 @@ def test_special_tokens_in_an_answer_do_not_end_it(qwen: Path) -> None:
     assert learned(made, sample) == ["a<|im_end|>\nb<|im_end|>"]
 
 
-def test_without_a_template_chatml_is_used_and_said(
+def test_without_a_template_chatml_is_used_and_logged(
     qwen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
 
@@ -173,7 +173,7 @@ def test_a_template_that_trims_is_followed(qwen: Path, tmp_path: Path) -> None:
         ("{{- raise_exception('roles must alternate') -}}", "the chat template rejects it: roles must alternate"),
     ],
 )
-def test_templates_that_hide_the_answer_are_told_with_the_line(
+def test_templates_that_hide_the_answer_are_reported_with_the_line(
     qwen: Path, tmp_path: Path, template: str, message: str
 ) -> None:
     made = encoder(with_template(qwen, tmp_path / "copy", template))
@@ -187,7 +187,7 @@ def test_the_last_answer_alone_needs_no_agreement_before_it(qwen: Path, tmp_path
     assert learned(made, encode(made, one)[0]) == ["first<|im_end|>"]
 
 
-def test_a_row_of_another_format_is_told_with_its_line(qwen: Path, tmp_path: Path) -> None:
+def test_a_row_of_another_format_is_reported_with_its_line(qwen: Path, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"messages": messages(*TALK)}, {"instruction": "", "input": "q", "output": "a"}]
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

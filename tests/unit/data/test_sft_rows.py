@@ -103,7 +103,7 @@ def with_losses(*losses: Any) -> dict[str, Any]:
         ((0, 1.0), "all", [("d<|im_end|>", 1)]),
     ],
 )
-def test_a_turn_may_say_whether_it_is_learned(
+def test_a_turn_may_set_whether_it_is_trained_on(
     tools: Path, losses: tuple[Any, ...], loss_turns: str, expected: list[tuple[str, float]]
 ) -> None:
     made = encoder(tools, loss_turns=loss_turns)
@@ -119,7 +119,7 @@ def test_a_weight_is_the_masks_own_in_float32(tools: Path) -> None:
     assert encoded.counts["supervised"] == np.count_nonzero(encoded.streams["loss_mask"])
 
 
-def test_a_weight_where_none_was_told_is_an_error(tools: Path, tmp_path: Path) -> None:
+def test_a_weight_without_loss_weights_is_an_error(tools: Path, tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"a\.jsonl, line 2: its field 'loss' is a weight.*set LOSS_WEIGHTS=true"):
         encode(encoder(tools), with_losses(True, True), with_losses(0.5, True), path=tmp_path / "a.jsonl")
 
@@ -146,7 +146,7 @@ def test_a_weight_where_none_was_told_is_an_error(tools: Path, tmp_path: Path) -
         ),
     ],
 )
-def test_what_is_wrong_is_told(row: dict[str, Any], message: str) -> None:
+def test_what_is_wrong_is_reported(row: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRowError, match=message):
         to_conversation(row, "messages", "system")
 
@@ -187,7 +187,7 @@ def test_tools_are_shown_as_the_template_does_and_calls_are_learned(tools: Path)
         (("message.tool_calls or []", "[]"), "not render the tool calls"),
     ],
 )
-def test_a_template_that_hides_tools_is_told(
+def test_a_template_that_hides_tools_is_reported(
     tools: Path, tmp_path: Path, change: tuple[str, str], message: str
 ) -> None:
     shutil.copytree(tools, tmp_path / "hf")
@@ -210,7 +210,7 @@ def test_chatml_shows_no_tools_and_says_so(qwen: Path, tmp_path: Path) -> None:
             encode(encoder(tmp_path / "hf"), row, path=tmp_path / "a.jsonl")
 
 
-def test_rows_that_cannot_be_used_are_kept_aside(tools: Path) -> None:
+def test_unusable_rows_are_set_aside(tools: Path) -> None:
     made = encoder(tools, skip_bad_rows=True)
     rows = [{"messages": TALK}, {"messages": []}, {"messages": TALK}, {"text": "a"}, with_losses(0.5, True)]
     encoded = encode(made, *rows)
@@ -228,7 +228,7 @@ def test_a_sample_whose_text_the_tokenizer_loses_is_a_bad_row(tools: Path, monke
     assert isinstance(encoded.counts, Counter)
 
 
-def test_the_sample_for_the_engines_is_bounded_and_passes_over_bad_rows(tools: Path) -> None:
+def test_the_sample_for_the_engines_is_bounded_and_skips_bad_rows(tools: Path) -> None:
     from common.data.encoders.sft import sample_segments
 
     made = encoder(tools)

@@ -17,7 +17,7 @@ def listed(permutation: KeyedPermutation) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [*range(1, 40), 255, 256, 257, 4095, 4096, 4097, 100_003])
-def test_each_element_has_one_place_whichever_way_it_is_asked(size: int) -> None:
+def test_each_element_has_one_position_whichever_way_it_is_queried(size: int) -> None:
     permutation = keyed_shuffle(size, 1, 0)
     places = listed(permutation)
     assert sorted(places) == list(range(size))

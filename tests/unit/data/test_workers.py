@@ -53,7 +53,7 @@ def test_the_pieces_of_a_span_are_whole_lines_in_order(tmp_path: Path) -> None:
         assert all(len(chunk.data) <= size + 50 for chunk in chunks)
 
 
-def test_a_file_that_shrinks_meanwhile_is_told(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_meanwhile_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"xx\n" * 100)
     (task,) = split_span(Span(path, 0, 300), 1000)

@@ -34,7 +34,7 @@ def rows(folder: Path, *given: dict) -> str:
     return str(path)
 
 
-def test_the_first_row_tells_what_rows_are_for(tmp_path: Path) -> None:
+def test_the_first_row_decides_the_kind_of_training(tmp_path: Path) -> None:
     assert kind_of(rows(tmp_path, TEXT)) == "pretrain"
     assert kind_of(rows(tmp_path, INSTRUCTION, TEXT)) == "sft"
     assert kind_of(rows(tmp_path, {**MESSAGES, "text": "a"})) == "sft"

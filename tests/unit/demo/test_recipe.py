@@ -24,7 +24,7 @@ def own(work: Path, folder: Path, *rows: dict[str, str], **more: object) -> list
     return steps_of(settings, work, "cpu")
 
 
-def test_the_sample_goes_the_whole_way(tmp_path: Path) -> None:
+def test_the_sample_runs_through_all_steps(tmp_path: Path) -> None:
     steps = sample(tmp_path)
     assert [step.name for step in steps] == [
         "sample", "tokens_pretrain", "tokens_finetune", "megatron", "pretrain", "finetune", "torch", "huggingface",
@@ -114,7 +114,7 @@ def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
             work_dir(QuickstartSettings(work_dir=str(folder)))
 
 
-def test_a_checkpoint_that_is_not_there_is_not_whole(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_not_complete(tmp_path: Path) -> None:
     assert not whole_checkpoint(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
     assert not whole_checkpoint(tmp_path)

@@ -58,7 +58,7 @@ Runner(work, [Step("slow", "t", command, work / "slow")], print).run()
     run(tmp_path, writes(tmp_path, "next"))
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_system_without_locks_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOSYS, "Function not implemented")):
         run(tmp_path, writes(tmp_path, "first"))
     assert [each.message for each in caplog.records if "the file system does not support locks" in each.message]
@@ -74,7 +74,7 @@ def content(work: Path, name: str) -> str:
     return (work / name / "result").read_text()
 
 
-def test_steps_run_in_order_and_say_what_they_do(tmp_path: Path) -> None:
+def test_steps_run_in_order_and_print_what_they_do(tmp_path: Path) -> None:
     output = run(tmp_path, writes(tmp_path, "one"), writes(tmp_path, "two"))
     text = str(output)
     assert text.index("[1/2] Write one") < text.index("    wrote one") < text.index("[2/2] Write two")
@@ -100,7 +100,7 @@ def test_a_lost_result_is_made_again_and_all_that_came_of_it(tmp_path: Path) -> 
     assert [content(tmp_path, name) for name in ("one", "two", "three")] == ["whole"] * 3
 
 
-def test_what_an_interrupted_run_left_is_removed_unless_the_step_goes_on_from_it(tmp_path: Path) -> None:
+def test_what_an_interrupted_run_left_is_removed_unless_the_step_resumes_from_it(tmp_path: Path) -> None:
     for name in ("anew", "on"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result").write_text("half ")

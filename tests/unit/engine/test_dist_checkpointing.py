@@ -27,7 +27,7 @@ def test_an_optimizer_that_the_version_does_not_load_is_refused(
 
 
 @pytest.mark.parametrize("text", ["0.11.0", "0.14.0", "0.16.1", "0.19.2"])
-def test_the_oldest_layout_loads_everywhere_at_its_own_sizes_alone(
+def test_the_oldest_layout_loads_everywhere_only_at_its_own_sizes(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path, text, monkeypatch)
@@ -38,7 +38,7 @@ def test_the_oldest_layout_loads_everywhere_at_its_own_sizes_alone(
 
 
 @pytest.mark.parametrize("same_ranks", [True, False])
-def test_what_0_14_saved_goes_on_under_0_14_at_any_sizes(
+def test_what_0_14_saved_resumes_under_0_14_at_any_sizes(
     same_ranks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path, "0.14.0", monkeypatch)

@@ -148,7 +148,7 @@ def test_they_reach_the_config_and_the_log() -> None:
     assert list(describe_overrides(parsed.mcore)) == ["megatron-core's optimizer config: log_num_zeros_in_grad = True"]
 
 
-def test_what_megatron_core_refuses_is_told_with_the_flag() -> None:
+def test_what_megatron_core_refuses_is_reported_with_the_flag() -> None:
     with (
         pytest.raises(KitError, match=r"megatron-core refuses --mcore.ddp.bucket_size=7: no"),
         named_refusals(("ddp.bucket_size=7",)),

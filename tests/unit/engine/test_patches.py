@@ -98,7 +98,7 @@ def imported_modules_assigned_to(path: Path) -> set[str]:
     }
 
 
-def test_what_is_replaced_stands_in_the_table_and_nowhere_else() -> None:
+def test_what_is_replaced_is_in_the_table_and_nowhere_else() -> None:
     listed = {f"{patch.module}.{patch.name}" for patch in PATCHES}
     assigned = {path: imported_modules_assigned_to(path) for path in sorted(COMMON.rglob("*.py"))}
     here = assigned.pop(Path(patches.__file__))

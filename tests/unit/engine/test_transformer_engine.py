@@ -56,7 +56,7 @@ def test_fp8_that_is_not_there(
             ask("hybrid", recipe)
 
 
-def test_moments_in_bf16_keep_whole_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_in_bf16_keep_full_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "2.11.0")
     given = transformer_engine.optimizer_state_options("bf16")
     assert given["exp_avg_dtype"] is given["exp_avg_sq_dtype"] is torch.bfloat16
@@ -90,7 +90,7 @@ def test_packed_sequences_need_an_engine_that_masks_within_them(monkeypatch: pyt
     transformer_engine.check_packed_sequences("PACKING")
 
 
-def test_overlapped_sends_need_an_engine_that_goes_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlapped_sends_need_an_engine_that_works_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "1.8.0")
     with pytest.raises(KitError, match=r"TP_COMM_OVERLAP=true needs Transformer Engine 1\.9 or later, and 1\.8 is"):
         transformer_engine.check_tp_comm_overlap()

@@ -74,7 +74,7 @@ def test_a_missing_megatron_core_is_refused(tmp_path: Path, monkeypatch: pytest.
         versions.installed_engine()
 
 
-def test_the_releases_that_are_told_are_those_that_are_locked_built_and_tried() -> None:
+def test_supported_releases_are_those_that_are_locked_built_and_tested() -> None:
     releases = {engine.release for engine in versions.ENGINES}
     images = (ROOT / "docker").glob("*.Dockerfile")
     locked = [*(ROOT / "requirements").glob("*.txt"), *images]

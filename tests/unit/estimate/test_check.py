@@ -38,7 +38,7 @@ def _heard(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kit")
 
 
-def test_what_was_measured_to_fit_is_told_with_both_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_measured_to_fit_is_logged_with_both_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     check.compare_memory(plan(tmp_path), "NVIDIA H100 80GB HBM3", int(H100))
     (record,) = caplog.records
     assert record.levelname == "INFO"
@@ -113,7 +113,7 @@ def test_products_of_quack_count_where_they_are_installed_and_may_be_used(
     assert check.needed(fp8).peak == check.needed(plan(tmp_path, fp8_format="hybrid", fused_products="false")).peak
 
 
-def test_the_devices_are_asked_only_where_the_estimate_was_measured(
+def test_devices_are_queried_only_where_the_estimate_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(check, "smallest_device", lambda num_devices: pytest.fail("asked"))

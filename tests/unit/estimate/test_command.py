@@ -56,7 +56,7 @@ def test_layouts_that_fit_come_first_and_all_are_counted(model: Path) -> None:
     assert len(run(**options, rows=0).split("\n\n")[1].splitlines()) == 1 + len(fits)
 
 
-def test_one_layout_is_told_stage_by_stage(model: Path) -> None:
+def test_one_layout_is_shown_stage_by_stage(model: Path) -> None:
     layout = {"tp": 2, "pp": 4, "micro_batch_size": 1, "recompute": "full"}
     text = run(hf_model_path=model, gpu="A100 40GB", gpus=8, global_batch_size=64, **layout)
     _, row, stages, notes = text.split("\n\n")
@@ -97,7 +97,7 @@ def test_layers_that_are_not_recomputed_keep_more_and_are_faster(model: Path) ->
     assert layouts[0]["peak_bytes"] == json.loads(run(**one, json=True))["layouts"][0]["peak_bytes"]
 
 
-def test_context_parallelism_divides_the_tokens_and_is_said_not_to_be_measured(model: Path) -> None:
+def test_context_parallelism_divides_the_tokens_and_is_noted_as_not_measured(model: Path) -> None:
     options = {"hf_model_path": model, "gpu": "H200", "gpus": 2, "tp": 1, "pp": 1, "recompute": "none"}
     options |= {"micro_batch_size": 1, "seq_length": 16384}
     one, two = (json.loads(run(**options, json=True, cp=cp))["layouts"][0] for cp in (1, 2))
@@ -107,7 +107,7 @@ def test_context_parallelism_divides_the_tokens_and_is_said_not_to_be_measured(m
     assert note in run(**options, cp=2) and note not in run(**options)
 
 
-def test_packing_is_said_not_to_be_measured(model: Path) -> None:
+def test_packing_is_noted_as_not_measured(model: Path) -> None:
     options = {"hf_model_path": model, "gpu": "H200", "gpus": 8, "transformer_impl": "local"}
     assert "note: attention with a mask (PACKING) was not measured" in run(**options, packing="true")
     assert "PACKING" not in run(**options)
@@ -166,7 +166,7 @@ runpy.run_module("common.estimate", run_name="__main__", alter_sys=True)
     assert "fit, " in done.stdout and done.stdout.splitlines()[-1] == "[]"
 
 
-def test_it_tells_a_checkpoint_and_the_best_save_interval_of_the_first_layout(model: Path) -> None:
+def test_it_shows_the_checkpoint_and_the_best_save_interval_of_the_first_layout(model: Path) -> None:
     options = {
         "hf_model_path": model,
         "gpu": "H100",
@@ -205,7 +205,7 @@ def test_a_save_that_training_hardly_waits_for_is_made_more_often(model: Path) -
     assert "training stands still for 5 s (--save-stall-s)" in shown and "; with 7 " in shown
 
 
-def test_without_a_step_that_is_known_the_best_interval_is_told_in_time(model: Path) -> None:
+def test_without_a_known_step_time_the_best_interval_is_given_as_a_duration(model: Path) -> None:
     for gpu, flags in (("C500", {}), ("H100", {"optimizer_state": "fp32", "tp": 1, "pp": 1, "gpus": 1})):
         text = run(**{"hf_model_path": model, "gpu": gpu, "gpus": 8, **flags})
         assert re.search(r"best: [\d.]+ (h|days) from save to save: 99\.\d% of the time trains", text)

@@ -85,7 +85,7 @@ def test_the_best_interval_is_the_best_of_simulations_too() -> None:
 
 
 @pytest.mark.parametrize(("hours", "minutes"), [(24, 117), (6, 57), (0.25, 9.1)])
-def test_it_is_what_dalys_figures_3_to_5_say(hours: float, minutes: float) -> None:
+def test_it_is_what_dalys_figures_3_to_5_show(hours: float, minutes: float) -> None:
     lost = Interruptions(between_faults=hours * HOUR, stall=300.0, write=300.0, recovery=600.0)
     assert best_interval(lost) / 60 == pytest.approx(minutes, rel=0.01)
 

@@ -16,7 +16,7 @@ from common.training.settings import TrainSettings
         (49273, "13.7 h"), (129600, "1.5 days"), (22804650, "264 days"), (182437200, "2,112 days"),
     ],
 )  # fmt: skip
-def test_a_time_is_told_in_the_unit_of_its_size(seconds: float, expected: str) -> None:
+def test_a_duration_is_shown_in_a_fitting_unit(seconds: float, expected: str) -> None:
     assert span(seconds) == expected
 
 

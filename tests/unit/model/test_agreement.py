@@ -94,7 +94,7 @@ def two_ranks(qwen: Path, **task: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_fails_on_one_rank_is_passed_over_by_both_and_they_train(case: str, qwen: Path) -> None:
+def test_a_kernel_that_fails_on_one_rank_is_skipped_by_both_and_they_train(case: str, qwen: Path) -> None:
     module, error, settings, kernels, line = CASES[case]
     first, second = two_ranks(qwen, module=module, error=error, **settings)
     assert first["kernels"] == second["kernels"] == kernels
@@ -121,7 +121,7 @@ def test_what_fails_on_one_rank_is_passed_over_by_both_and_they_train(case: str,
     ],
     ids=["products", "triton", "attention"],
 )
-def test_what_is_asked_for_and_fails_on_one_rank_ends_both(task: dict[str, str], message: str, qwen: Path) -> None:
+def test_a_requested_kernel_that_fails_on_one_rank_ends_both(task: dict[str, str], message: str, qwen: Path) -> None:
     first, second = two_ranks(qwen, error="TypeError", **task)
     assert first == second and first["error"].startswith(message)
 

@@ -76,14 +76,14 @@ def test_with_a_mask_or_in_float32_it_is_sdpa(flash: Any) -> None:
     assert flash.GROUPS == []
 
 
-def test_the_first_that_works_is_taken_and_said(flash: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_that_works_is_used_and_logged(flash: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="kit"):
         assert choose(("flash_attn", "sdpa"), HEADS, CPU) is FlashAttention
         assert choose(("sdpa", "flash_attn"), HEADS, CPU) is SdpaAttention
     assert caplog.messages == ["core attention: flash_attn", "core attention: sdpa"]
 
 
-def test_one_that_is_not_there_is_passed_over_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_one_is_skipped_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="kit"):
         assert choose(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
     assert caplog.messages == ["core attention: sdpa (flash_attn: no module flash_attn)"]
@@ -113,7 +113,7 @@ def no_gradient(q: Any, k: Any, v: Any, **more: Any) -> Any:
         (no_gradient, "its results are off by"),
     ],
 )
-def test_one_that_fails_or_is_wrong_is_passed_over(
+def test_one_that_fails_or_is_wrong_is_skipped(
     kernel: Any, reason: str, flash: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel.right = flash.flash_attn_func
@@ -124,7 +124,7 @@ def test_one_that_fails_or_is_wrong_is_passed_over(
         choose(("flash_attn",), HEADS, CPU)
 
 
-def test_flash_kernels_are_told_to_keep_an_order_where_torch_is(flash: Any, deterministic: None) -> None:
+def test_flash_kernels_are_deterministic_where_torch_is(flash: Any, deterministic: None) -> None:
     assert choose(("flash_attn",), HEADS, CPU) is FlashAttention
     attend(FlashAttention)
     assert set(flash.DETERMINISTIC) == {True}
@@ -133,13 +133,13 @@ def test_flash_kernels_are_told_to_keep_an_order_where_torch_is(flash: Any, dete
     assert flash.DETERMINISTIC[-1] is False
 
 
-def test_flash_attention_4_is_told_so_for_its_backward_half(flash_4: Any, deterministic: None) -> None:
+def test_flash_attention_4_is_deterministic_in_its_backward_pass(flash_4: Any, deterministic: None) -> None:
     flash_4.DETERMINISTIC.clear()
     assert why_not(FlashAttention4, HEADS, CPU) == ""
     assert flash_4.DETERMINISTIC and all(flash_4.DETERMINISTIC)
 
 
-def test_a_flash_kernel_that_keeps_no_order_is_passed_over(
+def test_a_nondeterministic_flash_kernel_is_skipped(
     flash: Any, deterministic: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     right = flash.flash_attn_func
@@ -155,7 +155,7 @@ def test_a_flash_kernel_that_keeps_no_order_is_passed_over(
     )
 
 
-def test_a_kernel_that_gives_other_bits_each_time_is_passed_over_where_torch_is_deterministic(
+def test_a_nondeterministic_kernel_is_skipped_where_torch_is_deterministic(
     flash: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, calls = flash.flash_attn_func, []

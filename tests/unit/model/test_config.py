@@ -133,7 +133,7 @@ def test_mathematics_that_is_not_built_is_refused_by_name(changes: dict[str, Any
     assert "remove the field" in str(raised.value)
 
 
-def test_all_unsupported_fields_are_said_at_once() -> None:
+def test_all_unsupported_fields_are_reported_at_once() -> None:
     with pytest.raises(KitError, match="use_sliding_window=true, hidden_act=gelu"):
         parse(use_sliding_window=True, hidden_act="gelu").check_trainable()
 
@@ -217,7 +217,7 @@ def test_a_field_of_another_type_or_range_is_named_with_what_it_must_be(changes:
         parse(**changes)
 
 
-def test_several_faults_are_told_together() -> None:
+def test_several_faults_are_reported_together() -> None:
     with pytest.raises(KitError, match="hidden_size='a': .*; vocab_size=-1: "):
         parse(hidden_size="a", vocab_size=-1)
 

@@ -56,7 +56,7 @@ def test_the_line_names_the_ranks_unless_all_fail_alike(failures: list[str], lin
     assert tell_ranks(failures) == line
 
 
-def test_results_that_are_no_numbers_are_a_fault_wherever_they_stand() -> None:
+def test_nan_results_are_a_fault_wherever_they_are() -> None:
     one = torch.ones(3)
     assert find_fault(lambda: [one, one], lambda: [one, one]) == ""
     assert find_fault(lambda: [one, one * float("nan")], lambda: [one, one]) == "its results are off by nan%"

@@ -51,7 +51,7 @@ def test_losses_and_gradients_are_those_of_the_chunks(quack_loss: Any) -> None:
 
 
 @pytest.mark.parametrize(("rows", "num_tokens"), [(384, 380), (380, 380), (576, 576)])
-def test_a_vocabulary_that_is_padded_or_does_not_fill_tiles_goes_by_chunks(
+def test_a_vocabulary_that_is_padded_or_does_not_fill_tiles_is_computed_in_chunks(
     quack_loss: Any, rows: int, num_tokens: int
 ) -> None:
     kernels = quack_loss.QuackLoss()
@@ -64,7 +64,7 @@ def test_a_vocabulary_that_is_padded_or_does_not_fill_tiles_goes_by_chunks(
         assert torch.equal(mine, theirs)
 
 
-def test_without_gradients_it_goes_by_chunks(quack_loss: Any) -> None:
+def test_without_gradients_it_is_computed_in_chunks(quack_loss: Any) -> None:
     kernels = quack_loss.QuackLoss()
     kernels._losses = None
     hidden, weight = torch.randn(200, 32), torch.randn(384, 32)
@@ -73,7 +73,7 @@ def test_without_gradients_it_goes_by_chunks(quack_loss: Any) -> None:
     torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="none"))
 
 
-def test_a_wrong_or_failing_loss_is_told(quack_loss: Any) -> None:
+def test_a_wrong_or_failing_loss_is_reported(quack_loss: Any) -> None:
     kernels = quack_loss.QuackLoss()
     right = kernels._losses
     kernels._losses = lambda *given, **how: tuple(1.1 * part for part in right(*given, **how))

@@ -64,7 +64,7 @@ def test_where_quack_is_missing_its_module_is_named(
     assert log.messages == ["SwiGLU: beside matrix products (QuACK: no module quack)"]
 
 
-def test_where_quack_works_it_is_taken(
+def test_where_quack_works_it_is_used(
     hopper: None, quack: Any, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert type(products(tmp_path)).__name__ == "QuackProducts"
@@ -75,7 +75,7 @@ def test_where_quack_works_it_is_taken(
 
 
 @pytest.mark.parametrize("changes", [{"fused_products": "false"}, {"precision": "fp32"}], ids=str)
-def test_where_it_is_not_wanted_it_is_not_tried(
+def test_where_it_is_disabled_it_is_not_tried(
     changes: dict[str, Any], hopper: None, quack: Any, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     assert products(tmp_path, **changes) is None
@@ -86,7 +86,7 @@ def test_without_triton_the_loss_is_pytorchs(tmp_path: Path) -> None:
     assert type(kernels.loss_kernels(load_config(tiny_qwen(tmp_path)), ONE, OPTIONS, CPU)) is TorchKernels
 
 
-def test_where_triton_fails_no_kernel_of_it_is_taken(log: pytest.LogCaptureFixture) -> None:
+def test_where_triton_fails_none_of_its_kernels_is_used(log: pytest.LogCaptureFixture) -> None:
     """Here there is none."""
     platform = kernels.with_working_kernels(FUSED, OPTIONS)
     assert platform == replace(FUSED, fused_kernels=False)
@@ -119,13 +119,13 @@ def test_tritons_kernels_are_tried(swiglu: Any, reason: str, monkeypatch: pytest
     assert put == ([] if reason else [swiglu, None])
 
 
-def test_products_that_are_asked_for_and_have_no_norms_under_transformer_engine_are_refused(tmp_path: Path) -> None:
+def test_fused_products_without_norms_under_transformer_engine_are_refused(tmp_path: Path) -> None:
     assert products(tmp_path, transformer_impl="transformer_engine") is None
     with pytest.raises(KitError, match="need norms of ours"):
         products(tmp_path, transformer_impl="transformer_engine", fused_products="true")
 
 
-def test_a_deterministic_run_says_what_it_takes_in_the_place_of_what(
+def test_a_deterministic_run_logs_what_it_replaces(
     tmp_path: Path, log: pytest.LogCaptureFixture, deterministic: None
 ) -> None:
     qwen, options = load_config(tiny_qwen(tmp_path)), replace(OPTIONS, deterministic=True)
@@ -142,7 +142,7 @@ def test_a_deterministic_run_says_what_it_takes_in_the_place_of_what(
     )
 
 
-def test_kernels_are_not_chosen_as_deterministic_while_torch_is_not(tmp_path: Path) -> None:
+def test_deterministic_kernels_are_not_selected_while_torch_is_not_deterministic(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         kernels.select_kernels(load_config(tiny_qwen(tmp_path)), ONE, replace(OPTIONS, deterministic=True), CPU)
 

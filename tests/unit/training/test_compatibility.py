@@ -69,7 +69,7 @@ def test_refusals(platform: str, changes: dict[str, Any], message: str) -> None:
     ],
     ids=str,
 )
-def test_what_goes_together_is_let_pass(platform: str, changes: dict[str, Any]) -> None:
+def test_valid_combinations_are_accepted(platform: str, changes: dict[str, Any]) -> None:
     check_layers(settings(**changes), PLATFORMS[platform])
 
 
@@ -119,7 +119,7 @@ def test_what_ngc_24_03_lacks_is_refused_with_the_remedy(
     check_packages(train_settings, PLATFORMS["nvidia"])
 
 
-def test_what_ngc_24_03_has_is_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ngc_24_03_has_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "1.4.0", "0.14.0")
     check_packages(settings(), PLATFORMS["nvidia"])
     check_packages(settings(fp8_format="hybrid", fp8_recipe="delayed"), PLATFORMS["nvidia"])

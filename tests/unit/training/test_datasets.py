@@ -56,9 +56,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path, model: Path, caplo
             open_data(settings(**flags), model, 400)
 
 
-def test_where_it_cannot_be_known_the_log_says_so(
-    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_where_it_is_unknown_the_log_says_so(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
 
     caplog.set_level("INFO", "kit")
     check_tokenizer(read_blend(str(dataset(tmp_path, "bare", 3, None))), model)

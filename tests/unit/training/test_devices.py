@@ -34,7 +34,7 @@ def asks_for(gpus: int) -> TrainSettings:
         (METAX, "0,1", r"torch sees 2 devices with CUDA_VISIBLE_DEVICES=0,1: set GPUS=2"),
     ],
 )
-def test_fewer_devices_than_asked_for_are_refused(
+def test_fewer_devices_than_requested_are_refused(
     platform: Any, hidden: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -63,7 +63,7 @@ def test_the_smallest_of_the_devices_that_are_used_counts(tmp_path: Path, monkey
     assert devices.smallest_device(2) is None
 
 
-def test_without_a_device_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_device_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert devices.smallest_device(1) is None
 

@@ -27,7 +27,7 @@ def test_over_the_bound_the_run_stops() -> None:
 @pytest.mark.parametrize(
     ("kind", "loss", "warns"), [("weights", 11.5, True), ("weights", 4.0, False), ("random", 11.9, False)]
 )
-def test_weights_that_know_nothing_are_told(
+def test_weights_with_the_loss_of_random_ones_are_reported(
     kind: str, loss: float, warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "kit")
@@ -35,7 +35,7 @@ def test_weights_that_know_nothing_are_told(
     assert ("random weights give 11.93" in caplog.text) == warns
 
 
-def test_of_what_all_ranks_find_one_process_of_a_node_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_all_ranks_is_reported_by_one_process_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as ended:
         check_first_loss(plan("weights", 3.0), 3.01)

@@ -63,7 +63,7 @@ def test_looking_for_a_lock_makes_nothing_and_holds_nothing(tmp_path: Path) -> N
     os.close(take_lock(tmp_path, timeout_s=0))
 
 
-def test_without_locks_a_run_goes_on_and_says_so(
+def test_without_locks_a_run_continues_and_logs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: Any) -> None:

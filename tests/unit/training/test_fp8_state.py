@@ -82,7 +82,7 @@ def through_a_file(saved: Any, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["Transformer Engine 2", "1"])
-def test_a_resumed_run_scales_as_the_unbroken_one(old: bool, tmp_path: Path) -> None:
+def test_a_resumed_run_scales_as_the_uninterrupted_one(old: bool, tmp_path: Path) -> None:
     recipes = () if old else ("delayed",)
     unbroken, first, resumed, anew = (Run(old) for _ in range(4))
     expected = [unbroken.step(number, *recipes) for number in range(6)]
@@ -142,7 +142,7 @@ def test_other_recipes_have_none() -> None:
 
 
 @pytest.mark.parametrize("engine", [None, (1, 6), (1, 5)])
-def test_a_run_without_it_says_that_scales_start_anew(
+def test_a_run_without_it_logs_that_scales_are_reset(
     engine: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, other = Run(), Run()

@@ -73,7 +73,7 @@ def test_a_node_alone_meets_at_a_port_that_is_free_so_that_runs_do_not_meet_each
         ({"rdzv_endpoint": "a:8"}, ("a", 8)),
     ],
 )
-def test_a_port_that_others_are_told_stays(changes: dict[str, Any], place: tuple[str, int]) -> None:
+def test_a_port_that_other_nodes_use_is_not_changed(changes: dict[str, Any], place: tuple[str, int]) -> None:
     assert with_port(settings(**changes)).meeting_place == place
 
 

@@ -68,7 +68,7 @@ def test_each_setting_that_takes_less_is_named_with_what_it_is() -> None:
         (NVIDIA, {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "/a"}, "more GPUs"),
     ],
 )  # fmt: skip
-def test_what_takes_less_already_is_not_named(platform: Platform, settings: dict[str, Any], left: str) -> None:
+def test_settings_that_already_take_less_are_not_named(platform: Platform, settings: dict[str, Any], left: str) -> None:
     text = explanation(
         plan(platform, micro_batch_size=1, **settings), RuntimeError("CUDA error: out of memory\nlines of C++")
     )
@@ -82,7 +82,7 @@ def test_moments_in_bf16_are_not_named_where_transformer_engine_is_too_old(monke
         assert "OPTIMIZER_STATE=bf16" not in explanation(plan(NVIDIA), torch.cuda.OutOfMemoryError(OF_TORCH))
 
 
-def test_a_processor_without_memory_tells_it_too() -> None:
+def test_running_out_of_memory_on_a_cpu_is_explained_too() -> None:
     message = r"rank 3 is out of memory \(.*can't allocate memory.*PP over 1$"
     with pytest.raises(KitError, match=message), explain_out_of_memory(plan(CPU)):
         torch.empty(2**60)

@@ -51,11 +51,11 @@ def test_what_is_a_nodes_own_is_no_difference(work: Path, tmp_path: Path) -> Non
         ({"train_iters": 5, "epochs": None}, "EPOCHS is None on b, 1.0 on a, TRAIN_ITERS is 5 on b, None on a"),
     ],
 )
-def test_a_setting_is_told_with_both_values(work: Path, changes: dict[str, Any], expected: str) -> None:
+def test_a_setting_is_reported_with_both_values(work: Path, changes: dict[str, Any], expected: str) -> None:
     assert differences(facts_of(plan(work)), "a", facts_of(plan(work, **changes)), "b") == expected
 
 
-def test_what_one_node_lacks_and_what_is_over_five_is_told() -> None:
+def test_what_one_node_lacks_and_what_is_over_five_is_reported() -> None:
     assert differences({"x": "1"}, "a", {"y": "2"}, "b") == "x exists only on a, y exists only on b"
     many = {str(number): "1" for number in range(8)}
     text = differences(many, "a", dict.fromkeys(many, "2"), "b")
@@ -93,7 +93,7 @@ def test_samples_reach_from_the_first_byte_to_the_last(tmp_path: Path) -> None:
     assert len(path.read_bytes()) and hash_samples(path, 4) not in found
 
 
-def test_a_start_is_told_apart_by_its_iteration_and_by_its_bytes(tmp_path: Path) -> None:
+def test_starts_differ_by_iteration_and_by_bytes(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for iteration in (1, 2):
         rank = folder / f"iter_{iteration:07d}" / "mp_rank_00"

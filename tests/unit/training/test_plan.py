@@ -200,7 +200,7 @@ def test_the_platform_decides_what_is_not_set(data: Path, qwen: Path) -> None:
     assert (made.transformer_impl, made.ckpt_format) == ("local", "torch")
 
 
-def test_validation_data_of_its_own_leaves_the_training_data_whole(data: Path, qwen: Path) -> None:
+def test_separate_validation_data_leaves_the_training_data_unsplit(data: Path, qwen: Path) -> None:
     made = plan(data, qwen, valid_dataset_path=str(data), split="50,50,0")
     assert made.train is not None and made.valid is not None
     assert made.train.samples_per_epoch == made.valid.samples_per_epoch == (1700 - 1) // 16
@@ -294,7 +294,7 @@ def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, t
     ],
     ids=str,
 )
-def test_a_run_that_cannot_go_on_is_refused(
+def test_a_run_that_cannot_be_resumed_is_refused(
     run: dict[str, Any], changes: dict[str, Any], message: str, data: Path, qwen: Path, tmp_path: Path
 ) -> None:
     save = write_run(tmp_path / "save", qwen, run)

@@ -24,7 +24,7 @@ DENIED = "error: a: Permission denied: ask its owner for access (chmod, chown), 
         ("SystemExit()", 0, ""),
     ],
 )
-def test_a_ranks_error_ends_it_before_anything_is_taken_down(raised: str, code: int, last: str) -> None:
+def test_a_ranks_error_ends_it_before_any_teardown(raised: str, code: int, last: str) -> None:
     program = f"""
 import atexit
 from common.errors import KitError

@@ -42,7 +42,7 @@ def test_what_no_setting_keeps_is_removed(current: int, changes: dict[str, Any],
     assert checkpoints_to_remove(ITERATIONS, current, settings(**changes), record) == removed
 
 
-def test_a_best_checkpoint_that_is_gone_takes_no_place() -> None:
+def test_a_missing_best_checkpoint_is_not_counted() -> None:
     record = RetentionRecord({5: 0.1, 10: 2.0, 20: 1.0})  # 5 was never saved
     assert checkpoints_to_remove([10, 20, 30], 30, settings(keep_checkpoints=1, keep_best=1), record) == [10]
 
@@ -79,7 +79,7 @@ def checkpoints(folder: Path, *iterations: int) -> list[Path]:
     return paths
 
 
-def test_a_removal_that_fails_is_a_line_in_the_log_and_is_made_up_for(
+def test_a_failed_removal_is_logged_and_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     paths, remove = checkpoints(tmp_path, 10, 20, 30), shutil.rmtree

@@ -70,7 +70,7 @@ def test_what_a_failed_save_left_is_no_part_of_the_next(tmp_path: Path, model: P
     assert not any(folder.begin(folder.path / "iter_0000005").iterdir())
 
 
-def test_a_removal_that_failed_is_made_up_for(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_removal_is_retried(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder(plan(tmp_path / "run", model))
     checkpoint = folder.path / "iter_0000005"
     checkpoint.mkdir()
@@ -95,7 +95,7 @@ def test_the_models_files_survive_the_folder_that_they_came_from(tmp_path: Path,
     assert (folder.path / "config.json").read_text() == "{}"
 
 
-def test_too_little_room_is_told_before_a_checkpoint_is_begun(
+def test_too_little_room_is_reported_before_a_checkpoint_is_begun(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(plan(tmp_path / "run", model))
@@ -119,7 +119,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(path)], check=False)
 
 
-def test_a_full_disk_and_another_disk_in_its_place_are_told(disk: Path, model: Path) -> None:
+def test_a_full_disk_and_another_disk_in_its_place_are_reported(disk: Path, model: Path) -> None:
     folder = RunFolder(plan(disk / "run", model))
     folder.check_disk()
     with (disk / "other").open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):

@@ -47,7 +47,7 @@ def test_a_run_of_one_step_has_a_schedule() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
 
 
-def test_the_commands_settings_take_the_place_of_a_checkpoints_and_what_changed_is_said() -> None:
+def test_the_commands_settings_override_a_checkpoints_and_changes_are_logged() -> None:
     saved = {"max_lr": 5e-3, "min_lr": 1e-4, "eps": 1e-8, "betas": [0.9, 0.95], "lr": 5e-3, "weight_decay": 0.0}
     optimizer = SimpleNamespace(param_groups=[dict(saved), dict(saved)])
     train_settings = settings()
