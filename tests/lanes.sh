@@ -94,9 +94,9 @@ save() {
   "$python" -m tests.lanes.exchange save "$EXCHANGE" "$1"
 }
 
-# go_on NAME: from every lane's run.
-go_on() {
-  "$LANES_DIR/$1/bin/python" -m tests.lanes.exchange go_on "$EXCHANGE" "$1"
+# resume NAME: from every lane's run.
+resume() {
+  "$LANES_DIR/$1/bin/python" -m tests.lanes.exchange resume "$EXCHANGE" "$1"
 }
 
 (($# > 0)) || mapfile -t < <(awk 'NF { print $1 }' <<<"$LANES")
@@ -112,7 +112,7 @@ for name; do
   step try "$name"
   step save "$name"
 done
-for name in "${made[@]}"; do step go_on "$name"; done
+for name in "${made[@]}"; do step resume "$name"; done
 
 printf '\n== summary\n'
 printf '%s\n' "${report[@]}"

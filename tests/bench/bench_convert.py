@@ -2,9 +2,9 @@
 
     python tests/bench/bench_convert.py [--shape 7B] [--folder FOLDER] [--repeats 3]
 
-Each run is a fresh process on files that are not in the page cache (flushed and given up before), and ends when its
-output is on the disk. Conversion and `cp` alternate; the median of the repeats is told. The proof is timed apart:
-seconds of conversion, and of the processor, are those of the whole process, its imports too, less those of the proof.
+Each run is a fresh process on files that are not in the page cache (flushed and dropped before), and ends when its
+output is on the disk. Conversion and `cp` alternate; the median of the repeats is printed. The verification is timed
+separately: seconds of conversion, and CPU seconds, are those of the process with its imports, less the verification's.
 Peak memory is the
 process's RssAnon, looked at fifty times a second: mapped files are not in it. 7B needs 31 GB of disk.
 """
@@ -60,7 +60,7 @@ print(*seconds)
 
 @dataclass
 class Result:
-    """One run: seconds and processor seconds without the proof, seconds of the proof, bytes of peak RssAnon."""
+    """One run: seconds and CPU seconds without verification, seconds of verification, bytes of peak RssAnon."""
 
     work_s: float
     cpu_s: float
@@ -89,7 +89,7 @@ def write_model(folder: Path, shape: Shape) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Puts all of `folder` on the disk and out of the page cache."""
+    """Flushes all of `folder` to the disk and drops it from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as stream:
@@ -131,7 +131,7 @@ def run(command: list[str], source: Path, target: Path) -> Result:
 
 
 def cpu_of_children() -> float:
-    """Processor seconds of all processes that were waited for."""
+    """CPU seconds of all child processes that have been waited for."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

@@ -66,7 +66,7 @@ def weights_hash(folder: Path, model: Path) -> str:
 
 
 def train(model: Path, data: str, deterministic: bool, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What one run gave: weights' hash, losses and norms of its steps, tokens/s, and its line on determinism."""
+    """Result of one run: weights' hash, losses and norms of its steps, tokens/s, and its log line on determinism."""
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
         flags = {
             "hf-model-path": model, "dataset-path": data, "save-checkpoint-path": folder, "split": "100,0,0",

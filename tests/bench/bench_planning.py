@@ -3,8 +3,8 @@
     python -m tests.bench.bench_planning
 
 No tensor is made: what each rank would write is worked out from the shapes as `state/shards.py` does it, then
-what rank 0 does alone with all of it: receive the lists, make `.metadata`, pickle it. Reading it again is what each
-rank does to go on.
+what rank 0 does with all of it: receive the lists, build `.metadata`, pickle it. Reading it again is what each
+rank does to resume.
 """
 
 import json

@@ -5,8 +5,8 @@
 
 Every program is a fresh process on the same cores. MB are 10^6 bytes of text in UTF-8, for all of them. "start-up" is
 what passes before the first document is encoded: imports, the tokenizer, and for ours the comparison of the engines.
-Peak memory is the sum over a program's processes of what belongs to each (PSS), looked at four times a second.
-Without --input a corpus is made of the text files of this machine, each line of which stands in it once.
+Peak memory is the sum of PSS over a program's processes, sampled four times a second.
+Without --input a corpus is made of the text files of this machine, each line of which is in it once.
 """
 
 import argparse

@@ -160,7 +160,7 @@ def figures(program: str, printed: str, qwen: QwenConfig, flags: dict[str, Any])
 
 @dataclass
 class Started:
-    """A program that waits for its turn."""
+    """A program that is started ahead and waits for its turn."""
 
     row: str
     flags: dict[str, Any]

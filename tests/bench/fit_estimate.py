@@ -1,15 +1,15 @@
-"""Fits the constants of `common.estimate` to measured steps, and judges them on others:
+"""Fits the constants of `common.estimate` to measured steps, and validates them on others:
 
     python -m tests.bench.fit_estimate [tests/bench/data/steps.json]
 
 The file holds `shapes`, config.json fields by name, and `rows`, a run each: gpu, shape, seq, mbs, gbs, impl, recompute,
-allocated_gib (torch.cuda.max_memory_allocated), and where there is more to tell:
+allocated_gib (torch.cuda.max_memory_allocated), and optionally:
 
-    optimizer_state            fp32 where nothing is said
+    optimizer_state            default: fp32
     fused_products             true: with requirements/hopper.txt
     reserved_gib, tokens_per_s
     kernel_s                   seconds of a step in the kernels of a name in constants.SECONDS
-    packing                    its memory is judged; its rate hangs on the lengths of the samples, and is not
+    packing                    its memory is validated; its rate depends on the lengths of the samples, and is not
     read_after_step            1: the peak is that of the first step, whose passes run before Adam makes its moments
     before_kernels             true: before kernels/swiglu.py and qkv_rope.py; its rate is fitted with more memory
                                traffic, of a share fitted too, and not judged
@@ -57,7 +57,7 @@ class Step:
 
     @property
     def rate(self) -> float | None:
-        """Measured tokens/s, where they hang on what the estimate knows."""
+        """Measured tokens/s, where they depend only on what the estimate knows."""
         return None if self.row.get("packing") else self.row.get("tokens_per_s")
 
     @property
@@ -81,13 +81,13 @@ class Step:
 
     @property
     def decided_by(self) -> str:
-        """What the peak is made of: passes, with what they keep, or the state alone, with what Adam needs."""
+        """What makes up the peak: the passes with their activations, or the state alone with what Adam needs."""
         rank = self.estimate.largest
         return "state" if self.peak <= rank.state.total + rank.step + rank.workspace else "passes"
 
     @property
     def beyond(self) -> float:
-        """Bytes that the formulas leave to the libraries' fixed size."""
+        """Bytes beyond the formulas, attributed to the libraries' fixed size."""
         return self.row["allocated_gib"] * GIB - (self.peak - constants.WORKSPACE_BYTES[self.impl])
 
 
@@ -146,7 +146,7 @@ def fit_seconds(steps: list[Step]) -> dict[str, float]:
 
 
 def least_squares(table: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The x without a value below 0 for which table [rows, columns] times x is nearest to `wanted` [rows].
+    """The x without a value below 0 for which table [rows, columns] times x is nearest to `target` [rows].
 
     There are few columns, so each choice of those that are not 0 is tried.
     """

@@ -3,7 +3,7 @@
     python -m tests.bench.goodput [--disk-gb-s 2 20] [--save-stall-s S] [--detection-s S] [--restart-s S]
 
 A table for each rate of the disk: the best SAVE_INTERVAL by `common.estimate`, of the fastest layout on H100s, and
-where the time goes. The last row is Llama 3's 405B on its own file system, to hold against what its paper says.
+where the time goes. The last row is Llama 3's 405B on its own file system, to compare with its paper.
 """
 
 import argparse

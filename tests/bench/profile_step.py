@@ -1,7 +1,7 @@
 """Where the time of a training step goes: `python -m tests.bench.profile_step FLAGS OF common.train` on one GPU.
 
 Runs a few steps of the plan that the flags make, on real data, and prints the rate, what the kernels' time is spent on,
-the kernels by their total time, and the share of the time in which the GPU did nothing. It writes no checkpoint.
+the kernels by their total time, and the fraction of the time in which the GPU was idle. It writes no checkpoint.
 """
 
 import os
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def tell_purposes(events: list[Any], operations: dict[str, float]) -> None:
-    """Prints the time of kernels a step by what it is for; with `operations` their rate, and the time of the chip."""
+    """Prints the time of kernels per step by purpose; with `operations` their rate, and the time at the GPU's peak."""
     totals = dict.fromkeys(PURPOSES, 0.0)
     for event in events:
         purpose = next(name for name, pattern in PURPOSES.items() if re.search(pattern, event.name))

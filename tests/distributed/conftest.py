@@ -1,4 +1,4 @@
-"""What the tests of training share."""
+"""Fixtures of the tests of training."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def work(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_variants(folder: Path) -> None:
-    """Data beside that of `inputs`: 105 conversations, a row mended without a change of numbers, a copy."""
+    """Data beside that of `inputs`: 105 conversations, the same with one row edited to equal counts, a copy."""
     rows = (folder / "sft.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     texts = (folder / "pretrain.jsonl").read_text(encoding="utf-8")
     for kind, name, text in (

@@ -68,7 +68,7 @@ def parent(python_path: str) -> "subprocess.Popen[str]":
 
 
 def forked(ranks: int, module: str, given: list[str], expect: int = 0, more: dict[str, str] | None = None) -> str:
-    """stdout and stderr of so many ranks of `python -m module`, or of one process that is no rank, as of `run`."""
+    """stdout and stderr of `ranks` ranks of `python -m module`, or, with 0, of one process that is no rank."""
     variables = environment() | (more or {})
     process = parent(variables["PYTHONPATH"])
     assert process.stdin and process.stdout
@@ -87,5 +87,5 @@ def steps(log: str) -> list[tuple[int, float, float]]:
 
 
 def worker(processes: int, task: dict[str, Any], name: str = "worker") -> None:
-    """Runs tests/distributed/worker.py, or another program beside it, in so many forked ranks."""
+    """Runs tests/distributed/worker.py, or another program beside it, in `processes` forked ranks."""
     forked(processes, f"tests.distributed.{name}", [json.dumps(task)])

@@ -1,10 +1,10 @@
-"""Runs in each rank: packed rows against each of their samples in a row of its own, in one and the same layout.
+"""Runs in each rank: packed rows against each of their samples in a row of its own, in the same layout.
 
     python -m tests.distributed.packing_worker '{"settings": {...}, "load": DIR, "batch": FILE, "out": FILE}'
 
 FILE of `batch` holds tokens, labels, loss_mask and segment_ids [rows, s]. Rank 0 writes to `out` the losses of both
-and, over all ranks, the largest difference of logits and of gradients as a share of the largest; "without" is the
-same for packed rows that are not kept apart, and "joined" for rows joined to one, as Transformer Engine has them.
+and, over all ranks, the largest difference of logits and of gradients relative to the largest; "without" is the
+same for packed rows that are not separated, and "joined" for rows joined to one, as Transformer Engine has them.
 """
 
 import json
@@ -106,7 +106,7 @@ def logits(plan: Plan, batch: Batch) -> torch.Tensor | None:
 
 
 def difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
+    """The largest difference, relative to the largest value."""
     return float((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
@@ -118,7 +118,7 @@ def largest(value: float) -> float:
 
 
 def compare(plan: Plan, packed: Batch, separate: Batch, reference: Batch) -> dict[str, Any]:
-    """How `packed` differs from `apart`; `reference` has the segments."""
+    """How `packed` differs from `separate`; `reference` has the segments."""
     loss, grads = gradients(plan, packed)
     loss_alone, grads_alone = gradients(plan, separate)
     mine, theirs = logits(plan, packed), logits(plan, separate)
@@ -152,7 +152,7 @@ class SegmentAttention(torch.nn.Module):
 
 
 def compare_joined(plan: Plan, packed: Batch, separate: Batch) -> dict[str, Any]:
-    """How `packed`, all of it one micro-batch of joined rows, differs from `apart` in loss and gradients."""
+    """How `packed`, all of it one micro-batch of joined rows, differs from `separate` in loss and gradients."""
     loss_alone, grads_alone = gradients(plan, separate)
     with (
         patch("common.model.kernels.selection.core_attention", lambda *_: SegmentAttention),

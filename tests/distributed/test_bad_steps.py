@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is no number: a model one of whose embeddings is NaN, met by a few samples."""
+"""Steps whose loss or gradient is NaN: one embedding of the model is NaN, and a few samples use it."""
 
 import re
 from pathlib import Path

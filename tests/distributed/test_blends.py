@@ -1,4 +1,4 @@
-"""Training on several datasets by weight, as users run it."""
+"""Training on a weighted blend of datasets, as users run it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or gone: no run ends of it, nothing whole is touched, and what is due is saved."""
+"""A disk that is full, read-only or gone: no run fails, complete checkpoints stay, and what is due is saved."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def settings(work: Path, folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def fill(folder: Path, leave_kb: int = 0) -> Path:
-    """A file that takes what is free in `folder` but for so much."""
+    """A file that takes all free space of `folder` except the given bytes."""
     found = os.statvfs(folder)
     path = folder.parent / "fill" if folder.is_file() else folder / "fill"
     path.write_bytes(b"x" * (found.f_bavail * found.f_frsize - 1024 * leave_kb))

@@ -1,4 +1,4 @@
-"""A rank that hangs is named, with the stacks of the others, and the run is brought back."""
+"""A rank that hangs is named, with the stacks of the others, and the run is restarted."""
 
 import os
 import re

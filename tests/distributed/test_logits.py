@@ -38,7 +38,7 @@ def hugging_face_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest logit."""
+    """The largest difference, relative to the largest logit."""
     assert mine.shape == theirs.shape
     return float((mine - theirs).abs().max() / theirs.abs().max())
 

@@ -1,6 +1,6 @@
 """MetaX's platform on the CPU, all its facts in force: what a run does, and the checkpoints of the kit before this one.
 
-Not MetaX's hardware, and stubs for its flash_attn and apex: what is shown is what the kit makes of them.
+Not MetaX's hardware, and stubs for its flash_attn and apex: the tests show only how the kit uses them.
 """
 
 import json
@@ -54,7 +54,7 @@ def vendor(*names: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def plain(work: Path) -> str:
-    """The log of a run with nothing of the vendor's there."""
+    """The log of a run without the vendor's packages."""
     return train_forked(**settings(work, "plain"), more=METAX)
 
 
@@ -101,7 +101,7 @@ def test_a_stopped_run_with_the_vendors_adam_resumes_as_if_uninterrupted(ckpt_fo
 
 
 def old_checkpoint(work: Path, folder: Path, trained: bool) -> Path:
-    """As the kit before this one left it on MetaX: local names, arguments of its own; with `trained`, all of a run."""
+    """As the legacy kit left it on MetaX: local names, its own arguments; with `trained`, the full state of a run."""
     qwen, weights = load_config(work / "qwen"), load_file(work / "qwen" / "model.safetensors")
     name = "iter_0000020" if trained else "release"
     write_ranks(folder / name, weights, qwen, [[range(2)], [range(2, 4)]], tp=2, impl="local")

@@ -1,4 +1,4 @@
-"""Samples that share a row, as training reads them from disk, against each of them alone."""
+"""Samples packed into rows, as training reads them from disk, against each of them alone."""
 
 import json
 from pathlib import Path

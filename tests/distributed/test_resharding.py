@@ -1,6 +1,6 @@
 """Weights and optimizer go from one layout of ranks to any other without a bit changed, to and from Megatron-Core too.
 
-Departs from the defaults in that ranks are forked and no torchrun starts them: a checkpoint knows nothing of that.
+Unlike by default, ranks are forked and not started by torchrun: a checkpoint does not depend on that.
 """
 
 import shutil

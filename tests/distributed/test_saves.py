@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what becomes of it, by the script's own defaults.
+"""What a checkpoint holds and how it is used, with the script's own defaults.
 
 Runs that no test signals are forked: torchrun changes nothing in what they save.
 """

@@ -1,6 +1,6 @@
-"""A run that is asked to stop has saved when it ends, and one that is ended by force leaves nothing behind.
+"""A run that gets a stop signal saves before it ends, and one that is killed leaves nothing behind.
 
-Everything by the script's own defaults: data workers, overlap, torchrun, and a checkpoint of the same run before.
+With the script's own defaults: data workers, overlap, torchrun, and an earlier checkpoint of the same run.
 """
 
 import os

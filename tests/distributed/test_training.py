@@ -1,4 +1,4 @@
-"""Training in real gloo processes: every layout the same, a stopped run the same as an unbroken one."""
+"""Training in real gloo processes: every layout gives the same, and a stopped run the same as an uninterrupted one."""
 
 import json
 import time

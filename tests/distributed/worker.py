@@ -1,4 +1,4 @@
-"""Runs in each rank: what the model itself gives, for tests that hold it against Hugging Face.
+"""Runs in each rank: the model's own outputs, for tests that compare them with Hugging Face's.
 
     python -m tests.distributed.worker '{"settings": {...}, "runs": [{"load": DIR, "out": FILE, "gradients": false}]}'
 

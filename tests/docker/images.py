@@ -51,7 +51,7 @@ def arguments(path: Path) -> dict[str, str]:
 
 
 def context_files() -> list[str]:
-    """What `docker build .` sends: what lies in the kit's folder, but for what .dockerignore names."""
+    """What `docker build .` sends: the files of the kit's folder, except those that .dockerignore names."""
     # A pattern of .dockerignore begins at the root, unlike one of .gitignore.
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     anchored = [line if line.startswith(("**/", "#")) or not line else f"/{line}" for line in lines]
@@ -96,7 +96,7 @@ def write_wheel(
 
 
 def write_base(folder: Path, packages: dict[str, str], cuda: str | None = "12.4") -> list[Path]:
-    """Wheels that stand in for a base image's packages."""
+    """Stub wheels of a base image's packages."""
     source = f"from typing import Optional\n\n__version__ = {packages.get('torch')!r}\ncuda: Optional[str] = {cuda!r}\n"
     torch = {"torch/__init__.py": "from . import version\n", "torch/version.py": source}
     return [write_wheel(folder, *each, files=torch if each[0] == "torch" else None) for each in packages.items()]
@@ -122,7 +122,7 @@ def make_base(folder: Path, packages: dict[str, str], cuda: str | None = "12.4",
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without what would reach into another Python."""
+    """This process's environment, without what would affect another Python."""
     return {name: text for name, text in os.environ.items() if name not in ("PYTHONPATH", "PIP_CONSTRAINT")} | more
 
 

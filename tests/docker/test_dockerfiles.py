@@ -1,4 +1,4 @@
-"""The Dockerfiles as they are written: BuildKit reads them, each RUN is a sound script, nothing is lost or secret."""
+"""The Dockerfiles as written: BuildKit reads them, each RUN is a valid script, nothing is lost or secret."""
 
 import re
 import subprocess

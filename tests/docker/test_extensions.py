@@ -1,4 +1,4 @@
-"""docker/build_extensions.sh: builds what the base has not, with compilers that are new enough, and imports it."""
+"""docker/build_extensions.sh: builds what the base lacks, with compilers that are new enough, and imports it."""
 
 import os
 import subprocess

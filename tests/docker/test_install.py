@@ -1,4 +1,4 @@
-"""docker/install.sh and base.py beside stubs for a vendor's packages: these survive, or the build fails."""
+"""docker/install.sh and base.py with stubs for a vendor's packages: these are not replaced, or the build fails."""
 
 import subprocess
 from pathlib import Path

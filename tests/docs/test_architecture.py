@@ -1,4 +1,4 @@
-"""docs/architecture.md: every part and every room stands in it, and what it says of imports is so."""
+"""docs/architecture.md: every part and every room is in it, and what it says about imports is true."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/metax.md and what it speaks of: every variable, and commands that a script and its Python take."""
+"""docs/metax.md and what it refers to: every variable, and commands that a script and its Python accept."""
 
 import re
 import subprocess

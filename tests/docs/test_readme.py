@@ -1,4 +1,4 @@
-"""What the READMEs say is so: the paths exist, the commands run, both languages say the same."""
+"""What the READMEs say is true: the paths exist, the commands run, both languages say the same."""
 
 import re
 import subprocess

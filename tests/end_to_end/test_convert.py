@@ -1,4 +1,4 @@
-"""`python -m common.convert` as users run it: real folders there and back, and wrong use."""
+"""`python -m common.convert` as users run it: round trips of real folders, and wrong use."""
 
 import json
 import os

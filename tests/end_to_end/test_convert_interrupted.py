@@ -29,7 +29,7 @@ CAN_MOUNT = shutil.which("unshare") is not None and subprocess.run(MOUNT, captur
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """This file as two programs at once, which fail where a command does not end as it must."""
+    """This file as two programs at once, which fail where a command does not end as expected."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     commands = {"kill": [sys.executable, __file__, "kill"]}
     if CAN_MOUNT:
@@ -85,7 +85,7 @@ MOMENTS = {
 
 
 def kill_me(event: str, name: str, count: int) -> None:
-    """Lets SIGKILL meet this process at that moment; in the midst of a file it is the kernel that ends it."""
+    """Sends SIGKILL to this process at that moment; in the middle of a file the kernel ends it."""
     if event == "midst":
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -104,7 +104,7 @@ def kill_me(event: str, name: str, count: int) -> None:
 
 
 def run_forked(arguments: list[str], stderr: Path, moment: tuple[str, str, int] | None = None) -> int:
-    """The exit code of a process of its own that runs the command; a signal's number below zero."""
+    """The exit code of a separate process that runs the command; a signal's number as a negative."""
     process = os.fork()  # everything that is costly is imported already
     if not process:
         status = 1
@@ -151,7 +151,7 @@ def kill(root: Path) -> None:
 
 
 def fill(root: Path) -> None:
-    """Runs each command on file systems that are too small by many pages, by few and by one."""
+    """Runs each command on file systems that are too small by many pages, by a few and by one."""
     disk, stderr = root / "disk", root / "stderr"
     for name, command in directions(root, disk / "target").items():
         assert run_forked(command, stderr) == 0, stderr.read_text()

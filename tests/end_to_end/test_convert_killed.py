@@ -1,4 +1,4 @@
-"""Step 2 by its script, ended by SIGKILL at random moments: the same command gives what an unbroken run does."""
+"""Step 2 by its script, killed at random moments: the same command then gives what an uninterrupted run does."""
 
 from pathlib import Path
 

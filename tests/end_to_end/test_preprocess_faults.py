@@ -1,4 +1,4 @@
-"""`python -m common.preprocess` when something goes wrong: it says so, exits 2, and loses nothing."""
+"""`python -m common.preprocess` when something goes wrong: it reports it, exits with 2, and loses nothing."""
 
 import json
 import os

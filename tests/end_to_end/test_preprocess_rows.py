@@ -1,4 +1,4 @@
-"""cpu/1_preprocess_sft.sh on rows as data sets have them: what they say is learned, or the row is told."""
+"""cpu/1_preprocess_sft.sh on rows as real datasets have them: they are learned, or the row is reported."""
 
 import json
 import os

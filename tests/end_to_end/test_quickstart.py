@@ -1,6 +1,6 @@
-"""`cpu/quickstart.sh` as a stranger runs it: broken off, taken up again, run once more; then with rows of one's own.
+"""`cpu/quickstart.sh` as a new user runs it: interrupted, resumed, run once more; then with the user's own rows.
 
-Settings come by the environment, and the models' answers are judged here by their own file.
+Settings come from the environment, and the models' answers are checked here from their own file.
 """
 
 import json
@@ -30,7 +30,7 @@ def listen_to_ctrl_c() -> None:
 
 
 class Quickstart:
-    """A running quickstart with all that it has said so far."""
+    """A running quickstart with its output so far."""
 
     def __init__(self, **settings: object) -> None:
         given = {name: str(value) for name, value in settings.items()}
@@ -53,7 +53,7 @@ class Quickstart:
         return "\n".join(self.lines)
 
     def wait_for(self, seen: Callable[[str], bool]) -> None:
-        """Returns when the output is as `seen` wants it; fails when the run ends before."""
+        """Returns when `seen` accepts the output; fails when the run ends before."""
         began = time.monotonic()
         while not seen(self.text):
             assert self.process.poll() is None and time.monotonic() - began < LIMIT_SECONDS, self.text
@@ -65,7 +65,7 @@ class Quickstart:
         return self.end()
 
     def end(self) -> int:
-        """The exit status of the whole run."""
+        """The exit status of the run."""
         status = self.process.wait(timeout=LIMIT_SECONDS)
         self._reader.join()
         return status

@@ -1,4 +1,4 @@
-"""Folders and files that no terminal shows, where modules of the user's own lie, in another's locale or forbidden."""
+"""Unusual surroundings: unprintable names, the user's own modules, other locales, missing permissions."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def gbk(name: str) -> str:
 
 
 def script(folder: Path, name: str, expect: int = 0, **settings: object) -> str:
-    """What a script of cpu/ says, which is started in `folder`."""
+    """The output of a script of cpu/ that is started in `folder`."""
     given = {"PYTHON": sys.executable, **{key: str(value) for key, value in settings.items()}}
     done = subprocess.run(
         ["bash", str(ROOT / f"cpu/{name}.sh")], cwd=folder, env={**os.environ, **given},

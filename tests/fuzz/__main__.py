@@ -1,9 +1,9 @@
-"""Many mutants of everything that somebody else may have written, by hand.
+"""Many mutants of every kind of foreign input, to be run by hand.
 
     python -m tests.fuzz --number 100000 [--surface NAME ...] [--seed S] [--processes 2]
 
-Chunks of cases run in processes of their own; a line for each surface says what came of them. Cases of which something
-else came than a message, or what was not right, are kept as files; then the exit code is 1.
+Chunks of cases run in separate processes; a line for each surface gives the results. Cases that raised anything
+but KitError, or read wrongly, are saved as files; then the exit code is 1.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CHUNK = 1000
 
 @dataclass
 class SurfaceResult:
-    """What came of the cases of a surface. kept: the files of those that escaped; slowest: seconds; memory: bytes."""
+    """Results of a surface's cases. kept: the files of those that escaped; slowest: seconds; memory: bytes."""
 
     read: int = 0
     refused: int = 0
@@ -34,11 +34,11 @@ class SurfaceResult:
 
     @property
     def cases(self) -> int:
-        """All of them."""
+        """The number of all cases."""
         return self.read + self.refused + len(self.kept)
 
     def add(self, name: str, seed: int, part: dict[str, Any], folder: Path) -> None:
-        """Adds what came of a chunk."""
+        """Adds the result of a chunk."""
         self.read += part["read"]
         self.refused += part["refused"]
         self.slowest = max(self.slowest, part["slowest"])
@@ -85,7 +85,7 @@ def chunks_of(number: int, seed: int) -> Iterator[tuple[int, int]]:
 
 
 def run_chunk(name: str, seed: int, number: int) -> tuple[str, int, dict[str, Any]]:
-    """(name, seed, what came of a chunk); a process that dies or hangs is one case that escaped, the last one."""
+    """(name, seed, result of a chunk); a process that dies or hangs is one case that escaped, the last one."""
     with tempfile.TemporaryDirectory() as folder:
         last = Path(folder) / "last"
         command = [sys.executable, "-m", "tests.fuzz.bounds", str(seed), f"{name}={number}", "--last", str(last)]

@@ -1,8 +1,8 @@
-"""What holds for every case: nothing but a message comes of it, in SECONDS of the processor, in MEMORY, by no code.
+"""Bounds of every case: it raises nothing but KitError, within SECONDS of CPU time and MEMORY, and runs no code.
 
-    python -m tests.fuzz.bounds SEED NAME=NUMBER ... [--last FILE]      prints as JSON what came of the cases of each
+    python -m tests.fuzz.bounds SEED NAME=NUMBER ... [--last FILE]      prints the results of each surface as JSON
 
-FILE holds the case that is being read, for whoever finds the process dead.
+FILE holds the case that is being read, for the parent to find if the process dies.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def in_a_child(counts: dict[str, int], seed: int = 1) -> dict[str, Any]:
-    """What came of so many cases of each surface, read in a process of its own."""
+    """The results of `counts` cases of each surface, read in a separate process."""
     cases = [f"{name}={count}" for name, count in counts.items()]
     command = [sys.executable, "-m", "tests.fuzz.bounds", str(seed), *cases]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
@@ -76,9 +76,9 @@ def _kept(given: Iterator[bytes], last: Path) -> Iterator[bytes]:
 
 
 def run(given: Iterator[bytes], take: Case) -> dict[str, Any]:
-    """How many cases were read and refused, and of those that were neither: the bytes in hex, and why.
+    """How many cases were read and refused, and of those that escaped: the bytes in hex, and why.
 
-    slowest: seconds of the processor; memory: bytes that the process had beyond those before, at most.
+    slowest: CPU seconds; memory: the peak in bytes beyond what the process had before.
     """
     result: dict[str, Any] = {"read": 0, "refused": 0, "escaped": [], "slowest": 0.0, "memory": 0}
     ran: list[str] = []

@@ -41,7 +41,7 @@ def cases(seed: int, count: int, source: dict[str, Any], names: tuple[str, ...] 
 
 
 def _change(rng: random.Random, value: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Changes `value`, or what lies in it, in place."""
+    """Changes `value`, or something within it, in place."""
     inner = [one for one in value.values() if isinstance(one, dict) and one]
     if inner and rng.random() < 0.4:
         return _change(rng, rng.choice(inner), names)

@@ -1,6 +1,6 @@
-"""What reads rows and data, as step 1 and training do; each takes the bytes of one case.
+"""Readers of rows and data, as in step 1 and training; each takes the bytes of one case.
 
-What is read must be right too: an AssertionError escapes where it is not what another reader makes of the same bytes.
+What is read must be right too: an AssertionError escapes where another reader gets something else from the bytes.
 """
 
 import gzip as gzip_file
@@ -177,7 +177,7 @@ def _unzstd(data: bytes) -> bytes:
 
 
 def _compressed(path: Path, decompress: Any) -> Case:
-    """What is read must be whole frames of the two files' rows, and all that `decompress` finds."""
+    """What is read must be complete frames of the two files' rows, and all that `decompress` finds."""
     sources = [[json.dumps(row) for row in each] for each in (files.ROWS, files.OTHER_ROWS)]
 
     def take(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Mutants of data's files: `..._cases(seed, number)` gives `number` of them, the same for the same seed."""
+"""Mutants of data files: `..._cases(seed, number)` gives `number` of them, the same for the same seed."""
 
 import gzip
 import json
@@ -62,7 +62,7 @@ def jsonl_cases(seed: int, count: int) -> Iterator[bytes]:
 
 
 def _with_ends(rng: random.Random, text: bytes) -> bytes:
-    """`text` with what may stand before it, cut off, or with other bytes in it."""
+    """`text` with a prefix, cut off, or with other bytes in it."""
     draw = rng.random()
     if draw < 0.25 and text:
         return next(byte_cases(rng.randrange(1 << 30), 1, text))

@@ -32,7 +32,7 @@ WIDE = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FFFFF
 
 
 def byte_cases(seed: int, count: int, source: bytes) -> Iterator[bytes]:
-    """Bytes changed, left out, repeated, put in, cut off, exchanged with others."""
+    """Bytes changed, left out, repeated, inserted, cut off, swapped with others."""
     rng = random.Random(seed)
     for _ in range(count):
         data = bytearray(source)
@@ -63,7 +63,7 @@ def _change_bytes(rng: random.Random, data: bytearray) -> None:
 
 
 def cases(seed: int, count: int, source: bytes) -> Iterator[bytes]:
-    """Of a pickle: whole opcodes left out, repeated, moved, put in, given other arguments; or bytes, as above."""
+    """Of a pickle: opcodes left out, repeated, moved, inserted, given other arguments; or bytes, as above."""
     rng, opcodes = random.Random(seed), opcodes_of(source)
     plain = byte_cases(seed, count, source)
     for _ in range(count):
@@ -91,14 +91,14 @@ def _change_opcodes(rng: random.Random, parts: list[bytes]) -> None:
 
 
 def opcodes_of(source: bytes) -> list[bytes]:
-    """A sound pickle, opcode by opcode, each with its argument; frames are left out."""
+    """A valid pickle, opcode by opcode, each with its argument; frames are left out."""
     found = [(opcode.name, place or 0) for opcode, _, place in pickletools.genops(source)]
     ends = [place for _, place in found[1:]] + [len(source)]
     return [source[place:end] for (name, place), end in zip(found, ends, strict=True) if name != "FRAME"]
 
 
 def archive_cases(seed: int, count: int, source: bytes) -> Iterator[bytes]:
-    """Of a file of torch.save: its pickle as above, in a sound zip; its zip's own fields; or any of its bytes."""
+    """Of a file of torch.save: its pickle as above, in a valid zip; its zip's own fields; or any of its bytes."""
     rng = random.Random(seed)
     with zipfile.ZipFile(io.BytesIO(source)) as file:
         records = {name: file.read(name) for name in file.namelist()}

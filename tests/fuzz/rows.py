@@ -79,7 +79,7 @@ def cases(seed: int, count: int) -> Iterator[bytes]:
 
 
 def _written(rng: random.Random, row: dict[str, Any]) -> bytes:
-    """As JSON, ASCII alone or not; now and then with a name that stands twice, or a value nested without end."""
+    """As JSON, only ASCII or not; now and then with a duplicate key, or a deeply nested value."""
     text = json.dumps(row, ensure_ascii=rng.random() < 0.5)
     if rng.random() < 0.03:
         depth = rng.choice((400, 900, 1100, 50_000))
@@ -91,7 +91,7 @@ def _written(rng: random.Random, row: dict[str, Any]) -> bytes:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of every value within."""
+    """(container, key) of every nested value."""
     for key in list(value) if isinstance(value, dict) else range(len(value)):
         yield value, key
         if isinstance(value[key], (dict, list)):
@@ -99,7 +99,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def change(rng: random.Random, row: dict[str, Any]) -> None:
-    """Changes one place in `row`, which the fewer have the deeper they lie."""
+    """Changes one place in `row`; deeper places are rarer."""
     places = list(_places(row))
     if not places or rng.random() < 0.15:
         return _put_in(rng, row)

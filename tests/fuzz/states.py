@@ -1,4 +1,4 @@
-"""What reads the JSON files that step 1 leaves: manifests, and the states of parts and runs that are not joined yet."""
+"""Readers of the JSON files that step 1 leaves: manifests, and the states of parts and runs that are not merged yet."""
 
 import copy
 import json

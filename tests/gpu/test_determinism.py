@@ -1,4 +1,4 @@
-"""What a deterministic run rests on: torch's embedding keeps an order and its precision, attention its order."""
+"""What a deterministic run relies on: torch's embedding is deterministic and precise, attention is deterministic."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""A run in FP8 with delayed scaling that was stopped goes on at the scales it had, digit for digit."""
+"""A stopped run in FP8 with delayed scaling resumes with the same scales, digit for digit."""
 
 import shutil
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""A run's life on a GPU by nvidia/'s own defaults: stopped, resumed, exported, killed, with nothing of the GPU kept.
+"""A run on a GPU with nvidia/'s own defaults: stopped, resumed, exported, killed, without holding on to the GPU.
 
-Departs from them in DETERMINISTIC=true where bits are compared: the kernels that are taken else may differ run by run.
+DETERMINISTIC=true is set where bits are compared: the kernels used otherwise may differ from run to run.
 """
 
 import json

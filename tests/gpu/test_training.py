@@ -37,7 +37,7 @@ def run(*words: str) -> str:
 
 
 def needs_transformer_engine() -> None:
-    """Skips without it; not by importing it, which loads a cuDNN of its own choice into a process that has one."""
+    """Skips without it; not by importing it, which would load its own cuDNN into a process that has one."""
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("needs Transformer Engine")
 
@@ -108,7 +108,7 @@ def memory(log: str) -> float:
 
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
 def test_a_resumed_run_takes_no_more_memory_than_the_uninterrupted_one(state: str, tmp_path: Path, work: Path) -> None:
-    """Gradients that were made to begin the optimizer's state with stayed: 2 bytes a parameter, here 0.5 GiB."""
+    """Gradients made only to initialize the optimizer's state were not freed: 2 bytes a parameter, here 0.5 GiB."""
     needs_transformer_engine()
     qwen = tiny_qwen(tmp_path / "qwen", hidden_size=1024, intermediate_size=8192, num_hidden_layers=10)
     flags = {
@@ -182,7 +182,7 @@ def test_what_saves_memory_or_time_learns_alike(work: Path, name: str, flags: di
 
 
 def test_fp8_is_less_than_a_quarter_of_a_step_off(work: Path) -> None:
-    """The loss falls by a fifth a step here, and not evenly: what lies between two curves is told in such steps."""
+    """The loss falls by a fifth a step here, and not evenly: the distance of two curves is given in such steps."""
     needs_transformer_engine()
     plain = train(work, "transformer_engine", **{"train-iters": 12, "save-checkpoint-path": work / "plain_fp8"})
     whole = {"train-iters": 12, "save-checkpoint-path": work / "fp8", "exit-interval": 6, "fp8-format": "hybrid"}

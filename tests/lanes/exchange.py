@@ -1,10 +1,10 @@
 """Checkpoints from lane to lane, for tests/lanes.sh, which runs each command with the Python of a lane:
 
     python -m tests.lanes.exchange prepare FOLDER         a model and data, for all lanes
-    python -m tests.lanes.exchange save FOLDER LANE       a run stopped halfway, and the same run unbroken
-    python -m tests.lanes.exchange go_on FOLDER LANE      LANE goes on from the runs of every lane that saved
+    python -m tests.lanes.exchange save FOLDER LANE       a run stopped halfway, and the same run uninterrupted
+    python -m tests.lanes.exchange resume FOLDER LANE     LANE resumes the runs of every lane that saved
 
-A run that goes on must give the saving lane's own losses, or be refused for its optimizer's layout.
+A resumed run must give the saving lane's own losses, or be refused for its optimizer's layout.
 """
 
 import json
@@ -48,7 +48,7 @@ def flags_of(folder: Path, ckpt_format: str, **more: Any) -> dict[str, Any]:
 
 
 def save(folder: Path, lane: str) -> None:
-    """Writes folder/saved/LANE/FORMAT and the losses of the unbroken run beside it."""
+    """Writes folder/saved/LANE/FORMAT and the losses of the uninterrupted run beside it."""
     target = folder / "saved" / lane
     shutil.rmtree(target, ignore_errors=True)
     for ckpt_format in FORMATS:
@@ -58,8 +58,8 @@ def save(folder: Path, lane: str) -> None:
         shutil.rmtree(target / "unbroken")
 
 
-def go_on(folder: Path, lane: str) -> bool:
-    """Prints a line for each lane and format; whether each went on or was refused."""
+def resume(folder: Path, lane: str) -> bool:
+    """Prints a line for each lane and format; returns whether each resumed or was refused."""
     well = True
     for losses in sorted(folder.glob("saved/*/*.json")):
         ckpt_format, saver = losses.stem, losses.parent.name
@@ -78,7 +78,7 @@ def go_on(folder: Path, lane: str) -> bool:
 
 
 def outcome(status: int, log: str, expected: list[list[float]]) -> str:
-    """What became of a run that went on."""
+    """The result of a resumed run."""
     if status == 2 and REFUSED in log:
         return f"refused: {log[log.index(REFUSED) :].splitlines()[0].split(':')[0]}"
     found = steps(log)
@@ -90,8 +90,8 @@ def outcome(status: int, log: str, expected: list[list[float]]) -> str:
 
 def main() -> None:
     command, folder, *lane = sys.argv[1:]
-    if command == "go_on":
-        sys.exit(not go_on(Path(folder), *lane))
+    if command == "resume":
+        sys.exit(not resume(Path(folder), *lane))
     {"prepare": prepare, "save": save}[command](Path(folder), *lane)
 
 

@@ -20,7 +20,7 @@ DRIVER = "libcuda.so.1"  # without it torch sees no GPU, as it should
 
 
 def run(*command: str) -> str:
-    """What a command prints."""
+    """The stdout of a command."""
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

@@ -1,4 +1,4 @@
-"""What the tests of many nodes share: four nodes, a tiny model and its data."""
+"""Fixtures of the tests of many nodes: four nodes, a tiny model and its data."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def common(work: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def waiting(nodes: list[Node], work: Path, common: dict[str, Any]) -> dict[str, tuple[Run, Run]]:
-    """What takes a minute to end, which test_waiting.py sees: begun now, so that the other tests fill the time."""
+    """Runs that take a minute to end, for test_waiting.py: started early, so that the other tests fill the time."""
     same = {**common, "nnodes": 2, "distributed_timeout_min": 1}
     unreachable = {**same, "save_checkpoint_path": work / "out_of_reach"}
     meeting = {**same, "save_checkpoint_path": work / "meeting", "rdzv_endpoint": f"{nodes[2].address}:29400"}

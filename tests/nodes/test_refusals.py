@@ -1,4 +1,4 @@
-"""Nodes that do not fit together: each ends, and says which node it is and what differs."""
+"""Nodes that do not match: each ends, and names the node and what differs."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Training over nodes that are real to the network: the same losses as on one, and on again after a node was lost."""
+"""Training over nodes in separate network namespaces: the same losses as on one, and resumption after a lost node."""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""Nodes that wait in vain, begun by conftest.py: each ends when its time is up, and says what was missing."""
+"""Nodes that wait in vain, started by conftest.py: each ends at its timeout, and names what was missing."""
 
 from tests.nodes.network import Run
 

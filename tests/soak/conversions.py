@@ -1,6 +1,6 @@
 """SIGKILL at random moments of step 2, by its script: python -m tests.soak.conversions --folder /tmp/soak --number 50
 
-Each kill is followed by the same command, whose output must be that of a run that was never killed, to the byte.
+Each kill is followed by the same command, whose output must be that of an uninterrupted run, to the byte.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Conversion:
             )
 
     def kill(self, dice: random.Random) -> bool:
-        """Whether a kill at a random moment met it; then the same command gave what it must."""
+        """Whether a kill at a random moment hit it; then the same command gave the expected output."""
         process = self.start()
         time.sleep(self.seconds * dice.uniform(0.4, 1.0))
         met = process.poll() is None
@@ -56,7 +56,7 @@ class Conversion:
         return met
 
     def finished(self) -> bool:
-        """Whether nothing is left to do: the mark of what is unfinished is gone."""
+        """Whether nothing is left to do: the marker of unfinished work is gone."""
         return (self.target / "config.json").exists() and not (self.target / ".unfinished.json").exists()
 
 
@@ -81,7 +81,7 @@ def conversions(folder: Path) -> list[Conversion]:
 
 
 def kill_all(folder: Path, number: int, seed: int) -> int:
-    """The number of runs that were killed, a direction after the other in turn; raises AssertionError for a fault."""
+    """The number of runs that were killed, alternating the directions; raises AssertionError for a fault."""
     dice, each, kills = random.Random(seed), conversions(folder), 0
     while kills < number:
         kills += each[kills % len(each)].kill(dice)
@@ -89,7 +89,7 @@ def kill_all(folder: Path, number: int, seed: int) -> int:
 
 
 def main() -> None:
-    """Kills, compares, tells."""
+    """Kills, compares, and prints the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go; removed by hand")
     parser.add_argument("--number", type=int, default=50, help="of kills")

@@ -1,8 +1,8 @@
 """SIGKILL at random moments: python -m tests.soak.kills --folder /tmp/soak --layout tp2_pp2 --number 25
 
 A third of them at any time, a third while a checkpoint is written, renamed and named, a third around an evaluation; to
-the launcher or to a rank. The same command goes on each time, and nothing may be lost: every loss and the final weights
-are those of the unbroken run, to the bit.
+the launcher or to a rank. The same command resumes each time, and nothing may be lost: every loss and the final weights
+are those of the uninterrupted run, to the bit.
 """
 
 import collections
@@ -31,7 +31,7 @@ def moment(run: Run, kind: str, dice: random.Random) -> None:
 
 
 def main() -> None:
-    """Kills, compares, tells."""
+    """Kills, compares, and prints the result."""
     given = arguments(__doc__ or "", 25)
     dice, counts = random.Random(given.seed), collections.Counter[str]()
     name = f"killed_{given.async_save}"

@@ -1,4 +1,4 @@
-"""What the soak runs share: a small model, its data, and what an unbroken run of it gives."""
+"""Shared by the soak runs: a small model, its data, and the result of an uninterrupted run."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ LOSS = re.compile(r"iteration (\d+)/\d+ .*? loss (\S+) .*? grad norm (\S+)")
 
 
 class Soak:
-    """A folder with a model, data, and runs of one layout, each of whose losses must be the unbroken run's."""
+    """A folder with a model, data, and runs of one layout, whose losses must all be those of the uninterrupted run."""
 
     def __init__(self, folder: Path, layout: str, **settings: Any) -> None:
         self.folder, self.number = folder, 0
@@ -53,13 +53,13 @@ class Soak:
         self.losses = {int(i): (loss, norm) for i, loss, norm in LOSS.findall(log)}
 
     def compare(self, log: str) -> None:
-        """Raises AssertionError unless each logged iteration has the unbroken run's loss and gradient norm."""
+        """Raises AssertionError unless each logged iteration has the uninterrupted run's loss and gradient norm."""
         for i, loss, norm in LOSS.findall(log):
             assert self.losses[int(i)] == (loss, norm), (i, self.losses[int(i)], (loss, norm))
             self.compared += 1
 
     def compare_weights(self, *names: str) -> int:
-        """How many tensors both exports hold, all alike to the bit; raises AssertionError where one is not."""
+        """How many tensors both exports hold, all equal to the bit; raises AssertionError where one is not."""
         folders = [to_hf(self.folder / each, self.folder / f"{each}_{time.time_ns()}") for each in names]
         expected, found = (load_file(folder / "model.safetensors") for folder in folders)
         assert expected.keys() == found.keys()

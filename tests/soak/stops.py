@@ -1,7 +1,7 @@
 """Stops by each signal: python -m tests.soak.stops --folder /tmp/soak --layout dp2 --number 20
 
 SIGTERM, SIGINT, SIGHUP and SIGUSR1 in turn, at random moments, to the launcher or a rank. Each must end with exit code
-75 and a checkpoint of the step at which it stopped, from which the same command goes on.
+75 and a checkpoint of the step at which it stopped, from which the same command resumes.
 """
 
 import os
@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def main() -> None:
-    """Stops, compares, tells."""
+    """Stops, compares, and prints the result."""
     given = arguments(__doc__ or "", 20)
     dice, total, seconds = random.Random(given.seed), len(SIGNALS) * given.number, []
     soak = Soak(given.folder / "stops", given.layout, TRAIN_ITERS=20 * total, EVAL_INTERVAL=9, SAVE_INTERVAL=7)

@@ -1,4 +1,4 @@
-"""The doctor: what it looks at, what it makes of it, and what its exit code says."""
+"""The doctor: its checks, its findings, and its exit code."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Each fact of a platform is one that the kit acts on: changed, here with MetaX's on a CPU, it changes what is done."""
+"""Each fact of a platform is used: changing it, here MetaX's on a CPU, changes what is done."""
 
 import logging
 import os
@@ -54,7 +54,7 @@ def plan(work: Path, platform: Platform, **changes: Any) -> Plan:
 
 
 def logged(work: Path, platform: Platform, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
-    """What is logged of a plan."""
+    """The log of a plan."""
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="kit"):
         describe(plan(work, platform, **changes))

@@ -1,4 +1,4 @@
-"""What is not a JSON object, or is one that readers take in two ways, is refused, in little time and memory."""
+"""What is not a JSON object, or is an ambiguous one, is refused, in little time and memory."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What `verify --logits` tells of two models' outputs, worked out by hand."""
+"""What `verify --logits` reports of two models' outputs, worked out by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The platforms are data: one for each vendor's folder, told by KIT_PLATFORM."""
+"""The platforms are data: one for each vendor's folder, selected by KIT_PLATFORM."""
 
 import os
 import subprocess

@@ -151,12 +151,12 @@ def write_ranks(
 
 
 def joined(parts: Iterable[Sequence[Tensor]]) -> Tensor:
-    """The tensor of what lies side by side, one below the other."""
+    """The tensor of rows of blocks: each row's blocks side by side, the rows one below the other."""
     return torch.cat([torch.cat(list(beside), dim=-1) for beside in parts])
 
 
 def bitwise_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether shape, dtype and every bit agree, those of NaN too."""
+    """Whether shape, dtype and every bit agree, NaN included."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))

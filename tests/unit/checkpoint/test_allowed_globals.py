@@ -1,4 +1,4 @@
-"""A name that is known is called, and its objects changed, only as the pickler does it: no other way leads further."""
+"""A known name is called, and its objects changed, only as the pickler does it; anything else is refused."""
 
 import collections
 import io
@@ -164,7 +164,7 @@ def test_the_same_tensor_is_read_where_it_is_sound(tmp_path: Path) -> None:
 
 
 def test_what_is_refused_would_have_done_harm() -> None:
-    """By the C unpickler, in a process of its own: it dies of an address that the file chose."""
+    """By the C unpickler, in a separate process: it crashes at an address that the file sets."""
     kind = dtype("V8") + state(order="|", names=word("f0") + b"\x85", fields=OBJECT, size=8)
     address = call(named("builtins", "bytearray"), b"(" + b"KA" * 8 + b"t")
     crash = call(named("numpy", "ndarray"), b"K\x01\x85", kind, address)

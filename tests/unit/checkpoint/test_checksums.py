@@ -1,4 +1,4 @@
-"""checksums.json: what it tells is what lies there, and what was changed since is found."""
+"""checksums.json: it holds the checksums of the files, and later changes are found."""
 
 import json
 from pathlib import Path

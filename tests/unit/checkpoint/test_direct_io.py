@@ -1,4 +1,4 @@
-"""Every byte arrives as it is, by whichever way the file system allows, and what fails is told."""
+"""Every byte is written unchanged, by whichever way the file system allows, and failures are reported."""
 
 import errno
 import gc

@@ -1,4 +1,4 @@
-"""Checkpoints that others wrote, by their own libraries in another process: what they are, and their weights."""
+"""Checkpoints that others wrote, with their own libraries in another process: their description, and their weights."""
 
 import os
 import subprocess

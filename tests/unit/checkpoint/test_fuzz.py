@@ -1,6 +1,6 @@
-"""A few hundred mutants of each file that somebody else may have written, read as the commands read it.
+"""A few hundred mutants of each kind of foreign file, read as the commands read it.
 
-In a process of its own: KitError alone escapes, in time, in little memory, and no code of the file runs.
+In a separate process: only KitError is raised, within time and memory bounds, and no code of the file runs.
 """
 
 import json

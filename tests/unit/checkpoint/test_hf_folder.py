@@ -1,4 +1,4 @@
-"""Safetensors folders: what is written is what safetensors and transformers read; what is wrong is told."""
+"""Safetensors folders: safetensors and transformers read what is written; faults are reported."""
 
 import json
 import struct
@@ -44,7 +44,7 @@ def lazy(tensors: dict[str, Tensor]) -> dict[str, LazyTensor]:
 
 
 def write_shards(folder: Path, weights: dict[str, Tensor], count: int = 3) -> list[Path]:
-    """`weights` dealt over `count` files, with an index, by safetensors itself."""
+    """`weights` distributed over `count` files, with an index, by safetensors itself."""
     (folder / SINGLE).unlink(missing_ok=True)
     placed: dict[str, str] = {}
     for i in range(count):

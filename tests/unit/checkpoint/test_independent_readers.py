@@ -1,4 +1,4 @@
-"""What a proof counts, and what is no proof: casts, copies of norms, padding, blocks of torch_dist."""
+"""What the verification counts, and what it rejects: casts, copies of norms, padding, blocks of torch_dist."""
 
 import pickle
 from pathlib import Path

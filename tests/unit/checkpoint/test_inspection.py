@@ -1,4 +1,4 @@
-"""What `inspect` tells of folders put together by hand: every line of it."""
+"""What `inspect` prints about folders put together by hand: every line of it."""
 
 import json
 import re

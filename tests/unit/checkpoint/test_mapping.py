@@ -1,4 +1,4 @@
-"""THE table against layouts written down by hand: which rows lie where, at which tensor rank, under which name."""
+"""The mapping table against layouts written by hand: which rows are where, on which tensor rank, under which name."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,7 +61,7 @@ NAMES = {
 
 
 def row(end: str) -> ParamMapping:
-    """The row whose Transformer Engine name ends so."""
+    """The row whose Transformer Engine name ends with `end`."""
     (found,) = [row for row in PARAM_MAPPINGS if row.te.endswith(end)]
     return found
 

@@ -1,4 +1,4 @@
-"""All that lies in a model's folder travels with it, but weights, leftovers, what is hidden and what is very large."""
+"""All files of a model's folder are copied, except weights, leftovers, hidden and very large files."""
 
 from pathlib import Path
 

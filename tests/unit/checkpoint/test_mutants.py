@@ -34,7 +34,7 @@ INSERTED = [
 
 
 class Dummy:
-    """Takes whatever is done with it."""
+    """Accepts any operation on it."""
 
     def __init__(self, *_: Any) -> None: ...
 

@@ -1,4 +1,4 @@
-"""A folder is there as a whole or not at all, whenever the run that writes it is killed."""
+"""A folder is published completely or not at all, whenever the run that writes it is killed."""
 
 import json
 import os
@@ -36,7 +36,7 @@ HUGGING_FACE = (
 
 
 def write(names: tuple[str, ...]) -> Callable[[Path], None]:
-    """What writes a file of each name, its own name in it."""
+    """A function that writes a file of each name, with the name as its content."""
 
     def write_files(folder: Path) -> None:
         for name in names:
@@ -120,7 +120,7 @@ def test_the_folder_that_is_read_and_a_file_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
-    """What a run leaves that is killed when all but the tracker has its final place."""
+    """What a run leaves that is killed when all but the tracker is in its final place."""
     folder = tmp_path / "killed"
     (folder / ".unfinished").mkdir(parents=True)
     write(MEGATRON)(folder)
@@ -219,7 +219,7 @@ def test_a_run_killed_at_any_step_leaves_nothing_that_looks_finished_and_can_be_
 
 
 def attempt(folder: Path, names: tuple[str, ...], last_step: int | None) -> bool:
-    """Whether a process wrote `folder` before SIGKILL met it at its change number `last_step` of the file system."""
+    """Whether a process wrote `folder` before it was killed at change number `last_step` of the file system."""
     process = os.fork()
     if not process:
         steps = iter(range(10**9))
@@ -238,7 +238,7 @@ def attempt(folder: Path, names: tuple[str, ...], last_step: int | None) -> bool
 
 
 def look(folder: Path, names: tuple[str, ...]) -> None:
-    """Fails if what tells that `folder` is finished is there before the rest."""
+    """Fails if the file that marks `folder` as finished is there before the rest."""
     there = content(folder) if folder.is_dir() else {}
     assert TRACKER not in there or whole(names).items() <= there.items(), there
     assert "config.json" not in there or set(names) - {TRACKER} <= set(there), there

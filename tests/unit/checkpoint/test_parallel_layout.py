@@ -1,4 +1,4 @@
-"""Which layers lie where, drawn by hand."""
+"""Which layers are on which rank, written out by hand."""
 
 from collections import Counter
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What torch and Megatron-Core would unpickle of a checkpoint is read before: code that it holds is named, not run."""
+"""What torch and Megatron-Core would unpickle is scanned before: code in a checkpoint is named, not run."""
 
 import io
 import json

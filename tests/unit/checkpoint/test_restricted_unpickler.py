@@ -1,4 +1,4 @@
-"""Pickles that would run code are refused by name; what stands in real checkpoints is read without importing it."""
+"""Pickles that would run code are refused by name; what real checkpoints hold is read without importing it."""
 
 import datetime
 import operator

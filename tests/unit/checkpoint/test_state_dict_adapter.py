@@ -1,4 +1,4 @@
-"""The tensors of either side as they are about to be written."""
+"""The tensors of both formats as they are about to be written."""
 
 from pathlib import Path
 from typing import Any

@@ -229,7 +229,7 @@ def test_files_that_are_no_archive_are_reported(tmp_path: Path) -> None:
 
 
 def rezipped(data: bytes, compress: bool = False, **records: bytes) -> bytes:
-    """The archive once more with other records."""
+    """The archive with other records."""
     stream = io.BytesIO()
     kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(stream, "w", kind) as new:
@@ -273,7 +273,7 @@ def test_records_beyond_4_gib_are_found_by_torch(tmp_path: Path) -> None:
 
 
 class Sparse(io.FileIO):
-    """A file that has holes where zeros would lie."""
+    """A file with holes in the place of zeros."""
 
     zeros = bytes(BLOCK_BYTES)
 

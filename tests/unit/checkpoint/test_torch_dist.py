@@ -1,4 +1,4 @@
-"""torch_dist against its originals: torch.distributed.checkpoint and Megatron-Core read and write the other side."""
+"""torch_dist against the originals: torch.distributed.checkpoint and Megatron-Core read and write the other side."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def one_rank() -> Iterator[None]:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets Megatron-Core write where there is no GPU, for which it waits first."""
+    """Lets Megatron-Core write without a GPU, on which it would synchronize first."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
@@ -69,7 +69,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def blocks_of(state: dict[str, Tensor]) -> list[TensorShard]:
-    """The tensors whole, those of the layers a block a layer."""
+    """The tensors; those of the layers as one block per layer."""
     blocks: list[TensorShard] = []
     for key, tensor in state.items():
         if key == FC2:

@@ -1,4 +1,4 @@
-"""The proof: its own idea of each layout against drawings, and every mutant of a checkpoint that it must find."""
+"""The verification: its own mapping of each layout against ones written by hand, and mutants that it must find."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +28,7 @@ WORDS = "embedding.word_embeddings.weight"
 
 
 def drawn(name: str, tp_rank: int, tp: int, num_rows: int, qwen: QwenConfig = QWEN) -> list[str]:
-    """For each row of a Megatron tensor the row of Hugging Face's that lies there: `q3`, and its columns if not all."""
+    """For each row of a Megatron tensor the Hugging Face row that is there: `q3`, and its columns if not all."""
     rows = ["-"] * num_rows
     for piece in slices(name, tp_rank, tp, qwen, num_rows):
         short = piece.name.replace("_proj", "").removeprefix("model.").removeprefix("layers.8.").rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Zips of which another reader takes something else than ours are refused; those of torch.save are read as they are."""
+"""Zips that another reader would read differently are refused; those of torch.save are read as they are."""
 
 import io
 import struct

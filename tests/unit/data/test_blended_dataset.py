@@ -18,7 +18,7 @@ from common.errors import KitError
 
 
 class Numbered:
-    """Samples that say whose they are and which."""
+    """Samples that hold their dataset and their number."""
 
     weighted = False
     order = "listed"

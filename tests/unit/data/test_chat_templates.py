@@ -1,4 +1,4 @@
-"""The chat templates of the models themselves: what is rendered is transformers' own, and what of it is learned."""
+"""The models' own chat templates: what is rendered is what transformers renders, and which of it is learned."""
 
 import json
 import random
@@ -64,7 +64,7 @@ def encoder(folder: Path, loss_turns: str = "all", loss_on: str = "answer") -> S
 
 
 def talk(*contents: str | dict[str, Any]) -> list[dict[str, Any]]:
-    """Messages of user and assistant in turn; an object is a message of its own, the assistant's unless it says."""
+    """Messages of user and assistant in turn; an object is a full message, the assistant's unless it has a role."""
     return [
         {"role": "assistant", "content": "", **each} if isinstance(each, dict) else {"role": role, "content": each}
         for each, role in zip(contents, ("user", "assistant") * len(contents), strict=False)
@@ -72,7 +72,7 @@ def talk(*contents: str | dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def learned(made: SftEncoder, messages: list[dict[str, Any]], **fields: Any) -> tuple[list[str], str, Counter[str]]:
-    """(what is learned, whole text, counts)."""
+    """(what is learned, the full text, counts)."""
     counts: Counter[str] = Counter()
     pieces: list[Segment] = made.segments_of_row({"messages": messages, **fields}, counts)
     return [piece.text for piece in pieces if piece.loss], "".join(piece.text for piece in pieces), counts

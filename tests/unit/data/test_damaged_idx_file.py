@@ -1,4 +1,4 @@
-"""Damaged data files: refused with the file and a remedy, or read as what they were, never as anything else."""
+"""Damaged data files: refused with the file and a remedy, or read as they were, never as anything else."""
 
 import random
 import struct

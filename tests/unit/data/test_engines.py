@@ -25,7 +25,7 @@ ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
-    """What the log says."""
+    """The text of the log."""
     caplog.set_level(logging.INFO, "kit")
     return lambda: caplog.text
 

@@ -1,6 +1,6 @@
-"""A few hundred mutants of each kind of data that somebody else may have written, read as step 1 and training read it.
+"""A few hundred mutants of each kind of foreign data, read as step 1 and training read it.
 
-In a process of its own: nothing but a message comes of them, in time, in little memory; and what is read is right.
+In a separate process: only KitError is raised, within time and memory bounds; and what is read is right.
 """
 
 import gzip

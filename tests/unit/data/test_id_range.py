@@ -1,4 +1,4 @@
-"""The ids of data against those of a model: told by the manifest, by an earlier scan, or by a scan."""
+"""The ids of data against those of a model: known from the manifest, from an earlier scan, or from a scan."""
 
 import json
 import os

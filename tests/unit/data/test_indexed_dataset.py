@@ -172,7 +172,7 @@ def test_memory_does_not_grow_with_documents(tmp_path: Path) -> None:
 
 
 def test_early_writeback_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small documents and those larger than the buffer, with the disk told to begin after each few bytes, or never."""
+    """Small documents and those larger than the buffer, with writeback started after every few bytes, or never."""
     written = []
     for name, size in (("often", 10), ("never", 1 << 40)):
         monkeypatch.setattr(indexed_dataset, "WRITEBACK_BYTES", size)

@@ -1,4 +1,4 @@
-"""One odd row is one bad row, and what a template does not show is told."""
+"""One odd row is one bad row, and what a template does not show is reported."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def calling(**call: Any) -> dict[str, Any]:
 
 
 def deep(levels: int) -> str:
-    """What `encode` writes as objects in one another: json.dumps gives up where pytest itself stands deep."""
+    """What `encode` writes, as nested objects: json.dumps hits the recursion limit under pytest's own stack."""
     return f"@{levels}@"
 
 

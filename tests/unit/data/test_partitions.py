@@ -1,4 +1,4 @@
-"""Parts that are written by runs of their own, and what rows that are left out come to."""
+"""Parts that are written by separate runs, and the counts of rows that are left out."""
 
 import json
 import os

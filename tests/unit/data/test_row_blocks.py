@@ -38,7 +38,7 @@ def write(path: Path, lines: list[str], kind: str) -> Path:
 
 
 def read(path: Path, parts: int, size: int, limit: int) -> tuple[list[str], list[tuple[str, str, bytes]]]:
-    """(the texts, (place, cause, what is kept) of each bad row)."""
+    """(the texts, (place, cause, what is recorded) of each bad row)."""
     texts, bad, lines = [], [], 0
     for spans in split_into_parts(whole_spans([path], limit), parts):
         for chunk in (chunk for span in spans for chunk in read_chunks(span, size)):

@@ -76,7 +76,7 @@ def test_partitions_and_workers_change_nothing(tmp_path: Path, expected: bytes, 
 
 
 class Failing:
-    """Encodes until it meets the line that `at` bytes stand before; then does what `how` says."""
+    """Encodes up to the line after `at` bytes; then does what `how` says."""
 
     def __init__(self, at: int, how: str) -> None:
         self.at, self.how = at, how
@@ -268,7 +268,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 def runs(pid: int) -> bool:
-    """Whether process `pid` is there and no zombie."""
+    """Whether process `pid` exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a fine-tuning row may say beside its turns: what each counts in the loss, and tools."""
+"""What a fine-tuning row may hold beside its turns: the weight of each in the loss, and tools."""
 
 import json
 import shutil

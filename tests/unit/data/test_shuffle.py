@@ -1,4 +1,4 @@
-"""Orders that take no memory for each element: each element once, evenly, by their key alone."""
+"""Orders without memory per element: each element once, uniformly, by the key alone."""
 
 import itertools
 from pathlib import Path

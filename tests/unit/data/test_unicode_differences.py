@@ -52,7 +52,7 @@ def test_every_code_point(engines: tuple[TextTokenizer, EncodeBatchFlat, EncodeB
 
 @pytest.mark.parametrize("form", ["a{}", "{}\n", "'{}a"])
 def test_letters_and_digits_of_another_unicode(qwen: Path, tmp_path: Path, form: str) -> None:
-    """With their neighbours, and all up to the Chinese: by a vocabulary that shows where the pattern parts."""
+    """With their neighbours, and all up to the Chinese: with a vocabulary that shows where the pattern splits."""
     show_splits(qwen, tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     engine = Gigatoken((tmp_path / "tokenizer.json").read_bytes()).encode_flat

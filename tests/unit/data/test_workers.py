@@ -66,7 +66,7 @@ def test_a_file_that_shrinks_meanwhile_is_reported(tmp_path: Path) -> None:
 
 
 def test_the_next_piece_is_not_read_into_what_is_still_looked_at(tmp_path: Path) -> None:
-    """The arrays of a piece are views: they hold until the next piece is asked for, however fast the workers are."""
+    """The arrays of a piece are views, valid until the next piece is requested, however fast the workers are."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"".join(bytes([97 + i % 26]) * 100 + b"\n" for i in range(400)))
     with Workers(bytes_as_documents, 3) as workers:

@@ -1,4 +1,4 @@
-"""Prompts from rows, and what a model says to them: one batch is as good as one prompt at a time."""
+"""Prompts from rows, and a model's answers to them: a batch gives the same as one prompt at a time."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_a_row_of_no_use_is_named(tmp_path: Path) -> None:
 
 
 def alone(folder: Path, text: str, count: int) -> str:
-    """The likeliest continuation of `text`, a whole forward pass for each token."""
+    """The likeliest continuation of `text`, with a full forward pass for each token."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     new: list[int] = []

@@ -1,4 +1,4 @@
-"""Which steps are taken for which settings, and that the commands fit together."""
+"""Which steps are run for which settings, and that the commands fit together."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A step is run as it is shown, once, and again where its result is missing or broken off."""
+"""A step is run as it is shown, once, and again where its result is missing or incomplete."""
 
 import errno
 import json
@@ -21,14 +21,14 @@ from common.training.loop.metrics import Interval, Meter
 
 
 class Output(list[str]):
-    """What was told, as one text."""
+    """The printed lines, as one text."""
 
     def __str__(self) -> str:
         return "\n".join(self)
 
 
 def writes(work: Path, name: str, text: str = "whole", **more: object) -> Step:
-    """A step that appends `text` to the file `result` in its folder, and says a line of the kit's and one of others."""
+    """A step that appends `text` to `result` in its folder, and prints a line of the kit's and one of others."""
     folder = work / name
     program = f"mkdir -p {folder} && printf {text} >>{folder}/result && echo '12:00:00 wrote {name}' && echo noise"
     return Step(

@@ -97,7 +97,7 @@ def test_the_fields_are_those_of_the_installed_classes(section: str) -> None:
 
 @pytest.mark.parametrize("section", CLASSES)
 def test_what_a_setting_of_the_kit_sets_is_a_field(section: str) -> None:
-    """In one version or another: a name that none has would protect nothing."""
+    """In some version: a name that none has would protect nothing."""
     fields = fields_of(section)
     found = {
         name: [key for key in fields if key == name or key.startswith(name.rstrip("*"))] for name in OWNERS[section]
@@ -113,7 +113,7 @@ def test_what_a_setting_of_the_kit_sets_is_a_field(section: str) -> None:
 
 
 def test_fields_that_the_kit_sets_are_refused_but_for_these(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A field that build or the training state sets must be in OWNERS, or an override would replace it in silence."""
+    """A field that build or the training state sets must be in OWNERS, or an override would replace it silently."""
     given: dict[str, set[str]] = {}
 
     def record(section: str) -> Callable[..., None]:

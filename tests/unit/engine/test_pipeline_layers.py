@@ -1,4 +1,4 @@
-"""PIPELINE_LAYERS: how it is read, what Megatron-Core is told, and which versions and checkpoints it fits."""
+"""PIPELINE_LAYERS: how it is read, what Megatron-Core gets, and which versions and checkpoints it fits."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is asked of Transformer Engine is asked only of versions that have it, and the refusal names them."""
+"""Features of Transformer Engine are used only with versions that have them; a refusal names those versions."""
 
 import re
 from typing import Any

@@ -83,7 +83,7 @@ def test_supported_releases_are_those_that_are_locked_built_and_tested() -> None
 
 
 def test_no_other_part_names_a_version() -> None:
-    """What differs between versions stands in `common/engine`; a comment may name the version that it was read in."""
+    """What differs between versions is in `common/engine`; a comment may name the version that it refers to."""
     named = {
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sorted((ROOT / "common").rglob("*.py"))

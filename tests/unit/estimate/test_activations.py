@@ -1,4 +1,4 @@
-"""What autograd really keeps during a step of each kind of layers on the CPU, against the formulas, byte for byte."""
+"""What autograd saves during a step of each kind of layers on the CPU, against the formulas, byte for byte."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +16,7 @@ from tests.unit.estimate.ranks import count, write_config
 
 
 def most_kept(task: dict[str, Any]) -> int:
-    """The formulas' most bytes that passes keep, with those of the layer that full recomputation makes anew."""
+    """The formulas' peak of saved bytes, with those of the layer that full recomputation computes again."""
     same = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1}
     settings = TrainSettings(**same, gpus=task["world"], **task["settings"])
     qwen, stage = load_config(Path(task["folder"])), task["rank"] // (task["world"] // settings.pp)
@@ -81,7 +81,7 @@ def tasks_of(folder: Path, fused: bool, layouts: list[tuple[int, dict[str, Any]]
 
 
 def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None:
-    """Fused: SwiGLU, alone or inside products, a norm and a split QKV that keep what the kernels on a GPU keep."""
+    """Fused: SwiGLU, alone or inside products, a norm and a split QKV that save what the kernels on a GPU save."""
     qwen2 = write_config(tmp_path / "qwen2")
     qwen3 = write_config(tmp_path / "qwen3", model_type="qwen3", head_dim=32)
     tasks = [
@@ -100,7 +100,7 @@ def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None
 
 
 def test_rows_that_are_joined_go_without_the_kernel_of_qkv(tmp_path: Path) -> None:
-    """So a checkpointed attention keeps the whole QKV product for its value, not the value alone."""
+    """So a checkpointed attention saves the full QKV product for its value, not the value alone."""
     qwen = load_config(write_config(tmp_path / "qwen2"))
     same = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1, "recompute": "selective"}
     values = []

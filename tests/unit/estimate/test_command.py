@@ -1,4 +1,4 @@
-"""`python -m common.estimate`: what it prints, what it refuses, and that it needs neither torch nor a GPU."""
+"""`python -m common.estimate`: its output, what it refuses, and that it needs neither torch nor a GPU."""
 
 import json
 import re

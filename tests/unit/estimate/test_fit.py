@@ -1,4 +1,4 @@
-"""The constants: those in the source are the committed measurements', and a fit finds what made the figures."""
+"""The constants: those in the source are fitted to the committed measurements, and a fit recovers known constants."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The share of the time that trains: Daly's model against a simulation of it, its best interval against a search."""
+"""Goodput: Daly's model against a simulation of it, its best interval against a search."""
 
 import math
 import random
@@ -36,7 +36,7 @@ def daly(lost: Interruptions) -> float:
 
 
 def simulated(lost: Interruptions, interval: float, faults: int = 20_000) -> float:
-    """The share that trains in a run of so many faults, save by save; each save is whole before the next begins."""
+    """The goodput of a run with that many faults, save by save; each save is complete before the next begins."""
     assert interval >= lost.behind
     chance = random.Random(1)
     now = trained = 0.0

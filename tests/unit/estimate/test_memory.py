@@ -55,7 +55,7 @@ def test_a_steps_tensors_are_those_that_the_formulas_count(tmp_path: Path) -> No
 
 
 class Recorder(TorchKernels):
-    """Notes how many tokens' logits there are at once."""
+    """Records how many tokens' logits there are at once."""
 
     rows: list[int]
 

@@ -1,4 +1,4 @@
-"""The words for times, and what the upkeep of a run takes from training's own settings."""
+"""Durations as text, and what the upkeep of a run takes from training's own settings."""
 
 from dataclasses import fields
 

@@ -1,4 +1,4 @@
-"""One rank of any layout in one process: its real model, optimizer and schedule among ranks that are not there.
+"""One rank of any layout in one process: its real model, optimizer and schedule, without the other ranks.
 
     python -m tests.unit.estimate.worker '[{"folder": DIR, "world": 4, "rank": 1, "settings": {...}}]'
 
@@ -31,7 +31,7 @@ SCALAR_BYTES = 8  # left out: the loss's scale
 
 
 class FusedNorm(torch.autograd.Function):
-    """Keeps what torch's fused RMSNorm keeps on a GPU (aten::_fused_rms_norm): input, a float32 a row, weight."""
+    """Saves what torch's fused RMSNorm saves on a GPU (aten::_fused_rms_norm): input, a float32 a row, weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -50,7 +50,7 @@ def fused_rms_norm(x: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float
 
 
 class FusedNormOfSum(torch.autograd.Function):
-    """Keeps what the kernel of common/model/kernels/norm_kernels.py keeps: the sum, a float32 a row, weight."""
+    """Saves what the kernel of common/model/kernels/norm_kernels.py saves: the sum, a float32 a row, weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
@@ -76,7 +76,7 @@ class InPlace(TorchProducts):
 
 
 class SplitAndRotate(torch.autograd.Function):
-    """Keeps what the kernel of common/model/kernels/qkv_rope.py keeps: nothing of its input."""
+    """Saves what the kernel of common/model/kernels/qkv_rope.py saves: nothing of its input."""
 
     @staticmethod
     def forward(ctx: Any, mixed: torch.Tensor, parts: list[int]) -> tuple[torch.Tensor, ...]:
@@ -91,7 +91,7 @@ class SplitAndRotate(torch.autograd.Function):
 
 
 class Kept:
-    """A tensor that autograd keeps, counted as long as it does."""
+    """A tensor that autograd saves, counted as long as it is saved."""
 
     def __init__(self, ledger: "Ledger", tensor: torch.Tensor) -> None:
         # Of an operation's own output only the data: with its history it would keep the operation, which keeps it.
@@ -103,7 +103,7 @@ class Kept:
 
 
 class Ledger:
-    """Bytes of the storages that autograd keeps, each once, without the parameters'."""
+    """Bytes of the storages that autograd saves, each once, without the parameters'."""
 
     def __init__(self, model: list[Any]) -> None:
         self.parameters = {p.untyped_storage().data_ptr() for chunk in model for p in chunk.parameters()}
@@ -126,7 +126,7 @@ class Ledger:
 
 
 class Live(TorchDispatchMode):
-    """The most bytes of tensors that were made under it and lived at once, storages counted once."""
+    """The peak bytes of tensors that were made under it, storages counted once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def batch_of(plan: Plan) -> dict[str, torch.Tensor]:
 
 
 def peak(plan: Plan) -> dict[str, Any]:
-    """The most bytes that a step made at once, its optimizer's part included."""
+    """The peak bytes of a step, the optimizer's included."""
     from common.training.checkpointing.optimizer_state import initialize_optimizer_state
     from common.training.loop.train_step import train_step
     from common.training.state.training_state import build_training_state
@@ -183,7 +183,7 @@ def peak(plan: Plan) -> dict[str, Any]:
 
 
 def count(plan: Plan, activations: bool) -> dict[str, Any]:
-    """Parameters, bytes of the state, and the most that autograd kept at once during a step."""
+    """Parameters, bytes of the state, and the peak of what autograd saved during a step."""
     from common.model.build import unwrap
     from common.training.checkpointing.optimizer_state import initialize_optimizer_state
     from common.training.loop.forward_step import forward_backward

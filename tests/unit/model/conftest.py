@@ -1,4 +1,4 @@
-"""Stubs, in the place of packages that need a GPU."""
+"""Stubs of packages that need a GPU."""
 
 import importlib
 import sys
@@ -13,7 +13,7 @@ STUBS = Path(__file__).parents[2] / "stubs"
 
 
 def stub(monkeypatch: pytest.MonkeyPatch, folder: str, module: str) -> Iterator[Any]:
-    """`module` of a stub, whose package is forgotten afterwards."""
+    """`module` of a stub, whose package is unloaded afterwards."""
     monkeypatch.syspath_prepend(str(STUBS / folder))
     yield importlib.import_module(module)
     package = module.split(".")[0]
@@ -29,7 +29,7 @@ def quack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """torch is told to be."""
+    """Makes torch deterministic."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""A kernel that fails on one of two ranks, in any way, is passed over by both: they train with the same ones."""
+"""A kernel that fails on one of two ranks, in any way, is skipped by both: they train with the same ones."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ SAID = "TypeError: __init__() got an unexpected keyword argument"
 
 
 class Broken:
-    """Has an import of one module fail, as QuACK's did."""
+    """Makes the import of one module fail."""
 
     def __init__(self, module: str, error: BaseException) -> None:
         self.module, self.error = module, error
@@ -85,7 +85,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def two_ranks(qwen: Path, **task: Any) -> list[dict[str, Any]]:
-    """What both print, rank 0 first."""
+    """The output of both, rank 0 first."""
     stubs = [ROOT / "tests" / "stubs" / name for name in ("quack", "flash_attn")]
     path = ":".join(map(str, [ROOT, *stubs]))
     printed = forked(2, __name__, [json.dumps({"qwen": str(qwen), **task})], more={"PYTHONPATH": path})

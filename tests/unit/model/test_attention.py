@@ -1,4 +1,4 @@
-"""Core attention: which is taken, and that each gives the same."""
+"""Core attention: which is selected, and that all give the same."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""What is read from a config.json, compared with transformers' own reading, and what is refused."""
+"""What is read from config.json, compared with transformers' own reading, and what is refused."""
 
 import json
 import math

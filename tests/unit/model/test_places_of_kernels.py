@@ -1,4 +1,4 @@
-"""Where kernels of SwiGLU, the MLP, QKV and norms are called: with plain PyTorch there, a model is what it was."""
+"""Where kernels of SwiGLU, the MLP, QKV and norms are called: with plain PyTorch there, a model gives the same."""
 
 import os
 import subprocess
@@ -69,7 +69,7 @@ AWAITED: set[int] = set()  # places of weights whose module was called, or waite
 
 
 def note(module: torch.nn.Module, _: Any) -> None:
-    """As the hook by which Megatron-Core waits for a module's weights."""
+    """Acts as the hook by which Megatron-Core waits for a module's weights."""
     AWAITED.update(weight.data_ptr() for weight in module.parameters(recurse=False))
 
 
@@ -103,7 +103,7 @@ class Norms:
 
 
 def main() -> None:
-    """Compares the model of the folder with itself, in a process that has no other use."""
+    """Compares the model of the folder with itself, in a separate process."""
     prepare(CPU)
     patches.mend_training()
     from common.training.launching.process_group import process_group
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
-    """What a model gives with other code in these places, and without."""
+    """A model's outputs with other code in these places, and without."""
     from common.model import build
     from common.model.kernels import selection as kernels
     from common.model.layers.gated_mlp import (

@@ -1,4 +1,4 @@
-"""What is said of a kernel that fails, on one rank or on many."""
+"""What is reported of a kernel that fails, on one rank or on many."""
 
 import pytest
 import torch

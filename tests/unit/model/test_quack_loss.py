@@ -1,4 +1,4 @@
-"""The loss inside the output layer's products: what QuACK's is given and where the chunks are left, by a stub."""
+"""The loss inside the output layer's products: what QuACK's gets and where chunks are used instead, with a stub."""
 
 import sys
 from types import ModuleType
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def quack_loss(quack: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, whose other kernels, of Triton, are PyTorch's here."""
+    """The module, whose Triton kernels are replaced by PyTorch's."""
     kernels: Any = ModuleType("common.model.kernels.loss_kernels")
     kernels.TritonKernels = TorchKernels
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)

@@ -1,4 +1,4 @@
-"""Which kernels a model is built with: QuACK's where they work, else a reason in the log, or an error if asked for."""
+"""Which kernels a model is built with: QuACK's where they work, else a reason in the log, or an error if requested."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that says it is one, and computes as a CPU."""
+    """Pretends to be a Hopper GPU; computes on the CPU."""
     monkeypatch.setattr(kernels, "_device", lambda _: SimpleNamespace(type="cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     judge = gated_mlp.why_not

@@ -1,4 +1,4 @@
-"""What a rank makes of the rows it read: joined rows' bounds, and its part under context parallelism."""
+"""A rank's batch of the rows it read: bounds of joined rows, and its part under context parallelism."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""EXIT_DURATION_MIN ends a run while there is time for another step and for the save."""
+"""EXIT_DURATION_MIN ends a run while there is still time for a step and for the save."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from common.training.planning.deadline import STARTED, Deadline
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that stands still; the command began at 1000."""
+    """A clock that does not advance; the command began at 1000."""
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(deadline, "time", SimpleNamespace(time=lambda: clock.now))
     monkeypatch.setenv(STARTED, "1000")

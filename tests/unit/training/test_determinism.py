@@ -1,4 +1,4 @@
-"""DETERMINISTIC=true: what ranks get, what is refused, and that the same command gives the same bits."""
+"""DETERMINISTIC=true: the environment of ranks, what is refused, and that the same command gives the same bits."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""As many devices as a run asks for, and their memory, told without taking hold of one."""
+"""Checks for as many devices as a run requests, and for their memory, without initializing one."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A run whose weights are not what they seem stops, or says so, at its first loss."""
+"""A run whose weights are not the expected ones stops or warns at its first loss."""
 
 import logging
 from types import SimpleNamespace

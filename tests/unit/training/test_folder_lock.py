@@ -29,7 +29,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another run, as far as its lock on `tmp_path / "run"` goes."""
+    """Another run that holds the lock on `tmp_path / "run"`."""
     (tmp_path / "run").mkdir()
     words = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -1,6 +1,6 @@
-"""FP8's scales and amax histories, saved as plain tensors and put back under modules that make them when first used.
+"""FP8's scales and amax histories, saved as plain tensors and restored into modules that create them when first used.
 
-The modules stand in for Transformer Engine's, which need a GPU: with `fp8_meta`, made in the first forward pass, whose
+The modules are fakes of Transformer Engine's, which need a GPU: with `fp8_meta`, made in the first forward pass, whose
 tensors the quantizers and the global buffers point to (pytorch/module/base.py and quantization.py of 2.11).
 """
 
@@ -52,7 +52,7 @@ class Linear(torch.nn.Module):
 
 
 class Run:
-    """Two layers, the second in a folder of its own, with what lies around chunks on a rank."""
+    """Two layers, the second in a nested module, with the wrappers of chunks on a rank."""
 
     def __init__(self, old: bool = False) -> None:
         self.buffers: list[Any] = []

@@ -14,7 +14,7 @@ from common.training.settings import TrainSettings
 
 
 def config(monkeypatch: pytest.MonkeyPatch, serves: bool = False, **changes: Any) -> Any:
-    """torchrun's own reading of the words, among variables that would say otherwise."""
+    """torchrun's own reading of the arguments, with environment variables that contradict them."""
     for name, value in {"NNODES": "9", "NODE_RANK": "0", "RDZV_BACKEND": "etcd", "RDZV_ENDPOINT": "x:1"}.items():
         monkeypatch.setenv(f"PET_{name}", value)
     monkeypatch.setenv("PET_MAX_RESTARTS", "7")

@@ -1,4 +1,4 @@
-"""A run that has too little memory says so, and what takes less."""
+"""A run that is out of memory names the settings that take less."""
 
 from pathlib import Path
 from types import SimpleNamespace

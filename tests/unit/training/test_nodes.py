@@ -1,4 +1,4 @@
-"""What is compared between nodes: each kind of difference shows, and is named."""
+"""What is compared between nodes: each kind of difference is found and named."""
 
 import dataclasses
 import shutil

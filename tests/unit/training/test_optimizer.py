@@ -1,4 +1,4 @@
-"""Adam that steps through its groups in parts gives the same weights as Adam that steps through whole groups."""
+"""Adam that steps through its groups in parts gives the same weights as Adam that steps through full groups."""
 
 import copy
 
@@ -8,7 +8,7 @@ from common.training.state.optimizer import _parts, step_in_parts
 
 
 class CountingAdam(torch.optim.Optimizer):
-    """Keeps the number of steps in the group, as Transformer Engine's does, and remembers what each step was given."""
+    """Holds the number of steps in the group, as Transformer Engine's does, and records what each step was given."""
 
     def __init__(self, groups: list[dict]) -> None:
         super().__init__(groups, {"lr": 0.1})

@@ -26,7 +26,7 @@ TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def distributed_optimizer(precision: str) -> Any:
-    """What OffloadedState reads of Megatron-Core's: two groups of three parameters, sharded whole."""
+    """What OffloadedState reads of Megatron-Core's: two groups of three parameters, each parameter one shard."""
     torch.manual_seed(0)
     model = [torch.nn.Parameter(torch.randn(size).to(TYPES[precision])) for size in SIZES]
     shards = [param.detach().view(-1) for param in model]
@@ -55,7 +55,7 @@ def master(of: Any, param: torch.Tensor) -> torch.Tensor:
 
 
 class LateCopies:
-    """Copies made when something waits for them, and no sooner: as late as those of a GPU may be."""
+    """Copies made only when something waits for them: as late as those of a GPU may be."""
 
     def __init__(self, stream: None, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         self.pairs = pairs
@@ -184,7 +184,7 @@ def test_gradients_are_away_while_master_weights_are_made_and_zeros_after() -> N
 
 
 def test_a_node_without_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two nodes of two ranks each; on the second another rank keeps ten bytes, or finds less memory."""
+    """Two nodes of two ranks each; on the second another rank holds ten bytes, or finds less memory."""
     optimizer = distributed_optimizer("bf16")
     own = 12 * sum(SIZES)
     others = [(0, own, 2 * own), (1, own, 9 * own), (1, 10, own + 10)]

@@ -38,7 +38,7 @@ def settings(tmp_path: Path) -> Callable[..., TrainSettings]:
 
 
 def together(*parts: Callable[[], Any]) -> list[Any]:
-    """What each of `parts` returns or raises, all run at once."""
+    """What each of `parts` returns or raises, all run concurrently."""
     with ThreadPoolExecutor(len(parts)) as pool:
         done: list[Future[Any]] = [pool.submit(part) for part in parts]
     return [each.exception() or each.result() for each in done]

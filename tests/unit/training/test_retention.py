@@ -1,4 +1,4 @@
-"""Which checkpoints stay, what a run remembers of them, and that a removal which fails ends nothing."""
+"""Which checkpoints are kept, what a run records of them, and that a failed removal does not end the run."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def test_a_record_is_read_as_it_was_written_and_a_broken_one_is_empty(tmp_path: 
 
 
 class Folder:
-    """A run's folder, of which RunFolder's removals are used alone."""
+    """A run's folder, used only for RunFolder's removals."""
 
     remove, remove_replaced, _removing = RunFolder.remove, RunFolder.remove_replaced, RunFolder._removing
 

@@ -1,4 +1,4 @@
-"""A run's folder: leftovers of a killed run removed, checkpoints published whole, errors of the disk raised."""
+"""A run's folder: leftovers of a killed run removed, checkpoints published completely, errors of the disk raised."""
 
 import errno
 import os

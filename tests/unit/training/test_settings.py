@@ -1,4 +1,4 @@
-"""Step 3's settings: which are taken, and which are refused with value, rule and remedy."""
+"""Step 3's settings: which are accepted, and which are refused with value, rule and remedy."""
 
 import re
 from typing import Any

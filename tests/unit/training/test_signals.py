@@ -1,4 +1,4 @@
-"""Requests to stop: noted, counted and passed on, each in a process of its own that is really signalled."""
+"""Stop signals: recorded, counted and passed on, each sent to a separate process."""
 
 import json
 import os
@@ -32,7 +32,7 @@ for line in sys.stdin:
 
 
 class Rank:
-    """A process that listens as a rank does."""
+    """A process that handles signals as a rank does."""
 
     def __init__(self, program: str = RANK, *words: str, launcher: int = 0, nohup: bool = False) -> None:
         self.process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""A rank's state on its way to the disk: every byte, in order, on a CPU; tests/gpu saves through the pinned ring."""
+"""A rank's state staged for the disk: every byte, in order, on a CPU; tests/gpu saves through the pinned ring."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Weights are put into the model, and the optimizer's own copies of them are left to the optimizer's state."""
+"""Weights are loaded into the model, and the optimizer's own copies of them come with the optimizer's state."""
 
 import pytest
 import torch

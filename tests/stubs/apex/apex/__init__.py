@@ -1,1 +1,1 @@
-"""Stands in for a vendor's apex: its fused Adam's interface, in plain torch."""
+"""A stub of a vendor's apex: its fused Adam's interface, in plain torch."""

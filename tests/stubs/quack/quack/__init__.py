@@ -1,1 +1,1 @@
-"""Stands in for QuACK on the CPU."""
+"""A stub of QuACK on the CPU."""
