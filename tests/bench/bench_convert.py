@@ -124,10 +124,10 @@ def run(command: list[str], source: Path, target: Path) -> Result:
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
-    whole = time.perf_counter() - start
+    total = time.perf_counter() - start
     watcher.join()
-    proof, proof_cpu = map(float, out.split()[-2:]) if out.strip() else (0.0, 0.0)
-    return Result(whole - proof, cpu_of_children() - used - proof_cpu, proof, peak[0])
+    verification, verification_cpu = map(float, out.split()[-2:]) if out.strip() else (0.0, 0.0)
+    return Result(total - verification, cpu_of_children() - used - verification_cpu, verification, peak[0])
 
 
 def cpu_of_children() -> float:
@@ -146,10 +146,12 @@ def measure(name: str, source: Path, target: Path, command: list[str], repeats: 
         shutil.rmtree(target, ignore_errors=True)
         flags = [f"--load-checkpoint-path={source}", f"--save-checkpoint-path={target}"]
         ours.append(run([sys.executable, "-c", PROGRAM, *command, *flags], source, target))
-    work, cpu, proof = (statistics.median(getattr(r, each) for r in ours) for each in ("work_s", "cpu_s", "proof_s"))
+    work, cpu, verification = (
+        statistics.median(getattr(r, each) for r in ours) for each in ("work_s", "cpu_s", "proof_s")
+    )
     cp, cp_cpu = (statistics.median(getattr(c, each) for c in copies) for each in ("work_s", "cpu_s"))
     peak = max(result.peak_bytes for result in ours) / 2**20
-    figures = f"{work:.1f} | {cp:.1f} | {work / cp:.2f} | {cpu:.1f} | {cp_cpu:.1f} | {proof:.1f} | {peak:.0f}"
+    figures = f"{work:.1f} | {cp:.1f} | {work / cp:.2f} | {cpu:.1f} | {cp_cpu:.1f} | {verification:.1f} | {peak:.0f}"
     print(f"| {name} | {figures} |", flush=True)
 
 

@@ -36,14 +36,14 @@ def tensors(qwen: QwenConfig, tp: int, pp: int) -> list[tuple[str, tuple[int, ..
     for row in param_mappings(qwen):
         if (row.stage == "first" and pp) or (row.stage == "last" and pp < PP - 1):
             continue
-        whole, part = megatron_shape(row, qwen), megatron_shape(row, qwen, TP)
+        full, part = megatron_shape(row, qwen), megatron_shape(row, qwen, TP)
         start = tuple(tp * size if axis == row.axis else 0 for axis, size in enumerate(part))
         saves = row.axis is not None or tp == 0
         if row.stage != "layer":
-            found.append((row.te, whole, part, Chunk(start, part), saves))
+            found.append((row.te, full, part, Chunk(start, part), saves))
             continue
         key = row.te.replace("{i}.", "")
-        shape = (qwen.num_hidden_layers, *whole)
+        shape = (qwen.num_hidden_layers, *full)
         for layer in layers:
             found.append((key, shape, part, Chunk((layer, *start), (1, *part)), saves))
     return found

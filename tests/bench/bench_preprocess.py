@@ -143,9 +143,9 @@ def bench_gigatoken(path: Path, folder: Path, cores: list[int], batch_bytes: int
     words = f"{str(path)!r}, {str(folder)!r}, {batch_bytes}"
     code = f"from tests.bench.bench_preprocess import gigatoken_alone as g; g({words})"
     # Its pool has as many threads as the process may use cores.
-    out, whole, peak = measured([sys.executable, "-c", code], cores, RAYON_NUM_THREADS=str(len(cores)))
+    out, total, peak = measured([sys.executable, "-c", code], cores, RAYON_NUM_THREADS=str(len(cores)))
     seconds, tokens = json.loads(out.splitlines()[-1])
-    return Result(seconds, whole, peak, tokens)
+    return Result(seconds, total, peak, tokens)
 
 
 def bench_kit(path: Path, folder: Path, cores: list[int], out: Path, *flags: str) -> Result:
@@ -153,9 +153,9 @@ def bench_kit(path: Path, folder: Path, cores: list[int], out: Path, *flags: str
         *(sys.executable, "-m", "common.preprocess", "pretrain", "--input", str(path), "--output-prefix", str(out)),
         *("--tokenizer-path", str(folder), "--workers", str(len(cores)), *flags),
     ]
-    printed, whole, peak = measured(command, cores)
+    printed, total, peak = measured(command, cores)
     seconds = float(re.findall(r" MB in ([\d.]+) s", printed)[0])
-    return Result(seconds, whole, peak, json.loads(Path(f"{out}.json").read_text())["tokens"])
+    return Result(seconds, total, peak, json.loads(Path(f"{out}.json").read_text())["tokens"])
 
 
 def bench_megatron(path: Path, folder: Path, cores: list[int], out: Path, checkout: Path, tool: str) -> Result:
@@ -166,9 +166,9 @@ def bench_megatron(path: Path, folder: Path, cores: list[int], out: Path, checko
     ]
     # What else its imports need may be given by PYTHONPATH.
     folders = f"{checkout}:{os.environ.get('PYTHONPATH', '')}"
-    _, whole, peak = measured(command, cores, PYTHONPATH=folders, CUDA_VISIBLE_DEVICES="")
+    _, total, peak = measured(command, cores, PYTHONPATH=folders, CUDA_VISIBLE_DEVICES="")
     tokens = Path(f"{out}_text_document.bin").stat().st_size // 4
-    return Result(whole, whole, peak, tokens)
+    return Result(total, total, peak, tokens)
 
 
 def line(name: str, results: list[Result], text_bytes: int, documents: int) -> str:

@@ -80,8 +80,8 @@ def main() -> None:
             torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     attention = attention_flops_per_token(plan.qwen, settings.seq_length)
-    whole = flops_per_token(plan.qwen, settings.seq_length)
-    tell_purposes(events, {"attention": tokens * attention, "matrix products": tokens * (whole - attention)})
+    total = flops_per_token(plan.qwen, settings.seq_length)
+    tell_purposes(events, {"attention": tokens * attention, "matrix products": tokens * (total - attention)})
     tell_kernels(events)
     tell_gaps(events)
 

@@ -93,11 +93,11 @@ def test_a_requested_kernel_that_is_missing_stops_the_run(work: Path) -> None:
 def test_a_stopped_run_with_the_vendors_adam_resumes_as_if_uninterrupted(ckpt_format: str, work: Path) -> None:
     more = vendor("flash_attn", "apex")
     flags = {"ckpt_format": ckpt_format, "tp": 2, "pp": 2, "gpus": 4}
-    unbroken = train_forked(**settings(work, f"whole_{ckpt_format}", **flags), more=more)
-    assert ("CKPT_FORMAT=torch_dist was not run on metax" in unbroken) == (ckpt_format == "torch_dist")
+    uninterrupted = train_forked(**settings(work, f"whole_{ckpt_format}", **flags), more=more)
+    assert ("CKPT_FORMAT=torch_dist was not run on metax" in uninterrupted) == (ckpt_format == "torch_dist")
     name = f"halves_{ckpt_format}"
     halves = [train_forked(**settings(work, name, **flags), exit_interval=3, more=more) for _ in range(2)]
-    assert steps(halves[0]) + steps(halves[1]) == steps(unbroken)
+    assert steps(halves[0]) + steps(halves[1]) == steps(uninterrupted)
 
 
 def old_checkpoint(work: Path, folder: Path, trained: bool) -> Path:

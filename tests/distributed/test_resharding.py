@@ -75,11 +75,11 @@ def test_another_layout_holds_the_same_bits(work: Path, saved: Path, name: str) 
 
 def test_the_next_steps_are_those_of_the_uninterrupted_run(work: Path, saved: Path) -> None:
     shutil.copytree(saved, work / "goes_on")
-    unbroken = steps(train_forked(**flags(work, work / "goes_on"), **WIDE))
-    assert [i for i, _, _ in unbroken] == [4, 5, 6]
+    uninterrupted = steps(train_forked(**flags(work, work / "goes_on"), **WIDE))
+    assert [i for i, _, _ in uninterrupted] == [4, 5, 6]
     shutil.copytree(saved, work / "moves")
     found = steps(train_forked(**flags(work, work / "moves"), gpus=1))
-    for (i, loss, norm), (j, its_loss, its_norm) in zip(found, unbroken, strict=True):
+    for (i, loss, norm), (j, its_loss, its_norm) in zip(found, uninterrupted, strict=True):
         assert i == j and abs(loss - its_loss) < 2e-3 * its_loss and abs(norm - its_norm) < 3e-2 * its_norm  # bf16
 
 

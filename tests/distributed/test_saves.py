@@ -51,8 +51,8 @@ def test_what_is_saved_is_one_steps_weights_with_and_without_overlap(work: Path,
     train(work, f"{name}_plain", **same, EXIT_INTERVAL=3, OVERLAP_PARAM_GATHER="false", OVERLAP_GRAD_REDUCE="false")
     assert_same_weights(work, f"{name}_plain", f"{name}_stopped")
     rest = steps(train(work, f"{name}_stopped", **same))
-    unbroken = steps(train(work, f"{name}_unbroken", **same))
-    assert [i for i, _, _ in rest] == [4, 5, 6] and rest == unbroken[3:]
+    uninterrupted = steps(train(work, f"{name}_uninterrupted", **same))
+    assert [i for i, _, _ in rest] == [4, 5, 6] and rest == uninterrupted[3:]
 
 
 def test_an_asynchronous_checkpoint_bears_its_own_iteration(work: Path) -> None:

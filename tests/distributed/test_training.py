@@ -142,11 +142,11 @@ def test_ten_and_ten_steps_are_twenty(work: Path, ckpt_format: str, layout: dict
         to_megatron(work / "qwen", work / "start_ranks", tp=2, pp=2, transformer_impl="local")
         layout = {**layout, "load_checkpoint_path": work / "start_ranks"}
     same = {**settings(work, "pretrain"), "train_iters": 20, "ckpt_format": ckpt_format, **layout}
-    unbroken = steps(train_forked(**same, save_checkpoint_path=work / f"{name}_unbroken"))
+    uninterrupted = steps(train_forked(**same, save_checkpoint_path=work / f"{name}_uninterrupted"))
     halves = [steps(train_forked(**same, save_checkpoint_path=work / name, exit_interval=10)) for _ in range(2)]
     assert [i for i, _, _ in halves[0]] == list(range(1, 11)) and [i for i, _, _ in halves[1]] == list(range(11, 21))
-    assert halves[0] + halves[1] == unbroken
-    expected, found = (weights(work, work / folder) for folder in (f"{name}_unbroken", name))
+    assert halves[0] + halves[1] == uninterrupted
+    expected, found = (weights(work, work / folder) for folder in (f"{name}_uninterrupted", name))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[tensor], found[tensor]) for tensor in expected)
 
@@ -249,9 +249,9 @@ def test_more_epochs_on_resume_change_nothing_that_was(work: Path) -> None:
     }
     first = steps(train_forked(**flags, save_checkpoint_path=work / "epochs", epochs=1))
     rest = steps(train_forked(**flags, save_checkpoint_path=work / "epochs", epochs=2))
-    whole = steps(train_forked(**flags, save_checkpoint_path=work / "epochs_whole", epochs=2))
-    assert [len(first), len(rest), len(whole)] == [2, 2, 4]
-    assert first + rest == whole
+    uninterrupted = steps(train_forked(**flags, save_checkpoint_path=work / "epochs_whole", epochs=2))
+    assert [len(first), len(rest), len(uninterrupted)] == [2, 2, 4]
+    assert first + rest == uninterrupted
 
 
 def test_a_rank_that_runs_out_of_memory_reports_it_and_ends_while_the_others_wait_for_it(work: Path) -> None:

@@ -135,7 +135,7 @@ def kill(root: Path) -> None:
     target, stderr = root / "target", root / "stderr"
     for name, command in directions(root, target).items():
         assert run_forked(command, stderr) == 0, stderr.read_text()
-        whole = tree(target)
+        complete = tree(target)
         shutil.rmtree(target)
         for moment in MOMENTS[name]:
             assert run_forked(command, stderr, moment) in (-signal.SIGKILL, -signal.SIGXFSZ), (
@@ -146,7 +146,7 @@ def kill(root: Path) -> None:
             assert name != "hf" or not (target / "config.json").exists()
             print(name, moment)
         assert run_forked(command, stderr) == 0, stderr.read_text()
-        assert tree(target) == whole
+        assert tree(target) == complete
         shutil.rmtree(target)
 
 

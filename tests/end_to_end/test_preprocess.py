@@ -85,8 +85,8 @@ def test_fine_tuning_data_supervises_answers_alone(tmp_path: Path, qwen: Path) -
     mask = IndexedDataset(str(tmp_path / "a_loss_mask_document"))
     for i, row in enumerate(chats(30)):
         turns = [("system", row["instruction"]), ("user", row["input"]), ("assistant", row["output"])]
-        talk = [{"role": role, "content": content} for role, content in turns if content]
-        assert tokenizer.decode(tokens[i]) == tokenizer.apply_chat_template(talk, tokenize=False)
+        messages = [{"role": role, "content": content} for role, content in turns if content]
+        assert tokenizer.decode(tokens[i]) == tokenizer.apply_chat_template(messages, tokenize=False)
         assert tokenizer.decode(tokens[i][mask[i] == 1]) == row["output"] + "<|im_end|>"
         assert set(mask[i].tolist()) == {0, 1}
     too_long = sum(len(tokens[i]) > 31 for i in range(30))

@@ -120,13 +120,13 @@ def test_another_seed_needs_another_folder(work: Path) -> None:
     assert f"error: WORK_DIR={work} holds a quickstart of other settings or data" in other.text
 
 
-def talk(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
+def conversation(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 FOX = "Row {}: the quick brown fox jumps over the lazy dog. 今天天气很好。"
 OWN = {
-    "conversations": ([talk(f"{i}+1?", f"{i + 1}") for i in range(40)], "1"),
+    "conversations": ([conversation(f"{i}+1?", f"{i + 1}") for i in range(40)], "1"),
     "texts": ([{"text": FOX.format(i)} for i in range(40)], FOX.format(0)[len(FOX.format(0)) // 2 :]),
 }
 

@@ -87,18 +87,20 @@ def check_padding_rows(encoder: SftEncoder, chunk: Chunk) -> None:
     ends = np.cumsum(encoded.lengths).tolist()
     talks = [encoder.conversation(row) for _, row in records(chunk, Counter())]
     assert len(talks) == len(ends)
-    for talk, end, length in zip(talks, ends, encoded.lengths.tolist(), strict=True):
+    for conversation, end, length in zip(talks, ends, encoded.lengths.tolist(), strict=True):
         assert mask[end - length : end].any() and mask[end - 1] == 0
         text = encoder.tokenizer.decode(tokens[end - length : end - 1].tolist())
         # As transformers renders it; the tokenizer is the encoder's own, given the same words.
-        render, more = encoder.template._tokenizer.apply_chat_template, talk.template_kwargs
+        render, more = encoder.template._tokenizer.apply_chat_template, conversation.template_kwargs
         if encoded.counts[
             RESTORED_REASONING
         ]:  # the last answer is as the model says it, not as the template shows it later
-            prompt = render(talk.messages[:-1], tools=talk.tools, tokenize=False, add_generation_prompt=True, **more)
+            prompt = render(
+                conversation.messages[:-1], tools=conversation.tools, tokenize=False, add_generation_prompt=True, **more
+            )
             assert _nfc(text).startswith(_nfc(prompt)), (text, prompt)
             continue
-        expected = render(talk.messages, tools=talk.tools, tokenize=False, **more)
+        expected = render(conversation.messages, tools=conversation.tools, tokenize=False, **more)
         assert _nfc(text) == _nfc(expected), (text, expected)
 
 
@@ -193,9 +195,9 @@ def _compressed(path: Path, decompress: Any) -> Case:
         assert found == lines, (len(found), len(lines))
         at = 0
         while at < len(found):
-            whole = next((each for each in sources if found[at : at + len(each)] == each), None)
-            assert whole, found[at]
-            at += len(whole)
+            frame = next((each for each in sources if found[at : at + len(each)] == each), None)
+            assert frame, found[at]
+            at += len(frame)
 
     return take
 

@@ -100,13 +100,13 @@ def part(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
     parts = _job(folder, 2).folder
     sources = [json.loads(next(iter(sorted(parts.glob(name)))).read_text()) for name in ("part_*.json", "run_*.json")]
     paths = [next(iter(sorted(parts.glob(name)))) for name in ("part_*.json", "run_*.json")]
-    whole = [path.read_bytes() for path in paths]
+    contents = [path.read_bytes() for path in paths]
     given = [_cases(seed + i, count, source) for i, source in enumerate(sources)]
 
     def take(data: bytes) -> None:
         which = data[0]
         paths[which].write_bytes(data[1:])
-        paths[1 - which].write_bytes(whole[1 - which])
+        paths[1 - which].write_bytes(contents[1 - which])
         EarlierParts(parts)
         runner.merge(folder / "data", check=True)
 

@@ -74,8 +74,8 @@ def test_a_stopped_run_resumes_and_exports_the_bits_of_its_step(work: Path, layo
     to_hf(work / name, work / f"{name}_hf")
     more = {**same, "EXIT_INTERVAL": done + 4}
     rest = GpuRun(settings(work, name, layout, **more), work / f"{name}_rest.log").end(0, 200)
-    whole = GpuRun(settings(work, f"{name}_whole", layout, **more), work / f"{name}_whole.log").end(0, 200)
-    assert losses(first) | losses(rest) == losses(whole) and len(losses(rest)) == 4
+    uninterrupted = GpuRun(settings(work, f"{name}_whole", layout, **more), work / f"{name}_whole.log").end(0, 200)
+    assert losses(first) | losses(rest) == losses(uninterrupted) and len(losses(rest)) == 4
     more["EXIT_INTERVAL"] = done
     GpuRun(settings(work, f"{name}_at", layout, **more), work / f"{name}_at.log").end(0, 200)
     to_hf(work / f"{name}_at", work / f"{name}_at_hf")

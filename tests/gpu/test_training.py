@@ -117,10 +117,10 @@ def test_a_resumed_run_takes_no_more_memory_than_the_uninterrupted_one(state: st
         "train-iters": 6, "save-interval": 100, "optimizer-state": state, "lr": 1e-4, "min-lr": 1e-5,
     }  # fmt: skip
     words = [f"--{name}={value}" for name, value in flags.items()]
-    unbroken = memory(run("common.train", *words, "--exit-interval=3"))
+    uninterrupted = memory(run("common.train", *words, "--exit-interval=3"))
     resumed = run("common.train", *words, "--exit-interval=6")
     assert "start: resume" in resumed
-    assert memory(resumed) <= unbroken + 0.1
+    assert memory(resumed) <= uninterrupted + 0.1
 
 
 def test_both_layers_learn_alike_and_a_stopped_run_resumes(work: Path) -> None:
@@ -175,8 +175,8 @@ def test_transformer_engine_separates_the_samples_of_a_row_as_the_mask_does(work
 def test_what_saves_memory_or_time_learns_alike(work: Path, name: str, flags: dict[str, Any], bound: float) -> None:
     needs_transformer_engine()
     plain = train(work, "transformer_engine", **{"train-iters": 12, "save-checkpoint-path": work / f"plain_{name}"})
-    whole = {"train-iters": 12, "save-checkpoint-path": work / name, "exit-interval": 6, **flags}
-    found = train(work, "transformer_engine", **whole) + train(work, "transformer_engine", **whole)
+    options = {"train-iters": 12, "save-checkpoint-path": work / name, "exit-interval": 6, **flags}
+    found = train(work, "transformer_engine", **options) + train(work, "transformer_engine", **options)
     assert [i for i, _, _ in found] == list(range(1, 13))
     assert all(abs(a[1] - b[1]) < bound * b[1] for a, b in zip(found, plain, strict=True)), (found, plain)
 
@@ -185,8 +185,8 @@ def test_fp8_is_less_than_a_quarter_of_a_step_off(work: Path) -> None:
     """The loss falls by a fifth a step here, and not evenly: the distance of two curves is given in such steps."""
     needs_transformer_engine()
     plain = train(work, "transformer_engine", **{"train-iters": 12, "save-checkpoint-path": work / "plain_fp8"})
-    whole = {"train-iters": 12, "save-checkpoint-path": work / "fp8", "exit-interval": 6, "fp8-format": "hybrid"}
-    found = train(work, "transformer_engine", **whole) + train(work, "transformer_engine", **whole)
+    options = {"train-iters": 12, "save-checkpoint-path": work / "fp8", "exit-interval": 6, "fp8-format": "hybrid"}
+    found = train(work, "transformer_engine", **options) + train(work, "transformer_engine", **options)
     assert [i for i, _, _ in found] == list(range(1, 13))
     between = [abs(a[1] - b[1]) for a, b in zip(found, plain, strict=True)]
     assert 0 < between[0] < 5e-3 * plain[0][1], (found, plain)  # on the same weights; 0 where FP8 is not in use

@@ -53,9 +53,9 @@ def save(folder: Path, lane: str) -> None:
     shutil.rmtree(target, ignore_errors=True)
     for ckpt_format in FORMATS:
         train(**flags_of(folder, ckpt_format, save_checkpoint_path=target / ckpt_format, exit_interval=HALF))
-        whole = train(**flags_of(folder, ckpt_format, save_checkpoint_path=target / "unbroken"))
-        (target / f"{ckpt_format}.json").write_text(json.dumps(steps(whole)[HALF:]))
-        shutil.rmtree(target / "unbroken")
+        uninterrupted = train(**flags_of(folder, ckpt_format, save_checkpoint_path=target / "uninterrupted"))
+        (target / f"{ckpt_format}.json").write_text(json.dumps(steps(uninterrupted)[HALF:]))
+        shutil.rmtree(target / "uninterrupted")
 
 
 def resume(folder: Path, lane: str) -> bool:

@@ -40,10 +40,10 @@ class Conversion:
                 ["bash", SCRIPT], env=self._environment, stdout=log, stderr=log, start_new_session=True
             )
 
-    def kill(self, dice: random.Random) -> bool:
+    def kill(self, rng: random.Random) -> bool:
         """Whether a kill at a random moment hit it; then the same command gave the expected output."""
         process = self.start()
-        time.sleep(self.seconds * dice.uniform(0.4, 1.0))
+        time.sleep(self.seconds * rng.uniform(0.4, 1.0))
         met = process.poll() is None
         if met:
             os.killpg(process.pid, signal.SIGKILL)
@@ -82,9 +82,9 @@ def conversions(folder: Path) -> list[Conversion]:
 
 def kill_all(folder: Path, number: int, seed: int) -> int:
     """The number of runs that were killed, alternating the directions; raises AssertionError for a fault."""
-    dice, each, kills = random.Random(seed), conversions(folder), 0
+    rng, each, kills = random.Random(seed), conversions(folder), 0
     while kills < number:
-        kills += each[kills % len(each)].kill(dice)
+        kills += each[kills % len(each)].kill(rng)
     return kills
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    print(f"{kill_all(given.folder, given.number, given.seed)} kills, all outputs are those of unbroken runs")
+    print(f"{kill_all(given.folder, given.number, given.seed)} kills, all outputs are those of uninterrupted runs")
 
 
 if __name__ == "__main__":

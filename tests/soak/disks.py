@@ -70,8 +70,8 @@ def main() -> None:
             print(
                 f"fault {number + 1}: {kind}; saved again {time.monotonic() - began:.1f} s after it began", flush=True
             )
-            whole = run.folder / f"iter_{run.tracker():07d}"
-            assert (whole / "metadata.json").is_file() and (whole / ".metadata").is_file()
+            checkpoint = run.folder / f"iter_{run.tracker():07d}"
+            assert (checkpoint / "metadata.json").is_file() and (checkpoint / ".metadata").is_file()
         run.process.send_signal(signal.SIGTERM)
         log = run.end(75)
         assert "Traceback" not in log

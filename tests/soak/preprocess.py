@@ -67,16 +67,16 @@ class Step1:
 
 def soak(folder: Path, number: int, seed: int, num_rows: int) -> str:
     """Kills `number` runs, each resumed by the next; returns what was seen, or raises AssertionError."""
-    dice, step, kills, rounds = random.Random(seed), Step1(folder, num_rows), 0, 0
-    whole_s = step.end("unbroken")
+    rng, step, kills, rounds = random.Random(seed), Step1(folder, num_rows), 0, 0
+    total_s = step.end("uninterrupted")
     while kills < number:
         rounds += 1
         name = f"killed_{rounds}"
-        while kills < number and step.kill(name, dice.uniform(0.2, 1) * whole_s):
+        while kills < number and step.kill(name, rng.uniform(0.2, 1) * total_s):
             kills += 1
         step.end(name)
-        assert step.written(name) == step.written("unbroken"), name
-    return f"{kills} kills in {rounds} runs: each ended as the unbroken one, to the byte"
+        assert step.written(name) == step.written("uninterrupted"), name
+    return f"{kills} kills in {rounds} runs: each ended as the uninterrupted one, to the byte"
 
 
 def main() -> None:

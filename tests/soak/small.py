@@ -47,9 +47,9 @@ class Soak:
         settings = {**self.settings, "SAVE_CHECKPOINT_PATH": self.folder / name, **more}
         return Run(settings, self.folder / f"{name}.{self.number}.log")
 
-    def unbroken(self, **more: Any) -> None:
+    def uninterrupted(self, **more: Any) -> None:
         """Runs it once without a fault, and keeps its losses."""
-        log = self.start("unbroken", **more).end(0, 3600)
+        log = self.start("uninterrupted", **more).end(0, 3600)
         self.losses = {int(i): (loss, norm) for i, loss, norm in LOSS.findall(log)}
 
     def compare(self, log: str) -> None:

@@ -18,15 +18,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 def main() -> None:
     """Stops, compares, and prints the result."""
     given = arguments(__doc__ or "", 20)
-    dice, total, seconds = random.Random(given.seed), len(SIGNALS) * given.number, []
+    rng, total, seconds = random.Random(given.seed), len(SIGNALS) * given.number, []
     soak = Soak(given.folder / "stops", given.layout, TRAIN_ITERS=20 * total, EVAL_INTERVAL=9, SAVE_INTERVAL=7)
     reached = 0
     for stop in range(total):
         run = soak.start("stopped")
         wait_for(lambda: LOSS.search(run.text()) is not None, 300)  # noqa: B023
-        time.sleep(dice.uniform(0, 1.5))
-        number, target = SIGNALS[stop % len(SIGNALS)], dice.choice(["launcher", "rank"])
-        os.kill(run.process.pid if target == "launcher" else dice.choice(run.ranks()).pid, number)
+        time.sleep(rng.uniform(0, 1.5))
+        number, target = SIGNALS[stop % len(SIGNALS)], rng.choice(["launcher", "rank"])
+        os.kill(run.process.pid if target == "launcher" else rng.choice(run.ranks()).pid, number)
         stopped_at = time.monotonic()
         log = run.end(75, 120)
         seconds.append(time.monotonic() - stopped_at)

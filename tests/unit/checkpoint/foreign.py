@@ -64,12 +64,12 @@ def padded(tensor: Tensor, rows: int) -> Tensor:
 
 def write_rank_files(kind: str, weights: dict[str, Tensor], qwen: QwenConfig, folder: Path) -> None:
     """`pai`: as the legacy kit, `_extra_state` None, weights alone; `megatron-lm`: the full state of a run."""
-    whole = {
+    full = {
         name: padded(tensor, PADDED) if tensor.shape[0] == qwen.vocab_size else tensor
         for name, tensor in weights.items()
     }
     release = folder / ("release" if kind == "pai" else "iter_0000020")
-    write_ranks(release, whole, qwen, [[range(2)], [range(2, 4)]], tp=2)
+    write_ranks(release, full, qwen, [[range(2)], [range(2, 4)]], tp=2)
     (folder / TRACKER).write_text("release" if kind == "pai" else "20")
     for path in release.glob("mp_rank_*/model_optim_rng.pt"):
         state = torch.load(path)

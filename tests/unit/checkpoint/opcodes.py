@@ -39,7 +39,7 @@ def entry(name: bytes, value: bytes) -> bytes:
     return b"}" + name + value + b"s"
 
 
-def whole(value: bytes) -> bytes:
+def pickled(value: bytes) -> bytes:
     """The pickle of `value`."""
     return PROTOCOL + value + b"."
 
@@ -48,7 +48,7 @@ def archive(value: bytes, **records: bytes) -> bytes:
     """`value`, pickled, as torch.save writes it, and other records beside it."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as file:
-        file.writestr("archive/data.pkl", whole(value))
+        file.writestr("archive/data.pkl", pickled(value))
         file.writestr("archive/version", "3\n")
         for name, data in records.items():
             file.writestr(f"archive/{name}", data)

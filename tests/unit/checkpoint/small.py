@@ -125,9 +125,9 @@ def layer_state(
     }
 
 
-def part_of_vocabulary(whole: Tensor, tp_rank: int, tp: int) -> Tensor:
+def part_of_vocabulary(weight: Tensor, tp_rank: int, tp: int) -> Tensor:
     """Equal parts, rows of zeros after the last word."""
-    padded = torch.cat([whole, whole.new_zeros(-len(whole) % tp, whole.shape[1])])
+    padded = torch.cat([weight, weight.new_zeros(-len(weight) % tp, weight.shape[1])])
     return padded.chunk(tp)[tp_rank]
 
 

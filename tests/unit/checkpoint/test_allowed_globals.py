@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from common.checkpoint.formats.torch_archive import ArchiveFile
 from common.checkpoint.untrusted.restricted_unpickler import RestrictedUnpickler
 from common.errors import KitError
-from tests.unit.checkpoint.opcodes import archive, call, entry, named, number, several, whole, word
+from tests.unit.checkpoint.opcodes import archive, call, entry, named, number, pickled, several, word
 
 FILE = Path("folder/common.pt")
 NO, YES, NONE, EMPTY = b"\x89", b"\x88", b"N", b")"
@@ -30,7 +30,7 @@ HOOKS = named("collections", "OrderedDict") + EMPTY + b"R"
 
 
 def load(value: bytes) -> Any:
-    return RestrictedUnpickler(whole(value), FILE).load()
+    return RestrictedUnpickler(pickled(value), FILE).load()
 
 
 def dtype(code: str, copy: bytes = YES) -> bytes:
@@ -169,7 +169,7 @@ def test_what_is_refused_would_have_done_harm() -> None:
     address = call(named("builtins", "bytearray"), b"(" + b"KA" * 8 + b"t")
     crash = call(named("numpy", "ndarray"), b"K\x01\x85", kind, address)
     code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()))"
-    done = subprocess.run([sys.executable, "-c", code], input=whole(crash), capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], input=pickled(crash), capture_output=True, check=False)
     assert done.returncode < 0
     with pytest.raises(KitError, match=r"calls numpy\.dtype with arguments that the pickler does not write"):
         load(crash)

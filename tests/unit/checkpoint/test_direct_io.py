@@ -130,11 +130,11 @@ def test_data_at_any_offset_of_a_file_is_loaded(
 
 
 def test_views_keep_their_shape_and_order(tmp_path: Path) -> None:
-    whole = torch.randn(300, 70).bfloat16()
-    (tmp_path / "file").write_bytes(b"12" + whole.view(torch.uint8).numpy().tobytes())
-    matrix = MappedFile(tmp_path / "file").tensor(2, whole.nbytes, torch.bfloat16).reshape(300, 70)
+    full = torch.randn(300, 70).bfloat16()
+    (tmp_path / "file").write_bytes(b"12" + full.view(torch.uint8).numpy().tobytes())
+    matrix = MappedFile(tmp_path / "file").tensor(2, full.nbytes, torch.bfloat16).reshape(300, 70)
     views = (matrix, matrix[:, 3:50], matrix[7], matrix.t(), matrix[5:9, 1:2], matrix[:0], matrix[3, 4])
-    expected = (whole, whole[:, 3:50], whole[7], whole.t(), whole[5:9, 1:2], whole[:0], whole[3, 4])
+    expected = (full, full[:, 3:50], full[7], full.t(), full[5:9, 1:2], full[:0], full[3, 4])
     for view, tensor in zip(views, expected, strict=True):
         loaded = load(view)
         assert torch.equal(loaded, tensor) and loaded.shape == tensor.shape

@@ -71,7 +71,7 @@ def rows(*numbers: int, columns: int = 4) -> Tensor:
     return torch.tensor([[k + column / 10 for column in range(columns)] for k in numbers])
 
 
-def whole_of(row: ParamMapping, parts: Sequence[Tensor], qwen: QwenConfig) -> Tensor:
+def merged_tensor(row: ParamMapping, parts: Sequence[Tensor], qwen: QwenConfig) -> Tensor:
     """The Megatron tensor of these parts."""
     return torch.cat(merge(row, parts, qwen))
 
@@ -79,7 +79,7 @@ def whole_of(row: ParamMapping, parts: Sequence[Tensor], qwen: QwenConfig) -> Te
 def at_rank(row: ParamMapping, parts: Sequence[Tensor], qwen: QwenConfig, tp_rank: int, tp: int) -> Tensor:
     """The Megatron tensor of one tensor rank."""
     vocabulary_rows = qwen.padded_vocab_size(tp)
-    return whole_of(row, [shard(row, part, tp_rank, tp, vocabulary_rows) for part in parts], qwen)
+    return merged_tensor(row, [shard(row, part, tp_rank, tp, vocabulary_rows) for part in parts], qwen)
 
 
 def test_names_are_those_of_either_implementation() -> None:
@@ -98,10 +98,10 @@ def test_only_an_untied_model_has_an_output_layer() -> None:
 
 def test_queries_keys_and_values_are_interleaved_by_group() -> None:
     q, k, v = rows(0, 1, 2, 3), rows(10, 11), rows(20, 21)
-    whole = whole_of(row("linear_qkv.weight"), [q, k, v], QWEN)
-    assert torch.equal(whole, rows(0, 1, 10, 20, 2, 3, 11, 21))
+    fused = merged_tensor(row("linear_qkv.weight"), [q, k, v], QWEN)
+    assert torch.equal(fused, rows(0, 1, 10, 20, 2, 3, 11, 21))
     biases = [torch.tensor(part) for part in ([0, 1, 2, 3], [10, 11], [20, 21])]
-    assert whole_of(row("linear_qkv.bias"), biases, QWEN).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert merged_tensor(row("linear_qkv.bias"), biases, QWEN).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
     assert [torch.cat(part).tolist() for part in split(row("linear_qkv.bias"), torch.arange(8), QWEN)] == [
         [0, 1, 4, 5], [2, 6], [3, 7],
     ]  # fmt: skip
@@ -111,7 +111,7 @@ def test_the_rows_of_a_head_stay_together() -> None:
     qwen = replace(QWEN, head_dim=2)
     biases = [torch.tensor(part) for part in ([0, 1, 2, 3, 4, 5, 6, 7], [10, 11, 12, 13], [20, 21, 22, 23])]
     expected = [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
-    assert whole_of(row("linear_qkv.bias"), biases, qwen).tolist() == expected
+    assert merged_tensor(row("linear_qkv.bias"), biases, qwen).tolist() == expected
 
 
 def test_a_tensor_rank_takes_whole_groups() -> None:
@@ -123,7 +123,7 @@ def test_a_tensor_rank_takes_whole_groups() -> None:
 def test_gate_and_up_are_divided_each() -> None:
     parts = [rows(0, 1, 2, 3), rows(10, 11, 12, 13)]
     fc1 = row("linear_fc1.weight")
-    assert torch.equal(whole_of(fc1, parts, QWEN), rows(0, 1, 2, 3, 10, 11, 12, 13))
+    assert torch.equal(merged_tensor(fc1, parts, QWEN), rows(0, 1, 2, 3, 10, 11, 12, 13))
     assert torch.equal(at_rank(fc1, parts, QWEN, 0, 2), rows(0, 1, 10, 11))
     assert torch.equal(at_rank(fc1, parts, QWEN, 1, 2), rows(2, 3, 12, 13))
     assert all(
@@ -134,9 +134,9 @@ def test_gate_and_up_are_divided_each() -> None:
 
 @pytest.mark.parametrize("end", ["linear_proj.weight", "linear_fc2.weight"])
 def test_projections_back_are_divided_by_columns(end: str) -> None:
-    whole = torch.tensor([[0, 1, 2, 3], [10, 11, 12, 13]])
-    assert at_rank(row(end), [whole], QWEN, 0, 2).tolist() == [[0, 1], [10, 11]]
-    assert at_rank(row(end), [whole], QWEN, 1, 2).tolist() == [[2, 3], [12, 13]]
+    full = torch.tensor([[0, 1, 2, 3], [10, 11, 12, 13]])
+    assert at_rank(row(end), [full], QWEN, 0, 2).tolist() == [[0, 1], [10, 11]]
+    assert at_rank(row(end), [full], QWEN, 1, 2).tolist() == [[2, 3], [12, 13]]
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,10 @@ def test_dividing_and_joining_give_back_every_tensor(
     )  # fmt: skip
     torch.manual_seed(seed)
     tensors = [torch.randn(hf_shape(name, qwen)) for name in part.hf_names(0)]
-    whole = whole_of(part, tensors, qwen)
-    assert all(torch.equal(torch.cat(one), other) for one, other in zip(split(part, whole, qwen), tensors, strict=True))
+    merged = merged_tensor(part, tensors, qwen)
+    assert all(
+        torch.equal(torch.cat(one), other) for one, other in zip(split(part, merged, qwen), tensors, strict=True)
+    )
     shards = [at_rank(part, tensors, qwen, rank, tp) for rank in range(tp)]
     assert {tuple(each.shape) for each in shards} == {megatron_shape(part, qwen, tp)}
     for index, tensor in enumerate(tensors):

@@ -86,9 +86,9 @@ def test_the_c_unpickler_looks_up_the_same_names_in_what_passes() -> None:
         ours, theirs = Ours(bytes(data), FILE), Theirs(io.BytesIO(data), encoding="utf-8")
         if passes(ours.load):
             passed += 1
-            whole = passes(theirs.load)
+            completed = passes(theirs.load)
             found, expected = (vars(one).get("names", []) for one in (ours, theirs))
-            assert expected == found if whole else expected == found[: len(expected)], bytes(data)
+            assert expected == found if completed else expected == found[: len(expected)], bytes(data)
     assert passed > 300
 
 

@@ -50,7 +50,7 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def whole(names: tuple[str, ...]) -> dict[str, str]:
+def complete(names: tuple[str, ...]) -> dict[str, str]:
     return {name: name for name in names}
 
 
@@ -62,7 +62,7 @@ def test_everything_gets_its_final_place(tmp_path: Path, names: tuple[str, ...],
         folder.mkdir(parents=True)
     check_output_folder(folder, tmp_path)
     write_folder_atomically(folder, write(names))
-    assert content(folder) == whole(names) and not (folder / ".unfinished").exists()
+    assert content(folder) == complete(names) and not (folder / ".unfinished").exists()
 
 
 def test_nothing_shows_before_all_is_written(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_folder_with_anything_in_it_is_refused(tmp_path: Path) -> None:
         message = rf"^SAVE_CHECKPOINT_PATH={folder} is not empty, it holds {Path(name).parts[0]}: choose another folder"
         with pytest.raises(KitError, match=message):
             check_output_folder(folder, tmp_path / "source")
-        assert content(folder) == whole((name,))
+        assert content(folder) == complete((name,))
 
 
 def test_the_folder_that_is_read_and_a_file_are_refused(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def killed(tmp_path: Path) -> Path:
 def test_what_a_killed_run_left_is_replaced(killed: Path) -> None:
     check_output_folder(killed, killed.parent / "source")
     write_folder_atomically(killed, write(HUGGING_FACE))
-    assert content(killed) == whole(HUGGING_FACE)
+    assert content(killed) == complete(HUGGING_FACE)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def attempt(folder: Path, names: tuple[str, ...], last_step: int | None) -> bool
 def look(folder: Path, names: tuple[str, ...]) -> None:
     """Fails if the file that marks `folder` as finished is there before the rest."""
     there = content(folder) if folder.is_dir() else {}
-    assert TRACKER not in there or whole(names).items() <= there.items(), there
+    assert TRACKER not in there or complete(names).items() <= there.items(), there
     assert "config.json" not in there or set(names) - {TRACKER} <= set(there), there
     assert all((folder / name).read_text() == name for name in names if (folder / name).is_file())
 
@@ -260,7 +260,7 @@ def kill_everywhere(root: Path) -> tuple[int, int]:
                     break
                 twice += 1
                 look(folder, names)
-            assert content(folder) == whole(names) and not (folder / ".unfinished").exists()
+            assert content(folder) == complete(names) and not (folder / ".unfinished").exists()
     return kills, twice
 
 

@@ -157,9 +157,9 @@ def test_an_archive_may_be_inside_a_larger_file(tmp_path: Path, before: int, wri
 
 
 def test_whatever_torch_saves_beside_weights_is_read(tmp_path: Path) -> None:
-    whole = torch.arange(12.0)
+    base = torch.arange(12.0)
     state = {
-        "views": [whole[2:4], whole.reshape(3, 4).t()],
+        "views": [base[2:4], base.reshape(3, 4).t()],
         "strided": torch.randn(4, 6)[:, ::2],
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "linear": OrderedDict(torch.nn.Linear(2, 3).state_dict()),

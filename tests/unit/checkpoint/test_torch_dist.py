@@ -48,7 +48,7 @@ def block(key: str, shape: tuple[int, ...], offsets: tuple[int, ...], tensor: Te
     return TensorShard(key, shape, offsets, LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: [[tensor]]))
 
 
-def whole(key: str, tensor: Tensor) -> TensorShard:
+def full_shard(key: str, tensor: Tensor) -> TensorShard:
     return block(key, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
 
 
@@ -75,7 +75,7 @@ def blocks_of(state: dict[str, Tensor]) -> list[TensorShard]:
         if key == FC2:
             blocks += [block(key, (4, 8, 6), (layer, 0, 0), tensor[layer : layer + 1]) for layer in range(4)]
         else:
-            blocks.append(whole(key, tensor))
+            blocks.append(full_shard(key, tensor))
     return blocks
 
 
@@ -236,7 +236,7 @@ def change(path: Path, edit: Callable[[Any], None]) -> None:
 
 
 def test_metadata_and_data_that_disagree_are_reported(tmp_path: Path) -> None:
-    write(tmp_path, whole("a", torch.ones(2)), whole("b", torch.ones(3)))
+    write(tmp_path, full_shard("a", torch.ones(2)), full_shard("b", torch.ones(3)))
     places = {index.fqn: index for index in pickle.loads((tmp_path / ".metadata").read_bytes()).storage_data}
 
     def exchange(metadata: Any) -> None:
@@ -253,7 +253,7 @@ def test_metadata_and_data_that_disagree_are_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../a/__0_0.distcp", "/etc/passwd", "", ".."])
 def test_metadata_names_no_file_outside_its_folder(tmp_path: Path, name: str) -> None:
-    write(tmp_path, whole("a", torch.ones(2)))
+    write(tmp_path, full_shard("a", torch.ones(2)))
     metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
     (index,) = metadata.storage_data
     metadata.storage_data[index] = replace(metadata.storage_data[index], relative_path=name)
@@ -286,7 +286,7 @@ def test_metadata_that_is_none_is_reported(tmp_path: Path) -> None:
 
 
 def test_the_metadata_class_of_megatron_core_0_15_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, whole("a", torch.arange(6.0)))
+    write(tmp_path, full_shard("a", torch.arange(6.0)))
     module = ModuleType("megatron.core.dist_checkpointing.strategies.torch")
     fields = {"mcore_data": None, "__module__": module.__name__}
     module.MCoreMetadata = type("MCoreMetadata", (dcp.Metadata,), fields)
@@ -300,7 +300,7 @@ def test_the_metadata_class_of_megatron_core_0_15_is_read(tmp_path: Path, monkey
 
 
 def test_damaged_metadata_gives_an_error_that_names_it(tmp_path: Path) -> None:
-    write(tmp_path, whole("a", torch.ones(2)), block("b", (2, 3), (1, 0), torch.ones(1, 3)))
+    write(tmp_path, full_shard("a", torch.ones(2)), block("b", (2, 3), (1, 0), torch.ones(1, 3)))
     data = (tmp_path / ".metadata").read_bytes()
     for length in range(0, len(data), 7):
         (tmp_path / ".metadata").write_bytes(data[:length])
@@ -324,9 +324,13 @@ def test_the_metadata_is_the_last_to_be_written(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        write(tmp_path, whole("a", torch.ones(2)), TensorShard("b", (2,), (0,), LazyTensor((2,), torch.float32, fail)))
+        write(
+            tmp_path,
+            full_shard("a", torch.ones(2)),
+            TensorShard("b", (2,), (0,), LazyTensor((2,), torch.float32, fail)),
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["__0_0.distcp"]
-    write_torch_dist(tmp_path, [whole("a", torch.ones(2))], {}, lambda size: None)
+    write_torch_dist(tmp_path, [full_shard("a", torch.ones(2))], {}, lambda size: None)
     assert {path.name for path in tmp_path.iterdir()} == {
         "__0_0.distcp", "common.pt", "metadata.json", "checksums.json", ".metadata",
     }  # fmt: skip

@@ -97,11 +97,11 @@ def test_flipped_bits_are_reported_or_change_nothing(
 ) -> None:
     for name in without:
         monkeypatch.setitem(sys.modules, name, None)
-    whole, chance = COMPRESS[ending](ROWS[:2000]), random.Random(0)
+    intact, chance = COMPRESS[ending](ROWS[:2000]), random.Random(0)
     path = tmp_path / f"a.jsonl.{ending}"
     refused = 0
-    for at in range(0, 8 * len(whole), 29):
-        data = bytearray(whole)
+    for at in range(0, 8 * len(intact), 29):
+        data = bytearray(intact)
         for bit in (at, chance.randrange(8 * len(data))):
             data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
@@ -110,7 +110,7 @@ def test_flipped_bits_are_reported_or_change_nothing(
         except KitError as error:
             assert str(error).startswith(f"{path} cannot be read: ") or "one JSON array" in str(error)
             refused += 1
-    assert refused > len(whole) // 29
+    assert refused > len(intact) // 29
 
 
 def test_a_zst_file_without_its_library_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,8 +301,8 @@ def test_a_bad_element_is_a_bad_row_and_the_others_are_read(
         good += [record["text"] for _, record in records(chunk, Counter(), rows)]
         bad += [(each.element, each.cause, each.whole) for each in rows.rows]
     assert good == ["a", "b"]
-    ((element, cause, whole),) = bad
-    assert element == 2 and message in cause and whole == ("MAX_ROW_BYTES" not in message)
+    ((element, cause, is_complete),) = bad
+    assert element == 2 and message in cause and is_complete == ("MAX_ROW_BYTES" not in message)
 
 
 def test_a_byte_order_mark_alone_is_no_array(tmp_path: Path) -> None:

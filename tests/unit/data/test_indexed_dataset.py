@@ -73,12 +73,12 @@ def test_many_documents_at_once_equal_one_by_one(tmp_path: Path) -> None:
 
 
 def test_append_equals_writing_all(tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole", DOCUMENTS)
+    complete = write(tmp_path / "whole", DOCUMENTS)
     parts = [write(tmp_path / f"part{i}", part) for i, part in enumerate((DOCUMENTS[:1], [], DOCUMENTS[1:]))]
     with IndexedDatasetBuilder(tmp_path / "joined", "<i4") as writer:
         for part in parts:
             writer.add_index(part)
-    assert same_bytes(whole, tmp_path / "joined")
+    assert same_bytes(complete, tmp_path / "joined")
 
 
 def test_append_refuses_another_dtype(tmp_path: Path) -> None:

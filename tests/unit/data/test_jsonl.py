@@ -222,8 +222,8 @@ def test_wrong_inputs_are_reported(tmp_path: Path) -> None:
 
 def test_a_cut_gz_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
-    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(1000)))
-    path.write_bytes(whole[: len(whole) // 2])
+    compressed = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(1000)))
+    path.write_bytes(compressed[: len(compressed) // 2])
     with pytest.raises(KitError, match=r"a\.jsonl\.gz cannot be read"):
         rows_of(path)
     path.write_bytes(b'{"text": "not zipped"}\n')

@@ -12,12 +12,12 @@ USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content"
 CALL = {"name": "f", "arguments": {"x": 1}}
 
 
-def talk(*turns: Any, **fields: Any) -> Conversation:
+def conversation(*turns: Any, **fields: Any) -> Conversation:
     return to_conversation({"messages": list(turns), **fields}, "messages", "system")
 
 
 def answer(**fields: Any) -> Conversation:
-    return talk(USER, {**ANSWER, **fields})
+    return conversation(USER, {**ANSWER, **fields})
 
 
 @pytest.mark.parametrize("who", ["gpt", "chatgpt", "bing", "bard", "model", "assistant"])
@@ -41,14 +41,14 @@ def test_a_turn_of_two_words_is_refused() -> None:
 @pytest.mark.parametrize("field", ["train", "training"])
 def test_train_is_followed(field: str) -> None:
     assert answer(**{field: True}).losses == [None, 1.0]
-    several = talk(USER, {**ANSWER, field: False}, {**USER, field: False}, ANSWER)
+    several = conversation(USER, {**ANSWER, field: False}, {**USER, field: False}, ANSWER)
     assert several.losses == [None, 0.0, 0.0, None]
     assert answer(**{field: None}).losses == [None, None]
     for wrong in ("false", 0.5, -1, [], {}):
         with pytest.raises(BadRowError, match=f"turn 2: field '{field}' is .*: give true or false"):
             answer(**{field: wrong})
     with pytest.raises(BadRowError, match=f"turn 1: field '{field}' is True, but only assistant turns"):
-        talk({**USER, field: True}, ANSWER)
+        conversation({**USER, field: True}, ANSWER)
 
 
 @pytest.mark.parametrize("field", ["loss", "weight", "loss_scale"])
@@ -77,7 +77,9 @@ def test_other_fields_of_a_turn_are_refused_by_name(field: str) -> None:
 
 
 def test_metadata_is_counted_and_what_templates_use_is_passed_on() -> None:
-    made = talk({**USER, "timestamp": 1, "name": "ann"}, {**ANSWER, "timestamp": 2, "name": ""}, source="x", score=0)
+    made = conversation(
+        {**USER, "timestamp": 1, "name": "ann"}, {**ANSWER, "timestamp": 2, "name": ""}, source="x", score=0
+    )
     assert made.messages == [{**USER, "name": "ann"}, ANSWER]
     assert Counter(made.notes) == {
         "turns' field 'timestamp', not used": 2,
@@ -147,11 +149,11 @@ def test_calls_that_are_none_are_reported(value: Any, message: str) -> None:
 @pytest.mark.parametrize("function", [None, "name", [], {}, {"name": None}, {"name": ""}, {"name": "a\x1b[2J"}])
 def test_tools_without_a_name_are_reported(function: Any) -> None:
     with pytest.raises(BadRowError, match="field 'tools': tool 2 has no function name"):
-        talk(USER, ANSWER, tools=[{"name": "f"}, {"type": "function", "function": function}])
+        conversation(USER, ANSWER, tools=[{"name": "f"}, {"type": "function", "function": function}])
 
 
 def test_nulls_of_tables_are_absent_in_tools_and_calls() -> None:
-    made = talk(
+    made = conversation(
         USER,
         {"role": "assistant", "content": None, "tool_calls": [{"id": None, "function": {**CALL, "strict": None}}]},
         tools=['{"name": "f", "function": null}'],
@@ -163,11 +165,11 @@ def test_nulls_of_tables_are_absent_in_tools_and_calls() -> None:
 def test_the_templates_own_settings() -> None:
     given = {"enable_thinking": False, "python_tools": None}
     for kwargs in (given, json.dumps(given)):
-        assert talk(USER, ANSWER, chat_template_kwargs=kwargs).template_kwargs == {"enable_thinking": False}
-    assert talk(USER, ANSWER, chat_template_kwargs={}).template_kwargs == {}
+        assert conversation(USER, ANSWER, chat_template_kwargs=kwargs).template_kwargs == {"enable_thinking": False}
+    assert conversation(USER, ANSWER, chat_template_kwargs={}).template_kwargs == {}
     for wrong in ([1], "no JSON", True, {"a": float("nan")}):
         with pytest.raises(BadRowError, match="field 'chat_template_kwargs'"):
-            talk(USER, ANSWER, chat_template_kwargs=wrong)
+            conversation(USER, ANSWER, chat_template_kwargs=wrong)
 
 
 def test_reasoning_is_passed_on_under_one_name() -> None:
@@ -180,7 +182,7 @@ def test_reasoning_is_passed_on_under_one_name() -> None:
     with pytest.raises(BadRowError, match="turn 2: its fields 'reasoning' and 'thinking' differ"):
         answer(reasoning="r", thinking="s")
     with pytest.raises(BadRowError, match="turn 1: field 'thinking' is only allowed in an assistant turn"):
-        talk({**USER, "thinking": "r"}, ANSWER)
+        conversation({**USER, "thinking": "r"}, ANSWER)
     with pytest.raises(BadRowError, match="field 'reasoning' holds a JSON array"):
         answer(reasoning=["r"])
 

@@ -59,7 +59,7 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def unbroken(tmp_path: Path) -> dict[str, bytes]:
+def uninterrupted(tmp_path: Path) -> dict[str, bytes]:
     runner.run(job(tmp_path))
     found = written(tmp_path)
     shutil.rmtree(tmp_path / "out")
@@ -70,17 +70,17 @@ def unbroken(tmp_path: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("partitions", [1, 2, 5])
 def test_parts_joined_in_any_order_are_the_uninterrupted_run(
-    tmp_path: Path, unbroken: dict[str, bytes], partitions: int, workers: int
+    tmp_path: Path, uninterrupted: dict[str, bytes], partitions: int, workers: int
 ) -> None:
     for index in reversed(range(partitions)):
         assert runner.run(job(tmp_path, partitions, index, workers)) is None
         assert written(tmp_path) == {}
     content = runner.merge(tmp_path / "out" / "data")
-    assert written(tmp_path) == unbroken and not (tmp_path / "out" / "data.parts").exists()
+    assert written(tmp_path) == uninterrupted and not (tmp_path / "out" / "data.parts").exists()
     assert content["documents"] == {"read": 18000, "kept": 17980, "dropped": {BAD_ROWS[9:]: 20}}
 
 
-def test_a_run_of_all_takes_up_the_parts_of_others(tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+def test_a_run_of_all_takes_up_the_parts_of_others(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     runner.run(job(tmp_path, 3, 1))
     seen = []
 
@@ -89,7 +89,7 @@ def test_a_run_of_all_takes_up_the_parts_of_others(tmp_path: Path, unbroken: dic
         return encode(chunk)
 
     runner.run(job(tmp_path, 3, encode=watched))
-    assert written(tmp_path) == unbroken
+    assert written(tmp_path) == uninterrupted
     size = (tmp_path / "b.txt").stat().st_size
     assert not [start for name, start in seen if name == "b.txt" and size * 0.7 < start < size]
 
@@ -171,17 +171,17 @@ def test_the_hash_of_a_file_is_of_its_blocks(tmp_path: Path, monkeypatch: pytest
     blocks = [hashlib.sha256(bytes(range(a, b))).digest() for a, b in ((0, 10), (10, 20), (20, 25))]
     assert file_hash.hash_file(path) == "sha256:" + hashlib.sha256(b"".join(blocks)).hexdigest()
     part = [hashlib.sha256(bytes(range(a, b))).hexdigest() for a, b in ((3, 10), (20, 22), (22, 25), (3, 9), (11, 12))]
-    whole = [block.hex() for block in blocks]
+    hashes = [block.hex() for block in blocks]
     with ThreadPoolExecutor(2) as pool:
 
         def of(start: int, end: int) -> dict[str, Any]:
             return file_hash.SpanHash(pool, path, start, end, 25).result()
 
-        assert of(0, 25) == {"blocks": whole}
-        assert of(0, 22) == {"blocks": whole, "tail": part[1]} and of(22, 25) == {"blocks": [], "head": part[2]}
-        assert of(3, 22) == {"head": part[0], "blocks": whole[1:], "tail": part[1]}
+        assert of(0, 25) == {"blocks": hashes}
+        assert of(0, 22) == {"blocks": hashes, "tail": part[1]} and of(22, 25) == {"blocks": [], "head": part[2]}
+        assert of(3, 22) == {"head": part[0], "blocks": hashes[1:], "tail": part[1]}
         assert of(3, 9) == {"head": part[3], "blocks": []} and of(11, 12) == {"head": part[4], "blocks": []}
-        assert of(3, 10) == {"head": part[0], "blocks": []} and of(10, 20) == {"blocks": whole[1:2]}
+        assert of(3, 10) == {"head": part[0], "blocks": []} and of(10, 20) == {"blocks": hashes[1:2]}
 
 
 def test_two_runs_of_one_part_and_a_run_of_all_do_not_mix(tmp_path: Path) -> None:

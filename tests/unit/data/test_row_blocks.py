@@ -157,8 +157,8 @@ def test_long_rows_of_short_files_that_go_to_a_worker_together(tmp_path: Path) -
     assert encoded.lengths.size == 3 * len(kinds)
     start = row_blocks.head_of_row(lines[1].encode(), LIMIT)
     for kind, path, piece in zip(kinds, paths, encoded.read, strict=True):
-        ((line, row, _, element, whole),) = piece.rejects
-        assert (line, row, element, whole) == (1, start, 2 if kind == "array" else None, False), kind
+        ((line, row, _, element, is_complete),) = piece.rejects
+        assert (line, row, element, is_complete) == (1, start, 2 if kind == "array" else None, False), kind
         assert piece.sha256 in (None, hashlib.sha256(path.read_bytes()).hexdigest())
 
 

@@ -92,13 +92,13 @@ def test_the_text_and_the_prompts_ids_are_those_of_inference(tmp_path: Path, los
     write_tokenizer(tmp_path, ["assistant\n\n\nIt is\n\n\n12"] * 50, 400)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     made = encoder(tmp_path, loss_on)
-    talk = messages(*TALK)
-    ids, _ = encode(made, talk)[0]
-    assert made.tokenizer.decode(ids) == theirs.apply_chat_template(talk, tokenize=False)
-    prompt = theirs.apply_chat_template(talk[:2], add_generation_prompt=True, return_dict=False)
+    conversation = messages(*TALK)
+    ids, _ = encode(made, conversation)[0]
+    assert made.tokenizer.decode(ids) == theirs.apply_chat_template(conversation, tokenize=False)
+    prompt = theirs.apply_chat_template(conversation[:2], add_generation_prompt=True, return_dict=False)
     assert ids[: len(prompt)] == prompt
     # The answer begins with newlines: encoded at once with the header, they make one token with the header's newline.
-    assert ids != theirs.apply_chat_template(talk, return_dict=False)
+    assert ids != theirs.apply_chat_template(conversation, return_dict=False)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -110,9 +110,9 @@ def test_all_of_any_answer_is_learned_and_nothing_else(
     qwen: Path, system: str, pairs: list[tuple[str, str]], loss_turns: str
 ) -> None:
     made = encoder(qwen, "answer", loss_turns)
-    talk = [("system", system), *(turn for q, a in pairs for turn in (("user", q), ("assistant", a)))]
+    turns = [("system", system), *(turn for q, a in pairs for turn in (("user", q), ("assistant", a)))]
     answers = [made.tokenizer.normalize(answer) + "<|im_end|>" for _, answer in pairs]
-    assert learned(made, encode(made, messages(*talk))[0]) == (answers if loss_turns == "all" else answers[-1:])
+    assert learned(made, encode(made, messages(*turns))[0]) == (answers if loss_turns == "all" else answers[-1:])
 
 
 def test_no_system_turn_lets_the_template_speak(qwen: Path) -> None:

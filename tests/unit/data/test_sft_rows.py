@@ -152,7 +152,7 @@ def test_what_is_wrong_is_reported(row: dict[str, Any], message: str) -> None:
 
 
 def test_the_other_formats_take_losses_and_tools_too() -> None:
-    talk = to_conversation(
+    conversation = to_conversation(
         {
             "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "loss": 0.5}],
             "tools": json.dumps([TOOL]),
@@ -160,7 +160,7 @@ def test_the_other_formats_take_losses_and_tools_too() -> None:
         "conversations",
         "system",
     )
-    assert talk.losses == [None, 0.5] and talk.tools == [TOOL] and is_weighted(talk)
+    assert conversation.losses == [None, 0.5] and conversation.tools == [TOOL] and is_weighted(conversation)
     row = {"instruction": "s", "input": "q", "output": "a", "loss": True}
     assert to_conversation(row, "instruction", "system").losses == [None, None, 1.0]
 
@@ -171,8 +171,8 @@ def test_tools_are_shown_as_the_template_does_and_calls_are_learned(tools: Path)
     made = encoder(tools)
     encoded = encode(made, {"messages": TOOL_TALK, "tools": [TOOL]})
     call = {"name": "weather", "arguments": {"city": "Paris"}}
-    talk = [TOOL_TALK[0], {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}, *TOOL_TALK[2:]]
-    theirs = AutoTokenizer.from_pretrained(tools).apply_chat_template(talk, tools=[TOOL], tokenize=False)
+    messages = [TOOL_TALK[0], {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}, *TOOL_TALK[2:]]
+    theirs = AutoTokenizer.from_pretrained(tools).apply_chat_template(messages, tools=[TOOL], tokenize=False)
     assert made.tokenizer.decode(encoded.streams["tokens"].tolist()) == theirs
     shown = '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>'
     assert learned(made, encoded) == [(shown, 1), ("It is 12.<|im_end|>", 1)]

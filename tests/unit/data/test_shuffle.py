@@ -100,13 +100,13 @@ def test_groups_hold_each_document_once_and_a_position_leads_into_it(
 ) -> None:
     monkeypatch.setattr(shuffle, "GROUP", group)
     documents = GroupedDocumentOrder(tokens, subset, 1, 0)
-    whole = [each for each in stream(documents) if LENGTHS[each]]
-    assert sorted(whole) == [each for each in subset if LENGTHS[each]]
-    places = [(document, offset) for document in whole for offset in range(LENGTHS[document])]
+    order = [each for each in stream(documents) if LENGTHS[each]]
+    assert sorted(order) == [each for each in subset if LENGTHS[each]]
+    places = [(document, offset) for document in order for offset in range(LENGTHS[document])]
     for position in range(0, len(places), 37):
         assert next(documents.parts(position)) == places[position]
         after = [each for each, _ in documents.parts(position) if LENGTHS[each]]
-        assert after == whole[whole.index(places[position][0]) :]
+        assert after == order[order.index(places[position][0]) :]
 
 
 def test_neighbours_of_one_epoch_are_not_those_of_the_next(

@@ -20,8 +20,8 @@ def test_numpy_without_dtypes_has_the_one_class_that_is_imported(monkeypatch: py
     monkeypatch.delitem(sys.modules, "numpy.dtypes", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     patches.mend_numpy_without_dtypes()
-    mended = sys.modules.pop("numpy.dtypes")
-    assert mended.UInt32DType is type(numpy.dtype("uint32"))
+    module = sys.modules.pop("numpy.dtypes")
+    assert module.UInt32DType is type(numpy.dtype("uint32"))
 
 
 def test_old_torch_reads_what_later_ones_pickled(monkeypatch: pytest.MonkeyPatch) -> None:

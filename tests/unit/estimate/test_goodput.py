@@ -46,7 +46,7 @@ def simulated(lost: Interruptions, interval: float, faults: int = 20_000) -> flo
         while now < fault:
             now, trained = now + interval + lost.stall, trained + interval
             saves.append((now + lost.behind, trained))
-        undone = sum(whole > fault for whole, _ in saves)
+        undone = sum(complete > fault for complete, _ in saves)
         now, trained = fault, trained - undone * interval
         while (again := chance.expovariate(1 / lost.between_faults)) < lost.recovery:
             now += again

@@ -71,9 +71,9 @@ def test_logits_come_in_the_chunks_that_the_loss_makes(tmp_path: Path, monkeypat
     monkeypatch.setattr(chunks, "MAX_LOGITS_BYTES", 600 * 301 * 4)
     Recorder.rows = []
     hidden, weight = torch.zeros(1280, 64), torch.zeros(301, 64)
-    whole = loss.Vocabulary(None, 0, 301)
+    vocabulary = loss.Vocabulary(None, 0, 301)
     loss.LinearCrossEntropy.apply(
-        hidden, weight, torch.zeros(1280, dtype=torch.long), torch.ones(1280), whole, Recorder(), False
+        hidden, weight, torch.zeros(1280, dtype=torch.long), torch.ones(1280), vocabulary, Recorder(), False
     )
     assert Recorder.rows == [512, 512, 256]
     settings = TrainSettings(

@@ -112,14 +112,14 @@ def test_a_copy_is_the_same_data_and_one_mended_row_is_not(tmp_path: Path, manif
     rows = [b"row %03d" % number for number in range(300)]
     data = preprocessed(tmp_path / "a", rows, manifest)
     shutil.copytree(data.parent, tmp_path / "elsewhere")
-    mended = preprocessed(tmp_path / "b", [*rows[:150], b"row l50", *rows[151:]], manifest)
+    edited = preprocessed(tmp_path / "b", [*rows[:150], b"row l50", *rows[151:]], manifest)
     again = preprocessed(tmp_path / "c", rows, manifest)
-    whole = content_hash(str(data))
-    assert content_hash(str(tmp_path / "elsewhere" / "data")) == content_hash(str(again)) == whole
-    assert content_hash(str(mended)) != whole
-    blends = [f"1 {data} 2 {mended}", f"2 {data} 1 {mended}", f"1 {mended} 2 {data}", f"1 {data} 2 {again}"]
-    assert len({whole, *map(content_hash, blends)}) == 5
-    assert content_hash(f"1 {again} 2 {mended}") == content_hash(blends[0])
+    expected = content_hash(str(data))
+    assert content_hash(str(tmp_path / "elsewhere" / "data")) == content_hash(str(again)) == expected
+    assert content_hash(str(edited)) != expected
+    blends = [f"1 {data} 2 {edited}", f"2 {data} 1 {edited}", f"1 {edited} 2 {data}", f"1 {data} 2 {again}"]
+    assert len({expected, *map(content_hash, blends)}) == 5
+    assert content_hash(f"1 {again} 2 {edited}") == content_hash(blends[0])
 
 
 def test_a_mask_that_is_mended_is_other_data(tmp_path: Path) -> None:

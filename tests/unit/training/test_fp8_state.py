@@ -84,8 +84,8 @@ def through_a_file(saved: Any, folder: Path) -> Any:
 @pytest.mark.parametrize("old", [False, True], ids=["Transformer Engine 2", "1"])
 def test_a_resumed_run_scales_as_the_uninterrupted_one(old: bool, tmp_path: Path) -> None:
     recipes = () if old else ("delayed",)
-    unbroken, first, resumed, anew = (Run(old) for _ in range(4))
-    expected = [unbroken.step(number, *recipes) for number in range(6)]
+    uninterrupted, first, resumed, anew = (Run(old) for _ in range(4))
+    expected = [uninterrupted.step(number, *recipes) for number in range(6)]
     for number in range(3):
         first.step(number, *recipes)
     saved = through_a_file(fp8_state(first.model), tmp_path)
