@@ -22,8 +22,8 @@ metax-2.27  3.10   2.1.2  0.11.0        requirements/metax.txt  numpy==1.24.4
 '
 
 TESTS=(
-  tests/unit/model/test_places_of_kernels.py
-  tests/distributed/test_{logits,training,metax}.py tests/end_to_end/test_straight_line.py
+  tests/unit/model/test_kernel_calls.py
+  tests/distributed/test_{logits,training,metax}.py tests/end_to_end/test_scripts.py
 )
 
 case ${1:-} in -h | --help) sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0" && exit 0 ;; esac

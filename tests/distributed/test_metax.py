@@ -75,8 +75,8 @@ def test_the_vendors_attention_and_adam_are_taken_where_they_are_and_train_the_s
     assert "core attention: flash_attn\n" in log and "optimizer: apex.optimizers.FusedAdam" in log
     for (_, loss, _), (_, expected, _) in zip(steps(log), steps(plain), strict=True):
         assert abs(loss - expected) <= 0.02, (steps(log), steps(plain))
-    told_otherwise = train(**settings(work, "told"), core_attention="sdpa", more=vendor("flash_attn"))
-    assert "core attention: sdpa\n" in told_otherwise and steps(told_otherwise) == steps(plain)
+    with_sdpa = train(**settings(work, "sdpa"), core_attention="sdpa", more=vendor("flash_attn"))
+    assert "core attention: sdpa\n" in with_sdpa and steps(with_sdpa) == steps(plain)
 
 
 def test_a_requested_kernel_that_is_missing_stops_the_run(work: Path) -> None:

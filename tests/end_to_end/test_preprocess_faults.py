@@ -28,16 +28,16 @@ def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(tmp_path: Path,
     flags = {"input": path, "tokenizer_path": qwen, "workers": 2, "partitions": 6, "tokenizer_engine": "tokenizers"}
     run("pretrain", output_prefix=tmp_path / "whole" / "a", **flags)
     broken = tmp_path / "broken"
-    taken_up = 0
+    reused = 0
     for parts in (0, 1, 3, 5):
         process = start("pretrain", output_prefix=broken / "a", **flags)
         wait_for(process, lambda parts=parts: len(list(broken.glob("*.parts/part_*_tokens.idx"))) >= parts)
         time.sleep(0.02)
         process.kill()
-        taken_up += "from an earlier run" in process.communicate()[1]
+        reused += "from an earlier run" in process.communicate()[1]
         finals = list(broken.glob("a_*")) if broken.exists() else []
         assert not finals or {path.suffix for path in finals} >= {".bin"}
-    assert taken_up >= 1
+    assert reused >= 1
     run("pretrain", output_prefix=broken / "a", **flags)
     assert files(broken) == files(tmp_path / "whole")
 

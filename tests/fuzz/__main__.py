@@ -24,18 +24,18 @@ CHUNK = 1000
 
 @dataclass
 class SurfaceResult:
-    """Results of a surface's cases. kept: the files of those that escaped; slowest: seconds; memory: bytes."""
+    """Results of a surface's cases. escaped: the files of those that escaped; slowest: seconds; memory: bytes."""
 
     read: int = 0
     refused: int = 0
     slowest: float = 0.0
     memory: int = 0
-    kept: list[Path] = field(default_factory=list)
+    escaped: list[Path] = field(default_factory=list)
 
     @property
     def cases(self) -> int:
         """The number of all cases."""
-        return self.read + self.refused + len(self.kept)
+        return self.read + self.refused + len(self.escaped)
 
     def add(self, name: str, seed: int, part: dict[str, Any], folder: Path) -> None:
         """Adds the result of a chunk."""
@@ -47,7 +47,7 @@ class SurfaceResult:
             path = folder / f"{name}_{seed}_{number}"
             path.write_bytes(bytes.fromhex(data))
             path.with_suffix(".txt").write_text(why, errors="backslashreplace")
-            self.kept.append(path)
+            self.escaped.append(path)
 
 
 def main() -> None:
@@ -63,16 +63,16 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.processes) as pool:
         for done, (name, seed, part) in enumerate(pool.map(lambda chunk: run_chunk(*chunk), chunks), 1):
             results[name].add(name, seed, part, folder)
-            escaped = sum(len(each.kept) for each in results.values())
+            escaped = sum(len(each.escaped) for each in results.values())
             print(f"\r{done} of {len(chunks)} chunks, {name}, {escaped} escaped ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     print("surface            cases     read  refused  escaped  slowest  memory")
     for name, each in results.items():
         print(
-            f"{name:16} {each.cases:7} {each.read:8} {each.refused:8} {len(each.kept):8}"
+            f"{name:16} {each.cases:7} {each.read:8} {each.refused:8} {len(each.escaped):8}"
             f" {each.slowest:6.2f} s {each.memory >> 20:4} MiB"
         )
-    if any(each.kept for each in results.values()):
+    if any(each.escaped for each in results.values()):
         print(f"the cases that escaped, and why, are in {folder}")
         sys.exit(1)
     folder.rmdir()

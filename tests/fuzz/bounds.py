@@ -50,7 +50,7 @@ def main() -> None:
     for name, count in (word.split("=") for word in arguments.cases):
         with tempfile.TemporaryDirectory() as folder:
             given, take = surface(name)(Path(folder), arguments.seed, int(count))
-            results[name] = run(_kept(given, arguments.last) if arguments.last else given, take)
+            results[name] = run(_write_each(given, arguments.last) if arguments.last else given, take)
     print(json.dumps(results))
 
 
@@ -69,7 +69,7 @@ def surface(name: str) -> Surface:
     return made
 
 
-def _kept(given: Iterator[bytes], last: Path) -> Iterator[bytes]:
+def _write_each(given: Iterator[bytes], last: Path) -> Iterator[bytes]:
     for data in given:
         last.write_bytes(data)
         yield data

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.fixture(autouse=True)
-def _leave_the_memory() -> Iterator[None]:
+def _empty_cache() -> Iterator[None]:
     """Frees the cache, for programs of other tests on the same GPU."""
     yield
     torch.cuda.empty_cache()

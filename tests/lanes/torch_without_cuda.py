@@ -44,7 +44,7 @@ def missing_libraries(files: list[Path]) -> set[str]:
     return {words[0] for words in found if words[-2:] == ["not", "found"]}
 
 
-def wanted_symbols(files: list[Path], library: str) -> dict[str, set[str]]:
+def needed_symbols(files: list[Path], library: str) -> dict[str, set[str]]:
     """What `files` take from `library`, by version; without one ("") the names that begin with the library's own."""
     stem = library.removeprefix("lib").partition(".")[0].partition("_")[0].lower()
     symbols: dict[str, set[str]] = {"": set()}
@@ -89,7 +89,7 @@ def main() -> None:
     files = [path for path in folder.glob("*.so*") if not path.is_symlink()]
     missing = sorted(missing_libraries(files) - {DRIVER})
     for library in missing:
-        make_stub(folder, library, wanted_symbols(files, library))
+        make_stub(folder, library, needed_symbols(files, library))
     print(f"torch_without_cuda.py: {len(missing)} stubs: {' '.join(missing)}")
 
 

@@ -27,7 +27,7 @@ def data_of(size: int) -> bytes:
 
 
 @pytest.fixture(params=["direct", "cached", "other multiples"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def io_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """How files are read and written: past the cache, or through it because the file system says so, early or late."""
     if request.param == "cached":
         opened = os.open
@@ -65,7 +65,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", NEAR_SECTORS)
-def test_a_file_holds_what_was_written(tmp_path: Path, size: int, way: str, small_blocks: None) -> None:
+def test_a_file_holds_what_was_written(tmp_path: Path, size: int, io_mode: str, small_blocks: None) -> None:
     data = data_of(size)
     with FileWriter(tmp_path / "file") as writer:
         for start in range(0, size, 1000):
@@ -116,7 +116,7 @@ def test_a_writer_that_is_left_by_an_error_raises_that_one(tmp_path: Path) -> No
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("start", NEAR_SECTORS)
 def test_data_at_any_offset_of_a_file_is_loaded(
-    tmp_path: Path, start: int, way: str, cached: bool, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, start: int, io_mode: str, cached: bool, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = data_of(9 * SECTOR + 99)
     (tmp_path / "file").write_bytes(data)

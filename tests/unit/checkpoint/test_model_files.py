@@ -20,7 +20,7 @@ LEFT_OUT = (
     "onnx/config.json", "onnx/model.onnx", "original/params.json", "original/consolidated.00.pth", "train.log",
     "runs/a/events.out.tfevents.1", "__pycache__/a.py",
 )  # fmt: skip
-UNSAID = (
+NOT_LOGGED = (
     "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", ".gitattributes",
     ".cache/x.json", "iter_0000100/common.pt", "release/.metadata", "latest_checkpointed_iteration.txt",
     "conversion_report.json", "tokenizer.json.partial",
@@ -39,7 +39,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_all_that_is_no_weight_is_copied_byte_for_byte(tmp_path: Path, kit_log: pytest.LogCaptureFixture) -> None:
-    source = make(tmp_path / "source", *OURS, *LEFT_OUT, *UNSAID)
+    source = make(tmp_path / "source", *OURS, *LEFT_OUT, *NOT_LOGGED)
     (source / "vocab.json").write_bytes(b"\xff\r\n")
     target = make(tmp_path / "new" / "target", "config.json", "notes.txt")
     copy_model_files(source, target)
@@ -50,7 +50,7 @@ def test_all_that_is_no_weight_is_copied_byte_for_byte(tmp_path: Path, kit_log: 
     )
     assert "and 7 more (weights, training files" in message
     tops = {Path(name).parts[0] for name in LEFT_OUT}
-    assert set(model_files(source).skipped) - {Path(name).parts[0] for name in UNSAID} == tops
+    assert set(model_files(source).skipped) - {Path(name).parts[0] for name in NOT_LOGGED} == tops
 
 
 def test_a_folder_copied_to_itself_is_not_changed(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_folder_copied_to_itself_is_not_changed(tmp_path: Path) -> None:
 
 
 def test_nothing_is_logged_where_all_files_are_copied(tmp_path: Path, kit_log: pytest.LogCaptureFixture) -> None:
-    copy_model_files(make(tmp_path / "source", *OURS, *UNSAID), tmp_path / "target")
+    copy_model_files(make(tmp_path / "source", *OURS, *NOT_LOGGED), tmp_path / "target")
     assert not kit_log.records
 
 

@@ -237,7 +237,7 @@ def attempt(folder: Path, names: tuple[str, ...], last_step: int | None) -> bool
     return status == 0
 
 
-def look(folder: Path, names: tuple[str, ...]) -> None:
+def check_folder(folder: Path, names: tuple[str, ...]) -> None:
     """Fails if the file that marks `folder` as finished is there before the rest."""
     there = content(folder) if folder.is_dir() else {}
     assert TRACKER not in there or complete(names).items() <= there.items(), there
@@ -254,12 +254,12 @@ def kill_everywhere(root: Path) -> tuple[int, int]:
             if attempt(folder, names, step):
                 break
             kills += 1
-            look(folder, names)
+            check_folder(folder, names)
             for again in range(step % 9, 10**9, 9):
                 if attempt(folder, names, again):
                     break
                 twice += 1
-                look(folder, names)
+                check_folder(folder, names)
             assert content(folder) == complete(names) and not (folder / ".unfinished").exists()
     return kills, twice
 

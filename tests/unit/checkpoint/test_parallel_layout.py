@@ -25,23 +25,30 @@ LAYER = [
 ]
 
 
-def drawn(pp: int, vpp: int, layers: int = 8, each: tuple[int, ...] = ()) -> dict[tuple[int, str], list[int]]:
+def layers_of_chunks(
+    pp: int, vpp: int, layers: int = 8, each: tuple[int, ...] = ()
+) -> dict[tuple[int, str], list[int]]:
     """(pipeline rank, chunk's key) to its layers."""
     found = model_chunks(replace(QWEN, num_hidden_layers=layers), ParallelLayout(1, pp, vpp, "local", each))
     return {(chunk.pp_rank, chunk.key): list(chunk.layers) for chunk in found}
 
 
 def test_stages_follow_one_another() -> None:
-    assert drawn(1, 1, layers=3) == {(0, "model"): [0, 1, 2]}
-    assert drawn(4, 1) == {(0, "model"): [0, 1], (1, "model"): [2, 3], (2, "model"): [4, 5], (3, "model"): [6, 7]}
+    assert layers_of_chunks(1, 1, layers=3) == {(0, "model"): [0, 1, 2]}
+    assert layers_of_chunks(4, 1) == {
+        (0, "model"): [0, 1],
+        (1, "model"): [2, 3],
+        (2, "model"): [4, 5],
+        (3, "model"): [6, 7],
+    }
 
 
 def test_virtual_chunks_go_round_the_stages() -> None:
-    assert drawn(2, 2) == {
+    assert layers_of_chunks(2, 2) == {
         (0, "model0"): [0, 1], (1, "model0"): [2, 3],
         (0, "model1"): [4, 5], (1, "model1"): [6, 7],
     }  # fmt: skip
-    assert drawn(2, 3, layers=6) == {
+    assert layers_of_chunks(2, 3, layers=6) == {
         (0, "model0"): [0], (1, "model0"): [1],
         (0, "model1"): [2], (1, "model1"): [3],
         (0, "model2"): [4], (1, "model2"): [5],
@@ -90,14 +97,14 @@ def test_a_tied_model_has_a_copy_of_its_embedding_on_another_last_stage() -> Non
 
 
 def test_each_chunk_may_have_a_number_of_layers_of_its_own() -> None:
-    assert drawn(3, 1, each=(2, 5, 1)) == {
+    assert layers_of_chunks(3, 1, each=(2, 5, 1)) == {
         (0, "model"): [0, 1], (1, "model"): [2, 3, 4, 5, 6], (2, "model"): [7],
     }  # fmt: skip
-    assert drawn(2, 2, each=(1, 3, 3, 1)) == {
+    assert layers_of_chunks(2, 2, each=(1, 3, 3, 1)) == {
         (0, "model0"): [0], (1, "model0"): [1, 2, 3],
         (0, "model1"): [4, 5, 6], (1, "model1"): [7],
     }  # fmt: skip
-    assert drawn(2, 1, each=(4, 4)) == drawn(2, 1)
+    assert layers_of_chunks(2, 1, each=(4, 4)) == layers_of_chunks(2, 1)
 
 
 @pytest.mark.parametrize("qwen", [QWEN, TIED, QWEN3])

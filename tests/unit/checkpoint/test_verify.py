@@ -27,7 +27,7 @@ QKV, FC1 = "decoder.layers.0.self_attention.linear_qkv.", "decoder.layers.0.mlp.
 WORDS = "embedding.word_embeddings.weight"
 
 
-def drawn(name: str, tp_rank: int, tp: int, num_rows: int, qwen: QwenConfig = QWEN) -> list[str]:
+def source_rows(name: str, tp_rank: int, tp: int, num_rows: int, qwen: QwenConfig = QWEN) -> list[str]:
     """For each row of a Megatron tensor the Hugging Face row that is there: `q3`, and its columns if not all."""
     rows = ["-"] * num_rows
     for piece in slices(name, tp_rank, tp, qwen, num_rows):
@@ -42,32 +42,36 @@ def drawn(name: str, tp_rank: int, tp: int, num_rows: int, qwen: QwenConfig = QW
 @pytest.mark.parametrize("kind", ["weight", "bias"])
 def test_slices_of_attention(kind: str) -> None:
     name = f"decoder.layers.8.self_attention.linear_qkv.{kind}"
-    assert drawn(name, 0, 1, 8) == ["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"]
-    assert drawn(name, 0, 2, 4) == ["q0", "q1", "k0", "v0"]
-    assert drawn(name, 1, 2, 4) == ["q2", "q3", "k1", "v1"]
+    assert source_rows(name, 0, 1, 8) == ["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"]
+    assert source_rows(name, 0, 2, 4) == ["q0", "q1", "k0", "v0"]
+    assert source_rows(name, 1, 2, 4) == ["q2", "q3", "k1", "v1"]
     wide = replace(QWEN, head_dim=2, num_attention_heads=2)
-    assert drawn(name, 1, 2, 6, wide) == ["q2", "q3", "k2", "k3", "v2", "v3"]
+    assert source_rows(name, 1, 2, 6, wide) == ["q2", "q3", "k2", "k3", "v2", "v3"]
     names = {piece.name for piece in slices(name, 0, 1, QWEN, 8)}
     assert names == {f"model.layers.8.self_attn.{part}_proj.{kind}" for part in "qkv"}
 
 
 def test_slices_of_the_mlp() -> None:
     name = "decoder.layers.8.mlp.linear_fc1.weight"
-    assert drawn(name, 0, 1, 8) == ["gate0", "gate1", "gate2", "gate3", "up0", "up1", "up2", "up3"]
-    assert drawn(name, 0, 2, 4) == ["gate0", "gate1", "up0", "up1"]
-    assert drawn(name, 1, 2, 4) == ["gate2", "gate3", "up2", "up3"]
+    assert source_rows(name, 0, 1, 8) == ["gate0", "gate1", "gate2", "gate3", "up0", "up1", "up2", "up3"]
+    assert source_rows(name, 0, 2, 4) == ["gate0", "gate1", "up0", "up1"]
+    assert source_rows(name, 1, 2, 4) == ["gate2", "gate3", "up2", "up3"]
     assert {piece.name for piece in slices(name, 0, 1, QWEN, 8)} == {
         "model.layers.8.mlp.gate_proj.weight", "model.layers.8.mlp.up_proj.weight",
     }  # fmt: skip
 
 
 def test_slices_of_projections_back_are_columns() -> None:
-    assert drawn("decoder.layers.8.mlp.linear_fc2.weight", 1, 2, 4) == [f"down{row}[2:4]" for row in range(4)]
-    assert drawn("decoder.layers.8.self_attention.linear_proj.weight", 0, 2, 4) == [f"o{row}[0:2]" for row in range(4)]
+    assert source_rows("decoder.layers.8.mlp.linear_fc2.weight", 1, 2, 4) == [f"down{row}[2:4]" for row in range(4)]
+    assert source_rows("decoder.layers.8.self_attention.linear_proj.weight", 0, 2, 4) == [
+        f"o{row}[0:2]" for row in range(4)
+    ]
     wide = replace(QWEN, intermediate_size=12, head_dim=3)
-    assert drawn("decoder.layers.8.mlp.linear_fc2.weight", 1, 4, 4, wide) == [f"down{row}[3:6]" for row in range(4)]
+    assert source_rows("decoder.layers.8.mlp.linear_fc2.weight", 1, 4, 4, wide) == [
+        f"down{row}[3:6]" for row in range(4)
+    ]
     name = "decoder.layers.8.self_attention.linear_proj.weight"
-    assert drawn(name, 1, 2, 4, wide) == [f"o{row}[6:12]" for row in range(4)]
+    assert source_rows(name, 1, 2, 4, wide) == [f"o{row}[6:12]" for row in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -87,12 +91,12 @@ def test_slices_of_norms_are_the_full_tensors(name: str, norm: str) -> None:
 
 
 def test_slices_of_the_vocabulary_leave_padding_out() -> None:
-    assert drawn(WORDS, 0, 1, 5) == [f"embed_tokens{row}" for row in range(5)]
-    assert drawn(WORDS, 1, 2, 3) == ["embed_tokens3", "embed_tokens4", "-"]
-    assert drawn(WORDS, 3, 4, 2) == ["-", "-"]
-    assert drawn("output_layer.weight", 1, 2, 3) == ["lm_head3", "lm_head4", "-"]
+    assert source_rows(WORDS, 0, 1, 5) == [f"embed_tokens{row}" for row in range(5)]
+    assert source_rows(WORDS, 1, 2, 3) == ["embed_tokens3", "embed_tokens4", "-"]
+    assert source_rows(WORDS, 3, 4, 2) == ["-", "-"]
+    assert source_rows("output_layer.weight", 1, 2, 3) == ["lm_head3", "lm_head4", "-"]
     tied = replace(QWEN, tie_word_embeddings=True)
-    assert drawn("output_layer.weight", 0, 2, 3, tied) == ["embed_tokens0", "embed_tokens1", "embed_tokens2"]
+    assert source_rows("output_layer.weight", 0, 2, 3, tied) == ["embed_tokens0", "embed_tokens1", "embed_tokens2"]
 
 
 @pytest.mark.parametrize("part", ["q", "k"])

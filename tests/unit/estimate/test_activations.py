@@ -15,7 +15,7 @@ from common.training.settings import TrainSettings
 from tests.unit.estimate.ranks import count, write_config
 
 
-def most_kept(task: dict[str, Any]) -> int:
+def peak_saved_bytes(task: dict[str, Any]) -> int:
     """The formulas' peak of saved bytes, with those of the layer that full recomputation computes again."""
     same = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1}
     settings = TrainSettings(**same, gpus=task["world"], **task["settings"])
@@ -29,13 +29,13 @@ def most_kept(task: dict[str, Any]) -> int:
         held = sum(each * size for each, size in zip(moment.in_flight, kept, strict=True))
         chunk = chunks[moment.chunk]
         if not moment.forward and recomputed_layers(work, chunk) == chunk.num_layers:
-            held += layer_made_anew(work, chunk)
+            held += recomputed_layer_bytes(work, chunk)
         most = max(most, held)
     # Full recomputation keeps the table of angles, float32 [s, d], which is one for all.
     return most + (4 * work.seq_length * qwen.head_dim if settings.recompute == "full" else 0)
 
 
-def layer_made_anew(work: Work, chunk: Chunk) -> int:
+def recomputed_layer_bytes(work: Work, chunk: Chunk) -> int:
     """What the last layer of a chunk keeps while it is computed again; the norm after it keeps nothing more."""
     # The norm's input is the layer's, which is kept already, unless the norm keeps a float32 copy in its place.
     shared = work.stream if work.fused_kernels or work.precision == "fp32" else 0
@@ -93,7 +93,7 @@ def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None
     named = [
         f"{Path(task['folder']).name} fused {task['fused']} rank {task['rank']} {task['settings']}" for task in tasks
     ]
-    formulas = [most_kept(task) for task in tasks]
+    formulas = [peak_saved_bytes(task) for task in tasks]
     found = [one["kept"] for one in count(tasks)]
     assert len({*named}) == len(tasks) > 30
     assert dict(zip(named, found, strict=True)) == dict(zip(named, formulas, strict=True))

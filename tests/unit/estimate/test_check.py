@@ -34,7 +34,7 @@ def plan(folder: Path, platform: Platform = NVIDIA, **changes: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _heard(caplog: pytest.LogCaptureFixture) -> None:
+def _log_at_info(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kit")
 
 

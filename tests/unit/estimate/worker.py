@@ -90,7 +90,7 @@ class SplitAndRotate(torch.autograd.Function):
         return torch.cat([gradient.reshape(s, b, groups, -1) for gradient in upstream], -1), None
 
 
-class Kept:
+class SavedTensor:
     """A tensor that autograd saves, counted as long as it is saved."""
 
     def __init__(self, ledger: "Ledger", tensor: torch.Tensor) -> None:
@@ -119,10 +119,10 @@ class Ledger:
             self.most = max(self.most, self.now)
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        return tensor if tensor.untyped_storage().data_ptr() in self.parameters else Kept(self, tensor)
+        return tensor if tensor.untyped_storage().data_ptr() in self.parameters else SavedTensor(self, tensor)
 
     def unpack(self, kept: Any) -> torch.Tensor:
-        return kept.tensor if isinstance(kept, Kept) else kept
+        return kept.tensor if isinstance(kept, SavedTensor) else kept
 
 
 class Live(TorchDispatchMode):

@@ -22,7 +22,7 @@ from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[3]
 S, B, STEPS = 32, 2, 4
-SAID = "TypeError: __init__() got an unexpected keyword argument"
+MESSAGE = "TypeError: __init__() got an unexpected keyword argument"
 
 
 class Broken:
@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
     "nothing": ("", "", {}, BOTH, LOSS),
     "quack": (
         "quack", "TypeError", {}, {**BOTH, "products": "NoneType", "loss": "TritonKernels"},
-        f"SwiGLU: beside matrix products (QuACK: {SAID} (rank 1 of 2))",
+        f"SwiGLU: beside matrix products (QuACK: {MESSAGE} (rank 1 of 2))",
     ),
     "quack ends the process": (
         "quack", "SystemExit", {}, {**BOTH, "products": "NoneType", "loss": "TritonKernels"},
@@ -56,7 +56,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
     ),
     "the loss of the last stage": (
         "quack.linear_cross_entropy", "TypeError", {"pp": 2}, {**BOTH, "loss": "TritonKernels"},
-        f"loss: beside matrix products (QuACK: {SAID} (rank 1 of 2))",
+        f"loss: beside matrix products (QuACK: {MESSAGE} (rank 1 of 2))",
     ),
     "triton": (
         "common.model.kernels.qkv_rope", "ImportError", {},
@@ -66,15 +66,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
     ),
     "triton's norms": (
         "common.model.kernels.norm_kernels", "TypeError", {}, {**BOTH, "norms": "NoneType"},
-        f"norms: separate from the residual sums (Triton: {SAID} (rank 1 of 2))",
+        f"norms: separate from the residual sums (Triton: {MESSAGE} (rank 1 of 2))",
     ),
     "triton's loss": (
         "common.model.kernels.loss_kernels", "TypeError", {}, {**BOTH, "loss": "TorchKernels"},
-        f"loss: by PyTorch (Triton: {SAID} (rank 1 of 2))",
+        f"loss: by PyTorch (Triton: {MESSAGE} (rank 1 of 2))",
     ),
     "flash_attn": (
         "flash_attn", "TypeError", {"attention": ["flash_attn", "sdpa"]}, BOTH,
-        f"core attention: sdpa (flash_attn: {SAID} (rank 1 of 2))",
+        f"core attention: sdpa (flash_attn: {MESSAGE} (rank 1 of 2))",
     ),
 }  # fmt: skip
 
@@ -108,15 +108,15 @@ def test_a_kernel_that_fails_on_one_rank_is_skipped_by_both_and_they_train(case:
     [
         (
             {"module": "quack", "fused_products": "true"},
-            f"FUSED_PRODUCTS=true, and QuACK has no SwiGLU inside matrix products here: {SAID}",
+            f"FUSED_PRODUCTS=true, and QuACK has no SwiGLU inside matrix products here: {MESSAGE}",
         ),
         (
             {"module": "common.model.kernels.swiglu", "fused_products": "true"},
-            f"FUSED_PRODUCTS=true, and QuACK has no SwiGLU and loss inside matrix products here: Triton: {SAID}",
+            f"FUSED_PRODUCTS=true, and QuACK has no SwiGLU and loss inside matrix products here: Triton: {MESSAGE}",
         ),
         (
             {"module": "flash_attn", "core_attention": "flash_attn"},
-            f"no core attention works here (flash_attn: {SAID} (rank 1 of 2))",
+            f"no core attention works here (flash_attn: {MESSAGE} (rank 1 of 2))",
         ),
     ],
     ids=["products", "triton", "attention"],

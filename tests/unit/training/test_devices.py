@@ -14,7 +14,7 @@ from common.training.planning import devices
 from common.training.settings import TrainSettings
 
 # What the process that asks finds in torch's place.
-STAND_IN = """
+FAKE_TORCH = """
 class cuda:
     device_count = staticmethod(lambda: 3)
     @staticmethod
@@ -23,7 +23,7 @@ class cuda:
 """
 
 
-def asks_for(gpus: int) -> TrainSettings:
+def settings_for(gpus: int) -> TrainSettings:
     return TrainSettings(save_checkpoint_path="-", dataset_path="-", train_iters=1, gpus=gpus)
 
 
@@ -42,20 +42,20 @@ def test_fewer_devices_than_requested_are_refused(
     if hidden:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     with pytest.raises(KitError, match=message):
-        devices.check_devices(asks_for(8), platform)
-    devices.check_devices(asks_for(2), platform)
-    devices.check_devices(asks_for(8), CPU)
+        devices.check_devices(settings_for(8), platform)
+    devices.check_devices(settings_for(2), platform)
+    devices.check_devices(settings_for(8), CPU)
 
 
 def test_where_there_is_no_device_the_containers_flags_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(KitError, match=r"GPUS=1, but torch sees 0 devices.*`docker run --gpus all`"):
-        devices.check_devices(asks_for(1), NVIDIA)
+        devices.check_devices(settings_for(1), NVIDIA)
     assert not torch.cuda.is_initialized()
 
 
 def test_the_smallest_of_the_devices_that_are_used_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "torch.py").write_text(STAND_IN)
+    (tmp_path / "torch.py").write_text(FAKE_TORCH)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert devices.smallest_device(2) == ("GPU 1", 40 << 30)
     assert devices.smallest_device(3) == ("GPU 2", 20 << 30)

@@ -16,7 +16,7 @@ from common.training.launching.interfaces import (
 )
 
 
-def outward() -> tuple[str, str] | None:
+def external_interface() -> tuple[str, str] | None:
     """An interface of this machine and its address, not the loopback's."""
     for name, found in psutil.net_if_addrs().items():
         for each in found:
@@ -46,9 +46,9 @@ def test_the_way_to_a_host_starts_at_an_own_address() -> None:
     assert address_towards("no-such-host.invalid", 29500) is None
 
 
-@pytest.mark.skipif(outward() is None, reason="no network interface but the loopback")
+@pytest.mark.skipif(external_interface() is None, reason="no network interface but the loopback")
 def test_gloo_is_given_the_interface_of_an_address_unless_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = outward()
+    found = external_interface()
     assert found
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     for nothing in (None, "127.0.0.1"):

@@ -26,7 +26,7 @@ OF_TORCH = (
 
 
 @pytest.fixture(autouse=True)
-def _third_rank_of_a_new_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def _rank_3_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
     monkeypatch.setattr(transformer_engine, "transformer_engine_version", lambda: (2, 11))
 

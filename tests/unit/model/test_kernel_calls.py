@@ -34,7 +34,7 @@ def test_a_model_with_other_code_in_these_places_is_the_same(tmp_path: Path, tp:
     group = {"WORLD_SIZE": str(tp), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.model.test_places_of_kernels", str(tmp_path)], cwd=ROOT, text=True,
+            [sys.executable, "-m", "tests.unit.model.test_kernel_calls", str(tmp_path)], cwd=ROOT, text=True,
             env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
