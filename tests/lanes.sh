@@ -4,7 +4,7 @@
 #
 # Usage: [NAME=value ...] bash tests/lanes.sh [lane ...]          without names all lanes
 #
-#   LANES_DIR             where environments, checkpoints and reports lie, 2 GB a lane; default: ~/.cache/qwen-lanes
+#   LANES_DIR             folder of environments, checkpoints and reports, 2 GB a lane; default: ~/.cache/qwen-lanes
 #   TORCH_INDEX_URL       index for torch alone, as PyTorch's CPU index; empty: PyPI's torch without its CUDA packages,
 #                         with stubs for their libraries (needs cc)
 #   PYTHON_3_10, PYTHON_3_12   the Pythons; default: python3.10, python3.12
@@ -61,7 +61,7 @@ make() {
     else
       "${pip[@]}" --no-cache-dir --no-deps "torch==$torch" && "$venv/bin/python" tests/lanes/torch_without_cuda.py
     fi &&
-      # Without its dependencies, as in the images: 0.11 asks for nvidia-modelopt, which replaces torch.
+      # Without its dependencies, as in the images: 0.11 requires nvidia-modelopt, which replaces torch.
       "${pip[@]}" --no-deps "megatron-core==$megatron" &&
       grep -vE '^(torch|megatron-core|wandb)==' "$requirements" |
       "${pip[@]}" -r /dev/stdin $more "$(grep '^pytest==' requirements/dev.txt)"
@@ -73,7 +73,7 @@ make() {
     printf '%s\n' "$stamp" >"$venv/made"
 }
 
-# step WORD...: runs it, and keeps how long it took and whether it failed.
+# step WORD...: runs it, and records how long it took and whether it failed.
 step() {
   local began=$SECONDS result=ok
   printf '\n== %s\n' "$*"
@@ -87,14 +87,14 @@ try() {
   "$LANES_DIR/$1/bin/python" -m pytest -q -p no:cacheprovider --durations=5 -m lane "${TESTS[@]}"
 }
 
-# save NAME: a run that stopped halfway, for the others to go on from.
+# save NAME: a run that stopped halfway, for the others to resume.
 save() {
   local python=$LANES_DIR/$1/bin/python
   [[ -d $EXCHANGE/qwen ]] || "$python" -m tests.lanes.exchange prepare "$EXCHANGE" || return
   "$python" -m tests.lanes.exchange save "$EXCHANGE" "$1"
 }
 
-# resume NAME: from every lane's run.
+# resume NAME: resumes every lane's run.
 resume() {
   "$LANES_DIR/$1/bin/python" -m tests.lanes.exchange resume "$EXCHANGE" "$1"
 }

@@ -38,7 +38,7 @@ SHAPES = {
 }
 MAX_SHARD_BYTES = 4 * 10**9
 POOL = 1 << 24
-# Runs in a process of its own: prints the seconds of the proof, and its processor seconds.
+# Runs in a separate process: prints the seconds of the verification, and its CPU seconds.
 PROGRAM = """
 import sys, time
 from common import convert
@@ -172,7 +172,7 @@ def main() -> None:
         for name, flags in kinds.items():
             there, back = work / "megatron", work / "back"
             measure(f"HF to {name}", work / "hf", there, ["hf-to-megatron", *flags], arguments.repeats)
-            shutil.rmtree(work / "hf")  # the disk is small, and it comes back
+            shutil.rmtree(work / "hf")  # the disk is small, and it is written again
             measure(f"{name} to HF", there, back, ["megatron-to-hf"], arguments.repeats)
             shutil.rmtree(there)
             back.rename(work / "hf")

@@ -216,7 +216,7 @@ def compare(settings: argparse.Namespace, cores: list[int], folder: Path) -> Non
     print("| program | seconds | MB/s | million tokens/s | documents/s | start-up s | whole s | peak MiB |")
     print("|---|---|---|---|---|---|---|---|")
     alone, batched, ours = [], [], []
-    for number in range(settings.repeats):  # in turns, so that a disturbance meets all
+    for number in range(settings.repeats):  # alternating, so that a disturbance affects all
         alone.append(bench_gigatoken(path, settings.tokenizer, cores, 0))
         batched.append(bench_gigatoken(path, settings.tokenizer, cores, 1 << 20))
         ours.append(bench_kit(path, settings.tokenizer, cores, folder / f"ours{number}"))

@@ -57,7 +57,7 @@ def test_a_full_disk_is_waited_for_while_training_continues(work: Path, disk: Pa
     before = run.tracker()
     assert "No space left on device" in run.text()
     logged = len(steps(run.text()))
-    wait_for(lambda: len(steps(run.text())) >= logged + 3)  # it goes on
+    wait_for(lambda: len(steps(run.text())) >= logged + 3)  # training continues
     assert run.tracker() == before and not list((disk / "run").glob("*.partial"))
     filler.unlink()
     wait_for(lambda: run.tracker() > before)

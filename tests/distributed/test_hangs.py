@@ -30,7 +30,7 @@ def test_a_rank_that_hangs_is_named_and_max_restarts_restarts_the_run(work: Path
 
 
 def test_a_long_step_is_no_hang(work: Path) -> None:
-    # Each micro-batch is progress; the step as a whole takes longer than the limit of 3 s. Pipeline stages keep step
+    # Each micro-batch is progress; the full step takes longer than the limit of 3 s. Pipeline stages keep in step
     # with each other; data-parallel ranks drift apart on a busy machine and the faster one waits at the end.
     sizes = {"PP": 2, "MICRO_BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 200, "TRAIN_ITERS": 1, "EVAL_INTERVAL": 0}
     given = settings(work, "long", HANG_TIMEOUT_MIN=0.05, **sizes)
@@ -55,7 +55,7 @@ def test_a_stopped_launcher_wakes_to_a_running_run(work: Path) -> None:
     run = Run(settings(work, "asleep", TRAIN_ITERS=ENDLESS), work / "asleep.log")
     run.wait_for("iteration 3/")
     run.process.send_signal(signal.SIGSTOP)
-    run.wait_for("iteration 20/")  # its ranks go on
+    run.wait_for("iteration 20/")  # its ranks continue
     run.process.send_signal(signal.SIGCONT)
     run.process.send_signal(signal.SIGTERM)
     run.end(75)

@@ -91,6 +91,6 @@ def check(found: dict[str, Any], rows: int) -> None:
     joined = found["joined"]
     assert abs(joined["loss"] - joined["loss_alone"]) <= BOUND * joined["loss_alone"]
     assert joined["gradients"] <= 10 * BOUND, joined
-    # Rows that are not kept apart are far outside of these bounds, so the bounds tell something.
+    # Rows that are not separated are far outside of these bounds, so the bounds are meaningful.
     assert without["logits"] > 1000 * BOUND and without["gradients"] > 1000 * BOUND, without
     assert abs(without["loss"] - without["loss_alone"]) > 100 * BOUND * without["loss_alone"], without

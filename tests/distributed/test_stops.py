@@ -127,6 +127,6 @@ def test_data_workers_and_writers_end_with_their_rank(work: Path) -> None:
     children = rank.children(recursive=True)
     rank.kill()
     _, left = psutil.wait_procs(children, timeout=5)
-    # Whoever takes an orphan over may be slow to ask how it ended.
+    # The process that adopts an orphan may be slow to reap it.
     assert children and all(each.status() == psutil.STATUS_ZOMBIE for each in left if each.is_running())
     run.end(1, 30)

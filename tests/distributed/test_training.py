@@ -65,7 +65,7 @@ def assert_same_curve(found: list[tuple[int, float, float]], expected: list[tupl
         assert abs(norm - expected_norm) <= 1e-3 * expected_norm, i
 
 
-LANE = "pp2_vpp2"  # in every lane: Megatron-Core's versions say differently which chunk a stage builds
+LANE = "pp2_vpp2"  # in every lane: Megatron-Core's versions differ in how a stage knows its chunk
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.lane] * (name == LANE)) for name in LAYOUTS])

@@ -20,7 +20,7 @@ import pathspec
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 
-# What the bases bring, as their documents and users tell; only names and versions matter here.
+# What the base images contain, by their documentation and users; only names and versions matter here.
 NGC_24_03 = {
     "torch": "2.3.0a0+40ec155e58.nv24.3", "torchvision": "0.18.0a0", "triton": "2.2.0+e28a256d7", "numpy": "1.24.4",
     "transformer-engine": "1.4.0", "apex": "0.1", "flash-attn": "2.4.2", "packaging": "23.2",

@@ -27,7 +27,7 @@ BASE = {"PATH": "/opt/base/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 
 
 def prepare(program: str) -> str:
-    # A base's Python is everybody's; this machine's may lie in root's home.
+    # A base's Python is readable for all users; this machine's may be in root's home.
     return f"""
 chmod o+rx /root
 {program} -m venv /opt/base
@@ -84,7 +84,7 @@ python3 --version; readlink -f "$PYTHON"
 
 def test_a_platforms_packages_are_installed_and_a_mirror_is_taken(tmp_path: Path) -> None:
     write_wheel(tmp_path / "base", "unused", "1.0")
-    # apt alone is stood in for: what it is asked, and with which sources.
+    # Only apt is faked: its arguments and its sources are printed.
     fake = """
 printf '#!/bin/sh\\necho "apt-get $*"\\n' >/usr/local/sbin/apt-get
 chmod +x /usr/local/sbin/apt-get

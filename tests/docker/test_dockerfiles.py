@@ -21,7 +21,7 @@ def test_buildkit_reads_it_and_each_run_is_a_sound_script(path: Path) -> None:
     runs = [each for each in instructions(path) if each.cmd.upper() == "RUN"]
     assert len(runs) >= 3
     for each in runs:
-        # As SHELL says it is run; the arguments of the build are in its environment.
+        # Run by SHELL; the build arguments are in its environment.
         script = "#!/bin/bash\nset -euo pipefail\n" + "\n".join(each.value) + "\n"
         done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{path.name}:{each.start_line}\n{done.stdout}"

@@ -52,12 +52,12 @@ def offline(wheelhouse: Path) -> dict[str, str]:
 
 
 def test_the_vendors_packages_become_constraints_and_stay(tmp_path: Path, wheelhouse: Path) -> None:
-    packages = {**NGC_24_03, "built-by-the-vendor": "1.0+nv24.3"}  # told by its version alone
+    packages = {**NGC_24_03, "built-by-the-vendor": "1.0+nv24.3"}  # recognized by its version alone
     base = make_base(tmp_path, packages)
     (tmp_path / "kit.txt").write_text("modest==1.0\n")
     install(base, tmp_path, "0.14.0", str(tmp_path / "kit.txt"), OLDEST_CUDA="12.4", **offline(wheelhouse))
     held = {**packages}
-    del held["packaging"]  # nobody's build: a newer one may come
+    del held["packaging"]  # no vendor's build: a newer one may be installed
     lines = (tmp_path / "constraints.txt").read_text().splitlines()
     assert lines == [f"{name}=={text}" for name, text in sorted(held.items())]
     assert version_of(base, "torch") == NGC_24_03["torch"]

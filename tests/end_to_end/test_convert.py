@@ -344,5 +344,5 @@ def test_a_verification_that_fails_leaves_no_folder_that_looks_finished(
     assert report["result"].endswith(": 1 differences")
     assert (len(report["megatron"]), len(report["hugging_face"])) == (30, 50)
     monkeypatch.undo()
-    to_megatron(qwen[True], tmp_path / "megatron")  # a report alone is in nobody's way
+    to_megatron(qwen[True], tmp_path / "megatron")  # a report alone does not block it
     assert not json.loads((tmp_path / "megatron" / REPORT).read_text())["errors"]

@@ -141,6 +141,6 @@ def test_verify_runs_both_models_and_names_the_first_layer_that_differs(
     state["model"]["decoder.layers.0.self_attention.linear_qkv.bias"][:16] = 0
     torch.save(state, path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "check_report", lambda *_: None)  # which tells it first
+        patch.setattr(convert, "check_report", lambda *_: None)  # which would report it first
         assert run_main(command) == 2
     assert "error: layer 2 is the first that differs" in capfd.readouterr().err

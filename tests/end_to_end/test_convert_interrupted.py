@@ -68,7 +68,7 @@ MOMENTS = {
         MIDST,
         ("open", "mp_rank_00_001/model_optim_rng.pt", 1),
         ("open", f"{TRACKER}.partial", 1),
-        ("open", "mp_rank_00_000/model_optim_rng.pt", 2),  # the proof
+        ("open", "mp_rank_00_000/model_optim_rng.pt", 2),  # the verification
         ("os.rename", "target/release", 1),
         ("os.rename", "target/config.json", 1),
         ("os.rename", f"target/{TRACKER}", 1),

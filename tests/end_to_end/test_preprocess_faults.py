@@ -114,7 +114,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, qwen: Path, kind: s
         rows = [json.dumps({"text": f"{i} " + TEXTS[i % 4] * 20}) for i in range(megabytes * 700)]
         path.write_text("[" + ",\n".join(rows) + "]" if kind == "array" else "\n".join(rows))
         words = ["--input", path, "--output-prefix", tmp_path / f"out{megabytes}", "--tokenizer-path", qwen]
-        # Asked of a process that is small itself: a child's peak begins with that of the one that started it.
+        # Started by a small process: a child's peak begins with its parent's.
         program = (
             "import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:]); _, status, used = os.wait4(p.pid, 0)\n"
             "print(used.ru_maxrss // 1024); sys.exit(status >> 8)"

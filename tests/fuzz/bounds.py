@@ -125,7 +125,7 @@ def _outcome(take: Case, data: bytes) -> str:
         return "refused"
     except BaseException as error:
         if describe_os_error(error) and isinstance(error, OSError) and error.errno != errno.ENOMEM:
-            return "refused"  # by the system, which the commands tell in one line
+            return "refused"  # by the system; the commands report it in one line
         return traceback.format_exc()[-1500:]
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

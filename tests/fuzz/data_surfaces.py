@@ -94,7 +94,7 @@ def check_padding_rows(encoder: SftEncoder, chunk: Chunk) -> None:
         render, more = encoder.template._tokenizer.apply_chat_template, conversation.template_kwargs
         if encoded.counts[
             RESTORED_REASONING
-        ]:  # the last answer is as the model says it, not as the template shows it later
+        ]:  # the last answer is as the model generates it, not as the template shows it later
             prompt = render(
                 conversation.messages[:-1], tools=conversation.tools, tokenize=False, add_generation_prompt=True, **more
             )

@@ -36,4 +36,4 @@ def test_a_resumed_run_scales_as_the_uninterrupted_one(work: Path, ckpt_format: 
         assert any((scales["scaling_bwd"]["scale"] != 1).any() for scales in state.pop("fp8_state")[0].values())
         torch.save(state, file)
         forgotten = train(work, "transformer_engine", **{**halves, "save-checkpoint-path": folder / "forgotten"})
-        assert forgotten != uninterrupted[3:]  # the losses tell whether scales start anew
+        assert forgotten != uninterrupted[3:]  # the losses show whether scales are reset

@@ -47,7 +47,7 @@ def test_both_kernels_give_the_same_statistics_and_gradients(dtype: torch.dtype,
     ("name", "bound"),
     [
         ("triton", 0.02),  # logits of bfloat16 have 8 bits
-        ("quack", 1e-4),  # the losses come out of float32 sums
+        ("quack", 1e-4),  # the losses are float32 sums
     ],
 )
 def test_the_loss_over_several_chunks_is_that_of_cross_entropy(name: str, bound: float) -> None:

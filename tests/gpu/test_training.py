@@ -94,7 +94,7 @@ def test_the_first_step_is_hugging_faces(work: Path, impl: str) -> None:
     loss.backward()
     expected = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     (found,) = train(work, impl, **{"train-iters": 1, "save-checkpoint-path": work / f"one_{impl}"})
-    # bfloat16 keeps 8 bits; over 2048 tokens the errors of the loss average out, those of the gradient less so.
+    # bfloat16 has 8 bits; over 2048 tokens the errors of the loss average out, those of the gradient less so.
     assert abs(found[1] - loss.item()) < 5e-3 * loss.item()
     assert abs(found[2] - expected.item()) < 3e-2 * expected.item()
 

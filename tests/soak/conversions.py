@@ -18,7 +18,7 @@ from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "cpu" / "2_convert_between_hf_megatron.sh"
-LARGE = {"hidden_size": 256, "vocab_size": 20_000}  # so that a kill meets files that are half written, too
+LARGE = {"hidden_size": 256, "vocab_size": 20_000}  # so that kills hit half-written files, too
 
 
 class Conversion:

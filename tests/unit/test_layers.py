@@ -30,7 +30,7 @@ LAYERS = [
     {"estimate"},
     {"preprocess", "convert", "logits", "train", "doctor"},
 ]
-# The rooms of a part, lowest first; a file that stands beside them is one of its own.
+# The rooms of a part, lowest first; a file beside them is a room of its own.
 ROOMS = {
     "data": ["sources", "tokenizer", "dataset", "templates", "encoders", "preprocessing"],
     "model": ["shape", "probe", "layers", "kernels", "build"],

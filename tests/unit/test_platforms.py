@@ -171,7 +171,7 @@ def test_memory_is_what_the_tightest_control_group_above_the_process_leaves(mach
     assert available_memory() == (2 << 30) + (1 << 29)
     put(machine / "other", memory__max=1, memory__current=0, memory__stat="anon 5")
     assert available_memory() == (2 << 30) + (1 << 29)
-    put(machine / "job", memory__current=20 << 30)  # a limit may be lowered below what is taken
+    put(machine / "job", memory__current=20 << 30)  # a limit may be lowered below current usage
     assert available_memory() == 0
 
 

@@ -91,7 +91,7 @@ def test_what_cannot_be_read_is_refused_by_name(
 
 def test_help_shows_defaults_choices_and_kinds() -> None:
     text = " ".join(parser().format_help().split())
-    assert "--data-path TEXT where 100% of the data is --append-eod" in text  # required: no default to tell
+    assert "--data-path TEXT where 100% of the data is --append-eod" in text  # required: no default to show
     assert "--append-eod true|false whether it ends (default: true)" in text
     assert "--micro-batch-size N samples (default: 2)" in text
     assert "--lr X (default: 6.5e-05)" in text

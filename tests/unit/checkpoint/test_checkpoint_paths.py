@@ -74,7 +74,7 @@ def test_the_newest_checkpoint_is_what_the_tracker_names(tmp_path: Path) -> None
     assert find_checkpoint(tmp_path) is None
     torch_format(tmp_path / "iter_0000100")
     dist_format(tmp_path / "release")
-    assert find_checkpoint(tmp_path) is None  # nobody says that they are whole
+    assert find_checkpoint(tmp_path) is None  # nothing marks them as complete
     write_tracker(tmp_path, 100)
     assert find_checkpoint(tmp_path) == Checkpoint(tmp_path, tmp_path / "iter_0000100", 100, "torch")
     write_tracker(tmp_path, "release")

@@ -67,5 +67,5 @@ def test_a_random_cover_is_complete_and_each_change_of_it_is_not() -> None:
         assert coverage_error(full, blocks) is None
         assert coverage_error(full, blocks[1:]) is not None
         assert coverage_error(full, [*blocks, rng.choice(blocks)]) is not None
-        if len(blocks) > 1:  # one comes twice in another's place
+        if len(blocks) > 1:  # one twice, another missing
             assert coverage_error(full, [*blocks[1:], blocks[1]]) is not None

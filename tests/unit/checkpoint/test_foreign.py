@@ -46,7 +46,7 @@ def test_others_checkpoints_give_their_weights(foreign: Path, kind: str) -> None
     qwen, checkpoint = load_config(foreign / "hf"), find_checkpoint(foreign / kind)
     assert checkpoint
     with pytest.raises(KitError, match=r"has 128 rows, .* vocab_size=11: the 117 extra rows are .* --drop-rows true"):
-        open_megatron(checkpoint, qwen)  # it cannot tell them from words
+        open_megatron(checkpoint, qwen)  # it cannot distinguish them from vocabulary rows
     reader = open_megatron(checkpoint, qwen, drop_rows=True)
     expected = load_file(foreign / "hf" / "model.safetensors")
     found = {

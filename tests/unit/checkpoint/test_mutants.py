@@ -67,7 +67,7 @@ class Theirs(pickle.Unpickler):
 def passes(load: Callable[[], Any]) -> bool:
     try:
         load()
-    except Exception:  # damaged, refused, or whatever pickle lets out
+    except Exception:  # damaged, refused, or whatever pickle raises
         return False
     return True
 

@@ -89,7 +89,7 @@ def test_code_in_metadata_is_named_and_not_run(where: str, tmp_path: Path) -> No
         check_pickles(checkpoint)
     assert not marker.exists()
     megatron_loads(checkpoint)
-    assert marker.exists()  # what would have been
+    assert marker.exists()  # what was prevented above
 
 
 def test_code_in_an_object_among_the_tensors_is_named_and_not_run(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_megatron_loads_what_was_written(tmp_path: Path, one_rank: None) -> None
     state_dict = {key: ShardedTensor.from_rank_offsets(key, torch.empty_like(value)) for key, value in state.items()}
     del state_dict[FC2]
     places = [(layer, rank) for layer in range(4) for rank in range(2)]
-    for layer, rank in places:  # as tensor rank `rank` of 2 asks for it
+    for layer, rank in places:  # as tensor rank `rank` of 2 loads it
         state_dict[f"{layer} {rank}"] = ShardedTensor.from_rank_offsets(
             FC2, torch.empty(8, 3), (0, layer, 4), (2, rank, 2), prepend_axis_num=1
         )

@@ -181,7 +181,7 @@ def exchange(state: dict[str, Any], one: str, other: str) -> None:
     state[one], state[other] = state[other], state[one]
 
 
-# Layer 0 lies in chunk model0 of stage 0, d = 2 rows a head, one group of two queries a tensor rank.
+# Layer 0 is in chunk model0 of stage 0, d = 2 rows a head, one group of two queries a tensor rank.
 RANK_MUTANTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "two query heads swapped": lambda state: swap(state[QKV + "weight"], slice(0, 2), slice(2, 4)),
     "key and value swapped": lambda state: swap(state[QKV + "weight"], slice(4, 6), slice(6, 8)),

@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small tokenizer's folder with each model's template."""
     root = tmp_path_factory.mktemp("templates")
     texts = {path.stem: path.read_text() for path in TEMPLATES.glob("*.jinja")}
-    # As QwQ, but for the last answer, whose reasoning goes too.
+    # As QwQ, except that the last answer's reasoning is dropped too.
     texts["qwq_strips"] = texts["qwq"].replace("if not loop.last", "if true")
     # As Qwen3's later models that only think: the prompt begins the reasoning.
     texts["qwen3_thinking"] = texts["qwen3"].replace(

@@ -46,7 +46,7 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
     elif kind == 4:
         size = chance.choice([1, 4, 8])
         del data[at : at + size]
-    else:  # a whole number of the file: the type, a count, or an element of an array
+    else:  # an integer of the file: the type, a count, or an element of an array
         n = len(DOCUMENTS)
         places = [(9, "<Q"), (17, "<B"), (18, "<Q"), (26, "<Q")]
         places += [(34 + 4 * i, "<i") for i in range(n)] + [(34 + 4 * n + 8 * i, "<q") for i in range(2 * n + 1)]
@@ -144,7 +144,7 @@ def test_what_may_not_be_read_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
             raise PermissionError(13, "Permission denied", str(path))
         return opened(path, *words, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Path, "open", refuse)  # by rights alone root would not be kept out
+    monkeypatch.setattr(Path, "open", refuse)  # permissions alone do not stop root
     with pytest.raises(KitError, match=r"a\.bin: Permission denied"):
         IndexedDataset(prefix)
 

@@ -97,6 +97,6 @@ def test_readers_begin_anew_by_the_same_processes_and_share_what_is_read(
         one, other = batches.read_from(start, num_readers=2)
         taken = [next(one) for _ in range(3 - start // 2)]
         assert [batch["tokens"].tolist() for batch in taken] == expected[start // 2 :]
-        taken[0].pop("tokens")  # the other reader has a batch of its own
+        taken[0].pop("tokens")  # the other reader has its own batch
         assert [next(other)["tokens"].tolist() for _ in range(2)] == expected[start // 2 :][:2]
     assert workers(others) == before

@@ -91,7 +91,7 @@ def test_windows_hold_the_documents_in_the_epochs_order_and_the_rest_is_logged(
     assert samples.samples_per_epoch == (total - 1) // 8 == 17
     assert f"{total} tokens make 17 samples per epoch, dropping the last {total - 1 - 17 * 8} tokens" in caplog.text
     rows = epoch(samples)
-    # Windows overlap by one token, so labels say which window comes next.
+    # Windows overlap by one token, so labels show which window comes next.
     after = {int(row["labels"][-1]): row for row in rows}
     by_start = {int(row["tokens"][0]): row for row in rows}
     (first,) = set(by_start) - set(after)
@@ -252,7 +252,7 @@ def test_too_long_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
 
 def test_a_cut_that_leaves_nothing_to_learn_drops_the_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
-    # The first token that is kept is no label.
+    # The first remaining token is no label.
     at_end, at_start = [0] * 19 + [1], [1, 1, 0, 1] + [0] * 16
     files = sft_data(tmp_path, [20, 20, 4], [at_end, at_start, [0, 1, 1, 1]])
     with caplog.at_level("INFO", "kit"):

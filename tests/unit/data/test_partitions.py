@@ -252,7 +252,7 @@ def test_a_run_that_a_bad_row_stopped_resumes_with_skip_and_not_the_other_way(tm
         return encode(chunk)
 
     runner.run(job(tmp_path, 2, 1))
-    with pytest.raises(KitError, match=r"a\.txt, line 2"):  # the part with a row left out is not taken up
+    with pytest.raises(KitError, match=r"a\.txt, line 2"):  # the part with a row left out is not reused
         runner.run(job(tmp_path, 2, encode=strict, skip_bad_rows=False))
     content = runner.run(job(tmp_path, 2, encode=watched))
     assert seen == ["a.txt"] and content and content["documents"]["kept"] == 3

@@ -38,7 +38,7 @@ def test_seeds_and_epochs_have_orders_of_their_own_that_stay() -> None:
     }
     assert len(set(orders.values())) == len(orders)
     assert listed(keyed_shuffle(1000, 1, 2)) == list(orders[1, 2])
-    # Written down when it was made: a run that is resumed by a later kit must find the same samples.
+    # Pinned: a run that is resumed by a later kit must find the same samples.
     assert listed(keyed_shuffle(1000, 1234, 0))[:5] == PINNED
 
 
@@ -73,7 +73,7 @@ def test_one_order_has_no_drift_no_runs_and_nothing_of_the_epoch_before() -> Non
         assert (one == other).sum() < 12  # one on average
     steps = np.diff(first) % size
     assert unevenness(np.bincount(steps * 1000 // size, minlength=1000)) < 4
-    # Each thousandth of the order has its share of each thousandth of the elements.
+    # Each thousandth of the order has a thousandth of each thousandth of the elements.
     cells = np.bincount((elements * 100 // size) * 100 + first * 100 // size, minlength=10_000)
     assert unevenness(cells) < 4
 

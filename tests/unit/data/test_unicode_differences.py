@@ -60,7 +60,7 @@ def test_letters_and_digits_of_another_unicode(qwen: Path, tmp_path: Path, form:
     texts = [form.format(chr(c)) for c in sorted({*near, *range(0x80, 0x3400)})]
     found = set(differing(tokenizer, engine, texts))
     ours = {form.format(chr(c)) for first, last in LETTERS_AND_DIGITS for c in range(first, last + 1)}
-    assert found and (ours <= found or form == "a{}")  # which does not tell digits from others
+    assert found and (ours <= found or form == "a{}")  # which does not distinguish digits
     assert found <= {texts[number] for number in indices_of_differing_texts(texts)}
     assert differing(tokenizer, with_exact_ids(engine, tokenizer), texts) == []
 

@@ -154,5 +154,5 @@ def test_what_megatron_core_refuses_is_reported_with_the_flag() -> None:
         named_refusals(("ddp.bucket_size=7",)),
     ):
         raise AssertionError("no")
-    with pytest.raises(AssertionError), named_refusals(()):  # a fault of ours keeps its traceback
+    with pytest.raises(AssertionError), named_refusals(()):  # a bug of the kit keeps its traceback
         raise AssertionError

@@ -58,7 +58,7 @@ def check(patch: Patch) -> None:
         found = module
         for part in patch.name.split("."):
             found = getattr(found, part)
-        # A replacement that another test of this process made is not Megatron-Core's.
+        # A patch that another test of this process applied is not Megatron-Core's code.
         if found.__module__ == patch.module or patch.name == "bias_swiglu_impl":
             assert tuple(inspect.signature(found).parameters)[: len(patch.parameters)] == patch.parameters
 

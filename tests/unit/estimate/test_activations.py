@@ -31,13 +31,13 @@ def peak_saved_bytes(task: dict[str, Any]) -> int:
         if not moment.forward and recomputed_layers(work, chunk) == chunk.num_layers:
             held += recomputed_layer_bytes(work, chunk)
         most = max(most, held)
-    # Full recomputation keeps the table of angles, float32 [s, d], which is one for all.
+    # Full recomputation saves the table of angles, float32 [s, d], shared by all layers.
     return most + (4 * work.seq_length * qwen.head_dim if settings.recompute == "full" else 0)
 
 
 def recomputed_layer_bytes(work: Work, chunk: Chunk) -> int:
     """What the last layer of a chunk keeps while it is computed again; the norm after it keeps nothing more."""
-    # The norm's input is the layer's, which is kept already, unless the norm keeps a float32 copy in its place.
+    # The norm's input is the layer's, which is already saved, unless the norm saves a float32 copy instead.
     shared = work.stream if work.fused_kernels or work.precision == "fp32" else 0
     return sum(layer_tensors(work).values()) - shared - (final_norm_bytes(work) if chunk.last else 0)
 

@@ -42,7 +42,7 @@ def simulated(lost: Interruptions, interval: float, faults: int = 20_000) -> flo
     now = trained = 0.0
     for _ in range(faults):
         fault = now + chance.expovariate(1 / lost.between_faults)
-        saves: list[tuple[float, float]] = []  # when it is whole, and what was trained by then
+        saves: list[tuple[float, float]] = []  # when it is complete, and what was trained by then
         while now < fault:
             now, trained = now + interval + lost.stall, trained + interval
             saves.append((now + lost.behind, trained))

@@ -49,7 +49,7 @@ def test_a_steps_tensors_are_those_that_the_formulas_count(tmp_path: Path) -> No
             formulas.append(rank_memory(train_settings, CPU, load_config(folder), stage).activations)
     found = [one["peak"] for one in count(tasks)]
     for task, real, formula in zip(tasks, found, formulas, strict=True):
-        # Counted in hidden states [s, b, h], not told apart by kind, is what pipeline stages send and receive.
+        # What pipeline stages send and receive is counted in hidden states [s, b, h], whatever its kind.
         bound = 0.03 if task["settings"].get("pp", 1) == 1 else 0.07
         assert abs(formula / real - 1) < bound, (task["settings"], task["rank"], real, formula)
 

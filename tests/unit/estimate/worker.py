@@ -94,7 +94,7 @@ class SavedTensor:
     """A tensor that autograd saves, counted as long as it is saved."""
 
     def __init__(self, ledger: "Ledger", tensor: torch.Tensor) -> None:
-        # Of an operation's own output only the data: with its history it would keep the operation, which keeps it.
+        # Detached: with its history an operation's output would hold the operation, which holds it.
         self.ledger, self.tensor = ledger, tensor.detach()
         ledger.add(tensor.untyped_storage(), 1)
 

@@ -73,7 +73,7 @@ def test_fields_that_may_be_left_out_have_transformers_meaning() -> None:
     assert qwen.head_dim == 64 and qwen.qkv_rows == 3 * 28 * 64
 
 
-YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}  # as the model's card says for 128K
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}  # from the model card, for 128K
 
 
 @pytest.mark.parametrize(

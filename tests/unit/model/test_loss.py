@@ -92,7 +92,7 @@ rows = theirs[2][26 * rank : 26 * rank + 26]
 torch.testing.assert_close(d_weight[: vocabulary.num_tokens], rows, rtol=1e-5, atol=1e-5)
 assert not d_weight[vocabulary.num_tokens :].any()
 print(json.dumps({"ok": rank}))
-dist.barrier()  # gloo was seen to abort as the other rank went first
+dist.barrier()  # gloo may abort when the other rank exits first
 dist.destroy_process_group()
 """
 

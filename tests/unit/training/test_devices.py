@@ -13,7 +13,7 @@ from common.platforms.nvidia import NVIDIA
 from common.training.planning import devices
 from common.training.settings import TrainSettings
 
-# What the process that asks finds in torch's place.
+# What the probing process imports instead of torch.
 FAKE_TORCH = """
 class cuda:
     device_count = staticmethod(lambda: 3)

@@ -27,7 +27,7 @@ def external_interface() -> tuple[str, str] | None:
 
 def test_own_addresses_are_known() -> None:
     assert is_own_host("localhost") and is_own_host("127.0.0.1")
-    assert not is_own_host("192.0.2.1")  # RFC 5737: nobody's
+    assert not is_own_host("192.0.2.1")  # RFC 5737: reserved for documentation
     assert not is_own_host("no-such-host.invalid")
 
 

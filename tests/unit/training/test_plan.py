@@ -78,7 +78,7 @@ def test_a_run_resumes_its_newest_iteration_whatever_it_first_started_from(
 def test_a_first_run_takes_the_weights_alone(initial: str, iteration: int | str, tmp_path: Path) -> None:
     load = write_checkpoint(tmp_path / "load", iteration)
     save = tmp_path / "save"
-    for made in (False, True):  # there is no folder, and then an empty one
+    for made in (False, True):  # no folder, then an empty one
         if made:
             save.mkdir()
         start = find_start(
@@ -118,7 +118,7 @@ def test_without_weights_a_model_folder_starts_from_random_ones(qwen: Path, tmp_
 
 def test_a_killed_save_is_not_resumed_from(tmp_path: Path) -> None:
     save = write_checkpoint(tmp_path / "save", 5)
-    write_checkpoint(save, 10, tracked=False)  # whole, but the tracker does not name it yet
+    write_checkpoint(save, 10, tracked=False)  # complete, but the tracker does not name it yet
     (save / "iter_0000015.partial").mkdir()
     start = find_start(settings(save_checkpoint_path=str(save)))
     assert start.checkpoint is not None and start.checkpoint.iteration == 5
@@ -134,7 +134,7 @@ def test_a_conversion_reads_the_newest_distributed_checkpoint(tmp_path: Path) ->
 
 
 REFUSED_STARTS = [
-    # what SAVE and LOAD hold, the settings, what is said
+    # contents of SAVE and LOAD, the settings, the message
     (5, None, {"is_initial_run": "true"}, "holds iteration 5: set IS_INITIAL_RUN=auto to resume it, or another SAVE_"),
     (None, 5, {"is_initial_run": "false"}, "IS_INITIAL_RUN=false, but {save} holds no iteration to resume from"),
     (RELEASE, None, {"is_initial_run": "false"}, "IS_INITIAL_RUN=false, but {save} holds no iteration to resume from"),
@@ -327,7 +327,7 @@ print(*(name for name in ("megatron", "transformers") if name in sys.modules))
 """  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={"PYTHONPATH": str(ROOT), "KIT_PLATFORM": "cpu"},  # nvidia asks torch for GPUS devices, which a test lacks
+        env={"PYTHONPATH": str(ROOT), "KIT_PLATFORM": "cpu"},  # nvidia would check for GPUS devices
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "ok: the run can start\n\n"), done.stderr

@@ -32,7 +32,7 @@ def settings(**changes: Any) -> TrainSettings:
         (30, {"keep_checkpoints": 1}, [10, 20]),
         (30, {"keep_checkpoints": 1, "keep_best": 1}, [20]),
         (40, {"keep_checkpoints": 2, "keep_best": 0}, [10, 20]),
-        (35, {"keep_checkpoints": 1}, [10, 20]),  # the current one is not whole: the newest before it stays
+        (35, {"keep_checkpoints": 1}, [10, 20]),  # the current one is incomplete: the newest before it stays
     ],
 )
 def test_what_no_setting_keeps_is_removed(current: int, changes: dict[str, Any], removed: list[int]) -> None:

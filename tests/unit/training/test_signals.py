@@ -88,7 +88,7 @@ def test_only_a_repeated_signal_ends_the_process() -> None:
     rank.send(signal.SIGUSR1)
     assert rank.received() == "SIGUSR1"
     time.sleep(0.6)
-    rank.send(signal.SIGUSR1, signal.SIGHUP)  # the launcher asks each second
+    rank.send(signal.SIGUSR1, signal.SIGHUP)  # the launcher polls each second
     assert rank.received() == "SIGUSR1"
     rank.send(signal.SIGINT)  # the first to insist, long after the request
     assert rank.received() == "SIGUSR1"
