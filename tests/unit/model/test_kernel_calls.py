@@ -113,13 +113,17 @@ def main() -> None:
         compare(load_config(Path(sys.argv[1])), sizes)
 
 
+def rotated(part: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    first, second = part.chunk(2, -1)
+    return part * freqs.cos() + torch.cat([-second, first], -1) * freqs.sin()
+
+
 def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
     """A model's outputs with other code in these places, and without."""
+    # Imported here: these import Megatron-Core, which must be prepared before.
     from common.model import build
     from common.model.kernels import selection as kernels
-    from common.model.layers.gated_mlp import (
-        TorchProducts,  # these import Megatron-Core, which is to be prepared before
-    )
+    from common.model.layers.gated_mlp import TorchProducts
     from common.model.layers.loss import LossInputs, LossParts, TorchKernels
 
     groups, heads = qwen.num_key_value_heads // sizes.tp, qwen.num_attention_heads // sizes.tp
@@ -132,12 +136,7 @@ def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
         assert q_freqs is k_freqs and mixed.shape == (S, B, groups, sum(parts))
         assert q_freqs.shape == (S, 1, 1, qwen.head_dim) and q_freqs.dtype is torch.float32
         query, key, value = mixed.split(parts, -1)
-
-        def rotated(part: torch.Tensor) -> torch.Tensor:
-            first, second = part.chunk(2, -1)
-            return part * q_freqs.cos() + torch.cat([-second, first], -1) * q_freqs.sin()
-
-        return rotated(query.reshape(S, B, heads, qwen.head_dim)), rotated(key), value
+        return rotated(query.reshape(S, B, heads, qwen.head_dim), q_freqs), rotated(key, q_freqs), value
 
     class Loss(TorchKernels):
         def losses(self, given: LossInputs, with_gradients: bool) -> LossParts:
