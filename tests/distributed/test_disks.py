@@ -105,7 +105,7 @@ def test_a_disk_that_becomes_read_only_or_disappears_is_waited_for(work: Path, d
     assert "Traceback" not in run.end(75)
 
 
-def test_a_folder_that_is_removed_is_made_again_with_the_models_files(work: Path, tmp_path: Path) -> None:
+def test_a_removed_folder_is_recreated_with_the_models_files(work: Path, tmp_path: Path) -> None:
     run = Run(settings(work, tmp_path / "run"), tmp_path / "log")
     run.wait_for("saved " + str(tmp_path / "run" / "iter_0000005"))
     subprocess.run(["rm", "-rf", tmp_path / "run"], check=True)
@@ -125,7 +125,7 @@ def test_a_disk_without_room_or_rights_is_refused_before_anything_starts(work: P
     assert f"SAVE_CHECKPOINT_PATH={disk / 'run'} cannot be written: " in log and "Read-only file system" in log
 
 
-def test_what_a_killed_run_left_is_removed(work: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(work: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "iter_0000007.partial").mkdir(parents=True)
     (folder / "iter_0000007.partial" / "__0_0.distcp").write_bytes(b"half")
@@ -134,7 +134,7 @@ def test_what_a_killed_run_left_is_removed(work: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000001"]
 
 
-def test_a_log_on_a_full_disk_ends_no_run(work: Path, disk: Path, tmp_path: Path) -> None:
+def test_a_log_on_a_full_disk_does_not_end_the_run(work: Path, disk: Path, tmp_path: Path) -> None:
     run = Run(settings(work, tmp_path / "run", TRAIN_ITERS=60), disk / "log")
     run.wait_for("iteration 5/")
     fill(disk)

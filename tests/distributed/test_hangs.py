@@ -39,7 +39,7 @@ def test_a_long_step_is_no_hang(work: Path) -> None:
     assert float(milliseconds) > 3_000
 
 
-def test_the_one_that_came_least_far_is_the_one_that_hangs() -> None:
+def test_the_rank_with_the_least_progress_is_the_one_that_hangs() -> None:
     ahead, late = Beat(57, 400, "the optimizer's step", 9), Beat(57, 396, "reading data", 9)
     before = {0: ahead, 1: ahead, 2: late}
     now = {rank: Beat(beat.iteration, beat.count, beat.activity, 12) for rank, beat in before.items()}

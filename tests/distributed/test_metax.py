@@ -70,7 +70,7 @@ def test_a_run_logs_what_it_found_and_saves_in_torch_format(work: Path, plain: s
     assert "decoder.layers.0.input_layernorm.weight" in state["model"], "local layers' names"
 
 
-def test_the_vendors_attention_and_adam_are_taken_where_they_are_and_train_the_same(work: Path, plain: str) -> None:
+def test_the_vendors_attention_and_adam_are_used_where_installed_and_train_the_same(work: Path, plain: str) -> None:
     log = train_forked(**settings(work, "vendors"), more=vendor("flash_attn", "apex"))
     assert "core attention: flash_attn\n" in log and "optimizer: apex.optimizers.FusedAdam" in log
     for (_, loss, _), (_, expected, _) in zip(steps(log), steps(plain), strict=True):

@@ -69,7 +69,7 @@ def test_a_second_interrupt_ends_the_run_at_once(work: Path) -> None:
     )
 
 
-def test_an_evaluation_does_not_keep_a_stop_waiting(work: Path) -> None:
+def test_an_evaluation_does_not_delay_a_stop(work: Path) -> None:
     more = {"SPLIT": "50,50,0", "EVAL_INTERVAL": 6, "EVAL_ITERS": ENDLESS, "SEQ_LENGTH": 8}  # ten seconds of it
     run = Run(settings(work, "evaluating", **more), log_of(work, "evaluating"))
     run.wait_for("iteration 6/")
@@ -93,7 +93,7 @@ def test_a_hangup_is_ignored_under_nohup(work: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["launcher", "rank"])
-def test_a_killed_process_takes_all_others_with_it_at_once(work: Path, what: str) -> None:
+def test_a_killed_process_ends_all_others_at_once(work: Path, what: str) -> None:
     name = f"killed_{what}"
     run = Run(settings(work, name), log_of(work, name))
     run.wait_for("saved " + str(work / name / "iter_0000005"))

@@ -190,7 +190,7 @@ def test_a_distributed_checkpoint_resumes_at_another_layout(
     ],
     ids=str,
 )
-def test_state_on_the_host_changes_no_bit_and_is_saved_as_any_other(
+def test_state_on_the_host_changes_no_bit_and_is_saved_like_any_other(
     work: Path, ckpt_format: str, layout: dict[str, Any]
 ) -> None:
     name = f"host_{ckpt_format}_{len(layout)}"
@@ -240,7 +240,7 @@ def test_a_torch_checkpoint_of_other_sizes_is_refused_before_any_process_starts(
     assert not (work / "refused").exists()
 
 
-def test_more_epochs_on_resume_change_nothing_that_was(work: Path) -> None:
+def test_more_epochs_on_resume_change_no_earlier_step(work: Path) -> None:
     flags = {
         **settings(work, "finetune"),
         "global_batch_size": 100,

@@ -82,7 +82,7 @@ python3 --version; readlink -f "$PYTHON"
     assert "ok    megatron-core        imports, as training does (/opt/kit/venv/" in done.stdout
 
 
-def test_a_platforms_packages_are_installed_and_a_mirror_is_taken(tmp_path: Path) -> None:
+def test_a_platforms_packages_are_installed_from_a_mirror(tmp_path: Path) -> None:
     write_wheel(tmp_path / "base", "unused", "1.0")
     # Only apt is faked: its arguments and its sources are printed.
     fake = """

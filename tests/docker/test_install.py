@@ -51,7 +51,7 @@ def offline(wheelhouse: Path) -> dict[str, str]:
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheelhouse)}
 
 
-def test_the_vendors_packages_become_constraints_and_stay(tmp_path: Path, wheelhouse: Path) -> None:
+def test_the_vendors_packages_become_constraints_and_are_not_replaced(tmp_path: Path, wheelhouse: Path) -> None:
     packages = {**NGC_24_03, "built-by-the-vendor": "1.0+nv24.3"}  # recognized by its version alone
     base = make_base(tmp_path, packages)
     (tmp_path / "kit.txt").write_text("modest==1.0\n")

@@ -116,7 +116,7 @@ def test_two_conversions_into_one_folder_are_refused(tmp_path: Path, qwen: Path)
     to_megatron(qwen, target)
 
 
-def test_a_folder_that_was_filled_meanwhile_is_refused(
+def test_a_folder_that_was_filled_in_the_meantime_is_refused(
     tmp_path: Path, qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "megatron"

@@ -132,7 +132,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("kind", OWN)
-def test_own_rows_train_an_own_model_in_the_stage_they_are_for(tmp_path: Path, kind: str) -> None:
+def test_the_users_rows_train_the_users_model_in_their_stage(tmp_path: Path, kind: str) -> None:
     model, rows = tiny_qwen(tmp_path / "model", std=0.02, spread=0.0), tmp_path / "my rows.jsonl"
     given, expected = OWN[kind]
     rows.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given), encoding="utf-8")

@@ -140,9 +140,7 @@ TRAIN = (
         ("closed", 0o555, VERIFY),
     ],
 )
-def test_what_may_not_be_read_or_written_is_one_line_with_its_path(
-    made: Path, path: str, mode: int, command: str
-) -> None:
+def test_missing_permissions_are_one_line_with_the_path(made: Path, path: str, mode: int, command: str) -> None:
     with forbidden(made / path, mode):
         done = python(made, *command.split())
     assert done.returncode == 2 and done.stdout == "", done

@@ -24,7 +24,7 @@ def _deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-def test_a_frequent_tokens_gradient_is_no_sum_of_bf16_and_the_same_each_time() -> None:
+def test_a_frequent_tokens_gradient_is_not_summed_in_bf16_and_is_reproducible() -> None:
     weight = torch.zeros(1000, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     tokens = torch.randint(0, 8, (16384,), generator=torch.Generator().manual_seed(0))
     expected = tokens.bincount(minlength=1000).float().cuda()

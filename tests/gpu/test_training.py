@@ -172,7 +172,9 @@ def test_transformer_engine_separates_the_samples_of_a_row_as_the_mask_does(work
         ("some_layers_again", {"recompute": "full", "recompute-num-layers": 1}, 0.005),
     ],
 )
-def test_what_saves_memory_or_time_learns_alike(work: Path, name: str, flags: dict[str, Any], bound: float) -> None:
+def test_options_that_save_memory_or_time_learn_alike(
+    work: Path, name: str, flags: dict[str, Any], bound: float
+) -> None:
     needs_transformer_engine()
     plain = train(work, "transformer_engine", **{"train-iters": 12, "save-checkpoint-path": work / f"plain_{name}"})
     options = {"train-iters": 12, "save-checkpoint-path": work / name, "exit-interval": 6, **flags}

@@ -106,7 +106,7 @@ def test_a_stop_signal_to_one_launcher_stops_the_run_on_all_nodes(
 
 
 @HEAVY
-def test_a_rendezvous_that_loses_its_host_ends_everywhere(
+def test_a_rendezvous_that_loses_its_host_ends_on_all_nodes(
     nodes: list[Node], work: Path, common: dict[str, Any]
 ) -> None:
     settings = {

@@ -38,7 +38,7 @@ def doctor(*flags: str, expect: int, **more: str) -> str:
     return done.stdout
 
 
-def test_a_machine_that_runs_the_kit_is_well(tmp_path: Path) -> None:
+def test_a_machine_that_runs_the_kit_has_no_findings(tmp_path: Path) -> None:
     found = json.loads(doctor("--json", expect=0, KIT_PLATFORM="cpu"))
     assert {each["status"] for each in found} <= {"ok", "warn"}
     subjects = {each["subject"] for each in found}
@@ -79,7 +79,7 @@ def test_one_that_works_is_well(tmp_path: Path) -> None:
     assert "fused Adam imports, no kernel for weight gradients" in output and "flash_attn            imports" in output
 
 
-def test_an_import_that_lacks_the_driver_is_excused_where_there_is_no_device(tmp_path: Path) -> None:
+def test_an_import_without_the_driver_is_accepted_without_a_device(tmp_path: Path) -> None:
     (tmp_path / "flash_attn").mkdir()
     message = "libmcruntime.so: cannot open shared object file: No such file or directory"
     (tmp_path / "flash_attn" / "__init__.py").write_text(f"raise ImportError({message!r})\n")
@@ -159,7 +159,7 @@ def test_devices_are_reported_with_their_memory() -> None:
 
 
 @pytest.mark.parametrize(("least", "status"), [(1, "ok"), (1 << 60, "warn")])
-def test_room_is_compared_with_what_is_needed(least: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_compared_with_what_is_needed(least: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "LEAST_SHARED_BYTES", least)
     monkeypatch.setattr(machine, "LEAST_DISK_BYTES", least)
     shared, disk = machine.look_at_shared_memory(), machine.look_at_disk()[0]
@@ -236,7 +236,7 @@ def test_the_required_packages_are_those_of_the_lock() -> None:
     assert not [name for name in packages.NEEDED if f"\n{name}==" not in pinned]
 
 
-def test_the_disk_is_that_of_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checked_disk_is_that_of_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAVE_CHECKPOINT_PATH", str(tmp_path / "run" / "one"))
     assert machine.look_at_disk()[0].found.endswith(f"free in {tmp_path}")
     monkeypatch.setenv("SAVE_CHECKPOINT_PATH", "")
@@ -287,7 +287,7 @@ def test_an_all_reduce_that_hangs_is_a_finding(tmp_path: Path, monkeypatch: pyte
     assert (found.status, found.found) == ("fail", "2 processes by gloo: it hung for 5 s")
 
 
-def test_what_nccl_prints_besides_is_not_taken_for_the_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_output_of_nccl_is_not_read_as_the_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text("import atexit\natexit.register(print, 'node0:1 NCCL INFO destroyed')\n")
     found = run_all_reduce(monkeypatch, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert found.status == "ok" and "GB/s of bus bandwidth" in found.found

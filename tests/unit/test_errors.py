@@ -28,7 +28,7 @@ def test_a_mistake_of_the_user_is_one_message_and_exit_code_2(capsys: pytest.Cap
     assert capsys.readouterr() == ("", "error: TP=3: it must divide 8: use 2\n")
 
 
-def test_ctrl_c_is_a_word_and_exit_code_130(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_prints_a_word_and_exits_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         errors.run(raising(KeyboardInterrupt()))
     assert ended.value.code == 130
@@ -36,13 +36,13 @@ def test_ctrl_c_is_a_word_and_exit_code_130(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), SystemExit(7)], ids=repr)
-def test_what_is_no_mistake_of_the_user_passes_through(error: BaseException) -> None:
+def test_internal_errors_pass_through(error: BaseException) -> None:
     with pytest.raises(type(error)) as raised:
         errors.run(raising(error))
     assert raised.value is error
 
 
-def test_success_exits_with_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_success_exits_silently(capsys: pytest.CaptureFixture[str]) -> None:
     errors.run(lambda: None)
     assert capsys.readouterr() == ("", "")
 
@@ -119,7 +119,7 @@ def test_what_only_other_disks_refuse_has_its_remedy_too(tmp_path: Path, number:
     assert done.returncode == 2 and done.stderr.decode().startswith(f"error: there: {message}")
 
 
-def test_a_block_that_reads_or_writes_gives_its_path_to_an_error_without_one(tmp_path: Path) -> None:
+def test_a_block_adds_its_path_to_an_error_without_one(tmp_path: Path) -> None:
     done = ended("with errors.writing('a'), open('/dev/full', 'wb', 0) as stream: stream.write(b'x')", tmp_path)
     assert done.stderr.startswith(b"error: a cannot be written: No space left on device: free some space"), done.stderr
     done = ended("with errors.reading('a'): open('/proc/self/mem', 'rb', 0).read(1)", tmp_path)
@@ -136,7 +136,7 @@ def test_what_an_error_of_the_kits_own_adds_is_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("body", ["raise OSError('of ours')", "raise RuntimeError('of ours')", "1 / 0"])
-def test_what_names_neither_a_path_nor_a_cause_keeps_its_traceback(tmp_path: Path, body: str) -> None:
+def test_an_error_without_a_path_or_cause_keeps_its_traceback(tmp_path: Path, body: str) -> None:
     done = ended(body, tmp_path)
     assert done.returncode == 1 and b"Traceback" in done.stderr
 
@@ -162,7 +162,7 @@ errors.run(lambda: [print(number) for number in range(100000)])
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", rb"\u6570 \U0001f600"), ("gbk", b"\xca\xfd \\U0001f600")])
-def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path, encoding: str, shown: bytes) -> None:
+def test_unprintable_characters_are_escaped(tmp_path: Path, encoding: str, shown: bytes) -> None:
     body = "print('\u6570 \U0001f600'); raise errors.KitError('\u6570 \U0001f600')"
     done = ended(body, tmp_path, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stdout, done.stderr) == (2, shown + b"\n", b"error: " + shown + b"\n")
@@ -193,12 +193,12 @@ def test_a_deleted_folder_is_reported(tmp_path: Path) -> None:
     assert b"gone cannot be entered (No such file or directory)" in done.stderr
 
 
-def test_a_message_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         errors.run(raising(KitError("role '\x1b[2J\u202e' is none\n\tof 你")))
     assert capsys.readouterr().err == "error: role '\\x1b[2J\\u202e' is none\n\tof 你\n"
 
 
-def test_another_pipe_that_breaks_is_our_own_mistake() -> None:
+def test_another_broken_pipe_is_an_internal_error() -> None:
     with pytest.raises(BrokenPipeError):
         errors.run(raising(BrokenPipeError()))

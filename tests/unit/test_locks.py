@@ -22,7 +22,7 @@ def test_a_file_system_without_locks_is_reported_and_no_error(number: int, caplo
     assert len(caplog.messages) == 1 and "/data/x: the file system does not support locks" in caplog.text
 
 
-def test_a_lock_that_is_held_and_any_other_trouble_are_errors(tmp_path: Path) -> None:
+def test_a_held_lock_and_any_other_failure_are_errors(tmp_path: Path) -> None:
     for number in (errno.EAGAIN, errno.EACCES):
         with pytest.raises(BlockingIOError):
             lock(0, "x", failing(number))

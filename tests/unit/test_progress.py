@@ -6,7 +6,7 @@ import pytest
 from common import progress
 
 
-def test_off_a_terminal_progress_is_a_line_a_minute(
+def test_without_a_terminal_progress_is_a_line_a_minute(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "kit")

@@ -168,7 +168,7 @@ def test_all_such_names_are_reported_at_once() -> None:
         check_environment(TRAINING, {"TRAIN_ITER": "1", "ADAM_BETA_2": "0.9"})
 
 
-def test_settings_of_any_step_are_no_mistake() -> None:
+def test_settings_of_any_step_are_accepted() -> None:
     every = declared(STEPS, OLD_NAMES, "*/env.sh", "cpu/quickstart.sh", "common/shell/*.sh")
     shell = ["PYTHON", "PYTHONPATH", "VENV", "PYTHON_BASE", "TORCH_INDEX_URL", "PIP_INDEX_URL", "KIT_PLATFORM"]
     check_environment(TRAINING, dict.fromkeys([*every, *shell], "1"))
@@ -182,7 +182,7 @@ def test_an_experts_flag_is_not_read_from_the_environment() -> None:
     check_environment(TRAINING, {"SEQUENCE_PARALLEL": "True"})
 
 
-def test_the_first_words_of_a_setting_that_is_given_too_are_somebodys_own() -> None:
+def test_the_first_words_of_another_given_setting_are_left_alone() -> None:
     check_environment(TRAINING, {"SEQ_LEN": "4096", "SEQ_LENGTH": "4096"})
 
 
@@ -247,11 +247,11 @@ ENVIRONMENTS = {
 
 
 @pytest.mark.parametrize("where", ENVIRONMENTS)
-def test_the_names_of_other_programs_are_left_alone(where: str) -> None:
+def test_names_of_other_programs_are_left_alone(where: str) -> None:
     check_environment(TRAINING, dict.fromkeys(ENVIRONMENTS[where].split(), "1"))
 
 
-def test_one_slip_is_forgiven_in_a_long_name_alone() -> None:
+def test_one_typo_is_recognized_only_in_a_long_name() -> None:
     names = ["PACKING", "GLOBAL_BATCH_SIZE"]
     assert nearest_setting("PACKINGS", names) == "PACKING"
     assert nearest_setting("PACKIN", names) is None

@@ -157,7 +157,7 @@ def test_tensors_that_torch_does_not_write_are_refused(kind: str, tmp_path: Path
         ArchiveFile(tmp_path / "a.pt").read()
 
 
-def test_the_same_tensor_is_read_where_it_is_sound(tmp_path: Path) -> None:
+def test_the_same_tensor_is_read_where_it_is_valid(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(archive(tensor(), **{"data/0": bytes(8)}))
     assert torch.equal(ArchiveFile(tmp_path / "a.pt").read(), torch.zeros(2))
     assert torch.equal(torch.load(tmp_path / "a.pt", weights_only=False), torch.zeros(2))
@@ -175,7 +175,7 @@ def test_what_is_refused_would_have_done_harm() -> None:
         load(crash)
 
 
-def test_a_frame_that_ends_in_a_name_has_the_c_unpickler_read_another() -> None:
+def test_a_frame_that_ends_within_a_name_makes_the_c_unpickler_read_another() -> None:
     data = b"\x80\x04\x95\x02\0\0\0\0\0\0\0" + b"cxos\nsystem\n."
     with pytest.raises(KitError, match=r"references xos\.system"):
         RestrictedUnpickler(data, FILE).load()

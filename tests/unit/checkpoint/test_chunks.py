@@ -28,7 +28,7 @@ def test_a_scalar_is_a_block_without_dimensions() -> None:
     assert chunks_of_range((3,), 2, 2) == []
 
 
-def test_what_two_have_in_common() -> None:
+def test_the_overlap_of_two_blocks() -> None:
     one = Chunk((0, 2), (4, 3))
     assert one.overlap(Chunk((3, 0), (5, 4))) == Chunk((3, 2), (1, 2))
     assert one.overlap(Chunk((4, 0), (1, 9))) is None

@@ -74,9 +74,7 @@ def test_a_file_holds_what_was_written(tmp_path: Path, size: int, io_mode: str, 
     assert (tmp_path / "file").read_bytes() == data + b"end"
 
 
-def test_a_disk_that_takes_parts_gets_all_of_it(
-    tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_partial_writes_are_completed(tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     put = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda handle, data, at: put(handle, data[:SECTOR], at))
     with FileWriter(tmp_path / "file") as writer:
@@ -84,7 +82,7 @@ def test_a_disk_that_takes_parts_gets_all_of_it(
     assert (tmp_path / "file").read_bytes() == data_of(5 * SECTOR + 7)
 
 
-def test_a_file_is_on_the_disk_when_it_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_on_the_disk_after_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
     with FileWriter(tmp_path / "file") as writer:
@@ -107,7 +105,7 @@ def test_a_disk_that_refuses_is_reported_and_leaves_no_thread_or_handle(
     assert threading.active_count() == threads and num_handles() == handles
 
 
-def test_a_writer_that_is_left_by_an_error_raises_that_one(tmp_path: Path) -> None:
+def test_a_writer_that_is_left_by_an_error_raises_that_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), FileWriter(tmp_path / "file") as writer:
         writer.write(b"abc")
         raise ZeroDivisionError
@@ -184,7 +182,7 @@ def test_few_of_many_files_are_open(tmp_path: Path) -> None:
     assert num_handles() == handles
 
 
-def test_a_file_that_was_replaced_is_not_read_for_the_one_that_is_mapped(tmp_path: Path) -> None:
+def test_a_replaced_file_is_not_read_for_the_mapped_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
     file = MappedFile(tmp_path / "file")
     (tmp_path / "new").write_bytes(b"new")
@@ -218,7 +216,7 @@ def test_pages_in_the_cache_are_known(tmp_path: Path) -> None:
     assert mapped._in_cache(0, 64 * SECTOR) and mapped._in_cache(3 * SECTOR, 3 * SECTOR + 1)
 
 
-def test_memory_is_used_again_but_never_while_it_is_used(tmp_path: Path) -> None:
+def test_memory_is_reused_but_never_while_in_use(tmp_path: Path) -> None:
     data = data_of(40 * SECTOR)
     (tmp_path / "file").write_bytes(data)
     file = MappedFile(tmp_path / "file")
@@ -273,7 +271,7 @@ def test_what_fails_in_the_thread_is_raised_where_it_would_have_come() -> None:
         next(each)
 
 
-def test_one_who_stops_early_leaves_no_thread() -> None:
+def test_a_reader_that_stops_early_leaves_no_thread() -> None:
     threads = threading.active_count()
     each = prefetch(range(10))
     next(each)

@@ -42,7 +42,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_others_checkpoints_give_their_weights(foreign: Path, kind: str) -> None:
+def test_foreign_checkpoints_give_their_weights(foreign: Path, kind: str) -> None:
     qwen, checkpoint = load_config(foreign / "hf"), find_checkpoint(foreign / kind)
     assert checkpoint
     with pytest.raises(KitError, match=r"has 128 rows, .* vocab_size=11: the 117 extra rows are .* --drop-rows true"):

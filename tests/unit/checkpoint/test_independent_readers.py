@@ -28,7 +28,7 @@ def test_what_a_cast_makes_zero_is_counted(tmp_path: Path) -> None:
     assert report.line().endswith("all bits agree; 1 values became zero in the cast")
 
 
-def test_a_buffer_of_old_transformers_is_no_weight(tmp_path: Path) -> None:
+def test_a_buffer_of_old_transformers_is_not_a_weight(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     pair.change_hf(lambda weights: weights.update({name: torch.ones(2)}))
@@ -81,7 +81,7 @@ def split_words(pair: Pair, *blocks: tuple[int, Tensor]) -> None:
     (pair.path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def test_blocks_over_one_another_and_holes_are_no_proof(tmp_path: Path) -> None:
+def test_overlapping_blocks_and_holes_fail_the_verification(tmp_path: Path) -> None:
     pair = Pair(tmp_path, dist=True)
     words = pair.weights["model.embed_tokens.weight"]
     split_words(pair, (0, words[:4]), (4, words[4:9]), (9, words[9:]))

@@ -72,7 +72,7 @@ def passes(load: Callable[[], Any]) -> bool:
     return True
 
 
-def test_the_c_unpickler_looks_up_the_same_names_in_what_passes() -> None:
+def test_the_c_unpickler_looks_up_the_same_names_in_accepted_pickles() -> None:
     rng, seeds = random.Random(1), [pickle.dumps(value, protocol) for value in VALUES for protocol in (2, 4)]
     assert all(passes(RestrictedUnpickler(seed, FILE).load) for seed in seeds)
     passed = 0

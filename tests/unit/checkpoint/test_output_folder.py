@@ -56,7 +56,7 @@ def complete(names: tuple[str, ...]) -> dict[str, str]:
 
 @pytest.mark.parametrize("names", [MEGATRON, HUGGING_FACE])
 @pytest.mark.parametrize("made", [True, False])
-def test_everything_gets_its_final_place(tmp_path: Path, names: tuple[str, ...], made: bool) -> None:
+def test_everything_is_moved_to_its_final_place(tmp_path: Path, names: tuple[str, ...], made: bool) -> None:
     folder = tmp_path / "deep" / "new"
     if made:
         folder.mkdir(parents=True)
@@ -131,7 +131,7 @@ def killed(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_a_killed_run_left_is_replaced(killed: Path) -> None:
+def test_leftovers_of_a_killed_run_are_replaced(killed: Path) -> None:
     check_output_folder(killed, killed.parent / "source")
     write_folder_atomically(killed, write(HUGGING_FACE))
     assert content(killed) == complete(HUGGING_FACE)
@@ -157,7 +157,7 @@ def test_what_a_killed_run_did_not_write_is_never_removed(killed: Path, foreign:
 
 
 @pytest.mark.parametrize("mark", [None, "", "[]", '{"published": 3}', '{"published": {"config.json": null}}', "{}"])
-def test_a_mark_that_names_nothing_gives_nothing_away(tmp_path: Path, mark: str | None) -> None:
+def test_a_marker_that_names_no_files_removes_nothing(tmp_path: Path, mark: str | None) -> None:
     write((".unfinished/x", *HUGGING_FACE))(tmp_path)
     if mark is not None:
         (tmp_path / ".unfinished.json").write_text(mark)
@@ -178,7 +178,7 @@ def test_a_target_that_cannot_be_written_is_reported_beforehand(
         check_disk_space(tmp_path / "a" / "b", 10**18)
 
 
-def test_the_room_that_a_killed_run_takes_counts_as_free(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_space_that_a_killed_run_takes_counts_as_free(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_folder, "free_bytes", lambda path: 0)
     left = sum(path.stat().st_size for path in killed.rglob("*") if path.is_file())
     check_disk_space(killed, left)

@@ -130,7 +130,7 @@ def test_tensors_of_several_archives_are_made_in_turn_and_reported() -> None:
         assert same(loaded, {name: tensor.materialize() for name, tensor in value.items()})
 
 
-def test_a_tensor_other_than_announced_is_an_error_of_ours() -> None:
+def test_a_tensor_other_than_announced_is_an_internal_error() -> None:
     with pytest.raises(AssertionError):
         archive(LazyTensor((2,), torch.float32, lambda: [[torch.ones(3)]]))
     with pytest.raises(AssertionError):

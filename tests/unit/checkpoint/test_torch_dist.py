@@ -262,7 +262,7 @@ def test_metadata_names_no_file_outside_its_folder(tmp_path: Path, name: str) ->
         TorchDistReader(tmp_path)
 
 
-def test_blocks_over_one_another_are_reported(tmp_path: Path) -> None:
+def test_overlapping_blocks_are_reported(tmp_path: Path) -> None:
     state = torch.randn(4, 8, 6)
     half = state[:, :4]
     reader = TorchDistReader(

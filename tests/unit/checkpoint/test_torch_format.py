@@ -33,7 +33,7 @@ def test_what_torch_saves_is_loaded(tmp_path: Path) -> None:
     assert loaded["optimizer"][0] == 3
 
 
-def test_a_file_of_something_else_is_reported(tmp_path: Path) -> None:
+def test_an_unrelated_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
     with pytest.raises(KitError, match=r"model_optim_rng\.pt cannot be read \(No such file"):
         load_rank_file(path)

@@ -41,7 +41,7 @@ WEIGHTS = st.lists(st.fractions(Fraction(1, 1000), 1000, max_denominator=1000), 
 
 @settings(max_examples=60, deadline=None)
 @given(WEIGHTS, st.integers(0, 10**15))
-def test_each_has_its_share_after_any_number_and_each_sample_comes_once(weights: list[Fraction], start: int) -> None:
+def test_each_has_its_share_after_any_number_and_each_sample_is_used_once(weights: list[Fraction], start: int) -> None:
     made = blended(*weights)
     shares = [weight / sum(weights) for weight in weights]
     counts = made.counts(start)
@@ -135,7 +135,7 @@ def test_one_path_several_with_weights_or_a_file(data: SimpleNamespace) -> None:
         ("{a}x", "DATASET_PATH=.*ax is not a dataset"),
     ],
 )
-def test_what_is_no_blend_is_reported(data: SimpleNamespace, text: str, message: str) -> None:
+def test_an_invalid_blend_is_reported(data: SimpleNamespace, text: str, message: str) -> None:
     with pytest.raises(KitError, match=message):
         read_blend(text.format(a=data.a))
 

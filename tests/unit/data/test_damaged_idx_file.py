@@ -76,7 +76,7 @@ def test_a_mutated_index_is_refused_or_is_the_same_data(tmp_path: Path, dtype: s
     assert refused > 800
 
 
-def test_two_faults_that_hide_each_other_are_refused_too(tmp_path: Path) -> None:
+def test_two_faults_that_mask_each_other_are_refused_too(tmp_path: Path) -> None:
     """Lengths with the sum they had, and their offsets with them: the documents' bounds in the data would be others."""
     prefix = write(tmp_path / "a")
     index = idx_path(prefix).read_bytes()
@@ -135,7 +135,7 @@ def test_an_index_of_a_kind_that_is_not_text_alone_is_refused(tmp_path: Path) ->
         IndexedDataset(prefix)
 
 
-def test_what_may_not_be_read_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = write(tmp_path / "a")
     opened = Path.open
 

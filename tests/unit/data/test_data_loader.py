@@ -83,7 +83,7 @@ def workers(others: list[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_readers_begin_anew_by_the_same_processes_and_share_what_is_read(
+def test_readers_restart_with_the_same_processes_and_share_what_is_read(
     samples: SampleDataset, num_workers: int
 ) -> None:
     sizes = {"global_batch_size": 2, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1, "num_workers": num_workers}

@@ -145,7 +145,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, kind: str, li
     assert same(epoch(pickle.loads(pickle.dumps(samples)), 1), second)
 
 
-def test_many_samples_are_not_listed_unless_an_older_run_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_samples_are_listed_only_where_an_older_run_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shuffle, "MAX_LISTED", 29)  # 12 documents and 17 samples
     files = pretrain_data(tmp_path)
     few = pretrain(files)

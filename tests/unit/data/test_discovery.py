@@ -40,7 +40,7 @@ def test_a_file_that_is_given_twice_is_recognized_by_any_of_its_names(
         assert len(caplog.messages) == 1 and "INPUT names 1 file more than once" in caplog.text
 
 
-def test_what_is_no_file_of_rows_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(KitError, match=r"pipe\.jsonl is not a regular file"):
         find_inputs(str(tmp_path / "pipe.jsonl"))

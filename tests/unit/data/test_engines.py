@@ -119,7 +119,7 @@ OTHERWISE = {
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
-def test_what_gigatoken_does_otherwise_is_left_to_tokenizers(
+def test_what_gigatoken_does_differently_is_left_to_tokenizers(
     qwen: Path, tmp_path: Path, log: Callable[[], str], name: str
 ) -> None:
     change, message = OTHERWISE[name]
@@ -151,9 +151,7 @@ def test_without_the_package_tokenizers_is_used(
 
 
 @pytest.mark.parametrize("engine", ["auto", "gigatoken"])
-def test_a_difference_on_the_users_own_text_stops_the_run(
-    qwen: Path, monkeypatch: pytest.MonkeyPatch, engine: str
-) -> None:
+def test_a_difference_on_the_users_text_stops_the_run(qwen: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     real = Gigatoken.encode_flat
 
     def wrong(self: Gigatoken, texts: list[str], parse_special: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -143,7 +143,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, compress: An
         detect_layout(path)
 
 
-def test_a_bomb_is_read_in_little_memory(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_read_in_little_memory(tmp_path: Path) -> None:
     """A gigabyte of rows in 100 KB: neither its window nor what a block inflates to is held."""
     code = """if True:
         import resource, sys
@@ -305,7 +305,7 @@ def test_a_bad_element_is_a_bad_row_and_the_others_are_read(
     assert element == 2 and message in cause and is_complete == ("MAX_ROW_BYTES" not in message)
 
 
-def test_a_byte_order_mark_alone_is_no_array(tmp_path: Path) -> None:
+def test_a_file_with_only_a_byte_order_mark_is_no_array(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf\n{"text": "[a"}\n')
     assert not detect_layout(path).array

@@ -55,7 +55,7 @@ def test_rows_that_are_lost_would_be_found(tmp_path: Path, monkeypatch: pytest.M
         take(gzip.compress(files.as_lines(files.ROWS)))
 
 
-def test_documents_that_are_others_would_be_found(tmp_path: Path) -> None:
+def test_changed_documents_would_be_found(tmp_path: Path) -> None:
     _, take = data_surfaces.SURFACES["index"](tmp_path, 0, 0)
     tokens = IndexedDataset(tmp_path / "data")[2]
     data = (tmp_path / "data.bin").read_bytes()
@@ -68,7 +68,7 @@ def test_documents_that_are_others_would_be_found(tmp_path: Path) -> None:
         take(len(index).to_bytes(8, "little") + index + data)
 
 
-def test_a_row_that_is_rendered_otherwise_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_rendered_differently_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, take = data_surfaces.SURFACES["rows"](tmp_path, 0, 0)
     case = b"qwen3 all answer whole system\n" + json.dumps(rows.SOURCES[0]).encode()
     take(case)

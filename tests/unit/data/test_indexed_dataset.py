@@ -125,7 +125,7 @@ def test_nothing_has_its_final_name_before_close(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "a.idx"}
 
 
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+def test_an_error_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), IndexedDatasetBuilder(tmp_path / "a", "<i4") as writer:
         writer.add_document([1 // 0])
     assert not list(tmp_path.iterdir())

@@ -72,14 +72,14 @@ def test_parts_are_of_one_size_and_keep_the_order_over_files(tmp_path: Path) -> 
     assert {len(part) for part in parts[:4]} == {22, 23}, "512 bytes of 23 each"
 
 
-def test_a_gz_file_that_begins_where_a_part_does_is_read_once(tmp_path: Path) -> None:
+def test_a_gz_file_at_the_start_of_a_part_is_read_once(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(b'{"text": "%s"}\n' % name.encode(), mtime=0))
     found = read_all(find_inputs(str(tmp_path)), 2)
     assert [[record["text"] for record in part] for part in found] == [["a"], ["b"]]
 
 
-def test_a_byte_order_mark_is_one_at_the_files_start_alone(tmp_path: Path) -> None:
+def test_a_byte_order_mark_counts_only_at_the_start_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')
     with pytest.raises(KitError, match=r"a\.jsonl, line 2: it is not JSON"):

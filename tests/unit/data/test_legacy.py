@@ -84,7 +84,7 @@ def test_it_is_what_the_old_kit_trains_on() -> None:
         ([600, -3, -100, -100], "row 0 holds the token id 600, but .* has 400 tokens"),
     ],
 )
-def test_what_is_no_old_data_is_reported(qwen: Path, tmp_path: Path, row: list[int], message: str) -> None:
+def test_invalid_legacy_data_is_reported(qwen: Path, tmp_path: Path, row: list[int], message: str) -> None:
     source = write(tmp_path / "old", [row])
     with pytest.raises(KitError, match=message):
         import_legacy(source, tmp_path / "data", load_tokenizer(qwen))
@@ -97,7 +97,7 @@ def test_data_of_another_type_is_reported(qwen: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["an old one", "an old one_text_document"])
-def test_what_would_train_on_it_or_show_it_names_the_command_that_takes_it_over(
+def test_commands_that_read_it_name_the_command_that_imports_it(
     qwen: Path, tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "an old one_text_document", [old_row(A, B), old_row(C)])
@@ -125,6 +125,6 @@ def test_what_would_train_on_it_or_show_it_names_the_command_that_takes_it_over(
     assert samples.samples_per_epoch == 3
 
 
-def test_data_of_pretraining_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_pretraining_data_is_not_accepted_as_legacy_data(tmp_path: Path) -> None:
     for name, rows in {"odd": [[1, 2, 3]], "plain": [[1, 2, 3, 4]], "empty": []}.items():
         refuse_legacy(DataFiles("pretrain", write(tmp_path / name, rows)))

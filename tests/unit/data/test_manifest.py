@@ -53,13 +53,13 @@ def test_data_without_a_manifest(tmp_path: Path) -> None:
     assert resolve(str(other)) == DataFiles("pretrain", other)
 
 
-def test_a_json_of_someone_else_is_no_manifest(tmp_path: Path) -> None:
+def test_a_foreign_json_file_is_no_manifest(tmp_path: Path) -> None:
     files(tmp_path / "a_text_document")
     (tmp_path / "a.json").write_text('{"kind": "sft"}')
     assert resolve(str(tmp_path / "a")).manifest is None
 
 
-def test_what_is_no_dataset_is_reported(tmp_path: Path) -> None:
+def test_a_prefix_without_a_dataset_is_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"DATASET_PATH=.*none is not a dataset: neither .*none\.json nor .*none\.idx"):
         resolve(str(tmp_path / "none"))
     files(tmp_path / "a_text_document", tmp_path / "a_loss_mask_document")
@@ -73,7 +73,7 @@ def test_what_is_no_dataset_is_reported(tmp_path: Path) -> None:
         resolve(str(tmp_path / "a"))
 
 
-def test_counts_that_do_not_reconcile_are_our_own_mistake(tmp_path: Path) -> None:
+def test_counts_that_do_not_add_up_are_an_internal_error(tmp_path: Path) -> None:
     wrong = content("pretrain", tokens="a")
     wrong["documents"]["dropped"] = {"no text": 1}
     with pytest.raises(AssertionError):

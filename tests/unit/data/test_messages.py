@@ -22,7 +22,7 @@ def answer(**fields: Any) -> Conversation:
 
 @pytest.mark.parametrize("who", ["gpt", "chatgpt", "bing", "bard", "model", "assistant"])
 @pytest.mark.parametrize("kind", ["messages", "conversations"])
-def test_either_formats_words_are_read_in_either_list(who: str, kind: str) -> None:
+def test_both_formats_names_are_read_in_either_list(who: str, kind: str) -> None:
     expected = [USER, ANSWER]
     for turns in (
         [{"from": "human", "value": "q"}, {"from": who, "value": "a"}],

@@ -130,7 +130,7 @@ def test_the_first_bad_row_names_on_error_once(made: Callable[..., SftEncoder], 
     assert str(elsewhere.value).endswith("line 1: x")
 
 
-def test_the_net_lets_through_what_is_no_rows_fault(tmp_path: Path) -> None:
+def test_errors_that_are_not_a_rows_fault_are_raised(tmp_path: Path) -> None:
     bad = BadRows(Chunk(tmp_path / "a", 0, b"{}\n", 3), skip=True)
     for error in (KitError("x"), MemoryError(), KeyboardInterrupt(), SystemExit(1)):
         for net in (ignore_bad_row, lambda: bad.row(0)):
@@ -146,7 +146,9 @@ def test_the_net_lets_through_what_is_no_rows_fault(tmp_path: Path) -> None:
     assert len(bad.rows) == 5
 
 
-def test_pretraining_has_the_same_net(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretraining_has_the_same_handling_of_errors(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = load_tokenizer(qwen)
     data = b'{"text": "a"}\n{"txt": "b"}\n{"text": "odd"}\n'
     real = type(tokenizer).count_special

@@ -80,7 +80,7 @@ def test_parts_joined_in_any_order_are_the_uninterrupted_run(
     assert content["documents"] == {"read": 18000, "kept": 17980, "dropped": {BAD_ROWS[9:]: 20}}
 
 
-def test_a_run_of_all_takes_up_the_parts_of_others(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
+def test_a_run_of_all_reuses_the_parts_of_others(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     runner.run(job(tmp_path, 3, 1))
     seen = []
 
@@ -220,7 +220,7 @@ def test_the_rejects_file_holds_file_line_cause_and_row(tmp_path: Path, workers:
     assert found == expected and len(found) == 20
 
 
-def test_a_row_that_is_no_text_is_kept_in_base64_and_an_element_by_its_number(tmp_path: Path) -> None:
+def test_a_row_that_is_no_text_is_recorded_in_base64_and_an_element_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "b.txt"
     path.write_bytes(b"good\nbad\xff\n")
     other = tmp_path / "a.txt"

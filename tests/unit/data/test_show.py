@@ -99,7 +99,7 @@ def written(tmp_path: Path, qwen: Path) -> list[str]:
         ("ascii", "\\U0001f600 \\u4f60"),
     ],
 )
-def test_what_a_terminal_would_obey_or_cannot_show_is_escaped(written: list[str], encoding: str, wide: str) -> None:
+def test_control_and_unprintable_characters_are_escaped(written: list[str], encoding: str, wide: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([*written[:-1], "1"], env=environment, capture_output=True, check=True)
     text = done.stdout.decode(encoding).split("\n", 1)[1]

@@ -24,7 +24,7 @@ def test_each_element_has_one_position_whichever_way_it_is_queried(size: int) ->
     assert [permutation[i] for i in range(min(size, 300))] == places[:300]
 
 
-def test_a_place_is_found_among_a_trillion_without_a_list() -> None:
+def test_a_position_among_a_trillion_is_found_without_a_list() -> None:
     permutation = keyed_shuffle(10**12, 1234, 7)
     indices = np.random.default_rng(0).integers(0, 10**12, 10_000).astype(np.uint64)
     places = permutation[indices]
@@ -64,7 +64,7 @@ def test_over_the_keys_each_element_is_anywhere_as_often_as_elsewhere(size: int)
     assert unevenness(np.bincount(steps, minlength=size)[1:]) < 4
 
 
-def test_one_order_has_no_drift_no_runs_and_nothing_of_the_epoch_before() -> None:
+def test_one_order_has_no_drift_no_runs_and_no_trace_of_the_previous_epoch() -> None:
     size = 1_000_003
     first, second = (np.array(listed(keyed_shuffle(size, 5, epoch)), np.int64) for epoch in (0, 1))
     elements = np.arange(size)
@@ -109,7 +109,7 @@ def test_groups_hold_each_document_once_and_a_position_leads_into_it(
         assert after == order[order.index(places[position][0]) :]
 
 
-def test_neighbours_of_one_epoch_are_not_those_of_the_next(
+def test_neighbours_in_one_epoch_are_not_neighbours_in_the_next(
     tokens: IndexedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shuffle, "GROUP", 50)

@@ -81,7 +81,7 @@ def test_the_picture(tmp_path: Path) -> None:
         write_png(np.array([1]), "data", tmp_path / "no" / "a.png")
 
 
-def test_without_matplotlib_the_way_out_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_remedy_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(KitError, match=r"plotting needs matplotlib: install requirements/plots\.txt"):
         write_png(np.array([1]), "data", tmp_path / "a.png")

@@ -52,13 +52,13 @@ def test_the_last_answer_is_left_to_the_model(tmp_path: Path) -> None:
     assert first.given == [{"role": "user", "content": "Be brief.\n1+1?"}]
 
 
-def test_a_text_is_given_in_part(tmp_path: Path) -> None:
+def test_a_long_text_is_quoted_in_part(tmp_path: Path) -> None:
     long, short = read_prompts(rows(tmp_path, TEXT, {"text": "abcd"}), 2, "system")
     assert (long.given, long.expected) == (TEXT["text"][:60], TEXT["text"][60:120])
     assert (short.given, short.expected) == ("ab", "cd")
 
 
-def test_a_row_of_no_use_is_named(tmp_path: Path) -> None:
+def test_an_unusable_row_is_named(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="rows.jsonl, line 2: its fields 'text' match no known format"):
         read_prompts(rows(tmp_path, INSTRUCTION, TEXT), 2, "system")
     with pytest.raises(KitError, match="rows.jsonl, line 2: it has no field 'text'"):

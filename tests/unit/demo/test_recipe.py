@@ -63,7 +63,7 @@ def test_each_step_reads_what_an_earlier_one_writes(tmp_path: Path) -> None:
             written.add(step.output)
 
 
-def test_own_rows_of_conversations_are_for_fine_tuning(tmp_path: Path) -> None:
+def test_the_users_conversations_are_for_fine_tuning(tmp_path: Path) -> None:
     row = {"instruction": "", "input": "1+1?", "output": "2"}
     steps = own(tmp_path / "work", tmp_path / "a", row, epochs=2.5, lr=3e-5, truncate="drop", seq_length=64)
     assert [step.name for step in steps] == [
@@ -76,7 +76,7 @@ def test_own_rows_of_conversations_are_for_fine_tuning(tmp_path: Path) -> None:
     assert steps[2].settings["TRAIN_MODE"] == "finetune" and steps[-1].command[-1] == str(tmp_path / "work" / "answers")
 
 
-def test_own_texts_are_for_pretraining(tmp_path: Path) -> None:
+def test_the_users_texts_are_for_pretraining(tmp_path: Path) -> None:
     steps = own(tmp_path / "work", tmp_path / "a", {"text": "abc"})
     assert [step.name for step in steps] == [
         "tokens_pretrain", "megatron", "pretrain", "torch", "huggingface", "answers",
@@ -102,7 +102,7 @@ def test_wrong_use_gets_one_message(tmp_path: Path) -> None:
         steps_of(QuickstartSettings(hf_model_path="a", input="/nowhere.jsonl"), tmp_path, "cpu")
 
 
-def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
+def test_a_foreign_folder_is_not_touched(tmp_path: Path) -> None:
     assert work_dir(QuickstartSettings()) == KIT / "work"
     assert work_dir(QuickstartSettings(work_dir=str(tmp_path))) == tmp_path
     (tmp_path / "steps").mkdir()

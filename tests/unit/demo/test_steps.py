@@ -91,7 +91,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert (content(tmp_path, "one"), content(tmp_path, "two")) == ("whole", "whole")
 
 
-def test_a_lost_result_is_made_again_and_all_that_came_of_it(tmp_path: Path) -> None:
+def test_a_lost_result_and_all_later_ones_are_made_again(tmp_path: Path) -> None:
     three = [writes(tmp_path, name, resumes=True) for name in ("one", "two", "three")]
     run(tmp_path, *three)
     (tmp_path / "two" / "result").unlink()
@@ -100,7 +100,7 @@ def test_a_lost_result_is_made_again_and_all_that_came_of_it(tmp_path: Path) -> 
     assert [content(tmp_path, name) for name in ("one", "two", "three")] == ["whole"] * 3
 
 
-def test_what_an_interrupted_run_left_is_removed_unless_the_step_resumes_from_it(tmp_path: Path) -> None:
+def test_leftovers_of_an_interrupted_run_are_removed_unless_the_step_resumes_from_them(tmp_path: Path) -> None:
     for name in ("anew", "on"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result").write_text("half ")

@@ -96,7 +96,7 @@ def test_the_fields_are_those_of_the_installed_classes(section: str) -> None:
 
 
 @pytest.mark.parametrize("section", CLASSES)
-def test_what_a_setting_of_the_kit_sets_is_a_field(section: str) -> None:
+def test_what_a_setting_of_the_kit_sets_is_an_existing_field(section: str) -> None:
     """In some version: a name that none has would protect nothing."""
     fields = fields_of(section)
     found = {

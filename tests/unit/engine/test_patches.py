@@ -69,7 +69,7 @@ def test_the_installed_version_has_what_a_patch_replaces(patch: Patch) -> None:
         check(patch)
 
 
-def test_a_patch_of_what_is_gone_is_found() -> None:
+def test_a_patch_of_removed_code_is_found() -> None:
     with pytest.raises(AssertionError, match="does not read _gone"):
         check(Patch("megatron.core.transformer.mlp", "_gone", None, "for this test"))
     with pytest.raises(AssertionError):

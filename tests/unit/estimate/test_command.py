@@ -194,7 +194,7 @@ def test_it_shows_the_checkpoint_and_the_best_save_interval_of_the_first_layout(
     assert [trains, now] == [f"{100 * first[name]:.1f}" for name in ("trains", "trains_as_asked")]
 
 
-def test_a_save_that_training_hardly_waits_for_is_made_more_often(model: Path) -> None:
+def test_cheap_saves_are_made_more_often(model: Path) -> None:
     options = {"hf_model_path": model, "gpu": "H100", "gpus": 8, "tp": 2, "pp": 1, "micro_batch_size": 1}
     waits, goes_on = (
         json.loads(run(**options, json=True, **flags))["layouts"][0] for flags in ({}, {"save_stall_s": 5.0})

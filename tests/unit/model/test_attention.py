@@ -56,7 +56,7 @@ def test_flash_attention_4_gives_what_sdpa_gives_where_megatron_core_has_it(flas
     assert why_not(FlashAttention4, HEADS, CPU) == ""  # gradients too
 
 
-def test_transformer_engines_own_is_left_where_none_works(
+def test_transformer_engines_own_is_used_where_none_works(
     flash_4: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with caplog.at_level(logging.INFO, logger="kit"):

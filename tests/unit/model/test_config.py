@@ -156,7 +156,7 @@ def test_rope_of_the_default_kind_is_plain_rope(where: str, name: str) -> None:
     qwen.check_trainable()
 
 
-def test_a_field_that_is_null_or_not_known_is_as_transformers_takes_it() -> None:
+def test_a_null_or_unknown_field_is_read_as_in_transformers() -> None:
     nulls = ("num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters", "layer_types", "quantization_config")
     qwen = parse(**dict.fromkeys(nulls), _name_or_path="a", max_window_layers="x", sliding_window=None, new_field=[{}])
     assert (qwen.num_key_value_heads, qwen.head_dim, qwen.unsupported) == (28, 128, ())

@@ -27,7 +27,7 @@ def raised(error: BaseException) -> str:
     ],
     ids=lambda given: type(given).__name__,
 )
-def test_whatever_is_raised_becomes_one_line(error: BaseException, line: str) -> None:
+def test_every_exception_becomes_one_line(error: BaseException, line: str) -> None:
     assert raised(error) == line
 
 

@@ -50,7 +50,7 @@ def products(folder: Path, **changes: Any) -> Any:
     return kernels.mlp_products(qwen, ONE, replace(OPTIONS, **changes), FUSED, None)
 
 
-def test_elsewhere_than_on_hopper_there_are_none(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_there_are_none_except_on_hopper(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     assert products(tmp_path) is None
     assert log.messages == ["SwiGLU: beside matrix products (QuACK: it is made for Hopper GPUs)"]
     with pytest.raises(KitError, match=r"FUSED_PRODUCTS=true, and QuACK has no SwiGLU inside matrix products here"):

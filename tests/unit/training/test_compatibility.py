@@ -136,7 +136,7 @@ def test_layers_of_transformer_engine_need_it(monkeypatch: pytest.MonkeyPatch) -
         check_packages(settings(), PLATFORMS[platform])
 
 
-def test_what_is_installed_here_is_nothing_to_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_does_not_depend_on_what_is_installed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, None, "0.16.1")
     for changes, _, _ in OF_NGC_24_03:
         check_layers(settings(**changes), PLATFORMS["nvidia"])

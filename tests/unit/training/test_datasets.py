@@ -108,7 +108,7 @@ def preprocessed(folder: Path, rows: list[bytes], manifest: bool) -> Path:
 
 
 @pytest.mark.parametrize("manifest", [True, False])
-def test_a_copy_is_the_same_data_and_one_mended_row_is_not(tmp_path: Path, manifest: bool) -> None:
+def test_a_copy_is_the_same_data_and_one_edited_row_is_not(tmp_path: Path, manifest: bool) -> None:
     rows = [b"row %03d" % number for number in range(300)]
     data = preprocessed(tmp_path / "a", rows, manifest)
     shutil.copytree(data.parent, tmp_path / "elsewhere")
@@ -122,7 +122,7 @@ def test_a_copy_is_the_same_data_and_one_mended_row_is_not(tmp_path: Path, manif
     assert content_hash(f"1 {again} 2 {edited}") == content_hash(blends[0])
 
 
-def test_a_mask_that_is_mended_is_other_data(tmp_path: Path) -> None:
+def test_an_edited_mask_is_other_data(tmp_path: Path) -> None:
     for name, weight in (("a", 1.0), ("b", 0.5)):
         (tmp_path / name).mkdir()
         for stream, value, kind in (("text", 7, "<u2"), ("loss_mask", weight, "<f4")):

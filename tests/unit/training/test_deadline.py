@@ -25,7 +25,7 @@ def test_the_minutes_count_from_the_start_of_the_command(clock: SimpleNamespace)
     assert end.is_near(0)  # the step before took 9 s, and the next would end at 1068
 
 
-def test_room_is_left_for_the_longest_step_so_far_and_a_save_that_is_slower_than_the_last(
+def test_time_is_left_for_the_longest_step_so_far_and_a_save_slower_than_the_last(
     clock: SimpleNamespace,
 ) -> None:
     end = Deadline(10)  # at 1600
@@ -45,7 +45,7 @@ def test_without_it_no_time_is_near(clock: SimpleNamespace) -> None:
     assert not Deadline(None).is_near(1e9)
 
 
-def test_a_process_that_no_command_of_the_kit_started_begins_now(
+def test_a_process_not_started_by_the_kit_counts_from_now(
     clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(STARTED)

@@ -18,7 +18,7 @@ def plan(kind: str, most: float | None) -> Any:
     )
 
 
-def test_over_the_bound_the_run_stops() -> None:
+def test_the_run_stops_over_the_bound() -> None:
     check_first_loss(plan("weights", 3.0), 2.99)
     with pytest.raises(KitError, match=r"the first loss is 3\.0100, above MAX_FIRST_LOSS=3: .* rms_norm_eps"):
         check_first_loss(plan("weights", 3.0), 3.01)

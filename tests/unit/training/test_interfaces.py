@@ -25,7 +25,7 @@ def external_interface() -> tuple[str, str] | None:
     return None
 
 
-def test_own_addresses_are_known() -> None:
+def test_local_addresses_are_known() -> None:
     assert is_own_host("localhost") and is_own_host("127.0.0.1")
     assert not is_own_host("192.0.2.1")  # RFC 5737: reserved for documentation
     assert not is_own_host("no-such-host.invalid")
@@ -41,7 +41,7 @@ def test_a_port_is_waited_for() -> None:
         assert wait_for_port("127.0.0.1", port, 10) == "" and time.monotonic() - began < 5
 
 
-def test_the_way_to_a_host_starts_at_an_own_address() -> None:
+def test_the_route_to_a_host_starts_at_a_local_address() -> None:
     assert address_towards("127.0.0.1", 29500) == "127.0.0.1"
     assert address_towards("no-such-host.invalid", 29500) is None
 

@@ -55,7 +55,7 @@ def settings(**changes: Any) -> TrainSettings:
     return TrainSettings(save_checkpoint_path="s", dataset_path="d", epochs=1.0, **changes)
 
 
-def test_a_node_alone_meets_at_a_port_that_is_free_so_that_runs_do_not_meet_each_other() -> None:
+def test_a_single_node_uses_a_free_port_so_that_runs_do_not_collide() -> None:
     ports = [with_port(settings()).meeting_place[1] for _ in range(2)]
     taken = [socket.socket() for _ in ports]
     for port, one in zip(ports, taken, strict=True):
@@ -83,7 +83,7 @@ def failure(local_rank: int, exitcode: int, timestamp: int) -> ProcessFailure:
     return found
 
 
-def test_the_process_that_was_killed_is_named_before_those_that_complain_of_it(
+def test_the_killed_process_is_named_before_those_that_failed_because_of_it(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(EXIT_REASONS, str(tmp_path))

@@ -32,7 +32,7 @@ def plan(work: Path, **changes: Any) -> Plan:
     return plan_run(TrainSettings(**(values | changes)), CPU)
 
 
-def test_what_is_a_nodes_own_is_no_difference(work: Path, tmp_path: Path) -> None:
+def test_settings_specific_to_a_node_are_no_difference(work: Path, tmp_path: Path) -> None:
     shutil.copytree(work, tmp_path / "copy")
     here = facts_of(plan(work, node_rank=0))
     there = facts_of(plan(tmp_path / "copy", node_rank=1, master_addr="localhost.", rdzv_endpoint="b:1"))

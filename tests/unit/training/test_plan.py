@@ -75,7 +75,7 @@ def test_a_run_resumes_its_newest_iteration_whatever_it_first_started_from(
 
 @pytest.mark.parametrize("initial", ["auto", "true"])
 @pytest.mark.parametrize("iteration", [RELEASE, 40])
-def test_a_first_run_takes_the_weights_alone(initial: str, iteration: int | str, tmp_path: Path) -> None:
+def test_a_first_run_loads_only_the_weights(initial: str, iteration: int | str, tmp_path: Path) -> None:
     load = write_checkpoint(tmp_path / "load", iteration)
     save = tmp_path / "save"
     for made in (False, True):  # no folder, then an empty one

@@ -62,7 +62,7 @@ def test_nodes_that_are_alike_all_continue(settings: Callable[..., TrainSettings
     assert not (tmp_path / "save" / ".nodes").exists()
 
 
-def test_every_node_hears_which_ones_differ(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
+def test_every_node_is_sent_which_ones_differ(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
     ends = together(
         check(settings(0)), check(settings(1), ALIKE | {"LR": "2"}),
         check(settings(2, save_checkpoint_path=str(tmp_path / "own"))),

@@ -47,7 +47,7 @@ with exit_on_error():
     [("KitError('TP=3')", []), ("SystemExit(7)", []), ("ValueError('ours')", ["traceback_3"]),
      ("OSError(13, 'x', 'a')", ["traceback_3"])],
 )  # fmt: skip
-def test_what_may_befall_one_rank_alone_leaves_a_traceback(tmp_path: Path, raised: str, left: list[str]) -> None:
+def test_errors_of_one_rank_alone_leave_a_traceback(tmp_path: Path, raised: str, left: list[str]) -> None:
     program = f"""
 from common.errors import KitError
 from common.training.launching.rank_exit import exit_on_error

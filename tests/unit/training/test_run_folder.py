@@ -35,7 +35,7 @@ def plan(folder: Path, model: Path) -> Any:
     return SimpleNamespace(settings=settings, start=SimpleNamespace(model_folder=model))
 
 
-def test_what_a_killed_run_left_is_removed_and_nothing_else(
+def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
@@ -50,7 +50,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(
         assert name in caplog.text
 
 
-def test_a_checkpoint_takes_the_place_of_an_older_one_of_its_name(tmp_path: Path, model: Path) -> None:
+def test_a_checkpoint_replaces_an_older_one_of_the_same_name(tmp_path: Path, model: Path) -> None:
     folder = RunFolder(plan(tmp_path / "run", model))
     final = folder.path / "iter_0000005"
     for content in ("old", "new"):
@@ -64,7 +64,7 @@ def test_a_checkpoint_takes_the_place_of_an_older_one_of_its_name(tmp_path: Path
     assert sorted(path.name for path in folder.path.iterdir()) == [LOCK_FILE, "config.json", "iter_0000005"]
 
 
-def test_what_a_failed_save_left_is_no_part_of_the_next(tmp_path: Path, model: Path) -> None:
+def test_leftovers_of_a_failed_save_are_no_part_of_the_next(tmp_path: Path, model: Path) -> None:
     folder = RunFolder(plan(tmp_path / "run", model))
     (folder.begin(folder.path / "iter_0000005") / "half").touch()
     assert not any(folder.begin(folder.path / "iter_0000005").iterdir())
@@ -95,7 +95,7 @@ def test_the_models_files_survive_the_folder_that_they_came_from(tmp_path: Path,
     assert (folder.path / "config.json").read_text() == "{}"
 
 
-def test_too_little_room_is_reported_before_a_checkpoint_is_begun(
+def test_too_little_space_is_reported_before_a_checkpoint_is_written(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(plan(tmp_path / "run", model))

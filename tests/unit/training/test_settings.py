@@ -35,7 +35,7 @@ def test_the_defaults_are_a_run() -> None:
     ],
     ids=str,
 )
-def test_values_at_the_edge_are_taken(changes: dict[str, Any]) -> None:
+def test_values_at_the_limit_are_accepted(changes: dict[str, Any]) -> None:
     settings(**changes)
 
 
@@ -53,7 +53,7 @@ def test_a_count_is_at_least_one(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["keep_checkpoints", "eval_interval", "eval_iters", "lr_warmup_iters", "clip_grad", "max_restarts"]
 )
-def test_what_may_be_nothing_is_not_negative(name: str) -> None:
+def test_what_may_be_zero_is_not_negative(name: str) -> None:
     settings(**{name: 0})
     with pytest.raises(KitError, match=f"{name.upper()}=-1: it must not be negative"):
         settings(**{name: -1})
