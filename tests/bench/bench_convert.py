@@ -64,7 +64,7 @@ class Result:
 
     work_s: float
     cpu_s: float
-    proof_s: float
+    verification_s: float
     peak_bytes: int
 
 
@@ -147,7 +147,7 @@ def measure(name: str, source: Path, target: Path, command: list[str], repeats: 
         flags = [f"--load-checkpoint-path={source}", f"--save-checkpoint-path={target}"]
         ours.append(run([sys.executable, "-c", PROGRAM, *command, *flags], source, target))
     work, cpu, verification = (
-        statistics.median(getattr(r, each) for r in ours) for each in ("work_s", "cpu_s", "proof_s")
+        statistics.median(getattr(r, each) for r in ours) for each in ("work_s", "cpu_s", "verification_s")
     )
     cp, cp_cpu = (statistics.median(getattr(c, each) for c in copies) for each in ("work_s", "cpu_s"))
     peak = max(result.peak_bytes for result in ours) / 2**20
@@ -166,7 +166,16 @@ def main() -> None:
         write_model(work / "hf", SHAPES[arguments.shape])
         size = sum(path.stat().st_size for path in (work / "hf").iterdir())
         print(f"{arguments.shape}, {size / 1e9:.2f} GB, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
-        columns = ("conversion", "s", "cp, s", "times cp", "CPU s", "cp's CPU s", "proof, s", "peak RssAnon, MiB")
+        columns = (
+            "conversion",
+            "s",
+            "cp, s",
+            "times cp",
+            "CPU s",
+            "cp's CPU s",
+            "verification, s",
+            "peak RssAnon, MiB",
+        )
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         kinds = {"TP2 x PP2 torch": ["--tp=2", "--pp=2"], "torch_dist": ["--ckpt-format=torch_dist"]}
         for name, flags in kinds.items():

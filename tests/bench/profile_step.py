@@ -81,12 +81,12 @@ def main() -> None:
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     attention = attention_flops_per_token(plan.qwen, settings.seq_length)
     total = flops_per_token(plan.qwen, settings.seq_length)
-    tell_purposes(events, {"attention": tokens * attention, "matrix products": tokens * (total - attention)})
-    tell_kernels(events)
-    tell_gaps(events)
+    print_purposes(events, {"attention": tokens * attention, "matrix products": tokens * (total - attention)})
+    print_kernels(events)
+    print_gaps(events)
 
 
-def tell_purposes(events: list[Any], operations: dict[str, float]) -> None:
+def print_purposes(events: list[Any], operations: dict[str, float]) -> None:
     """Prints the time of kernels per step by purpose; with `operations` their rate, and the time at the GPU's peak."""
     totals = dict.fromkeys(PURPOSES, 0.0)
     for event in events:
@@ -100,7 +100,7 @@ def tell_purposes(events: list[Any], operations: dict[str, float]) -> None:
         print(f"{total:9.1f} ms  {name}{rate}")
 
 
-def tell_kernels(events: list[Any]) -> None:
+def print_kernels(events: list[Any]) -> None:
     """Prints the kernels by their total time a step."""
     busy = sum(event.device_time_total for event in events) / MS / PROFILED
     print(f"kernels {busy:.1f} ms a step")
@@ -113,7 +113,7 @@ def tell_kernels(events: list[Any]) -> None:
         print(f"{total:9.3f} ms {100 * total / busy:5.1f}% {count:7.0f}x  {name}")
 
 
-def tell_gaps(events: list[Any]) -> None:
+def print_gaps(events: list[Any]) -> None:
     """Prints the time in which no kernel ran, and between which kernels it was lost."""
     lost: dict[str, list[float]] = {}
     ordered = sorted(events, key=lambda event: event.time_range.start)
