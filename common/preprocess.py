@@ -23,7 +23,7 @@ from common.data.sources.jsonl import first_row
 from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.errors import KitError
 from common.log import logger
-from common.settings import add_options, check_environment, from_namespace, option
+from common.settings import add_commands, check_environment, from_namespace, option
 
 HELP_DATA = "OUTPUT_PREFIX of step 1, or the full ..._document prefix"
 
@@ -190,10 +190,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
 def main() -> None:
     """Runs the requested command."""
     parser = argparse.ArgumentParser(prog="python -m common.preprocess", description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, (kind, _) in COMMANDS.items():
-        command = commands.add_parser(name, help=kind.__doc__, description=kind.__doc__)
-        add_options(command, kind)
+    for command in add_commands(parser, COMMANDS).values():
         command.add_argument("--check", action="store_true", help="check the settings and the data, and stop")
     arguments = parser.parse_args()
     log.setup()

@@ -45,6 +45,21 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
             _add_option(group, field, kinds[field.name])
 
 
+def add_commands(
+    parser: argparse.ArgumentParser, commands: Mapping[str, tuple[type, Any]]
+) -> dict[str, argparse.ArgumentParser]:
+    """Adds to `parser` one subcommand, the attribute `command`, for each name of `commands`; returns their parsers.
+
+    The flags and the help of a subcommand are those of its settings, the first element of the tuple.
+    """
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands))
+    added = {}
+    for name, (settings, _) in commands.items():
+        added[name] = subparsers.add_parser(name, help=settings.__doc__, description=settings.__doc__)
+        add_options(added[name], settings)
+    return added
+
+
 def _by_heading(settings: type) -> Iterator[tuple[str | None, list[dataclasses.Field[Any]]]]:
     fields = dataclasses.fields(settings)
     if len(settings.__bases__) == 1:

@@ -4,9 +4,9 @@
 #
 # Usage: [NAME=value ...] bash tests/lanes.sh [lane ...]          without names all lanes
 #
-#   LANES_DIR             where environments, checkpoints and reports lie, 2 GB a lane; default: ~/.cache/qwen-lanes
+#   LANES_DIR             folder of environments, checkpoints and reports, 2 GB a lane; default: ~/.cache/qwen-lanes
 #   TORCH_INDEX_URL       index for torch alone, as PyTorch's CPU index; empty: PyPI's torch without its CUDA packages,
-#                         with stand-ins for their libraries (needs cc)
+#                         with stubs for their libraries (needs cc)
 #   PYTHON_3_10, PYTHON_3_12   the Pythons; default: python3.10, python3.12
 
 # shellcheck disable=SC2329 # step calls the functions
@@ -22,8 +22,8 @@ metax-2.27  3.10   2.1.2  0.11.0        requirements/metax.txt  numpy==1.24.4
 '
 
 TESTS=(
-  tests/unit/model/test_places_of_kernels.py
-  tests/distributed/test_{logits,training,metax}.py tests/end_to_end/test_straight_line.py
+  tests/unit/model/test_kernel_calls.py
+  tests/distributed/test_{logits,training,metax}.py tests/end_to_end/test_scripts.py
 )
 
 case ${1:-} in -h | --help) sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0" && exit 0 ;; esac
@@ -61,7 +61,7 @@ make() {
     else
       "${pip[@]}" --no-cache-dir --no-deps "torch==$torch" && "$venv/bin/python" tests/lanes/torch_without_cuda.py
     fi &&
-      # Without its dependencies, as in the images: 0.11 asks for nvidia-modelopt, which replaces torch.
+      # Without its dependencies, as in the images: 0.11 requires nvidia-modelopt, which replaces torch.
       "${pip[@]}" --no-deps "megatron-core==$megatron" &&
       grep -vE '^(torch|megatron-core|wandb)==' "$requirements" |
       "${pip[@]}" -r /dev/stdin $more "$(grep '^pytest==' requirements/dev.txt)"
@@ -73,7 +73,7 @@ make() {
     printf '%s\n' "$stamp" >"$venv/made"
 }
 
-# step WORD...: runs it, and keeps how long it took and whether it failed.
+# step WORD...: runs it, and records how long it took and whether it failed.
 step() {
   local began=$SECONDS result=ok
   printf '\n== %s\n' "$*"
@@ -87,16 +87,16 @@ try() {
   "$LANES_DIR/$1/bin/python" -m pytest -q -p no:cacheprovider --durations=5 -m lane "${TESTS[@]}"
 }
 
-# save NAME: a run that stopped halfway, for the others to go on from.
+# save NAME: a run that stopped halfway, for the others to resume.
 save() {
   local python=$LANES_DIR/$1/bin/python
   [[ -d $EXCHANGE/qwen ]] || "$python" -m tests.lanes.exchange prepare "$EXCHANGE" || return
   "$python" -m tests.lanes.exchange save "$EXCHANGE" "$1"
 }
 
-# go_on NAME: from every lane's run.
-go_on() {
-  "$LANES_DIR/$1/bin/python" -m tests.lanes.exchange go_on "$EXCHANGE" "$1"
+# resume NAME: resumes every lane's run.
+resume() {
+  "$LANES_DIR/$1/bin/python" -m tests.lanes.exchange resume "$EXCHANGE" "$1"
 }
 
 (($# > 0)) || mapfile -t < <(awk 'NF { print $1 }' <<<"$LANES")
@@ -112,7 +112,7 @@ for name; do
   step try "$name"
   step save "$name"
 done
-for name in "${made[@]}"; do step go_on "$name"; done
+for name in "${made[@]}"; do step resume "$name"; done
 
 printf '\n== summary\n'
 printf '%s\n' "${report[@]}"

@@ -48,7 +48,7 @@ scratch=$(mktemp -d)
 beside=
 trap '[[ -z $beside ]] || kill -- "-$beside" 2>/dev/null; rm -rf -- "$scratch"' EXIT
 
-# check NAME COMMAND...: runs it, and notes its time and whether it failed.
+# check NAME COMMAND...: runs it, and records its time and whether it failed.
 check() {
   local name=$1 began=$SECONDS result=ok
   shift

@@ -3,6 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.demo.model import Shape, write_model
 from common.demo.tokenizer import write_tokenizer
 
@@ -20,3 +23,11 @@ def tiny_qwen(folder: Path, *, std: float = 0.1, spread: float = 0.1, seed: int 
     assert tokenizer.get_vocab_size() <= Shape.vocab_size
     write_model(folder, replace(Shape(), **shape), tokenizer, std=std, spread=spread, seed=seed)
     return folder
+
+
+def write_ramps(prefix: Path, num_documents: int, num_tokens: int) -> Path:
+    """`prefix`, of a dataset of uint16 whose document k is the `num_tokens` tokens k, k + 1, ..."""
+    with IndexedDatasetBuilder(prefix, np.dtype(np.uint16)) as writer:
+        for start in range(num_documents):
+            writer.add_document(np.arange(start, start + num_tokens, dtype=np.uint16))
+    return prefix

@@ -18,7 +18,7 @@ from common.demo.steps import Runner
 from common.errors import KitError
 from common.log import logger
 from common.platforms import current
-from common.settings import add_options, from_namespace, option
+from common.settings import add_commands, from_namespace, option
 
 PASS_PERCENT = 90
 
@@ -107,10 +107,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 def main() -> None:
     """Runs the command on the command line."""
     parser = argparse.ArgumentParser(prog="python -m common.demo", description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    for name, (settings, _) in COMMANDS.items():
-        command = commands.add_parser(name, help=settings.__doc__, description=settings.__doc__)
-        add_options(command, settings)
+    add_commands(parser, COMMANDS)
     arguments = parser.parse_args()
     log.setup()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # terminates the running step too

@@ -2,7 +2,7 @@
 
     python -m tests.bench.ahead MODULE,... TARGET [ARGUMENT ...]
 
-So a benchmark's next program loads its packages while the one before is measured, and leaves the GPU alone till then.
+So a benchmark's next program loads its packages while the previous one is measured, without touching the GPU.
 TARGET is a script's path, a module or MODULE:FUNCTION.
 """
 

@@ -2,9 +2,9 @@
 
     python tests/bench/bench_convert.py [--shape 7B] [--folder FOLDER] [--repeats 3]
 
-Each run is a fresh process on files that are not in the page cache (flushed and given up before), and ends when its
-output is on the disk. Conversion and `cp` alternate; the median of the repeats is told. The proof is timed apart:
-seconds of conversion, and of the processor, are those of the whole process, its imports too, less those of the proof.
+Each run is a fresh process on files that are not in the page cache (flushed and dropped before), and ends when its
+output is on the disk. Conversion and `cp` alternate; the median of the repeats is printed. The verification is timed
+separately: seconds of conversion, and CPU seconds, are those of the process with its imports, less the verification's.
 Peak memory is the
 process's RssAnon, looked at fifty times a second: mapped files are not in it. 7B needs 31 GB of disk.
 """
@@ -38,7 +38,7 @@ SHAPES = {
 }
 MAX_SHARD_BYTES = 4 * 10**9
 POOL = 1 << 24
-# Runs in a process of its own: prints the seconds of the proof, and its processor seconds.
+# Runs in a separate process: prints the seconds of the verification, and its CPU seconds.
 PROGRAM = """
 import sys, time
 from common import convert
@@ -60,11 +60,11 @@ print(*seconds)
 
 @dataclass
 class Result:
-    """One run: seconds and processor seconds without the proof, seconds of the proof, bytes of peak RssAnon."""
+    """One run: seconds and CPU seconds without verification, seconds of verification, bytes of peak RssAnon."""
 
     work_s: float
     cpu_s: float
-    proof_s: float
+    verification_s: float
     peak_bytes: int
 
 
@@ -89,7 +89,7 @@ def write_model(folder: Path, shape: Shape) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Puts all of `folder` on the disk and out of the page cache."""
+    """Flushes all of `folder` to the disk and drops it from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as stream:
@@ -124,14 +124,14 @@ def run(command: list[str], source: Path, target: Path) -> Result:
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
-    whole = time.perf_counter() - start
+    total = time.perf_counter() - start
     watcher.join()
-    proof, proof_cpu = map(float, out.split()[-2:]) if out.strip() else (0.0, 0.0)
-    return Result(whole - proof, cpu_of_children() - used - proof_cpu, proof, peak[0])
+    verification, verification_cpu = map(float, out.split()[-2:]) if out.strip() else (0.0, 0.0)
+    return Result(total - verification, cpu_of_children() - used - verification_cpu, verification, peak[0])
 
 
 def cpu_of_children() -> float:
-    """Processor seconds of all processes that were waited for."""
+    """CPU seconds of all child processes that have been waited for."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -146,10 +146,12 @@ def measure(name: str, source: Path, target: Path, command: list[str], repeats: 
         shutil.rmtree(target, ignore_errors=True)
         flags = [f"--load-checkpoint-path={source}", f"--save-checkpoint-path={target}"]
         ours.append(run([sys.executable, "-c", PROGRAM, *command, *flags], source, target))
-    work, cpu, proof = (statistics.median(getattr(r, each) for r in ours) for each in ("work_s", "cpu_s", "proof_s"))
+    work, cpu, verification = (
+        statistics.median(getattr(r, each) for r in ours) for each in ("work_s", "cpu_s", "verification_s")
+    )
     cp, cp_cpu = (statistics.median(getattr(c, each) for c in copies) for each in ("work_s", "cpu_s"))
     peak = max(result.peak_bytes for result in ours) / 2**20
-    figures = f"{work:.1f} | {cp:.1f} | {work / cp:.2f} | {cpu:.1f} | {cp_cpu:.1f} | {proof:.1f} | {peak:.0f}"
+    figures = f"{work:.1f} | {cp:.1f} | {work / cp:.2f} | {cpu:.1f} | {cp_cpu:.1f} | {verification:.1f} | {peak:.0f}"
     print(f"| {name} | {figures} |", flush=True)
 
 
@@ -165,14 +167,21 @@ def main() -> None:
         size = sum(path.stat().st_size for path in (work / "hf").iterdir())
         print(f"{arguments.shape}, {size / 1e9:.2f} GB, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
         columns = (
-            "conversion", "s", "cp, s", "times cp", "CPU s", "cp's CPU s", "verification, s", "peak RssAnon, MiB",
+            "conversion",
+            "s",
+            "cp, s",
+            "times cp",
+            "CPU s",
+            "cp's CPU s",
+            "verification, s",
+            "peak RssAnon, MiB",
         )  # fmt: skip
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         kinds = {"TP2 x PP2 torch": ["--tp=2", "--pp=2"], "torch_dist": ["--ckpt-format=torch_dist"]}
         for name, flags in kinds.items():
             there, back = work / "megatron", work / "back"
             measure(f"HF to {name}", work / "hf", there, ["hf-to-megatron", *flags], arguments.repeats)
-            shutil.rmtree(work / "hf")  # the disk is small, and it comes back
+            shutil.rmtree(work / "hf")  # the disk is small, and it is written again
             measure(f"{name} to HF", there, back, ["megatron-to-hf"], arguments.repeats)
             shutil.rmtree(there)
             back.rename(work / "hf")

@@ -66,7 +66,7 @@ def weights_hash(folder: Path, model: Path) -> str:
 
 
 def train(model: Path, data: str, deterministic: bool, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What one run gave: weights' hash, losses and norms of its steps, tokens/s, and its line on determinism."""
+    """Result of one run: weights' hash, losses and norms of its steps, tokens/s, and its log line on determinism."""
     with tempfile.TemporaryDirectory(dir=arguments.work_dir) as folder:
         flags = {
             "hf-model-path": model, "dataset-path": data, "save-checkpoint-path": folder, "split": "100,0,0",
@@ -80,13 +80,15 @@ def train(model: Path, data: str, deterministic: bool, arguments: argparse.Names
             sys.exit(
                 f"{' '.join(command)}\nended with {done.returncode} after {len(steps)} steps:\n{done.stderr[-6000:]}"
             )
-        told = [line.partition("deterministic: ")[2] for line in done.stderr.splitlines() if " deterministic: " in line]
-        if bool(told) != deterministic:
-            sys.exit(f"DETERMINISTIC={deterministic}, and the log says of it: {told or 'nothing'}")
+        logged = [
+            line.partition("deterministic: ")[2] for line in done.stderr.splitlines() if " deterministic: " in line
+        ]
+        if bool(logged) != deterministic:
+            sys.exit(f"DETERMINISTIC={deterministic}, and the log says of it: {logged or 'nothing'}")
         rates = [float(rate.replace(",", "")) for *_, rate in steps]
         return {
             "deterministic": deterministic, "weights": weights_hash(Path(folder), model),
-            "steps": [" ".join(step[:3]) for step in steps], "told": "".join(told),
+            "steps": [" ".join(step[:3]) for step in steps], "log": "".join(logged),
             "tokens_per_s": statistics.median(rates[len(rates) // 2 :]),
         }  # fmt: skip
 

@@ -27,7 +27,7 @@ def write(prefix: Path, millions: int) -> None:
 
 
 def own_mib() -> int:
-    """Memory of this process that it shares with no file."""
+    """Memory of this process that is not backed by a file."""
     words = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(words["RssAnon"].split()[0]) >> 10
 

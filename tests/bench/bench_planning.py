@@ -3,8 +3,8 @@
     python -m tests.bench.bench_planning
 
 No tensor is made: what each rank would write is worked out from the shapes as `state/shards.py` does it, then
-what rank 0 does alone with all of it: receive the lists, make `.metadata`, pickle it. Reading it again is what each
-rank does to go on.
+what rank 0 does with all of it: receive the lists, build `.metadata`, pickle it. Reading it again is what each
+rank does to resume.
 """
 
 import json
@@ -36,14 +36,14 @@ def tensors(qwen: QwenConfig, tp: int, pp: int) -> list[tuple[str, tuple[int, ..
     for row in param_mappings(qwen):
         if (row.stage == "first" and pp) or (row.stage == "last" and pp < PP - 1):
             continue
-        whole, part = megatron_shape(row, qwen), megatron_shape(row, qwen, TP)
+        full, part = megatron_shape(row, qwen), megatron_shape(row, qwen, TP)
         start = tuple(tp * size if axis == row.axis else 0 for axis, size in enumerate(part))
         saves = row.axis is not None or tp == 0
         if row.stage != "layer":
-            found.append((row.te, whole, part, Chunk(start, part), saves))
+            found.append((row.te, full, part, Chunk(start, part), saves))
             continue
         key = row.te.replace("{i}.", "")
-        shape = (qwen.num_hidden_layers, *whole)
+        shape = (qwen.num_hidden_layers, *full)
         for layer in layers:
             found.append((key, shape, part, Chunk((layer, *start), (1, *part)), saves))
     return found
@@ -79,7 +79,7 @@ def main() -> None:
     planned = time.monotonic()
     sent = [pickle.dumps(each) for each in shares]
     received = [pickle.loads(each) for each in sent]
-    told = time.monotonic()
+    listed = time.monotonic()
     content = pickle.dumps(build_metadata(received))
     made = time.monotonic()
     read = pickle.loads(content)
@@ -90,7 +90,7 @@ def main() -> None:
             "files": sum(map(bool, entries)), "bytes_of_a_list": max(map(len, sent)),
             "ranks_plan_s": round(planned - began, 2),
             "of_one_rank_ms": round(1000 * (planned - began) / len(shares), 2),
-            "lists_s": round(told - planned, 2), "metadata_s": round(made - told, 2),
+            "lists_s": round(listed - planned, 2), "metadata_s": round(made - listed, 2),
             "metadata_mb": round(len(content) / 1e6, 1), "read_again_s": round(time.monotonic() - made, 2),
             "in_all_s": round(made - began, 2), "tensors": len(read.state_dict_metadata),
             "host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2), "cpus": os.cpu_count(),

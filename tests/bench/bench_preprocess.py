@@ -5,8 +5,8 @@
 
 Every program is a fresh process on the same cores. MB are 10^6 bytes of text in UTF-8, for all of them. "start-up" is
 what passes before the first document is encoded: imports, the tokenizer, and for ours the comparison of the engines.
-Peak memory is the sum over a program's processes of what belongs to each (PSS), looked at four times a second.
-Without --input a corpus is made of the text files of this machine, each line of which stands in it once.
+Peak memory is the sum of PSS over a program's processes, sampled four times a second.
+Without --input a corpus is made of the text files of this machine, each line of which is in it once.
 """
 
 import argparse
@@ -143,9 +143,9 @@ def bench_gigatoken(path: Path, folder: Path, cores: list[int], batch_bytes: int
     words = f"{str(path)!r}, {str(folder)!r}, {batch_bytes}"
     code = f"from tests.bench.bench_preprocess import gigatoken_alone as g; g({words})"
     # Its pool has as many threads as the process may use cores.
-    out, whole, peak = measured([sys.executable, "-c", code], cores, RAYON_NUM_THREADS=str(len(cores)))
+    out, total, peak = measured([sys.executable, "-c", code], cores, RAYON_NUM_THREADS=str(len(cores)))
     seconds, tokens = json.loads(out.splitlines()[-1])
-    return Result(seconds, whole, peak, tokens)
+    return Result(seconds, total, peak, tokens)
 
 
 def bench_kit(path: Path, folder: Path, cores: list[int], out: Path, *flags: str) -> Result:
@@ -153,9 +153,9 @@ def bench_kit(path: Path, folder: Path, cores: list[int], out: Path, *flags: str
         *(sys.executable, "-m", "common.preprocess", "pretrain", "--input", str(path), "--output-prefix", str(out)),
         *("--tokenizer-path", str(folder), "--workers", str(len(cores)), *flags),
     ]
-    printed, whole, peak = measured(command, cores)
+    printed, total, peak = measured(command, cores)
     seconds = float(re.findall(r" MB in ([\d.]+) s", printed)[0])
-    return Result(seconds, whole, peak, json.loads(Path(f"{out}.json").read_text())["tokens"])
+    return Result(seconds, total, peak, json.loads(Path(f"{out}.json").read_text())["tokens"])
 
 
 def bench_megatron(path: Path, folder: Path, cores: list[int], out: Path, checkout: Path, tool: str) -> Result:
@@ -166,9 +166,9 @@ def bench_megatron(path: Path, folder: Path, cores: list[int], out: Path, checko
     ]
     # What else its imports need may be given by PYTHONPATH.
     folders = f"{checkout}:{os.environ.get('PYTHONPATH', '')}"
-    _, whole, peak = measured(command, cores, PYTHONPATH=folders, CUDA_VISIBLE_DEVICES="")
+    _, total, peak = measured(command, cores, PYTHONPATH=folders, CUDA_VISIBLE_DEVICES="")
     tokens = Path(f"{out}_text_document.bin").stat().st_size // 4
-    return Result(whole, whole, peak, tokens)
+    return Result(total, total, peak, tokens)
 
 
 def line(name: str, results: list[Result], text_bytes: int, documents: int) -> str:
@@ -216,7 +216,7 @@ def compare(settings: argparse.Namespace, cores: list[int], folder: Path) -> Non
     print("| program | seconds | MB/s | million tokens/s | documents/s | start-up s | total s | peak MiB |")
     print("|---|---|---|---|---|---|---|---|")
     alone, batched, ours = [], [], []
-    for number in range(settings.repeats):  # in turns, so that a disturbance meets all
+    for number in range(settings.repeats):  # alternating, so that a disturbance affects all
         alone.append(bench_gigatoken(path, settings.tokenizer, cores, 0))
         batched.append(bench_gigatoken(path, settings.tokenizer, cores, 1 << 20))
         ours.append(bench_kit(path, settings.tokenizer, cores, folder / f"ours{number}"))
@@ -224,14 +224,14 @@ def compare(settings: argparse.Namespace, cores: list[int], folder: Path) -> Non
     print(line("gigatoken alone, in memory, in calls of 1 MiB", batched, text_bytes, documents), flush=True)
     print(line("step 1, gigatoken", ours, text_bytes, documents), flush=True)
     best = min(result.work_s for result in ours)
-    told = [
+    summary = [
         f"step 1 reaches {min(r.work_s for r in alone) / best:.0%} of gigatoken alone in one call,"
         f" {min(r.work_s for r in batched) / best:.0%} in calls of 1 MiB"
     ]
     if not settings.skip_tokenizers:
         slow = bench_kit(path, settings.tokenizer, cores, folder / "slow", "--tokenizer-engine", "tokenizers")
         print(line("step 1, tokenizers", [slow], text_bytes, documents), flush=True)
-        told.append(f"both engines: {same(folder / 'ours0_text_document', folder / 'slow_text_document')}")
+        summary.append(f"both engines: {same(folder / 'ours0_text_document', folder / 'slow_text_document')}")
     for tool in ("preprocess_data.py", "preprocess_data_fast.py"):
         if not settings.megatron or not (settings.megatron / "tools" / tool).is_file():
             continue
@@ -239,9 +239,9 @@ def compare(settings: argparse.Namespace, cores: list[int], folder: Path) -> Non
         theirs = bench_megatron(path, settings.tokenizer, cores, out, settings.megatron, tool)
         print(line(f"Megatron-LM, {tool}", [theirs], text_bytes, documents), flush=True)
         times = theirs.whole_s / min(r.whole_s for r in ours)
-        told.append(f"{tool}: step 1 is {times:.1f} times as fast as a whole process; the files are "
+        summary.append(f"{tool}: step 1 is {times:.1f} times as fast as a whole process; the files are "
                     f"{same(folder / 'ours0_text_document', Path(f'{out}_text_document'))}")  # fmt: skip
-    print("\n" + "\n".join(told))
+    print("\n" + "\n".join(summary))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What saving costs step 3: size, time standing still, time to the disk, memory of GPU and host, steps meanwhile.
+"""What saving costs step 3: size, time blocked, time to the disk, memory of GPU and host, steps meanwhile.
 
     python -m tests.bench.bench_save --models FOLDER --data PREFIX --out FILE [--work-dir DIR] [--saves N] ROW ...
 
 FOLDER holds one folder a size with config.json and the tokenizer, PREFIX is step 1's. A ROW is size/kind, with flags of
 `common.train` after commas: 1.5B/sync, 3B/async, 0.5B/sync,gpus=2,tp=2, 7B/sync,optimizer-state=bf16. Kinds: sync,
 async, weights (without the optimizer). Each row is the whole command: N saves, two steps apart; what is written is
-removed as soon as it is whole, so that the disk needs room for one. `dd oflag=direct` writes beside it with as many
+removed as soon as it is complete, so that the disk needs room for one. `dd oflag=direct` writes beside it with as many
 processes as there are ranks, in the same place, before. FILE gets a JSON line a row.
 """
 
@@ -65,8 +65,8 @@ class Watch:
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         while not self.over:
             if shutil.which("nvidia-smi"):
-                told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-                self.gpu_mib = max([self.gpu_mib, *map(int, told)])
+                used_mib = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+                self.gpu_mib = max([self.gpu_mib, *map(int, used_mib)])
             for rank in self.process.children():
                 try:
                     self.host_gib = max(self.host_gib, rank.memory_info().rss / 2**30)

@@ -35,18 +35,18 @@ BF16_STATE = {"optimizer-state": "bf16"}
 # size/program -> what differs from the size's row: flags of common.train, or of the other program.
 ROWS: dict[str, dict[str, Any]] = {
     "0.5B/kit": {},
-    "0.5B/apart": {"fused-products": "false"},
+    "0.5B/unfused": {"fused-products": "false"},
     "0.5B/local": {"transformer-impl": "local"},
     "0.5B/megatron": {},
     "0.5B/hf": {"micro-batch-size": 4},
     "1.5B/kit": {},
-    "1.5B/apart": {"fused-products": "false"},
+    "1.5B/unfused": {"fused-products": "false"},
     "1.5B/local": {"transformer-impl": "local"},
     "1.5B/megatron": {},
     "1.5B/hf": {"micro-batch-size": 2},
     "3B/kit": {"micro-batch-size": 8},
     "3B/kit-4": {},
-    "3B/apart": {"fused-products": "false"},
+    "3B/unfused": {"fused-products": "false"},
     "3B/local": {"transformer-impl": "local", "micro-batch-size": 8},
     "3B/fp8": {"fp8-format": "hybrid"},
     "3B/fp8-delayed": {"fp8-format": "hybrid", "fp8-recipe": "delayed"},
@@ -54,7 +54,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "3B/hf": {"micro-batch-size": 2},
     "7B/kit": {**BF16_STATE, "micro-batch-size": 2},
     "7B/kit-1": BF16_STATE,
-    "7B/apart": {**BF16_STATE, "fused-products": "false"},
+    "7B/unfused": {**BF16_STATE, "fused-products": "false"},
     "7B/fp8": {**BF16_STATE, "fp8-format": "hybrid", "fp8-recipe": "delayed"},
     "7B/megatron": {"use-precision-aware-optimizer": True, "exp-avg-dtype": "bf16", "exp-avg-sq-dtype": "bf16"},
     "7B/hf": {},
@@ -160,7 +160,7 @@ def figures(program: str, printed: str, qwen: QwenConfig, flags: dict[str, Any])
 
 @dataclass
 class Started:
-    """A program that waits for its turn."""
+    """A program that is started ahead and waits for its turn."""
 
     row: str
     flags: dict[str, Any]
@@ -220,8 +220,8 @@ def main() -> None:
     arguments = parser.parse_args()
     left: queue.SimpleQueue[str] = queue.SimpleQueue()
     for row in arguments.rows or ROWS:
-        wanted = {"megatron": arguments.megatron, "padded": arguments.chats, "packed": arguments.chats}
-        if wanted.get(row.split("/")[1], True):
+        available = {"megatron": arguments.megatron, "padded": arguments.chats, "packed": arguments.chats}
+        if available.get(row.split("/")[1], True):
             left.put(row)
 
     def following(gpu: int) -> Started | None:

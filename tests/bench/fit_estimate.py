@@ -1,15 +1,15 @@
-"""Fits the constants of `common.estimate` to measured steps, and judges them on others:
+"""Fits the constants of `common.estimate` to measured steps, and validates them on others:
 
     python -m tests.bench.fit_estimate [tests/bench/data/steps.json]
 
 The file holds `shapes`, config.json fields by name, and `rows`, a run each: gpu, shape, seq, mbs, gbs, impl, recompute,
-allocated_gib (torch.cuda.max_memory_allocated), and where there is more to tell:
+allocated_gib (torch.cuda.max_memory_allocated), and optionally:
 
-    optimizer_state            fp32 where nothing is said
+    optimizer_state            default: fp32
     fused_products             true: with requirements/hopper.txt
     reserved_gib, tokens_per_s
     kernel_s                   seconds of a step in the kernels of a name in constants.SECONDS
-    packing                    its memory is judged; its rate hangs on the lengths of the samples, and is not
+    packing                    its memory is validated; its rate depends on the lengths of the samples, and is not
     read_after_step            1: the peak is that of the first step, whose passes run before Adam makes its moments
     before_kernels             true: before kernels/swiglu.py and qkv_rope.py; its rate is fitted with more memory
                                traffic, of a share fitted too, and not judged
@@ -57,7 +57,7 @@ class Step:
 
     @property
     def rate(self) -> float | None:
-        """Measured tokens/s, where they hang on what the estimate knows."""
+        """Measured tokens/s, where they depend only on what the estimate knows."""
         return None if self.row.get("packing") else self.row.get("tokens_per_s")
 
     @property
@@ -81,13 +81,13 @@ class Step:
 
     @property
     def decided_by(self) -> str:
-        """What the peak is made of: passes, with what they keep, or the state alone, with what Adam needs."""
+        """What makes up the peak: the passes with their activations, or the state alone with what Adam needs."""
         rank = self.estimate.largest
         return "state" if self.peak <= rank.state.total + rank.step + rank.workspace else "passes"
 
     @property
     def beyond(self) -> float:
-        """Bytes that the formulas leave to the libraries' fixed size."""
+        """Bytes beyond the formulas, attributed to the libraries' fixed size."""
         return self.row["allocated_gib"] * GIB - (self.peak - constants.WORKSPACE_BYTES[self.impl])
 
 
@@ -145,16 +145,16 @@ def fit_seconds(steps: list[Step]) -> dict[str, float]:
     return {**rates, **{name: float(f"{rate:.3g}") for name, rate in zip(names, found[:-1], strict=True)}}
 
 
-def least_squares(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The x without a value below 0 for which table [rows, columns] times x is nearest to `wanted` [rows].
+def least_squares(table: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The x without a value below 0 for which table [rows, columns] times x is nearest to `target` [rows].
 
     There are few columns, so each choice of those that are not 0 is tried.
     """
     best, error = np.zeros(table.shape[1]), float("inf")
     for size in range(1, table.shape[1] + 1):
         for columns in map(list, itertools.combinations(range(table.shape[1]), size)):
-            found, *_ = np.linalg.lstsq(table[:, columns], wanted, rcond=None)
-            off = float(((table[:, columns] @ found - wanted) ** 2).sum())
+            found, *_ = np.linalg.lstsq(table[:, columns], target, rcond=None)
+            off = float(((table[:, columns] @ found - target) ** 2).sum())
             if (found >= 0).all() and off < error * (1 - 1e-9):
                 best, error = np.zeros(table.shape[1]), off
                 best[columns] = found
@@ -171,9 +171,9 @@ def table(steps: list[Step]) -> list[str]:
     for step in sorted(steps, key=lambda step: not step.fitted):
         row, peak, measured = step.row, step.peak / GIB, step.row["allocated_gib"]
         packed = (", fused" if row.get("fused_products") == "true" else "") + (", packed" if row.get("packing") else "")
-        told = f"{row['gpu']}, {row['shape']}, {row['impl']}{packed}", f"{row['seq']}, {row['mbs']}, {row['gbs']}"
+        sizes = f"{row['gpu']}, {row['shape']}, {row['impl']}{packed}", f"{row['seq']}, {row['mbs']}, {row['gbs']}"
         cells = [
-            *told, row["recompute"], f"{measured:.1f}", f"{peak:.2f} ({peak / measured - 1:+.1%})",
+            *sizes, row["recompute"], f"{measured:.1f}", f"{peak:.2f} ({peak / measured - 1:+.1%})",
             step.decided_by, "", "", "fitted" if step.fitted else "judged",
         ]  # fmt: skip
         if step.rate and step.estimate.speed and not step.old:

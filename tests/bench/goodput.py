@@ -3,7 +3,7 @@
     python -m tests.bench.goodput [--disk-gb-s 2 20] [--save-stall-s S] [--detection-s S] [--restart-s S]
 
 A table for each rate of the disk: the best SAVE_INTERVAL by `common.estimate`, of the fastest layout on H100s, and
-where the time goes. The last row is Llama 3's 405B on its own file system, to hold against what its paper says.
+where the time goes. The last row is Llama 3's 405B on its own file system, to compare with its paper.
 """
 
 import argparse
@@ -40,9 +40,9 @@ def row(gpus: int, model: str, lost: Interruptions, step: float | None) -> str:
     """One line of the table; with the seconds of a step, at the best whole number of steps."""
     steps = best_steps(lost, step) if step else 0
     interval = steps * step if step else best_interval(lost)
-    told = shares(lost, interval)
+    split = shares(lost, interval)
     now = f"{shares(lost, 100 * step).trains:.1%}" if step else ""
-    parts = [f"{part:.1%}" for part in (told.saves, told.recovers, told.repeats)]
+    parts = [f"{part:.1%}" for part in (split.saves, split.recovers, split.repeats)]
     cells = [
         f"{gpus:,}",
         model,
@@ -51,26 +51,26 @@ def row(gpus: int, model: str, lost: Interruptions, step: float | None) -> str:
         span(interval),
         f"{steps:,}" if steps else "",
     ]
-    return "| " + " | ".join([*cells, *parts, f"**{told.trains:.1%}**", now]) + " |"
+    return "| " + " | ".join([*cells, *parts, f"**{split.trains:.1%}**", now]) + " |"
 
 
-def table(asked: EstimateSettings) -> Iterator[str]:
+def table(settings: EstimateSettings) -> Iterator[str]:
     """The lines of one table."""
     yield HEAD
     yield "|---" * (HEAD.count("|") - 1) + "|"
     for gpus, model, batch in ROWS:
-        qwen, gpu = models()[model], find_gpu(asked.gpu)
-        own = replace(asked, nnodes=gpus // 8, global_batch_size=batch)
+        qwen, gpu = models()[model], find_gpu(settings.gpu)
+        own = replace(settings, nnodes=gpus // 8, global_batch_size=batch)
         found, _ = estimate_all(own, qwen, gpu)
         assert found[0].fits == "yes" and found[0].speed
         yield row(gpus, model, upkeep(own, qwen).lost, found[0].speed.step_seconds)
 
 
-def llama_3(asked: EstimateSettings) -> str:
+def llama_3(settings: EstimateSettings) -> str:
     """The row of Llama 3, whose saves are counted as if training stood still for all of each."""
     save = LLAMA_3_BYTES / (LLAMA_3_DISK_GB_S * GB)
-    between = seconds_between_faults(LLAMA_3_GPUS, asked.gpu_mtbf_hours)
-    lost = Interruptions(between, save, save, asked.detection_s + asked.restart_s + save)
+    between = seconds_between_faults(LLAMA_3_GPUS, settings.gpu_mtbf_hours)
+    lost = Interruptions(between, save, save, settings.detection_s + settings.restart_s + save)
     return row(LLAMA_3_GPUS, "Llama 3 405B", lost, None)
 
 
@@ -82,9 +82,9 @@ def main() -> None:
         parser.add_argument("--" + name.replace("_", "-"), type=float, default=getattr(EstimateSettings, name))
     given = vars(parser.parse_args())
     for rate in given.pop("disk_gb_s"):
-        asked = EstimateSettings(hf_model_path="-", gpu="H100", gpus=8, seq_length=4096, disk_gb_s=rate, **given)
+        settings = EstimateSettings(hf_model_path="-", gpu="H100", gpus=8, seq_length=4096, disk_gb_s=rate, **given)
         print(f"\nCheckpoints at {rate:g} GB/s (Llama 3's at {LLAMA_3_DISK_GB_S:,.0f}):\n")
-        print(*table(asked), llama_3(asked), sep="\n")
+        print(*table(settings), llama_3(settings), sep="\n")
 
 
 if __name__ == "__main__":

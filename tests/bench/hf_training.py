@@ -1,4 +1,4 @@
-"""Trains a model folder's shape by Hugging Face alone, as a yardstick: `python -m tests.bench.hf_training --help`.
+"""Trains a model folder's shape with Hugging Face alone, as a baseline: `python -m tests.bench.hf_training --help`.
 
 Qwen2ForCausalLM with random weights, SDPA attention, torch.compile, fused AdamW, gradients clipped to 1. Everything is
 in bfloat16, moments and gradients too, unless --master-weights: then weights are float32 under autocast. Rows are
@@ -56,7 +56,7 @@ def build(arguments: argparse.Namespace) -> torch.nn.Module:
 
 
 def learning_rate(arguments: argparse.Namespace, step: int) -> float:
-    """Linear warm-up from 0 to the highest rate, which then stays: as LR_DECAY_STYLE=constant of step 3."""
+    """Linear warm-up from 0 to the highest rate, then constant: as LR_DECAY_STYLE=constant of step 3."""
     return arguments.lr * min(1.0, (step - 1) / arguments.warmup) if arguments.warmup else arguments.lr
 
 

@@ -1,7 +1,7 @@
 """Where the time of a training step goes: `python -m tests.bench.profile_step FLAGS OF common.train` on one GPU.
 
 Runs a few steps of the plan that the flags make, on real data, and prints the rate, what the kernels' time is spent on,
-the kernels by their total time, and the share of the time in which the GPU did nothing. It writes no checkpoint.
+the kernels by their total time, and the fraction of the time in which the GPU was idle. It writes no checkpoint.
 """
 
 import os
@@ -80,14 +80,14 @@ def main() -> None:
             torch.cuda.synchronize()
     events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     attention = attention_flops_per_token(plan.qwen, settings.seq_length)
-    whole = flops_per_token(plan.qwen, settings.seq_length)
-    tell_purposes(events, {"attention": tokens * attention, "matrix products": tokens * (whole - attention)})
-    tell_kernels(events)
-    tell_gaps(events)
+    total = flops_per_token(plan.qwen, settings.seq_length)
+    print_purposes(events, {"attention": tokens * attention, "matrix products": tokens * (total - attention)})
+    print_kernels(events)
+    print_gaps(events)
 
 
-def tell_purposes(events: list[Any], operations: dict[str, float]) -> None:
-    """Prints the time of kernels a step by what it is for; with `operations` their rate, and the time of the chip."""
+def print_purposes(events: list[Any], operations: dict[str, float]) -> None:
+    """Prints the time of kernels per step by purpose; with `operations` their rate, and the time at the GPU's peak."""
     totals = dict.fromkeys(PURPOSES, 0.0)
     for event in events:
         purpose = next(name for name, pattern in PURPOSES.items() if re.search(pattern, event.name))
@@ -100,7 +100,7 @@ def tell_purposes(events: list[Any], operations: dict[str, float]) -> None:
         print(f"{total:9.1f} ms  {name}{rate}")
 
 
-def tell_kernels(events: list[Any]) -> None:
+def print_kernels(events: list[Any]) -> None:
     """Prints the kernels by their total time a step."""
     busy = sum(event.device_time_total for event in events) / MS / PROFILED
     print(f"kernels {busy:.1f} ms a step")
@@ -113,7 +113,7 @@ def tell_kernels(events: list[Any]) -> None:
         print(f"{total:9.3f} ms {100 * total / busy:5.1f}% {count:7.0f}x  {name}")
 
 
-def tell_gaps(events: list[Any]) -> None:
+def print_gaps(events: list[Any]) -> None:
     """Prints the time in which no kernel ran, and between which kernels it was lost."""
     lost: dict[str, list[float]] = {}
     ordered = sorted(events, key=lambda event: event.time_range.start)

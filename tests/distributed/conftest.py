@@ -1,4 +1,4 @@
-"""What the tests of training share."""
+"""Fixtures of the tests of training."""
 
 import json
 import os
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import convert, run, words
+from tests.conversion import to_megatron
+from tests.distributed.launch import run, words
 from tests.distributed.user import RUNS
 from tests.tiny import TEXTS, tiny_qwen
 
@@ -40,7 +41,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run("-m", "common.preprocess", kind, *words(
             {"input": path, "output_prefix": folder / kind, "tokenizer_path": qwen, "workers": 1}
         ))  # fmt: skip
-    convert(qwen, folder / "start", ckpt_format="torch_dist")
+    to_megatron(qwen, folder / "start", ckpt_format="torch_dist")
     _write_variants(folder)
     return folder
 
@@ -52,7 +53,7 @@ def work(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_variants(folder: Path) -> None:
-    """Data beside that of `inputs`: 105 conversations, a row mended without a change of numbers, a copy."""
+    """Data beside that of `inputs`: 105 conversations, the same with one row edited to equal counts, a copy."""
     rows = (folder / "sft.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     texts = (folder / "pretrain.jsonl").read_text(encoding="utf-8")
     for kind, name, text in (

@@ -1,7 +1,7 @@
 """`python -m common.train`, whose rank 1 asks for more memory than there is in its third step.
 
-Rank 0 has logged the first by then, since the second needs both, and waits for rank 1 in a collective; what takes down
-the groups waits for ever, as NCCL does then.
+Rank 0 has logged the first by then, since the second needs both, and waits for rank 1 in a collective; destroying
+the process groups blocks forever, as NCCL does then.
 """
 
 import time

@@ -12,9 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint.conversion.hf_to_megatron import HfToMegatron, convert_hf_to_megatron
-from common.checkpoint.conversion.megatron_to_hf import MegatronToHf, convert_megatron_to_hf
-
 ROOT = Path(__file__).parents[2]
 STEP = re.compile(r"iteration (\d+)/\d+ .*? loss ([\d.]+) .*? grad norm ([\d.]+)")
 
@@ -71,7 +68,7 @@ def parent(python_path: str) -> "subprocess.Popen[str]":
 
 
 def forked(ranks: int, module: str, given: list[str], expect: int = 0, more: dict[str, str] | None = None) -> str:
-    """stdout and stderr of so many ranks of `python -m module`, or of one process that is no rank, as of `run`."""
+    """stdout and stderr of `ranks` ranks of `python -m module`, or, with 0, of one process that is no rank."""
     variables = environment() | (more or {})
     process = parent(variables["PYTHONPATH"])
     assert process.stdin and process.stdout
@@ -84,23 +81,11 @@ def forked(ranks: int, module: str, given: list[str], expect: int = 0, more: dic
     return text
 
 
-def convert(load: Path, save: Path, **settings: Any) -> Path:
-    """`save`, after step 2's Hugging Face to Megatron; in this process, which saves its start."""
-    convert_hf_to_megatron(HfToMegatron(str(load), str(save), **settings), check=False)
-    return save
-
-
-def export(load: Path, save: Path, **settings: Any) -> Path:
-    """`save`, after step 2's Megatron to Hugging Face."""
-    convert_megatron_to_hf(MegatronToHf(str(load), str(save), **settings), check=False)
-    return save
-
-
 def steps(log: str) -> list[tuple[int, float, float]]:
     """(iteration, loss, gradient norm) of each log line."""
     return [(int(i), float(loss), float(norm)) for i, loss, norm in STEP.findall(log)]
 
 
 def worker(processes: int, task: dict[str, Any], name: str = "worker") -> None:
-    """Runs tests/distributed/worker.py, or another program beside it, in so many forked ranks."""
+    """Runs tests/distributed/worker.py, or another program beside it, in `processes` forked ranks."""
     forked(processes, f"tests.distributed.{name}", [json.dumps(task)])

@@ -1,10 +1,10 @@
-"""Runs in each rank: packed rows against each of their samples in a row of its own, in one and the same layout.
+"""Runs in each rank: packed rows against each of their samples in a row of its own, in the same layout.
 
     python -m tests.distributed.packing_worker '{"settings": {...}, "load": DIR, "batch": FILE, "out": FILE}'
 
 FILE of `batch` holds tokens, labels, loss_mask and segment_ids [rows, s]. Rank 0 writes to `out` the losses of both
-and, over all ranks, the largest difference of logits and of gradients as a share of the largest; "without" is the
-same for packed rows that are not kept apart, and "joined" for rows joined to one, as Transformer Engine has them.
+and, over all ranks, the largest difference of logits and of gradients relative to the largest; "without" is the
+same for packed rows that are not separated, and "joined" for rows joined to one, as Transformer Engine has them.
 """
 
 import json
@@ -106,7 +106,7 @@ def logits(plan: Plan, batch: Batch) -> torch.Tensor | None:
 
 
 def difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
+    """The largest difference, relative to the largest value."""
     return float((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
@@ -117,11 +117,11 @@ def largest(value: float) -> float:
     return float(box)
 
 
-def compare(plan: Plan, packed: Batch, apart: Batch, reference: Batch) -> dict[str, Any]:
-    """How `packed` differs from `apart`; `reference` has the segments."""
+def compare(plan: Plan, packed: Batch, separate: Batch, reference: Batch) -> dict[str, Any]:
+    """How `packed` differs from `separate`; `reference` has the segments."""
     loss, grads = gradients(plan, packed)
-    loss_alone, grads_alone = gradients(plan, apart)
-    mine, theirs = logits(plan, packed), logits(plan, apart)
+    loss_alone, grads_alone = gradients(plan, separate)
+    mine, theirs = logits(plan, packed), logits(plan, separate)
     used = reference["loss_mask"].sum(1).bool()
     apart_logits = 0.0
     if mine is not None and theirs is not None:
@@ -151,9 +151,9 @@ class SegmentAttention(torch.nn.Module):
         return torch.cat(outs, dim=1).transpose(0, 1)
 
 
-def compare_joined(plan: Plan, packed: Batch, apart: Batch) -> dict[str, Any]:
-    """How `packed`, all of it one micro-batch of joined rows, differs from `apart` in loss and gradients."""
-    loss_alone, grads_alone = gradients(plan, apart)
+def compare_joined(plan: Plan, packed: Batch, separate: Batch) -> dict[str, Any]:
+    """How `packed`, all of it one micro-batch of joined rows, differs from `separate` in loss and gradients."""
+    loss_alone, grads_alone = gradients(plan, separate)
     with (
         patch("common.model.kernels.selection.core_attention", lambda *_: SegmentAttention),
         patch.object(Plan, "packed_sequences", True),
@@ -172,11 +172,11 @@ def main() -> None:
     packed = torch.load(task["batch"])
     plan = plan_of(task["settings"], Path(task["load"]))
     with process_group(CPU, plan.sizes, 1234, 5):
-        apart = alone(packed)
-        kept = compare(plan, packed, apart, packed)
+        separate = alone(packed)
+        kept = compare(plan, packed, separate, packed)
         open_rows = {name: x for name, x in packed.items() if name != "segment_ids"}
-        result = {"kept": kept, "without": compare(plan, open_rows, apart, packed), "rows": len(apart["tokens"])}
-        result["joined"] = compare_joined(plan, packed, apart)
+        result = {"kept": kept, "without": compare(plan, open_rows, separate, packed), "rows": len(separate["tokens"])}
+        result["joined"] = compare_joined(plan, packed, separate)
         if dist.get_rank() == 0:
             Path(task["out"]).write_text(json.dumps(result))
 

@@ -3,7 +3,7 @@
     python -m tests.distributed.ranks          takes jobs from stdin, a JSON object a line, and answers exit codes
 
 A job's processes are `python -m MODULE WORDS` with the variables that torchrun gives its ranks; without ranks it is one
-process with none of them. What the launch and torchrun do themselves is held where a user's command is run: in
+process with none of them. What the launch and torchrun do themselves is tested where a user's command is run: in
 test_stops.py, test_hangs.py, test_disks.py, test_blends.py, tests/nodes and tests/end_to_end.
 """
 
@@ -22,7 +22,7 @@ from common.platforms.cpu import CPU
 
 
 def wait(processes: list[int], seconds: float) -> int:
-    """0 when all have ended well; else the code of the first that has not, when the others are killed."""
+    """0 when all have succeeded; else the code of the first that has failed, after which the others are killed."""
     end, left = time.monotonic() + seconds, set(processes)
     while left:
         for process in list(left):
@@ -46,8 +46,8 @@ def kill(processes: set[int], code: int) -> int:
 
 def act(job: dict[str, Any], rank: int) -> None:
     """Makes this process the job's: its output, its environment, its arguments, its module."""
-    told = os.open(job["log"], os.O_WRONLY | os.O_APPEND)
-    for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, told), (2, told)):
+    log_fd = os.open(job["log"], os.O_WRONLY | os.O_APPEND)
+    for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log_fd), (2, log_fd)):
         os.dup2(source, target)
     os.environ.update(job["environment"])
     if job["ranks"]:

@@ -1,6 +1,6 @@
-"""`python -m common.train`, that saves what it goes on from and trains no step; or Megatron-Core itself loads or saves.
+"""`python -m common.train`, that saves what it resumes from and trains no step; or Megatron-Core itself loads or saves.
 
-What stands in SAVE_CHECKPOINT_PATH is loaded, its folder moved aside, and written anew at this command's parallel
+The checkpoint in SAVE_CHECKPOINT_PATH is loaded, its folder moved aside, and written anew at this command's parallel
 sizes. RESAVER=theirs_load: by dist_checkpointing.load, as Megatron-Core's `fully_reshardable` is loaded; RESAVER=
 theirs_save: by dist_checkpointing.save, as this kit wrote before.
 """
@@ -23,7 +23,7 @@ from common.training.loop import trainer as loop
 
 
 def save_theirs(trainer: Any, folder: Path) -> None:
-    """Megatron-Core's whole way: gathered, and written by its strategy."""
+    """Megatron-Core's own path: gathered, and written by its strategy."""
     training_state = trainer.training_state
     state = sharded_model_state_dict(training_state.model)
     how = {"metadata": content_metadata(OPTIMIZER_SHARDING)}

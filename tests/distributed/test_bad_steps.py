@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is no number: a model one of whose embeddings is NaN, met by a few samples."""
+"""Steps whose loss or gradient is NaN: one embedding of the model is NaN, and a few samples use it."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from tests.distributed.launch import convert, export, run, words
+from tests.conversion import to_hf, to_megatron
+from tests.distributed.launch import run, words
 from tests.distributed.user import step3, step3_forked
 from tests.tiny import TEXTS, tiny_qwen
 
@@ -24,7 +25,7 @@ def poisoned(work: Path) -> Path:
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][token] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    convert(folder, work / "poisoned_start", ckpt_format="torch_dist")
+    to_megatron(folder, work / "poisoned_start", ckpt_format="torch_dist")
     rows = [f'{{"text": "{i} {TEXTS[0] * 3}{POISON if i in (60, 140) else ""}"}}\n' for i in range(200)]
     (work / "poisoned.jsonl").write_text("".join(rows))
     flags = {"input": work / "poisoned.jsonl", "output_prefix": work / "poisoned", "tokenizer_path": folder}
@@ -56,7 +57,7 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(poisoned: Path, l
     line = next(each for each in log.splitlines() if f" iteration {iteration}/" in each)
     assert " loss nan " in line  # none of the interval's steps counts
     # What is saved is finite but for the row that never was, and has learned.
-    weights = load_file(export(poisoned / name, poisoned / f"{name}_hf") / "model.safetensors")
+    weights = load_file(to_hf(poisoned / name, poisoned / f"{name}_hf") / "model.safetensors")
     bad = {key: int((~torch.isfinite(tensor)).any(-1).sum()) for key, tensor in weights.items()}
     assert {key: rows for key, rows in bad.items() if rows} == {"model.embed_tokens.weight": 1}
     losses = [float(loss) for loss in re.findall(r"\| loss ([\d.]+)", log)]

@@ -1,4 +1,4 @@
-"""Training on several datasets by weight, as users run it."""
+"""Training on a weighted blend of datasets, as users run it."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_blend_trains_and_goes_on_only_as_the_same_blend(work: Path) -> None:
+def test_a_blend_trains_and_resumes_only_as_the_same_blend(work: Path) -> None:
     flags = {
         "dataset_path": f"0.7 {work}/a 0.3 '{work}/b c'", "valid_dataset_path": work / "valid",
         "save_checkpoint_path": work / "run", "hf_model_path": work / "hf", "seq_length": 32, "micro_batch_size": 2,

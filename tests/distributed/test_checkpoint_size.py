@@ -9,7 +9,8 @@ import pytest
 from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.checkpoint.formats.checkpoint_size import checkpoint_bytes
 from common.model.shape.config import load_config
-from tests.distributed.launch import convert, run, train_forked, words
+from tests.conversion import to_megatron
+from tests.distributed.launch import run, train_forked, words
 from tests.tiny import TEXTS, tiny_qwen
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -70,5 +71,5 @@ def test_other_parallel_sizes_write_as_much_but_for_the_tied_matrix_of_torch_for
 
 @pytest.mark.parametrize("ckpt_format", FORMATS)
 def test_weights_alone_are_as_large_as_the_formula_says(work: Path, ckpt_format: str) -> None:
-    saved = convert(work / "untied", work / f"weights_{ckpt_format}", ckpt_format=ckpt_format, dtype="bf16")
+    saved = to_megatron(work / "untied", work / f"weights_{ckpt_format}", ckpt_format=ckpt_format, dtype="bf16")
     assert_near(on_disk(saved), checkpoint_bytes(load_config(work / "untied"), "bf16", save_optimizer=False))

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or gone: no run ends of it, nothing whole is touched, and what is due is saved."""
+"""A disk that is full, read-only or gone: no run fails, complete checkpoints stay, and what is due is saved."""
 
 import signal
 import subprocess
@@ -40,7 +40,7 @@ def settings(work: Path, folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def fill(folder: Path, leave_kb: int = 0) -> Path:
-    """A file that takes what is free in `folder` but for so much, whatever else is written meanwhile."""
+    """A file that takes all free space of `folder` except `leave_kb`, whatever else is written meanwhile."""
     path = folder.parent / "fill" if folder.is_file() else folder / "fill"
     with path.open("wb", buffering=0) as stream:
         with suppress(OSError):
@@ -51,7 +51,7 @@ def fill(folder: Path, leave_kb: int = 0) -> Path:
 
 
 @pytest.mark.parametrize("ckpt_format", ["torch_dist", "torch"])
-def test_a_full_disk_is_waited_for_while_training_goes_on(work: Path, disk: Path, ckpt_format: str) -> None:
+def test_a_full_disk_is_waited_for_while_training_continues(work: Path, disk: Path, ckpt_format: str) -> None:
     own = {"HF_MODEL_PATH": work / "qwen", "LOAD_CHECKPOINT_PATH": ""} if ckpt_format == "torch" else {}
     run = Run(settings(work, disk / "run", CKPT_FORMAT=ckpt_format, **own), disk.parent / "log")
     run.wait_for("saved " + str(disk / "run" / "iter_0000005"))
@@ -59,8 +59,8 @@ def test_a_full_disk_is_waited_for_while_training_goes_on(work: Path, disk: Path
     run.wait_for("NOT SAVED to ")
     before = run.tracker()
     assert "No space left on device" in run.text()
-    said = len(steps(run.text()))
-    wait_for(lambda: len(steps(run.text())) >= said + 3)  # it goes on
+    logged = len(steps(run.text()))
+    wait_for(lambda: len(steps(run.text())) >= logged + 3)  # training continues
     assert run.tracker() == before and not list((disk / "run").glob("*.partial"))
     filler.unlink()
     wait_for(lambda: run.tracker() > before)
@@ -89,7 +89,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(
     assert run.tracker() > before and "Traceback" not in log
 
 
-def test_a_disk_that_turns_read_only_or_is_gone_is_waited_for(work: Path, disk: Path) -> None:
+def test_a_disk_that_becomes_read_only_or_disappears_is_waited_for(work: Path, disk: Path) -> None:
     run = Run(settings(work, disk / "run"), disk.parent / "log")
     run.wait_for("saved " + str(disk / "run" / "iter_0000005"))
     mount("-o", "remount,bind,ro", disk)
@@ -108,7 +108,7 @@ def test_a_disk_that_turns_read_only_or_is_gone_is_waited_for(work: Path, disk: 
     assert "Traceback" not in run.end(75)
 
 
-def test_a_folder_that_is_removed_is_made_again_with_the_models_files(work: Path, tmp_path: Path) -> None:
+def test_a_removed_folder_is_recreated_with_the_models_files(work: Path, tmp_path: Path) -> None:
     run = Run(settings(work, tmp_path / "run"), tmp_path / "log")
     run.wait_for("saved " + str(tmp_path / "run" / "iter_0000005"))
     subprocess.run(["rm", "-rf", tmp_path / "run"], check=True)
@@ -128,7 +128,7 @@ def test_a_disk_without_room_or_rights_is_refused_before_anything_starts(work: P
     assert f"SAVE_CHECKPOINT_PATH={disk / 'run'} cannot be written: " in log and "Read-only file system" in log
 
 
-def test_what_a_killed_run_left_is_removed(work: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(work: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "iter_0000007.partial").mkdir(parents=True)
     (folder / "iter_0000007.partial" / "__0_0.distcp").write_bytes(b"half")
@@ -137,7 +137,7 @@ def test_what_a_killed_run_left_is_removed(work: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000001"]
 
 
-def test_a_log_on_a_full_disk_ends_no_run(work: Path, disk: Path, tmp_path: Path) -> None:
+def test_a_log_on_a_full_disk_does_not_end_the_run(work: Path, disk: Path, tmp_path: Path) -> None:
     run = Run(settings(work, tmp_path / "run", TRAIN_ITERS=60), disk / "log")
     run.wait_for("iteration 5/")
     fill(disk)

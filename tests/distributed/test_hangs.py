@@ -1,4 +1,4 @@
-"""A rank that hangs is named, with the stacks of the others, and the run is brought back."""
+"""A rank that hangs is named, with the stacks of the others, and the run is restarted."""
 
 import os
 import re
@@ -16,7 +16,7 @@ def settings(work: Path, name: str, **more: Any) -> dict[str, Any]:
     return {**paths, "SAVE_CHECKPOINT_PATH": work / name, "GPUS": 2, "SAVE_INTERVAL": 5, **more}
 
 
-def test_a_rank_that_hangs_is_named_and_max_restarts_brings_the_run_back(work: Path) -> None:
+def test_a_rank_that_hangs_is_named_and_max_restarts_restarts_the_run(work: Path) -> None:
     # A tenth of a minute in place of eight: the test would wait for as long.
     given = settings(work, "hangs", HANG_TIMEOUT_MIN=0.1, MAX_RESTARTS=1, TRAIN_ITERS=40)
     run = Run(given, work / "hangs.log")
@@ -30,7 +30,7 @@ def test_a_rank_that_hangs_is_named_and_max_restarts_brings_the_run_back(work: P
 
 
 def test_a_long_step_is_no_hang(work: Path) -> None:
-    # Each micro-batch is progress; the step as a whole takes longer than the limit of 3 s. Pipeline stages keep step
+    # Each micro-batch is progress; the full step takes longer than the limit of 3 s. Pipeline stages keep in step
     # with each other; data-parallel ranks drift apart on a busy machine and the faster one waits at the end.
     sizes = {"PP": 2, "MICRO_BATCH_SIZE": 1, "GLOBAL_BATCH_SIZE": 600, "TRAIN_ITERS": 1, "EVAL_INTERVAL": 0}
     given = settings(work, "long", HANG_TIMEOUT_MIN=0.05, **sizes)
@@ -39,7 +39,7 @@ def test_a_long_step_is_no_hang(work: Path) -> None:
     assert float(milliseconds) > 3_000
 
 
-def test_the_one_that_came_least_far_is_the_one_that_hangs() -> None:
+def test_the_rank_with_the_least_progress_is_the_one_that_hangs() -> None:
     ahead, late = Beat(57, 400, "the optimizer's step", 9), Beat(57, 396, "reading data", 9)
     before = {0: ahead, 1: ahead, 2: late}
     now = {rank: Beat(beat.iteration, beat.count, beat.activity, 12) for rank, beat in before.items()}
@@ -55,7 +55,7 @@ def test_a_stopped_launcher_wakes_to_a_running_run(work: Path) -> None:
     run = Run(settings(work, "asleep", TRAIN_ITERS=ENDLESS), work / "asleep.log")
     run.wait_for("iteration 3/")
     run.process.send_signal(signal.SIGSTOP)
-    run.wait_for("iteration 20/")  # its ranks go on
+    run.wait_for("iteration 20/")  # its ranks continue
     run.process.send_signal(signal.SIGCONT)
     run.process.send_signal(signal.SIGTERM)
     run.end(75)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
-from tests.distributed.launch import convert, worker
+from tests.conversion import to_megatron
+from tests.distributed.launch import worker
 from tests.tiny import tiny_qwen
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.lane)]
@@ -37,7 +38,7 @@ def hugging_face_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def difference(mine: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest logit."""
+    """The largest difference, relative to the largest logit."""
     assert mine.shape == theirs.shape
     return float((mine - theirs).abs().max() / theirs.abs().max())
 
@@ -57,7 +58,7 @@ def test_every_layout_gives_hugging_faces_logits(work: Path, tp: int, pp: int) -
         for ckpt_format in ("torch", "torch_dist"):
             target = work / f"{model}_{ckpt_format}_{tp}_{pp}"
             impl = "local" if model == "tied" else "transformer_engine"
-            convert(work / model, target, tp=tp, pp=pp, ckpt_format=ckpt_format, transformer_impl=impl)
+            to_megatron(work / model, target, tp=tp, pp=pp, ckpt_format=ckpt_format, transformer_impl=impl)
             checkpoints.append(target)
             models.append(model)
     tokens = torch.load(work / "batch.pt")["tokens"]
@@ -69,7 +70,7 @@ def test_every_layout_gives_hugging_faces_logits(work: Path, tp: int, pp: int) -
 def test_qwen3_gives_hugging_faces_logits(work: Path) -> None:
     folder = tiny_qwen(work / "hf_qwen3", std=0.1, spread=0.1, model_type="qwen3", head_dim=32)
     tokens = torch.load(work / "batch.pt")["tokens"]
-    (mine,) = megatron_logits(work, 2, 1, [convert(folder, work / "qwen3", tp=2, transformer_impl="local")])
+    (mine,) = megatron_logits(work, 2, 1, [to_megatron(folder, work / "qwen3", tp=2, transformer_impl="local")])
     assert difference(mine, hugging_face_logits(folder, tokens)) <= BOUND
 
 
@@ -85,7 +86,7 @@ def test_stages_of_other_sizes_give_the_same_logits(work: Path, pp: int, vpp: in
     for ckpt_format in ("torch", "torch_dist"):
         target = work / f"{ckpt_format}_{layers}"
         options = {"pp": pp, "vpp": vpp, "pipeline_layers": layers, "transformer_impl": "local"}
-        checkpoints.append(convert(model, target, ckpt_format=ckpt_format, **options))
+        checkpoints.append(to_megatron(model, target, ckpt_format=ckpt_format, **options))
     expected = hugging_face_logits(model, torch.load(work / "batch.pt")["tokens"])
     batch = {"global_batch_size": 2 * pp} if vpp > 1 else {}
     for mine in megatron_logits(work, 1, pp, checkpoints, vpp=vpp, pipeline_layers=layers, **batch):
@@ -98,7 +99,7 @@ def test_yarn_gives_hugging_faces_logits(work: Path) -> None:
     tokens = torch.load(work / "batch.pt")["tokens"]
     expected = hugging_face_logits(folder, tokens)
     assert difference(hugging_face_logits(work / "untied", tokens), expected) > 100 * BOUND
-    (mine,) = megatron_logits(work, 2, 1, [convert(folder, work / "yarn", tp=2, transformer_impl="local")])
+    (mine,) = megatron_logits(work, 2, 1, [to_megatron(folder, work / "yarn", tp=2, transformer_impl="local")])
     assert difference(mine, expected) <= BOUND
 
 
@@ -154,7 +155,7 @@ def test_each_mutant_is_far_outside_the_bound(work: Path) -> None:
     folders = [mutate(work / "untied", work / f"hf_{m.__name__}", m, {}) for m in WEIGHT_MUTANTS]
     folders += [mutate(work / "untied", work / f"hf_{name}", None, change) for name, change in CONFIG_MUTANTS.items()]
     for folder in folders:
-        convert(folder, work / folder.name[3:])
+        to_megatron(folder, work / folder.name[3:])
     found = megatron_logits(work, 1, 1, [work / name for name in names])
     differences = {name: difference(mine, expected) for name, mine in zip(names, found, strict=True)}
     assert all(value >= 10 * BOUND for value in differences.values()), differences
@@ -166,7 +167,7 @@ def test_loss_and_gradients_are_hugging_faces(work: Path) -> None:
     batch["labels"] = batch["tokens"].roll(-1, 1)
     batch["loss_mask"] = (torch.rand(2, 64) < 0.5).float()
     torch.save(batch, work / "grads.pt")
-    convert(work / "tied", work / "for_grads")
+    to_megatron(work / "tied", work / "for_grads")
     settings = {"seq_length": 64, "micro_batch_size": 1, "global_batch_size": 2, "precision": "fp32"}
     runs = [{"load": str(work / "for_grads"), "out": str(work / "grads_out.pt"), "gradients": True}]
     worker(1, {"settings": settings, "batch": str(work / "grads.pt"), "runs": runs})

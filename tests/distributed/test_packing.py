@@ -1,4 +1,4 @@
-"""Samples that share a row, as training reads them from disk, against each of them alone."""
+"""Samples packed into rows, as training reads them from disk, against each of them alone."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,8 @@ from common.data.dataset.builder import build_dataset
 from common.data.dataset.data_loader import collate
 from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.data.dataset.manifest import DataFiles
-from tests.distributed.launch import convert, worker
+from tests.conversion import to_megatron
+from tests.distributed.launch import worker
 from tests.tiny import tiny_qwen
 
 SEQ_LENGTH = 64
@@ -52,7 +53,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compared(work: Path, batch: str, tp: int, pp: int, sequence_parallel: bool) -> dict[str, Any]:
     target = work / f"megatron_{tp}_{pp}"
     if not target.exists():
-        convert(work / "hf", target, tp=tp, pp=pp, ckpt_format="torch", transformer_impl="local")
+        to_megatron(work / "hf", target, tp=tp, pp=pp, ckpt_format="torch", transformer_impl="local")
     settings = {
         "tp": tp, "pp": pp, "gpus": tp * pp, "seq_length": SEQ_LENGTH, "micro_batch_size": 1, "global_batch_size": 1,
         "precision": "fp32", "sequence_parallel": sequence_parallel,
@@ -75,7 +76,7 @@ def test_packed_samples_are_to_the_model_what_each_is_alone(
 
 
 @pytest.mark.parametrize(("tp", "pp", "sequence_parallel"), [(1, 1, True), (2, 2, True)])
-def test_documents_of_one_window_are_kept_apart_by_the_same_means(
+def test_documents_of_one_window_are_separated_by_the_same_means(
     work: Path, tp: int, pp: int, sequence_parallel: bool
 ) -> None:
     rows = torch.load(work / "windows.pt")["tokens"].shape[0]
@@ -90,6 +91,6 @@ def check(found: dict[str, Any], rows: int) -> None:
     joined = found["joined"]
     assert abs(joined["loss"] - joined["loss_alone"]) <= BOUND * joined["loss_alone"]
     assert joined["gradients"] <= 10 * BOUND, joined
-    # Rows that are not kept apart are far outside of these bounds, so the bounds tell something.
+    # Rows that are not separated are far outside of these bounds, so the bounds are meaningful.
     assert without["logits"] > 1000 * BOUND and without["gradients"] > 1000 * BOUND, without
     assert abs(without["loss"] - without["loss_alone"]) > 100 * BOUND * without["loss_alone"], without

@@ -1,6 +1,6 @@
 """Weights and optimizer go from one layout of ranks to any other without a bit changed, to and from Megatron-Core too.
 
-Departs from the defaults in that ranks are forked and no torchrun starts them: a checkpoint knows nothing of that.
+Unlike by default, ranks are forked and not started by torchrun: a checkpoint does not depend on that.
 """
 
 import shutil
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from common.checkpoint.formats.torch_dist_reader import TorchDistReader
-from tests.distributed.launch import convert, forked, free_port, run, steps, train_forked, words
+from tests.conversion import to_megatron
+from tests.distributed.launch import forked, free_port, run, steps, train_forked, words
 from tests.tiny import tiny_qwen
 
 FLAGS = {
@@ -30,7 +31,7 @@ def saved(work: Path) -> Path:
     """The run at TP2 x PP2 x DP2, stopped after its third step; its vocabulary is padded at TP 4 and not at TP 1."""
     shape: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
     tiny_qwen(work / "four", std=0.05, spread=0.05, **shape)
-    convert(work / "four", work / "four_start", ckpt_format="torch_dist")
+    to_megatron(work / "four", work / "four_start", ckpt_format="torch_dist")
     train_forked(**flags(work, work / "wide"), **WIDE, exit_interval=3)
     return work / "wide"
 
@@ -72,13 +73,13 @@ def test_another_layout_holds_the_same_bits(work: Path, saved: Path, name: str) 
     assert max(file.stat().st_size for file in files) < 1.6 * share  # every rank wrote its part
 
 
-def test_the_next_steps_are_those_of_the_run_that_went_on(work: Path, saved: Path) -> None:
+def test_the_next_steps_are_those_of_the_uninterrupted_run(work: Path, saved: Path) -> None:
     shutil.copytree(saved, work / "goes_on")
-    unbroken = steps(train_forked(**flags(work, work / "goes_on"), **WIDE))
-    assert [i for i, _, _ in unbroken] == [4, 5, 6]
+    uninterrupted = steps(train_forked(**flags(work, work / "goes_on"), **WIDE))
+    assert [i for i, _, _ in uninterrupted] == [4, 5, 6]
     shutil.copytree(saved, work / "moves")
     found = steps(train_forked(**flags(work, work / "moves"), gpus=1))
-    for (i, loss, norm), (j, its_loss, its_norm) in zip(found, unbroken, strict=True):
+    for (i, loss, norm), (j, its_loss, its_norm) in zip(found, uninterrupted, strict=True):
         assert i == j and abs(loss - its_loss) < 2e-3 * its_loss and abs(norm - its_norm) < 3e-2 * its_norm  # bf16
 
 
@@ -104,8 +105,8 @@ def test_a_flipped_bit_is_found_by_resume_and_by_verify(work: Path, saved: Path)
     given = words({**flags(work, work / "flipped"), **WIDE, "master_port": free_port()})
     log = forked(8, "common.train", given, expect=2)
     assert f"{file} is damaged: the CRC-32 of a chunk does not match" in log
-    told = run(
+    output = run(
         "-m", "common.convert", "verify", f"--hf-model-path={work / 'four'}",
         f"--load-checkpoint-path={work / 'flipped'}", expect=2,
     )  # fmt: skip
-    assert f"{file} is damaged: its CRC-32 is" in told
+    assert f"{file} is damaged: its CRC-32 is" in output

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what becomes of it, by the script's own defaults.
+"""What a checkpoint holds and how it is used, with the script's own defaults.
 
 Runs that no test signals are forked: torchrun changes nothing in what they save.
 """
@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launch import export, steps
+from tests.conversion import to_hf
+from tests.distributed.launch import steps
 from tests.distributed.user import ENDLESS, Run, step3, step3_forked
 
 
@@ -26,7 +27,7 @@ def train(work: Path, name: str, code: int = 0, **more: Any) -> str:
 
 
 def weights(work: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(export(work / name, work / f"{name}_exported") / "model.safetensors")
+    return load_file(to_hf(work / name, work / f"{name}_exported") / "model.safetensors")
 
 
 def assert_same_weights(work: Path, one: str, other: str) -> None:
@@ -50,8 +51,8 @@ def test_what_is_saved_is_one_steps_weights_with_and_without_overlap(work: Path,
     train(work, f"{name}_plain", **same, EXIT_INTERVAL=3, OVERLAP_PARAM_GATHER="false", OVERLAP_GRAD_REDUCE="false")
     assert_same_weights(work, f"{name}_plain", f"{name}_stopped")
     rest = steps(train(work, f"{name}_stopped", **same))
-    unbroken = steps(train(work, f"{name}_unbroken", **same))
-    assert [i for i, _, _ in rest] == [4, 5, 6] and rest == unbroken[3:]
+    uninterrupted = steps(train(work, f"{name}_uninterrupted", **same))
+    assert [i for i, _, _ in rest] == [4, 5, 6] and rest == uninterrupted[3:]
 
 
 def test_an_asynchronous_checkpoint_bears_its_own_iteration(work: Path) -> None:

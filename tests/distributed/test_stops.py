@@ -1,6 +1,6 @@
-"""A run that is asked to stop has saved when it ends, and one that is ended by force leaves nothing behind.
+"""A run that gets a stop signal saves before it ends, and one that is killed leaves nothing behind.
 
-Everything by the script's own defaults: data workers, overlap, torchrun, and a checkpoint of the same run before.
+With the script's own defaults: data workers, overlap, torchrun, and an earlier checkpoint of the same run.
 """
 
 import os
@@ -69,7 +69,7 @@ def test_a_second_interrupt_ends_the_run_at_once(work: Path) -> None:
     )
 
 
-def test_an_evaluation_does_not_keep_a_stop_waiting(work: Path) -> None:
+def test_an_evaluation_does_not_delay_a_stop(work: Path) -> None:
     more = {"SPLIT": "50,50,0", "EVAL_INTERVAL": 6, "EVAL_ITERS": ENDLESS, "SEQ_LENGTH": 8}  # ten seconds of it
     run = Run(settings(work, "evaluating", **more), log_of(work, "evaluating"))
     run.wait_for("iteration 6/")
@@ -85,7 +85,7 @@ def test_exit_duration_min_counts_the_save(work: Path) -> None:
     assert "stop requested: saving iteration" in log
 
 
-def test_hang_up_is_not_heard_under_nohup(work: Path) -> None:
+def test_a_hangup_is_ignored_under_nohup(work: Path) -> None:
     run = Run(settings(work, "nohup", TRAIN_ITERS=30), log_of(work, "nohup"), nohup=True)
     run.wait_for("iteration 6/")
     run.process.send_signal(signal.SIGHUP)
@@ -93,7 +93,7 @@ def test_hang_up_is_not_heard_under_nohup(work: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["launcher", "rank"])
-def test_a_killed_process_takes_all_others_with_it_at_once(work: Path, what: str) -> None:
+def test_a_killed_process_ends_all_others_at_once(work: Path, what: str) -> None:
     name = f"killed_{what}"
     run = Run(settings(work, name), log_of(work, name))
     run.wait_for("saved " + str(work / name / "iter_0000005"))
@@ -111,7 +111,7 @@ def test_a_killed_process_takes_all_others_with_it_at_once(work: Path, what: str
     assert [iteration for iteration, _, _ in steps(again)] == [done + 1]
 
 
-def test_a_run_that_is_killed_is_brought_back_by_max_restarts(work: Path) -> None:
+def test_a_killed_run_is_restarted_by_max_restarts(work: Path) -> None:
     run = Run(settings(work, "restarted", MAX_RESTARTS=1, TRAIN_ITERS=30), log_of(work, "restarted"))
     run.wait_for("iteration 7/")
     os.kill(run.ranks()[0].pid, signal.SIGKILL)
@@ -127,6 +127,6 @@ def test_data_workers_and_writers_end_with_their_rank(work: Path) -> None:
     children = rank.children(recursive=True)
     rank.kill()
     _, left = psutil.wait_procs(children, timeout=5)
-    # Whoever takes an orphan over may be slow to ask how it ended.
+    # The process that adopts an orphan may be slow to reap it.
     assert children and all(each.status() == psutil.STATUS_ZOMBIE for each in left if each.is_running())
     run.end(1, 30)

@@ -39,7 +39,7 @@ def test_the_figures_and_how_the_run_ended_are_sent(
         "split": "80,20,0", "eval_interval": 2, "eval_iters": 1, "train_iters": 3, "lr": 1e-3, "wandb_project": "kit",
         "wandb_mode": "offline", "wandb_exp_name": name, "wandb_save_path": work, **flags,
     }  # fmt: skip
-    more = {"PYTHONPATH": f"{ROOT / 'tests' / 'stand_ins' / 'wandb'}:{ROOT}"}
+    more = {"PYTHONPATH": f"{ROOT / 'tests' / 'stubs' / 'wandb'}:{ROOT}"}
     log = forked(1, "common.train", words(settings), expect=code, more=more)
     first, *figures, last = map(json.loads, (work / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
     run_id = read_run_record(work / name)["wandb_run_id"]

@@ -1,4 +1,4 @@
-"""Training in real gloo processes: every layout the same, a stopped run the same as an unbroken one."""
+"""Training in real gloo processes: every layout gives the same, and a stopped run the same as an uninterrupted one."""
 
 import json
 import time
@@ -12,17 +12,8 @@ from transformers import Qwen2ForCausalLM
 
 from common.data.dataset.builder import build_dataset
 from common.data.dataset.manifest import resolve
-from tests.distributed.launch import (
-    convert,
-    export,
-    forked,
-    free_port,
-    run,
-    steps,
-    train,
-    train_forked,
-    words,
-)
+from tests.conversion import to_hf, to_megatron
+from tests.distributed.launch import forked, free_port, run, steps, train, train_forked, words
 from tests.tiny import tiny_qwen
 
 COMMON = {
@@ -46,7 +37,7 @@ def settings(work: Path, mode: str, **more: Any) -> dict[str, Any]:
 
 def weights(work: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     target = work / f"exported_{checkpoint.name}_{time.monotonic_ns()}"
-    return load_file(export(checkpoint, target) / "model.safetensors")
+    return load_file(to_hf(checkpoint, target) / "model.safetensors")
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -74,7 +65,7 @@ def assert_same_curve(found: list[tuple[int, float, float]], expected: list[tupl
         assert abs(norm - expected_norm) <= 1e-3 * expected_norm, i
 
 
-LANE = "pp2_vpp2"  # in every lane: Megatron-Core's versions say differently which chunk a stage builds
+LANE = "pp2_vpp2"  # in every lane: Megatron-Core's versions differ in how a stage knows its chunk
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.lane] * (name == LANE)) for name in LAYOUTS])
@@ -86,10 +77,10 @@ def test_every_layout_follows_one_process(work: Path, one_process: list[tuple[in
 
 
 def test_virtual_stages_over_four_ranks_follow_one_process(work: Path) -> None:
-    convert(tiny_qwen(work / "deep", std=0.05, spread=0.05, num_hidden_layers=8), work / "deep_start")
+    to_megatron(tiny_qwen(work / "deep", std=0.05, spread=0.05, num_hidden_layers=8), work / "deep_start")
     flags = {**settings(work, "pretrain"), "load_checkpoint_path": work / "deep_start", "train_iters": 6}
     one = steps(train_forked(**flags, save_checkpoint_path=work / "deep_one"))
-    convert(work / "deep", work / "deep_stages", pp=4, vpp=2, transformer_impl="local")
+    to_megatron(work / "deep", work / "deep_stages", pp=4, vpp=2, transformer_impl="local")
     flags["load_checkpoint_path"] = work / "deep_stages"
     four = steps(train_forked(**flags, save_checkpoint_path=work / "deep_four", gpus=4, pp=4, vpp=2))
     assert len(one) == len(four) == 6
@@ -148,14 +139,14 @@ def test_weights_weigh_the_loss_and_its_gradient(work: Path) -> None:
 def test_ten_and_ten_steps_are_twenty(work: Path, ckpt_format: str, layout: dict[str, Any]) -> None:
     name = f"resumed_{ckpt_format}"
     if ckpt_format == "torch":
-        convert(work / "qwen", work / "start_ranks", tp=2, pp=2, transformer_impl="local")
+        to_megatron(work / "qwen", work / "start_ranks", tp=2, pp=2, transformer_impl="local")
         layout = {**layout, "load_checkpoint_path": work / "start_ranks"}
     same = {**settings(work, "pretrain"), "train_iters": 20, "ckpt_format": ckpt_format, **layout}
-    unbroken = steps(train_forked(**same, save_checkpoint_path=work / f"{name}_unbroken"))
+    uninterrupted = steps(train_forked(**same, save_checkpoint_path=work / f"{name}_uninterrupted"))
     halves = [steps(train_forked(**same, save_checkpoint_path=work / name, exit_interval=10)) for _ in range(2)]
     assert [i for i, _, _ in halves[0]] == list(range(1, 11)) and [i for i, _, _ in halves[1]] == list(range(11, 21))
-    assert halves[0] + halves[1] == unbroken
-    expected, found = (weights(work, work / folder) for folder in (f"{name}_unbroken", name))
+    assert halves[0] + halves[1] == uninterrupted
+    expected, found = (weights(work, work / folder) for folder in (f"{name}_uninterrupted", name))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[tensor], found[tensor]) for tensor in expected)
 
@@ -178,7 +169,7 @@ def test_a_learning_rate_of_zero_changes_no_bit_and_both_ways_out_agree(work: Pa
 
 
 @pytest.mark.lane
-def test_a_distributed_checkpoint_goes_on_at_another_layout(
+def test_a_distributed_checkpoint_resumes_at_another_layout(
     work: Path, one_process: list[tuple[int, float, float]]
 ) -> None:
     flags = settings(work, "finetune", save_checkpoint_path=work / "moved", train_iters=20)
@@ -199,7 +190,7 @@ def test_a_distributed_checkpoint_goes_on_at_another_layout(
     ],
     ids=str,
 )
-def test_state_on_the_host_changes_no_bit_and_is_saved_as_any_other(
+def test_state_on_the_host_changes_no_bit_and_is_saved_like_any_other(
     work: Path, ckpt_format: str, layout: dict[str, Any]
 ) -> None:
     name = f"host_{ckpt_format}_{len(layout)}"
@@ -229,9 +220,9 @@ def test_bf16_recompute_evaluation_and_asynchronous_saving_work_together(work: P
 
 
 def test_fields_of_megatron_core_are_set_by_name(work: Path) -> None:
-    chosen = settings(work, "pretrain", train_iters=2, gpus=2, recompute="selective")
-    plain = train_forked(**chosen, save_checkpoint_path=work / "mcore_plain")
-    flags = words({**chosen, "master_port": free_port()})
+    options = settings(work, "pretrain", train_iters=2, gpus=2, recompute="selective")
+    plain = train_forked(**options, save_checkpoint_path=work / "mcore_plain")
+    flags = words({**options, "master_port": free_port()})
     given = ["--mcore.transformer.recompute_modules", "core_attn", "mlp", "--mcore.ddp.bucket_size", "1000"]
     log = run("-m", "common.train", *given, *flags, f"--save-checkpoint-path={work / 'mcore'}")
     assert "megatron-core's transformer config: recompute_modules = ['core_attn', 'mlp']" in log
@@ -242,14 +233,14 @@ def test_fields_of_megatron_core_are_set_by_name(work: Path) -> None:
 
 
 def test_a_torch_checkpoint_of_other_sizes_is_refused_before_any_process_starts(work: Path) -> None:
-    start = convert(work / "qwen", work / "other_sizes", tp=2, pp=1, transformer_impl="local")
+    start = to_megatron(work / "qwen", work / "other_sizes", tp=2, pp=1, transformer_impl="local")
     flags = settings(work, "pretrain", save_checkpoint_path=work / "refused", train_iters=1)
     log = train(**{**flags, "load_checkpoint_path": start}, expect=2)
     assert "TP=2 PP=1 VPP=1" in log and "TP=1 PP=1 VPP=1" in log and "step 2" in log
     assert not (work / "refused").exists()
 
 
-def test_more_epochs_on_resume_change_nothing_that_was(work: Path) -> None:
+def test_more_epochs_on_resume_change_no_earlier_step(work: Path) -> None:
     flags = {
         **settings(work, "finetune"),
         "global_batch_size": 100,
@@ -258,18 +249,18 @@ def test_more_epochs_on_resume_change_nothing_that_was(work: Path) -> None:
     }
     first = steps(train_forked(**flags, save_checkpoint_path=work / "epochs", epochs=1))
     rest = steps(train_forked(**flags, save_checkpoint_path=work / "epochs", epochs=2))
-    whole = steps(train_forked(**flags, save_checkpoint_path=work / "epochs_whole", epochs=2))
-    assert [len(first), len(rest), len(whole)] == [2, 2, 4]
-    assert first + rest == whole
+    uninterrupted = steps(train_forked(**flags, save_checkpoint_path=work / "epochs_whole", epochs=2))
+    assert [len(first), len(rest), len(uninterrupted)] == [2, 2, 4]
+    assert first + rest == uninterrupted
 
 
-def test_a_rank_that_runs_out_of_memory_says_so_and_ends_while_the_others_wait_for_it(work: Path) -> None:
+def test_a_rank_that_runs_out_of_memory_reports_it_and_ends_while_the_others_wait_for_it(work: Path) -> None:
     flags = settings(work, "pretrain", save_checkpoint_path=work / "too_much", train_iters=4, gpus=2, recompute="full")
     log = forked(2, "tests.distributed.failing_worker", words({**flags, "master_port": free_port()}), expect=2)
     assert steps(log) and steps(log)[0][0] == 1 and len(steps(log)) < 4, log
-    (told,) = (line for line in log.splitlines() if line.startswith("error: "))
-    assert told.startswith("error: rank 1 is out of memory (") and "can't allocate memory" in told
-    assert told.endswith(
+    (error,) = (line for line in log.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: rank 1 is out of memory (") and "can't allocate memory" in error
+    assert error.endswith(
         "): to use less memory: a MICRO_BATCH_SIZE below 2, a SEQ_LENGTH below 32, more GPUs, with TP over 1 or PP"
         " over 1"
     )

@@ -68,7 +68,7 @@ class Run:
         return sorted(children, key=lambda each: int(each.environ()["RANK"]))
 
     def processes(self) -> list[int]:
-        """Every process that the run has started and that still lives."""
+        """Every process that the run has started and that is still alive."""
         return [int(path.name) for path in Path("/proc").glob("[0-9]*") if self._is_ours(path)]
 
     def _is_ours(self, process: Path) -> bool:
@@ -80,7 +80,7 @@ class Run:
             return False
 
     def kill(self) -> None:
-        """Ends the launcher as a power cut would; the rest must end by itself."""
+        """Kills the launcher as a power cut would; the rest must end by itself."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         wait_for(lambda: not self.processes(), 20)

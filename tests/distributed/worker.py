@@ -1,4 +1,4 @@
-"""Runs in each rank: what the model itself gives, for tests that hold it against Hugging Face.
+"""Runs in each rank: the model's own outputs, for tests that compare them with Hugging Face's.
 
     python -m tests.distributed.worker '{"settings": {...}, "runs": [{"load": DIR, "out": FILE, "gradients": false}]}'
 
@@ -25,11 +25,11 @@ from common.training.settings import TrainSettings
 
 
 def plan_of(settings: dict[str, Any], folder: Path) -> Plan:
-    chosen = TrainSettings(save_checkpoint_path="/nowhere", dataset_path="/nowhere", train_iters=1, **settings)
+    train_settings = TrainSettings(save_checkpoint_path="/nowhere", dataset_path="/nowhere", train_iters=1, **settings)
     checkpoint = find_checkpoint(folder)
     assert checkpoint
     return Plan(
-        settings=chosen, platform=CPU, sizes=chosen.sizes, qwen=load_config(folder),
+        settings=train_settings, platform=CPU, sizes=train_settings.sizes, qwen=load_config(folder),
         start=Start("weights", folder, checkpoint), transformer_impl="local", ckpt_format="torch_dist",
         train=None, valid=None, train_iters=1,
     )  # fmt: skip

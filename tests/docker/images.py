@@ -1,4 +1,4 @@
-"""The images as their tests read them: instructions by BuildKit's parser, stand-ins for a vendor's packages."""
+"""The images as their tests read them: instructions by BuildKit's parser, stubs for a vendor's packages."""
 
 import atexit
 import base64
@@ -20,7 +20,7 @@ import pathspec
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
 
-# What the bases bring, as their documents and users tell; only names and versions matter here.
+# What the base images contain, by their documentation and users; only names and versions matter here.
 NGC_24_03 = {
     "torch": "2.3.0a0+40ec155e58.nv24.3", "torchvision": "0.18.0a0", "triton": "2.2.0+e28a256d7", "numpy": "1.24.4",
     "transformer-engine": "1.4.0", "apex": "0.1", "flash-attn": "2.4.2", "packaging": "23.2",
@@ -51,7 +51,7 @@ def arguments(path: Path) -> dict[str, str]:
 
 
 def context_files() -> list[str]:
-    """What `docker build .` sends: what lies in the kit's folder, but for what .dockerignore names."""
+    """What `docker build .` sends: the files of the kit's folder, except those that .dockerignore names."""
     # A pattern of .dockerignore begins at the root, unlike one of .gitignore.
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     anchored = [line if line.startswith(("**/", "#")) or not line else f"/{line}" for line in lines]
@@ -96,9 +96,9 @@ def write_wheel(
 
 
 def write_base(folder: Path, packages: dict[str, str], cuda: str | None = "12.4") -> list[Path]:
-    """Wheels that stand in for a base image's packages."""
-    told = f"from typing import Optional\n\n__version__ = {packages.get('torch')!r}\ncuda: Optional[str] = {cuda!r}\n"
-    torch = {"torch/__init__.py": "from . import version\n", "torch/version.py": told}
+    """Stub wheels of a base image's packages."""
+    source = f"from typing import Optional\n\n__version__ = {packages.get('torch')!r}\ncuda: Optional[str] = {cuda!r}\n"
+    torch = {"torch/__init__.py": "from . import version\n", "torch/version.py": source}
     return [write_wheel(folder, *each, files=torch if each[0] == "torch" else None) for each in packages.items()]
 
 
@@ -112,7 +112,7 @@ def empty_environment(program: str) -> Path:
 
 
 def make_base(folder: Path, packages: dict[str, str], cuda: str | None = "12.4", program: str = sys.executable) -> Path:
-    """The Python of an environment that has pip and stand-ins for `packages`."""
+    """The Python of an environment that has pip and stubs for `packages`."""
     shutil.copytree(empty_environment(program), folder / "venv", symlinks=True)
     (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
     for wheel in write_base(folder / "base", packages, cuda):
@@ -122,7 +122,7 @@ def make_base(folder: Path, packages: dict[str, str], cuda: str | None = "12.4",
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without what would reach into another Python."""
+    """This process's environment, without what would affect another Python."""
     return {name: text for name, text in os.environ.items() if name not in ("PYTHONPATH", "PIP_CONSTRAINT")} | more
 
 

@@ -27,7 +27,7 @@ work=$1
 
 
 def possible() -> bool:
-    """Whether this machine lets us make such a root."""
+    """Whether this machine permits such a root."""
     script = "mkdir /mnt/{u,w,r}; mount -t overlay o -o lowerdir=/,upperdir=/mnt/u,workdir=/mnt/w /mnt/r"
     command = ["unshare", "--mount", "bash", "-ec", f"mount -t tmpfs t /mnt; {script}"]
     return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True, check=False).returncode == 0

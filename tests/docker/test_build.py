@@ -1,6 +1,6 @@
 """The images' steps, run for real over this machine as the base.
 
-In the vendors' images stand-ins of every package spare the downloads (test_install.py resolves the real ones), and the
+In the vendors' images stubs of every package spare the downloads (test_install.py resolves the real ones), and the
 doctor at the end, which needs the vendor's torch, is left out. The CPU's image is built whole.
 """
 
@@ -27,7 +27,7 @@ BASE = {"PATH": "/opt/base/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 
 
 def prepare(program: str) -> str:
-    # A base's Python is everybody's; this machine's may lie in root's home.
+    # A base's Python is readable for all users; this machine's may be in root's home.
     return f"""
 chmod o+rx /root
 {program} -m venv /opt/base
@@ -82,9 +82,9 @@ python3 --version; readlink -f "$PYTHON"
     assert "ok    megatron-core        imports, as training does (/opt/kit/venv/" in done.stdout
 
 
-def test_a_platforms_packages_are_installed_and_a_mirror_is_taken(tmp_path: Path) -> None:
+def test_a_platforms_packages_are_installed_from_a_mirror(tmp_path: Path) -> None:
     write_wheel(tmp_path / "base", "unused", "1.0")
-    # apt alone is stood in for: what it is asked, and with which sources.
+    # Only apt is faked: its arguments and its sources are printed.
     fake = """
 printf '#!/bin/sh\\necho "apt-get $*"\\n' >/usr/local/sbin/apt-get
 chmod +x /usr/local/sbin/apt-get

@@ -1,4 +1,4 @@
-"""The Dockerfiles as they are written: BuildKit reads them, each RUN is a sound script, nothing is lost or secret."""
+"""The Dockerfiles as written: BuildKit reads them, each RUN is a valid script, nothing is lost or secret."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ def test_buildkit_reads_it_and_each_run_is_a_sound_script(path: Path) -> None:
     runs = [each for each in instructions(path) if each.cmd.upper() == "RUN"]
     assert len(runs) >= 3
     for each in runs:
-        # As SHELL says it is run; the arguments of the build are in its environment.
+        # Run by SHELL; the build arguments are in its environment.
         script = "#!/bin/bash\nset -euo pipefail\n" + "\n".join(each.value) + "\n"
         done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{path.name}:{each.start_line}\n{done.stdout}"
@@ -71,7 +71,7 @@ def test_a_build_gets_no_secret_and_no_data() -> None:
 
 
 @EACH
-def test_no_secret_is_asked_for_and_mirrors_are_empty(path: Path) -> None:
+def test_no_secret_is_required_and_mirrors_are_empty(path: Path) -> None:
     found = arguments(path)
     names = {*found, *(each.value[0] for each in instructions(path) if each.cmd.upper() == "ENV")}
     assert not [name for name in names if re.search("TOKEN|PASSWORD|SECRET|KEY|CREDENTIAL", name)]
@@ -83,8 +83,8 @@ def test_no_secret_is_asked_for_and_mirrors_are_empty(path: Path) -> None:
 def test_labels_user_and_entry_point(path: Path) -> None:
     steps = [(each.cmd.upper(), list(each.value)) for each in instructions(path)]
     labels = next(value for name, value in steps if name == "LABEL")
-    wanted = ("title", "description", "licenses", "version", "revision", "base.name")
-    assert {f"org.opencontainers.image.{each}" for each in wanted} <= set(labels)
+    required = ("title", "description", "licenses", "version", "revision", "base.name")
+    assert {f"org.opencontainers.image.{each}" for each in required} <= set(labels)
     assert [value for name, value in steps if name == "USER"][-1] == ["${USER_ID}:${GROUP_ID}"]
     found = arguments(path)
     assert (found["USER_ID"], found["GROUP_ID"]) == ("0", "0")

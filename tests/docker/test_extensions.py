@@ -1,4 +1,4 @@
-"""docker/build_extensions.sh: builds what the base has not, with compilers that are new enough, and imports it."""
+"""docker/build_extensions.sh: builds what the base lacks, with compilers that are new enough, and imports it."""
 
 import os
 import subprocess
@@ -41,10 +41,10 @@ def source(folder: Path, *modules: str) -> str:
     return str(folder)
 
 
-def test_with_both_there_nothing_is_built_and_no_compiler_is_asked_for(tmp_path: Path) -> None:
+def test_nothing_is_built_and_no_compiler_is_needed_when_both_are_installed(tmp_path: Path) -> None:
     base = make_base(tmp_path, NGC_24_03)
-    told = build(base, tmp_path, TRANSFORMER_ENGINE="2.11.0", APEX_SOURCE="/nowhere", CC="/nowhere", CXX="/nowhere")
-    assert told.splitlines() == ["transformer-engine 1.4.0", "apex 0.1"]
+    output = build(base, tmp_path, TRANSFORMER_ENGINE="2.11.0", APEX_SOURCE="/nowhere", CC="/nowhere", CXX="/nowhere")
+    assert output.splitlines() == ["transformer-engine 1.4.0", "apex 0.1"]
     assert not list((tmp_path / "wheels").iterdir())
 
 
@@ -53,9 +53,9 @@ def test_an_old_compiler_is_refused_with_its_version(gcc: str, gxx: str, tmp_pat
     base = make_base(tmp_path, {"torch": "2.11.0"})
     compiler(tmp_path / "bin", "gcc", gcc)
     compiler(tmp_path / "bin", "g++", gxx)
-    told = build(base, tmp_path, expect=1, APEX_SOURCE="/nowhere")
+    output = build(base, tmp_path, expect=1, APEX_SOURCE="/nowhere")
     name, version = ("gcc", gcc) if gcc != "11.4.0" else ("g++", gxx)
-    assert f"{name} is version {version}, and what is built here needs gcc and g++ 10 or later" in told
+    assert f"{name} is version {version}, and what is built here needs gcc and g++ 10 or later" in output
     assert not list((tmp_path / "wheels").iterdir())
 
 
@@ -75,6 +75,6 @@ def test_what_is_built_must_import(tmp_path: Path) -> None:
 
     subprocess.run([base, "-m", "pip", "uninstall", "-q", "-y", "apex"], check=True)
     # As apex builds by itself when its flags are lost: the package, without what was to be compiled.
-    told = build(base, tmp_path, expect=1, APEX_SOURCE=source(tmp_path / "hollow", *EXTENSIONS[:2]))
-    assert "No module named 'fused_weight_gradient_mlp_cuda'" in told
-    assert "built, but one of amp_C fused_layer_norm_cuda fused_weight_gradient_mlp_cuda cannot be imported" in told
+    output = build(base, tmp_path, expect=1, APEX_SOURCE=source(tmp_path / "hollow", *EXTENSIONS[:2]))
+    assert "No module named 'fused_weight_gradient_mlp_cuda'" in output
+    assert "built, but one of amp_C fused_layer_norm_cuda fused_weight_gradient_mlp_cuda cannot be imported" in output

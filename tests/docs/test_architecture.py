@@ -1,4 +1,4 @@
-"""docs/architecture.md: every part and every room stands in it, and what it says of imports is so."""
+"""docs/architecture.md: every part and every room is in it, and what it says about imports is true."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_every_part_has_a_row_lowest_first() -> None:
     assert named == sorted(named, key=layer.__getitem__)
 
 
-def test_every_room_has_a_row_in_the_order_of_imports_and_stands_in_the_drawing() -> None:
+def test_every_room_has_a_row_in_the_order_of_imports_and_is_in_the_drawing() -> None:
     assert list(table("Rooms")) == NAMES
     drawing = TEXT.split("```")[1]
     assert [name for name in NAMES if name not in drawing] == []

@@ -1,4 +1,4 @@
-"""docs/metax.md and what it speaks of: every variable, and commands that a script and its Python take."""
+"""docs/metax.md and what it refers to: every variable, and commands that a script and its Python accept."""
 
 import re
 import subprocess
@@ -19,8 +19,8 @@ def section(title: str) -> str:
 
 def test_the_environment_is_that_of_the_script() -> None:
     declared = dict(re.findall(r'^: "\$\{([A-Z_0-9]+):=(.*?)\}" +#', (ROOT / "metax" / "env.sh").read_text(), re.M))
-    told, left_out = section("Environment").split("Left out")
-    rows = dict(re.findall(r"^\| `([A-Z_0-9]+)` \| (\S+)", told, re.M))
+    exported, left_out = section("Environment").split("Left out")
+    rows = dict(re.findall(r"^\| `([A-Z_0-9]+)` \| (\S+)", exported, re.M))
     assert rows.keys() == declared.keys()
     plain = {name: value for name, value in declared.items() if "$" not in value}
     assert {name: rows[name].strip("`") for name in plain} == plain
@@ -57,6 +57,6 @@ def test_the_commands_are_found() -> None:
 
 def test_what_the_log_is_expected_to_say_is_what_the_code_says() -> None:
     code = "\n".join(path.read_text() for path in (ROOT / "common").rglob("*.py"))
-    for said in ("core attention: %s", "optimizer: %s", "all bits agree", "was not run on"):
-        assert said in code
+    for phrase in ("core attention: %s", "optimizer: %s", "all bits agree", "was not run on"):
+        assert phrase in code
     assert "core attention: flash_attn" in TEXT and "all bits agree" in TEXT

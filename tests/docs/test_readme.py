@@ -1,4 +1,4 @@
-"""What the READMEs say is so: the paths exist, the commands run, both languages say the same."""
+"""What the READMEs say is true: the paths exist, the commands run, both languages say the same."""
 
 import re
 import subprocess
@@ -78,8 +78,10 @@ def test_a_command_of_a_step_becomes_one_python_command(command: str) -> None:
 def test_a_python_command_has_the_flags_that_are_shown(command: str) -> None:
     _, words = split(command)
     module = words[: next(i for i, word in enumerate(words) if word.startswith("--"))]
-    told = subprocess.run([sys.executable, *module[1:], "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert all(word in told.stdout for word in words if word.startswith("--"))
+    result = subprocess.run(
+        [sys.executable, *module[1:], "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert all(word in result.stdout for word in words if word.startswith("--"))
 
 
 @pytest.mark.parametrize("command", [each for each in ALL if not re.search(r"bash \w+/\d_|^python -m", each)])

@@ -10,7 +10,7 @@ AREAS = {name: paths.split() for name, paths in re.findall(r"^  \[(\w+)\]='([^']
 STAGES = re.findall(r"\w+", " ".join(re.findall(r"^(?:STAGES|BESIDE)=\((.*)\)$", SCRIPT, re.M)))
 
 
-def test_an_area_names_files_that_exist() -> None:
+def test_an_area_names_existing_files() -> None:
     assert len(AREAS) > 7 and all(AREAS.values())
     assert [path for paths in AREAS.values() for path in paths if not (ROOT / path).exists()] == []
 

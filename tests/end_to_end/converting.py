@@ -9,20 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common import convert, errors
-from common.checkpoint.conversion.hf_to_megatron import HfToMegatron, convert_hf_to_megatron
-from common.checkpoint.conversion.megatron_to_hf import MegatronToHf, convert_megatron_to_hf
 
 TRACKER = "latest_checkpointed_iteration.txt"
-
-
-def to_megatron(source: Path, target: Path, **options: Any) -> Path:
-    convert_hf_to_megatron(HfToMegatron(str(source), str(target), **options), check=False)
-    return target
-
-
-def to_hf(source: Path, target: Path, **options: Any) -> Path:
-    convert_megatron_to_hf(MegatronToHf(str(source), str(target), **options), check=False)
-    return target
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Step 1 as users run it, for the tests of it."""
+"""Step 1 as users run it, for its tests."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`python -m common.convert` as users run it: real folders there and back, and wrong use."""
+"""`python -m common.convert` as users run it: round trips of real folders, and wrong use."""
 
 import json
 import os
@@ -19,7 +19,8 @@ from common.checkpoint.conversion.output_folder import REPORT
 from common.checkpoint.formats.checkpoint_paths import find_checkpoint
 from common.errors import KitError
 from common.log import logger
-from tests.end_to_end.converting import TRACKER, run_main, same, to_hf, to_megatron, tree, weights, words
+from tests.conversion import to_hf, to_megatron
+from tests.end_to_end.converting import TRACKER, run_main, same, tree, weights, words
 from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,7 @@ def restore_logger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
 @pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_there_and_back_gives_the_same_bits(
+def test_a_round_trip_gives_the_same_bits(
     tmp_path: Path, qwen: dict[bool, Path], tp: int, pp: int, ckpt_format: str, tied: bool, impl: str
 ) -> None:
     source = qwen[tied]
@@ -72,7 +73,7 @@ def test_there_and_back_gives_the_same_bits(
 @pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("impl", ["local", "transformer_engine"])
-def test_qwen3_there_and_back(tmp_path: Path, ckpt_format: str, tied: bool, impl: str) -> None:
+def test_qwen3_survives_a_round_trip(tmp_path: Path, ckpt_format: str, tied: bool, impl: str) -> None:
     source = tiny_qwen(tmp_path / "qwen3", model_type="qwen3", head_dim=32, tie_word_embeddings=tied)
     options = {"tp": 2, "pp": 2, "ckpt_format": ckpt_format, "transformer_impl": impl}
     back = to_hf(to_megatron(source, tmp_path / "megatron", **options), tmp_path / "hf")
@@ -89,7 +90,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_familys_proportions_there_and_back(tmp_path: Path, name: str) -> None:
+def test_each_familys_proportions_survive_a_round_trip(tmp_path: Path, name: str) -> None:
     heads, groups, head_dim, wider, tied = FAMILIES[name]
     shape = {"hidden_size": heads * head_dim, "num_attention_heads": heads, "num_key_value_heads": groups}
     width = int(wider * heads * head_dim) // groups * groups
@@ -108,7 +109,7 @@ def test_each_familys_proportions_there_and_back(tmp_path: Path, name: str) -> N
 @pytest.mark.parametrize(
     ("pp", "vpp", "layers"), [(3, 1, "1,2,1"), (3, 1, "2,1,1"), (2, 1, "3,1"), (4, 1, "1,1,1,1"), (2, 2, "1,1,1,1")]
 )
-def test_stages_of_other_sizes_there_and_back(
+def test_stages_of_other_sizes_survive_a_round_trip(
     tmp_path: Path, qwen: dict[bool, Path], pp: int, vpp: int, layers: str
 ) -> None:
     megatron = to_megatron(qwen[True], tmp_path / "megatron", tp=2, pp=pp, vpp=vpp, pipeline_layers=layers)
@@ -120,7 +121,7 @@ def test_stages_of_other_sizes_there_and_back(
     assert same(weights(to_hf(megatron, tmp_path / "hf")), weights(qwen[True]))
 
 
-def test_virtual_chunks_and_several_shards_there_and_back(tmp_path: Path, qwen: dict[bool, Path]) -> None:
+def test_virtual_chunks_and_several_shards_survive_a_round_trip(tmp_path: Path, qwen: dict[bool, Path]) -> None:
     megatron = to_megatron(qwen[True], tmp_path / "megatron", tp=2, pp=2, vpp=2)
     state = torch.load(megatron / "release" / "mp_rank_01_001" / "model_optim_rng.pt", weights_only=False)
     assert {"model0", "model1"} <= set(state) and state["args"].virtual_pipeline_model_parallel_size == 2
@@ -140,7 +141,7 @@ def test_one_iteration_and_another_models_files(tmp_path: Path, qwen: dict[bool,
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
-def test_dtype_casts_and_config_tells_it(tmp_path: Path, qwen: dict[bool, Path], name: str) -> None:
+def test_dtype_casts_and_config_records_it(tmp_path: Path, qwen: dict[bool, Path], name: str) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     cast = {key: tensor.to(dtype) for key, tensor in weights(qwen[True]).items()}
     for kind in ("torch", "torch_dist"):
@@ -176,7 +177,7 @@ def test_check_prints_ok_and_writes_nothing(
 ) -> None:
     megatron = to_megatron(qwen[True], tmp_path / "megatron", tp=2)
     before = tree(tmp_path)
-    for command, told in (
+    for command, expected in (
         (words("hf-to-megatron", load_checkpoint_path=qwen[True], save_checkpoint_path=tmp_path / "new", tp=2),
          f"ok: 50 tensors can be converted to {tmp_path / 'new'}\n"),
         (words("megatron-to-hf", load_checkpoint_path=megatron, save_checkpoint_path=tmp_path / "new"),
@@ -184,13 +185,11 @@ def test_check_prints_ok_and_writes_nothing(
         (words("verify", hf_model_path=qwen[True], load_checkpoint_path=megatron),
          f"ok: {qwen[True]} and {megatron / 'release'} can be compared\n"),
     ):  # fmt: skip
-        assert run_main([*command, "--check"]) == 0 and capsys.readouterr().out == told
+        assert run_main([*command, "--check"]) == 0 and capsys.readouterr().out == expected
         assert tree(tmp_path) == before
 
 
-def test_verify_tells_that_a_bit_is_another(
-    tmp_path: Path, qwen: dict[bool, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_finds_a_flipped_bit(tmp_path: Path, qwen: dict[bool, Path], capsys: pytest.CaptureFixture[str]) -> None:
     megatron = to_megatron(qwen[False], tmp_path / "megatron", tp=2, pp=2)
     command = words("verify", hf_model_path=qwen[False], load_checkpoint_path=megatron)
     assert run_main(command) == 0 and "verification: 51 tensors, 0.00 GB: all bits agree" in capsys.readouterr().err
@@ -200,11 +199,11 @@ def test_verify_tells_that_a_bit_is_another(
     state["model"]["decoder.layers.1.mlp.linear_fc1.weight"].view(torch.int32)[3, 3] ^= 1
     torch.save(state, path)
     assert run_main(command) == 2
-    told = "decoder.layers.3.mlp.linear_fc1.weight of TP rank 1 differs from model.layers.3.mlp.gate_proj.weight"
-    assert f"error: verification failed: {told}: copy the source again" in capsys.readouterr().err
+    difference = "decoder.layers.3.mlp.linear_fc1.weight of TP rank 1 differs from model.layers.3.mlp.gate_proj.weight"
+    assert f"error: verification failed: {difference}: copy the source again" in capsys.readouterr().err
     assert run_main([*command, "--report", str(tmp_path / "report.json")]) == 2
-    assert f"{told} (all in {tmp_path / 'report.json'}): copy" in capsys.readouterr().err
-    assert json.loads((tmp_path / "report.json").read_text())["errors"] == [told]
+    assert f"{difference} (all in {tmp_path / 'report.json'}): copy" in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text())["errors"] == [difference]
 
 
 def start_script(folder: Path, **settings: Any) -> subprocess.Popen[str]:
@@ -213,7 +212,7 @@ def start_script(folder: Path, **settings: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(["bash", str(SCRIPT)], env=environment, stdout=pipe, stderr=pipe, text=True, cwd=folder)
 
 
-def test_the_script_converts_there_and_back_and_tells_a_mistake(tmp_path: Path, qwen: dict[bool, Path]) -> None:
+def test_the_script_converts_in_both_directions_and_reports_a_mistake(tmp_path: Path, qwen: dict[bool, Path]) -> None:
     there = {"CONVERT_TYPE": "huggingface-to-megatron", "LOAD_CHECKPOINT_PATH": qwen[True], "PP": 2, "VPP": 2}
     there |= {"CKPT_FORMAT": "torch"}
     mistaken = start_script(tmp_path, **there, TP=3, SAVE_CHECKPOINT_PATH="new")
@@ -230,8 +229,8 @@ def test_the_script_converts_there_and_back_and_tells_a_mistake(tmp_path: Path, 
     assert same(weights(tmp_path / "hf"), {name: tensor.bfloat16() for name, tensor in weights(qwen[True]).items()})
     out, err = mistaken.communicate(timeout=120)
     assert (mistaken.returncode, out) == (2, "") and err.startswith("+ ")
-    told = "error: TP=3 does not divide num_attention_heads=4 of this model: use TP in [1, 2]\n"
-    assert err.partition("\n")[2] == told and not (tmp_path / "new").exists()
+    message = "error: TP=3 does not divide num_attention_heads=4 of this model: use TP in [1, 2]\n"
+    assert err.partition("\n")[2] == message and not (tmp_path / "new").exists()
 
 
 MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -308,7 +307,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory, qwen: dict[bool, Path]) -> P
 def test_wrong_use_gets_one_message(
     tmp_path: Path, qwen: dict[bool, Path], wrong: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command, changes, told = MISTAKES[name]
+    command, changes, message = MISTAKES[name]
     flags: dict[str, Any] = {
         "hf-to-megatron": {"load_checkpoint_path": "{hf}", "save_checkpoint_path": tmp_path / "new"},
         "megatron-to-hf": {"load_checkpoint_path": "{root}/megatron", "save_checkpoint_path": tmp_path / "new"},
@@ -319,7 +318,7 @@ def test_wrong_use_gets_one_message(
     assert run_main(words(command, **given)) == 2
     out, err = capsys.readouterr()
     (error,) = [line for line in err.splitlines() if "error: " in line]
-    assert told in error and "Traceback" not in err and not out
+    assert message in error and "Traceback" not in err and not out
     assert tree(wrong) == before and not (tmp_path / "new").exists()
 
 
@@ -345,5 +344,5 @@ def test_a_verification_that_fails_leaves_no_folder_that_looks_finished(
     assert report["result"].endswith(": 1 differences")
     assert (len(report["megatron"]), len(report["hugging_face"])) == (30, 50)
     monkeypatch.undo()
-    to_megatron(qwen[True], tmp_path / "megatron")  # a report alone is in nobody's way
+    to_megatron(qwen[True], tmp_path / "megatron")  # a report alone does not block it
     assert not json.loads((tmp_path / "megatron" / REPORT).read_text())["errors"]

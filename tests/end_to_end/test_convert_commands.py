@@ -13,7 +13,8 @@ from common import convert
 from common.checkpoint.conversion import hf_to_megatron
 from common.checkpoint.conversion.output_folder import REPORT
 from common.errors import KitError
-from tests.end_to_end.converting import run_main, to_hf, to_megatron, tree, weights, words
+from tests.conversion import to_hf, to_megatron
+from tests.end_to_end.converting import run_main, tree, weights, words
 from tests.tiny import tiny_qwen
 
 
@@ -22,11 +23,11 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen(tmp_path_factory.mktemp("qwen"), tie_word_embeddings=False)
 
 
-def test_inspect_tells_both_sides(tmp_path: Path, qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_describes_both_formats(tmp_path: Path, qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
     megatron = to_megatron(qwen, tmp_path / "megatron", tp=2, pp=2, transformer_impl="local")
     dist = to_megatron(qwen, tmp_path / "dist", ckpt_format="torch_dist")
     capsys.readouterr()
-    for folder, told in (
+    for folder, expected in (
         (qwen, ["format: Hugging Face, safetensors", "weights: 214,080 parameters in 51 tensors,"]),
         (megatron, ["layout: TP=2 PP=2 VPP=1, layers per chunk 2,2", "names: local",
                     "weights: 214,080 parameters in 62", "written by: this kit, step 2", "optimizer: no",
@@ -36,7 +37,7 @@ def test_inspect_tells_both_sides(tmp_path: Path, qwen: Path, capsys: pytest.Cap
     ):  # fmt: skip
         assert run_main(["inspect", str(folder)]) == 0
         out = capsys.readouterr().out
-        assert all(any(line.startswith(each) for line in out.splitlines()) for each in told), out
+        assert all(any(line.startswith(each) for line in out.splitlines()) for each in expected), out
     common_file = dist / "release" / "common.pt"  # Megatron-Core 0.11 holds the optimizer's tensors as objects
     (dist / "release" / "checksums.json").unlink()  # and has none of these
     torch.save({**torch.load(common_file), "optimizer": {}}, common_file)
@@ -44,7 +45,7 @@ def test_inspect_tells_both_sides(tmp_path: Path, qwen: Path, capsys: pytest.Cap
     assert run_main(["inspect", str(tmp_path)]) == 2 and "is neither a Hugging Face folder" in capsys.readouterr().err
 
 
-def test_a_plan_tells_what_is_then_done(tmp_path: Path, qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_shows_what_is_then_done(tmp_path: Path, qwen: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there = {"load_checkpoint_path": qwen, "save_checkpoint_path": tmp_path / "new", "tp": 2, "pp": 2}
     assert run_main([*words("hf-to-megatron", **there), "--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -68,7 +69,7 @@ def test_a_plan_tells_what_is_then_done(tmp_path: Path, qwen: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
-def test_a_report_lies_beside_what_was_converted(tmp_path: Path, qwen: Path, ckpt_format: str) -> None:
+def test_a_report_is_written_beside_what_was_converted(tmp_path: Path, qwen: Path, ckpt_format: str) -> None:
     megatron = to_megatron(qwen, tmp_path / "megatron", tp=2, ckpt_format=ckpt_format)
     back = to_hf(megatron, tmp_path / "hf")
     there, again = (json.loads((folder / REPORT).read_text()) for folder in (megatron, back))
@@ -115,7 +116,7 @@ def test_two_conversions_into_one_folder_are_refused(tmp_path: Path, qwen: Path)
     to_megatron(qwen, target)
 
 
-def test_a_folder_that_was_filled_meanwhile_is_refused(
+def test_a_folder_that_was_filled_in_the_meantime_is_refused(
     tmp_path: Path, qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "megatron"
@@ -140,6 +141,6 @@ def test_verify_runs_both_models_and_names_the_first_layer_that_differs(
     state["model"]["decoder.layers.0.self_attention.linear_qkv.bias"][:16] = 0
     torch.save(state, path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "check_report", lambda *_: None)  # which tells it first
+        patch.setattr(convert, "check_report", lambda *_: None)  # which would report it first
         assert run_main(command) == 2
     assert "error: layer 2 is the first that differs" in capfd.readouterr().err

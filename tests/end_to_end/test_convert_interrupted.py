@@ -17,7 +17,8 @@ import pytest
 from common.checkpoint.conversion import hf_to_megatron, megatron_to_hf
 from common.checkpoint.conversion.output_folder import check_disk_space
 from common.checkpoint.formats.checkpoint_paths import find_checkpoint
-from tests.end_to_end.converting import TRACKER, run_main, to_megatron, tree, words
+from tests.conversion import to_megatron
+from tests.end_to_end.converting import TRACKER, run_main, tree, words
 from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ CAN_MOUNT = shutil.which("unshare") is not None and subprocess.run(MOUNT, captur
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """This file as two programs at once, which fail where a command does not end as it must."""
+    """This file as two programs at once, which fail where a command does not end as expected."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     commands = {"kill": [sys.executable, __file__, "kill"]}
     if CAN_MOUNT:
@@ -56,7 +57,7 @@ def test_a_run_killed_at_any_moment_can_be_repeated(programs: dict[str, subproce
 
 
 @pytest.mark.skipif(not CAN_MOUNT, reason="a small file system cannot be mounted here")
-def test_a_full_disk_is_told_and_leaves_nothing(programs: dict[str, subprocess.Popen[str]]) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(programs: dict[str, subprocess.Popen[str]]) -> None:
     assert num_failures(programs["disk"]) > 3 * 6
 
 
@@ -67,7 +68,7 @@ MOMENTS = {
         MIDST,
         ("open", "mp_rank_00_001/model_optim_rng.pt", 1),
         ("open", f"{TRACKER}.partial", 1),
-        ("open", "mp_rank_00_000/model_optim_rng.pt", 2),  # the proof
+        ("open", "mp_rank_00_000/model_optim_rng.pt", 2),  # the verification
         ("os.rename", "target/release", 1),
         ("os.rename", "target/config.json", 1),
         ("os.rename", f"target/{TRACKER}", 1),
@@ -84,7 +85,7 @@ MOMENTS = {
 
 
 def kill_me(event: str, name: str, count: int) -> None:
-    """Lets SIGKILL meet this process at that moment; in the midst of a file it is the kernel that ends it."""
+    """Sends SIGKILL to this process at that moment; in the middle of a file the kernel ends it."""
     if event == "midst":
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -103,7 +104,7 @@ def kill_me(event: str, name: str, count: int) -> None:
 
 
 def run_forked(arguments: list[str], stderr: Path, moment: tuple[str, str, int] | None = None) -> int:
-    """The exit code of a process of its own that runs the command; a signal's number below zero."""
+    """The exit code of a separate process that runs the command; a signal's number as a negative."""
     process = os.fork()  # everything that is costly is imported already
     if not process:
         status = 1
@@ -134,7 +135,7 @@ def kill(root: Path) -> None:
     target, stderr = root / "target", root / "stderr"
     for name, command in directions(root, target).items():
         assert run_forked(command, stderr) == 0, stderr.read_text()
-        whole = tree(target)
+        complete = tree(target)
         shutil.rmtree(target)
         for moment in MOMENTS[name]:
             assert run_forked(command, stderr, moment) in (-signal.SIGKILL, -signal.SIGXFSZ), (
@@ -145,12 +146,12 @@ def kill(root: Path) -> None:
             assert name != "hf" or not (target / "config.json").exists()
             print(name, moment)
         assert run_forked(command, stderr) == 0, stderr.read_text()
-        assert tree(target) == whole
+        assert tree(target) == complete
         shutil.rmtree(target)
 
 
 def fill(root: Path) -> None:
-    """Runs each command on file systems that are too small by many pages, by few and by one."""
+    """Runs each command on file systems that are too small by many pages, by a few and by one."""
     disk, stderr = root / "disk", root / "stderr"
     for name, command in directions(root, disk / "target").items():
         assert run_forked(command, stderr) == 0, stderr.read_text()
@@ -162,17 +163,17 @@ def fill(root: Path) -> None:
             for direction in (hf_to_megatron, megatron_to_hf):
                 direction.check_disk_space = check_disk_space if number % 2 else lambda *_: None
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * pages}k", "x", str(disk)], check=True)
-            status, told = run_forked(command, stderr), stderr.read_text()
+            status, output = run_forked(command, stderr), stderr.read_text()
             left = [path.name for path in disk.rglob("*")]
             subprocess.run(["umount", str(disk)], check=True)
             if status == 0:
                 break
-            assert status == 2 and "Traceback" not in told, (name, pages, status, told)
-            named = re.search(r" cannot be written: .*No space left on device.*: free some space", told)
-            assert named, (name, pages, told)
+            assert status == 2 and "Traceback" not in output, (name, pages, status, output)
+            named = re.search(r" cannot be written: .*No space left on device.*: free some space", output)
+            assert named, (name, pages, output)
             assert left in ([], ["target"]), (name, pages, left)
             print(name, pages)
-        assert status == 0, (name, needed, told)
+        assert status == 0, (name, needed, output)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ def test_fine_tuning_data_supervises_answers_alone(tmp_path: Path, qwen: Path) -
     mask = IndexedDataset(str(tmp_path / "a_loss_mask_document"))
     for i, row in enumerate(chats(30)):
         turns = [("system", row["instruction"]), ("user", row["input"]), ("assistant", row["output"])]
-        talk = [{"role": role, "content": content} for role, content in turns if content]
-        assert tokenizer.decode(tokens[i]) == tokenizer.apply_chat_template(talk, tokenize=False)
+        messages = [{"role": role, "content": content} for role, content in turns if content]
+        assert tokenizer.decode(tokens[i]) == tokenizer.apply_chat_template(messages, tokenize=False)
         assert tokenizer.decode(tokens[i][mask[i] == 1]) == row["output"] + "<|im_end|>"
         assert set(mask[i].tolist()) == {0, 1}
     too_long = sum(len(tokens[i]) > 31 for i in range(30))
@@ -141,8 +141,8 @@ def test_show_stats_and_the_old_kits_data(tmp_path: Path, qwen: Path) -> None:
     number = int(other.split()[2])
     ids = " ".join(f"⟦{i}⟧" if m else str(i) for i, m in zip(tokens[number], mask[number], strict=True))
     assert ids in other.splitlines()
-    told, _ = run("stats", **data, seq_lengths="64,256", global_batch_size=4)
-    assert '"sft" data, 40 documents' in told and "supervised: " in told and "SEQ_LENGTH=256: 0 too long" in told
+    output, _ = run("stats", **data, seq_lengths="64,256", global_batch_size=4)
+    assert '"sft" data, 40 documents' in output and "supervised: " in output and "SEQ_LENGTH=256: 0 too long" in output
     _, err = run("stats", **data, expect=2, seq_lengths="64,x")
     assert "SEQ_LENGTHS=64,x: give integers separated by commas" in err
     with IndexedDatasetBuilder(tmp_path / "old", "<i4") as writer:
@@ -189,12 +189,12 @@ PRETRAIN_MISTAKES = {
 
 @pytest.mark.parametrize("name", PRETRAIN_MISTAKES)
 def test_wrong_use_of_pretrain_gets_one_message(tmp_path: Path, qwen: Path, name: str) -> None:
-    rows, flags, told = PRETRAIN_MISTAKES[name]
+    rows, flags, message = PRETRAIN_MISTAKES[name]
     path = write_rows(tmp_path / "a.jsonl", rows)
     flags = {"input": path, "output_prefix": tmp_path / "out" / "a", "tokenizer_path": qwen, "workers": 2, **flags}
     _, err = run("pretrain", expect=2, **flags)
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert told in error and "Traceback" not in err
+    assert message in error and "Traceback" not in err
     assert not list((tmp_path / "out").glob("a_*")) and not (tmp_path / "out" / "a.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""`python -m common.preprocess` when something goes wrong: it says so, exits 2, and loses nothing."""
+"""`python -m common.preprocess` when something goes wrong: it reports it, exits with 2, and loses nothing."""
 
 import json
 import os
@@ -21,23 +21,23 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen(tmp_path_factory.mktemp("qwen"))
 
 
-def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path: Path, qwen: Path) -> None:
+def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(tmp_path: Path, qwen: Path) -> None:
     rows = [{"text": f"{i} " + TEXTS[i % 4] * (i % 9)} for i in range(12000)]
     path = write_rows(tmp_path / "a.jsonl", rows)
     # The slow engine, so that there is time to kill it in.
     flags = {"input": path, "tokenizer_path": qwen, "workers": 2, "partitions": 6, "tokenizer_engine": "tokenizers"}
     run("pretrain", output_prefix=tmp_path / "whole" / "a", **flags)
     broken = tmp_path / "broken"
-    taken_up = 0
+    reused = 0
     for parts in (0, 1, 3, 5):
         process = start("pretrain", output_prefix=broken / "a", **flags)
         wait_for(process, lambda parts=parts: len(list(broken.glob("*.parts/part_*_tokens.idx"))) >= parts)
         time.sleep(0.02)
         process.kill()
-        taken_up += "from an earlier run" in process.communicate()[1]
+        reused += "from an earlier run" in process.communicate()[1]
         finals = list(broken.glob("a_*")) if broken.exists() else []
         assert not finals or {path.suffix for path in finals} >= {".bin"}
-    assert taken_up >= 1
+    assert reused >= 1
     run("pretrain", output_prefix=broken / "a", **flags)
     assert files(broken) == files(tmp_path / "whole")
 
@@ -72,11 +72,11 @@ def test_bad_rows_stop_the_run_or_are_written_to_the_rejects_file(tmp_path: Path
     rows = map(json.loads, (tmp_path / "out" / "a.rejects").read_text(encoding="utf-8").splitlines())
     found = [(row["file"], row["line"], row["cause"][:22]) for row in rows]
     assert found == [(str(path), 2, "byte 0xe9 at column 14"), (str(path), 3, "it has no field 'text'")]
-    told = json.loads((tmp_path / "out" / "a.json").read_text())["documents"]
-    assert told == {"read": 5, "kept": 2, "dropped": {"bad rows, written to the rejects file": 2, "no text": 1}}
+    counts = json.loads((tmp_path / "out" / "a.json").read_text())["documents"]
+    assert counts == {"read": 5, "kept": 2, "dropped": {"bad rows, written to the rejects file": 2, "no text": 1}}
 
 
-def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, qwen: Path) -> None:
+def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, qwen: Path) -> None:
     # Reading its first page fails for root too.
     flags = {"input": "/proc/self/mem", "output_prefix": tmp_path / "a", "tokenizer_path": qwen}
     _, err = run("pretrain", expect=2, **flags)
@@ -84,7 +84,7 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, qwen: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_disk_that_is_full_is_told_and_the_run_goes_on_where_there_is_room(tmp_path: Path, qwen: Path) -> None:
+def test_a_full_disk_is_reported_and_the_run_resumes_once_there_is_room(tmp_path: Path, qwen: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"text": f"{i} {TEXTS[i % 4]}"} for i in range(20000)])
     small = tmp_path / "small"
     small.mkdir()
@@ -114,7 +114,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, qwen: Path, kind: s
         rows = [json.dumps({"text": f"{i} " + TEXTS[i % 4] * 20}) for i in range(megabytes * 700)]
         path.write_text("[" + ",\n".join(rows) + "]" if kind == "array" else "\n".join(rows))
         words = ["--input", path, "--output-prefix", tmp_path / f"out{megabytes}", "--tokenizer-path", qwen]
-        # Asked of a process that is small itself: a child's peak begins with that of the one that started it.
+        # Started by a small process: a child's peak begins with its parent's.
         program = (
             "import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:]); _, status, used = os.wait4(p.pid, 0)\n"
             "print(used.ru_maxrss // 1024); sys.exit(status >> 8)"
@@ -126,7 +126,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, qwen: Path, kind: s
     assert path.stat().st_size > 55e6 and peaks[1] < peaks[0] + 25, peaks
 
 
-def test_a_full_disk_is_told_and_nothing_has_a_final_name(tmp_path: Path, qwen: Path) -> None:
+def test_a_full_disk_is_reported_and_nothing_has_a_final_name(tmp_path: Path, qwen: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"text": text} for text in texts(4000)])
     limited = 'ulimit -f 100; exec "$0" -m common.preprocess pretrain "$@"'  # KiB a file, as if no more were free
     words = ["--input", path, "--output-prefix", tmp_path / "out" / "a", "--tokenizer-path", qwen, "--workers", "1"]
@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_and_nothing_has_a_final_name(tmp_path: Path, qwen: 
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["a.parts", "lock"]
 
 
-def test_an_output_that_would_lie_on_an_input_is_refused(tmp_path: Path, qwen: Path) -> None:
+def test_an_output_that_would_overwrite_an_input_is_refused(tmp_path: Path, qwen: Path) -> None:
     path = write_rows(tmp_path / "a.json", [{"text": "12"}])
     before = path.read_bytes()
     _, err = run("pretrain", expect=2, input=path, output_prefix=tmp_path / "a", tokenizer_path=qwen)

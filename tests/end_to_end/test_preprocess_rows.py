@@ -1,4 +1,4 @@
-"""cpu/1_preprocess_sft.sh on rows as data sets have them: what they say is learned, or the row is told."""
+"""cpu/1_preprocess_sft.sh on rows as real datasets have them: they are learned, or the row is reported."""
 
 import json
 import os
@@ -14,24 +14,24 @@ from common.data.dataset.indexed_dataset import IndexedDataset
 from tests.end_to_end.steps import ROOT, write_rows
 from tests.tiny import tiny_qwen
 
-ASKED = {"from": "human", "value": "What is 2+2?", "weight": None}
-SAID = {"from": "gpt", "value": "It is 4.", "weight": 1.0}
-GOOD: dict[str, Any] = {"id": 7, "conversations": [ASKED, SAID], "messages": None, "source": "x"}
+QUESTION = {"from": "human", "value": "What is 2+2?", "weight": None}
+ANSWER = {"from": "gpt", "value": "It is 4.", "weight": 1.0}
+GOOD: dict[str, Any] = {"id": 7, "conversations": [QUESTION, ANSWER], "messages": None, "source": "x"}
 
 
 def turns(*more: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    return {**GOOD, "conversations": [ASKED, SAID, *more], **fields}
+    return {**GOOD, "conversations": [QUESTION, ANSWER, *more], **fields}
 
 
 ODD = [
-    turns(ASKED, {**SAID, "value": "wrong", "mask": True}),
+    turns(QUESTION, {**ANSWER, "value": "wrong", "mask": True}),
     turns(tools=[{"type": "function", "function": None}]),
     turns({"from": "function_call", "value": '{"name": "f", "arguments": ' + '{"a":' * 3000 + "1" + "}" * 3001}),
     turns({"from": "function_call", "value": '{"name": "f", "arguments": {"a": "\\ud800"}}'}),
-    turns(ASKED, {**SAID, "weight": 1e39}),
-    turns(ASKED, {**SAID, "thinking": "Two and two."}),
+    turns(QUESTION, {**ANSWER, "weight": 1e39}),
+    turns(QUESTION, {**ANSWER, "thinking": "Two and two."}),
     turns(images=["a.png"]),
-    {**GOOD, "conversations": [SAID, ASKED, SAID]},
+    {**GOOD, "conversations": [ANSWER, QUESTION, ANSWER]},
 ]
 
 
@@ -50,16 +50,20 @@ def preprocess(expect: int, **settings: object) -> str:
     return done.stdout
 
 
-def test_odd_rows_are_told_one_by_one_and_left_out_where_that_is_asked_for(tmp_path: Path, qwen: Path) -> None:
-    good = [turns(ASKED, {**SAID, "value": "wrong", "weight": 0}), GOOD, turns(ASKED, {**SAID, "from": "chatgpt"})]
+def test_odd_rows_are_reported_one_by_one_and_skipped_with_on_error_skip(tmp_path: Path, qwen: Path) -> None:
+    good = [
+        turns(QUESTION, {**ANSWER, "value": "wrong", "weight": 0}),
+        GOOD,
+        turns(QUESTION, {**ANSWER, "from": "chatgpt"}),
+    ]
     rows = write_rows(tmp_path / "a.jsonl", [*good, *ODD, *good])
     settings = {"INPUT": rows, "OUTPUT_PREFIX": tmp_path / "out", "TOKENIZER_PATH": qwen, "WORKERS": 2}
-    told = preprocess(2, **settings)
-    assert f"error: {rows}, line 4: conversations: turn 4: field 'mask' is not supported" in told
-    assert told.count("ON_ERROR=skip") == 1 and "Traceback" not in told
-    told = preprocess(0, **settings, ON_ERROR="skip")
-    assert f"dropped {len(ODD)} documents: bad rows, written to the rejects file" in told
-    assert "rows' field 'id', not used: 6" in told and "rows' field 'source', not used: 6" in told
+    output = preprocess(2, **settings)
+    assert f"error: {rows}, line 4: conversations: turn 4: field 'mask' is not supported" in output
+    assert output.count("ON_ERROR=skip") == 1 and "Traceback" not in output
+    output = preprocess(0, **settings, ON_ERROR="skip")
+    assert f"dropped {len(ODD)} documents: bad rows, written to the rejects file" in output
+    assert "rows' field 'id', not used: 6" in output and "rows' field 'source', not used: 6" in output
     with jsonlines.open(tmp_path / "out.rejects") as reader:
         rejects = list(reader)
     assert [row["line"] for row in rejects] == list(range(4, 4 + len(ODD)))

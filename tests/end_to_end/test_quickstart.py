@@ -1,6 +1,6 @@
-"""`cpu/quickstart.sh` as a stranger runs it: broken off, taken up again, run once more; then with rows of one's own.
+"""`cpu/quickstart.sh` as a new user runs it: interrupted, resumed, run once more; then with the user's own rows.
 
-Settings come by the environment, and the models' answers are judged here by their own file.
+Settings come from the environment, and the models' answers are checked here from their own file.
 """
 
 import json
@@ -30,7 +30,7 @@ def listen_to_ctrl_c() -> None:
 
 
 class Quickstart:
-    """A running quickstart with all that it has said so far."""
+    """A running quickstart with its output so far."""
 
     def __init__(self, **settings: object) -> None:
         given = {name: str(value) for name, value in settings.items()}
@@ -53,7 +53,7 @@ class Quickstart:
         return "\n".join(self.lines)
 
     def wait_for(self, seen: Callable[[str], bool]) -> None:
-        """Returns when the output is as `seen` wants it; fails when the run ends before."""
+        """Returns when `seen` accepts the output; fails when the run ends before."""
         began = time.monotonic()
         while not seen(self.text):
             assert self.process.poll() is None and time.monotonic() - began < LIMIT_SECONDS, self.text
@@ -65,7 +65,7 @@ class Quickstart:
         return self.end()
 
     def end(self) -> int:
-        """The exit status of the whole run."""
+        """The exit status of the run."""
         status = self.process.wait(timeout=LIMIT_SECONDS)
         self._reader.join()
         return status
@@ -76,7 +76,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("quick start") / "work"
 
 
-def test_a_run_broken_off_goes_on_and_the_model_learns(work: Path) -> None:
+def test_an_interrupted_run_resumes_and_the_model_learns(work: Path) -> None:
     first = Quickstart(WORK_DIR=work, LOAD_CHECKPOINT_PATH="/not/for/the/steps", TRAIN_ITERS=3)
     first.wait_for(lambda text: f"saved {work}/pretrain/iter_" in text)
     assert first.interrupt() == 130, first.text
@@ -104,7 +104,7 @@ def test_the_exported_model_answers_what_no_row_holds(work: Path) -> None:
     assert len(rows) == NUM_QUESTIONS and right >= 0.9 * NUM_QUESTIONS
 
 
-def test_one_more_run_does_nothing_again_and_tells_the_same(work: Path) -> None:
+def test_another_run_repeats_nothing_and_prints_the_same(work: Path) -> None:
     began = time.time()
     third = Quickstart(WORK_DIR=work)
     assert third.end() == 0, third.text
@@ -120,19 +120,19 @@ def test_another_seed_needs_another_folder(work: Path) -> None:
     assert f"error: WORK_DIR={work} holds a quickstart with other settings or data" in other.text
 
 
-def talk(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
+def conversation(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 FOX = "Row {}: the quick brown fox jumps over the lazy dog. 今天天气很好。"
 OWN = {
-    "conversations": ([talk(f"{i}+1?", f"{i + 1}") for i in range(40)], "1"),
+    "conversations": ([conversation(f"{i}+1?", f"{i + 1}") for i in range(40)], "1"),
     "texts": ([{"text": FOX.format(i)} for i in range(40)], FOX.format(0)[len(FOX.format(0)) // 2 :]),
 }
 
 
 @pytest.mark.parametrize("kind", OWN)
-def test_own_rows_train_an_own_model_in_the_stage_they_are_for(tmp_path: Path, kind: str) -> None:
+def test_the_users_rows_train_the_users_model_in_their_stage(tmp_path: Path, kind: str) -> None:
     model, rows = tiny_qwen(tmp_path / "model", std=0.02, spread=0.0), tmp_path / "my rows.jsonl"
     given, expected = OWN[kind]
     rows.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in given), encoding="utf-8")

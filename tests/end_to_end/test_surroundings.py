@@ -1,4 +1,4 @@
-"""Folders and files that no terminal shows, where modules of the user's own lie, in another's locale or forbidden."""
+"""Unusual surroundings: unprintable names, the user's own modules, other locales, missing permissions."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def gbk(name: str) -> str:
 
 
 def script(folder: Path, name: str, expect: int = 0, **settings: object) -> str:
-    """What a script of cpu/ says, which is started in `folder`."""
+    """The output of a script of cpu/ that is started in `folder`."""
     given = {"PYTHON": sys.executable, **{key: str(value) for key, value in settings.items()}}
     done = subprocess.run(
         ["bash", str(ROOT / f"cpu/{name}.sh")], cwd=folder, env={**os.environ, **given},
@@ -51,11 +51,11 @@ def test_all_steps_work_by_relative_names_in_gbk_beside_modules_of_the_users_own
     tiny_qwen(tmp_path / "qwen").rename(work / gbk("模型"))
     (write_rows(tmp_path / "rows", [*chats(40), {"bad": 1}])).rename(work / gbk("数据.jsonl"))
     rows, data, model, start, run, back = map(gbk, ("数据.jsonl", "输出", "模型", "起点", "训练", "导出"))
-    said = script(
+    output = script(
         work, "1_preprocess_sft", INPUT=rows, OUTPUT_PREFIX=data, TOKENIZER_PATH=model, ON_ERROR="skip", WORKERS=1,
         PYTHON=python,
     )  # fmt: skip
-    assert "\\udc" in said
+    assert "\\udc" in output
     assert json.loads((work / f"{data}.rejects").read_text(encoding="utf-8"))["file"] == rows
     script(
         work, "2_convert_between_hf_megatron", CONVERT_TYPE="huggingface-to-megatron", LOAD_CHECKPOINT_PATH=model,
@@ -81,8 +81,8 @@ def test_a_locale_of_another_encoding_changes_nothing_that_is_written(tmp_path: 
     for name in ("C", "zh_CN.GBK"):
         (tmp_path / name[:1]).mkdir()
         settings = {"INPUT": "数据.jsonl", "OUTPUT_PREFIX": f"{name[:1]}/输出", "TOKENIZER_PATH": "模型", "WORKERS": 1}
-        said = script(tmp_path, "1_preprocess_sft", LC_ALL=name, LOCPATH=tmp_path, ON_ERROR="skip", **settings)
-        assert "setlocale" not in said
+        output = script(tmp_path, "1_preprocess_sft", LC_ALL=name, LOCPATH=tmp_path, ON_ERROR="skip", **settings)
+        assert "setlocale" not in output
         written[name] = files(tmp_path / name[:1])
     assert written["C"] and written["C"] == written["zh_CN.GBK"]
 
@@ -140,17 +140,20 @@ TRAIN = (
         ("closed", 0o555, VERIFY),
     ],
 )
-def test_what_may_not_be_read_or_written_is_one_line_with_its_path(
-    made: Path, path: str, mode: int, command: str
-) -> None:
+def test_missing_permissions_are_one_line_with_the_path(made: Path, path: str, mode: int, command: str) -> None:
     with forbidden(made / path, mode):
         done = python(made, *command.split())
     assert done.returncode == 2 and done.stdout == "", done
-    (told,) = (line for line in done.stderr.splitlines() if "Permission denied" in line)
-    assert done.stderr.endswith(f"{told}\n") and told.startswith("error: ") and path in told and "chmod" in told
+    (message,) = (line for line in done.stderr.splitlines() if "Permission denied" in line)
+    assert (
+        done.stderr.endswith(f"{message}\n")
+        and message.startswith("error: ")
+        and path in message
+        and "chmod" in message
+    )
 
 
-def test_a_python_without_packages_is_told_how_to_get_them(tmp_path: Path) -> None:
+def test_a_python_without_packages_prints_how_to_install_them(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     for command in ("preprocess", "convert", "train", "demo", "logits"):
         done = subprocess.run(

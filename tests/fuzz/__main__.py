@@ -1,9 +1,9 @@
-"""Many mutants of everything that somebody else may have written, by hand.
+"""Many mutants of every kind of foreign input, to be run by hand.
 
     python -m tests.fuzz --number 100000 [--surface NAME ...] [--seed S] [--processes 2]
 
-Chunks of cases run in processes of their own; a line for each surface says what came of them. Cases of which something
-else came than a message, or what was not right, are kept as files; then the exit code is 1.
+Chunks of cases run in separate processes; a line for each surface gives the results. Cases that raised anything
+but KitError, or read wrongly, are saved as files; then the exit code is 1.
 """
 
 import argparse
@@ -23,22 +23,22 @@ CHUNK = 1000
 
 
 @dataclass
-class Told:
-    """What came of the cases of a surface. kept: the files of those that escaped; slowest: seconds; memory: bytes."""
+class SurfaceResult:
+    """Results of a surface's cases. escaped: the files of those that escaped; slowest: seconds; memory: bytes."""
 
     read: int = 0
     refused: int = 0
     slowest: float = 0.0
     memory: int = 0
-    kept: list[Path] = field(default_factory=list)
+    escaped: list[Path] = field(default_factory=list)
 
     @property
     def cases(self) -> int:
-        """All of them."""
-        return self.read + self.refused + len(self.kept)
+        """The number of all cases."""
+        return self.read + self.refused + len(self.escaped)
 
     def add(self, name: str, seed: int, part: dict[str, Any], folder: Path) -> None:
-        """Adds what came of a chunk."""
+        """Adds the result of a chunk."""
         self.read += part["read"]
         self.refused += part["refused"]
         self.slowest = max(self.slowest, part["slowest"])
@@ -47,7 +47,7 @@ class Told:
             path = folder / f"{name}_{seed}_{number}"
             path.write_bytes(bytes.fromhex(data))
             path.with_suffix(".txt").write_text(why, errors="backslashreplace")
-            self.kept.append(path)
+            self.escaped.append(path)
 
 
 def main() -> None:
@@ -56,23 +56,23 @@ def main() -> None:
     parser.add_argument("--surface", nargs="+", choices=MODULES, default=list(MODULES), help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fuzz_"))
-    told = {name: Told() for name in asked.surface}
-    chunks = [(name, *chunk) for name in asked.surface for chunk in chunks_of(asked.number, asked.seed)]
-    with ThreadPoolExecutor(asked.processes) as pool:
+    results = {name: SurfaceResult() for name in arguments.surface}
+    chunks = [(name, *chunk) for name in arguments.surface for chunk in chunks_of(arguments.number, arguments.seed)]
+    with ThreadPoolExecutor(arguments.processes) as pool:
         for done, (name, seed, part) in enumerate(pool.map(lambda chunk: run_chunk(*chunk), chunks), 1):
-            told[name].add(name, seed, part, folder)
-            escaped = sum(len(each.kept) for each in told.values())
+            results[name].add(name, seed, part, folder)
+            escaped = sum(len(each.escaped) for each in results.values())
             print(f"\r{done} of {len(chunks)} chunks, {name}, {escaped} escaped ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     print("surface            cases     read  refused  escaped  slowest  memory")
-    for name, each in told.items():
+    for name, each in results.items():
         print(
-            f"{name:16} {each.cases:7} {each.read:8} {each.refused:8} {len(each.kept):8}"
+            f"{name:16} {each.cases:7} {each.read:8} {each.refused:8} {len(each.escaped):8}"
             f" {each.slowest:6.2f} s {each.memory >> 20:4} MiB"
         )
-    if any(each.kept for each in told.values()):
+    if any(each.escaped for each in results.values()):
         print(f"the cases that escaped, and why, are in {folder}")
         sys.exit(1)
     folder.rmdir()
@@ -85,7 +85,7 @@ def chunks_of(number: int, seed: int) -> Iterator[tuple[int, int]]:
 
 
 def run_chunk(name: str, seed: int, number: int) -> tuple[str, int, dict[str, Any]]:
-    """(name, seed, what came of a chunk); a process that dies or hangs is one case that escaped, the last one."""
+    """(name, seed, result of a chunk); a process that dies or hangs is one case that escaped, the last one."""
     with tempfile.TemporaryDirectory() as folder:
         last = Path(folder) / "last"
         command = [sys.executable, "-m", "tests.fuzz.bounds", str(seed), f"{name}={number}", "--last", str(last)]

@@ -1,8 +1,8 @@
-"""What holds for every case: nothing but a message comes of it, in SECONDS of the processor, in MEMORY, by no code.
+"""Bounds of every case: it raises nothing but KitError, within SECONDS of CPU time and MEMORY, and runs no code.
 
-    python -m tests.fuzz.bounds SEED NAME=NUMBER ... [--last FILE]      prints as JSON what came of the cases of each
+    python -m tests.fuzz.bounds SEED NAME=NUMBER ... [--last FILE]      prints the results of each surface as JSON
 
-FILE holds the case that is being read, for whoever finds the process dead.
+FILE holds the case that is being read, for the parent to find if the process dies.
 """
 
 import argparse
@@ -46,18 +46,18 @@ def main() -> None:
     parser.add_argument("seed", type=int)
     parser.add_argument("cases", nargs="+")
     parser.add_argument("--last", type=Path)
-    asked, told = parser.parse_args(), {}
-    for name, count in (word.split("=") for word in asked.cases):
+    arguments, results = parser.parse_args(), {}
+    for name, count in (word.split("=") for word in arguments.cases):
         with tempfile.TemporaryDirectory() as folder:
-            given, take = surface(name)(Path(folder), asked.seed, int(count))
-            told[name] = run(_kept(given, asked.last) if asked.last else given, take)
-    print(json.dumps(told))
+            given, take = surface(name)(Path(folder), arguments.seed, int(count))
+            results[name] = run(_write_each(given, arguments.last) if arguments.last else given, take)
+    print(json.dumps(results))
 
 
 def in_a_child(counts: dict[str, int], seed: int = 1) -> dict[str, Any]:
-    """What came of so many cases of each surface, read in a process of its own."""
-    asked = [f"{name}={count}" for name, count in counts.items()]
-    command = [sys.executable, "-m", "tests.fuzz.bounds", str(seed), *asked]
+    """The results of `counts` cases of each surface, read in a separate process."""
+    cases = [f"{name}={count}" for name, count in counts.items()]
+    command = [sys.executable, "-m", "tests.fuzz.bounds", str(seed), *cases]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout))
@@ -69,18 +69,18 @@ def surface(name: str) -> Surface:
     return made
 
 
-def _kept(given: Iterator[bytes], last: Path) -> Iterator[bytes]:
+def _write_each(given: Iterator[bytes], last: Path) -> Iterator[bytes]:
     for data in given:
         last.write_bytes(data)
         yield data
 
 
 def run(given: Iterator[bytes], take: Case) -> dict[str, Any]:
-    """How many cases were read and refused, and of those that were neither: the bytes in hex, and why.
+    """How many cases were read and refused, and of those that escaped: the bytes in hex, and why.
 
-    slowest: seconds of the processor; memory: bytes that the process had beyond those before, at most.
+    slowest: CPU seconds; memory: the peak in bytes beyond what the process had before.
     """
-    told: dict[str, Any] = {"read": 0, "refused": 0, "escaped": [], "slowest": 0.0, "memory": 0}
+    result: dict[str, Any] = {"read": 0, "refused": 0, "escaped": [], "slowest": 0.0, "memory": 0}
     ran: list[str] = []
     sys.addaudithook(lambda event, _: ran.append(event) if event in RUNS else None)
     signal.signal(signal.SIGPROF, _too_slow)
@@ -93,13 +93,13 @@ def run(given: Iterator[bytes], take: Case) -> dict[str, Any]:
         ran.clear()
         start = time.process_time()
         why = _outcome(take, data)
-        told["slowest"] = max(told["slowest"], time.process_time() - start)
+        result["slowest"] = max(result["slowest"], time.process_time() - start)
         if why in ("read", "refused") and not ran:
-            told[why] += 1
+            result[why] += 1
         else:
-            told["escaped"].append([data.hex(), f"{why} {ran or ''}"])
-    told["memory"] = max(0, _peak() - resident * resource.getpagesize())
-    return told
+            result["escaped"].append([data.hex(), f"{why} {ran or ''}"])
+    result["memory"] = max(0, _peak() - resident * resource.getpagesize())
+    return result
 
 
 def _peak() -> int:
@@ -125,7 +125,7 @@ def _outcome(take: Case, data: bytes) -> str:
         return "refused"
     except BaseException as error:
         if describe_os_error(error) and isinstance(error, OSError) and error.errno != errno.ENOMEM:
-            return "refused"  # by the system, which the commands tell in one line
+            return "refused"  # by the system; the commands report it in one line
         return traceback.format_exc()[-1500:]
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)

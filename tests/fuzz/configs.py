@@ -22,36 +22,36 @@ DEEP = ["[" * 100_000, "[" * 5000 + "]" * 5000, '{"a":' * 3000 + "1" + "}" * 300
 
 def cases(seed: int, count: int, source: dict[str, Any], names: tuple[str, ...] = ()) -> Iterator[bytes]:
     """Values of other types, extreme numbers, deep nesting, fields left out or put in (of `names` too), or bytes."""
-    chosen = random.Random(seed)
+    rng = random.Random(seed)
     plain = byte_cases(seed, count, json.dumps(source).encode())
     for _ in range(count):
-        text, draw = next(plain), chosen.random()
+        text, draw = next(plain), rng.random()
         if draw < 0.8:
             value = copy.deepcopy(source)
-            for _ in range(chosen.choice((1, 1, 1, 2, 3))):
-                _change(chosen, value, names)
+            for _ in range(rng.choice((1, 1, 1, 2, 3))):
+                _change(rng, value, names)
             text = json.dumps(value).encode()
         elif draw < 0.84:
-            text = f"{{{json.dumps(chosen.choice(sorted(source)))}: {chosen.choice(DEEP)}}}".encode()
+            text = f"{{{json.dumps(rng.choice(sorted(source)))}: {rng.choice(DEEP)}}}".encode()
         elif draw < 0.87:
-            text = chosen.choice(
+            text = rng.choice(
                 (b"\xef\xbb\xbf" + text, text.decode("latin1").encode("utf-16"), text + b"\0", b"[]", b"")
             )
         yield text
 
 
-def _change(chosen: random.Random, value: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Changes `value`, or what lies in it, in place."""
+def _change(rng: random.Random, value: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Changes `value`, or something within it, in place."""
     inner = [one for one in value.values() if isinstance(one, dict) and one]
-    if inner and chosen.random() < 0.4:
-        return _change(chosen, chosen.choice(inner), names)
-    name = chosen.choice([*value, *names] or ["a"])
-    draw = chosen.random()
+    if inner and rng.random() < 0.4:
+        return _change(rng, rng.choice(inner), names)
+    name = rng.choice([*value, *names] or ["a"])
+    draw = rng.random()
     if draw < 0.1:
         value.pop(name, None)
     elif draw < 0.2 and type(value.get(name)) in (int, float):
         old = value[name]
-        value[name] = chosen.choice((old * 2, old + 1, old / 2 if abs(old) < 1e300 else 0.5, repr(old)[:300], -old))
+        value[name] = rng.choice((old * 2, old + 1, old / 2 if abs(old) < 1e300 else 0.5, repr(old)[:300], -old))
     else:
-        value[name] = copy.deepcopy(chosen.choice(NUMBERS if draw < 0.6 else OTHERS))
+        value[name] = copy.deepcopy(rng.choice(NUMBERS if draw < 0.6 else OTHERS))
     return None

@@ -1,6 +1,6 @@
-"""What reads rows and data, as step 1 and training do; each takes the bytes of one case.
+"""Readers of rows and data, as in step 1 and training; each takes the bytes of one case.
 
-What is read must be right too: an AssertionError escapes where it is not what another reader makes of the same bytes.
+What is read must be right too: an AssertionError escapes where another reader gets something else from the bytes.
 """
 
 import gzip as gzip_file
@@ -87,18 +87,20 @@ def check_padding_rows(encoder: SftEncoder, chunk: Chunk) -> None:
     ends = np.cumsum(encoded.lengths).tolist()
     talks = [encoder.conversation(row) for _, row in records(chunk, Counter())]
     assert len(talks) == len(ends)
-    for talk, end, length in zip(talks, ends, encoded.lengths.tolist(), strict=True):
+    for conversation, end, length in zip(talks, ends, encoded.lengths.tolist(), strict=True):
         assert mask[end - length : end].any() and mask[end - 1] == 0
         text = encoder.tokenizer.decode(tokens[end - length : end - 1].tolist())
         # As transformers renders it; the tokenizer is the encoder's own, given the same words.
-        render, more = encoder.template._tokenizer.apply_chat_template, talk.template_kwargs
+        render, more = encoder.template._tokenizer.apply_chat_template, conversation.template_kwargs
         if encoded.counts[
             RESTORED_REASONING
-        ]:  # the last answer is as the model says it, not as the template shows it later
-            prompt = render(talk.messages[:-1], tools=talk.tools, tokenize=False, add_generation_prompt=True, **more)
+        ]:  # the last answer is as the model generates it, not as the template shows it later
+            prompt = render(
+                conversation.messages[:-1], tools=conversation.tools, tokenize=False, add_generation_prompt=True, **more
+            )
             assert _nfc(text).startswith(_nfc(prompt)), (text, prompt)
             continue
-        expected = render(talk.messages, tools=talk.tools, tokenize=False, **more)
+        expected = render(conversation.messages, tools=conversation.tools, tokenize=False, **more)
         assert _nfc(text) == _nfc(expected), (text, expected)
 
 
@@ -111,11 +113,9 @@ def jsonl(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
     path = folder / "rows.jsonl"
 
     def take(data: bytes) -> None:
-        path.write_bytes(data)
-        found = read_rows(path)
-        if detect_layout(path).array:
-            _check_array(found, data)
-        elif not detect_layout(path).compression:
+        found = _read_case(path, data)
+        layout = detect_layout(path)
+        if not layout.array and not layout.compression:
             _check_lines(found, data)
 
     return files.jsonl_cases(seed, count), take
@@ -150,17 +150,16 @@ def json_array(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Ca
     """One JSON array of rows."""
     path = folder / "rows.json"
 
-    def take(data: bytes) -> None:
-        path.write_bytes(data)
-        found = read_rows(path)
-        if detect_layout(path).array:
-            _check_array(found, data)
-
-    return files.json_array_cases(seed, count), take
+    return files.json_array_cases(seed, count), lambda data: _read_case(path, data)
 
 
-def _check_array(found: list[Any], data: bytes) -> None:
-    _check_same(found, json.loads(data.decode("utf-8-sig")))
+def _read_case(path: Path, data: bytes) -> list[Any]:
+    """The rows of `data`, written to `path`; those of a JSON array are compared with Python's own reader."""
+    path.write_bytes(data)
+    found = read_rows(path)
+    if detect_layout(path).array:
+        _check_same(found, json.loads(data.decode("utf-8-sig")))
+    return found
 
 
 def gzip(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
@@ -180,7 +179,7 @@ def _unzstd(data: bytes) -> bytes:
 
 
 def _compressed(path: Path, decompress: Any) -> Case:
-    """What is read must be whole frames of the two files' rows, and all that `decompress` finds."""
+    """What is read must be complete frames of the two files' rows, and all that `decompress` finds."""
     sources = [[json.dumps(row) for row in each] for each in (files.ROWS, files.OTHER_ROWS)]
 
     def take(data: bytes) -> None:
@@ -196,9 +195,9 @@ def _compressed(path: Path, decompress: Any) -> Case:
         assert found == lines, (len(found), len(lines))
         at = 0
         while at < len(found):
-            whole = next((each for each in sources if found[at : at + len(each)] == each), None)
-            assert whole, found[at]
-            at += len(whole)
+            frame = next((each for each in sources if found[at : at + len(each)] == each), None)
+            assert frame, found[at]
+            at += len(frame)
 
     return take
 

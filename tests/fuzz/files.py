@@ -1,4 +1,4 @@
-"""Mutants of data's files: `..._cases(seed, number)` gives `number` of them, the same for the same seed."""
+"""Mutants of data files: `..._cases(seed, number)` gives `number` of them, the same for the same seed."""
 
 import gzip
 import json
@@ -44,34 +44,34 @@ def as_lines(rows: list[dict[str, Any]]) -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
-def _odd_number(chosen: random.Random) -> bytes:
-    return b'{"text": "a", "n": ' + chosen.choice(NUMBERS) + b"}"
+def _odd_number(rng: random.Random) -> bytes:
+    return b'{"text": "a", "n": ' + rng.choice(NUMBERS) + b"}"
 
 
 def jsonl_cases(seed: int, count: int) -> Iterator[bytes]:
     """Lines that are rows, odd ones among them, odd ends of lines; or any bytes."""
-    chosen = random.Random(seed)
+    rng = random.Random(seed)
     for _ in range(count):
-        lines = [json.dumps(row, ensure_ascii=chosen.random() < 0.3).encode() for row in ROWS[: chosen.randrange(6)]]
-        for _ in range(chosen.choice((0, 0, 1, 1, 2))):
-            odd = _odd_number(chosen) if chosen.random() < 0.4 else chosen.choice(LINES)
-            lines.insert(chosen.randrange(len(lines) + 1), odd)
-        end = chosen.choice(ENDS)
-        text = b"".join(line + (chosen.choice(ENDS) if chosen.random() < 0.1 else end) for line in lines)
-        yield _with_ends(chosen, text)
+        lines = [json.dumps(row, ensure_ascii=rng.random() < 0.3).encode() for row in ROWS[: rng.randrange(6)]]
+        for _ in range(rng.choice((0, 0, 1, 1, 2))):
+            odd = _odd_number(rng) if rng.random() < 0.4 else rng.choice(LINES)
+            lines.insert(rng.randrange(len(lines) + 1), odd)
+        end = rng.choice(ENDS)
+        text = b"".join(line + (rng.choice(ENDS) if rng.random() < 0.1 else end) for line in lines)
+        yield _with_ends(rng, text)
 
 
-def _with_ends(chosen: random.Random, text: bytes) -> bytes:
-    """`text` with what may stand before it, cut off, or with other bytes in it."""
-    draw = chosen.random()
+def _with_ends(rng: random.Random, text: bytes) -> bytes:
+    """`text` with a prefix, cut off, or with other bytes in it."""
+    draw = rng.random()
     if draw < 0.25 and text:
-        return next(byte_cases(chosen.randrange(1 << 30), 1, text))
+        return next(byte_cases(rng.randrange(1 << 30), 1, text))
     if draw < 0.32:
         return b"\xef\xbb\xbf" + text
     if draw < 0.36:
-        return text[: chosen.randrange(len(text) + 1)]
+        return text[: rng.randrange(len(text) + 1)]
     if draw < 0.4:
-        return chosen.choice(
+        return rng.choice(
             (text.decode("latin1").encode("utf-16"), text[:9000] * 300, b"\n" * 5000 + text, text + b"\0")
         )
     return text
@@ -79,17 +79,17 @@ def _with_ends(chosen: random.Random, text: bytes) -> bytes:
 
 def json_array_cases(seed: int, count: int) -> Iterator[bytes]:
     """One array of rows: odd elements, separators and space; or any bytes."""
-    chosen = random.Random(seed)
+    rng = random.Random(seed)
     space = (b"", b"", b" ", b"\n", b"\r\n  ", b"\t", b"\x0b", b"\0", b"/**/", b"\xef\xbb\xbf", b" " * 3000)
     for _ in range(count):
-        elements = [json.dumps(row, indent=chosen.choice((None, 2))).encode() for row in ROWS[: chosen.randrange(6)]]
-        if chosen.random() < 0.5:
-            odd = _odd_number(chosen) if chosen.random() < 0.5 else chosen.choice(LINES)
-            elements.insert(chosen.randrange(len(elements) + 1), odd)
-        comma = chosen.choice(space) + chosen.choice((b",",) * 9 + (b"", b",,", b";")) + chosen.choice(space)
-        opened = chosen.choice((b"[",) * 12 + (b"[[", b"[,", b"{", b""))
-        closed = chosen.choice((b"]",) * 12 + (b"", b",]", b"]]", b"] []", b"]\n{}", b"}"))
-        yield _with_ends(chosen, chosen.choice(space) + opened + comma.join(elements) + closed + chosen.choice(space))
+        elements = [json.dumps(row, indent=rng.choice((None, 2))).encode() for row in ROWS[: rng.randrange(6)]]
+        if rng.random() < 0.5:
+            odd = _odd_number(rng) if rng.random() < 0.5 else rng.choice(LINES)
+            elements.insert(rng.randrange(len(elements) + 1), odd)
+        comma = rng.choice(space) + rng.choice((b",",) * 9 + (b"", b",,", b";")) + rng.choice(space)
+        opened = rng.choice((b"[",) * 12 + (b"[[", b"[,", b"{", b""))
+        closed = rng.choice((b"]",) * 12 + (b"", b",]", b"]]", b"] []", b"]\n{}", b"}"))
+        yield _with_ends(rng, rng.choice(space) + opened + comma.join(elements) + closed + rng.choice(space))
 
 
 def gzip_cases(seed: int, count: int) -> Iterator[bytes]:
@@ -130,132 +130,124 @@ def _compressed(
     seed: int, count: int, frames: list[bytes], empty: list[bytes], bombs: Callable[[], list[bytes]], head: int
 ) -> Iterator[bytes]:
     """Frames one after another, cut, their bits turned (of `head`, their first bytes, more often), with more behind."""
-    chosen = random.Random(seed)
+    rng = random.Random(seed)
     for _ in range(count):
-        if chosen.random() < 0.002:
-            yield chosen.choice(bombs())
+        if rng.random() < 0.002:
+            yield rng.choice(bombs())
             continue
-        parts = [chosen.choice(frames) for _ in range(chosen.choice((1, 1, 1, 2, 3)))]
-        if chosen.random() < 0.2:
-            parts.insert(chosen.randrange(len(parts) + 1), chosen.choice(empty))
+        parts = [rng.choice(frames) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+        if rng.random() < 0.2:
+            parts.insert(rng.randrange(len(parts) + 1), rng.choice(empty))
         data = bytearray(b"".join(parts))
-        for _ in range(chosen.choice((0, 1, 1, 2))):
-            _damage(chosen, data, parts, head)
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            _damage(rng, data, parts, head)
         yield bytes(data)
 
 
-def _damage(chosen: random.Random, data: bytearray, parts: list[bytes], head: int) -> None:
-    begun = sum(map(len, parts[: chosen.randrange(len(parts))]))
-    at = chosen.choice(
-        (begun + chosen.randrange(head), chosen.randrange(len(data) or 1), len(data) - chosen.randrange(9))
-    )
+def _damage(rng: random.Random, data: bytearray, parts: list[bytes], head: int) -> None:
+    begun = sum(map(len, parts[: rng.randrange(len(parts))]))
+    at = rng.choice((begun + rng.randrange(head), rng.randrange(len(data) or 1), len(data) - rng.randrange(9)))
     if not 0 <= at < len(data):
         return
     change: list[Callable[[], Any]] = [
-        lambda: data.__setitem__(at, data[at] ^ 1 << chosen.randrange(8)),
-        lambda: data.__setitem__(at, chosen.randrange(256)),
+        lambda: data.__setitem__(at, data[at] ^ 1 << rng.randrange(8)),
+        lambda: data.__setitem__(at, rng.randrange(256)),
         lambda: data.__delitem__(slice(at, None)),
-        lambda: data.__delitem__(slice(at, at + chosen.choice((1, 2, 8)))),
-        lambda: data.extend(chosen.choice((b"\0", b"\n", b"x", b"\0" * 512, b"{}\n", chosen.randbytes(20), data[:at]))),
-        lambda: data.__setitem__(slice(at, at), data[at : at + 40] * chosen.choice((1, 9))),
+        lambda: data.__delitem__(slice(at, at + rng.choice((1, 2, 8)))),
+        lambda: data.extend(rng.choice((b"\0", b"\n", b"x", b"\0" * 512, b"{}\n", rng.randbytes(20), data[:at]))),
+        lambda: data.__setitem__(slice(at, at), data[at : at + 40] * rng.choice((1, 9))),
     ]
-    chosen.choice(change)()
+    rng.choice(change)()
 
 
 def index_cases(seed: int, count: int, index: bytes, data: bytes) -> Iterator[bytes]:
     """An index, after its length as u64, and the data: bytes and fields of the one, sizes of the other."""
-    chosen = random.Random(seed)
+    rng = random.Random(seed)
     n, m = struct.unpack_from("<QQ", index, 18)
     for _ in range(count):
         made, other = bytearray(index), data
-        for _ in range(chosen.choice((0, 1, 1, 1, 2, 3))):
-            _change_index(chosen, made, n, m)
-        draw = chosen.random()
+        for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
+            _change_index(rng, made, n, m)
+        draw = rng.random()
         if draw < 0.1:
-            made = bytearray(next(byte_cases(chosen.randrange(1 << 30), 1, bytes(made))))
+            made = bytearray(next(byte_cases(rng.randrange(1 << 30), 1, bytes(made))))
         elif draw < 0.3:
-            other = chosen.choice(
-                (data[: chosen.randrange(len(data))], data + data[: chosen.randrange(9)], data * 2, b"")
-            )
+            other = rng.choice((data[: rng.randrange(len(data))], data + data[: rng.randrange(9)], data * 2, b""))
         yield struct.pack("<Q", len(made)) + bytes(made) + other
 
 
-def _change_index(chosen: random.Random, made: bytearray, n: int, m: int) -> None:
+def _change_index(rng: random.Random, made: bytearray, n: int, m: int) -> None:
     """Another number in the header or the arrays; another size."""
-    at, size = chosen.choice(((9, 8), (17, 1), (18, 8), (26, 8), (34, 4), (34 + 4 * n, 8), (34 + 12 * n, 8)))
+    at, size = rng.choice(((9, 8), (17, 1), (18, 8), (26, 8), (34, 4), (34 + 4 * n, 8), (34 + 12 * n, 8)))
     if at >= 34:
-        at += size * chosen.randrange(m if at == 34 + 12 * n else n)
-    if len(made) < at + size or chosen.random() < 0.1:
-        del made[chosen.randrange(len(made) + 1) :]
+        at += size * rng.randrange(m if at == 34 + 12 * n else n)
+    if len(made) < at + size or rng.random() < 0.1:
+        del made[rng.randrange(len(made) + 1) :]
         return
     old = int.from_bytes(made[at : at + size], "little")
-    new = chosen.choice((old + 1, old - 1, old * 2, old ^ 1 << chosen.randrange(8 * size), chosen.choice(WIDE), n, m))
+    new = rng.choice((old + 1, old - 1, old * 2, old ^ 1 << rng.randrange(8 * size), rng.choice(WIDE), n, m))
     made[at : at + size] = (new & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-    if chosen.random() < 0.1:
-        made.extend(b"\0" * chosen.choice((1, 4, 8, 12)))
+    if rng.random() < 0.1:
+        made.extend(b"\0" * rng.choice((1, 4, 8, 12)))
 
 
 def safetensors_cases(seed: int, count: int, source: bytes, index: dict[str, Any]) -> Iterator[bytes]:
     """A file of safetensors: its header's length, fields and bytes, its tensors' bytes; or `index`, as JSON."""
-    chosen = random.Random(seed)
+    rng = random.Random(seed)
     (length,) = struct.unpack_from("<Q", source)
     header, data = json.loads(source[8 : 8 + length]), source[8 + length :]
     plain = byte_cases(seed, count, source)
     for _ in range(count):
-        text, draw, told, after = next(plain), chosen.random(), 0, data
+        text, draw, header_size, after = next(plain), rng.random(), 0, data
         if draw < 0.1:
             yield text
             continue
         if draw < 0.3:
-            yield _index_case(chosen, index)
+            yield _index_case(rng, index)
             continue
         made = json.loads(json.dumps(header))
-        for _ in range(chosen.choice((0, 1, 1, 1, 2))):
-            _change_header(chosen, made, len(data))
+        for _ in range(rng.choice((0, 1, 1, 1, 2))):
+            _change_header(rng, made, len(data))
         text = json.dumps(made).encode()
-        if chosen.random() < 0.1:
-            text = chosen.choice(
-                (text + b" " * 9, text + b"\0", b" " + text, b'{"norm.weight":{},' + text[1:], text[:-1])
-            )
-        told = len(text) if chosen.random() < 0.9 else chosen.choice((len(text) + 1, len(text) - 1, *WIDE))
-        if chosen.random() < 0.1:
-            after = chosen.choice((data[: chosen.randrange(len(data))], data + b"\0", data * 2, b""))
-        yield struct.pack("<Q", told) + text + after
+        if rng.random() < 0.1:
+            text = rng.choice((text + b" " * 9, text + b"\0", b" " + text, b'{"norm.weight":{},' + text[1:], text[:-1]))
+        header_size = len(text) if rng.random() < 0.9 else rng.choice((len(text) + 1, len(text) - 1, *WIDE))
+        if rng.random() < 0.1:
+            after = rng.choice((data[: rng.randrange(len(data))], data + b"\0", data * 2, b""))
+        yield struct.pack("<Q", header_size) + text + after
 
 
-def _change_header(chosen: random.Random, made: dict[str, Any], size: int) -> None:
-    name = chosen.choice(sorted(made))
+def _change_header(rng: random.Random, made: dict[str, Any], size: int) -> None:
+    name = rng.choice(sorted(made))
     odd: tuple[Any, ...] = (None, -1, 0, 1, 2.5, "8", [], {}, [8, 8], True, 1 << 40, (1 << 64) - 1, 1 << 64, "x" * 3000)
-    if chosen.random() < 0.2 or not isinstance(made[name], dict):
+    if rng.random() < 0.2 or not isinstance(made[name], dict):
         moved = made.pop(name)
-        if chosen.random() < 0.7:
-            made[chosen.choice(("x", "", name + "x", "__metadata__", "model.norm.weight", "../x", "\0", "\u0301"))] = (
-                moved
-            )
+        if rng.random() < 0.7:
+            made[rng.choice(("x", "", name + "x", "__metadata__", "model.norm.weight", "../x", "\0", "\u0301"))] = moved
         return
-    field = chosen.choice(("dtype", "shape", "data_offsets", "data_offsets", "more"))
+    field = rng.choice(("dtype", "shape", "data_offsets", "data_offsets", "more"))
     if field == "dtype":
-        made[name][field] = chosen.choice(("BF16", "F16", "F64", "I8", "U8", "BOOL", "F8_E4M3", "I32", "f32", "", *odd))
-    elif field in made[name] and isinstance(made[name][field], list) and made[name][field] and chosen.random() < 0.8:
-        values, at = made[name][field], chosen.randrange(len(made[name][field]))
+        made[name][field] = rng.choice(("BF16", "F16", "F64", "I8", "U8", "BOOL", "F8_E4M3", "I32", "f32", "", *odd))
+    elif field in made[name] and isinstance(made[name][field], list) and made[name][field] and rng.random() < 0.8:
+        values, at = made[name][field], rng.randrange(len(made[name][field]))
         old = values[at] if isinstance(values[at], int) else 0
-        values[at] = chosen.choice((old + 1, old - 1, old + 4, old * 2, 0, size, size + 4, *odd))
-        if chosen.random() < 0.2:
-            values.append(chosen.choice((0, 1, 2)))
+        values[at] = rng.choice((old + 1, old - 1, old + 4, old * 2, 0, size, size + 4, *odd))
+        if rng.random() < 0.2:
+            values.append(rng.choice((0, 1, 2)))
     else:
-        made[name][field] = chosen.choice(odd)
+        made[name][field] = rng.choice(odd)
 
 
-def _index_case(chosen: random.Random, index: dict[str, Any]) -> bytes:
+def _index_case(rng: random.Random, index: dict[str, Any]) -> bytes:
     made = json.loads(json.dumps(index))
     files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2, 3)]
     files += ["../x.safetensors", "", ".", "/etc/passwd", "config.json", None, 1, [], "\0", "\ud800", "a" * 5000]
-    for _ in range(chosen.choice((0, 1, 1, 2))):
-        name = chosen.choice(sorted(made["weight_map"]))
-        if chosen.random() < 0.3:
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        name = rng.choice(sorted(made["weight_map"]))
+        if rng.random() < 0.3:
             made["weight_map"].pop(name)
-        made["weight_map"][chosen.choice((name, name, name, "x", ""))] = chosen.choice(files)
+        made["weight_map"][rng.choice((name, name, name, "x", ""))] = rng.choice(files)
     text = json.dumps(made).encode()
-    if chosen.random() < 0.3:
-        text = next(byte_cases(chosen.randrange(1 << 30), 1, text))
+    if rng.random() < 0.3:
+        text = next(byte_cases(rng.randrange(1 << 30), 1, text))
     return text.replace(b"{", b"{ ", 1)

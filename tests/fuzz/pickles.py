@@ -32,74 +32,74 @@ WIDE = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FFFFF
 
 
 def byte_cases(seed: int, count: int, source: bytes) -> Iterator[bytes]:
-    """Bytes changed, left out, repeated, put in, cut off, exchanged with others."""
-    chosen = random.Random(seed)
+    """Bytes changed, left out, repeated, inserted, cut off, swapped with others."""
+    rng = random.Random(seed)
     for _ in range(count):
         data = bytearray(source)
-        for _ in range(chosen.choice((1, 1, 1, 2, 4))):
-            _change_bytes(chosen, data)
+        for _ in range(rng.choice((1, 1, 1, 2, 4))):
+            _change_bytes(rng, data)
         yield bytes(data)
 
 
-def _change_bytes(chosen: random.Random, data: bytearray) -> None:
-    at = chosen.randrange(len(data) + 1)
-    end = min(at + chosen.choice((1, 1, 2, 4, 8, 50)), len(data))
-    kind = chosen.randrange(7)
+def _change_bytes(rng: random.Random, data: bytearray) -> None:
+    at = rng.randrange(len(data) + 1)
+    end = min(at + rng.choice((1, 1, 2, 4, 8, 50)), len(data))
+    kind = rng.randrange(7)
     if kind == 0:
-        data[at:end] = bytes(chosen.randrange(256) for _ in range(end - at))
+        data[at:end] = bytes(rng.randrange(256) for _ in range(end - at))
     elif kind == 1 and at < len(data):
-        data[at] ^= 1 << chosen.randrange(8)
+        data[at] ^= 1 << rng.randrange(8)
     elif kind == 2:
         del data[at:end]
     elif kind == 3:
-        data[at:at] = data[at:end] * chosen.choice((1, 2, 100))
+        data[at:at] = data[at:end] * rng.choice((1, 2, 100))
     elif kind == 4:
-        data[at:at] = chosen.choice(INSERTED)
+        data[at:at] = rng.choice(INSERTED)
     elif kind == 5 and len(data) > at:
-        size = chosen.choice((1, 2, 4, 8))
-        data[at : at + size] = (chosen.choice(WIDE) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-    elif chosen.random() < 0.2:
+        size = rng.choice((1, 2, 4, 8))
+        data[at : at + size] = (rng.choice(WIDE) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+    elif rng.random() < 0.2:
         del data[at:]
 
 
 def cases(seed: int, count: int, source: bytes) -> Iterator[bytes]:
-    """Of a pickle: whole opcodes left out, repeated, moved, put in, given other arguments; or bytes, as above."""
-    chosen, opcodes = random.Random(seed), opcodes_of(source)
+    """Of a pickle: opcodes left out, repeated, moved, inserted, given other arguments; or bytes, as above."""
+    rng, opcodes = random.Random(seed), opcodes_of(source)
     plain = byte_cases(seed, count, source)
     for _ in range(count):
         changed = next(plain)
-        if chosen.random() < 0.75:
+        if rng.random() < 0.75:
             parts = list(opcodes)
-            for _ in range(chosen.choice((1, 1, 2, 3, 6))):
-                _change_opcodes(chosen, parts)
+            for _ in range(rng.choice((1, 1, 2, 3, 6))):
+                _change_opcodes(rng, parts)
             changed = b"".join(parts)
         yield changed
 
 
-def _change_opcodes(chosen: random.Random, parts: list[bytes]) -> None:
-    at, other = chosen.randrange(1, len(parts) + 1), chosen.randrange(len(parts))
-    end = at + chosen.choice((1, 1, 2, 5))
+def _change_opcodes(rng: random.Random, parts: list[bytes]) -> None:
+    at, other = rng.randrange(1, len(parts) + 1), rng.randrange(len(parts))
+    end = at + rng.choice((1, 1, 2, 5))
     change: list[Callable[[], None]] = [
-        lambda: parts.insert(at, chosen.choice(INSERTED)),
-        lambda: parts.__setitem__(slice(at, end), [chosen.choice(INSERTED)]),
+        lambda: parts.insert(at, rng.choice(INSERTED)),
+        lambda: parts.__setitem__(slice(at, end), [rng.choice(INSERTED)]),
         lambda: parts.__delitem__(slice(at, end)),
-        lambda: parts.__setitem__(slice(at, at), parts[at:end] * chosen.choice((1, 3, 200))),
+        lambda: parts.__setitem__(slice(at, at), parts[at:end] * rng.choice((1, 3, 200))),
         lambda: parts.__setitem__(slice(at, at + 1), [parts[other]]),
         lambda: parts.insert(at, parts[other]),
     ]
-    chosen.choice(change)()
+    rng.choice(change)()
 
 
 def opcodes_of(source: bytes) -> list[bytes]:
-    """A sound pickle, opcode by opcode, each with its argument; frames are left out."""
+    """A valid pickle, opcode by opcode, each with its argument; frames are left out."""
     found = [(opcode.name, place or 0) for opcode, _, place in pickletools.genops(source)]
     ends = [place for _, place in found[1:]] + [len(source)]
     return [source[place:end] for (name, place), end in zip(found, ends, strict=True) if name != "FRAME"]
 
 
 def archive_cases(seed: int, count: int, source: bytes) -> Iterator[bytes]:
-    """Of a file of torch.save: its pickle as above, in a sound zip; its zip's own fields; or any of its bytes."""
-    chosen = random.Random(seed)
+    """Of a file of torch.save: its pickle as above, in a valid zip; its zip's own fields; or any of its bytes."""
+    rng = random.Random(seed)
     with zipfile.ZipFile(io.BytesIO(source)) as file:
         records = {name: file.read(name) for name in file.namelist()}
     (pickled,) = (name for name in records if name.endswith("/data.pkl"))
@@ -107,14 +107,14 @@ def archive_cases(seed: int, count: int, source: bytes) -> Iterator[bytes]:
     marks = [place for place in range(len(source) - 1) if source[place : place + 2] == b"PK"]
     for _ in range(count):
         within, plain = next(inner), next(outer)
-        draw = chosen.random()
+        draw = rng.random()
         if draw < 0.7:
             yield _zipped({**records, pickled: within})
         elif draw < 0.85:
             data = bytearray(source)
-            for _ in range(chosen.choice((1, 1, 2))):
-                place = min(chosen.choice(marks) + chosen.randrange(60), len(data) - 1)
-                data[place] = chosen.choice((0, 1, 8, 16, 127, 255))
+            for _ in range(rng.choice((1, 1, 2))):
+                place = min(rng.choice(marks) + rng.randrange(60), len(data) - 1)
+                data[place] = rng.choice((0, 1, 8, 16, 127, 255))
             yield bytes(data)
         else:
             yield plain

@@ -65,75 +65,75 @@ TEMPLATES, WAYS = ("qwen2.5", "qwen3"), ("all answer", "last answer", "all turn"
 
 def cases(seed: int, count: int) -> Iterator[bytes]:
     """Rows of the three formats, of whose values one to some are changed; or whose bytes are."""
-    chosen = random.Random(seed)
+    rng = random.Random(seed)
     for _ in range(count):
-        row = copy.deepcopy(chosen.choice(SOURCES))
-        for _ in range(chosen.choice((0, 1, 1, 1, 2, 2, 4))):
-            change(chosen, row)
-        text = _written(chosen, row)
-        if chosen.random() < 0.1:
-            text = next(byte_cases(chosen.randrange(1 << 30), 1, text))
-        how = (chosen.choice(TEMPLATES), chosen.choice(WAYS), chosen.choice(("whole", "weighted")))
-        roles = chosen.choice(("system", "alpaca"))
+        row = copy.deepcopy(rng.choice(SOURCES))
+        for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 4))):
+            change(rng, row)
+        text = _written(rng, row)
+        if rng.random() < 0.1:
+            text = next(byte_cases(rng.randrange(1 << 30), 1, text))
+        how = (rng.choice(TEMPLATES), rng.choice(WAYS), rng.choice(("whole", "weighted")))
+        roles = rng.choice(("system", "alpaca"))
         yield " ".join((*how, roles)).encode() + b"\n" + text
 
 
-def _written(chosen: random.Random, row: dict[str, Any]) -> bytes:
-    """As JSON, ASCII alone or not; now and then with a name that stands twice, or a value nested without end."""
-    text = json.dumps(row, ensure_ascii=chosen.random() < 0.5)
-    if chosen.random() < 0.03:
-        depth = chosen.choice((400, 900, 1100, 50_000))
-        text = text.replace(chosen.choice(('"It is 4."', '"Paris"', '"user"', "null")), "[" * depth + "]" * depth, 1)
-    if chosen.random() < 0.03:
-        name, value = json.dumps(chosen.choice(OF_KITS)), json.dumps(chosen.choice(VALUES))
-        text = chosen.choice((f"{{{name}: {value}, {text[1:]}", f"{text[:-1]}, {name}: {value}}}"))
+def _written(rng: random.Random, row: dict[str, Any]) -> bytes:
+    """As JSON, only ASCII or not; now and then with a duplicate key, or a deeply nested value."""
+    text = json.dumps(row, ensure_ascii=rng.random() < 0.5)
+    if rng.random() < 0.03:
+        depth = rng.choice((400, 900, 1100, 50_000))
+        text = text.replace(rng.choice(('"It is 4."', '"Paris"', '"user"', "null")), "[" * depth + "]" * depth, 1)
+    if rng.random() < 0.03:
+        name, value = json.dumps(rng.choice(OF_KITS)), json.dumps(rng.choice(VALUES))
+        text = rng.choice((f"{{{name}: {value}, {text[1:]}", f"{text[:-1]}, {name}: {value}}}"))
     return text.encode("utf-8", "surrogatepass")
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of every value within."""
+    """(container, key) of every nested value."""
     for key in list(value) if isinstance(value, dict) else range(len(value)):
         yield value, key
         if isinstance(value[key], (dict, list)):
             yield from _places(value[key])
 
 
-def change(chosen: random.Random, row: dict[str, Any]) -> None:
-    """Changes one place in `row`, which the fewer have the deeper they lie."""
+def change(rng: random.Random, row: dict[str, Any]) -> None:
+    """Changes one place in `row`; deeper places are rarer."""
     places = list(_places(row))
-    if not places or chosen.random() < 0.15:
-        return _put_in(chosen, row)
-    inside, key = chosen.choice(places)
+    if not places or rng.random() < 0.15:
+        return _put_in(rng, row)
+    inside, key = rng.choice(places)
     old = inside[key]
-    if chosen.random() < 0.3 and isinstance(old, dict):
-        return _put_in(chosen, old)
+    if rng.random() < 0.3 and isinstance(old, dict):
+        return _put_in(rng, old)
     change: list[Callable[[], Any]] = [
-        lambda: inside.__setitem__(key, copy.deepcopy(chosen.choice(VALUES))),
-        lambda: inside.__setitem__(key, copy.deepcopy(chosen.choice(VALUES))),
+        lambda: inside.__setitem__(key, copy.deepcopy(rng.choice(VALUES))),
+        lambda: inside.__setitem__(key, copy.deepcopy(rng.choice(VALUES))),
         lambda: inside.__delitem__(key),
         lambda: inside.__setitem__(key, None),
-        lambda: inside.__setitem__(key, chosen.choice(([old], {"a": old}, json.dumps(old), [[old]] * 2))),
-        lambda: inside.__setitem__(key, _nested(old, chosen.choice((5, 60, 90)))),
+        lambda: inside.__setitem__(key, rng.choice(([old], {"a": old}, json.dumps(old), [[old]] * 2))),
+        lambda: inside.__setitem__(key, _nested(old, rng.choice((5, 60, 90)))),
     ]
     if isinstance(old, str):
-        change += [lambda: inside.__setitem__(key, _spliced(chosen, old))] * 5
+        change += [lambda: inside.__setitem__(key, _spliced(rng, old))] * 5
     if key in ("role", "from"):
-        change += [lambda: inside.__setitem__(key, chosen.choice(ROLES))] * 6
+        change += [lambda: inside.__setitem__(key, rng.choice(ROLES))] * 6
     if isinstance(inside, list):
-        change += [lambda: inside.insert(chosen.randrange(len(inside) + 1), copy.deepcopy(old))] * 2
-        change += [lambda: chosen.shuffle(inside), lambda: inside.extend(copy.deepcopy(inside) * 20)]
-    chosen.choice(change)()
+        change += [lambda: inside.insert(rng.randrange(len(inside) + 1), copy.deepcopy(old))] * 2
+        change += [lambda: rng.shuffle(inside), lambda: inside.extend(copy.deepcopy(inside) * 20)]
+    rng.choice(change)()
     return None
 
 
-def _put_in(chosen: random.Random, value: dict[str, Any]) -> None:
+def _put_in(rng: random.Random, value: dict[str, Any]) -> None:
     texts = (*TEXTS, "x", "Two and two.")
-    value[chosen.choice(OF_KITS)] = copy.deepcopy(chosen.choice(VALUES if chosen.random() < 0.7 else texts))
+    value[rng.choice(OF_KITS)] = copy.deepcopy(rng.choice(VALUES if rng.random() < 0.7 else texts))
 
 
-def _spliced(chosen: random.Random, text: str) -> str:
-    at = chosen.choice((0, len(text), chosen.randrange(len(text) + 1)))
-    return text[:at] + chosen.choice(TEXTS) + text[at + chosen.choice((0, 0, 1, 3)) :]
+def _spliced(rng: random.Random, text: str) -> str:
+    at = rng.choice((0, len(text), rng.randrange(len(text) + 1)))
+    return text[:at] + rng.choice(TEXTS) + text[at + rng.choice((0, 0, 1, 3)) :]
 
 
 def _nested(value: Any, depth: int) -> Any:

@@ -1,4 +1,4 @@
-"""What reads the JSON files that step 1 leaves: manifests, and the states of parts and runs that are not joined yet."""
+"""Readers of the JSON files that step 1 leaves: manifests, and the states of parts and runs that are not merged yet."""
 
 import copy
 import json
@@ -33,12 +33,12 @@ FIELDS = ("kind", "files", "tokens", "loss_mask", "documents", "inputs", "path",
 
 def _cases(seed: int, count: int, source: dict[str, Any]) -> Iterator[bytes]:
     """Of the JSON `source`: values anywhere in it are changed as in rows, or as in other JSON files."""
-    chosen, plain = random.Random(seed), cases(seed, count, source, FIELDS)
+    rng, plain = random.Random(seed), cases(seed, count, source, FIELDS)
     for text in plain:
-        if chosen.random() < 0.5:
+        if rng.random() < 0.5:
             made = copy.deepcopy(source)
-            for _ in range(chosen.choice((1, 1, 2, 3))):
-                change(chosen, made)
+            for _ in range(rng.choice((1, 1, 2, 3))):
+                change(rng, made)
             text = json.dumps(made).encode()
         yield text
 
@@ -100,13 +100,13 @@ def part(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
     parts = _job(folder, 2).folder
     sources = [json.loads(next(iter(sorted(parts.glob(name)))).read_text()) for name in ("part_*.json", "run_*.json")]
     paths = [next(iter(sorted(parts.glob(name)))) for name in ("part_*.json", "run_*.json")]
-    whole = [path.read_bytes() for path in paths]
+    contents = [path.read_bytes() for path in paths]
     given = [_cases(seed + i, count, source) for i, source in enumerate(sources)]
 
     def take(data: bytes) -> None:
         which = data[0]
         paths[which].write_bytes(data[1:])
-        paths[1 - which].write_bytes(whole[1 - which])
+        paths[1 - which].write_bytes(contents[1 - which])
         EarlierParts(parts)
         runner.merge(folder / "data", check=True)
 

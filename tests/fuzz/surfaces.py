@@ -1,4 +1,4 @@
-"""What reads a checkpoint or a model's small files, as the commands do; each takes the bytes of one case."""
+"""Readers of a checkpoint or a model's small files, as in the commands; each takes the bytes of one case."""
 
 import json
 from argparse import Namespace
@@ -26,7 +26,7 @@ from tests.unit.checkpoint.small import dist_state, megatron_state, write_hf
 
 
 def read_checkpoint(folder: Path) -> None:
-    """As inspect, step 2 and step 3 do."""
+    """Reads as inspect, step 2 and step 3 do."""
     inspect_folder(folder / "megatron")
     checkpoint = find_checkpoint(folder / "megatron")
     assert checkpoint is not None
@@ -107,7 +107,7 @@ FIELDS = ("head_dim", "dtype", "layer_types", "rope_parameters", "initializer_ra
 
 
 def config(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Case]:
-    """config.json, with sound weights beside it."""
+    """config.json, with valid weights beside it."""
     write_hf(folder)
     reader = HfReader(folder)
 

@@ -1,4 +1,4 @@
-"""What a deterministic run rests on: torch's embedding keeps an order and its precision, attention its order."""
+"""What a deterministic run relies on: torch's embedding is deterministic and precise, attention is deterministic."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def _deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-def test_a_frequent_tokens_gradient_is_no_sum_of_bf16_and_the_same_each_time() -> None:
+def test_a_frequent_tokens_gradient_is_not_summed_in_bf16_and_is_reproducible() -> None:
     weight = torch.zeros(1000, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     tokens = torch.randint(0, 8, (16384,), generator=torch.Generator().manual_seed(0))
     expected = tokens.bincount(minlength=1000).float().cuda()

@@ -1,4 +1,4 @@
-"""A run in FP8 with delayed scaling that was stopped goes on at the scales it had, digit for digit."""
+"""A stopped run in FP8 with delayed scaling resumes with the same scales, digit for digit."""
 
 import shutil
 from pathlib import Path
@@ -19,21 +19,21 @@ FP8: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("ckpt_format", ["torch_dist", "torch"])
-def test_a_resumed_run_scales_as_the_unbroken_one(work: Path, ckpt_format: str) -> None:
+def test_a_resumed_run_scales_as_the_uninterrupted_one(work: Path, ckpt_format: str) -> None:
     needs_transformer_engine()
     folder = work / f"fp8_{ckpt_format}"
-    whole = {**FP8, "ckpt-format": ckpt_format, "save-checkpoint-path": folder / "unbroken"}
-    unbroken = train(work, "transformer_engine", **whole)
-    halves = {**whole, "save-checkpoint-path": folder / "halves", "exit-interval": 3}
+    flags = {**FP8, "ckpt-format": ckpt_format, "save-checkpoint-path": folder / "uninterrupted"}
+    uninterrupted = train(work, "transformer_engine", **flags)
+    halves = {**flags, "save-checkpoint-path": folder / "halves", "exit-interval": 3}
     first = train(work, "transformer_engine", **halves)
     shutil.copytree(folder / "halves", folder / "forgotten")
     resumed = first + train(work, "transformer_engine", **halves)
     assert [iteration for iteration, _, _ in resumed] == [1, 2, 3, 4, 5, 6]
-    assert resumed == unbroken
+    assert resumed == uninterrupted
     if ckpt_format == "torch":
         (file,) = folder.glob("forgotten/iter_0000003/mp_rank_*/model_optim_rng.pt")
         state = torch.load(file, map_location="cpu", weights_only=False)  # written above
         assert any((scales["scaling_bwd"]["scale"] != 1).any() for scales in state.pop("fp8_state")[0].values())
         torch.save(state, file)
         forgotten = train(work, "transformer_engine", **{**halves, "save-checkpoint-path": folder / "forgotten"})
-        assert forgotten != unbroken[3:]  # the losses tell whether scales start anew
+        assert forgotten != uninterrupted[3:]  # the losses show whether scales are reset

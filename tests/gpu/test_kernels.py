@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.fixture(autouse=True)
-def _leave_the_memory() -> Iterator[None]:
-    """So that programs of other tests, on the same GPU, have it."""
+def _empty_cache() -> Iterator[None]:
+    """Frees the cache, for programs of other tests on the same GPU."""
     yield
     torch.cuda.empty_cache()
 
@@ -47,10 +47,10 @@ def test_both_kernels_give_the_same_statistics_and_gradients(dtype: torch.dtype,
     ("name", "bound"),
     [
         ("triton", 0.02),  # logits of bfloat16 have 8 bits
-        ("quack", 1e-4),  # the losses come out of float32 sums
+        ("quack", 1e-4),  # the losses are float32 sums
     ],
 )
-def test_the_whole_loss_over_several_chunks_is_that_of_cross_entropy(name: str, bound: float) -> None:
+def test_the_loss_over_several_chunks_is_that_of_cross_entropy(name: str, bound: float) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(9000, 256, device="cuda").bfloat16().requires_grad_()
     weight = (0.05 * torch.randn(151936, 256, device="cuda")).bfloat16().requires_grad_()

@@ -1,6 +1,6 @@
-"""A run's life on a GPU by nvidia/'s own defaults: stopped, resumed, exported, killed, with nothing of the GPU kept.
+"""A run on a GPU with nvidia/'s own defaults: stopped, resumed, exported, killed, without holding on to the GPU.
 
-Departs from them in DETERMINISTIC=true where bits are compared: the kernels that are taken else may differ run by run.
+DETERMINISTIC=true is set where bits are compared: the kernels used otherwise may differ from run to run.
 """
 
 import json
@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launch import convert, export, run, words
+from tests.conversion import to_hf, to_megatron
+from tests.distributed.launch import run, words
 from tests.distributed.user import ENDLESS, Run, wait_for
 from tests.tiny import TEXTS, tiny_qwen
 
@@ -46,7 +47,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.jsonl").write_text("".join(rows))
     flags = {"input": folder / "rows.jsonl", "output_prefix": folder / "text", "tokenizer_path": folder / "qwen"}
     run("-m", "common.preprocess", "pretrain", *words({**flags, "workers": 1}))
-    convert(folder / "qwen", folder / "start", ckpt_format="torch_dist", dtype="bf16")
+    to_megatron(folder / "qwen", folder / "start", ckpt_format="torch_dist", dtype="bf16")
     return folder
 
 
@@ -61,7 +62,7 @@ def losses(log: str) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_stopped_run_goes_on_and_exports_the_bits_of_its_step(work: Path, layout: dict[str, int]) -> None:
+def test_a_stopped_run_resumes_and_exports_the_bits_of_its_step(work: Path, layout: dict[str, int]) -> None:
     name = "_".join(f"{key}{value}" for key, value in layout.items())
     same = {"DETERMINISTIC": "true", "TRAIN_ITERS": 400}
     # Saved from a copy in the host's memory here, and straight from the GPU by the runs that it is held against.
@@ -70,14 +71,14 @@ def test_a_stopped_run_goes_on_and_exports_the_bits_of_its_step(work: Path, layo
     stopped.process.send_signal(signal.SIGTERM)
     first = stopped.end(75, 100)
     done = stopped.tracker()
-    export(work / name, work / f"{name}_hf")
+    to_hf(work / name, work / f"{name}_hf")
     more = {**same, "EXIT_INTERVAL": done + 4}
     rest = GpuRun(settings(work, name, layout, **more), work / f"{name}_rest.log").end(0, 200)
-    whole = GpuRun(settings(work, f"{name}_whole", layout, **more), work / f"{name}_whole.log").end(0, 200)
-    assert losses(first) | losses(rest) == losses(whole) and len(losses(rest)) == 4
+    uninterrupted = GpuRun(settings(work, f"{name}_whole", layout, **more), work / f"{name}_whole.log").end(0, 200)
+    assert losses(first) | losses(rest) == losses(uninterrupted) and len(losses(rest)) == 4
     more["EXIT_INTERVAL"] = done
     GpuRun(settings(work, f"{name}_at", layout, **more), work / f"{name}_at.log").end(0, 200)
-    export(work / f"{name}_at", work / f"{name}_at_hf")
+    to_hf(work / f"{name}_at", work / f"{name}_at_hf")
     expected, found = (load_file(work / each / "model.safetensors") for each in (f"{name}_at_hf", f"{name}_hf"))
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
 
@@ -89,10 +90,10 @@ def on_the_gpu() -> set[int]:
 
 
 def used_mib() -> int:
-    told = subprocess.run(
+    completed = subprocess.run(
         ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True
     )
-    return max(map(int, told.stdout.split()))
+    return max(map(int, completed.stdout.split()))
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])

@@ -37,7 +37,7 @@ def run(*words: str) -> str:
 
 
 def needs_transformer_engine() -> None:
-    """Skips without it; not by importing it, which loads a cuDNN of its own choice into a process that has one."""
+    """Skips without it; not by importing it, which would load its own cuDNN into a process that has one."""
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("needs Transformer Engine")
 
@@ -94,7 +94,7 @@ def test_the_first_step_is_hugging_faces(work: Path, impl: str) -> None:
     loss.backward()
     expected = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     (found,) = train(work, impl, **{"train-iters": 1, "save-checkpoint-path": work / f"one_{impl}"})
-    # bfloat16 keeps 8 bits; over 2048 tokens the errors of the loss average out, those of the gradient less so.
+    # bfloat16 has 8 bits; over 2048 tokens the errors of the loss average out, those of the gradient less so.
     assert abs(found[1] - loss.item()) < 5e-3 * loss.item()
     assert abs(found[2] - expected.item()) < 3e-2 * expected.item()
 
@@ -107,8 +107,8 @@ def memory(log: str) -> float:
 
 
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
-def test_a_resumed_run_takes_no_more_memory_than_the_unbroken_one(state: str, tmp_path: Path, work: Path) -> None:
-    """Gradients that were made to begin the optimizer's state with stayed: 2 bytes a parameter, here 0.5 GiB."""
+def test_a_resumed_run_takes_no_more_memory_than_the_uninterrupted_one(state: str, tmp_path: Path, work: Path) -> None:
+    """Gradients made only to initialize the optimizer's state were not freed: 2 bytes a parameter, here 0.5 GiB."""
     needs_transformer_engine()
     qwen = tiny_qwen(tmp_path / "qwen", hidden_size=1024, intermediate_size=8192, num_hidden_layers=10)
     flags = {
@@ -117,13 +117,13 @@ def test_a_resumed_run_takes_no_more_memory_than_the_unbroken_one(state: str, tm
         "train-iters": 6, "save-interval": 100, "optimizer-state": state, "lr": 1e-4, "min-lr": 1e-5,
     }  # fmt: skip
     words = [f"--{name}={value}" for name, value in flags.items()]
-    unbroken = memory(run("common.train", *words, "--exit-interval=3"))
+    uninterrupted = memory(run("common.train", *words, "--exit-interval=3"))
     resumed = run("common.train", *words, "--exit-interval=6")
     assert "start: resume" in resumed
-    assert memory(resumed) <= unbroken + 0.1
+    assert memory(resumed) <= uninterrupted + 0.1
 
 
-def test_both_layers_learn_alike_and_a_stopped_run_goes_on(work: Path) -> None:
+def test_both_layers_learn_alike_and_a_stopped_run_resumes(work: Path) -> None:
     needs_transformer_engine()
     engine, local = (
         train(work, impl, **{"train-iters": 30, "save-checkpoint-path": work / f"thirty_{impl}"})
@@ -144,7 +144,7 @@ PACKED = {
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_transformer_engine_keeps_the_samples_of_a_row_apart_as_the_mask_does(work: Path, name: str) -> None:
+def test_transformer_engine_separates_the_samples_of_a_row_as_the_mask_does(work: Path, name: str) -> None:
     needs_transformer_engine()
     flags: dict[str, Any] = {"train-iters": 3, **PACKED[name]}
     if name == "packing":
@@ -172,21 +172,23 @@ def test_transformer_engine_keeps_the_samples_of_a_row_apart_as_the_mask_does(wo
         ("some_layers_again", {"recompute": "full", "recompute-num-layers": 1}, 0.005),
     ],
 )
-def test_what_saves_memory_or_time_learns_alike(work: Path, name: str, flags: dict[str, Any], bound: float) -> None:
+def test_options_that_save_memory_or_time_learn_alike(
+    work: Path, name: str, flags: dict[str, Any], bound: float
+) -> None:
     needs_transformer_engine()
     plain = train(work, "transformer_engine", **{"train-iters": 12, "save-checkpoint-path": work / f"plain_{name}"})
-    whole = {"train-iters": 12, "save-checkpoint-path": work / name, "exit-interval": 6, **flags}
-    found = train(work, "transformer_engine", **whole) + train(work, "transformer_engine", **whole)
+    options = {"train-iters": 12, "save-checkpoint-path": work / name, "exit-interval": 6, **flags}
+    found = train(work, "transformer_engine", **options) + train(work, "transformer_engine", **options)
     assert [i for i, _, _ in found] == list(range(1, 13))
     assert all(abs(a[1] - b[1]) < bound * b[1] for a, b in zip(found, plain, strict=True)), (found, plain)
 
 
 def test_fp8_is_less_than_a_quarter_of_a_step_off(work: Path) -> None:
-    """The loss falls by a fifth a step here, and not evenly: what lies between two curves is told in such steps."""
+    """The loss falls by a fifth a step here, and not evenly: the distance of two curves is given in such steps."""
     needs_transformer_engine()
     plain = train(work, "transformer_engine", **{"train-iters": 12, "save-checkpoint-path": work / "plain_fp8"})
-    whole = {"train-iters": 12, "save-checkpoint-path": work / "fp8", "exit-interval": 6, "fp8-format": "hybrid"}
-    found = train(work, "transformer_engine", **whole) + train(work, "transformer_engine", **whole)
+    options = {"train-iters": 12, "save-checkpoint-path": work / "fp8", "exit-interval": 6, "fp8-format": "hybrid"}
+    found = train(work, "transformer_engine", **options) + train(work, "transformer_engine", **options)
     assert [i for i, _, _ in found] == list(range(1, 13))
     between = [abs(a[1] - b[1]) for a, b in zip(found, plain, strict=True)]
     assert 0 < between[0] < 5e-3 * plain[0][1], (found, plain)  # on the same weights; 0 where FP8 is not in use

@@ -1,10 +1,10 @@
 """Checkpoints from lane to lane, for tests/lanes.sh, which runs each command with the Python of a lane:
 
     python -m tests.lanes.exchange prepare FOLDER         a model and data, for all lanes
-    python -m tests.lanes.exchange save FOLDER LANE       a run stopped halfway, and the same run unbroken
-    python -m tests.lanes.exchange go_on FOLDER LANE      LANE goes on from the runs of every lane that saved
+    python -m tests.lanes.exchange save FOLDER LANE       a run stopped halfway, and the same run uninterrupted
+    python -m tests.lanes.exchange resume FOLDER LANE     LANE resumes the runs of every lane that saved
 
-A run that goes on must give the saving lane's own losses, or be refused for its optimizer's layout.
+A resumed run must give the saving lane's own losses, or be refused for its optimizer's layout.
 """
 
 import json
@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.launch import convert, environment, free_port, run, steps, train, words
+from tests.conversion import to_megatron
+from tests.distributed.launch import environment, free_port, run, steps, train, words
 from tests.end_to_end.steps import chats, write_rows
 from tests.tiny import tiny_qwen
 
@@ -37,7 +38,7 @@ def prepare(folder: Path) -> None:
     run("-m", "common.preprocess", "sft", *words({**flags, "tokenizer_path": qwen, "workers": 1}))
     for ckpt_format in FORMATS:
         layout = {"tp": 2} if ckpt_format == "torch" else {}
-        convert(qwen, folder / f"start_{ckpt_format}", ckpt_format=ckpt_format, **layout)
+        to_megatron(qwen, folder / f"start_{ckpt_format}", ckpt_format=ckpt_format, **layout)
 
 
 def flags_of(folder: Path, ckpt_format: str, **more: Any) -> dict[str, Any]:
@@ -47,37 +48,37 @@ def flags_of(folder: Path, ckpt_format: str, **more: Any) -> dict[str, Any]:
 
 
 def save(folder: Path, lane: str) -> None:
-    """Writes folder/saved/LANE/FORMAT and the losses of the unbroken run beside it."""
+    """Writes folder/saved/LANE/FORMAT and the losses of the uninterrupted run beside it."""
     target = folder / "saved" / lane
     shutil.rmtree(target, ignore_errors=True)
     for ckpt_format in FORMATS:
         train(**flags_of(folder, ckpt_format, save_checkpoint_path=target / ckpt_format, exit_interval=HALF))
-        whole = train(**flags_of(folder, ckpt_format, save_checkpoint_path=target / "unbroken"))
-        (target / f"{ckpt_format}.json").write_text(json.dumps(steps(whole)[HALF:]))
-        shutil.rmtree(target / "unbroken")
+        uninterrupted = train(**flags_of(folder, ckpt_format, save_checkpoint_path=target / "uninterrupted"))
+        (target / f"{ckpt_format}.json").write_text(json.dumps(steps(uninterrupted)[HALF:]))
+        shutil.rmtree(target / "uninterrupted")
 
 
-def go_on(folder: Path, lane: str) -> bool:
-    """Prints a line for each lane and format; whether each went on or was refused."""
+def resume(folder: Path, lane: str) -> bool:
+    """Prints a line for each lane and format; returns whether each resumed or was refused."""
     well = True
-    for told in sorted(folder.glob("saved/*/*.json")):
-        ckpt_format, saver = told.stem, told.parent.name
+    for losses in sorted(folder.glob("saved/*/*.json")):
+        ckpt_format, saver = losses.stem, losses.parent.name
         work = folder / "work" / lane
         shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(told.parent / ckpt_format, work)
+        shutil.copytree(losses.parent / ckpt_format, work)
         flags = flags_of(folder, ckpt_format, save_checkpoint_path=work, master_port=free_port())
         done = subprocess.run(
             [sys.executable, "-m", "common.train", *words(flags)], env=environment(), text=True, timeout=300,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
-        result = outcome(done.returncode, done.stdout, json.loads(told.read_text()))
+        result = outcome(done.returncode, done.stdout, json.loads(losses.read_text()))
         well = well and not result.startswith("FAILED")
         print(f"| {saver} | {lane} | {ckpt_format} | {result} |", flush=True)
     return well
 
 
 def outcome(status: int, log: str, expected: list[list[float]]) -> str:
-    """What became of a run that went on."""
+    """The result of a resumed run."""
     if status == 2 and REFUSED in log:
         return f"refused: {log[log.index(REFUSED) :].splitlines()[0].split(':')[0]}"
     found = steps(log)
@@ -89,8 +90,8 @@ def outcome(status: int, log: str, expected: list[list[float]]) -> str:
 
 def main() -> None:
     command, folder, *lane = sys.argv[1:]
-    if command == "go_on":
-        sys.exit(not go_on(Path(folder), *lane))
+    if command == "resume":
+        sys.exit(not resume(Path(folder), *lane))
     {"prepare": prepare, "save": save}[command](Path(folder), *lane)
 
 

@@ -1,7 +1,7 @@
 """Makes a CUDA build of torch work without NVIDIA's gigabytes: `python torch_without_cuda.py`, after pip's --no-deps.
 
 Installs what else torch needs, CUDA's runtime among it, which torch's own libraries call as they are loaded. Each other
-library that they name and the loader does not find gets a stand-in beside them, made by `cc`, whose functions end the
+library that they name and the loader does not find gets a stub beside them, made by `cc`, whose functions end the
 process when they are called: nothing on a CPU calls them.
 """
 
@@ -20,7 +20,7 @@ DRIVER = "libcuda.so.1"  # without it torch sees no GPU, as it should
 
 
 def run(*command: str) -> str:
-    """What a command prints."""
+    """The stdout of a command."""
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -44,7 +44,7 @@ def missing_libraries(files: list[Path]) -> set[str]:
     return {words[0] for words in found if words[-2:] == ["not", "found"]}
 
 
-def wanted_symbols(files: list[Path], library: str) -> dict[str, set[str]]:
+def needed_symbols(files: list[Path], library: str) -> dict[str, set[str]]:
     """What `files` take from `library`, by version; without one ("") the names that begin with the library's own."""
     stem = library.removeprefix("lib").partition(".")[0].partition("_")[0].lower()
     symbols: dict[str, set[str]] = {"": set()}
@@ -60,11 +60,11 @@ def wanted_symbols(files: list[Path], library: str) -> dict[str, set[str]]:
     return symbols
 
 
-def make_stand_in(folder: Path, library: str, symbols: dict[str, set[str]]) -> None:
+def make_stub(folder: Path, library: str, symbols: dict[str, set[str]]) -> None:
     """Writes `folder/library`."""
-    lines = ["void stand_in(void) { __builtin_trap(); }"]
+    lines = ["void missing_symbol(void) { __builtin_trap(); }"]
     names = sorted(set().union(*symbols.values()))
-    lines += [f'void {name}(void) __attribute__((alias("stand_in")));' for name in names]
+    lines += [f'void {name}(void) __attribute__((alias("missing_symbol")));' for name in names]
     source, versions = folder / f"{library}.c", folder / f"{library}.map"
     source.write_text("\n".join(lines) + "\n")
     parts = [
@@ -89,8 +89,8 @@ def main() -> None:
     files = [path for path in folder.glob("*.so*") if not path.is_symlink()]
     missing = sorted(missing_libraries(files) - {DRIVER})
     for library in missing:
-        make_stand_in(folder, library, wanted_symbols(files, library))
-    print(f"torch_without_cuda.py: {len(missing)} stand-ins: {' '.join(missing)}")
+        make_stub(folder, library, needed_symbols(files, library))
+    print(f"torch_without_cuda.py: {len(missing)} stubs: {' '.join(missing)}")
 
 
 if __name__ == "__main__":

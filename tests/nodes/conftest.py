@@ -1,4 +1,4 @@
-"""What the tests of many nodes share: four nodes, a tiny model and its data."""
+"""Fixtures of the tests of many nodes: four nodes, a tiny model and its data."""
 
 import json
 import os
@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import convert, run, words
+from tests.conversion import to_megatron
+from tests.distributed.launch import run, words
 from tests.nodes.network import Node, Run, network, why_not
 from tests.tiny import TEXTS, tiny_qwen
 
@@ -33,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.jsonl").write_text("".join(rows), encoding="utf-8")
     flags = {"input": folder / "text.jsonl", "output_prefix": folder / "text", "tokenizer_path": folder / "qwen"}
     run("-m", "common.preprocess", "pretrain", *words({**flags, "workers": 1}))
-    convert(folder / "qwen", folder / "start", ckpt_format="torch_dist")
+    to_megatron(folder / "qwen", folder / "start", ckpt_format="torch_dist")
     return folder
 
 
@@ -49,9 +50,9 @@ def common(work: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def waiting(nodes: list[Node], work: Path, common: dict[str, Any]) -> dict[str, tuple[Run, Run]]:
-    """What takes a minute to end, which test_waiting.py sees: begun now, so that the other tests fill the time."""
+    """Runs that take a minute to end, for test_waiting.py: started early, so that the other tests fill the time."""
     same = {**common, "nnodes": 2, "distributed_timeout_min": 1}
-    apart = {**same, "save_checkpoint_path": work / "out_of_reach"}
+    unreachable = {**same, "save_checkpoint_path": work / "out_of_reach"}
     meeting = {**same, "save_checkpoint_path": work / "meeting", "rdzv_endpoint": f"{nodes[2].address}:29400"}
     private = {name: work / name for name in ("shared", "own")}
     for folder in private.values():
@@ -61,8 +62,8 @@ def waiting(nodes: list[Node], work: Path, common: dict[str, Any]) -> dict[str, 
     first.wait_for("starting torchrun")
     return {
         "out of reach": (
-            nodes[2].train(**apart, node_rank=0, master_addr=nodes[2].address),
-            nodes[3].train(**apart, node_rank=1, master_addr="10.77.0.99"),
+            nodes[2].train(**unreachable, node_rank=0, master_addr=nodes[2].address),
+            nodes[3].train(**unreachable, node_rank=1, master_addr="10.77.0.99"),
         ),
         "not shared": (
             nodes[2].train(**divided, node_rank=0),

@@ -22,7 +22,7 @@ def ip(*words: str) -> str:
 
 
 def why_not() -> str | None:
-    """Why this machine can have no such nodes; None where it can."""
+    """Why this machine cannot have such nodes; None where it can."""
     try:
         ip("netns", "add", HUB)
     except FileNotFoundError:
@@ -75,11 +75,11 @@ class Node:
         ip("-n", self.namespace, "link", "set", "eth0", "up")
 
     def cut(self) -> None:
-        """The cable is out: nothing arrives, and nobody is told."""
+        """Cuts the connection: packets are dropped silently."""
         ip("-n", HUB, "link", "set", self.link, "down")
 
     def kill(self) -> None:
-        """The power is out: every process of the node ends at once."""
+        """Cuts the power: every process of the node is killed at once."""
         for pid in ip("netns", "pids", self.namespace).split():
             try:
                 os.kill(int(pid), signal.SIGKILL)
@@ -89,7 +89,7 @@ class Node:
     def start(
         self, command: Sequence[str], settings: Mapping[str, Any], mounts: Mapping[Path, Path] | None = None
     ) -> Run:
-        """Starts `command` with the settings in its environment; `mounts` are target: source, seen here alone."""
+        """Starts `command` with the settings in its environment; `mounts` are target: source, visible only here."""
         self.runs += 1
         log = self.logs / f"{self.name}.{self.runs}.log"
         lines = [f"hostname {self.name}"]
@@ -113,7 +113,7 @@ class Node:
 
 @contextmanager
 def network(num_nodes: int, logs: Path) -> Iterator[list[Node]]:
-    """So many nodes that reach each other; at the end all that still runs on them is killed."""
+    """`count` nodes that reach each other; at the end all processes on them are killed."""
     nodes = [Node(index, logs) for index in range(num_nodes)]
     logs.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""What docs/examples/ hands to Slurm and Kubernetes becomes the right command on each node."""
+"""What docs/examples/ gives to Slurm and Kubernetes becomes the right command on each node."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def document(name: str) -> dict[str, Any]:
 
 
 def through(client: Any, content: dict[str, Any], kind: str) -> dict[str, Any]:
-    """`content` read into the client's own classes and written out again: what they do not know is lost."""
+    """`content` read into the client's own classes and written out again: unknown fields are lost."""
     response = type("Response", (), {"data": json.dumps(content)})
     return client.sanitize_for_serialization(client.deserialize(response, kind))
 

@@ -1,4 +1,4 @@
-"""Nodes that do not fit together: each ends, and says which node it is and what differs."""
+"""Nodes that do not match: each ends, and names the node and what differs."""
 
 import shutil
 from pathlib import Path
@@ -37,11 +37,11 @@ def test_other_settings_code_and_data_are_named_on_both_nodes(
 
     settings = {**common, "save_checkpoint_path": work / "refused"}
     logs = pair(nodes, 29610, settings, lr=2e-3, kit=kit, mounts=mounts)
-    told = (
+    message = (
         "error: node 1 (node1) is not like node 0 (node0): LR is 0.002 on node 1 (node1), 0.001 on node 0 (node0),"
         " common/training/loop/train_step.py differs, DATASET_PATH[0] text_text_document.bin differs\n"
     )
-    assert all(told in log and "Traceback" not in log for log in logs), logs
+    assert all(message in log and "Traceback" not in log for log in logs), logs
     assert "iteration" not in logs[0] and not [*(work / "refused").glob("iter_*")]
 
 
@@ -56,18 +56,20 @@ def test_other_weights_to_start_from_are_noticed_before_they_are_read(
     file.write_bytes(data)
     settings = {**common, "save_checkpoint_path": work / "two_starts"}
     logs = pair(nodes, 29640, settings, mounts={work / "start": work / "trained_further"})
-    told = f"error: node1 does not start from what node0 starts from: release/{file.name} differs: "
-    assert all(told in log and "iteration 1/" not in log for log in logs), logs
+    message = f"error: node1 does not start from what node0 starts from: release/{file.name} differs: "
+    assert all(message in log and "iteration 1/" not in log for log in logs), logs
 
 
-def test_two_nodes_with_one_number_are_named(nodes: list[Node], work: Path, common: dict[str, Any]) -> None:
+def test_two_nodes_with_the_same_rank_are_named(nodes: list[Node], work: Path, common: dict[str, Any]) -> None:
     logs = pair(nodes, 29630, {**common, "save_checkpoint_path": work / "twice"}, node_rank=0)
-    told = "error: NODE_RANK=0 is set on node 0 (node1) and on node 0 (node0)"
-    either = [told, told.replace("1)", "x)").replace("0 (node0)", "0 (node1)").replace("x)", "0)")]
+    message = "error: NODE_RANK=0 is set on node 0 (node1) and on node 0 (node0)"
+    either = [message, message.replace("1)", "x)").replace("0 (node0)", "0 (node1)").replace("x)", "0)")]
     assert all(log.count("error: ") == 1 and any(each in log for each in either) for log in logs), logs
 
 
-def test_a_node_that_cannot_start_tells_the_others_why(nodes: list[Node], work: Path, common: dict[str, Any]) -> None:
+def test_a_node_that_cannot_start_sends_the_reason_to_the_others(
+    nodes: list[Node], work: Path, common: dict[str, Any]
+) -> None:
     settings = {**common, "save_checkpoint_path": work / "lacks"}
     logs = pair(nodes, 29650, settings, dataset_path=work / "nowhere")
     assert f"error: node 1 (node1) cannot start: DATASET_PATH={work / 'nowhere'} is not a dataset" in logs[0]

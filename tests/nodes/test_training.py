@@ -1,4 +1,4 @@
-"""Training over nodes that are real to the network: the same losses as on one, and on again after a node was lost."""
+"""Training over nodes in separate network namespaces: the same losses as on one, and resumption after a lost node."""
 
 import re
 import signal
@@ -49,7 +49,7 @@ def test_two_and_four_nodes_train_to_the_very_losses_of_one(
         assert steps(logs[0]) == expected
 
 
-def test_a_node_that_is_killed_and_brought_back_goes_on_from_the_newest_checkpoint(
+def test_a_killed_node_that_is_restarted_resumes_from_the_newest_checkpoint(
     nodes: list[Node], work: Path, common: dict[str, Any]
 ) -> None:
     settings = {
@@ -89,7 +89,7 @@ def test_a_run_whose_node_died_ends_on_the_others_and_resumes_when_all_start_aga
 
 
 @pytest.mark.parametrize("port", [29560, pytest.param(29570, marks=HEAVY)])
-def test_a_launcher_that_is_asked_to_stop_stops_the_run_on_all_nodes(
+def test_a_stop_signal_to_one_launcher_stops_the_run_on_all_nodes(
     nodes: list[Node], work: Path, common: dict[str, Any], port: int
 ) -> None:
     settings = {**common, "gpus": 1, "train_iters": 100000, "save_checkpoint_path": work / f"stopped_{port}"}
@@ -106,7 +106,7 @@ def test_a_launcher_that_is_asked_to_stop_stops_the_run_on_all_nodes(
 
 
 @HEAVY
-def test_a_rendezvous_that_loses_its_host_ends_everywhere(
+def test_a_rendezvous_that_loses_its_host_ends_on_all_nodes(
     nodes: list[Node], work: Path, common: dict[str, Any]
 ) -> None:
     settings = {
@@ -122,7 +122,7 @@ def test_a_rendezvous_that_loses_its_host_ends_everywhere(
 
 
 @HEAVY
-def test_a_cable_that_is_out_ends_the_run_within_the_timeout(
+def test_a_lost_connection_ends_the_run_within_the_timeout(
     nodes: list[Node], work: Path, common: dict[str, Any]
 ) -> None:
     settings = {**common, "gpus": 1, "train_iters": 100000, "save_checkpoint_path": work / "cut"}

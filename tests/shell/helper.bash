@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 #
-# What the tests of the steps share: every script of every vendor, the settings that it reads, a Python that records.
+# Helpers of the tests of the steps: every script of every vendor, the settings that it reads, a recording Python.
 
 KIT=$(cd -- "$BATS_TEST_DIRNAME/../.." && pwd)
 # shellcheck disable=SC2034 # the tests read it
@@ -94,7 +94,7 @@ started() {
   [[ -e $PYTHON.record ]]
 }
 
-# given: what Python was given, as NAME=value for each flag with its value.
+# given: Python's arguments, as NAME=value for each flag with its value.
 given() {
   sed -n 's/^<\(.*\)>$/\1/p' "$PYTHON.record" | awk '
     name != "" { print name "=" $0; name = ""; next }
@@ -102,7 +102,7 @@ given() {
   '
 }
 
-# passed NAME: the value that Python was given for the setting NAME.
+# passed NAME: the value that Python got for the setting NAME.
 passed() {
   given | sed -n "s/^$1=//p"
 }

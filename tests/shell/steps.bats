@@ -1,10 +1,10 @@
 #!/usr/bin/env bats
-# Every step of every vendor keeps the same promises.
+# Every step of every vendor behaves the same.
 
 bats_require_minimum_version 1.5.0
 load helper
 
-# A tiny model, and the data that step 1 makes for it; the folder's name must be quoted wherever it stands.
+# A tiny model, and the data that step 1 makes for it; the folder's name must be quoted wherever it is used.
 setup_file() {
   forget_settings
   export PYTHONPATH=$KIT DATA="$BATS_FILE_TMPDIR/it's \"data\""
@@ -42,7 +42,7 @@ setup() {
   run ! started
 }
 
-@test "all missing settings are said at once, exit 2, and nothing starts" {
+@test "all missing settings are reported at once, exit 2, and nothing starts" {
   use_fake_python
   for script in "${SCRIPTS[@]}"; do
     case ${script##*/} in
@@ -65,7 +65,7 @@ setup() {
   run ! started
 }
 
-@test "a run that can be resumed needs no other start" {
+@test "a run that can be resumed needs no model or weights" {
   use_fake_python
   mkdir s
   for vendor in "${VENDORS[@]}"; do
@@ -111,7 +111,7 @@ setup() {
   [[ $output == *"error: SEQ_LENGTH=100000 exceeds"* && ! -e $DATA/new ]]
 }
 
-@test "fields of Megatron-Core's configs go from step 3's script to Python's check" {
+@test "fields of Megatron-Core's configs are passed from step 3's script to Python's check" {
   fields="--mcore.transformer.recompute_modules core_attn mlp --mcore.ddp.bucket_size 1000"
   # shellcheck disable=SC2086 # a word each
   run -0 --separate-stderr env TRANSFORMER_IMPL=local SEQ_LENGTH=64 DATASET_PATH="$DATA/pretrain" \
@@ -189,7 +189,7 @@ setup() {
 }
 
 @test "the exit status and the process are the command's own" {
-  mkdir common && echo 'raise SystemExit("not this one")' >common/__init__.py # where the user stands
+  mkdir common && echo 'raise SystemExit("not this one")' >common/__init__.py # in the user's working directory
   for script in "$KIT"/cpu/[0-9]_*.sh; do
     give_needed "$script" /nowhere
     run -2 env "${GIVEN[@]}" "$script" # Python's own refusal
@@ -293,7 +293,7 @@ print(f"TRANSFORMER_IMPL={current().transformer_impl}", f"CKPT_FORMAT={current()
   done
 }
 
-@test "the old names of the checkpoint folders are understood, with a line that says so" {
+@test "the old names of the checkpoint folders are accepted, with a log line" {
   use_fake_python
   for vendor in "${VENDORS[@]}"; do
     script=$vendor/3_run_mcore_qwen.sh
@@ -328,7 +328,7 @@ print(f"TRANSFORMER_IMPL={current().transformer_impl}", f"CKPT_FORMAT={current()
   done
 }
 
-@test "an unknown value of a setting that chooses is refused with the known ones" {
+@test "an unknown value of a setting with fixed choices is refused with the known ones" {
   for vendor in "${VENDORS[@]}"; do
     script=$vendor/2_convert_between_hf_megatron.sh
     give_needed "$script" x

@@ -23,7 +23,7 @@ setup() {
   cd "$BATS_TEST_TMPDIR" || return
 }
 
-@test "a script says and does the same in every locale, and Python gets the user's" {
+@test "a script prints and does the same in every locale, and Python gets the user's" {
   use_fake_python
   for script in "${SCRIPTS[@]}" "$KIT"/cpu/{doctor,quickstart}.sh; do
     give_needed "$script" x
@@ -43,7 +43,7 @@ setup() {
   grep -q 随机种子 help
 }
 
-@test "a name that is no text of the locale is passed on as it is" {
+@test "a name that is invalid in the locale is passed on unchanged" {
   use_fake_python
   name=$(printf 'it\xca\xfd\xbe\xdd|\x95\x5c &')
   for locale in "${LOCALES[@]}" C; do
@@ -55,7 +55,7 @@ setup() {
   done
 }
 
-@test "sh is told to be bash, and bash in the mode of sh does" {
+@test "sh is refused in favour of bash, and bash in the mode of sh works" {
   use_fake_python
   for script in "${SCRIPTS[@]}" "$KIT"/*/doctor.sh "$KIT/cpu/quickstart.sh" "$KIT/common/shell/setup_venv.sh"; do
     run -2 dash "$script"
@@ -88,7 +88,7 @@ old_bash() {
   done
 }
 
-@test "coreutils whose env knows no -C get a line that changes the folder before it" {
+@test "coreutils whose env lacks -C get a line that changes the folder first" {
   use_fake_python
   mkdir old
   cat >old/env <<END
@@ -112,7 +112,7 @@ END
   grep -Fqx "PYTHONPATH=$KIT:$PWD/a folder:/b:$PWD/*" "$PYTHON.record"
 }
 
-@test "without .venv and python3 a step says how to get one" {
+@test "without .venv and python3 a step names the remedy" {
   mkdir -p bin kit/common
   cp -r "$KIT/cpu" kit/ && cp -r "$KIT/common/shell" kit/common/
   for program in bash env sed awk dirname realpath; do ln -s "$(type -P "$program")" bin/; done
@@ -120,7 +120,7 @@ END
   [[ ${#lines[@]} == 1 && $output == *"python3 is no program: bash common/shell/setup_venv.sh makes .venv"* ]]
 }
 
-@test "a Python that is no program is refused by name" {
+@test "a Python that is not executable is refused by name" {
   for script in "${SCRIPTS[@]}"; do
     give_needed "$script" x
     run -2 env "${GIVEN[@]}" PYTHON=/nowhere/python "$script" -n

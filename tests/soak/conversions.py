@@ -1,6 +1,6 @@
 """SIGKILL at random moments of step 2, by its script: python -m tests.soak.conversions --folder /tmp/soak --number 50
 
-Each kill is followed by the same command, whose output must be that of a run that was never killed, to the byte.
+Each kill is followed by the same command, whose output must be that of an uninterrupted run, to the byte.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "cpu" / "2_convert_between_hf_megatron.sh"
-LARGE = {"hidden_size": 256, "vocab_size": 20_000}  # so that a kill meets files that are half written, too
+LARGE = {"hidden_size": 256, "vocab_size": 20_000}  # so that kills hit half-written files, too
 
 
 class Conversion:
@@ -40,11 +40,11 @@ class Conversion:
                 ["bash", SCRIPT], env=self._environment, stdout=log, stderr=log, start_new_session=True
             )
 
-    def kill(self, dice: random.Random) -> bool:
-        """Whether a kill at a random moment met it; then the same command gave what it must."""
+    def kill(self, rng: random.Random) -> bool:
+        """Whether a kill at a random moment hit it; then the same command gave the expected output."""
         process, begun = self.start(), time.monotonic()
         try:
-            process.wait(self.seconds * dice.uniform(0.4, 1.0))
+            process.wait(self.seconds * rng.uniform(0.4, 1.0))
         except subprocess.TimeoutExpired:
             met = True
             os.killpg(process.pid, signal.SIGKILL)
@@ -60,7 +60,7 @@ class Conversion:
         return met
 
     def finished(self) -> bool:
-        """Whether nothing is left to do: the mark of what is unfinished is gone."""
+        """Whether nothing is left to do: the marker of unfinished work is gone."""
         return (self.target / "config.json").exists() and not (self.target / ".unfinished.json").exists()
 
 
@@ -85,22 +85,22 @@ def conversions(folder: Path) -> list[Conversion]:
 
 
 def kill_all(folder: Path, number: int, seed: int) -> int:
-    """The number of runs that were killed, a direction after the other in turn; raises AssertionError for a fault."""
-    dice, each, kills = random.Random(seed), conversions(folder), 0
+    """The number of runs that were killed, alternating the directions; raises AssertionError for a fault."""
+    rng, each, kills = random.Random(seed), conversions(folder), 0
     while kills < number:
-        kills += each[kills % len(each)].kill(dice)
+        kills += each[kills % len(each)].kill(rng)
     return kills
 
 
 def main() -> None:
-    """Kills, compares, tells."""
+    """Kills, compares, and prints the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the runs go; removed by hand")
     parser.add_argument("--number", type=int, default=50, help="of kills")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    print(f"{kill_all(given.folder, given.number, given.seed)} kills, all outputs are those of unbroken runs")
+    print(f"{kill_all(given.folder, given.number, given.seed)} kills, all outputs are those of uninterrupted runs")
 
 
 if __name__ == "__main__":

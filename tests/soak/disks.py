@@ -1,7 +1,7 @@
 """Faults of the disk: python -m tests.soak.disks --folder /tmp/soak --number 5
 
-Full, read-only, another disk in its place, the folder removed, EIO at fsync (by strace), in turn, in one run. It goes
-on through all of them, saves after each, and what it names is whole.
+Full, read-only, another disk in its place, the folder removed, EIO at fsync (by strace), in turn, in one run. It
+continues through all of them, saves after each, and the checkpoint that it names is complete.
 """
 
 import signal
@@ -17,13 +17,13 @@ from tests.soak.small import Soak, arguments
 
 
 def call(*command: str | Path) -> None:
-    """Runs a command that must go well."""
+    """Runs a command that must succeed."""
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
 
 
 @contextmanager
 def fault(kind: str, disk: Path, run: Run) -> Iterator[None]:
-    """The disk is so within the block."""
+    """Applies the fault within the block."""
     if kind == "full":
         path = fill(disk)
         yield
@@ -51,7 +51,7 @@ def fault(kind: str, disk: Path, run: Run) -> Iterator[None]:
 
 
 def main() -> None:
-    """Breaks the disk, mends it, tells."""
+    """Breaks the disk, repairs it, and prints the result."""
     given = arguments(__doc__ or "", 5)
     disk = given.folder / "disk"
     disk.mkdir(parents=True, exist_ok=True)
@@ -70,8 +70,8 @@ def main() -> None:
             print(
                 f"fault {number + 1}: {kind}; saved again {time.monotonic() - began:.1f} s after it began", flush=True
             )
-            whole = run.folder / f"iter_{run.tracker():07d}"
-            assert (whole / "metadata.json").is_file() and (whole / ".metadata").is_file()
+            checkpoint = run.folder / f"iter_{run.tracker():07d}"
+            assert (checkpoint / "metadata.json").is_file() and (checkpoint / ".metadata").is_file()
         run.process.send_signal(signal.SIGTERM)
         log = run.end(75)
         assert "Traceback" not in log

@@ -1,7 +1,7 @@
 """SIGKILL of step 1 at random moments: python -m tests.soak.preprocess --folder /tmp/soak --number 50
 
-Its script is killed with all its processes, at a time between its start and its end as an unbroken run takes it; the
-same command goes on each time, and what it writes in the end is the unbroken run's to the byte.
+Its script is killed with all its processes, at a random time within the duration of an uninterrupted run; the
+same command resumes each time, and its final output is that of the uninterrupted run, to the byte.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Step1:
         )  # fmt: skip
 
     def end(self, name: str) -> float:
-        """Seconds of a run to its end; raises AssertionError unless that is well."""
+        """Seconds of a complete run; raises AssertionError unless it succeeds."""
         started = time.monotonic()
         process = self.start(name)
         _, err = process.communicate(timeout=600)
@@ -49,7 +49,7 @@ class Step1:
         return time.monotonic() - started
 
     def kill(self, name: str, after_s: float) -> bool:
-        """Whether a run was killed after so many seconds, and not ended before."""
+        """Whether a run was killed after `seconds`, and had not ended before."""
         process = self.start(name)
         try:
             process.communicate(timeout=after_s)
@@ -61,26 +61,26 @@ class Step1:
         return False
 
     def written(self, name: str) -> dict[str, bytes]:
-        """What lies in the folder `name`: nothing but finished files."""
+        """The files of the folder `name`, all of them finished."""
         return {path.name: path.read_bytes() for path in (self.folder / name).iterdir()}
 
 
 def soak(folder: Path, number: int, seed: int, num_rows: int) -> str:
-    """Kills `number` runs, each taken up by the next; returns what was seen, or raises AssertionError."""
-    dice, step, kills, rounds = random.Random(seed), Step1(folder, num_rows), 0, 0
-    whole_s = step.end("unbroken")
+    """Kills `number` runs, each resumed by the next; returns what was seen, or raises AssertionError."""
+    rng, step, kills, rounds = random.Random(seed), Step1(folder, num_rows), 0, 0
+    total_s = step.end("uninterrupted")
     while kills < number:
         rounds += 1
         name = f"killed_{rounds}"
-        while kills < number and step.kill(name, dice.uniform(0.2, 1) * whole_s):
+        while kills < number and step.kill(name, rng.uniform(0.2, 1) * total_s):
             kills += 1
         step.end(name)
-        assert step.written(name) == step.written("unbroken"), name
-    return f"{kills} kills in {rounds} runs: each ended as the unbroken one, to the byte"
+        assert step.written(name) == step.written("uninterrupted"), name
+    return f"{kills} kills in {rounds} runs: each ended as the uninterrupted one, to the byte"
 
 
 def main() -> None:
-    """Kills, compares, tells."""
+    """Kills, compares, and prints the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="a new folder; removed by hand")
     parser.add_argument("--number", type=int, default=50, help="of kills")

@@ -1,4 +1,4 @@
-"""What the soak runs share: a small model, its data, and what an unbroken run of it gives."""
+"""Shared by the soak runs: a small model, its data, and the result of an uninterrupted run."""
 
 import argparse
 import json
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launch import convert, export, run, words
+from tests.conversion import to_hf, to_megatron
+from tests.distributed.launch import run, words
 from tests.distributed.user import Run
 from tests.tiny import TEXTS, tiny_qwen
 
@@ -20,7 +21,7 @@ LOSS = re.compile(r"iteration (\d+)/\d+ .*? loss (\S+) .*? grad norm (\S+)")
 
 
 class Soak:
-    """A folder with a model, data, and runs of one layout, each of whose losses must be the unbroken run's."""
+    """A folder with a model, data, and runs of one layout, whose losses must all be those of the uninterrupted run."""
 
     def __init__(self, folder: Path, layout: str, **settings: Any) -> None:
         self.folder, self.number = folder, 0
@@ -38,7 +39,7 @@ class Soak:
         (self.folder / "text.jsonl").write_text("".join(rows))
         flags = {"input": self.folder / "text.jsonl", "output_prefix": self.folder / "text", "workers": 1}
         run("-m", "common.preprocess", "pretrain", *words({**flags, "tokenizer_path": self.folder / "qwen"}))
-        convert(self.folder / "qwen", self.folder / "start", ckpt_format="torch_dist")
+        to_megatron(self.folder / "qwen", self.folder / "start", ckpt_format="torch_dist")
 
     def start(self, name: str, **more: Any) -> Run:
         """The same command for the run `name`."""
@@ -46,20 +47,20 @@ class Soak:
         settings = {**self.settings, "SAVE_CHECKPOINT_PATH": self.folder / name, **more}
         return Run(settings, self.folder / f"{name}.{self.number}.log")
 
-    def unbroken(self, **more: Any) -> None:
+    def uninterrupted(self, **more: Any) -> None:
         """Runs it once without a fault, and keeps its losses."""
-        log = self.start("unbroken", **more).end(0, 3600)
+        log = self.start("uninterrupted", **more).end(0, 3600)
         self.losses = {int(i): (loss, norm) for i, loss, norm in LOSS.findall(log)}
 
     def compare(self, log: str) -> None:
-        """Raises AssertionError unless each logged iteration has the unbroken run's loss and gradient norm."""
+        """Raises AssertionError unless each logged iteration has the uninterrupted run's loss and gradient norm."""
         for i, loss, norm in LOSS.findall(log):
             assert self.losses[int(i)] == (loss, norm), (i, self.losses[int(i)], (loss, norm))
             self.compared += 1
 
     def compare_weights(self, *names: str) -> int:
-        """How many tensors both exports hold, all alike to the bit; raises AssertionError where one is not."""
-        folders = [export(self.folder / each, self.folder / f"{each}_{time.time_ns()}") for each in names]
+        """How many tensors both exports hold, all equal to the bit; raises AssertionError where one is not."""
+        folders = [to_hf(self.folder / each, self.folder / f"{each}_{time.time_ns()}") for each in names]
         expected, found = (load_file(folder / "model.safetensors") for folder in folders)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)

@@ -1,4 +1,4 @@
-"""What every unit test begins with."""
+"""Fixtures of every unit test."""
 
 import logging
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def fresh_kit_logger() -> Iterator[logging.Logger]:
-    """The kit's logger as a new process has it, whatever commands ran in this one before: caplog hears it."""
+    """The kit's logger as in a new process, whatever commands ran in this one before: caplog captures it."""
     logger = logging.getLogger("kit")
     before = list(logger.handlers), logger.propagate, logger.level
     logger.handlers[:], logger.propagate = [], True

@@ -1,4 +1,4 @@
-"""The doctor: what it looks at, what it makes of it, and what its exit code says."""
+"""The doctor: its checks, its findings, and its exit code."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
 
 ROOT = Path(__file__).parents[2]
-STAND_INS = ROOT / "tests" / "stand_ins"
+STUBS = ROOT / "tests" / "stubs"
 GIB = 1 << 30
 
 
@@ -38,25 +38,25 @@ def doctor(*flags: str, expect: int, **more: str) -> str:
     return done.stdout
 
 
-def test_a_machine_that_runs_the_kit_is_well(tmp_path: Path) -> None:
+def test_a_machine_that_runs_the_kit_has_no_findings(tmp_path: Path) -> None:
     found = json.loads(doctor("--json", expect=0, KIT_PLATFORM="cpu"))
     assert {each["status"] for each in found} <= {"ok", "warn"}
     subjects = {each["subject"] for each in found}
     assert {"platform", "Python", "packages", "torch", "megatron-core", "transformers", "operation", "disk"} <= subjects
     operations = [each["found"] for each in found if each["subject"] == "operation"]
     assert len(operations) == 4 and any("all-reduce over gloo" in each for each in operations)
-    (told,) = (each["found"] for each in found if each["subject"] == "all-reduce")
-    assert re.fullmatch(r"2 processes over gloo, 1 MiB: \d+\.\d GB/s of bus bandwidth", told)
+    (bandwidth,) = (each["found"] for each in found if each["subject"] == "all-reduce")
+    assert re.fullmatch(r"2 processes over gloo, 1 MiB: \d+\.\d GB/s of bus bandwidth", bandwidth)
 
 
-def test_lines_say_the_remedy_and_a_failure_exits_1() -> None:
-    told = doctor(expect=1, KIT_PLATFORM="metax", MACA_PATH="/nowhere")
-    lines = told.splitlines()
+def test_lines_name_the_remedy_and_a_failure_exits_with_1() -> None:
+    output = doctor(expect=1, KIT_PLATFORM="metax", MACA_PATH="/nowhere")
+    lines = output.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("fail  platform"))
     assert "is not MetaX's and MACA_PATH is no folder here" in lines[first]
     assert lines[first + 1].strip().startswith("-> use the scripts of cpu/")
-    assert "fail  device               torch sees none" in told and "--device=/dev/mxcd --group-add video" in told
-    assert "all-reduce" not in told, "without a device its operations are not tried"
+    assert "fail  device               torch sees none" in output and "--device=/dev/mxcd --group-add video" in output
+    assert "all-reduce" not in output, "without a device its operations are not tried"
 
 
 def test_the_image_of_a_platform_is_looked_at_without_its_device() -> None:
@@ -69,17 +69,17 @@ def test_an_extension_that_is_there_and_broken_is_a_failure(tmp_path: Path) -> N
     # As Transformer Engine does when flash-attn or pydantic is missing: its own import succeeds, without its part.
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").touch()
-    told = doctor("--no-device", expect=1, KIT_PLATFORM="cpu", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert "No module named 'transformer_engine.pytorch'" in told and "install the vendor's own build again" in told
+    output = doctor("--no-device", expect=1, KIT_PLATFORM="cpu", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert "No module named 'transformer_engine.pytorch'" in output and "install the vendor's own build again" in output
 
 
 def test_one_that_works_is_well(tmp_path: Path) -> None:
-    path = f"{STAND_INS / 'apex'}:{STAND_INS / 'flash_attn'}:{ROOT}"
-    told = doctor("--no-device", expect=0, KIT_PLATFORM="cpu", PYTHONPATH=path)
-    assert "fused Adam imports, no kernel for weight gradients" in told and "flash_attn            imports" in told
+    path = f"{STUBS / 'apex'}:{STUBS / 'flash_attn'}:{ROOT}"
+    output = doctor("--no-device", expect=0, KIT_PLATFORM="cpu", PYTHONPATH=path)
+    assert "fused Adam imports, no kernel for weight gradients" in output and "flash_attn            imports" in output
 
 
-def test_an_import_that_lacks_the_driver_is_excused_where_there_is_no_device(tmp_path: Path) -> None:
+def test_an_import_without_the_driver_is_accepted_without_a_device(tmp_path: Path) -> None:
     (tmp_path / "flash_attn").mkdir()
     message = "libmcruntime.so: cannot open shared object file: No such file or directory"
     (tmp_path / "flash_attn" / "__init__.py").write_text(f"raise ImportError({message!r})\n")
@@ -91,8 +91,8 @@ def test_an_import_that_lacks_the_driver_is_excused_where_there_is_no_device(tmp
 def test_a_checkout_in_megatrons_place_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "megatron" / "core").mkdir(parents=True)
     (tmp_path / "megatron" / "core" / "__init__.py").touch()
-    told = doctor("--no-device", expect=1, KIT_PLATFORM="cpu", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert f"loads {tmp_path}/megatron/core/__init__.py" in told and "from PYTHONPATH" in told
+    output = doctor("--no-device", expect=1, KIT_PLATFORM="cpu", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert f"loads {tmp_path}/megatron/core/__init__.py" in output and "from PYTHONPATH" in output
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_checkout_in_megatrons_place_is_a_failure(tmp_path: Path) -> None:
         ("2.13.0", "0.16.1", "6.0.0", ["transformers"]),
     ],
 )
-def test_versions_that_do_not_go_together_are_told(
+def test_versions_that_do_not_go_together_are_reported(
     torch: str, megatron: str, transformers: str, failed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = {"torch": torch, "megatron-core": megatron, "transformers": transformers}
@@ -124,16 +124,16 @@ def test_versions_that_do_not_go_together_are_told(
 
 
 @pytest.mark.parametrize(("cuda", "status"), [("12.4", "ok"), ("12.10", "ok"), ("12.1", "fail"), (None, "fail")])
-def test_cuda_is_asked_for_by_platform(cuda: str | None, status: str) -> None:
-    told = (True, {"torch": "2.6.0", "cuda": cuda, "devices": []})
-    (torch, found) = packages.check_torch(NVIDIA, told, no_device=False)
+def test_cuda_is_required_by_platform(cuda: str | None, status: str) -> None:
+    probed = (True, {"torch": "2.6.0", "cuda": cuda, "devices": []})
+    (torch, found) = packages.check_torch(NVIDIA, probed, no_device=False)
     assert (torch.status, found.subject, found.status) == ("ok", "CUDA", status)
-    assert [each.subject for each in packages.check_torch(METAX, told, no_device=False)] == ["torch"]
+    assert [each.subject for each in packages.check_torch(METAX, probed, no_device=False)] == ["torch"]
 
 
 def extensions(platform: Any, *there: str) -> dict[str, Finding]:
-    told = dict.fromkeys(there, (True, "works"))
-    return {each.subject: each for each in packages.check_extensions(platform, told, no_device=False)}
+    probed = dict.fromkeys(there, (True, "works"))
+    return {each.subject: each for each in packages.check_extensions(platform, probed, no_device=False)}
 
 
 def test_what_a_platform_lacks_is_weighed_by_what_it_would_use() -> None:
@@ -148,7 +148,7 @@ def test_what_a_platform_lacks_is_weighed_by_what_it_would_use() -> None:
     assert [each.status for each in extensions(on_cpu(METAX)).values()] == ["ok"] * 5
 
 
-def test_devices_are_told_with_their_memory() -> None:
+def test_devices_are_reported_with_their_memory() -> None:
     (none,) = machine.check_devices(NVIDIA, [])
     assert none.status == "fail" and "docker run --gpus all" in none.remedy
     free, full = machine.check_devices(NVIDIA, [("H100", 79 * GIB, 80 * GIB), ("H100", 10 * GIB, 80 * GIB)])
@@ -159,7 +159,7 @@ def test_devices_are_told_with_their_memory() -> None:
 
 
 @pytest.mark.parametrize(("least", "status"), [(1, "ok"), (1 << 60, "warn")])
-def test_room_is_compared_with_what_is_needed(least: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_space_is_compared_with_what_is_needed(least: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "LEAST_SHARED_BYTES", least)
     monkeypatch.setattr(machine, "LEAST_DISK_BYTES", least)
     shared, disk = machine.check_shared_memory(), machine.check_disk()[0]
@@ -186,7 +186,7 @@ print(*check_limits(NVIDIA), sep="\\n")
         assert "warn  locked memory        64 KiB" in done.stdout and "--ulimit memlock=-1" in done.stdout
 
 
-def test_a_compiler_is_asked_for_where_triton_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_is_required_where_triton_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.check_compiler(METAX) == []
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -197,7 +197,7 @@ def test_a_compiler_is_asked_for_where_triton_is_used(tmp_path: Path, monkeypatc
     assert machine.check_compiler(replace(NVIDIA, fused_kernels=False)) == []
 
 
-def test_a_probe_that_kills_its_process_is_told_and_so_is_what_was_not_tried(
+def test_a_probe_that_kills_its_process_is_reported_and_so_is_what_was_not_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "flash_attn.py").write_text("import os\nos.abort()\n")
@@ -208,7 +208,7 @@ def test_a_probe_that_kills_its_process_is_told_and_so_is_what_was_not_tried(
     assert "ended with -6" in found["flash_attn"][1] and "not run" in found["attention"][1]
 
 
-def test_a_probe_that_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_hangs_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flash_attn.py").write_text("import time\ntime.sleep(600)\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     monkeypatch.setenv("KIT_PLATFORM", "cpu")
@@ -216,7 +216,7 @@ def test_a_probe_that_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert probes.run(["flash_attn"]) == {"flash_attn": (False, "it hung for 15 s")}
 
 
-def test_a_python_without_packages_is_told_what_is_missing(tmp_path: Path) -> None:
+def test_a_python_without_packages_prints_what_is_missing(tmp_path: Path) -> None:
     venv.create(tmp_path, symlinks=True)
     done = subprocess.run(
         [tmp_path / "bin" / "python", "-m", "common.doctor"], cwd=ROOT, capture_output=True, text=True, check=False,
@@ -231,27 +231,27 @@ def test_a_python_without_packages_is_told_what_is_missing(tmp_path: Path) -> No
     assert not [line for line in lines if "<4.56" in line], "of the transformers that the oldest torch asks for"
 
 
-def test_the_packages_that_are_asked_for_are_those_of_the_lock() -> None:
+def test_the_required_packages_are_those_of_the_lock() -> None:
     pinned = (ROOT / "requirements" / "cpu.txt").read_text()
     assert not [name for name in packages.NEEDED if f"\n{name}==" not in pinned]
 
 
-def test_the_disk_is_that_of_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checked_disk_is_that_of_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAVE_CHECKPOINT_PATH", str(tmp_path / "run" / "one"))
     assert machine.check_disk()[0].found.endswith(f"free in {tmp_path}")
     monkeypatch.setenv("SAVE_CHECKPOINT_PATH", "")
     assert machine.check_disk()[0].found.endswith(f"free in {Path.cwd()}")
 
 
-def test_an_all_reduce_is_told_by_its_bus_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_all_reduce_is_reported_by_its_bus_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     # nccl-tests: of 8 GPUs each link carries 7/4 of the data.
     assert all_reduce.bus_bandwidth(256 << 20, 8, 1e-3) == pytest.approx(469.76e9, rel=1e-4)
-    asked = []
-    monkeypatch.setattr(all_reduce, "run", lambda ranks: (asked.append(ranks), (1e-3, ""))[1])
+    calls = []
+    monkeypatch.setattr(all_reduce, "run", lambda ranks: (calls.append(ranks), (1e-3, ""))[1])
     found = all_reduce.check_all_reduce(NVIDIA, 8)
     assert (found.status, found.found) == ("ok", "8 devices over nccl, 256 MiB: 469.8 GB/s of bus bandwidth")
     assert all_reduce.check_all_reduce(NVIDIA, 1).found == "one device: nothing to test"
-    assert asked == [8]
+    assert calls == [8]
 
 
 def run_all_reduce(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Finding:
@@ -270,7 +270,7 @@ def test_a_process_of_an_all_reduce_that_fails_is_named_and_the_others_end(monke
     assert re.match(r"2 processes over gloo: process [01] ended with 1: .*nowhere0", found.found)
 
 
-def test_of_an_error_the_line_that_says_the_cause_is_told() -> None:
+def test_the_line_of_an_error_that_names_the_cause_is_shown() -> None:
     # As torch 2.11 gives them.
     cuda = "CUDA error: invalid device ordinal\nSearch for `cudaErrorInvalidDevice'\nCompile with `TORCH_USE_CUDA_DSA`"
     assert all_reduce.cause(cuda) == "CUDA error: invalid device ordinal"
@@ -287,7 +287,7 @@ def test_an_all_reduce_that_hangs_is_a_finding(tmp_path: Path, monkeypatch: pyte
     assert (found.status, found.found) == ("fail", "2 processes over gloo: it hung for 5 s")
 
 
-def test_what_nccl_prints_besides_is_not_taken_for_the_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_output_of_nccl_is_not_read_as_the_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text("import atexit\natexit.register(print, 'node0:1 NCCL INFO destroyed')\n")
     found = run_all_reduce(monkeypatch, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert found.status == "ok" and "GB/s of bus bandwidth" in found.found
@@ -302,9 +302,7 @@ def test_a_wrong_sum_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("lane", ["cpu", "nvidia", "metax"])
-def test_the_versions_that_are_asked_for_take_in_what_each_lane_pins(
-    lane: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_required_versions_include_what_each_lane_pins(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The image brings torch, its Dockerfile megatron-core: NGC 24.03 and maca 2.27.
     torch = {"nvidia": "2.3.0a0+40ec155e58.nv24.3", "metax": "2.1.2+metax2.27"}
     pinned = (ROOT / "requirements" / f"{lane}.txt").read_text()

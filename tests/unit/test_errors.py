@@ -28,7 +28,7 @@ def test_a_mistake_of_the_user_is_one_message_and_exit_code_2(capsys: pytest.Cap
     assert capsys.readouterr() == ("", "error: TP=3: it must divide 8: use 2\n")
 
 
-def test_ctrl_c_is_a_word_and_exit_code_130(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_prints_a_word_and_exits_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         errors.run(raising(KeyboardInterrupt()))
     assert ended.value.code == 130
@@ -36,13 +36,13 @@ def test_ctrl_c_is_a_word_and_exit_code_130(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), SystemExit(7)], ids=repr)
-def test_what_is_no_mistake_of_the_user_passes_through(error: BaseException) -> None:
+def test_internal_errors_pass_through(error: BaseException) -> None:
     with pytest.raises(type(error)) as raised:
         errors.run(raising(error))
     assert raised.value is error
 
 
-def test_success_exits_with_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_success_exits_silently(capsys: pytest.CaptureFixture[str]) -> None:
     errors.run(lambda: None)
     assert capsys.readouterr() == ("", "")
 
@@ -76,7 +76,7 @@ def ended(body: str, folder: Path, **more: str) -> subprocess.CompletedProcess[b
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ("open('nowhere/a')", b"error: nowhere/a: No such file or directory: check the path, and that its"),
         ("os.mkdir('file/a')", b"error: file/a: Not a directory: check the path, or give another one"),
@@ -93,16 +93,18 @@ def ended(body: str, folder: Path, **more: str) -> subprocess.CompletedProcess[b
         ("open(b'\\xca\\xfd')", b"error: \\udcca\\udcfd: No such file or directory: "),
     ],
 )  # fmt: skip
-def test_what_the_system_refuses_is_one_line_with_path_cause_and_remedy(tmp_path: Path, body: str, told: bytes) -> None:
+def test_what_the_system_refuses_is_one_line_with_path_cause_and_remedy(
+    tmp_path: Path, body: str, message: bytes
+) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     done = ended(body, tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1), done.stderr
-    assert told in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "message"),
     [
         ("EDQUOT", "Disk quota exceeded: your quota is used up: free some space (quota -s), then run the same command"),
         ("ESTALE", "Stale file handle: the network file system lost it: check the mount, then run the same command"),
@@ -111,13 +113,13 @@ def test_what_the_system_refuses_is_one_line_with_path_cause_and_remedy(tmp_path
         ("EACCES", "Permission denied: ask its owner for access (chmod, chown), or give another path"),
     ],
 )
-def test_what_only_other_disks_refuse_has_its_remedy_too(tmp_path: Path, number: str, told: str) -> None:
+def test_what_only_other_disks_refuse_has_its_remedy_too(tmp_path: Path, number: str, message: str) -> None:
     error = f"OSError(getattr(errno, {number!r}), os.strerror(getattr(errno, {number!r})), 'there')"
     done = ended(f"import errno; raise {error}", tmp_path)
-    assert done.returncode == 2 and done.stderr.decode().startswith(f"error: there: {told}")
+    assert done.returncode == 2 and done.stderr.decode().startswith(f"error: there: {message}")
 
 
-def test_a_block_that_reads_or_writes_gives_its_path_to_an_error_without_one(tmp_path: Path) -> None:
+def test_a_block_adds_its_path_to_an_error_without_one(tmp_path: Path) -> None:
     done = ended("with errors.writing('a'), open('/dev/full', 'wb', 0) as stream: stream.write(b'x')", tmp_path)
     assert done.stderr.startswith(b"error: a cannot be written: No space left on device: free some space"), done.stderr
     done = ended("with errors.reading('a'): open('/proc/self/mem', 'rb', 0).read(1)", tmp_path)
@@ -134,17 +136,17 @@ def test_what_an_error_of_the_kits_own_adds_is_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("body", ["raise OSError('of ours')", "raise RuntimeError('of ours')", "1 / 0"])
-def test_what_names_neither_a_path_nor_a_cause_keeps_its_traceback(tmp_path: Path, body: str) -> None:
+def test_an_error_without_a_path_or_cause_keeps_its_traceback(tmp_path: Path, body: str) -> None:
     done = ended(body, tmp_path)
     assert done.returncode == 1 and b"Traceback" in done.stderr
 
 
-def test_a_socket_that_is_closed_is_not_taken_for_a_reader_that_has_enough(tmp_path: Path) -> None:
+def test_a_closed_socket_is_not_treated_as_a_closed_pipe(tmp_path: Path) -> None:
     done = ended("import socket; a, b = socket.socketpair(); b.close(); a.send(b'x'); a.send(b'x')", tmp_path)
     assert done.returncode == 1 and b"BrokenPipeError" in done.stderr
 
 
-def test_a_reader_that_has_enough_ends_a_command_in_silence(tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_a_command_silently(tmp_path: Path) -> None:
     program = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -160,14 +162,14 @@ errors.run(lambda: [print(number) for number in range(100000)])
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", rb"\u6570 \U0001f600"), ("gbk", b"\xca\xfd \\U0001f600")])
-def test_what_a_terminal_cannot_show_is_escaped(tmp_path: Path, encoding: str, shown: bytes) -> None:
+def test_unprintable_characters_are_escaped(tmp_path: Path, encoding: str, shown: bytes) -> None:
     body = "print('\u6570 \U0001f600'); raise errors.KitError('\u6570 \U0001f600')"
     done = ended(body, tmp_path, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stdout, done.stderr) == (2, shown + b"\n", b"error: " + shown + b"\n")
 
 
 @pytest.mark.parametrize("module", ["argparse", "json", "common"])
-def test_what_the_kit_starts_is_its_own_whatever_lies_where_the_user_stands(tmp_path: Path, module: str) -> None:
+def test_the_kit_starts_its_own_modules_whatever_the_working_directory_holds(tmp_path: Path, module: str) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / f"{module}.py").write_text("raise SystemExit('not the one that is meant')\n")
     program = """
@@ -185,18 +187,18 @@ print(probes.run(["nothing"]), Path.cwd())
     assert done.stdout == f"{{'nothing': (False, \"KeyError: 'nothing'\")}} {tmp_path / 'own'}\n", done
 
 
-def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
+def test_a_deleted_folder_is_reported(tmp_path: Path) -> None:
     done = ended("pass", tmp_path, KIT_CWD=str(tmp_path / "gone"))
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1
     assert b"gone cannot be entered (No such file or directory)" in done.stderr
 
 
-def test_a_message_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         errors.run(raising(KitError("role '\x1b[2J\u202e' is none\n\tof 你")))
     assert capsys.readouterr().err == "error: role '\\x1b[2J\\u202e' is none\n\tof 你\n"
 
 
-def test_another_pipe_that_breaks_is_our_own_mistake() -> None:
+def test_another_broken_pipe_is_an_internal_error() -> None:
     with pytest.raises(BrokenPipeError):
         errors.run(raising(BrokenPipeError()))

@@ -1,4 +1,4 @@
-"""Each fact of a platform is one that the kit acts on: changed, here with MetaX's on a CPU, it changes what is done."""
+"""Each fact of a platform is used: changing it, here MetaX's on a CPU, changes what is done."""
 
 import logging
 import os
@@ -9,10 +9,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.doctor import machine, packages
 from common.errors import KitError
 from common.estimate.gpus import find_gpu
@@ -26,7 +24,7 @@ from common.platforms.metax import METAX
 from common.training.loop.metrics import peak_tflops
 from common.training.planning.plan import Plan, describe, plan_run
 from common.training.settings import TrainSettings
-from tests.tiny import tiny_qwen
+from tests.tiny import tiny_qwen, write_ramps
 
 ROOT = Path(__file__).parents[2]
 PLATFORM = on_cpu(METAX)
@@ -43,9 +41,7 @@ def fact(name: str) -> Callable[[Any], Any]:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("facts")
     tiny_qwen(folder / "qwen")
-    with IndexedDatasetBuilder(folder / "d_text_document", np.dtype(np.uint16)) as writer:
-        for start in range(40):
-            writer.add_document(np.arange(start, start + 33, dtype=np.uint16))
+    write_ramps(folder / "d_text_document", 40, 33)
     return folder
 
 
@@ -57,8 +53,8 @@ def plan(work: Path, platform: Platform, **changes: Any) -> Plan:
     return plan_run(TrainSettings(**{**settings, **changes}), platform)
 
 
-def told(work: Path, platform: Platform, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
-    """What is logged of a plan."""
+def logged(work: Path, platform: Platform, caplog: pytest.LogCaptureFixture, **changes: Any) -> str:
+    """The log of a plan."""
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="kit"):
         describe(plan(work, platform, **changes))
@@ -66,9 +62,9 @@ def told(work: Path, platform: Platform, caplog: pytest.LogCaptureFixture, **cha
 
 
 def config(work: Path, platform: Platform) -> Any:
-    chosen = plan(work, platform)
-    options = ModelOptions("bf16", chosen.transformer_impl, "none")
-    return transformer_config(chosen.qwen, chosen.sizes, options, platform)
+    run_plan = plan(work, platform)
+    options = ModelOptions("bf16", run_plan.transformer_impl, "none")
+    return transformer_config(run_plan.qwen, run_plan.sizes, options, platform)
 
 
 def python(program: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -83,9 +79,9 @@ def test_every_fact_is_tested_here() -> None:
 
 
 @fact("name")
-def test_the_name_is_the_one_that_is_told(work: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert "other: 1 processes" in told(work, replace(PLATFORM, name="other"), caplog)
-    assert "metax on a CPU, for tests: 1 processes" in told(work, PLATFORM, caplog)
+def test_the_name_is_the_one_that_is_logged(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "other: 1 processes" in logged(work, replace(PLATFORM, name="other"), caplog)
+    assert "metax on a CPU, for tests: 1 processes" in logged(work, PLATFORM, caplog)
 
 
 @fact("device")
@@ -119,7 +115,7 @@ with process_group(replace(platform, backend="mpi"), ParallelSizes(1), 1, 1):
 
 
 @fact("prepare")
-def test_the_machine_is_prepared_as_the_platform_says() -> None:
+def test_the_machine_is_prepared_as_the_platform_requires() -> None:
     program = """
 from dataclasses import replace
 from common.platforms import current
@@ -138,7 +134,7 @@ print(torch.zeros(1, device="cuda").device)
 
 
 @fact("transformer_impl")
-def test_the_layers_are_the_platforms_unless_told_otherwise(work: Path) -> None:
+def test_the_layers_are_the_platforms_unless_set_otherwise(work: Path) -> None:
     assert plan(work, PLATFORM).transformer_impl == "local"
     engine = replace(PLATFORM, transformer_impl="transformer_engine", transformer_engine=True)
     assert plan(work, engine).transformer_impl == "transformer_engine"
@@ -154,7 +150,7 @@ def test_layers_that_the_platform_has_not_are_refused(work: Path) -> None:
 
 
 @fact("checkpoint_format")
-def test_checkpoints_are_in_the_platforms_format_unless_told_otherwise(work: Path) -> None:
+def test_checkpoints_are_in_the_platforms_format_unless_set_otherwise(work: Path) -> None:
     assert plan(work, PLATFORM).ckpt_format == "torch"
     assert plan(work, replace(PLATFORM, checkpoint_format="torch_dist")).ckpt_format == "torch_dist"
     assert plan(work, PLATFORM, ckpt_format="torch_dist").ckpt_format == "torch_dist"
@@ -163,15 +159,15 @@ def test_checkpoints_are_in_the_platforms_format_unless_told_otherwise(work: Pat
 @fact("unproven_formats")
 def test_a_format_that_was_not_run_there_is_warned_of(work: Path, caplog: pytest.LogCaptureFixture) -> None:
     warning = "CKPT_FORMAT=torch_dist was not run on metax on a CPU, for tests hardware"
-    assert warning in told(work, PLATFORM, caplog, ckpt_format="torch_dist")
-    assert warning not in told(work, PLATFORM, caplog)
-    assert warning not in told(work, replace(PLATFORM, unproven_formats=()), caplog, ckpt_format="torch_dist")
+    assert warning in logged(work, PLATFORM, caplog, ckpt_format="torch_dist")
+    assert warning not in logged(work, PLATFORM, caplog)
+    assert warning not in logged(work, replace(PLATFORM, unproven_formats=()), caplog, ckpt_format="torch_dist")
 
 
 @fact("ran_on_hardware")
-def test_what_was_not_run_there_is_said(work: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert "this kit was not run on metax on a CPU, for tests hardware" in told(work, PLATFORM, caplog)
-    assert "was not run" not in told(work, replace(PLATFORM, ran_on_hardware=True), caplog)
+def test_what_was_not_run_there_is_logged(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "this kit was not run on metax on a CPU, for tests hardware" in logged(work, PLATFORM, caplog)
+    assert "was not run" not in logged(work, replace(PLATFORM, ran_on_hardware=True), caplog)
 
 
 @fact("fused_kernels")
@@ -184,19 +180,19 @@ def test_fused_kernels_are_used_where_they_work(work: Path) -> None:
 
 @fact("core_attention")
 def test_core_attention_is_the_first_that_works_of_the_platforms(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = plan(work, PLATFORM)
+    run_plan = plan(work, PLATFORM)
     options = ModelOptions("bf16", "local", "none")
-    assert core_attention(chosen.qwen, chosen.sizes, options, PLATFORM) is SdpaAttention  # nothing else is here
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "stand_ins" / "flash_attn"))
-    assert core_attention(chosen.qwen, chosen.sizes, options, PLATFORM) is FlashAttention
+    assert core_attention(run_plan.qwen, run_plan.sizes, options, PLATFORM) is SdpaAttention  # nothing else is here
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "stubs" / "flash_attn"))
+    assert core_attention(run_plan.qwen, run_plan.sizes, options, PLATFORM) is FlashAttention
     other = replace(PLATFORM, core_attention=("sdpa",))
-    assert core_attention(chosen.qwen, chosen.sizes, options, other) is SdpaAttention
-    told_otherwise = replace(options, core_attention="sdpa")
-    assert core_attention(chosen.qwen, chosen.sizes, told_otherwise, PLATFORM) is SdpaAttention
+    assert core_attention(run_plan.qwen, run_plan.sizes, options, other) is SdpaAttention
+    with_sdpa = replace(options, core_attention="sdpa")
+    assert core_attention(run_plan.qwen, run_plan.sizes, with_sdpa, PLATFORM) is SdpaAttention
     engine = replace(options, transformer_impl="transformer_engine")
-    assert core_attention(chosen.qwen, chosen.sizes, engine, PLATFORM) is None  # it has its own
+    assert core_attention(run_plan.qwen, run_plan.sizes, engine, PLATFORM) is None  # it has its own
     float32 = replace(options, precision="fp32")
-    assert core_attention(chosen.qwen, chosen.sizes, float32, PLATFORM) is SdpaAttention
+    assert core_attention(run_plan.qwen, run_plan.sizes, float32, PLATFORM) is SdpaAttention
     del sys.modules["flash_attn"]
 
 
@@ -218,14 +214,14 @@ def test_an_old_cuda_is_refused_where_it_matters() -> None:
 
 
 @fact("container_flags")
-def test_a_missing_device_is_told_with_the_platforms_flags() -> None:
+def test_a_missing_device_is_reported_with_the_platforms_flags() -> None:
     for flags in (METAX.container_flags, "--other"):
         (found,) = machine.check_devices(replace(METAX, container_flags=flags), [])
         assert f"docker run {flags}`" in found.remedy
 
 
 @fact("peak_tflops")
-def test_the_share_of_the_peak_is_told_where_the_peak_is_known() -> None:
+def test_the_share_of_the_peak_is_reported_where_the_peak_is_known() -> None:
     assert peak_tflops(PLATFORM, "MetaX C500") is None
     assert peak_tflops(replace(PLATFORM, peak_tflops={"C500": 1.0}), "MetaX C500") == 1.0
 

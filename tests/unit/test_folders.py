@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[2]
 NOBODY = 65534
 
 
-def test_a_folder_that_can_be_written_to_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_writable_folder_is_not_changed(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b", "X")
     assert list(tmp_path.iterdir()) == []
     assert free_bytes(tmp_path / "a" / "b") > 0
 
 
-def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+def test_a_file_that_blocks_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert existing_part(tmp_path / "file" / "b") == tmp_path / "file"
     with pytest.raises(KitError, match=rf"^OUT=x cannot be written: {tmp_path}/file: Not a directory: check the path"):

@@ -1,4 +1,4 @@
-"""What is not a JSON object, or is one that readers take in two ways, is refused, in little time and memory."""
+"""What is not a JSON object, or is an ambiguous one, is refused, in little time and memory."""
 
 import json
 import subprocess
@@ -44,8 +44,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_anything_else_is_refused(kind: str, tmp_path: Path) -> None:
-    data, told = REFUSED[kind]
-    with pytest.raises(KitError, match=rf"a\.json {told}"):
+    data, message = REFUSED[kind]
+    with pytest.raises(KitError, match=rf"a\.json {message}"):
         read(tmp_path, data)
 
 
@@ -53,7 +53,7 @@ def test_a_name_twice_with_the_same_value_means_that_value(tmp_path: Path) -> No
     assert read(tmp_path, b'{"a": [1], "a": [1]}') == {"a": [1]}
 
 
-def test_a_folder_and_a_missing_file_are_told(tmp_path: Path) -> None:
+def test_a_folder_and_a_missing_file_are_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"cannot be read \(Is a directory\): copy it again"):
         read_json(tmp_path, "copy it again")
     with pytest.raises(KitError, match=r"cannot be read \(No such file or directory\): copy it again"):

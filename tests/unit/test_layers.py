@@ -1,6 +1,6 @@
 """The shape of the source: imports point one way, heavy libraries stay out of the light commands, files stay small.
 
-Reads the source as text and asks fresh processes what an import brings with it.
+Reads the source as text, and fresh processes show what an import loads.
 """
 
 import ast
@@ -30,7 +30,7 @@ LAYERS = [
     {"estimate"},
     {"preprocess", "convert", "logits", "train", "doctor"},
 ]
-# The rooms of a part, lowest first; a file that stands beside them is one of its own.
+# The rooms of a part, lowest first; a file beside them is a room of its own.
 ROOMS = {
     "data": ["sources", "tokenizer", "dataset", "templates", "encoders", "preprocessing"],
     "model": ["shape", "probe", "layers", "kernels", "build"],
@@ -74,7 +74,7 @@ def tree(module: str) -> ast.Module:
 
 @lru_cache
 def imports(module: str) -> frozenset[str]:
-    """Everything that `module` imports, inside functions too; our own by its module, others by their full name."""
+    """Everything that `module` imports, inside functions too; the kit's by module, others by their full name."""
     found = set()
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
@@ -91,7 +91,7 @@ def own_imports(module: str) -> set[str]:
 
 
 def reachable(module: str) -> set[str]:
-    """`module` and all of ours that it may ever import, packages on the way included."""
+    """`module` and all of the kit's modules that it may ever import, parent packages included."""
     seen: set[str] = set()
     waiting = [module]
     while waiting:
@@ -120,7 +120,7 @@ def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, b
 
 
 def run_python(program: str, *arguments: str) -> str:
-    """What `program` prints, in a fresh process without a GPU or a platform."""
+    """The stdout of `program`, in a fresh process without a GPU or a platform."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "KIT_PLATFORM": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
@@ -130,7 +130,7 @@ def run_python(program: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_every_part_has_a_layer_and_stands_in_the_map() -> None:
+def test_every_part_has_a_layer_and_is_in_the_map() -> None:
     assert set(LAYER_OF) >= PARTS
     words = (common.__doc__ or "").replace(",", " ").split()
     assert not {part for part in PARTS if part not in words}, "common/__init__.py does not draw every part"

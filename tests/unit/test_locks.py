@@ -9,7 +9,7 @@ import pytest
 from common.locks import lock
 
 
-def saying(number: int) -> Callable[[int, int], None]:
+def failing(number: int) -> Callable[[int, int], None]:
     def how(_handle: int, _kind: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -17,17 +17,17 @@ def saying(number: int) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told_and_no_error(number: int, caplog: pytest.LogCaptureFixture) -> None:
-    lock(0, "/data/x", saying(number))
+def test_a_file_system_without_locks_is_reported_and_no_error(number: int, caplog: pytest.LogCaptureFixture) -> None:
+    lock(0, "/data/x", failing(number))
     assert len(caplog.messages) == 1 and "/data/x: the file system does not support locks" in caplog.text
 
 
-def test_a_lock_that_is_held_and_any_other_trouble_are_errors(tmp_path: Path) -> None:
+def test_a_held_lock_and_any_other_failure_are_errors(tmp_path: Path) -> None:
     for number in (errno.EAGAIN, errno.EACCES):
         with pytest.raises(BlockingIOError):
-            lock(0, "x", saying(number))
+            lock(0, "x", failing(number))
     with pytest.raises(OSError, match="Input/output"):
-        lock(0, "x", saying(errno.EIO))
+        lock(0, "x", failing(errno.EIO))
     with (tmp_path / "a").open("w") as one, (tmp_path / "a").open("w") as two:
         lock(one.fileno(), "a", fcntl.flock)
         with pytest.raises(BlockingIOError):

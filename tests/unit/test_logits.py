@@ -1,4 +1,4 @@
-"""What `verify --logits` tells of two models' outputs, worked out by hand."""
+"""What `verify --logits` reports of two models' outputs, worked out by hand."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_the_first_is_named_in_the_models_order_and_the_worst_beside_it() -> Non
     assert first == "layer 0" and lines[0].endswith("2.0e+00 of the largest value, at layer 1")
 
 
-def test_a_value_that_is_no_number_is_far_off() -> None:
+def test_a_nan_value_is_far_off() -> None:
     mine = outputs(**{"layer 1": torch.tensor([[1.0, float("nan")], [1.0, 1.0]])})
     lines, first = compare(mine, outputs())
     assert first == "layer 1" and lines[0].endswith("inf of the largest value, at layer 1")

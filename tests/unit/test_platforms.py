@@ -1,4 +1,4 @@
-"""The platforms are data: one for each vendor's folder, told by KIT_PLATFORM."""
+"""The platforms are data: one for each vendor's folder, selected by KIT_PLATFORM."""
 
 import os
 import subprocess
@@ -54,7 +54,7 @@ def test_reading_the_facts_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=60).returncode == 0
 
 
-def test_a_cpu_stands_in_for_a_gpu_once_it_is_prepared() -> None:
+def test_a_cpu_replaces_a_gpu_once_it_is_prepared() -> None:
     program = """
 import torch
 from common.platforms import current
@@ -86,7 +86,7 @@ def torch_of(version: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(platforms, "NVIDIA_DRIVER", folder / "driver")
 
 
-def test_metax_is_told_by_its_torch_or_its_sdk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metax_is_detected_by_its_torch_or_its_sdk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch_of("2.1.2+metax2.27.0.8", tmp_path, monkeypatch)
     (tmp_path / "driver").touch()
     assert detect() == "metax"
@@ -95,7 +95,7 @@ def test_metax_is_told_by_its_torch_or_its_sdk(tmp_path: Path, monkeypatch: pyte
         check_machine(NVIDIA)
 
 
-def test_without_metaxs_torch_only_an_sdk_that_is_there_tells_metax(
+def test_without_metaxs_torch_only_an_existing_sdk_identifies_metax(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch_of("2.3.0a0+40ec155e58.nv24.3", tmp_path, monkeypatch)
@@ -171,12 +171,12 @@ def test_memory_is_what_the_tightest_control_group_above_the_process_leaves(mach
     assert available_memory() == (2 << 30) + (1 << 29)
     put(machine / "other", memory__max=1, memory__current=0, memory__stat="anon 5")
     assert available_memory() == (2 << 30) + (1 << 29)
-    put(machine / "job", memory__current=20 << 30)  # a limit may be lowered below what is taken
+    put(machine / "job", memory__current=20 << 30)  # a limit may be lowered below current usage
     assert available_memory() == 0
 
 
 @pytest.mark.parametrize("path", ["/", "/../../pod", "/kubepods/pod/of/the/host"])
-def test_a_container_that_is_told_the_hosts_path_is_limited_by_what_it_sees(machine: Path, path: str) -> None:
+def test_a_container_with_the_hosts_path_is_limited_by_what_it_sees(machine: Path, path: str) -> None:
     (machine.parent / "own").write_text(f"0::{path}\n", encoding="utf-8")
     put(machine, memory__max=3 << 30, memory__current=1 << 30, memory__stat="inactive_file 4096")
     assert available_memory() == (2 << 30) + 4096

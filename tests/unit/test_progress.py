@@ -6,7 +6,7 @@ import pytest
 from common import progress
 
 
-def test_off_a_terminal_progress_is_a_line_a_minute(
+def test_without_a_terminal_progress_is_a_line_a_minute(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "kit")
@@ -20,5 +20,5 @@ def test_off_a_terminal_progress_is_a_line_a_minute(
     assert caplog.messages == ["43.8%: 175.0 of 400.0 MB, 30 rows, 1.00 MB/s, 0:03:45 left"]
 
 
-def test_nothing_of_nothing_is_all() -> None:
+def test_progress_of_nothing_is_complete() -> None:
     assert re.match(r"100.0%: 0.0 of 0.0 MB, 0.00 MB/s$", progress.Progress(0).line(1.0))

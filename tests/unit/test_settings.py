@@ -71,7 +71,7 @@ def test_the_last_of_two_values_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, message",
     [
         ([], "--data-path"),
         (["--data-path=a", "--append-eod=1"], "'1' is neither true nor false"),
@@ -81,17 +81,17 @@ def test_the_last_of_two_values_counts() -> None:
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(*words)
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_help_tells_defaults_choices_and_kinds() -> None:
+def test_help_shows_defaults_choices_and_kinds() -> None:
     text = " ".join(parser().format_help().split())
-    assert "--data-path TEXT where 100% of the data is --append-eod" in text  # required: no default to tell
+    assert "--data-path TEXT where 100% of the data is --append-eod" in text  # required: no default to show
     assert "--append-eod true|false whether it ends (default: true)" in text
     assert "--micro-batch-size N samples (default: 2)" in text
     assert "--lr X (default: 6.5e-05)" in text
@@ -158,31 +158,31 @@ def test_the_scripts_settings_are_those_that_the_shell_finds() -> None:
     ],
 )
 def test_a_name_that_looks_like_a_setting_is_refused_with_the_nearest(name: str, meant: str) -> None:
-    said = f"{name} is in the environment but is not a setting: write {meant}, or unset it"
-    with pytest.raises(KitError, match=f"^{re.escape(said)}$"):
+    message = f"{name} is in the environment but is not a setting: write {meant}, or unset it"
+    with pytest.raises(KitError, match=f"^{re.escape(message)}$"):
         check_environment(TRAINING, {"PATH": "/bin", name: "1"})
 
 
-def test_all_such_names_are_told_at_once() -> None:
+def test_all_such_names_are_reported_at_once() -> None:
     with pytest.raises(KitError, match=r"^TRAIN_ITER is .* TRAIN_ITERS, or unset it; ADAM_BETA_2 is .* ADAM_BETA2, or"):
         check_environment(TRAINING, {"TRAIN_ITER": "1", "ADAM_BETA_2": "0.9"})
 
 
-def test_settings_of_any_step_are_no_mistake() -> None:
+def test_settings_of_any_step_are_accepted() -> None:
     every = declared(STEPS, OLD_NAMES, "*/env.sh", "cpu/quickstart.sh", "common/shell/*.sh")
     shell = ["PYTHON", "PYTHONPATH", "VENV", "PYTHON_BASE", "TORCH_INDEX_URL", "PIP_INDEX_URL", "KIT_PLATFORM"]
     check_environment(TRAINING, dict.fromkeys([*every, *shell], "1"))
 
 
 def test_an_experts_flag_is_not_read_from_the_environment() -> None:
-    said = "CORE_ATTENTION=sdpa is not read from the environment: pass `-- --core-attention=sdpa`, or unset it"
-    with pytest.raises(KitError, match=f"^{re.escape(said)}$"):
+    message = "CORE_ATTENTION=sdpa is not read from the environment: pass `-- --core-attention=sdpa`, or unset it"
+    with pytest.raises(KitError, match=f"^{re.escape(message)}$"):
         check_environment(TRAINING, {"CORE_ATTENTION": "sdpa"})
     check_environment(dataclasses.replace(TRAINING, core_attention="sdpa"), {"CORE_ATTENTION": "sdpa"})
     check_environment(TRAINING, {"SEQUENCE_PARALLEL": "True"})
 
 
-def test_the_first_words_of_a_setting_that_is_given_too_are_somebodys_own() -> None:
+def test_the_first_words_of_another_given_setting_are_left_alone() -> None:
     check_environment(TRAINING, {"SEQ_LEN": "4096", "SEQ_LENGTH": "4096"})
 
 
@@ -247,11 +247,11 @@ ENVIRONMENTS = {
 
 
 @pytest.mark.parametrize("where", ENVIRONMENTS)
-def test_the_names_of_other_programs_are_left_alone(where: str) -> None:
+def test_names_of_other_programs_are_left_alone(where: str) -> None:
     check_environment(TRAINING, dict.fromkeys(ENVIRONMENTS[where].split(), "1"))
 
 
-def test_one_slip_is_forgiven_in_a_long_name_alone() -> None:
+def test_one_typo_is_recognized_only_in_a_long_name() -> None:
     names = ["PACKING", "GLOBAL_BATCH_SIZE"]
     assert nearest_setting("PACKINGS", names) == "PACKING"
     assert nearest_setting("PACKIN", names) is None

@@ -1,4 +1,4 @@
-"""Writes checkpoints as others do, in a process of its own: classes that only they have, Megatron-Core's own saving.
+"""Writes checkpoints as others do, in a separate process: classes that only they have, Megatron-Core's own saving.
 
     python -m tests.unit.checkpoint.foreign (megatron-lm | pai | stacked | numbered) WEIGHTS FOLDER
 
@@ -52,7 +52,7 @@ def arguments(qwen: QwenConfig, **more: Any) -> Namespace:
 
 
 def fp8_state() -> io.BytesIO:
-    """As Transformer Engine before 1.0 keeps it."""
+    """As Transformer Engine before 1.0 stores it."""
     stream = io.BytesIO()
     torch.save({"scale_fwd": torch.ones(3), "extra_fp8_variables": {"num_gemms": 1}}, stream)
     return stream
@@ -63,13 +63,13 @@ def padded(tensor: Tensor, rows: int) -> Tensor:
 
 
 def write_rank_files(kind: str, weights: dict[str, Tensor], qwen: QwenConfig, folder: Path) -> None:
-    """`pai`: as the kit before this one, `_extra_state` None, weights alone; `megatron-lm`: all that a run keeps."""
-    whole = {
+    """`pai`: as the legacy kit, `_extra_state` None, weights alone; `megatron-lm`: the full state of a run."""
+    full = {
         name: padded(tensor, PADDED) if tensor.shape[0] == qwen.vocab_size else tensor
         for name, tensor in weights.items()
     }
     release = folder / ("release" if kind == "pai" else "iter_0000020")
-    write_ranks(release, whole, qwen, [[range(2)], [range(2, 4)]], tp=2)
+    write_ranks(release, full, qwen, [[range(2)], [range(2, 4)]], tp=2)
     (folder / TRACKER).write_text("release" if kind == "pai" else "20")
     for path in release.glob("mp_rank_*/model_optim_rng.pt"):
         state = torch.load(path)

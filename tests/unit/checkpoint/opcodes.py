@@ -15,7 +15,7 @@ def word(text: str) -> bytes:
 
 
 def number(value: int) -> bytes:
-    """A whole number of 8 bytes."""
+    """An integer of 8 bytes."""
     return b"\x8a\x08" + struct.pack("<q", value)
 
 
@@ -30,7 +30,7 @@ def several(*values: bytes) -> bytes:
 
 
 def call(function: bytes, *arguments: bytes) -> bytes:
-    """What `function` gives."""
+    """The result of calling `function`."""
     return function + several(*arguments) + b"R"
 
 
@@ -39,16 +39,16 @@ def entry(name: bytes, value: bytes) -> bytes:
     return b"}" + name + value + b"s"
 
 
-def whole(value: bytes) -> bytes:
+def pickled(value: bytes) -> bytes:
     """The pickle of `value`."""
     return PROTOCOL + value + b"."
 
 
 def archive(value: bytes, **records: bytes) -> bytes:
-    """`value`, pickled, as torch.save lays it down, and other records beside it."""
+    """`value`, pickled, as torch.save writes it, and other records beside it."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as file:
-        file.writestr("archive/data.pkl", whole(value))
+        file.writestr("archive/data.pkl", pickled(value))
         file.writestr("archive/version", "3\n")
         for name, data in records.items():
             file.writestr(f"archive/{name}", data)
@@ -56,7 +56,7 @@ def archive(value: bytes, **records: bytes) -> bytes:
 
 
 class Runs:
-    """Is made again by calling `function`."""
+    """Is rebuilt by calling `function`."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.made_by = (function, arguments)

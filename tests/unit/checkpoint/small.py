@@ -22,6 +22,20 @@ SHAPE = {
     "vocab_size": 11,
     "tie_word_embeddings": False,
 }
+QWEN = QwenConfig(
+    hidden_size=4,
+    intermediate_size=4,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=5,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    tie_word_embeddings=False,
+    max_position_embeddings=16,
+    head_dim=1,
+    dtype="float32",
+)
 
 
 def write_hf(folder: Path, seed: int = 0, **shape: int | bool | str) -> tuple[QwenConfig, dict[str, Tensor]]:
@@ -111,9 +125,9 @@ def layer_state(
     }
 
 
-def part_of_vocabulary(whole: Tensor, tp_rank: int, tp: int) -> Tensor:
+def part_of_vocabulary(weight: Tensor, tp_rank: int, tp: int) -> Tensor:
     """Equal parts, rows of zeros after the last word."""
-    padded = torch.cat([whole, whole.new_zeros(-len(whole) % tp, whole.shape[1])])
+    padded = torch.cat([weight, weight.new_zeros(-len(weight) % tp, weight.shape[1])])
     return padded.chunk(tp)[tp_rank]
 
 
@@ -137,12 +151,12 @@ def write_ranks(
 
 
 def joined(parts: Iterable[Sequence[Tensor]]) -> Tensor:
-    """The tensor of what lies side by side, one below the other."""
+    """The tensor of rows of blocks: each row's blocks side by side, the rows one below the other."""
     return torch.cat([torch.cat(list(beside), dim=-1) for beside in parts])
 
 
 def bitwise_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether shape, dtype and every bit agree, those of NaN too."""
+    """Whether shape, dtype and every bit agree, NaN included."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))

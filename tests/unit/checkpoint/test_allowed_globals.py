@@ -1,4 +1,4 @@
-"""A name that is known is called, and its objects changed, only as the pickler does it: no other way leads further."""
+"""A known name is called, and its objects changed, only as the pickler does it; anything else is refused."""
 
 import collections
 import io
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from common.checkpoint.formats.torch_archive import ArchiveFile
 from common.checkpoint.untrusted.restricted_unpickler import RestrictedUnpickler
 from common.errors import KitError
-from tests.unit.checkpoint.opcodes import archive, call, entry, named, number, several, whole, word
+from tests.unit.checkpoint.opcodes import archive, call, entry, named, number, pickled, several, word
 
 FILE = Path("folder/common.pt")
 NO, YES, NONE, EMPTY = b"\x89", b"\x88", b"N", b")"
@@ -30,7 +30,7 @@ HOOKS = named("collections", "OrderedDict") + EMPTY + b"R"
 
 
 def load(value: bytes) -> Any:
-    return RestrictedUnpickler(whole(value), FILE).load()
+    return RestrictedUnpickler(pickled(value), FILE).load()
 
 
 def dtype(code: str, copy: bytes = YES) -> bytes:
@@ -122,9 +122,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_what_the_pickler_does_not_write_is_refused(kind: str) -> None:
-    value, told = HOSTILE[kind]
+    value, message = HOSTILE[kind]
     start = time.monotonic()
-    with pytest.raises(KitError, match=rf"^folder/common\.pt .*({told})"):
+    with pytest.raises(KitError, match=rf"^folder/common\.pt .*({message})"):
         load(value)
     assert time.monotonic() - start < 5 and not hasattr(dcp.MetadataIndex, "evil")
 
@@ -151,31 +151,31 @@ IN_ARCHIVES = {
 
 @pytest.mark.parametrize("kind", IN_ARCHIVES)
 def test_tensors_that_torch_does_not_write_are_refused(kind: str, tmp_path: Path) -> None:
-    value, records, told = IN_ARCHIVES[kind]
+    value, records, message = IN_ARCHIVES[kind]
     (tmp_path / "a.pt").write_bytes(archive(value, **records))
-    with pytest.raises(KitError, match=rf"a\.pt .*{told}"):
+    with pytest.raises(KitError, match=rf"a\.pt .*{message}"):
         ArchiveFile(tmp_path / "a.pt").read()
 
 
-def test_the_same_tensor_is_read_where_it_is_sound(tmp_path: Path) -> None:
+def test_the_same_tensor_is_read_where_it_is_valid(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(archive(tensor(), **{"data/0": bytes(8)}))
     assert torch.equal(ArchiveFile(tmp_path / "a.pt").read(), torch.zeros(2))
     assert torch.equal(torch.load(tmp_path / "a.pt", weights_only=False), torch.zeros(2))
 
 
 def test_what_is_refused_would_have_done_harm() -> None:
-    """By the C unpickler, in a process of its own: it dies of an address that the file chose."""
+    """By the C unpickler, in a separate process: it crashes at an address that the file sets."""
     kind = dtype("V8") + state(order="|", names=word("f0") + b"\x85", fields=OBJECT, size=8)
     address = call(named("builtins", "bytearray"), b"(" + b"KA" * 8 + b"t")
     crash = call(named("numpy", "ndarray"), b"K\x01\x85", kind, address)
     code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()))"
-    done = subprocess.run([sys.executable, "-c", code], input=whole(crash), capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], input=pickled(crash), capture_output=True, check=False)
     assert done.returncode < 0
     with pytest.raises(KitError, match=r"calls numpy\.dtype with arguments that the pickler does not write"):
         load(crash)
 
 
-def test_a_frame_that_ends_in_a_name_has_the_c_unpickler_read_another() -> None:
+def test_a_frame_that_ends_within_a_name_makes_the_c_unpickler_read_another() -> None:
     data = b"\x80\x04\x95\x02\0\0\0\0\0\0\0" + b"cxos\nsystem\n."
     with pytest.raises(KitError, match=r"references xos\.system"):
         RestrictedUnpickler(data, FILE).load()
@@ -186,7 +186,7 @@ def test_a_frame_that_ends_in_a_name_has_the_c_unpickler_read_another() -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_what_stands_in_checkpoints_is_read(protocol: int) -> None:
+def test_what_checkpoints_hold_is_read(protocol: int) -> None:
     rows = [Namespace(index=i, name=f"row {i}", at=(i, 2.5, None, True, b"\xff", 1 << 70)) for i in range(3000)]
     values = {
         "rows": rows,  # more than one frame

@@ -56,7 +56,7 @@ def test_the_tracker_is_read(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"latest", b"-5", b"1.5", b"100\n200", b"\xff\xfe"])
-def test_a_tracker_that_says_nothing_is_told(tmp_path: Path, content: bytes) -> None:
+def test_an_empty_tracker_is_reported(tmp_path: Path, content: bytes) -> None:
     (tmp_path / TRACKER).write_bytes(content)
     with pytest.raises(KitError, match="it must hold a number or the word release; write one there"):
         read_tracker(tmp_path)
@@ -74,7 +74,7 @@ def test_the_newest_checkpoint_is_what_the_tracker_names(tmp_path: Path) -> None
     assert find_checkpoint(tmp_path) is None
     torch_format(tmp_path / "iter_0000100")
     dist_format(tmp_path / "release")
-    assert find_checkpoint(tmp_path) is None  # nobody says that they are whole
+    assert find_checkpoint(tmp_path) is None  # nothing marks them as complete
     write_tracker(tmp_path, 100)
     assert find_checkpoint(tmp_path) == Checkpoint(tmp_path, tmp_path / "iter_0000100", 100, "torch")
     write_tracker(tmp_path, "release")
@@ -92,19 +92,21 @@ def test_one_iteration_can_be_named_itself(tmp_path: Path, monkeypatch: pytest.M
     assert find_checkpoint(make(tmp_path / "iter_0000200", "x")) is None
 
 
-def test_a_tracker_that_names_nothing_whole_is_told(tmp_path: Path) -> None:
+def test_a_tracker_that_names_a_missing_iteration_is_reported(tmp_path: Path) -> None:
     write_tracker(tmp_path, 300)
     torch_format(tmp_path / "iter_0000100")
     dist_format(tmp_path / "release")
-    told = r"names iter_0000300, which does not exist: restore that folder, or write one of \['100', 'release'\] there"
-    with pytest.raises(KitError, match=told):
+    message = (
+        r"names iter_0000300, which does not exist: restore that folder, or write one of \['100', 'release'\] there"
+    )
+    with pytest.raises(KitError, match=message):
         find_checkpoint(tmp_path)
     make(tmp_path / "iter_0000300", "__0_0.distcp", "common.pt")
     with pytest.raises(KitError, match=r"iter_0000300 holds neither .* nor \.metadata: the checkpoint is incomplete"):
         find_checkpoint(tmp_path)
 
 
-def test_the_format_is_told_by_the_files(tmp_path: Path) -> None:
+def test_the_format_is_recognized_by_the_files(tmp_path: Path) -> None:
     assert format_of(dist_format(tmp_path / "a")) == "torch_dist"
     assert format_of(make(tmp_path / "b", "mp_rank_01_003/model_optim_rng.pt")) == "torch"
     for number, files in enumerate([[".metadata"], ["metadata.json"], ["mp_rank_00/distrib_optim.pt"], ["x"]]):
@@ -112,7 +114,7 @@ def test_the_format_is_told_by_the_files(tmp_path: Path) -> None:
     assert format_of(tmp_path / "nowhere") is None
 
 
-def test_whole_iterations_are_listed_by_number(tmp_path: Path) -> None:
+def test_complete_iterations_are_listed_by_number(tmp_path: Path) -> None:
     for name in ("iter_0000200", "iter_0000020", "iter_10000000"):
         torch_format(tmp_path / name)
     dist_format(tmp_path / "release")

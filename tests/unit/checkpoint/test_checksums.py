@@ -1,4 +1,4 @@
-"""checksums.json: what it tells is what lies there, and what was changed since is found."""
+"""checksums.json: it holds the checksums of the files, and later changes are found."""
 
 import json
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_a_file_that_was_cut_or_is_missing_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("[]", "is not a JSON object"),
         ("{", "is not valid JSON"),
@@ -87,14 +87,14 @@ def test_a_file_that_was_cut_or_is_missing_is_named(folder: Path) -> None:
         ('{"../common.pt": {"bytes": 1, "crc32": 0}}', "names .*, which is not in its folder"),
     ],
 )
-def test_damaged_checksums_are_named(folder: Path, content: str, told: str) -> None:
+def test_damaged_checksums_are_named(folder: Path, content: str, message: str) -> None:
     (folder / CHECKSUMS).write_text(content)
-    with pytest.raises(KitError, match=rf"checksums\.json {told}"):
+    with pytest.raises(KitError, match=rf"checksums\.json {message}"):
         TorchDistReader(folder)
 
 
 def test_an_older_checkpoint_without_them_is_read(folder: Path) -> None:
-    told = json.loads((folder / CHECKSUMS).read_text())
-    assert set(told) == {"__0_0.distcp", "common.pt", "metadata.json", ".metadata"}
+    checksums = json.loads((folder / CHECKSUMS).read_text())
+    assert set(checksums) == {"__0_0.distcp", "common.pt", "metadata.json", ".metadata"}
     (folder / CHECKSUMS).unlink()
     assert check_all_files(folder) == 0 and torch.equal(read_large(folder), LARGE)

@@ -1,4 +1,4 @@
-"""The common state of torch_dist checkpoints, wherever the version of Megatron-Core that wrote them puts it."""
+"""The common state of torch_dist checkpoints, wherever the Megatron-Core version that wrote them puts it."""
 
 import io
 import json

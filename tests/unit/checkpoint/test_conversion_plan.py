@@ -81,7 +81,7 @@ def test_tp_is_what_the_groups_allow() -> None:
 def test_every_element_has_one_place_at_every_layout(name: str) -> None:
     qwen = config(name)
     source = MegatronTensors(ExpectedFolder(Path("/nowhere"), qwen, torch.bfloat16), qwen, None)
-    whole = {(row, layer): source.tensor(row, layer, 0, 1).numel for row, layer in model_tensors(qwen)}
+    expected = {(row, layer): source.tensor(row, layer, 0, 1).numel for row, layer in model_tensors(qwen)}
     for layout in layouts(qwen):
         layout.check(qwen)
         held: Counter[tuple[ParamMapping, int | None]] = Counter()
@@ -95,8 +95,8 @@ def test_every_element_has_one_place_at_every_layout(name: str) -> None:
                     copies += sum(sizes)
                 else:
                     held[placed.mapping, placed.layer] += sizes[0] if placed.mapping.axis is None else sum(sizes)
-        assert held == whole, layout
-        assert copies == (whole[EMBEDDING, None] if qwen.tie_word_embeddings and layout.pp > 1 else 0)
+        assert held == expected, layout
+        assert copies == (expected[EMBEDDING, None] if qwen.tie_word_embeddings and layout.pp > 1 else 0)
 
 
 def test_a_plan_needs_config_and_index_alone(tmp_path: Path) -> None:

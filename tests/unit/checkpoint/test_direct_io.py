@@ -1,4 +1,4 @@
-"""Every byte arrives as it is, by whichever way the file system allows, and what fails is told."""
+"""Every byte is written unchanged, by whichever way the file system allows, and failures are reported."""
 
 import errno
 import gc
@@ -27,7 +27,7 @@ def data_of(size: int) -> bytes:
 
 
 @pytest.fixture(params=["direct", "cached", "other multiples"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def io_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """How files are read and written: past the cache, or through it because the file system says so, early or late."""
     if request.param == "cached":
         opened = os.open
@@ -65,7 +65,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", NEAR_SECTORS)
-def test_a_file_holds_what_was_written(tmp_path: Path, size: int, way: str, small_blocks: None) -> None:
+def test_a_file_holds_what_was_written(tmp_path: Path, size: int, io_mode: str, small_blocks: None) -> None:
     data = data_of(size)
     with FileWriter(tmp_path / "file") as writer:
         for start in range(0, size, 1000):
@@ -74,9 +74,7 @@ def test_a_file_holds_what_was_written(tmp_path: Path, size: int, way: str, smal
     assert (tmp_path / "file").read_bytes() == data + b"end"
 
 
-def test_a_disk_that_takes_parts_gets_all_of_it(
-    tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_partial_writes_are_completed(tmp_path: Path, small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     put = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda handle, data, at: put(handle, data[:SECTOR], at))
     with FileWriter(tmp_path / "file") as writer:
@@ -84,7 +82,7 @@ def test_a_disk_that_takes_parts_gets_all_of_it(
     assert (tmp_path / "file").read_bytes() == data_of(5 * SECTOR + 7)
 
 
-def test_a_file_is_on_the_disk_when_it_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_on_the_disk_after_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_size))
     with FileWriter(tmp_path / "file") as writer:
@@ -94,7 +92,7 @@ def test_a_file_is_on_the_disk_when_it_is_left(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("when", ["soon", "at the end"])
-def test_a_disk_that_refuses_is_told_and_leaves_no_thread_or_handle(
+def test_a_disk_that_refuses_is_reported_and_leaves_no_thread_or_handle(
     tmp_path: Path, when: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*given: Any) -> int:
@@ -107,7 +105,7 @@ def test_a_disk_that_refuses_is_told_and_leaves_no_thread_or_handle(
     assert threading.active_count() == threads and num_handles() == handles
 
 
-def test_a_writer_that_is_left_by_an_error_raises_that_one(tmp_path: Path) -> None:
+def test_a_writer_that_is_left_by_an_error_raises_that_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), FileWriter(tmp_path / "file") as writer:
         writer.write(b"abc")
         raise ZeroDivisionError
@@ -115,8 +113,8 @@ def test_a_writer_that_is_left_by_an_error_raises_that_one(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("start", NEAR_SECTORS)
-def test_what_lies_anywhere_in_a_file_is_loaded(
-    tmp_path: Path, start: int, way: str, cached: bool, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+def test_data_at_any_offset_of_a_file_is_loaded(
+    tmp_path: Path, start: int, io_mode: str, cached: bool, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = data_of(9 * SECTOR + 99)
     (tmp_path / "file").write_bytes(data)
@@ -130,18 +128,18 @@ def test_what_lies_anywhere_in_a_file_is_loaded(
 
 
 def test_views_keep_their_shape_and_order(tmp_path: Path) -> None:
-    whole = torch.randn(300, 70).bfloat16()
-    (tmp_path / "file").write_bytes(b"12" + whole.view(torch.uint8).numpy().tobytes())
-    matrix = MappedFile(tmp_path / "file").tensor(2, whole.nbytes, torch.bfloat16).reshape(300, 70)
+    full = torch.randn(300, 70).bfloat16()
+    (tmp_path / "file").write_bytes(b"12" + full.view(torch.uint8).numpy().tobytes())
+    matrix = MappedFile(tmp_path / "file").tensor(2, full.nbytes, torch.bfloat16).reshape(300, 70)
     views = (matrix, matrix[:, 3:50], matrix[7], matrix.t(), matrix[5:9, 1:2], matrix[:0], matrix[3, 4])
-    wanted = (whole, whole[:, 3:50], whole[7], whole.t(), whole[5:9, 1:2], whole[:0], whole[3, 4])
-    for view, tensor in zip(views, wanted, strict=True):
+    expected = (full, full[:, 3:50], full[7], full.t(), full[5:9, 1:2], full[:0], full[3, 4])
+    for view, tensor in zip(views, expected, strict=True):
         loaded = load(view)
         assert torch.equal(loaded, tensor) and loaded.shape == tensor.shape
         assert not loaded.numel() or loaded.data_ptr() != view.data_ptr()
 
 
-def test_what_lies_in_no_file_is_itself(tmp_path: Path) -> None:
+def test_a_tensor_in_no_file_is_itself(tmp_path: Path) -> None:
     tensor = torch.ones(3)
     assert load(tensor) is tensor
     (tmp_path / "file").write_bytes(bytes(100))
@@ -150,7 +148,7 @@ def test_what_lies_in_no_file_is_itself(tmp_path: Path) -> None:
     assert load(tensor) is tensor
 
 
-def test_a_file_that_has_become_shorter_is_told(tmp_path: Path) -> None:
+def test_a_file_that_has_become_shorter_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(5 * SECTOR))
     file = MappedFile(tmp_path / "file")
     os.truncate(tmp_path / "file", SECTOR)
@@ -184,7 +182,7 @@ def test_few_of_many_files_are_open(tmp_path: Path) -> None:
     assert num_handles() == handles
 
 
-def test_a_file_that_was_replaced_is_not_read_for_the_one_that_is_mapped(tmp_path: Path) -> None:
+def test_a_replaced_file_is_not_read_for_the_mapped_one(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
     file = MappedFile(tmp_path / "file")
     (tmp_path / "new").write_bytes(b"new")
@@ -194,7 +192,7 @@ def test_a_file_that_was_replaced_is_not_read_for_the_one_that_is_mapped(tmp_pat
         load(file.bytes)
 
 
-def test_what_to_do_where_no_file_can_be_opened_is_told(tmp_path: Path) -> None:
+def test_the_remedy_is_named_where_no_file_can_be_opened(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"1")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
@@ -218,7 +216,7 @@ def test_pages_in_the_cache_are_known(tmp_path: Path) -> None:
     assert mapped._in_cache(0, 64 * SECTOR) and mapped._in_cache(3 * SECTOR, 3 * SECTOR + 1)
 
 
-def test_memory_is_used_again_but_never_while_it_is_used(tmp_path: Path) -> None:
+def test_memory_is_reused_but_never_while_in_use(tmp_path: Path) -> None:
     data = data_of(40 * SECTOR)
     (tmp_path / "file").write_bytes(data)
     file = MappedFile(tmp_path / "file")
@@ -273,7 +271,7 @@ def test_what_fails_in_the_thread_is_raised_where_it_would_have_come() -> None:
         next(each)
 
 
-def test_one_who_stops_early_leaves_no_thread() -> None:
+def test_a_reader_that_stops_early_leaves_no_thread() -> None:
     threads = threading.active_count()
     each = prefetch(range(10))
     next(each)

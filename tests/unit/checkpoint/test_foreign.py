@@ -1,4 +1,4 @@
-"""Checkpoints that others wrote, by their own libraries in another process: what they are, and their weights."""
+"""Checkpoints that others wrote, with their own libraries in another process: their description, and their weights."""
 
 import os
 import subprocess
@@ -42,11 +42,11 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_others_checkpoints_give_their_weights(foreign: Path, kind: str) -> None:
+def test_foreign_checkpoints_give_their_weights(foreign: Path, kind: str) -> None:
     qwen, checkpoint = load_config(foreign / "hf"), find_checkpoint(foreign / kind)
     assert checkpoint
     with pytest.raises(KitError, match=r"has 128 rows, .* vocab_size=11: the 117 extra rows are .* --drop-rows true"):
-        open_megatron(checkpoint, qwen)  # it cannot tell them from words
+        open_megatron(checkpoint, qwen)  # it cannot distinguish them from vocabulary rows
     reader = open_megatron(checkpoint, qwen, drop_rows=True)
     expected = load_file(foreign / "hf" / "model.safetensors")
     found = {
@@ -61,7 +61,7 @@ def test_others_checkpoints_give_their_weights(foreign: Path, kind: str) -> None
     assert report.line().endswith("all bits agree; 234 rows above vocab_size were dropped")
 
 
-def test_what_torch_would_make_of_their_own_classes_is_told_before(foreign: Path) -> None:
+def test_classes_of_their_own_are_refused_before_torch_loads_them(foreign: Path) -> None:
     for kind in KINDS:
         checkpoint = find_checkpoint(foreign / kind)
         assert checkpoint
@@ -75,40 +75,40 @@ def test_what_torch_would_make_of_their_own_classes_is_told_before(foreign: Path
             check_pickles(checkpoint)
 
 
-def test_what_they_are_is_told(foreign: Path) -> None:
-    told = {kind: inspect_folder(foreign / kind) for kind in KINDS}
-    assert [told[kind]["format"] for kind in KINDS] == ["Megatron, torch"] * 2 + ["Megatron, torch_dist"] * 2
-    assert [told[kind]["optimizer"] for kind in KINDS] == ["yes", "no", "yes", "yes"]
-    assert [told[kind]["iteration"] for kind in KINDS] == ["20", "release (weights only)", "20", "20"]
-    assert told["pai"]["layout"] == "TP=2 PP=2 VPP=1, layers per chunk 2,2"
-    assert "layers stacked" in told["stacked"]["layout"] and "layers numbered" in told["numbered"]["layout"]
-    assert told["pai"]["written by"].startswith("the converter of Pai-Megatron-Patch or of the kit before this one (")
+def test_inspect_describes_them(foreign: Path) -> None:
+    found = {kind: inspect_folder(foreign / kind) for kind in KINDS}
+    assert [found[kind]["format"] for kind in KINDS] == ["Megatron, torch"] * 2 + ["Megatron, torch_dist"] * 2
+    assert [found[kind]["optimizer"] for kind in KINDS] == ["yes", "no", "yes", "yes"]
+    assert [found[kind]["iteration"] for kind in KINDS] == ["20", "release (weights only)", "20", "20"]
+    assert found["pai"]["layout"] == "TP=2 PP=2 VPP=1, layers per chunk 2,2"
+    assert "layers stacked" in found["stacked"]["layout"] and "layers numbered" in found["numbered"]["layout"]
+    assert found["pai"]["written by"].startswith("the converter of Pai-Megatron-Patch or of the kit before this one (")
     for kind in ("megatron-lm", "stacked", "numbered"):
-        assert told[kind]["written by"].startswith("Megatron-LM or the like (num_layers 4, hidden_size 8,")
+        assert found[kind]["written by"].startswith("Megatron-LM or the like (num_layers 4, hidden_size 8,")
     numel = sum(tensor.numel() for tensor in load_file(foreign / "hf" / "model.safetensors").values())
     padded = numel + 2 * (128 - 11) * 8
-    assert all(told[kind]["weights"].startswith(f"{padded:,} parameters in ") for kind in KINDS)
-    assert all(told[kind]["config.json"].startswith("missing") for kind in KINDS)
+    assert all(found[kind]["weights"].startswith(f"{padded:,} parameters in ") for kind in KINDS)
+    assert all(found[kind]["config.json"].startswith("missing") for kind in KINDS)
 
 
-def test_a_hugging_face_folder_is_told(foreign: Path) -> None:
-    told = inspect_folder(foreign / "hf")
+def test_a_hugging_face_folder_is_described(foreign: Path) -> None:
+    found = inspect_folder(foreign / "hf")
     numel = sum(tensor.numel() for tensor in load_file(foreign / "hf" / "model.safetensors").values())
-    assert told["format"] == "Hugging Face, safetensors" and told["files"] == "1"
-    assert told["weights"] == f"{numel:,} parameters in 51 tensors, 0.00 GB ({numel * 4:,} bytes) (float32 x 51)"
-    assert told["model"].startswith("qwen2, num_hidden_layers 4, hidden_size 8,") and "not tied" in told["model"]
+    assert found["format"] == "Hugging Face, safetensors" and found["files"] == "1"
+    assert found["weights"] == f"{numel:,} parameters in 51 tensors, 0.00 GB ({numel * 4:,} bytes) (float32 x 51)"
+    assert found["model"].startswith("qwen2, num_hidden_layers 4, hidden_size 8,") and "not tied" in found["model"]
 
 
-def test_virtual_chunks_and_local_names_are_told(tmp_path: Path) -> None:
+def test_virtual_chunks_and_local_names_are_described(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf", tie_word_embeddings=True)
     stages = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]
     write_ranks(tmp_path / "release", weights, qwen, stages, impl="local")
-    told = inspect_folder(tmp_path / "release")
-    assert told["layout"] == "TP=1 PP=2 VPP=2, layers per chunk 1,1,1,1" and told["names"] == "local"
-    assert told["written by"] == "unknown: it holds no arguments"
+    found = inspect_folder(tmp_path / "release")
+    assert found["layout"] == "TP=1 PP=2 VPP=2, layers per chunk 1,1,1,1" and found["names"] == "local"
+    assert found["written by"] == "unknown: it holds no arguments"
 
 
-def test_what_is_nothing_known_is_told(tmp_path: Path) -> None:
+def test_an_unknown_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="is neither a Hugging Face folder .* nor a Megatron checkpoint"):
         inspect_folder(tmp_path)
     with pytest.raises(KitError, match="nowhere is not a folder: give the folder of a model or checkpoint"):

@@ -1,6 +1,6 @@
-"""A few hundred mutants of each file that somebody else may have written, read as the commands read it.
+"""A few hundred mutants of each kind of foreign file, read as the commands read it.
 
-In a process of its own: KitError alone escapes, in time, in little memory, and no code of the file runs.
+In a separate process: only KitError is raised, within time and memory bounds, and no code of the file runs.
 """
 
 import json
@@ -21,14 +21,14 @@ COUNTS = {"rank_file": 60, "metadata": 200, "common": 60, "distcp": 30, "config"
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, Any]:
+def results() -> dict[str, Any]:
     return in_a_child(COUNTS)
 
 
 @pytest.mark.parametrize("surface", COUNTS)
-def test_nothing_but_a_message_comes_of_a_damaged_or_hostile_file(surface: str, told: dict[str, Any]) -> None:
-    assert told[surface]["escaped"] == []
-    assert told[surface]["read"] > 0 and told[surface]["refused"] > COUNTS[surface] // 4
+def test_nothing_but_a_message_comes_of_a_damaged_or_hostile_file(surface: str, results: dict[str, Any]) -> None:
+    assert results[surface]["escaped"] == []
+    assert results[surface]["read"] > 0 and results[surface]["refused"] > COUNTS[surface] // 4
 
 
 WORSE = """
@@ -47,9 +47,9 @@ print(json.dumps(run(iter([b"sound", b"runs", b"grows", b"hangs", b"breaks"]), t
 
 def test_what_would_be_wrong_is_found() -> None:
     done = subprocess.run([sys.executable, "-c", WORSE], capture_output=True, text=True, check=True, cwd=ROOT)
-    told = json.loads(done.stdout)
-    assert told["read"] == 1 and told["refused"] == 0
-    escaped = {bytes.fromhex(data): why for data, why in told["escaped"]}
+    results = json.loads(done.stdout)
+    assert results["read"] == 1 and results["refused"] == 0
+    escaped = {bytes.fromhex(data): why for data, why in results["escaped"]}
     wrong = {b"runs": "os.system", b"grows": "MemoryError", b"hangs": "SlowError", b"breaks": "KeyError"}
     for data, why in wrong.items():
         assert why in escaped[data]
@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_cases() -> None:
 
 
 @pytest.mark.parametrize("value", [b")" + b"\x85" * 50_000, b"\x8b\x88\x13\0\0" + b"\x7f" * 5000], ids=["deep", "long"])
-def test_an_argument_of_any_depth_or_length_is_told_by_its_kind(value: bytes, tmp_path: Path) -> None:
+def test_an_argument_of_any_depth_or_length_is_described_by_its_kind(value: bytes, tmp_path: Path) -> None:
     common(tmp_path, 0, 0)
     arguments = named("argparse", "Namespace") + b")\x81" + entry(word("num_layers"), value) + b"b"
     (tmp_path / "megatron/release/common.pt").write_bytes(archive(entry(word("args"), arguments)))

@@ -1,4 +1,4 @@
-"""Safetensors folders: what is written is what safetensors and transformers read; what is wrong is told."""
+"""Safetensors folders: safetensors and transformers read what is written; faults are reported."""
 
 import json
 import struct
@@ -44,7 +44,7 @@ def lazy(tensors: dict[str, Tensor]) -> dict[str, LazyTensor]:
 
 
 def write_shards(folder: Path, weights: dict[str, Tensor], count: int = 3) -> list[Path]:
-    """`weights` dealt over `count` files, with an index, by safetensors itself."""
+    """`weights` distributed over `count` files, with an index, by safetensors itself."""
     (folder / SINGLE).unlink(missing_ok=True)
     placed: dict[str, str] = {}
     for i in range(count):
@@ -74,15 +74,15 @@ def test_tensors_of_one_file_and_of_several_are_read(tmp_path: Path) -> None:
 
 
 def test_one_file_is_what_safetensors_reads(tmp_path: Path) -> None:
-    told: list[int] = []
-    assert write_safetensors(tmp_path, lazy(TENSORS), 10**9, told.append) == [SINGLE]
+    progress: list[int] = []
+    assert write_safetensors(tmp_path, lazy(TENSORS), 10**9, progress.append) == [SINGLE]
     loaded = load_file(tmp_path / SINGLE)
     assert set(loaded) == set(TENSORS) and all(bitwise_equal(loaded[name], TENSORS[name]) for name in TENSORS)
-    assert told == [48, 10, 4, 8] and [path.name for path in tmp_path.iterdir()] == [SINGLE]
+    assert progress == [48, 10, 4, 8] and [path.name for path in tmp_path.iterdir()] == [SINGLE]
     data = (tmp_path / SINGLE).read_bytes()
     (length,) = struct.unpack_from("<Q", data)
     assert length % 8 == 0 and json.loads(data[8 : 8 + length])["__metadata__"] == {"format": "pt"}
-    assert len(data) == 8 + length + sum(told)
+    assert len(data) == 8 + length + sum(progress)
 
 
 def test_shards_and_index_are_what_safetensors_reads(tmp_path: Path) -> None:
@@ -141,13 +141,13 @@ def test_other_sizes_are_refused(text: str) -> None:
         parse_size(text)
 
 
-def test_a_folder_without_weights_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_reported(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(KitError, match="holds neither model.safetensors.index.json nor model.safetensors: give"):
         HfReader(tmp_path)
 
 
-def test_a_missing_shard_is_told(tmp_path: Path) -> None:
+def test_a_missing_shard_is_reported(tmp_path: Path) -> None:
     _, weights = write_hf(tmp_path)
     write_shards(tmp_path, weights)[1].unlink()
     with pytest.raises(KitError, match=r"model-00002-of-00003\.safetensors is missing: copy it again"):
@@ -156,7 +156,7 @@ def test_a_missing_shard_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 @pytest.mark.parametrize("sharded", [True, False])
-def test_a_file_cut_short_is_told(tmp_path: Path, keep: int, sharded: bool) -> None:
+def test_a_file_cut_short_is_reported(tmp_path: Path, keep: int, sharded: bool) -> None:
     _, weights = write_hf(tmp_path)
     path = write_shards(tmp_path, weights)[2] if sharded else tmp_path / SINGLE
     path.write_bytes(path.read_bytes()[:keep])
@@ -164,7 +164,7 @@ def test_a_file_cut_short_is_told(tmp_path: Path, keep: int, sharded: bool) -> N
         HfReader(tmp_path)
 
 
-def test_an_index_and_files_that_disagree_are_told(tmp_path: Path) -> None:
+def test_an_index_and_files_that_disagree_are_reported(tmp_path: Path) -> None:
     _, weights = write_hf(tmp_path)
     write_shards(tmp_path, weights)
     first = "model-00001-of-00003.safetensors"
@@ -181,7 +181,7 @@ def test_an_index_and_files_that_disagree_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "is not valid JSON"),
         ("{", "is not valid JSON"),
@@ -194,9 +194,9 @@ def test_an_index_and_files_that_disagree_are_told(tmp_path: Path) -> None:
         ('{"weight_map": {"a": "x", "a": "y"}}', "is not valid JSON .*'a' is a duplicate key"),
     ],
 )
-def test_an_index_that_is_none_is_told(tmp_path: Path, text: str, told: str) -> None:
+def test_an_index_that_is_none_is_reported(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / INDEX).write_bytes(text.encode("latin1"))
-    with pytest.raises(KitError, match=rf"model\.safetensors\.index\.json {told}"):
+    with pytest.raises(KitError, match=rf"model\.safetensors\.index\.json {message}"):
         HfReader(tmp_path)
 
 
@@ -215,7 +215,7 @@ def check(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_whole_model_passes(tmp_path: Path, tied: bool) -> None:
+def test_a_complete_model_passes(tmp_path: Path, tied: bool) -> None:
     _, weights = write_hf(tmp_path, tie_word_embeddings=tied)
     check(tmp_path)
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(1)}
@@ -223,7 +223,7 @@ def test_a_whole_model_passes(tmp_path: Path, tied: bool) -> None:
     check(tmp_path)
 
 
-def test_missing_extra_and_misshapen_tensors_are_told(tmp_path: Path) -> None:
+def test_missing_extra_and_misshapen_tensors_are_reported(tmp_path: Path) -> None:
     _, weights = write_hf(tmp_path)
     save_file(weights | {"model.layers.4.mlp.up_proj.weight": torch.ones(1)}, tmp_path / SINGLE)
     with pytest.raises(KitError, match=r"holds unexpected tensors model\.layers\.4\.mlp\.up_proj\.weight: its config"):
@@ -238,7 +238,7 @@ def test_missing_extra_and_misshapen_tensors_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8, torch.float8_e4m3fn])
-def test_another_dtype_is_told(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_another_dtype_is_reported(tmp_path: Path, dtype: torch.dtype) -> None:
     _, weights = write_hf(tmp_path)
     save_file(weights | {"model.norm.weight": torch.ones(8).to(dtype)}, tmp_path / SINGLE)
     with pytest.raises(KitError, match=r"model\.norm\.weight is of dtype \w+, not one of BF16, F16, F32"):
@@ -264,7 +264,7 @@ def test_an_untied_model_needs_its_output_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
-def test_a_quantized_model_is_refused_by_what_it_says(tmp_path: Path, method: str) -> None:
+def test_a_quantized_model_is_refused_by_its_config(tmp_path: Path, method: str) -> None:
     write_hf(tmp_path)
     check_unquantized(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -277,23 +277,23 @@ def test_a_quantized_model_is_refused_by_what_it_says(tmp_path: Path, method: st
 
 
 @pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
-def test_a_quantizers_own_file_tells_it_too(tmp_path: Path, name: str) -> None:
+def test_a_quantizers_own_file_is_recognized_too(tmp_path: Path, name: str) -> None:
     write_hf(tmp_path)
     (tmp_path / name).write_text("{}")
     with pytest.raises(KitError, match=rf"is a quantized model .* it holds {name}"):
         check_unquantized(tmp_path)
 
 
-def test_a_resized_embedding_is_told_by_vocab_size(tmp_path: Path) -> None:
+def test_a_resized_embedding_is_reported_with_vocab_size(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path)
     weights["model.embed_tokens.weight"] = torch.randn(14, 8)
     save_file(weights, tmp_path / "model.safetensors")
-    told = r"embed_tokens\.weight has shape \[14, 8\], config\.json expects \[11, 8\]: set vocab_size to 14 there"
-    with pytest.raises(KitError, match=told):
+    message = r"embed_tokens\.weight has shape \[14, 8\], config\.json expects \[11, 8\]: set vocab_size to 14 there"
+    with pytest.raises(KitError, match=message):
         check_weights(HfReader(tmp_path), hf_sizes(qwen), qwen)
 
 
-def test_an_output_layer_that_is_not_there_is_told_by_the_tie(tmp_path: Path) -> None:
+def test_a_missing_output_layer_is_reported_with_the_tie(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path)
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What a proof counts, and what is no proof: casts, copies of norms, padding, blocks of torch_dist."""
+"""What the verification counts, and what it rejects: casts, copies of norms, padding, blocks of torch_dist."""
 
 import pickle
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_what_a_cast_makes_zero_is_counted(tmp_path: Path) -> None:
     assert report.line().endswith("all bits agree; 1 values became zero in the cast")
 
 
-def test_a_buffer_of_old_transformers_is_no_weight(tmp_path: Path) -> None:
+def test_a_buffer_of_old_transformers_is_not_a_weight(tmp_path: Path) -> None:
     pair = Pair(tmp_path)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     pair.change_hf(lambda weights: weights.update({name: torch.ones(2)}))
@@ -62,8 +62,8 @@ def test_rows_above_the_vocabulary_that_hold_values_are_found(tmp_path: Path, di
             pair.change_dist(widen)
         else:
             pair.change_rank("00_000", widen)
-        told = [] if is_padding else [f"{WORDS} has 5 rows above vocab_size=11 that hold values"]
-        assert pair.report().errors == told
+        errors = [] if is_padding else [f"{WORDS} has 5 rows above vocab_size=11 that hold values"]
+        assert pair.report().errors == errors
     assert verify(pair.folder, pair.checkpoint, pair.qwen, drop_rows=True).dropped_rows == 5
 
 
@@ -81,7 +81,7 @@ def split_words(pair: Pair, *blocks: tuple[int, Tensor]) -> None:
     (pair.path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def test_blocks_over_one_another_and_holes_are_no_proof(tmp_path: Path) -> None:
+def test_overlapping_blocks_and_holes_fail_the_verification(tmp_path: Path) -> None:
     pair = Pair(tmp_path, dist=True)
     words = pair.weights["model.embed_tokens.weight"]
     split_words(pair, (0, words[:4]), (4, words[4:9]), (9, words[9:]))

@@ -1,4 +1,4 @@
-"""What `inspect` tells of folders put together by hand: every line of it."""
+"""What `inspect` prints about folders put together by hand: every line of it."""
 
 import json
 import re
@@ -58,8 +58,8 @@ def test_a_folder_of_rank_files(tmp_path: Path, impl: str) -> None:
     # 2 ranks hold 11 rows as 6 each, one of zeros; every rank the norms: 4 layers of 2, and the last.
     padded = PARAMETERS + 2 * 8
     held = 4 * (padded + 9 * 8) - 2 * 2 * 6 * 8
-    told = inspect_folder(folder)
-    assert told == {
+    found = inspect_folder(folder)
+    assert found == {
         "format": "Megatron, torch",
         "read": str(folder / "iter_0000020"),
         "iteration": "20",
@@ -83,7 +83,7 @@ def test_a_folder_of_rank_files(tmp_path: Path, impl: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ({"run": {"step": 3}, "written_by": "x"}, "this kit, step 3"),
         ({"written_by": "this kit, step 2", "args": Namespace(num_layers=4)}, "this kit, step 2"),
@@ -96,13 +96,13 @@ def test_a_folder_of_rank_files(tmp_path: Path, impl: str) -> None:
         ({"args": {"num_layers": 4}}, "unknown: it holds no arguments"),
     ],
 )  # fmt: skip
-def test_what_wrote_it(tmp_path: Path, content: dict[str, Any], told: str) -> None:
+def test_what_wrote_it(tmp_path: Path, content: dict[str, Any], expected: str) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, [[range(4)]])
     change(path / "mp_rank_00" / "model_optim_rng.pt", content)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     for folder in (tmp_path, path):
-        assert inspect_folder(folder)["written by"] == told
+        assert inspect_folder(folder)["written by"] == expected
         assert inspect_folder(folder)["iteration"] == "release (weights only)"
 
 
@@ -120,16 +120,16 @@ def dist_folder(path: Path, qwen: QwenConfig, weights: dict[str, Tensor], stacke
 def test_a_torch_dist_folder(tmp_path: Path, stacked: bool, tensors: int) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     dist_folder(tmp_path / "iter_0000005", qwen, weights, stacked)
-    told = inspect_folder(tmp_path / "iter_0000005")
+    found = inspect_folder(tmp_path / "iter_0000005")
     weighs = f"{PARAMETERS:,} parameters in {tensors} tensors, 0.00 GB ({4 * PARAMETERS:,} bytes) (float32 x {tensors})"
-    assert told["format"] == "Megatron, torch_dist" and told["iteration"] == "5" and told["weights"] == weighs
+    assert found["format"] == "Megatron, torch_dist" and found["iteration"] == "5" and found["weights"] == weighs
     kind = "stacked" if stacked else "numbered"
-    assert told["layout"] == f"whole tensors, layers {kind}; loads at any TP, PP and VPP"
-    assert told["optimizer"] == "no"
+    assert found["layout"] == f"whole tensors, layers {kind}; loads at any TP, PP and VPP"
+    assert found["optimizer"] == "no"
     moment = {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.ones(8)}
     dist_folder(tmp_path / "iter_0000006", qwen, weights, stacked, **moment)
-    told = inspect_folder(tmp_path / "iter_0000006")
-    assert told["optimizer"] == "yes" and told["weights"] == weighs
+    found = inspect_folder(tmp_path / "iter_0000006")
+    assert found["optimizer"] == "yes" and found["weights"] == weighs
 
 
 @pytest.mark.parametrize("told_by", ["config.json", "arguments"])
@@ -152,7 +152,7 @@ def test_a_tied_copy_is_counted_once(tmp_path: Path, told_by: str) -> None:
     assert inspect_folder(path)["weights"].startswith(f"{numel:,} parameters")
 
 
-def test_what_is_none_of_these_is_told(tmp_path: Path) -> None:
+def test_anything_else_is_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=re.escape(f"{tmp_path} is neither a Hugging Face folder (model.safetensors or")):
         inspect_folder(tmp_path)
     with pytest.raises(KitError, match="a is not a folder: give the folder of a model or checkpoint"):

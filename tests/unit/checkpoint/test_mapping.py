@@ -1,4 +1,4 @@
-"""THE table against layouts written down by hand: which rows lie where, at which tensor rank, under which name."""
+"""The mapping table against layouts written by hand: which rows are where, on which tensor rank, under which name."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,22 +30,8 @@ from common.checkpoint.formats.mapping import (
 )
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
-from tests.unit.checkpoint.small import joined
+from tests.unit.checkpoint.small import QWEN, joined
 
-QWEN = QwenConfig(
-    hidden_size=4,
-    intermediate_size=4,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=5,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    tie_word_embeddings=False,
-    max_position_embeddings=16,
-    head_dim=1,
-    dtype="float32",
-)
 # Hugging Face's names and Megatron-Core's, with Transformer Engine and without, for layer 3.
 NAMES = {
     "model.embed_tokens.weight": ("embedding.word_embeddings.weight",) * 2,
@@ -75,7 +61,7 @@ NAMES = {
 
 
 def row(end: str) -> ParamMapping:
-    """The row whose Transformer Engine name ends so."""
+    """The row whose Transformer Engine name ends with `end`."""
     (found,) = [row for row in PARAM_MAPPINGS if row.te.endswith(end)]
     return found
 
@@ -85,7 +71,7 @@ def rows(*numbers: int, columns: int = 4) -> Tensor:
     return torch.tensor([[k + column / 10 for column in range(columns)] for k in numbers])
 
 
-def whole_of(row: ParamMapping, parts: Sequence[Tensor], qwen: QwenConfig) -> Tensor:
+def merged_tensor(row: ParamMapping, parts: Sequence[Tensor], qwen: QwenConfig) -> Tensor:
     """The Megatron tensor of these parts."""
     return torch.cat(merge(row, parts, qwen))
 
@@ -93,7 +79,7 @@ def whole_of(row: ParamMapping, parts: Sequence[Tensor], qwen: QwenConfig) -> Te
 def at_rank(row: ParamMapping, parts: Sequence[Tensor], qwen: QwenConfig, tp_rank: int, tp: int) -> Tensor:
     """The Megatron tensor of one tensor rank."""
     vocabulary_rows = qwen.padded_vocab_size(tp)
-    return whole_of(row, [shard(row, part, tp_rank, tp, vocabulary_rows) for part in parts], qwen)
+    return merged_tensor(row, [shard(row, part, tp_rank, tp, vocabulary_rows) for part in parts], qwen)
 
 
 def test_names_are_those_of_either_implementation() -> None:
@@ -110,12 +96,12 @@ def test_only_an_untied_model_has_an_output_layer() -> None:
     assert param_mappings(QWEN) == (*tied, OUTPUT) and EMBEDDING in tied
 
 
-def test_queries_keys_and_values_lie_group_by_group() -> None:
+def test_queries_keys_and_values_are_interleaved_by_group() -> None:
     q, k, v = rows(0, 1, 2, 3), rows(10, 11), rows(20, 21)
-    whole = whole_of(row("linear_qkv.weight"), [q, k, v], QWEN)
-    assert torch.equal(whole, rows(0, 1, 10, 20, 2, 3, 11, 21))
+    fused = merged_tensor(row("linear_qkv.weight"), [q, k, v], QWEN)
+    assert torch.equal(fused, rows(0, 1, 10, 20, 2, 3, 11, 21))
     biases = [torch.tensor(part) for part in ([0, 1, 2, 3], [10, 11], [20, 21])]
-    assert whole_of(row("linear_qkv.bias"), biases, QWEN).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert merged_tensor(row("linear_qkv.bias"), biases, QWEN).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
     assert [torch.cat(part).tolist() for part in split(row("linear_qkv.bias"), torch.arange(8), QWEN)] == [
         [0, 1, 4, 5], [2, 6], [3, 7],
     ]  # fmt: skip
@@ -125,7 +111,7 @@ def test_the_rows_of_a_head_stay_together() -> None:
     qwen = replace(QWEN, head_dim=2)
     biases = [torch.tensor(part) for part in ([0, 1, 2, 3, 4, 5, 6, 7], [10, 11, 12, 13], [20, 21, 22, 23])]
     expected = [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
-    assert whole_of(row("linear_qkv.bias"), biases, qwen).tolist() == expected
+    assert merged_tensor(row("linear_qkv.bias"), biases, qwen).tolist() == expected
 
 
 def test_a_tensor_rank_takes_whole_groups() -> None:
@@ -137,7 +123,7 @@ def test_a_tensor_rank_takes_whole_groups() -> None:
 def test_gate_and_up_are_divided_each() -> None:
     parts = [rows(0, 1, 2, 3), rows(10, 11, 12, 13)]
     fc1 = row("linear_fc1.weight")
-    assert torch.equal(whole_of(fc1, parts, QWEN), rows(0, 1, 2, 3, 10, 11, 12, 13))
+    assert torch.equal(merged_tensor(fc1, parts, QWEN), rows(0, 1, 2, 3, 10, 11, 12, 13))
     assert torch.equal(at_rank(fc1, parts, QWEN, 0, 2), rows(0, 1, 10, 11))
     assert torch.equal(at_rank(fc1, parts, QWEN, 1, 2), rows(2, 3, 12, 13))
     assert all(
@@ -148,15 +134,15 @@ def test_gate_and_up_are_divided_each() -> None:
 
 @pytest.mark.parametrize("end", ["linear_proj.weight", "linear_fc2.weight"])
 def test_projections_back_are_divided_by_columns(end: str) -> None:
-    whole = torch.tensor([[0, 1, 2, 3], [10, 11, 12, 13]])
-    assert at_rank(row(end), [whole], QWEN, 0, 2).tolist() == [[0, 1], [10, 11]]
-    assert at_rank(row(end), [whole], QWEN, 1, 2).tolist() == [[2, 3], [12, 13]]
+    full = torch.tensor([[0, 1, 2, 3], [10, 11, 12, 13]])
+    assert at_rank(row(end), [full], QWEN, 0, 2).tolist() == [[0, 1], [10, 11]]
+    assert at_rank(row(end), [full], QWEN, 1, 2).tolist() == [[2, 3], [12, 13]]
 
 
 @pytest.mark.parametrize(
     "end", ["linear_qkv.layer_norm_weight", "linear_fc1.layer_norm_weight", "final_layernorm.weight"]
 )
-def test_norms_are_whole_on_every_rank(end: str) -> None:
+def test_norms_are_replicated_on_every_rank(end: str) -> None:
     norm = torch.tensor([1.0, 2, 3, 4])
     assert [at_rank(row(end), [norm], QWEN, rank, 4).tolist() for rank in range(4)] == [[1, 2, 3, 4]] * 4
     assert joined(unshard(row(end), [norm, norm + 1], 0, QWEN)).tolist() == [1, 2, 3, 4]
@@ -196,8 +182,10 @@ def test_dividing_and_joining_give_back_every_tensor(
     )  # fmt: skip
     torch.manual_seed(seed)
     tensors = [torch.randn(hf_shape(name, qwen)) for name in part.hf_names(0)]
-    whole = whole_of(part, tensors, qwen)
-    assert all(torch.equal(torch.cat(one), other) for one, other in zip(split(part, whole, qwen), tensors, strict=True))
+    merged = merged_tensor(part, tensors, qwen)
+    assert all(
+        torch.equal(torch.cat(one), other) for one, other in zip(split(part, merged, qwen), tensors, strict=True)
+    )
     shards = [at_rank(part, tensors, qwen, rank, tp) for rank in range(tp)]
     assert {tuple(each.shape) for each in shards} == {megatron_shape(part, qwen, tp)}
     for index, tensor in enumerate(tensors):
@@ -269,7 +257,7 @@ def test_renaming_keeps_layers_prefixes_and_other_keys() -> None:
     assert canonical_name("decoder.final_layernorm.weight") == "decoder.final_layernorm.weight"
 
 
-def test_the_implementation_is_told_by_the_names() -> None:
+def test_the_implementation_is_recognized_by_the_names() -> None:
     te, local = zip(*NAMES.values(), strict=True)
     assert implementation_of(te) == "transformer_engine" and implementation_of(local) == "local"
     assert implementation_of([]) == "transformer_engine"
@@ -286,17 +274,17 @@ def test_the_implementation_is_told_by_the_names() -> None:
         "model.layers.0.self_attn.rotary_emb.inv_freq",
     ],
 )
-def test_entries_that_hold_no_weight_are_passed_over(name: str) -> None:
+def test_entries_without_weights_are_skipped(name: str) -> None:
     assert is_skipped(name)
     check_names([name, "a"], ["a"], "here")
 
 
-def test_weights_are_not_passed_over() -> None:
+def test_weights_are_not_skipped() -> None:
     names = {*NAMES, *(name for names in NAMES.values() for name in names), "x._extra_state.weight"}
     assert not any(map(is_skipped, names))
 
 
-def test_missing_and_unknown_names_are_told() -> None:
+def test_missing_and_unknown_names_are_reported() -> None:
     with pytest.raises(KitError, match=r"^here lacks b, c: its config.json belongs to another model"):
         check_names(["a"], ["c", "a", "b"], "here")
     with pytest.raises(KitError, match=r"^here holds unexpected tensors d0, d1, d2, d3, d4 and 2 more: "):

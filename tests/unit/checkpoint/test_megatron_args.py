@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself under Megatron-LM's names."""
+"""A checkpoint's arguments under Megatron-LM's names."""
 
 from pathlib import Path
 

@@ -13,21 +13,12 @@ from common.checkpoint.formats.checkpoint_paths import Checkpoint
 from common.checkpoint.formats.megatron_folder import MegatronReader, open_megatron
 from common.checkpoint.formats.parallel_layout import model_tensors
 from common.errors import KitError
-from common.log import logger
 from common.model.shape.config import QwenConfig
 from tests.unit.checkpoint.small import bitwise_equal, dist_state, joined, write_hf, write_ranks
 
 ONE = [[range(4)]]
 TWO = [[range(2)], [range(2, 4)]]
 WORDS, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the kit's logger says, whether or not an earlier test set it up."""
-    monkeypatch.setattr(logger, "propagate", False)
-    monkeypatch.setattr(logger, "handlers", [caplog.handler])
-    return caplog
 
 
 def reader(path: Path, qwen: QwenConfig, kind: Literal["torch", "torch_dist"] = "torch") -> MegatronReader:
@@ -84,7 +75,7 @@ def test_more_than_ten_virtual_chunks_keep_their_order(tmp_path: Path) -> None:
     assert same(hf_weights(found, qwen), weights)
 
 
-def test_what_else_a_checkpoint_holds_is_passed_over(tmp_path: Path) -> None:
+def test_other_entries_of_a_checkpoint_are_skipped(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "iter_0000010", weights, qwen, ONE)
 
@@ -97,7 +88,7 @@ def test_what_else_a_checkpoint_holds_is_passed_over(tmp_path: Path) -> None:
     assert same(hf_weights(reader(path, qwen), qwen), weights)
 
 
-def test_the_stored_dtype_is_told(tmp_path: Path) -> None:
+def test_the_stored_dtype_is_read(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     halves = {name: tensor.bfloat16() for name, tensor in weights.items()} | {"model.norm.weight": torch.ones(8)}
     halves["model.embed_tokens.weight"] = torch.ones(11, 8)
@@ -107,17 +98,16 @@ def test_the_stored_dtype_is_told(tmp_path: Path) -> None:
     assert set(dtypes.values()) == {torch.bfloat16}
 
 
-def test_a_vocabulary_padded_further_is_cut_off(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_a_vocabulary_padded_further_is_cut_off(tmp_path: Path, kit_log: pytest.LogCaptureFixture) -> None:
     qwen, weights = write_hf(tmp_path / "hf", tie_word_embeddings=True)
     path = write_ranks(tmp_path / "release", weights, qwen, ONE, tp=2)
-    said.set_level("INFO", logger.name)
     padded = torch.cat([weights["model.embed_tokens.weight"], torch.ones(5, 8)])  # 16 rows, not the 12 that TP=2 needs
     for rank in range(2):
         rows = padded[rank * 8 : rank * 8 + 8].clone()
         change(path / f"mp_rank_{rank:02d}", lambda state, rows=rows: state["model"].update({WORDS: rows}))
     assert same(hf_weights(reader(path, qwen), qwen), weights)
-    (told,) = said.records
-    assert "has 16 rows, config.json has vocab_size=11: the 5 extra rows are padding" in told.getMessage()
+    (record,) = kit_log.records
+    assert "has 16 rows, config.json has vocab_size=11: the 5 extra rows are padding" in record.getMessage()
 
 
 @pytest.mark.parametrize("dist", [True, False])
@@ -131,13 +121,13 @@ def test_rows_above_the_vocabulary_that_hold_values_are_refused(tmp_path: Path, 
         path = write_ranks(tmp_path / "release", weights, qwen, ONE)
         change(path / "mp_rank_00", lambda state: state["model"].update({WORDS: padded.clone()}))
     checkpoint = Checkpoint(tmp_path, path, "release", "torch_dist" if dist else "torch")
-    told = rf"has {11 + rows} rows, config\.json has vocab_size=11: the {rows} extra rows are neither"
-    with pytest.raises(KitError, match=told):
+    message = rf"has {11 + rows} rows, config\.json has vocab_size=11: the {rows} extra rows are neither"
+    with pytest.raises(KitError, match=message):
         open_megatron(checkpoint, qwen)
     assert same(hf_weights(open_megatron(checkpoint, qwen, drop_rows=True), qwen), weights)
 
 
-def test_a_vocabulary_that_is_too_small_is_told(tmp_path: Path) -> None:
+def test_a_vocabulary_that_is_too_small_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE)
     change(path / "mp_rank_00", lambda state: state["model"].update({HEAD: torch.ones(10, 8)}))
@@ -153,29 +143,29 @@ def test_a_tied_copy_that_differs_is_refused(tmp_path: Path) -> None:
         reader(path, qwen)
 
 
-def test_norms_that_differ_between_tensor_ranks_are_warned_of(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_norms_that_differ_between_tensor_ranks_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, TWO, tp=2, impl="local")
-    assert same(hf_weights(reader(path, qwen), qwen), weights) and not said.records
+    assert same(hf_weights(reader(path, qwen), qwen), weights) and not caplog.records
     change(path / "mp_rank_01_000", lambda state: state["model"]["decoder.layers.1.input_layernorm.weight"].add_(1))
     change(path / "mp_rank_01_001", lambda state: state["model"]["decoder.final_layernorm.weight"].add_(1))
     assert same(hf_weights(reader(path, qwen), qwen), weights)  # rank 0's
-    (warning,) = said.records
+    (warning,) = caplog.records
     assert warning.levelname == "WARNING" and "using TP rank 0's" in warning.getMessage()
     assert (
         "2 norm weights differ between TP ranks (decoder.layers.1.input_layernorm.weight, ...)" in warning.getMessage()
     )
 
 
-def test_a_missing_folder_or_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_or_file_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, TWO, tp=2)
     (path / "mp_rank_00_001" / "model_optim_rng.pt").unlink()
     with pytest.raises(KitError, match=r"mp_rank_00_001/model_optim_rng\.pt cannot be read \(No such file"):
         reader(path, qwen)
     (path / "mp_rank_00_001").rmdir()
-    told = r"has TP=2 and PP=2, but lacks mp_rank_00_001: the checkpoint is incomplete; copy it again"
-    with pytest.raises(KitError, match=told):
+    message = r"has TP=2 and PP=2, but lacks mp_rank_00_001: the checkpoint is incomplete; copy it again"
+    with pytest.raises(KitError, match=message):
         reader(path, qwen)
 
 
@@ -184,7 +174,7 @@ def remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def test_a_missing_last_stage_is_told(tmp_path: Path) -> None:
+def test_a_missing_last_stage_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, TWO)
     remove(path / "mp_rank_00_001")
@@ -192,7 +182,7 @@ def test_a_missing_last_stage_is_told(tmp_path: Path) -> None:
         reader(path, qwen)
 
 
-def test_a_missing_last_tensor_rank_is_told(tmp_path: Path) -> None:
+def test_a_missing_last_tensor_rank_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE, tp=2)
     remove(path / "mp_rank_01")
@@ -200,7 +190,7 @@ def test_a_missing_last_tensor_rank_is_told(tmp_path: Path) -> None:
         reader(path, qwen)
 
 
-def test_folders_of_two_layouts_and_of_experts_are_told(tmp_path: Path) -> None:
+def test_folders_of_two_layouts_and_of_experts_are_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE)
     write_ranks(path, weights, qwen, TWO)
@@ -213,7 +203,7 @@ def test_folders_of_two_layouts_and_of_experts_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", ["mp_rank_00_000", "mp_rank_01_000"])
-def test_missing_and_unknown_tensors_are_told_of_every_rank(tmp_path: Path, rank: str) -> None:
+def test_missing_and_unknown_tensors_are_reported_for_every_rank(tmp_path: Path, rank: str) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     bias, router = "decoder.layers.1.self_attention.linear_qkv.bias", "decoder.layers.0.mlp.router.weight"
     path = write_ranks(tmp_path / "release", weights, qwen, TWO, tp=2)
@@ -228,33 +218,33 @@ def test_missing_and_unknown_tensors_are_told_of_every_rank(tmp_path: Path, rank
 
 @pytest.mark.parametrize("rank", ["mp_rank_00", "mp_rank_01"])
 @pytest.mark.parametrize(
-    ("name", "shape", "wanted"),
+    ("name", "shape", "expected"),
     [
         ("decoder.layers.0.self_attention.linear_qkv.weight", (4, 8), r"\[8, 8\]"),
         ("decoder.layers.0.mlp.linear_fc2.weight", (8, 8), r"\[8, 4\]"),
         ("decoder.final_layernorm.weight", (4,), r"\[8\]"),
     ],
 )
-def test_a_tensor_of_another_shape_is_told(
-    tmp_path: Path, rank: str, name: str, shape: tuple[int, ...], wanted: str
+def test_a_tensor_of_another_shape_is_reported(
+    tmp_path: Path, rank: str, name: str, shape: tuple[int, ...], expected: str
 ) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE, tp=2)
     change(path / rank, lambda state: state["model"].update({name: torch.ones(shape)}))
-    with pytest.raises(KitError, match=rf"{name} has shape .*, config\.json expects {wanted}: its config\.json bel"):
+    with pytest.raises(KitError, match=rf"{name} has shape .*, config\.json expects {expected}: its config\.json bel"):
         reader(path, qwen)
 
 
-def test_another_models_config_is_told(tmp_path: Path) -> None:
+def test_another_models_config_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, ONE)
-    for name, value, told in (
+    for name, value, message in (
         ("num_hidden_layers", 3, r"unexpected tensors decoder\.layers\.3"),
         ("num_hidden_layers", 5, r"lacks decoder\.layers\.4"),
         ("intermediate_size", 4, "has shape"),
         ("vocab_size", 12, "has shape"),
     ):
-        with pytest.raises(KitError, match=told):
+        with pytest.raises(KitError, match=message):
             reader(path, write_hf(tmp_path / "other", **{name: value})[0])
     tied, state = write_hf(tmp_path / "tied", tie_word_embeddings=True)
     path = write_ranks(tmp_path / "of_tied", state, tied, ONE)
@@ -263,7 +253,7 @@ def test_another_models_config_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ({"args": 1}, "a rank's file holds no 'model'"),
         ({"model": {}, "model0": {}}, "a rank's file holds no 'model'"),
@@ -271,15 +261,15 @@ def test_another_models_config_is_told(tmp_path: Path) -> None:
         ([1], "holds no dict"),
     ],
 )
-def test_files_without_a_model_are_told(tmp_path: Path, content: Any, told: str) -> None:
+def test_files_without_a_model_are_reported(tmp_path: Path, content: Any, message: str) -> None:
     qwen, _ = write_hf(tmp_path / "hf")
     (tmp_path / "release" / "mp_rank_00").mkdir(parents=True)
     torch.save(content, tmp_path / "release" / "mp_rank_00" / "model_optim_rng.pt")
-    with pytest.raises(KitError, match=told):
+    with pytest.raises(KitError, match=message):
         reader(tmp_path / "release", qwen)
 
 
-def test_a_stage_without_a_virtual_chunk_is_told(tmp_path: Path) -> None:
+def test_a_stage_without_a_virtual_chunk_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     stages = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]
     path = write_ranks(tmp_path / "release", weights, qwen, stages)
@@ -326,7 +316,7 @@ def test_torch_dist_with_a_tied_copy(tmp_path: Path) -> None:
         reader(path, qwen, "torch_dist")
 
 
-def test_torch_dist_of_another_model_is_told(tmp_path: Path) -> None:
+def test_torch_dist_of_another_model_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     state = dist_state(weights, qwen)
     bias = "decoder.layers.self_attention.linear_qkv.bias"
@@ -340,7 +330,7 @@ def test_torch_dist_of_another_model_is_told(tmp_path: Path) -> None:
         ),
         ({name: tensor for name, tensor in state.items() if name != bias}, r"lacks decoder\.layers\.self_attention\."),
     ]
-    for number, (each, told) in enumerate(wrong):
+    for number, (each, message) in enumerate(wrong):
         path = save_dist(tmp_path / str(number), each)
-        with pytest.raises(KitError, match=told):
+        with pytest.raises(KitError, match=message):
             reader(path, qwen, "torch_dist")

@@ -1,13 +1,11 @@
-"""All that lies in a model's folder travels with it, but weights, leftovers, what is hidden and what is very large."""
+"""All files of a model's folder are copied, except weights, leftovers, hidden and very large files."""
 
-import logging
 from pathlib import Path
 
 import pytest
 
 from common.checkpoint.formats import model_files as module
 from common.checkpoint.formats.model_files import copy_model_files, model_files
-from common.log import logger
 
 OURS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -22,7 +20,7 @@ LEFT_OUT = (
     "onnx/config.json", "onnx/model.onnx", "original/params.json", "original/consolidated.00.pth", "train.log",
     "runs/a/events.out.tfevents.1", "__pycache__/a.py",
 )  # fmt: skip
-UNSAID = (
+NOT_LOGGED = (
     "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", ".gitattributes",
     ".cache/x.json", "iter_0000100/common.pt", "release/.metadata", "latest_checkpointed_iteration.txt",
     "conversion_report.json", "tokenizer.json.partial",
@@ -40,39 +38,32 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the kit's logger says."""
-    monkeypatch.setattr(logger, "propagate", False)
-    monkeypatch.setattr(logger, "handlers", [caplog.handler])
-    caplog.set_level(logging.INFO, logger.name)
-    return caplog
-
-
-def test_all_that_is_no_weight_is_copied_byte_for_byte(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
-    source = make(tmp_path / "source", *OURS, *LEFT_OUT, *UNSAID)
+def test_all_that_is_no_weight_is_copied_byte_for_byte(tmp_path: Path, kit_log: pytest.LogCaptureFixture) -> None:
+    source = make(tmp_path / "source", *OURS, *LEFT_OUT, *NOT_LOGGED)
     (source / "vocab.json").write_bytes(b"\xff\r\n")
     target = make(tmp_path / "new" / "target", "config.json", "notes.txt")
     copy_model_files(source, target)
     assert content(target) == {name: (source / name).read_bytes() for name in OURS} | {"notes.txt": b"notes.txt"}
-    (told,) = [record.getMessage() for record in said.records]
-    assert told.startswith(f"not copied from {source}: __pycache__, adapter_config.json, adapter_model.safetensors, ")
-    assert "and 7 more (weights, training files" in told
+    (message,) = [record.getMessage() for record in kit_log.records]
+    assert message.startswith(
+        f"not copied from {source}: __pycache__, adapter_config.json, adapter_model.safetensors, "
+    )
+    assert "and 7 more (weights, training files" in message
     tops = {Path(name).parts[0] for name in LEFT_OUT}
-    assert set(model_files(source).skipped) - {Path(name).parts[0] for name in UNSAID} == tops
+    assert set(model_files(source).skipped) - {Path(name).parts[0] for name in NOT_LOGGED} == tops
 
 
-def test_a_folder_copied_to_itself_stays(tmp_path: Path) -> None:
+def test_a_folder_copied_to_itself_is_not_changed(tmp_path: Path) -> None:
     copy_model_files(make(tmp_path, *OURS), tmp_path)
     assert content(tmp_path) == {name: name.encode() for name in OURS}
 
 
-def test_nothing_is_said_where_all_travels(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
-    copy_model_files(make(tmp_path / "source", *OURS, *UNSAID), tmp_path / "target")
-    assert not said.records
+def test_nothing_is_logged_where_all_files_are_copied(tmp_path: Path, kit_log: pytest.LogCaptureFixture) -> None:
+    copy_model_files(make(tmp_path / "source", *OURS, *NOT_LOGGED), tmp_path / "target")
+    assert not kit_log.records
 
 
-def test_links_to_files_travel_as_files_and_those_to_folders_do_not(tmp_path: Path) -> None:
+def test_links_to_files_are_copied_as_files_and_those_to_folders_are_not(tmp_path: Path) -> None:
     make(tmp_path, "blobs/0", "elsewhere/x.json")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").symlink_to("../blobs/0")  # as in Hugging Face's cache

@@ -34,7 +34,7 @@ INSERTED = [
 
 
 class Dummy:
-    """Takes whatever is done with it."""
+    """Accepts any operation on it."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -67,40 +67,40 @@ class Theirs(pickle.Unpickler):
 def passes(load: Callable[[], Any]) -> bool:
     try:
         load()
-    except Exception:  # damaged, refused, or whatever pickle lets out
+    except Exception:  # damaged, refused, or whatever pickle raises
         return False
     return True
 
 
-def test_the_c_unpickler_looks_up_the_same_names_in_what_passes() -> None:
-    chosen, seeds = random.Random(1), [pickle.dumps(value, protocol) for value in VALUES for protocol in (2, 4)]
+def test_the_c_unpickler_looks_up_the_same_names_in_accepted_pickles() -> None:
+    rng, seeds = random.Random(1), [pickle.dumps(value, protocol) for value in VALUES for protocol in (2, 4)]
     assert all(passes(RestrictedUnpickler(seed, FILE).load) for seed in seeds)
     passed = 0
     for _ in range(6000):
-        data = bytearray(chosen.choice(seeds))
-        at = chosen.randrange(2, len(data))
-        if chosen.random() < 0.4:
-            data[at] = chosen.randrange(256)
+        data = bytearray(rng.choice(seeds))
+        at = rng.randrange(2, len(data))
+        if rng.random() < 0.4:
+            data[at] = rng.randrange(256)
         else:
-            data[at:at] = b"".join(chosen.choices(INSERTED, k=chosen.choice((1, 1, 2, 3))))
+            data[at:at] = b"".join(rng.choices(INSERTED, k=rng.choice((1, 1, 2, 3))))
         ours, theirs = Ours(bytes(data), FILE), Theirs(io.BytesIO(data), encoding="utf-8")
         if passes(ours.load):
             passed += 1
-            whole = passes(theirs.load)
+            completed = passes(theirs.load)
             found, expected = (vars(one).get("names", []) for one in (ours, theirs))
-            assert expected == found if whole else expected == found[: len(expected)], bytes(data)
+            assert expected == found if completed else expected == found[: len(expected)], bytes(data)
     assert passed > 300
 
 
 def test_torchs_reader_finds_the_same_bytes_in_an_archive_that_passes(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(5), "b": [1, 2]}, tmp_path / "a.pt")
-    chosen, seeds = random.Random(1), [(tmp_path / "a.pt").read_bytes(), archive(b"K\x05", **{"data/0": b"12345678"})]
+    rng, seeds = random.Random(1), [(tmp_path / "a.pt").read_bytes(), archive(b"K\x05", **{"data/0": b"12345678"})]
     passed = 0
     for _ in range(6000):
-        data = bytearray(chosen.choice(seeds))
+        data = bytearray(rng.choice(seeds))
         marks = [place for place in range(len(data) - 1) if data[place : place + 2] == b"PK"]
-        for _ in range(chosen.choice((1, 1, 2))):
-            data[min(chosen.choice(marks) + chosen.randrange(60), len(data) - 1)] = chosen.choice((0, 1, 8, 16, 255))
+        for _ in range(rng.choice((1, 1, 2))):
+            data[min(rng.choice(marks) + rng.randrange(60), len(data) - 1)] = rng.choice((0, 1, 8, 16, 255))
         try:
             reader = ArchiveReader(lambda start, size, data=data: bytes(data[start : start + size]), len(data), FILE)
             ours = {name: reader.data(name) for name in reader.records}

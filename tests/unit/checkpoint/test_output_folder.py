@@ -1,4 +1,4 @@
-"""A folder is there as a whole or not at all, whenever the run that writes it is killed."""
+"""A folder is published completely or not at all, whenever the run that writes it is killed."""
 
 import json
 import os
@@ -36,7 +36,7 @@ HUGGING_FACE = (
 
 
 def write(names: tuple[str, ...]) -> Callable[[Path], None]:
-    """What writes a file of each name, its own name in it."""
+    """A function that writes a file of each name, with the name as its content."""
 
     def write_files(folder: Path) -> None:
         for name in names:
@@ -50,19 +50,19 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-def whole(names: tuple[str, ...]) -> dict[str, str]:
+def complete(names: tuple[str, ...]) -> dict[str, str]:
     return {name: name for name in names}
 
 
 @pytest.mark.parametrize("names", [MEGATRON, HUGGING_FACE])
 @pytest.mark.parametrize("made", [True, False])
-def test_everything_gets_its_final_place(tmp_path: Path, names: tuple[str, ...], made: bool) -> None:
+def test_everything_is_moved_to_its_final_place(tmp_path: Path, names: tuple[str, ...], made: bool) -> None:
     folder = tmp_path / "deep" / "new"
     if made:
         folder.mkdir(parents=True)
     check_output_folder(folder, tmp_path)
     write_folder_atomically(folder, write(names))
-    assert content(folder) == whole(names) and not (folder / ".unfinished").exists()
+    assert content(folder) == complete(names) and not (folder / ".unfinished").exists()
 
 
 def test_nothing_shows_before_all_is_written(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_run_that_fails_leaves_an_empty_folder(tmp_path: Path, error: type[Bas
     check_output_folder(tmp_path, tmp_path / "source")
 
 
-def test_a_disk_that_refuses_is_told(tmp_path: Path) -> None:
+def test_a_disk_that_refuses_is_reported(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
@@ -101,10 +101,10 @@ def test_a_folder_with_anything_in_it_is_refused(tmp_path: Path) -> None:
     for name in ("notes.txt", "config.json", "iter_0000100/x"):
         folder = tmp_path / name.partition("/")[0].partition(".")[0]
         write((name,))(folder)
-        told = rf"^SAVE_CHECKPOINT_PATH={folder} is not empty, it holds {Path(name).parts[0]}: choose another folder"
-        with pytest.raises(KitError, match=told):
+        message = rf"^SAVE_CHECKPOINT_PATH={folder} is not empty, it holds {Path(name).parts[0]}: choose another folder"
+        with pytest.raises(KitError, match=message):
             check_output_folder(folder, tmp_path / "source")
-        assert content(folder) == whole((name,))
+        assert content(folder) == complete((name,))
 
 
 def test_the_folder_that_is_read_and_a_file_are_refused(tmp_path: Path) -> None:
@@ -120,21 +120,21 @@ def test_the_folder_that_is_read_and_a_file_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def killed(tmp_path: Path) -> Path:
-    """What a run leaves that is killed when all but the tracker has its final place."""
+    """What a run leaves that is killed when all but the tracker is in its final place."""
     folder = tmp_path / "killed"
     (folder / ".unfinished").mkdir(parents=True)
     write(MEGATRON)(folder)
     names = [name for name in MEGATRON if name != TRACKER]
     (folder / TRACKER).rename(folder / ".unfinished" / TRACKER)
-    told = {name: [(folder / name).stat().st_ino, len(name), (folder / name).stat().st_mtime_ns] for name in names}
-    (folder / ".unfinished.json").write_text(json.dumps({"published": told}))
+    published = {name: [(folder / name).stat().st_ino, len(name), (folder / name).stat().st_mtime_ns] for name in names}
+    (folder / ".unfinished.json").write_text(json.dumps({"published": published}))
     return folder
 
 
-def test_what_a_killed_run_left_is_replaced(killed: Path) -> None:
+def test_leftovers_of_a_killed_run_are_replaced(killed: Path) -> None:
     check_output_folder(killed, killed.parent / "source")
     write_folder_atomically(killed, write(HUGGING_FACE))
-    assert content(killed) == whole(HUGGING_FACE)
+    assert content(killed) == complete(HUGGING_FACE)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_what_a_killed_run_did_not_write_is_never_removed(killed: Path, foreign:
 
 
 @pytest.mark.parametrize("mark", [None, "", "[]", '{"published": 3}', '{"published": {"config.json": null}}', "{}"])
-def test_a_mark_that_names_nothing_gives_nothing_away(tmp_path: Path, mark: str | None) -> None:
+def test_a_marker_that_names_no_files_removes_nothing(tmp_path: Path, mark: str | None) -> None:
     write((".unfinished/x", *HUGGING_FACE))(tmp_path)
     if mark is not None:
         (tmp_path / ".unfinished.json").write_text(mark)
@@ -167,16 +167,18 @@ def test_a_mark_that_names_nothing_gives_nothing_away(tmp_path: Path, mark: str 
     assert content(tmp_path) == before
 
 
-def test_a_target_that_cannot_be_written_is_told_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_cannot_be_written_is_reported_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(KitError, match=r"=/proc/target cannot be written: /proc/\S+: "):
         check_output_folder(Path("/proc/target"), tmp_path)
     check_disk_space(tmp_path / "a" / "b", 0)
-    told = r"b cannot be written: No space left on device \(.* GB are free, and 1000000000.00 GB are needed\): "
-    with pytest.raises(KitError, match=told):
+    message = r"b cannot be written: No space left on device \(.* GB are free, and 1000000000.00 GB are needed\): "
+    with pytest.raises(KitError, match=message):
         check_disk_space(tmp_path / "a" / "b", 10**18)
 
 
-def test_the_room_that_a_killed_run_takes_counts_as_free(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_space_that_a_killed_run_takes_counts_as_free(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_folder, "free_bytes", lambda path: 0)
     left = sum(path.stat().st_size for path in killed.rglob("*") if path.is_file())
     check_disk_space(killed, left)
@@ -184,7 +186,7 @@ def test_the_room_that_a_killed_run_takes_counts_as_free(killed: Path, monkeypat
         check_disk_space(killed, left + 1)
 
 
-def test_all_is_on_the_disk_before_it_is_called_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_on_the_disk_before_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     synced, renamed = os.fsync, Path.replace
 
@@ -217,7 +219,7 @@ def test_a_run_killed_at_any_step_leaves_nothing_that_looks_finished_and_can_be_
 
 
 def attempt(folder: Path, names: tuple[str, ...], last_step: int | None) -> bool:
-    """Whether a process wrote `folder` before SIGKILL met it at its change number `last_step` of the file system."""
+    """Whether a process wrote `folder` before it was killed at change number `last_step` of the file system."""
     process = os.fork()
     if not process:
         steps = iter(range(10**9))
@@ -235,10 +237,10 @@ def attempt(folder: Path, names: tuple[str, ...], last_step: int | None) -> bool
     return status == 0
 
 
-def look(folder: Path, names: tuple[str, ...]) -> None:
-    """Fails if what tells that `folder` is finished is there before the rest."""
+def check_folder(folder: Path, names: tuple[str, ...]) -> None:
+    """Fails if the file that marks `folder` as finished is there before the rest."""
     there = content(folder) if folder.is_dir() else {}
-    assert TRACKER not in there or whole(names).items() <= there.items(), there
+    assert TRACKER not in there or complete(names).items() <= there.items(), there
     assert "config.json" not in there or set(names) - {TRACKER} <= set(there), there
     assert all((folder / name).read_text() == name for name in names if (folder / name).is_file())
 
@@ -252,13 +254,13 @@ def kill_everywhere(root: Path) -> tuple[int, int]:
             if attempt(folder, names, step):
                 break
             kills += 1
-            look(folder, names)
+            check_folder(folder, names)
             for again in range(step % 9, 10**9, 9):
                 if attempt(folder, names, again):
                     break
                 twice += 1
-                look(folder, names)
-            assert content(folder) == whole(names) and not (folder / ".unfinished").exists()
+                check_folder(folder, names)
+            assert content(folder) == complete(names) and not (folder / ".unfinished").exists()
     return kills, twice
 
 

@@ -1,4 +1,4 @@
-"""Which layers lie where, drawn by hand."""
+"""Which layers are on which rank, written out by hand."""
 
 from collections import Counter
 from dataclasses import replace
@@ -9,21 +9,9 @@ from common.checkpoint.formats.mapping import EMBEDDING, OUTPUT
 from common.checkpoint.formats.parallel_layout import ParallelLayout, chunk_tensors, model_chunks, model_tensors
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
+from tests.unit.checkpoint import small
 
-QWEN = QwenConfig(
-    hidden_size=8,
-    intermediate_size=8,
-    num_hidden_layers=8,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=10,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    tie_word_embeddings=False,
-    max_position_embeddings=16,
-    head_dim=2,
-    dtype="float32",
-)
+QWEN = replace(small.QWEN, hidden_size=8, intermediate_size=8, num_hidden_layers=8, vocab_size=10, head_dim=2)
 TIED = replace(QWEN, tie_word_embeddings=True)
 QWEN3 = replace(QWEN, head_dim=4, qkv_bias=False, qk_norm=True)
 LAYER = [
@@ -37,23 +25,30 @@ LAYER = [
 ]
 
 
-def drawn(pp: int, vpp: int, layers: int = 8, each: tuple[int, ...] = ()) -> dict[tuple[int, str], list[int]]:
+def layers_of_chunks(
+    pp: int, vpp: int, layers: int = 8, each: tuple[int, ...] = ()
+) -> dict[tuple[int, str], list[int]]:
     """(pipeline rank, chunk's key) to its layers."""
     found = model_chunks(replace(QWEN, num_hidden_layers=layers), ParallelLayout(1, pp, vpp, "local", each))
     return {(chunk.pp_rank, chunk.key): list(chunk.layers) for chunk in found}
 
 
 def test_stages_follow_one_another() -> None:
-    assert drawn(1, 1, layers=3) == {(0, "model"): [0, 1, 2]}
-    assert drawn(4, 1) == {(0, "model"): [0, 1], (1, "model"): [2, 3], (2, "model"): [4, 5], (3, "model"): [6, 7]}
+    assert layers_of_chunks(1, 1, layers=3) == {(0, "model"): [0, 1, 2]}
+    assert layers_of_chunks(4, 1) == {
+        (0, "model"): [0, 1],
+        (1, "model"): [2, 3],
+        (2, "model"): [4, 5],
+        (3, "model"): [6, 7],
+    }
 
 
 def test_virtual_chunks_go_round_the_stages() -> None:
-    assert drawn(2, 2) == {
+    assert layers_of_chunks(2, 2) == {
         (0, "model0"): [0, 1], (1, "model0"): [2, 3],
         (0, "model1"): [4, 5], (1, "model1"): [6, 7],
     }  # fmt: skip
-    assert drawn(2, 3, layers=6) == {
+    assert layers_of_chunks(2, 3, layers=6) == {
         (0, "model0"): [0], (1, "model0"): [1],
         (0, "model1"): [2], (1, "model1"): [3],
         (0, "model2"): [4], (1, "model2"): [5],
@@ -102,21 +97,21 @@ def test_a_tied_model_has_a_copy_of_its_embedding_on_another_last_stage() -> Non
 
 
 def test_each_chunk_may_have_a_number_of_layers_of_its_own() -> None:
-    assert drawn(3, 1, each=(2, 5, 1)) == {
+    assert layers_of_chunks(3, 1, each=(2, 5, 1)) == {
         (0, "model"): [0, 1], (1, "model"): [2, 3, 4, 5, 6], (2, "model"): [7],
     }  # fmt: skip
-    assert drawn(2, 2, each=(1, 3, 3, 1)) == {
+    assert layers_of_chunks(2, 2, each=(1, 3, 3, 1)) == {
         (0, "model0"): [0], (1, "model0"): [1, 2, 3],
         (0, "model1"): [4, 5, 6], (1, "model1"): [7],
     }  # fmt: skip
-    assert drawn(2, 1, each=(4, 4)) == drawn(2, 1)
+    assert layers_of_chunks(2, 1, each=(4, 4)) == layers_of_chunks(2, 1)
 
 
 @pytest.mark.parametrize("qwen", [QWEN, TIED, QWEN3])
 @pytest.mark.parametrize(
     ("pp", "vpp", "each"), [(1, 1, ()), (2, 1, ()), (2, 4, ()), (8, 1, ()), (3, 1, (3, 3, 2)), (2, 2, (1, 2, 4, 1))]
 )
-def test_every_tensor_lies_in_one_place(qwen: QwenConfig, pp: int, vpp: int, each: tuple[int, ...]) -> None:
+def test_every_tensor_is_in_one_place(qwen: QwenConfig, pp: int, vpp: int, each: tuple[int, ...]) -> None:
     layout = ParallelLayout(1, pp, vpp, "local", each)
     counted = Counter(
         (each.mapping, each.layer)
@@ -127,7 +122,7 @@ def test_every_tensor_lies_in_one_place(qwen: QwenConfig, pp: int, vpp: int, eac
     assert counted == Counter(model_tensors(qwen)) and set(counted.values()) == {1}
 
 
-def test_the_whole_model_in_its_order() -> None:
+def test_the_full_model_in_its_order() -> None:
     names = [
         row.megatron_name("transformer_engine", layer)
         for row, layer in model_tensors(replace(QWEN, num_hidden_layers=2))
@@ -142,7 +137,7 @@ def test_the_whole_model_in_its_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "told"),
+    ("sizes", "message"),
     [
         ((0, 1, 1), "TP=0: it must be at least 1"),
         ((1, -1, 1), "PP=-1: it must be at least 1"),
@@ -154,20 +149,20 @@ def test_the_whole_model_in_its_order() -> None:
         ((1, 4, 3), "8 layers cannot be divided by PP=4 x VPP=3 = 12: choose PP and VPP whose .* the layers$"),
     ],
 )
-def test_sizes_that_cannot_be_are_told(sizes: tuple[int, int, int], told: str) -> None:
-    with pytest.raises(KitError, match=told):
+def test_sizes_that_cannot_be_are_reported(sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(KitError, match=message):
         ParallelLayout(*sizes, "local").check(QWEN)
 
 
 @pytest.mark.parametrize(
-    ("each", "told"),
+    ("each", "message"),
     [
         ((4, 4, 1), r"PIPELINE_LAYERS=4,4,1 are 3 numbers of 9 layers: PP=3 x VPP=1 needs 3 numbers, of 8 layers"),
         ((4, 4), r"PIPELINE_LAYERS=4,4 are 2 numbers of 8 layers: PP=3 x VPP=1 needs 3 numbers, of 8 layers together"),
     ],
 )
-def test_layers_that_are_not_the_models_are_told(each: tuple[int, ...], told: str) -> None:
-    with pytest.raises(KitError, match=told):
+def test_layers_that_are_not_the_models_are_reported(each: tuple[int, ...], message: str) -> None:
+    with pytest.raises(KitError, match=message):
         ParallelLayout(1, 3, 1, "local", each).check(QWEN)
 
 

@@ -1,4 +1,4 @@
-"""What torch and Megatron-Core would unpickle of a checkpoint is read before: code that it holds is named, not run."""
+"""What torch and Megatron-Core would unpickle is scanned before: code in a checkpoint is named, not run."""
 
 import io
 import json
@@ -56,12 +56,12 @@ def write(path: Path, *, common: Any = None, **objects: Any) -> Checkpoint:
 
 
 def megatron_loads(checkpoint: Checkpoint, *names: str) -> Any:
-    wanted = {"weight": ShardedTensor.from_rank_offsets(WEIGHT, torch.zeros(8))}
-    return dist_checkpointing.load(wanted | {name: sharded(name, None) for name in names}, str(checkpoint.path))
+    state_dict = {"weight": ShardedTensor.from_rank_offsets(WEIGHT, torch.zeros(8))}
+    return dist_checkpointing.load(state_dict | {name: sharded(name, None) for name in names}, str(checkpoint.path))
 
 
-def code(proof: Path) -> Runs:
-    return Runs(open, str(proof), "w")
+def code(marker: Path) -> Runs:
+    return Runs(open, str(marker), "w")
 
 
 def change_metadata(checkpoint: Checkpoint, edit: Callable[[Any], object]) -> None:
@@ -83,39 +83,39 @@ def test_what_megatron_core_writes_passes_and_is_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["planner_data", "all_local_plans", "version", "storage_meta"])
 def test_code_in_metadata_is_named_and_not_run(where: str, tmp_path: Path) -> None:
-    checkpoint, proof = write(tmp_path / "iter_0000001"), tmp_path / "ran"
-    change_metadata(checkpoint, lambda metadata: setattr(metadata, where, code(proof)))
+    checkpoint, marker = write(tmp_path / "iter_0000001"), tmp_path / "ran"
+    change_metadata(checkpoint, lambda metadata: setattr(metadata, where, code(marker)))
     with pytest.raises(KitError, match=r"iter_0000001/\.metadata references _?io\.open, .*it was not loaded"):
         check_pickles(checkpoint)
-    assert not proof.exists()
+    assert not marker.exists()
     megatron_loads(checkpoint)
-    assert proof.exists()  # what would have been
+    assert marker.exists()  # what was prevented above
 
 
 def test_code_in_an_object_among_the_tensors_is_named_and_not_run(tmp_path: Path) -> None:
-    proof = tmp_path / "ran"
-    checkpoint = write(tmp_path / "iter_0000001", rng_state=[{"random_rng_state": code(proof)}])
+    marker = tmp_path / "ran"
+    checkpoint = write(tmp_path / "iter_0000001", rng_state=[{"random_rng_state": code(marker)}])
     with pytest.raises(KitError, match=r"iter_0000001/__0_\d\.distcp references _?io\.open, .*it was not loaded"):
         check_pickles(checkpoint)
-    assert not proof.exists()
+    assert not marker.exists()
     megatron_loads(checkpoint, "rng_state")
-    assert proof.exists()
+    assert marker.exists()
 
 
 def test_code_in_the_place_of_a_tensor_or_of_the_common_part_is_named(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "iter_0000001")
     (data,) = (path for path in checkpoint.path.glob("*.distcp") if path.stat().st_size)
-    sound, whole = data.read_bytes(), archive(named("posix", "system"))
-    data.write_bytes(sound + whole)
+    valid, hostile = data.read_bytes(), archive(named("posix", "system"))
+    data.write_bytes(valid + hostile)
 
     def move(metadata: Any) -> None:
         for info in metadata.storage_data.values():
-            info.offset, info.length = len(sound), len(whole)
+            info.offset, info.length = len(valid), len(hostile)
 
     change_metadata(checkpoint, move)
     with pytest.raises(KitError, match=r"__0_\d\.distcp references posix\.system"):
         check_pickles(checkpoint)
-    (checkpoint.path / "common.pt").write_bytes(whole)
+    (checkpoint.path / "common.pt").write_bytes(hostile)
     with pytest.raises(KitError, match=r"common\.pt references posix\.system"):
         check_pickles(checkpoint)
 
@@ -144,13 +144,13 @@ def test_fp8_state_passes(state: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [fp8_tensor, saved, lambda value: saved(value, old=True)])
 def test_code_in_fp8_state_is_named(how: Callable[[Any], Any], tmp_path: Path) -> None:
-    proof = tmp_path / "ran"
-    state = how({**SCALES, "recipe": code(proof)})
+    marker = tmp_path / "ran"
+    state = how({**SCALES, "recipe": code(marker)})
     with pytest.raises(KitError, match=r"__0_\d\.distcp references _?io\.open"):
         check_pickles(write(tmp_path / "iter_0000001", **{STATE: state}))
     with pytest.raises(KitError, match=r"mp_rank_00/model_optim_rng\.pt references _?io\.open"):
         check_pickles(rank_files(tmp_path / "torch", {"model": {STATE: state}}))
-    assert not proof.exists()
+    assert not marker.exists()
 
 
 def test_storages_in_fp8_state_are_no_larger_than_what_is_there(tmp_path: Path) -> None:
@@ -175,20 +175,20 @@ def rank_files(path: Path, state: Any, *optimizers: Any) -> Checkpoint:
 
 
 def test_code_in_the_optimizer_of_any_rank_is_named(tmp_path: Path) -> None:
-    sound, proof = {0: {(torch.bfloat16, torch.float32): {"param": torch.ones(4)}}}, tmp_path / "ran"
+    valid, marker = {0: {(torch.bfloat16, torch.float32): {"param": torch.ones(4)}}}, tmp_path / "ran"
     model = {"model": {"a": torch.ones(2)}, "args": Namespace(kind=ModelType.encoder_or_decoder), "rng_state": RANDOM}
-    check_pickles(rank_files(tmp_path / "sound", model, sound, sound))
+    check_pickles(rank_files(tmp_path / "sound", model, valid, valid))
     with pytest.raises(KitError, match=r"mp_rank_01/distrib_optim\.pt references _?io\.open"):
-        check_pickles(rank_files(tmp_path / "second", model, sound, {**sound, "a": code(proof)}))
+        check_pickles(rank_files(tmp_path / "second", model, valid, {**valid, "a": code(marker)}))
     with pytest.raises(KitError, match=r"mp_rank_00/model_optim_rng\.pt references _?io\.open"):
-        check_pickles(rank_files(tmp_path / "model", {**model, "args": code(proof)}, sound))
-    assert not proof.exists()
+        check_pickles(rank_files(tmp_path / "model", {**model, "args": code(marker)}, valid))
+    assert not marker.exists()
 
 
 def test_files_that_are_not_the_checkpoints_are_refused(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "iter_0000001")
     good = (checkpoint.path / ".metadata").read_bytes()
-    for field, value, told in (
+    for field, value, message in (
         ("relative_path", "../elsewhere", "in '../elsewhere', which is not a plain file of the checkpoint"),
         ("relative_path", "/dev/zero", "in '/dev/zero', which is not a plain file of the checkpoint"),
         ("relative_path", "nothing", "nothing is missing"),
@@ -202,7 +202,7 @@ def test_files_that_are_not_the_checkpoints_are_refused(tmp_path: Path) -> None:
             checkpoint,
             lambda found, field=field, value=value: setattr(next(iter(found.storage_data.values())), field, value),
         )
-        with pytest.raises(KitError, match=told):
+        with pytest.raises(KitError, match=message):
             check_pickles(checkpoint)
     (checkpoint.path / ".metadata").write_bytes(pickle.dumps(dcp.Metadata({}, None, [1])))
     with pytest.raises(KitError, match="has an invalid storage_data"):

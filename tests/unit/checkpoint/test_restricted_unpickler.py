@@ -1,4 +1,4 @@
-"""Pickles that would run code are refused by name; what stands in real checkpoints is read without importing it."""
+"""Pickles that would run code are refused by name; what real checkpoints hold is read without importing it."""
 
 import datetime
 import operator
@@ -21,7 +21,7 @@ from common.checkpoint.formats.torch_archive import ArchiveFile, write_archive
 from common.checkpoint.untrusted.placeholders import Inert
 from common.checkpoint.untrusted.restricted_unpickler import RestrictedUnpickler
 from common.errors import KitError
-from tests.unit.checkpoint.opcodes import Runs, call, named, whole, word
+from tests.unit.checkpoint.opcodes import Runs, call, named, pickled, word
 
 FILE = Path("folder/model_optim_rng.pt")
 
@@ -32,7 +32,7 @@ def load(data: bytes, foreign: bool = False) -> Any:
 
 def called(module: str, name: str, *arguments: str) -> bytes:
     """A pickle that calls module.name with words."""
-    return whole(call(named(module, name), *map(word, arguments)))
+    return pickled(call(named(module, name), *map(word, arguments)))
 
 
 @pytest.mark.parametrize(
@@ -86,23 +86,23 @@ def called(module: str, name: str, *arguments: str) -> bytes:
     ],
 )
 def test_a_global_that_could_run_code_is_refused_by_its_name(module: str, name: str, tmp_path: Path) -> None:
-    proof = tmp_path / "ran"
+    marker = tmp_path / "ran"
     with pytest.raises(KitError, match="was not loaded") as caught:
-        load(called(module, name, f"touch {proof}"))
+        load(called(module, name, f"touch {marker}"))
     with pytest.raises(KitError, match="was not loaded"):
-        load(called(module, name, f"touch {proof}"), foreign=True)
-    assert str(caught.value).startswith(f"{FILE} references {module}.{name}, which") and not proof.exists()
+        load(called(module, name, f"touch {marker}"), foreign=True)
+    assert str(caught.value).startswith(f"{FILE} references {module}.{name}, which") and not marker.exists()
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_no_protocol_gets_by(protocol: int, tmp_path: Path) -> None:
-    proof = tmp_path / "ran"
-    value = {"a": [1], "x": Runs(eval, f"open({str(proof)!r}, 'w')")}
+def test_no_pickle_protocol_bypasses_the_check(protocol: int, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    value = {"a": [1], "x": Runs(eval, f"open({str(marker)!r}, 'w')")}
     with pytest.raises(KitError, match=r"references (__builtin__|builtins)\.eval"):
         load(pickle.dumps(value, protocol))
-    assert not proof.exists()
+    assert not marker.exists()
     pickle.loads(pickle.dumps(value, protocol))  # it would have
-    assert proof.exists()
+    assert marker.exists()
 
 
 def test_the_protocol_of_text_is_refused() -> None:
@@ -118,15 +118,15 @@ def test_a_lambda_and_a_class_of_the_users_own_are_refused() -> None:
 
 
 def test_a_checkpoint_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    path, proof = tmp_path / "model_optim_rng.pt", tmp_path / "ran"
-    torch.save({"model": {"a": torch.ones(2)}, "args": Runs(os.system, f"touch {proof}")}, path)
+    path, marker = tmp_path / "model_optim_rng.pt", tmp_path / "ran"
+    torch.save({"model": {"a": torch.ones(2)}, "args": Runs(os.system, f"touch {marker}")}, path)
     with pytest.raises(KitError, match=r"model_optim_rng\.pt references posix\.system"):
         ArchiveFile(path).read()
     with path.open("wb") as stream:
-        write_archive(stream, {"args": Runs(os.system, f"touch {proof}")})
+        write_archive(stream, {"args": Runs(os.system, f"touch {marker}")})
     with pytest.raises(KitError, match=r"model_optim_rng\.pt references posix\.system"):
         ArchiveFile(path).read()
-    assert not proof.exists()
+    assert not marker.exists()
 
 
 def test_text_is_encoded_as_latin1_alone() -> None:

@@ -1,4 +1,4 @@
-"""The tensors of either side as they are about to be written."""
+"""The tensors of both formats as they are about to be written."""
 
 from pathlib import Path
 from typing import Any
@@ -79,22 +79,22 @@ def test_hugging_face_shapes_in_the_models_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32])
-def test_either_direction_casts_when_asked(tmp_path: Path, dtype: torch.dtype | None) -> None:
+def test_both_directions_cast_to_a_given_dtype(tmp_path: Path, dtype: torch.dtype | None) -> None:
     qwen, weights = write_hf(tmp_path)
     source = MegatronTensors(HfReader(tmp_path), qwen, dtype)
-    wanted = dtype or torch.float32
+    target = dtype or torch.float32
     state = megatron_state(weights, qwen, range(4), first=True, last=True)
     made = rank_state_dict(source, ParallelLayout(1, 1, 1, "transformer_engine"), 0, 0)["model"]
-    assert all(bitwise_equal(made[name].materialize(), tensor.to(wanted)) for name, tensor in state.items())
+    assert all(bitwise_equal(made[name].materialize(), tensor.to(target)) for name, tensor in state.items())
     path = write_ranks(tmp_path / "release", weights, qwen, [[range(4)]])
     reader = open_megatron(Checkpoint(tmp_path, path, "release", "torch"), qwen)
     tensors = hf_state_dict(reader, qwen, dtype)
     assert list(tensors) == list(hf_shapes(qwen))
-    assert all(bitwise_equal(tensors[name].materialize(), tensor.to(wanted)) for name, tensor in weights.items())
-    assert {tensor.dtype for tensor in tensors.values()} == {wanted}
+    assert all(bitwise_equal(tensors[name].materialize(), tensor.to(target)) for name, tensor in weights.items())
+    assert {tensor.dtype for tensor in tensors.values()} == {target}
 
 
-def test_parts_of_one_tensor_in_two_dtypes_are_told(tmp_path: Path) -> None:
+def test_parts_of_one_tensor_in_two_dtypes_are_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path)
     norms = {name: tensor.half() for name, tensor in weights.items() if name.endswith("norm.weight")}
     save_file(weights | norms, tmp_path / "model.safetensors")
@@ -106,7 +106,7 @@ def test_parts_of_one_tensor_in_two_dtypes_are_told(tmp_path: Path) -> None:
         MegatronTensors(HfReader(tmp_path), qwen, torch.bfloat16)
 
 
-def test_a_dtype_that_weights_never_have_is_told(tmp_path: Path) -> None:
+def test_a_dtype_that_weights_never_have_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path)
     doubles = {name: tensor.double() for name, tensor in weights.items()}
     path = write_ranks(tmp_path / "release", doubles, qwen, [[range(4)]])

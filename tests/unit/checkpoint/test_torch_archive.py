@@ -109,8 +109,8 @@ def test_one_tensor_saved_twice_is_one_record(tmp_path: Path) -> None:
     assert loaded["a"].data_ptr() == loaded["b"].data_ptr() and bitwise_equal(loaded["a"], shared.materialize())
 
 
-def test_tensors_of_several_archives_are_made_in_turn_and_told() -> None:
-    streams, told, began = [io.BytesIO(), io.BytesIO()], [], []
+def test_tensors_of_several_archives_are_made_in_turn_and_reported() -> None:
+    streams, progress, began = [io.BytesIO(), io.BytesIO()], [], []
 
     def make(size: int) -> LazyTensor:
         def parts() -> list[list[Tensor]]:
@@ -121,23 +121,23 @@ def test_tensors_of_several_archives_are_made_in_turn_and_told() -> None:
 
     values = [{"a": make(1000), "b": make(2000), "c": make(10)}, {"a": make(1001), "b": make(0)}]
     sizes = write_archives(
-        [ArchiveWriter(stream, value) for stream, value in zip(streams, values, strict=True)], told.append
+        [ArchiveWriter(stream, value) for stream, value in zip(streams, values, strict=True)], progress.append
     )
-    assert began == [1000, 1001, 2000, 0, 10] and told == [4000, 4004, 8000, 0, 40]
+    assert began == [1000, 1001, 2000, 0, 10] and progress == [4000, 4004, 8000, 0, 40]
     assert sizes == [len(stream.getvalue()) for stream in streams]
     for stream, value in zip(streams, values, strict=True):
         loaded = torch.load(io.BytesIO(stream.getvalue()), weights_only=True)
         assert same(loaded, {name: tensor.materialize() for name, tensor in value.items()})
 
 
-def test_a_tensor_other_than_announced_is_an_error_of_ours() -> None:
+def test_a_tensor_other_than_announced_is_an_internal_error() -> None:
     with pytest.raises(AssertionError):
         archive(LazyTensor((2,), torch.float32, lambda: [[torch.ones(3)]]))
     with pytest.raises(AssertionError):
         archive({"a": LazyTensor((2,), torch.float32, lambda: [[torch.ones(1)]]), "b": torch.ones(3)})
 
 
-def test_records_lie_at_multiples_of_64_with_their_checksums() -> None:
+def test_records_are_at_multiples_of_64_with_their_checksums() -> None:
     data = archive({str(size): torch.zeros(size) for size in range(1, 40)})
     with zipfile.ZipFile(io.BytesIO(data)) as zipped:
         assert zipped.testzip() is None
@@ -148,7 +148,7 @@ def test_records_lie_at_multiples_of_64_with_their_checksums() -> None:
 
 @pytest.mark.parametrize("before", [0, 64, 100, 333])
 @pytest.mark.parametrize("write", [archive, torch_save])
-def test_an_archive_may_lie_inside_a_larger_file(tmp_path: Path, before: int, write: Callable[[Any], bytes]) -> None:
+def test_an_archive_may_be_inside_a_larger_file(tmp_path: Path, before: int, write: Callable[[Any], bytes]) -> None:
     first, second = write(TENSORS), write({"other": torch.ones(3)})
     file = ArchiveFile(put(tmp_path / "a.distcp", b"x" * before + first + second + b"PK\5\6 and so on"))
     loaded = file.read(before, len(first))
@@ -157,9 +157,9 @@ def test_an_archive_may_lie_inside_a_larger_file(tmp_path: Path, before: int, wr
 
 
 def test_whatever_torch_saves_beside_weights_is_read(tmp_path: Path) -> None:
-    whole = torch.arange(12.0)
+    base = torch.arange(12.0)
     state = {
-        "views": [whole[2:4], whole.reshape(3, 4).t()],
+        "views": [base[2:4], base.reshape(3, 4).t()],
         "strided": torch.randn(4, 6)[:, ::2],
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "linear": OrderedDict(torch.nn.Linear(2, 3).state_dict()),
@@ -193,7 +193,7 @@ def test_writing_to_a_mapped_tensor_does_not_reach_the_file(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("write", [archive, torch_save])
-def test_a_file_cut_short_anywhere_is_told(tmp_path: Path, write: Callable[[Any], bytes]) -> None:
+def test_a_file_cut_short_anywhere_is_reported(tmp_path: Path, write: Callable[[Any], bytes]) -> None:
     data = write({"a": torch.arange(6.0), "b": Namespace(c=1)})
     for length in [*range(1, len(data), 37), len(data) - 1]:
         path = put(tmp_path / "cut.pt", data[:length])
@@ -216,7 +216,7 @@ def test_a_damaged_byte_gives_an_error_that_names_the_file(tmp_path: Path, write
     assert refused > 40
 
 
-def test_files_that_are_no_archive_are_told(tmp_path: Path) -> None:
+def test_files_that_are_no_archive_are_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"none\.pt cannot be read \(No such file"):
         ArchiveFile(tmp_path / "none.pt")
     with pytest.raises(KitError, match=r"cannot be read \(Is a directory"):
@@ -229,7 +229,7 @@ def test_files_that_are_no_archive_are_told(tmp_path: Path) -> None:
 
 
 def rezipped(data: bytes, compress: bool = False, **records: bytes) -> bytes:
-    """The archive once more with other records."""
+    """The archive with other records."""
     stream = io.BytesIO()
     kind = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(stream, "w", kind) as new:
@@ -238,7 +238,7 @@ def rezipped(data: bytes, compress: bool = False, **records: bytes) -> bytes:
     return stream.getvalue()
 
 
-def test_records_of_another_kind_are_told(tmp_path: Path) -> None:
+def test_records_of_another_kind_are_reported(tmp_path: Path) -> None:
     data = archive({"a": torch.ones(3)})
     assert same(ArchiveFile(put(tmp_path / "a.pt", rezipped(data))).read(), {"a": torch.ones(3)})
     with pytest.raises(KitError, match="record b'archive/data.pkl' is compressed"):
@@ -273,7 +273,7 @@ def test_records_beyond_4_gib_are_found_by_torch(tmp_path: Path) -> None:
 
 
 class Sparse(io.FileIO):
-    """A file that has holes where zeros would lie."""
+    """A file with holes in the place of zeros."""
 
     zeros = bytes(BLOCK_BYTES)
 

@@ -1,4 +1,4 @@
-"""torch_dist against its originals: torch.distributed.checkpoint and Megatron-Core read and write the other side."""
+"""torch_dist against the originals: torch.distributed.checkpoint and Megatron-Core read and write the other side."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def one_rank() -> Iterator[None]:
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets Megatron-Core write where there is no GPU, for which it waits first."""
+    """Lets Megatron-Core write without a GPU, on which it would synchronize first."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
@@ -48,7 +48,7 @@ def block(key: str, shape: tuple[int, ...], offsets: tuple[int, ...], tensor: Te
     return TensorShard(key, shape, offsets, LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: [[tensor]]))
 
 
-def whole(key: str, tensor: Tensor) -> TensorShard:
+def full_shard(key: str, tensor: Tensor) -> TensorShard:
     return block(key, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
 
 
@@ -69,13 +69,13 @@ def tensors() -> dict[str, Tensor]:
 
 
 def blocks_of(state: dict[str, Tensor]) -> list[TensorShard]:
-    """The tensors whole, those of the layers a block a layer."""
+    """The tensors; those of the layers as one block per layer."""
     blocks: list[TensorShard] = []
     for key, tensor in state.items():
         if key == FC2:
             blocks += [block(key, (4, 8, 6), (layer, 0, 0), tensor[layer : layer + 1]) for layer in range(4)]
         else:
-            blocks.append(whole(key, tensor))
+            blocks.append(full_shard(key, tensor))
     return blocks
 
 
@@ -95,10 +95,10 @@ def read_all(path: Path) -> dict[str, Tensor]:
 
 
 def test_torch_loads_what_was_written(tmp_path: Path) -> None:
-    state, told = tensors(), []
-    write_torch_dist(tmp_path, blocks_of(state), {"iteration": 0}, told.append)
+    state, progress = tensors(), []
+    write_torch_dist(tmp_path, blocks_of(state), {"iteration": 0}, progress.append)
     assert same(load_with_torch(tmp_path, state), state)
-    assert sum(told) == sum(tensor.nbytes for tensor in state.values()) and len(told) == 7
+    assert sum(progress) == sum(tensor.nbytes for tensor in state.values()) and len(progress) == 7
     metadata = dcp.FileSystemReader(tmp_path).read_metadata()
     assert {key: tuple(entry.size) for key, entry in metadata.state_dict_metadata.items()} == {
         key: tuple(tensor.shape) for key, tensor in state.items()
@@ -108,14 +108,14 @@ def test_torch_loads_what_was_written(tmp_path: Path) -> None:
 def test_megatron_loads_what_was_written(tmp_path: Path, one_rank: None) -> None:
     state = tensors()
     write(tmp_path, *blocks_of(state))
-    wanted = {key: ShardedTensor.from_rank_offsets(key, torch.empty_like(value)) for key, value in state.items()}
-    del wanted[FC2]
+    state_dict = {key: ShardedTensor.from_rank_offsets(key, torch.empty_like(value)) for key, value in state.items()}
+    del state_dict[FC2]
     places = [(layer, rank) for layer in range(4) for rank in range(2)]
-    for layer, rank in places:  # as tensor rank `rank` of 2 asks for it
-        wanted[f"{layer} {rank}"] = ShardedTensor.from_rank_offsets(
+    for layer, rank in places:  # as tensor rank `rank` of 2 loads it
+        state_dict[f"{layer} {rank}"] = ShardedTensor.from_rank_offsets(
             FC2, torch.empty(8, 3), (0, layer, 4), (2, rank, 2), prepend_axis_num=1
         )
-    loaded = dist_checkpointing.load(wanted, str(tmp_path))
+    loaded = dist_checkpointing.load(state_dict, str(tmp_path))
     for layer, rank in places:
         columns = state[FC2][layer, :, rank * 3 : rank * 3 + 3]
         assert torch.equal(loaded[f"{layer} {rank}"].reshape(8, 3), columns)
@@ -201,7 +201,7 @@ def test_blocks_of_several_layers_are_read(tmp_path: Path, layers_a_block: int) 
     assert all(bitwise_equal(reader.read(FC2, layer), state[layer]) for layer in range(4))
 
 
-def test_missing_blocks_are_told(tmp_path: Path) -> None:
+def test_missing_blocks_are_reported(tmp_path: Path) -> None:
     state = torch.randn(4, 8, 6)
     present = [block(FC2, (4, 8, 6), (i, 0, column), state[i : i + 1, :, column : column + 3]) for i, column in
                ((0, 0), (0, 3), (1, 3), (3, 0), (3, 3))]  # fmt: skip
@@ -215,7 +215,7 @@ def test_missing_blocks_are_told(tmp_path: Path) -> None:
         reader.read(FC2)
 
 
-def test_a_missing_or_shortened_data_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_or_shortened_data_file_is_reported(tmp_path: Path) -> None:
     state = tensors()
     write(tmp_path, *blocks_of(state))
     data = (tmp_path / "__0_0.distcp").read_bytes()
@@ -235,8 +235,8 @@ def change(path: Path, edit: Callable[[Any], None]) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def test_metadata_and_data_that_disagree_are_told(tmp_path: Path) -> None:
-    write(tmp_path, whole("a", torch.ones(2)), whole("b", torch.ones(3)))
+def test_metadata_and_data_that_disagree_are_reported(tmp_path: Path) -> None:
+    write(tmp_path, full_shard("a", torch.ones(2)), full_shard("b", torch.ones(3)))
     places = {index.fqn: index for index in pickle.loads((tmp_path / ".metadata").read_bytes()).storage_data}
 
     def exchange(metadata: Any) -> None:
@@ -253,7 +253,7 @@ def test_metadata_and_data_that_disagree_are_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../a/__0_0.distcp", "/etc/passwd", "", ".."])
 def test_metadata_names_no_file_outside_its_folder(tmp_path: Path, name: str) -> None:
-    write(tmp_path, whole("a", torch.ones(2)))
+    write(tmp_path, full_shard("a", torch.ones(2)))
     metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
     (index,) = metadata.storage_data
     metadata.storage_data[index] = replace(metadata.storage_data[index], relative_path=name)
@@ -262,7 +262,7 @@ def test_metadata_names_no_file_outside_its_folder(tmp_path: Path, name: str) ->
         TorchDistReader(tmp_path)
 
 
-def test_blocks_over_one_another_are_told(tmp_path: Path) -> None:
+def test_overlapping_blocks_are_reported(tmp_path: Path) -> None:
     state = torch.randn(4, 8, 6)
     half = state[:, :4]
     reader = TorchDistReader(
@@ -273,7 +273,7 @@ def test_blocks_over_one_another_are_told(tmp_path: Path) -> None:
             ask()
 
 
-def test_metadata_that_is_none_is_told(tmp_path: Path) -> None:
+def test_metadata_that_is_none_is_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"\.metadata cannot be read"):
         TorchDistReader(tmp_path)
     for value in ({"a": 1}, dcp.Metadata({}, None, None)):
@@ -286,7 +286,7 @@ def test_metadata_that_is_none_is_told(tmp_path: Path) -> None:
 
 
 def test_the_metadata_class_of_megatron_core_0_15_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, whole("a", torch.arange(6.0)))
+    write(tmp_path, full_shard("a", torch.arange(6.0)))
     module = ModuleType("megatron.core.dist_checkpointing.strategies.torch")
     fields = {"mcore_data": None, "__module__": module.__name__}
     module.MCoreMetadata = type("MCoreMetadata", (dcp.Metadata,), fields)
@@ -300,7 +300,7 @@ def test_the_metadata_class_of_megatron_core_0_15_is_read(tmp_path: Path, monkey
 
 
 def test_damaged_metadata_gives_an_error_that_names_it(tmp_path: Path) -> None:
-    write(tmp_path, whole("a", torch.ones(2)), block("b", (2, 3), (1, 0), torch.ones(1, 3)))
+    write(tmp_path, full_shard("a", torch.ones(2)), block("b", (2, 3), (1, 0), torch.ones(1, 3)))
     data = (tmp_path / ".metadata").read_bytes()
     for length in range(0, len(data), 7):
         (tmp_path / ".metadata").write_bytes(data[:length])
@@ -324,9 +324,13 @@ def test_the_metadata_is_the_last_to_be_written(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        write(tmp_path, whole("a", torch.ones(2)), TensorShard("b", (2,), (0,), LazyTensor((2,), torch.float32, fail)))
+        write(
+            tmp_path,
+            full_shard("a", torch.ones(2)),
+            TensorShard("b", (2,), (0,), LazyTensor((2,), torch.float32, fail)),
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["__0_0.distcp"]
-    write_torch_dist(tmp_path, [whole("a", torch.ones(2))], {}, lambda size: None)
+    write_torch_dist(tmp_path, [full_shard("a", torch.ones(2))], {}, lambda size: None)
     assert {path.name for path in tmp_path.iterdir()} == {
         "__0_0.distcp", "common.pt", "metadata.json", "checksums.json", ".metadata",
     }  # fmt: skip

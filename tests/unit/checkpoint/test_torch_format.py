@@ -14,13 +14,13 @@ from tests.unit.checkpoint.small import bitwise_equal
 
 
 def test_torch_loads_a_ranks_file(tmp_path: Path) -> None:
-    path, told = tmp_path / "mp_rank_00" / "model_optim_rng.pt", []
+    path, progress = tmp_path / "mp_rank_00" / "model_optim_rng.pt", []
     weight = torch.randn(3, 2).bfloat16()
     model = {"w": LazyTensor((3, 2), torch.bfloat16, lambda: [[weight]]), "v": torch.ones(2)}
-    save_rank_files({path: {"args": Namespace(a=1), "iteration": 0, "model": model}}, told.append)
+    save_rank_files({path: {"args": Namespace(a=1), "iteration": 0, "model": model}}, progress.append)
     loaded = torch.load(path, weights_only=False)
     assert list(loaded) == ["args", "iteration", "model"] and loaded["args"] == Namespace(a=1)
-    assert bitwise_equal(loaded["model"]["w"], weight) and told == [12, 8]
+    assert bitwise_equal(loaded["model"]["w"], weight) and progress == [12, 8]
     assert bitwise_equal(load_rank_file(path)["model"]["w"], weight)
 
 
@@ -33,7 +33,7 @@ def test_what_torch_saves_is_loaded(tmp_path: Path) -> None:
     assert loaded["optimizer"][0] == 3
 
 
-def test_a_file_of_something_else_is_told(tmp_path: Path) -> None:
+def test_an_unrelated_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "model_optim_rng.pt"
     with pytest.raises(KitError, match=r"model_optim_rng\.pt cannot be read \(No such file"):
         load_rank_file(path)

@@ -1,4 +1,4 @@
-"""The proof: its own idea of each layout against drawings, and every mutant of a checkpoint that it must find."""
+"""The verification: its own mapping of each layout against ones written by hand, and mutants that it must find."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,22 +16,10 @@ from common.checkpoint.verification.independent_mapping import slices
 from common.checkpoint.verification.report import Report
 from common.checkpoint.verification.verify import verify
 from common.model.shape.config import QwenConfig
+from tests.unit.checkpoint import small
 from tests.unit.checkpoint.small import dist_state, write_hf, write_ranks
 
-QWEN = QwenConfig(
-    hidden_size=4,
-    intermediate_size=4,
-    num_hidden_layers=9,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=5,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    tie_word_embeddings=False,
-    max_position_embeddings=16,
-    head_dim=1,
-    dtype="float32",
-)
+QWEN = replace(small.QWEN, num_hidden_layers=9)
 QWEN3 = {"model_type": "qwen3", "head_dim": 4}
 TWO = [[range(2)], [range(2, 4)]]
 STAGES = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]
@@ -39,8 +27,8 @@ QKV, FC1 = "decoder.layers.0.self_attention.linear_qkv.", "decoder.layers.0.mlp.
 WORDS = "embedding.word_embeddings.weight"
 
 
-def drawn(name: str, tp_rank: int, tp: int, num_rows: int, qwen: QwenConfig = QWEN) -> list[str]:
-    """For each row of a Megatron tensor the row of Hugging Face's that lies there: `q3`, and its columns if not all."""
+def source_rows(name: str, tp_rank: int, tp: int, num_rows: int, qwen: QwenConfig = QWEN) -> list[str]:
+    """For each row of a Megatron tensor the Hugging Face row that is there: `q3`, and its columns if not all."""
     rows = ["-"] * num_rows
     for piece in slices(name, tp_rank, tp, qwen, num_rows):
         short = piece.name.replace("_proj", "").removeprefix("model.").removeprefix("layers.8.").rpartition(".")[0]
@@ -54,32 +42,36 @@ def drawn(name: str, tp_rank: int, tp: int, num_rows: int, qwen: QwenConfig = QW
 @pytest.mark.parametrize("kind", ["weight", "bias"])
 def test_slices_of_attention(kind: str) -> None:
     name = f"decoder.layers.8.self_attention.linear_qkv.{kind}"
-    assert drawn(name, 0, 1, 8) == ["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"]
-    assert drawn(name, 0, 2, 4) == ["q0", "q1", "k0", "v0"]
-    assert drawn(name, 1, 2, 4) == ["q2", "q3", "k1", "v1"]
+    assert source_rows(name, 0, 1, 8) == ["q0", "q1", "k0", "v0", "q2", "q3", "k1", "v1"]
+    assert source_rows(name, 0, 2, 4) == ["q0", "q1", "k0", "v0"]
+    assert source_rows(name, 1, 2, 4) == ["q2", "q3", "k1", "v1"]
     wide = replace(QWEN, head_dim=2, num_attention_heads=2)
-    assert drawn(name, 1, 2, 6, wide) == ["q2", "q3", "k2", "k3", "v2", "v3"]
+    assert source_rows(name, 1, 2, 6, wide) == ["q2", "q3", "k2", "k3", "v2", "v3"]
     names = {piece.name for piece in slices(name, 0, 1, QWEN, 8)}
     assert names == {f"model.layers.8.self_attn.{part}_proj.{kind}" for part in "qkv"}
 
 
 def test_slices_of_the_mlp() -> None:
     name = "decoder.layers.8.mlp.linear_fc1.weight"
-    assert drawn(name, 0, 1, 8) == ["gate0", "gate1", "gate2", "gate3", "up0", "up1", "up2", "up3"]
-    assert drawn(name, 0, 2, 4) == ["gate0", "gate1", "up0", "up1"]
-    assert drawn(name, 1, 2, 4) == ["gate2", "gate3", "up2", "up3"]
+    assert source_rows(name, 0, 1, 8) == ["gate0", "gate1", "gate2", "gate3", "up0", "up1", "up2", "up3"]
+    assert source_rows(name, 0, 2, 4) == ["gate0", "gate1", "up0", "up1"]
+    assert source_rows(name, 1, 2, 4) == ["gate2", "gate3", "up2", "up3"]
     assert {piece.name for piece in slices(name, 0, 1, QWEN, 8)} == {
         "model.layers.8.mlp.gate_proj.weight", "model.layers.8.mlp.up_proj.weight",
     }  # fmt: skip
 
 
 def test_slices_of_projections_back_are_columns() -> None:
-    assert drawn("decoder.layers.8.mlp.linear_fc2.weight", 1, 2, 4) == [f"down{row}[2:4]" for row in range(4)]
-    assert drawn("decoder.layers.8.self_attention.linear_proj.weight", 0, 2, 4) == [f"o{row}[0:2]" for row in range(4)]
+    assert source_rows("decoder.layers.8.mlp.linear_fc2.weight", 1, 2, 4) == [f"down{row}[2:4]" for row in range(4)]
+    assert source_rows("decoder.layers.8.self_attention.linear_proj.weight", 0, 2, 4) == [
+        f"o{row}[0:2]" for row in range(4)
+    ]
     wide = replace(QWEN, intermediate_size=12, head_dim=3)
-    assert drawn("decoder.layers.8.mlp.linear_fc2.weight", 1, 4, 4, wide) == [f"down{row}[3:6]" for row in range(4)]
+    assert source_rows("decoder.layers.8.mlp.linear_fc2.weight", 1, 4, 4, wide) == [
+        f"down{row}[3:6]" for row in range(4)
+    ]
     name = "decoder.layers.8.self_attention.linear_proj.weight"
-    assert drawn(name, 1, 2, 4, wide) == [f"o{row}[6:12]" for row in range(4)]
+    assert source_rows(name, 1, 2, 4, wide) == [f"o{row}[6:12]" for row in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -92,23 +84,23 @@ def test_slices_of_projections_back_are_columns() -> None:
         ("decoder.final_layernorm.weight", "norm"),
     ],
 )
-def test_slices_of_norms_are_whole(name: str, norm: str) -> None:
+def test_slices_of_norms_are_the_full_tensors(name: str, norm: str) -> None:
     for tp_rank in range(2):
         (piece,) = slices(name, tp_rank, 2, QWEN, 4)
         assert piece == (f"model.{norm}.weight", range(4), None, 0)
 
 
 def test_slices_of_the_vocabulary_leave_padding_out() -> None:
-    assert drawn(WORDS, 0, 1, 5) == [f"embed_tokens{row}" for row in range(5)]
-    assert drawn(WORDS, 1, 2, 3) == ["embed_tokens3", "embed_tokens4", "-"]
-    assert drawn(WORDS, 3, 4, 2) == ["-", "-"]
-    assert drawn("output_layer.weight", 1, 2, 3) == ["lm_head3", "lm_head4", "-"]
+    assert source_rows(WORDS, 0, 1, 5) == [f"embed_tokens{row}" for row in range(5)]
+    assert source_rows(WORDS, 1, 2, 3) == ["embed_tokens3", "embed_tokens4", "-"]
+    assert source_rows(WORDS, 3, 4, 2) == ["-", "-"]
+    assert source_rows("output_layer.weight", 1, 2, 3) == ["lm_head3", "lm_head4", "-"]
     tied = replace(QWEN, tie_word_embeddings=True)
-    assert drawn("output_layer.weight", 0, 2, 3, tied) == ["embed_tokens0", "embed_tokens1", "embed_tokens2"]
+    assert source_rows("output_layer.weight", 0, 2, 3, tied) == ["embed_tokens0", "embed_tokens1", "embed_tokens2"]
 
 
 @pytest.mark.parametrize("part", ["q", "k"])
-def test_slices_of_qwen3s_head_norms_are_whole(part: str) -> None:
+def test_slices_of_qwen3s_head_norms_are_the_full_tensors(part: str) -> None:
     qwen3 = replace(QWEN, head_dim=3, qkv_bias=False, qk_norm=True)
     (piece,) = slices(f"decoder.layers.8.self_attention.{part}_layernorm.weight", 1, 2, qwen3, 3)
     assert piece == (f"model.layers.8.self_attn.{part}_norm.weight", range(3), None, 0)
@@ -189,7 +181,7 @@ def exchange(state: dict[str, Any], one: str, other: str) -> None:
     state[one], state[other] = state[other], state[one]
 
 
-# Layer 0 lies in chunk model0 of stage 0, d = 2 rows a head, one group of two queries a tensor rank.
+# Layer 0 is in chunk model0 of stage 0, d = 2 rows a head, one group of two queries a tensor rank.
 RANK_MUTANTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "two query heads swapped": lambda state: swap(state[QKV + "weight"], slice(0, 2), slice(2, 4)),
     "key and value swapped": lambda state: swap(state[QKV + "weight"], slice(4, 6), slice(6, 8)),
@@ -338,5 +330,5 @@ def test_what_a_cast_makes_infinite_is_counted(tmp_path: Path) -> None:
     write_ranks(tmp_path / "release", {name: tensor.half() for name, tensor in weights.items()}, qwen, TWO)
     checkpoint = Checkpoint(tmp_path, tmp_path / "release", "release", "torch")
     report = verify(tmp_path / "hf", checkpoint, qwen, torch.float16)
-    told = ["model.layers.1.mlp.up_proj.weight: 1 values overflow float16"]
-    assert (report.errors, report.non_finite) == (told, 1)
+    errors = ["model.layers.1.mlp.up_proj.weight: 1 values overflow float16"]
+    assert (report.errors, report.non_finite) == (errors, 1)

@@ -1,4 +1,4 @@
-"""Zips of which another reader takes something else than ours are refused; those of torch.save are read as they are."""
+"""Zips that another reader would read differently are refused; those of torch.save are read as they are."""
 
 import io
 import struct
@@ -40,7 +40,7 @@ def test_the_records_are_those_of_zipfile(count: int, tmp_path: Path) -> None:
     assert read(path.read_bytes()) == expected and len(expected) >= count + 3
 
 
-def test_a_zip_of_pythons_own_is_read() -> None:
+def test_a_zip_written_by_python_is_read() -> None:
     assert read(SOUND) == {"data.pkl": PICKLE, "version": b"3\n", "data/0": b"12345678"}
 
 
@@ -86,7 +86,7 @@ def test_a_zip_that_torch_does_not_write_is_refused(kind: str) -> None:
         read(ODD[kind])
 
 
-def test_each_byte_that_is_cut_off_is_noticed() -> None:
+def test_each_missing_byte_is_noticed() -> None:
     for length in range(len(SOUND)):
         with pytest.raises(ValueError, match="^it"):
             read(SOUND[:length])

@@ -18,7 +18,7 @@ from common.errors import KitError
 
 
 class Numbered:
-    """Samples that say whose they are and which."""
+    """Samples that hold their dataset and their number."""
 
     weighted = False
     order = "listed"
@@ -41,7 +41,7 @@ WEIGHTS = st.lists(st.fractions(Fraction(1, 1000), 1000, max_denominator=1000), 
 
 @settings(max_examples=60, deadline=None)
 @given(WEIGHTS, st.integers(0, 10**15))
-def test_each_has_its_share_after_any_number_and_each_sample_comes_once(weights: list[Fraction], start: int) -> None:
+def test_each_has_its_share_after_any_number_and_each_sample_is_used_once(weights: list[Fraction], start: int) -> None:
     made = blended(*weights)
     shares = [weight / sum(weights) for weight in weights]
     counts = made.counts(start)
@@ -66,8 +66,8 @@ def test_it_is_megatrons_blend_but_for_a_sample_or_two(weights: list[str]) -> No
     made = blended(*weights)
     ours = np.array([made.place(i)[0] for i in range(size)])
     for number in range(len(weights)):
-        apart = np.cumsum(which == number) - np.cumsum(ours == number)
-        assert np.abs(apart).max() <= 2
+        deviation = np.cumsum(which == number) - np.cumsum(ours == number)
+        assert np.abs(deviation).max() <= 2
 
 
 def test_an_epoch_is_as_long_as_the_datasets_together_and_members_count_their_own(
@@ -84,7 +84,7 @@ def test_an_epoch_is_as_long_as_the_datasets_together_and_members_count_their_ow
     assert made.description == "3/4 of 100, 1/4 of 300"
 
 
-def test_it_goes_to_the_processes_that_read_ahead(tmp_path: Path) -> None:
+def test_it_is_sent_to_the_processes_that_read_ahead(tmp_path: Path) -> None:
     members = []
     for number in range(2):
         with IndexedDatasetBuilder(tmp_path / f"{number}_text_document", "<i4") as writer:
@@ -124,7 +124,7 @@ def test_one_path_several_with_weights_or_a_file(data: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("0.7 {a} 0.3", "give one dataset, or a weight before each"),
         ("{a} 0.7", "the weight '.*/a' is not a positive number"),
@@ -135,13 +135,13 @@ def test_one_path_several_with_weights_or_a_file(data: SimpleNamespace) -> None:
         ("{a}x", "DATASET_PATH=.*ax is not a dataset"),
     ],
 )
-def test_what_is_no_blend_is_told(data: SimpleNamespace, text: str, told: str) -> None:
-    with pytest.raises(KitError, match=told):
+def test_an_invalid_blend_is_reported(data: SimpleNamespace, text: str, message: str) -> None:
+    with pytest.raises(KitError, match=message):
         read_blend(text.format(a=data.a))
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("[", "it is not JSON"),
         ("[]", "it must hold a list"),
@@ -152,8 +152,8 @@ def test_what_is_no_blend_is_told(data: SimpleNamespace, text: str, told: str) -
         (json.dumps({"format": "qwen-kit-data"}), "is the manifest of a dataset: remove .json from the path"),
     ],
 )
-def test_a_wrong_file_is_told(tmp_path: Path, content: str, told: str) -> None:
+def test_a_wrong_file_is_reported(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "blend.json"
     path.write_text(content)
-    with pytest.raises(KitError, match=f"VALID_DATASET_PATH.*{told}"):
+    with pytest.raises(KitError, match=f"VALID_DATASET_PATH.*{message}"):
         read_blend(str(path), "VALID_DATASET_PATH")

@@ -1,4 +1,4 @@
-"""The chat templates of the models themselves: what is rendered is transformers' own, and what of it is learned."""
+"""The models' own chat templates: what is rendered is what transformers renders, and which of it is learned."""
 
 import json
 import random
@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small tokenizer's folder with each model's template."""
     root = tmp_path_factory.mktemp("templates")
     texts = {path.stem: path.read_text() for path in TEMPLATES.glob("*.jinja")}
-    # As QwQ, but for the last answer, whose reasoning goes too.
+    # As QwQ, except that the last answer's reasoning is dropped too.
     texts["qwq_strips"] = texts["qwq"].replace("if not loop.last", "if true")
     # As Qwen3's later models that only think: the prompt begins the reasoning.
     texts["qwen3_thinking"] = texts["qwen3"].replace(
@@ -63,8 +63,8 @@ def encoder(folder: Path, loss_turns: str = "all", loss_on: str = "answer") -> S
     return SftEncoder(tokenizer, ChatTemplate(tokenizer), "messages", "system", loss_on, loss_turns, None)
 
 
-def talk(*contents: str | dict[str, Any]) -> list[dict[str, Any]]:
-    """Messages of user and assistant in turn; an object is a message of its own, the assistant's unless it says."""
+def conversation(*contents: str | dict[str, Any]) -> list[dict[str, Any]]:
+    """Messages of user and assistant in turn; an object is a full message, the assistant's unless it has a role."""
     return [
         {"role": "assistant", "content": "", **each} if isinstance(each, dict) else {"role": role, "content": each}
         for each, role in zip(contents, ("user", "assistant") * len(contents), strict=False)
@@ -72,7 +72,7 @@ def talk(*contents: str | dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def learned(made: SftEncoder, messages: list[dict[str, Any]], **fields: Any) -> tuple[list[str], str, Counter[str]]:
-    """(what is learned, whole text, counts)."""
+    """(what is learned, the full text, counts)."""
     counts: Counter[str] = Counter()
     pieces: list[Segment] = made.segments_of_row({"messages": messages, **fields}, counts)
     return [piece.text for piece in pieces if piece.loss], "".join(piece.text for piece in pieces), counts
@@ -106,7 +106,7 @@ def test_what_is_learned_of_what_transformers_renders(
     folders: dict[str, Path], name: str, turns: tuple[Any, ...], expected: list[str]
 ) -> None:
     made = encoder(folders[name])
-    messages = talk(*turns)
+    messages = conversation(*turns)
     found, text, _ = learned(made, messages)
     end = R1_ADDED[1] if name.startswith("r1") else "<|im_end|>"
     assert found == [each + end for each in expected]
@@ -119,7 +119,7 @@ def test_reasoning_that_the_template_leaves_out_of_the_last_answer_follows_its_p
     folders: dict[str, Path], name: str, begin: str
 ) -> None:
     made = encoder(folders[name])
-    messages = talk("q", "a", "q", f"{begin}Two and two.\n</think>\n\nIt is 4.")
+    messages = conversation("q", "a", "q", f"{begin}Two and two.\n</think>\n\nIt is 4.")
     found, text, counts = learned(made, messages)
     prompt = AutoTokenizer.from_pretrained(folders[name]).apply_chat_template(
         messages[:3], tokenize=False, add_generation_prompt=True
@@ -129,13 +129,13 @@ def test_reasoning_that_the_template_leaves_out_of_the_last_answer_follows_its_p
 
 
 def test_an_answer_after_a_shorter_prompt_is_counted(folders: dict[str, Path]) -> None:
-    assert learned(encoder(folders["r1_distill"]), talk("q", "a", "q", "b"))[2][SHORTER_PROMPT] == 2
-    assert learned(encoder(folders["qwen3"]), talk("q", "a", "q", "b"))[2][SHORTER_PROMPT] == 0
+    assert learned(encoder(folders["r1_distill"]), conversation("q", "a", "q", "b"))[2][SHORTER_PROMPT] == 2
+    assert learned(encoder(folders["qwen3"]), conversation("q", "a", "q", "b"))[2][SHORTER_PROMPT] == 0
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwq", "r1_distill", "qwen3_thinking"])
-def test_earlier_reasoning_that_is_left_out_is_told(folders: dict[str, Path], name: str) -> None:
-    messages = talk("q", THOUGHT + "a", "q", THOUGHT + "b")
+def test_earlier_reasoning_that_is_left_out_is_reported(folders: dict[str, Path], name: str) -> None:
+    messages = conversation("q", THOUGHT + "a", "q", THOUGHT + "b")
     with pytest.raises(BadRowError, match="drops the reasoning of turn 2 when more turns follow: set LOSS_TURNS="):
         learned(encoder(folders[name]), messages)
     assert learned(encoder(folders[name], "last"), messages)[0][0].startswith(("<think>\nTwo", "Two and two."))
@@ -145,8 +145,8 @@ def test_earlier_reasoning_that_is_left_out_is_told(folders: dict[str, Path], na
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "qwq", "r1_distill"])
-def test_a_field_of_reasoning_that_is_not_shown_is_told(folders: dict[str, Path], name: str) -> None:
-    messages = talk("q", {"content": "Two and two.", "reasoning_content": "and"})
+def test_a_field_of_reasoning_that_is_not_shown_is_reported(folders: dict[str, Path], name: str) -> None:
+    messages = conversation("q", {"content": "Two and two.", "reasoning_content": "and"})
     with pytest.raises(BadRowError, match="'reasoning_content'.* of turn 2"):
         learned(encoder(folders[name]), messages)
 
@@ -154,22 +154,22 @@ def test_a_field_of_reasoning_that_is_not_shown_is_told(folders: dict[str, Path]
 def test_a_rows_own_settings_reach_the_template(folders: dict[str, Path]) -> None:
     made = encoder(folders["qwen3"])
     off = {"enable_thinking": False}
-    found, text, counts = learned(made, talk("q", "a", "q", "b"), chat_template_kwargs=off)
+    found, text, counts = learned(made, conversation("q", "a", "q", "b"), chat_template_kwargs=off)
     assert found == ["a<|im_end|>", "b<|im_end|>"] and counts[SHORTER_PROMPT] == 1
     theirs = AutoTokenizer.from_pretrained(folders["qwen3"])
-    assert text == theirs.apply_chat_template(talk("q", "a", "q", "b"), tokenize=False, **off)
+    assert text == theirs.apply_chat_template(conversation("q", "a", "q", "b"), tokenize=False, **off)
     with pytest.raises(BadRowError, match="remove its chat_template_kwargs, or the reasoning"):
-        learned(made, talk("q", THOUGHT + "a"), chat_template_kwargs=off)
+        learned(made, conversation("q", THOUGHT + "a"), chat_template_kwargs=off)
     for wrong in ("enable_thinkin", "tools", "tokenize", "messages", "bos_token", "namespace"):
         with pytest.raises(BadRowError, match=f"'{wrong}', which the chat template .* reads .*enable_thinking"):
-            learned(made, talk("q", "a"), chat_template_kwargs={wrong: False})
+            learned(made, conversation("q", "a"), chat_template_kwargs={wrong: False})
     with pytest.raises(BadRowError, match="'enable_thinking', which"):
-        learned(encoder(folders["qwen2.5"]), talk("q", "a"), chat_template_kwargs=off)
+        learned(encoder(folders["qwen2.5"]), conversation("q", "a"), chat_template_kwargs=off)
 
 
 def test_a_call_whose_arguments_are_to_be_a_string_is_learned(folders: dict[str, Path]) -> None:
     made = encoder(folders["r1_distill"])
-    messages = talk("q", {"tool_calls": [CALL]}, {"role": "tool", "content": "5"}, {"content": "It is 4."})
+    messages = conversation("q", {"tool_calls": [CALL]}, {"role": "tool", "content": "5"}, {"content": "It is 4."})
     found, _, _ = learned(made, messages)
     shown = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "Paris"}\n```'
     assert found == [f"{shown}<｜tool▁call▁end｜><｜tool▁calls▁end｜>{R1_ADDED[1]}", f"It is 4.{R1_ADDED[1]}"]
@@ -178,14 +178,16 @@ def test_a_call_whose_arguments_are_to_be_a_string_is_learned(folders: dict[str,
 def test_a_template_that_fails_on_a_row_makes_it_a_bad_row(folders: dict[str, Path]) -> None:
     call = {"function": {"name": "weather", "arguments": {"city": "Paris"}}}  # without its type
     with pytest.raises(BadRowError, match="the chat template fails on it: UndefinedError"):
-        learned(encoder(folders["r1_distill"]), talk("q", {"tool_calls": [call]}))
+        learned(encoder(folders["r1_distill"]), conversation("q", {"tool_calls": [call]}))
 
 
 @pytest.mark.parametrize("spelled", ["<|im_end|>", "<|im_end|>\n<|im_start|>user\nq<|im_end|>"])
 def test_a_call_that_spells_the_end_of_its_turn_does_not_end_there(folders: dict[str, Path], spelled: str) -> None:
     call = {"function": {"name": "weather", "arguments": {"city": spelled}}}
     made = encoder(folders["qwen2.5"])
-    found, _, _ = learned(made, talk("q", {"tool_calls": [call]}, {"role": "tool", "content": "5"}, {"content": "b"}))
+    found, _, _ = learned(
+        made, conversation("q", {"tool_calls": [call]}, {"role": "tool", "content": "5"}, {"content": "b"})
+    )
     assert found[0].endswith("}}\n</tool_call><|im_end|>") and found[1] == "b<|im_end|>"
 
 
@@ -227,14 +229,14 @@ def test_made_up_conversations_are_those_of_transformers(folders: dict[str, Path
             answers = answers[-1:] if loss_turns == "last" else answers
             assert len(found) == len(answers)
             for piece, message in zip(found, answers, strict=True):
-                thought, said = message.get("reasoning_content", ""), message["content"]
+                reasoning, content = message.get("reasoning_content", ""), message["content"]
                 calls = '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
                 calls *= len(message.get("tool_calls", []))
-                expected = f"{said}{calls}" if said else calls[name != "qwen2.5" and name != "qwq" :]
-                if calls and not said:
+                expected = f"{content}{calls}" if content else calls[name != "qwen2.5" and name != "qwq" :]
+                if calls and not content:
                     expected = calls.lstrip("\n")
-                if thought:
-                    expected = f"<think>\n{thought}\n</think>\n\n{expected}"
+                if reasoning:
+                    expected = f"<think>\n{reasoning}\n</think>\n\n{expected}"
                     expected = expected.removeprefix("<think>\n") if name == "qwen3_thinking" else expected
                 assert piece == f"{expected}<|im_end|>"
 
@@ -251,7 +253,7 @@ def test_a_long_conversation_is_rendered_in_time_that_grows_as_it_does(
     sums = []
     for pairs in (50, 100, 200):
         rendered.clear()
-        messages = [{"role": "system", "content": "s"}, *talk(*(str(n) for n in range(2 * pairs)))]
+        messages = [{"role": "system", "content": "s"}, *conversation(*(str(n) for n in range(2 * pairs)))]
         found, text, _ = learned(made, messages)
         assert len(found) == pairs * (1 if loss_on == "answer" else 2)
         assert [each.split("<")[0] for each in found if each[0].isdigit()] == [str(2 * n + 1) for n in range(pairs)]
@@ -267,7 +269,7 @@ def test_a_long_conversation_whose_turns_are_not_alike_is_rendered_in_full(tmp_p
         .replace("'<|im_end|>' + '\\n'", "'<|im_end|>' + '\\n' + (loop.index | string)")
     )
     made = encoder(write(tmp_path / "counted", "counted", counted))
-    found, text, _ = learned(made, talk(*(f"{n}x" for n in range(60))))
+    found, text, _ = learned(made, conversation(*(f"{n}x" for n in range(60))))
     assert found == [f"{n}x<|im_end|>" for n in range(1, 60, 2)] and "<|im_end|>\n60" in text
 
 
@@ -277,7 +279,7 @@ def test_each_prompts_ids_are_those_of_inference(folders: dict[str, Path], name:
     theirs = AutoTokenizer.from_pretrained(folders[name])
     made = encoder(folders[name])
     for first, differs in (("a", 0), ("\n\nb", 1)):
-        messages = talk("q", first, "q", "c")
+        messages = conversation("q", first, "q", "c")
         pieces = made.segments_of_row({"messages": messages}, counts := Counter())
         ids = made._encode([pieces])[0][0].tolist()
         prompts = []
@@ -290,7 +292,7 @@ def test_each_prompts_ids_are_those_of_inference(folders: dict[str, Path], name:
         joined = differs and name in ("qwen2.5", "qwen3")
         assert prompts == [True, not joined] and counts[NEWLINE_ANSWERS] == joined
     last = encoder(folders[name], "last")
-    assert learned(last, talk("q", "\n\nb", "q", "c"))[2][NEWLINE_ANSWERS] == 0
+    assert learned(last, conversation("q", "\n\nb", "q", "c"))[2][NEWLINE_ANSWERS] == 0
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -313,4 +315,4 @@ def test_a_token_that_transformers_adds_by_itself_is_no_fault_of_the_folder(
         with pytest.raises(KitError, match="it lacks '<unk>'"):
             encoder(folder)
     else:
-        assert learned(encoder(folder), talk("q", "a"))[0] == [f"a{R1_ADDED[1]}"]
+        assert learned(encoder(folder), conversation("q", "a"))[0] == [f"a{R1_ADDED[1]}"]

@@ -1,4 +1,4 @@
-"""Damaged data files: refused with the file and a remedy, or read as what they were, never as anything else."""
+"""Damaged data files: refused with the file and a remedy, or read as they were, never as anything else."""
 
 import random
 import struct
@@ -46,7 +46,7 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
     elif kind == 4:
         size = chance.choice([1, 4, 8])
         del data[at : at + size]
-    else:  # a whole number of the file: the type, a count, or an element of an array
+    else:  # an integer of the file: the type, a count, or an element of an array
         n = len(DOCUMENTS)
         places = [(9, "<Q"), (17, "<B"), (18, "<Q"), (26, "<Q")]
         places += [(34 + 4 * i, "<i") for i in range(n)] + [(34 + 4 * n + 8 * i, "<q") for i in range(2 * n + 1)]
@@ -76,7 +76,7 @@ def test_a_mutated_index_is_refused_or_is_the_same_data(tmp_path: Path, dtype: s
     assert refused > 800
 
 
-def test_two_faults_that_hide_each_other_are_refused_too(tmp_path: Path) -> None:
+def test_two_faults_that_mask_each_other_are_refused_too(tmp_path: Path) -> None:
     """Lengths with the sum they had, and their offsets with them: the documents' bounds in the data would be others."""
     prefix = write(tmp_path / "a")
     index = idx_path(prefix).read_bytes()
@@ -92,9 +92,7 @@ def test_two_faults_that_hide_each_other_are_refused_too(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("block", [1, 2, 4, 1 << 20])
-def test_a_fault_is_found_in_whichever_block_it_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
-) -> None:
+def test_a_fault_is_found_in_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(idx_file, "BLOCK", block)
     prefix = write(tmp_path / "a")
     index = idx_path(prefix).read_bytes()
@@ -137,7 +135,7 @@ def test_an_index_of_a_kind_that_is_not_text_alone_is_refused(tmp_path: Path) ->
         IndexedDataset(prefix)
 
 
-def test_what_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = write(tmp_path / "a")
     opened = Path.open
 
@@ -146,16 +144,16 @@ def test_what_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
             raise PermissionError(13, "Permission denied", str(path))
         return opened(path, *words, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Path, "open", refuse)  # by rights alone root would not be kept out
+    monkeypatch.setattr(Path, "open", refuse)  # permissions alone do not stop root
     with pytest.raises(KitError, match=r"a\.bin: Permission denied"):
         IndexedDataset(prefix)
 
 
-def test_training_is_told_of_files_that_are_not_those_of_their_manifest(tmp_path: Path) -> None:
+def test_training_refuses_files_that_do_not_match_their_manifest(tmp_path: Path) -> None:
     prefix = write(tmp_path / "a_text_document", documents=[[1] * 50])
-    told = {"documents": {"read": 1, "kept": 1, "dropped": {}}, "tokens": 50}
+    manifest = {"documents": {"read": 1, "kept": 1, "dropped": {}}, "tokens": 50}
     common = {"train_mode": "pretrain", "seq_length": 8, "seed": 1}
-    assert build_dataset(DataFiles("pretrain", prefix, None, told), **common).samples_per_epoch == 6  # type: ignore[arg-type]
+    assert build_dataset(DataFiles("pretrain", prefix, None, manifest), **common).samples_per_epoch == 6  # type: ignore[arg-type]
     write(prefix, documents=[[1] * 30, [1] * 19])
     with pytest.raises(KitError, match=r"records 1 documents instead of 2; 50 tokens instead of 49"):
-        build_dataset(DataFiles("pretrain", prefix, None, told), **common)  # type: ignore[arg-type]
+        build_dataset(DataFiles("pretrain", prefix, None, manifest), **common)  # type: ignore[arg-type]

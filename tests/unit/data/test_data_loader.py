@@ -57,7 +57,7 @@ def test_over_all_ranks_each_global_batch_holds_its_samples_once(
             assert rows == [samples[first + i]["tokens"].tolist() for i in range(micro_batch_size * dp_size)]
 
 
-def test_a_later_start_goes_on_where_an_earlier_one_would_be(samples: SampleDataset) -> None:
+def test_a_later_start_continues_where_an_earlier_one_would_be(samples: SampleDataset) -> None:
     def tokens(start_sample: int, count: int) -> list[list[list[int]]]:
         made = taken(
             samples, count, start_sample=start_sample, global_batch_size=8, micro_batch_size=2, dp_rank=1, dp_size=2
@@ -83,7 +83,7 @@ def workers(others: list[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_readers_begin_anew_by_the_same_processes_and_share_what_is_read(
+def test_readers_restart_with_the_same_processes_and_share_what_is_read(
     samples: SampleDataset, num_workers: int
 ) -> None:
     sizes = {"global_batch_size": 2, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1, "num_workers": num_workers}
@@ -97,6 +97,6 @@ def test_readers_begin_anew_by_the_same_processes_and_share_what_is_read(
         one, other = batches.read_from(start, num_readers=2)
         taken = [next(one) for _ in range(3 - start // 2)]
         assert [batch["tokens"].tolist() for batch in taken] == expected[start // 2 :]
-        taken[0].pop("tokens")  # the other reader has a batch of its own
+        taken[0].pop("tokens")  # the other reader has its own batch
         assert [next(other)["tokens"].tolist() for _ in range(2)] == expected[start // 2 :][:2]
     assert workers(others) == before

@@ -70,7 +70,7 @@ def test_split_is_megatrons(number: int, split: str) -> None:
 
 
 @pytest.mark.parametrize("split", ["", "a,b", "98,2,0,1", "-1,2", "0,0,0", "0,1", "nan,1", "inf,1"])
-def test_wrong_splits_are_told(split: str) -> None:
+def test_wrong_splits_are_reported(split: str) -> None:
     with pytest.raises(KitError, match=f"SPLIT={split}: give one to three non-negative numbers"):
         split_documents(10, split)
 
@@ -79,7 +79,7 @@ def test_wrong_splits_are_told(split: str) -> None:
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_windows_hold_the_documents_in_the_epochs_order_and_the_rest_is_told(
+def test_windows_hold_the_documents_in_the_epochs_order_and_the_rest_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, listed: bool
 ) -> None:
 
@@ -91,7 +91,7 @@ def test_windows_hold_the_documents_in_the_epochs_order_and_the_rest_is_told(
     assert samples.samples_per_epoch == (total - 1) // 8 == 17
     assert f"{total} tokens make 17 samples per epoch, dropping the last {total - 1 - 17 * 8} tokens" in caplog.text
     rows = epoch(samples)
-    # Windows overlap by one token, so labels say which window comes next.
+    # Windows overlap by one token, so labels show which window comes next.
     after = {int(row["labels"][-1]): row for row in rows}
     by_start = {int(row["tokens"][0]): row for row in rows}
     (first,) = set(by_start) - set(after)
@@ -145,7 +145,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, kind: str, li
     assert same(epoch(pickle.loads(pickle.dumps(samples)), 1), second)
 
 
-def test_many_samples_are_not_listed_unless_an_older_run_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_samples_are_listed_only_where_an_older_run_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shuffle, "MAX_LISTED", 29)  # 12 documents and 17 samples
     files = pretrain_data(tmp_path)
     few = pretrain(files)
@@ -164,7 +164,7 @@ def test_only_the_splits_documents_are_used(tmp_path: Path) -> None:
     assert sorted((int(row["tokens"][0]) - 1) // 100 for row in rows) == [3, 4, 5]
 
 
-def test_too_little_data_and_the_other_kind_are_told(tmp_path: Path) -> None:
+def test_too_little_data_and_the_other_kind_are_reported(tmp_path: Path) -> None:
     files = pretrain_data(tmp_path)
     total = sum(LENGTHS)
     assert pretrain(files, seq_length=total - 1).samples_per_epoch == 1
@@ -244,15 +244,15 @@ def test_too_long_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         assert firsts(finetune(files, truncate="drop")) == [(1, 17), (201, 205)]
         assert firsts(finetune(files, truncate="right")) == [(1, 17), (101, 117), (201, 205)]
         assert firsts(finetune(files, truncate="left")) == [(1, 17), (102, 118), (201, 205)]
-    told = caplog.text
-    assert "dropped" in told and "truncated from the right" in told and "truncated from the left" in told
+    log = caplog.text
+    assert "dropped" in log and "truncated from the right" in log and "truncated from the left" in log
     with pytest.raises(KitError, match="TRUNCATE=middle is unknown"):
         finetune(files, truncate="middle")
 
 
 def test_a_cut_that_leaves_nothing_to_learn_drops_the_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
-    # The first token that is kept is no label.
+    # The first remaining token is no label.
     at_end, at_start = [0] * 19 + [1], [1, 1, 0, 1] + [0] * 16
     files = sft_data(tmp_path, [20, 20, 4], [at_end, at_start, [0, 1, 1, 1]])
     with caplog.at_level("INFO", "kit"):
@@ -267,7 +267,7 @@ def test_samples_of_one_token_are_dropped_and_none_left_is_an_error(tmp_path: Pa
         finetune(sft_data(tmp_path, [1]))
 
 
-def test_a_mask_of_other_data_is_told(tmp_path: Path) -> None:
+def test_a_mask_of_other_data_is_reported(tmp_path: Path) -> None:
     files = sft_data(tmp_path, [5, 6])
     (tmp_path / "other").mkdir()
     other = sft_data(tmp_path / "other", [6, 5])

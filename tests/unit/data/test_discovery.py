@@ -12,21 +12,21 @@ def names(text: object) -> list[str]:
     return [path.name for path in find_inputs(str(text))]
 
 
-def test_a_folder_gives_its_files_of_rows_and_tells_the_rest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_gives_its_row_files_and_the_rest_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kit")
     (tmp_path / "sub").mkdir()
     others = ("._a.jsonl", ".x", "d.json", "e.jsonl.lz4", "README")
     for name in ("a.jsonl", "c.JSONL", "sub/b.jsonl", *others):
         (tmp_path / name).write_text('{"text": "a"}\n')
     assert names(tmp_path) == ["a.jsonl", "c.JSONL"]
-    (told,) = caplog.messages
+    (message,) = caplog.messages
     for each in ("2 hidden (._a.jsonl, .x)", "1 folders (sub)", "1 .json (d.json)", "1 .lz4", "1 without an extension"):
-        assert each in told
+        assert each in message
     assert names(f"{tmp_path}/**/*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert names(f"{tmp_path}/** ") == ["README", "a.jsonl", "c.JSONL", "d.json", "e.jsonl.lz4", "b.jsonl"]
 
 
-def test_a_file_that_is_named_twice_is_told_by_any_of_its_names(
+def test_a_file_that_is_given_twice_is_recognized_by_any_of_its_names(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -40,7 +40,7 @@ def test_a_file_that_is_named_twice_is_told_by_any_of_its_names(
         assert len(caplog.messages) == 1 and "INPUT names 1 file more than once" in caplog.text
 
 
-def test_what_is_no_file_of_rows_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(KitError, match=r"pipe\.jsonl is not a regular file"):
         find_inputs(str(tmp_path / "pipe.jsonl"))

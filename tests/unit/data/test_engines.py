@@ -24,8 +24,8 @@ ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
-    """What the log says."""
+def log(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """The text of the log."""
     caplog.set_level(logging.INFO, "kit")
     return lambda: caplog.text
 
@@ -56,19 +56,19 @@ def test_any_text_gets_the_same_ids_from_both_engines(
     assert ids.tolist() == [number for row in expected for number in row]
 
 
-def test_special_tokens_are_text_unless_they_are_asked_for(pair: tuple[TextTokenizer, Gigatoken]) -> None:
+def test_special_tokens_are_text_unless_they_are_enabled(pair: tuple[TextTokenizer, Gigatoken]) -> None:
     tokenizer, engine = pair
     number = tokenizer.token_id("<|im_end|>")
     assert engine.encode_flat(["a<|im_end|>"], True)[0].tolist()[-1] == number
     assert number not in engine.encode_flat(["a<|im_end|>"], False)[0].tolist()
 
 
-def test_gigatoken_is_chosen_and_said_and_gives_what_the_other_gives(qwen: Path, said: Callable[[], str]) -> None:
+def test_gigatoken_is_selected_and_logged_and_agrees_with_tokenizers(qwen: Path, log: Callable[[], str]) -> None:
     tokenizer, other = load_tokenizer(qwen), load_tokenizer(qwen)
     select_engine(tokenizer, "auto", False, [("a", TEXTS[0]), ("b", TEXTS[1])])
     select_engine(other, "tokenizers", False, [("a", TEXTS[0])])
-    assert "tokenizer engine: gigatoken; same ids as tokenizers, which is slower, on 2 documents of the input" in said()
-    assert "tokenizer engine: tokenizers, set by TOKENIZER_ENGINE" in said()
+    assert "tokenizer engine: gigatoken; same ids as tokenizers, which is slower, on 2 documents of the input" in log()
+    assert "tokenizer engine: tokenizers, set by TOKENIZER_ENGINE" in log()
     assert (tokenizer.engine, other.engine) == ("gigatoken", "tokenizers")
     for ours, theirs in zip(tokenizer.encode_flat(TEXTS), other.encode_flat(TEXTS), strict=True):
         assert np.array_equal(ours, theirs)
@@ -76,7 +76,7 @@ def test_gigatoken_is_chosen_and_said_and_gives_what_the_other_gives(qwen: Path,
 
 
 def test_a_tokenizer_that_it_cannot_load_is_left_to_tokenizers(
-    qwen: Path, tmp_path: Path, said: Callable[[], str]
+    qwen: Path, tmp_path: Path, log: Callable[[], str]
 ) -> None:
     def to_words(content: dict) -> None:
         content["model"] = {"type": "WordLevel", "vocab": content["model"]["vocab"], "unk_token": "!"}
@@ -87,7 +87,7 @@ def test_a_tokenizer_that_it_cannot_load_is_left_to_tokenizers(
     select_engine(tokenizer, "auto", False, [])
     assert (
         tokenizer.engine == "tokenizers"
-        and "tokenizer engine: tokenizers; gigatoken is not used: it cannot load" in said()
+        and "tokenizer engine: tokenizers; gigatoken is not used: it cannot load" in log()
     )
     with pytest.raises(KitError, match="TOKENIZER_ENGINE=gigatoken: it cannot load .*: set TOKENIZER_ENGINE=auto or"):
         select_engine(tokenizer, "gigatoken", False, [])
@@ -119,13 +119,13 @@ OTHERWISE = {
 
 
 @pytest.mark.parametrize("name", OTHERWISE)
-def test_what_gigatoken_does_otherwise_is_left_to_tokenizers(
-    qwen: Path, tmp_path: Path, said: Callable[[], str], name: str
+def test_what_gigatoken_does_differently_is_left_to_tokenizers(
+    qwen: Path, tmp_path: Path, log: Callable[[], str], name: str
 ) -> None:
-    change, told = OTHERWISE[name]
+    change, message = OTHERWISE[name]
     tokenizer = load_tokenizer(changed(qwen, tmp_path / "other", change))
     select_engine(tokenizer, "auto", False, [])
-    assert tokenizer.engine == "tokenizers" and re.search(f"gigatoken is not used: .*{told}", said())
+    assert tokenizer.engine == "tokenizers" and re.search(f"gigatoken is not used: .*{message}", log())
 
 
 @pytest.mark.parametrize("how", [{}, {"lstrip": True}, {"rstrip": True}, {"normalized": True}])
@@ -142,18 +142,16 @@ def test_other_added_tokens_get_the_same_ids(qwen: Path, tmp_path: Path, how: di
 
 
 def test_without_the_package_tokenizers_is_used(
-    qwen: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
+    qwen: Path, monkeypatch: pytest.MonkeyPatch, log: Callable[[], str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     tokenizer = load_tokenizer(qwen)
     select_engine(tokenizer, "auto", False, [])
-    assert tokenizer.engine == "tokenizers" and "it is not installed" in said()
+    assert tokenizer.engine == "tokenizers" and "it is not installed" in log()
 
 
-@pytest.mark.parametrize("wanted", ["auto", "gigatoken"])
-def test_a_difference_on_the_users_own_text_stops_the_run(
-    qwen: Path, monkeypatch: pytest.MonkeyPatch, wanted: str
-) -> None:
+@pytest.mark.parametrize("engine", ["auto", "gigatoken"])
+def test_a_difference_on_the_users_text_stops_the_run(qwen: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     real = Gigatoken.encode_flat
 
     def wrong(self: Gigatoken, texts: list[str], parse_special: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -165,11 +163,11 @@ def test_a_difference_on_the_users_own_text_stops_the_run(
 
     monkeypatch.setattr(Gigatoken, "encode_flat", wrong)
     tokenizer = load_tokenizer(qwen)
-    select_engine(tokenizer, wanted, False, [("a", TEXTS[0])])
+    select_engine(tokenizer, engine, False, [("a", TEXTS[0])])
     with pytest.raises(
         KitError, match=r"differ on line 5, from token 7 on, near '.*': set TOKENIZER_ENGINE=tokenizers"
     ):
-        select_engine(tokenizer, wanted, False, [("line 4", TEXTS[0]), ("line 5", TEXTS[1])])
+        select_engine(tokenizer, engine, False, [("line 4", TEXTS[0]), ("line 5", TEXTS[1])])
 
 
 def test_what_a_sample_lacks_is_tried_with_texts_of_the_kits_own(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +202,7 @@ def test_the_sample_comes_from_all_over_the_input_and_is_bounded(tmp_path: Path)
     assert place == f"the document at byte {start} of {files[1]}"
 
 
-def test_rows_that_cannot_be_used_are_passed_over_in_the_sample(tmp_path: Path) -> None:
+def test_unusable_rows_are_skipped_in_the_sample(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xff\n{"no": 1}\n[1]\n{"text": 5}\n{"text": "good"}\n')
     sample = sample_texts([Span(path, 0, path.stat().st_size)], "text")

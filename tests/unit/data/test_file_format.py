@@ -92,16 +92,16 @@ def test_damage_and_a_wrong_ending_are_errors(tmp_path: Path, ending: str) -> No
 
 @pytest.mark.parametrize("without", [(), ("isal.igzip", "isal.isal_zlib")])
 @pytest.mark.parametrize("ending", COMPRESS)
-def test_turned_bits_are_told_or_change_nothing(
+def test_flipped_bits_are_reported_or_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, without: tuple[str, ...]
 ) -> None:
     for name in without:
         monkeypatch.setitem(sys.modules, name, None)
-    whole, chance = COMPRESS[ending](ROWS[:2000]), random.Random(0)
+    intact, chance = COMPRESS[ending](ROWS[:2000]), random.Random(0)
     path = tmp_path / f"a.jsonl.{ending}"
-    told = 0
-    for at in range(0, 8 * len(whole), 29):
-        data = bytearray(whole)
+    refused = 0
+    for at in range(0, 8 * len(intact), 29):
+        data = bytearray(intact)
         for bit in (at, chance.randrange(8 * len(data))):
             data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
@@ -109,11 +109,11 @@ def test_turned_bits_are_told_or_change_nothing(
             assert lines_of(path) == ROWS[:2000] or ending == "zst"  # whose checksum may be left out
         except KitError as error:
             assert str(error).startswith(f"{path} cannot be read: ") or "one JSON array" in str(error)
-            told += 1
-    assert told > len(whole) // 29
+            refused += 1
+    assert refused > len(intact) // 29
 
 
-def test_a_zst_file_without_its_library_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zst_file_without_its_library_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(zstd(ROWS))
     monkeypatch.setattr(compression, "_zstd", lambda: None)
@@ -137,13 +137,13 @@ FOREIGN = {
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, zstd])
 def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, compress: Any) -> None:
     path = tmp_path / "a.jsonl"
-    data, told = FOREIGN[name]
+    data, message = FOREIGN[name]
     path.write_bytes(compress(data))
-    with pytest.raises(KitError, match=rf"a\.jsonl is {told}.*: write it as jsonl in UTF-8"):
+    with pytest.raises(KitError, match=rf"a\.jsonl is {message}.*: write it as jsonl in UTF-8"):
         detect_layout(path)
 
 
-def test_a_bomb_is_read_in_little_memory(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_read_in_little_memory(tmp_path: Path) -> None:
     """A gigabyte of rows in 100 KB: neither its window nor what a block inflates to is held."""
     code = """if True:
         import resource, sys
@@ -217,7 +217,7 @@ def test_a_json_array_gives_its_elements_however_it_is_written(
 
 @pytest.mark.parametrize("number", ["0.5", "-1.25e+10", "12345", "1E5"])
 @pytest.mark.parametrize("after", [b",2]", b"]", b" \n]"])
-def test_a_number_is_whole_wherever_a_read_ends(tmp_path: Path, number: str, after: bytes) -> None:
+def test_a_number_is_complete_wherever_a_read_ends(tmp_path: Path, number: str, after: bytes) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"[" + number.encode() + after)
     for block in range(1, 12):
@@ -252,15 +252,15 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_what_is_wrong_with_an_array_is_told(tmp_path: Path, name: str) -> None:
-    data, told = ARRAYS[name]
+def test_what_is_wrong_with_an_array_is_reported(tmp_path: Path, name: str) -> None:
+    data, message = ARRAYS[name]
     path = tmp_path / "a.json"
     path.write_bytes(data)
-    with pytest.raises(KitError, match=f"a.json is a JSON array, but .*{told}"):
+    with pytest.raises(KitError, match=f"a.json is a JSON array, but .*{message}"):
         lines_of(path)
 
 
-def test_an_error_in_a_long_array_is_told_without_reading_on(tmp_path: Path) -> None:
+def test_an_error_in_a_long_array_is_reported_without_reading_on(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"text": 1}, {"text" 2}, ' + b'{"text": 3},' * 1_000_000)
     with path.open("rb") as stream:
@@ -292,7 +292,7 @@ def test_a_bad_element_is_a_bad_row_and_the_others_are_read(
         monkeypatch.setattr(json_array, "orjson", None)
         monkeypatch.setattr("common.data.sources.jsonl.orjson", None)
     monkeypatch.setattr(json_array, "BLOCK", block)
-    element, told = BAD_ELEMENTS[name]
+    element, message = BAD_ELEMENTS[name]
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"text": "a"},\n' + element + b' , {"text": "b"}]')
     good, bad = [], []
@@ -301,11 +301,11 @@ def test_a_bad_element_is_a_bad_row_and_the_others_are_read(
         good += [record["text"] for _, record in records(chunk, Counter(), rows)]
         bad += [(each.element, each.cause, each.whole) for each in rows.rows]
     assert good == ["a", "b"]
-    ((element, cause, whole),) = bad
-    assert element == 2 and told in cause and whole == ("MAX_ROW_BYTES" not in told)
+    ((element, cause, is_complete),) = bad
+    assert element == 2 and message in cause and is_complete == ("MAX_ROW_BYTES" not in message)
 
 
-def test_a_byte_order_mark_alone_is_no_array(tmp_path: Path) -> None:
+def test_a_file_with_only_a_byte_order_mark_is_no_array(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf\n{"text": "[a"}\n')
     assert not detect_layout(path).array

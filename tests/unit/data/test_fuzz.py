@@ -1,6 +1,6 @@
-"""A few hundred mutants of each kind of data that somebody else may have written, read as step 1 and training read it.
+"""A few hundred mutants of each kind of foreign data, read as step 1 and training read it.
 
-In a process of its own: nothing but a message comes of them, in time, in little memory; and what is read is right.
+In a separate process: only KitError is raised, within time and memory bounds; and what is read is right.
 """
 
 import gzip
@@ -32,14 +32,14 @@ COUNTS = {
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, Any]:
+def results() -> dict[str, Any]:
     return in_a_child(COUNTS)
 
 
 @pytest.mark.parametrize("surface", COUNTS)
-def test_what_is_read_of_a_mutant_is_right(surface: str, told: dict[str, Any]) -> None:
-    assert told[surface]["escaped"] == []
-    assert told[surface]["read"] > COUNTS[surface] // 20 and told[surface]["refused"] > COUNTS[surface] // 4
+def test_what_is_read_of_a_mutant_is_right(surface: str, results: dict[str, Any]) -> None:
+    assert results[surface]["escaped"] == []
+    assert results[surface]["read"] > COUNTS[surface] // 20 and results[surface]["refused"] > COUNTS[surface] // 4
 
 
 def test_the_same_seed_gives_the_same_cases() -> None:
@@ -55,7 +55,7 @@ def test_rows_that_are_lost_would_be_found(tmp_path: Path, monkeypatch: pytest.M
         take(gzip.compress(files.as_lines(files.ROWS)))
 
 
-def test_documents_that_are_others_would_be_found(tmp_path: Path) -> None:
+def test_changed_documents_would_be_found(tmp_path: Path) -> None:
     _, take = data_surfaces.SURFACES["index"](tmp_path, 0, 0)
     tokens = IndexedDataset(tmp_path / "data")[2]
     data = (tmp_path / "data.bin").read_bytes()
@@ -68,7 +68,7 @@ def test_documents_that_are_others_would_be_found(tmp_path: Path) -> None:
         take(len(index).to_bytes(8, "little") + index + data)
 
 
-def test_a_row_that_is_rendered_otherwise_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_rendered_differently_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, take = data_surfaces.SURFACES["rows"](tmp_path, 0, 0)
     case = b"qwen3 all answer whole system\n" + json.dumps(rows.SOURCES[0]).encode()
     take(case)
@@ -78,7 +78,7 @@ def test_a_row_that_is_rendered_otherwise_would_be_found(tmp_path: Path, monkeyp
         take(case)
 
 
-def test_by_hand_a_case_that_escapes_is_kept_and_told(
+def test_by_hand_a_case_that_escapes_is_saved_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     part = {"read": 3, "refused": 4, "escaped": [[b"bad".hex(), "why"]], "slowest": 1.25, "memory": 7 << 20}

@@ -1,4 +1,4 @@
-"""The ids of data against those of a model: told by the manifest, by an earlier scan, or by a scan."""
+"""The ids of data against those of a model: known from the manifest, from an earlier scan, or from a scan."""
 
 import json
 import os
@@ -30,13 +30,15 @@ def check(tokens: IndexedDataset, vocab_size: int, manifest: dict[str, object] |
 
 def test_the_largest_id_must_be_under_the_models_vocab_size(tmp_path: Path) -> None:
     tokens = data(tmp_path / "a", [3, 419, 0])
-    told = r"a\.bin holds the token id 419, but the model's largest id is 399 \(vocab_size=400 in model/config\.json\)"
+    message = (
+        r"a\.bin holds the token id 419, but the model's largest id is 399 \(vocab_size=400 in model/config\.json\)"
+    )
     check(tokens, 420)
     for vocab_size in (400, 419):
-        with pytest.raises(KitError, match=told.replace("399", f"{vocab_size - 1}").replace("400", f"{vocab_size}")):
+        with pytest.raises(KitError, match=message.replace("399", f"{vocab_size - 1}").replace("400", f"{vocab_size}")):
             check(tokens, vocab_size)
     check(tokens, 1, {"largest_id": 0})  # a manifest is believed, and the file not read
-    with pytest.raises(KitError, match=told):
+    with pytest.raises(KitError, match=message):
         check(data(tmp_path / "a", [3]), 400, {"largest_id": 419})
     with pytest.raises(KitError, match=r"a\.bin holds the token id -5, which is negative: .*import-legacy"):
         check(data(tmp_path / "a", [3, -5, 9]), 400)
@@ -83,7 +85,9 @@ def test_ids_of_a_tokenizer_with_holes_fit_their_type() -> None:
     assert made.vocab_size == 70_001 and token_dtype(made.vocab_size) == np.int32
 
 
-def test_a_model_with_fewer_ids_than_the_tokenizer_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_with_fewer_ids_than_the_tokenizer_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
 
     tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
     tokenizer.add_tokens([AddedToken(f"<{i}>") for i in range(419)])

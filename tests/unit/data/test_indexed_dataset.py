@@ -73,12 +73,12 @@ def test_many_documents_at_once_equal_one_by_one(tmp_path: Path) -> None:
 
 
 def test_append_equals_writing_all(tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole", DOCUMENTS)
+    complete = write(tmp_path / "whole", DOCUMENTS)
     parts = [write(tmp_path / f"part{i}", part) for i, part in enumerate((DOCUMENTS[:1], [], DOCUMENTS[1:]))]
     with IndexedDatasetBuilder(tmp_path / "joined", "<i4") as writer:
         for part in parts:
             writer.add_index(part)
-    assert same_bytes(whole, tmp_path / "joined")
+    assert same_bytes(complete, tmp_path / "joined")
 
 
 def test_append_refuses_another_dtype(tmp_path: Path) -> None:
@@ -125,13 +125,13 @@ def test_nothing_has_its_final_name_before_close(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "a.idx"}
 
 
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+def test_an_error_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), IndexedDatasetBuilder(tmp_path / "a", "<i4") as writer:
         writer.add_document([1 // 0])
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_truncated_and_foreign_files_are_told(tmp_path: Path) -> None:
+def test_missing_truncated_and_foreign_files_are_reported(tmp_path: Path) -> None:
     prefix = write(tmp_path / "a", DOCUMENTS)
     index, data = idx_path(prefix).read_bytes(), bin_path(prefix).read_bytes()
     idx_path(prefix).write_bytes(index[:-1])
@@ -171,8 +171,8 @@ def test_memory_does_not_grow_with_documents(tmp_path: Path) -> None:
     assert peak_kib(60) - peak_kib(15) < 24 * 1024
 
 
-def test_what_the_disk_is_told_meanwhile_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small documents and those larger than the buffer, with the disk told to begin after each few bytes, or never."""
+def test_early_writeback_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small documents and those larger than the buffer, with writeback started after every few bytes, or never."""
     written = []
     for name, size in (("often", 10), ("never", 1 << 40)):
         monkeypatch.setattr(indexed_dataset, "WRITEBACK_BYTES", size)

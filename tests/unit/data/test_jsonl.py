@@ -72,14 +72,14 @@ def test_parts_are_of_one_size_and_keep_the_order_over_files(tmp_path: Path) -> 
     assert {len(part) for part in parts[:4]} == {22, 23}, "512 bytes of 23 each"
 
 
-def test_a_gz_file_that_begins_where_a_part_does_is_read_once(tmp_path: Path) -> None:
+def test_a_gz_file_at_the_start_of_a_part_is_read_once(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(b'{"text": "%s"}\n' % name.encode(), mtime=0))
     found = read_all(find_inputs(str(tmp_path)), 2)
     assert [[record["text"] for record in part] for part in found] == [["a"], ["b"]]
 
 
-def test_a_byte_order_mark_is_one_at_the_files_start_alone(tmp_path: Path) -> None:
+def test_a_byte_order_mark_counts_only_at_the_start_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')
     with pytest.raises(KitError, match=r"a\.jsonl, line 2: it is not JSON"):
@@ -113,16 +113,16 @@ BAD_LINES = {
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("name", BAD_LINES)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_bad_line_is_told_with_file_line_and_cause(
+def test_a_bad_line_is_reported_with_file_line_and_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fast: bool, zipped: bool
 ) -> None:
     if not fast:
         monkeypatch.setattr(jsonl, "orjson", None)
-    line, told = BAD_LINES[name]
+    line, message = BAD_LINES[name]
     path = tmp_path / ("bad.jsonl.gz" if zipped else "bad.jsonl")
     data = b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "b"}\n' + line + b"\n"
     path.write_bytes(gzip.compress(data) if zipped else data)
-    with pytest.raises(KitError, match=rf"bad\.jsonl(\.gz)?, line 4: .*({told})"):
+    with pytest.raises(KitError, match=rf"bad\.jsonl(\.gz)?, line 4: .*({message})"):
         read_all([path], size=16)
 
 
@@ -160,8 +160,8 @@ def test_both_parsers_give_the_record_that_the_standard_one_gives(monkeypatch: p
 def test_both_parsers_refuse_alike(monkeypatch: pytest.MonkeyPatch, name: str, fast: bool) -> None:
     if not fast:
         monkeypatch.setattr(jsonl, "orjson", None)
-    line, told = REFUSED[name]
-    with pytest.raises(BadRowError, match=told):
+    line, message = REFUSED[name]
+    with pytest.raises(BadRowError, match=message):
         parse(line)
 
 
@@ -203,11 +203,11 @@ def test_inputs_are_a_path_a_folder_a_glob_or_words_of_them(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
-def test_wrong_inputs_are_told(tmp_path: Path) -> None:
+def test_wrong_inputs_are_reported(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "nothing.jsonl").touch()
     (tmp_path / "a.jsonl").write_text("{}\n")
-    for text, told in {
+    for text, message in {
         "{}/none.jsonl": r"none\.jsonl does not exist",
         "{0}/a.jsonl {0}/*.txt": r"\*\.txt does not exist",
         "{}/empty": r"empty holds no \.jsonl",
@@ -216,14 +216,14 @@ def test_wrong_inputs_are_told(tmp_path: Path) -> None:
         "": "INPUT is empty",
         "{0}/a.jsonl {0}/none.jsonl": r"none\.jsonl does not exist",
     }.items():
-        with pytest.raises(KitError, match=told):
+        with pytest.raises(KitError, match=message):
             find_inputs(text.format(tmp_path))
 
 
-def test_a_cut_gz_file_is_told(tmp_path: Path) -> None:
+def test_a_cut_gz_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
-    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(1000)))
-    path.write_bytes(whole[: len(whole) // 2])
+    compressed = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(1000)))
+    path.write_bytes(compressed[: len(compressed) // 2])
     with pytest.raises(KitError, match=r"a\.jsonl\.gz cannot be read"):
         rows_of(path)
     path.write_bytes(b'{"text": "not zipped"}\n')
@@ -231,7 +231,7 @@ def test_a_cut_gz_file_is_told(tmp_path: Path) -> None:
         rows_of(path)
 
 
-def test_the_first_row_stands_after_blank_lines_and_files(tmp_path: Path) -> None:
+def test_the_first_row_is_found_after_blank_lines_and_files(tmp_path: Path) -> None:
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     one.write_bytes(b"\n \n")
     two.write_bytes(b'\xef\xbb\xbf\n\n{"a": 1}\n{"a": 2}\n')

@@ -74,7 +74,7 @@ def test_it_is_what_the_old_kit_trains_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ([1, 2, 3], "row 0 has 3 values, which is odd"),
         ([1, 2, 3, 4], "row 0 marks no end of a conversation"),
@@ -84,37 +84,37 @@ def test_it_is_what_the_old_kit_trains_on() -> None:
         ([600, -3, -100, -100], "row 0 holds the token id 600, but .* has 400 tokens"),
     ],
 )
-def test_what_is_no_old_data_is_told(qwen: Path, tmp_path: Path, row: list[int], told: str) -> None:
+def test_invalid_legacy_data_is_reported(qwen: Path, tmp_path: Path, row: list[int], message: str) -> None:
     source = write(tmp_path / "old", [row])
-    with pytest.raises(KitError, match=told):
+    with pytest.raises(KitError, match=message):
         import_legacy(source, tmp_path / "data", load_tokenizer(qwen))
     assert not list(tmp_path.glob("data*"))
 
 
-def test_data_of_another_type_is_told(qwen: Path, tmp_path: Path) -> None:
+def test_data_of_another_type_is_reported(qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(KitError, match="holds uint16, but the legacy kit's rows are int32"):
         import_legacy(write(tmp_path / "old", [[1, 2]], "<u2"), tmp_path / "data", load_tokenizer(qwen))
 
 
 @pytest.mark.parametrize("given", ["an old one", "an old one_text_document"])
-def test_what_would_train_on_it_or_show_it_names_the_command_that_takes_it_over(
+def test_commands_that_read_it_name_the_command_that_imports_it(
     qwen: Path, tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "an old one_text_document", [old_row(A, B), old_row(C)])
     files = resolve(str(tmp_path / given))
-    told = []
+    messages = []
     for train_mode in ("pretrain", "finetune"):
         with pytest.raises(KitError) as error:
             build_dataset(files, train_mode=train_mode, seq_length=4, seed=0)
-        told.append(str(error.value))
+        messages.append(str(error.value))
     words = ["--data", str(files.tokens), "--tokenizer-path", str(qwen)]
     for command in (["show", *words], ["stats", *words[:2]]):
         monkeypatch.setattr("sys.argv", ["preprocess", *command])
         with pytest.raises(KitError) as error:
             preprocess.main()
-        told.append(str(error.value))
-    assert len(set(told)) == 1, told
-    command, settings = told[0].split("`")[1], told[0].split("TRAIN_MODE=finetune ")[1]
+        messages.append(str(error.value))
+    assert len(set(messages)) == 1, messages
+    command, settings = messages[0].split("`")[1], messages[0].split("TRAIN_MODE=finetune ")[1]
     command = command.replace("python", shlex.quote(sys.executable), 1)
     done = subprocess.run(
         ["bash", "-c", f"{command} && {settings} && echo $DATASET_PATH"],
@@ -125,6 +125,6 @@ def test_what_would_train_on_it_or_show_it_names_the_command_that_takes_it_over(
     assert samples.samples_per_epoch == 3
 
 
-def test_data_of_pretraining_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_pretraining_data_is_not_accepted_as_legacy_data(tmp_path: Path) -> None:
     for name, rows in {"odd": [[1, 2, 3]], "plain": [[1, 2, 3, 4]], "empty": []}.items():
         refuse_legacy(DataFiles("pretrain", write(tmp_path / name, rows)))

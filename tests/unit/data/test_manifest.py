@@ -53,13 +53,13 @@ def test_data_without_a_manifest(tmp_path: Path) -> None:
     assert resolve(str(other)) == DataFiles("pretrain", other)
 
 
-def test_a_json_of_someone_else_is_no_manifest(tmp_path: Path) -> None:
+def test_a_foreign_json_file_is_no_manifest(tmp_path: Path) -> None:
     files(tmp_path / "a_text_document")
     (tmp_path / "a.json").write_text('{"kind": "sft"}')
     assert resolve(str(tmp_path / "a")).manifest is None
 
 
-def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
+def test_a_prefix_without_a_dataset_is_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"DATASET_PATH=.*none is not a dataset: neither .*none\.json nor .*none\.idx"):
         resolve(str(tmp_path / "none"))
     files(tmp_path / "a_text_document", tmp_path / "a_loss_mask_document")
@@ -73,7 +73,7 @@ def test_what_is_no_dataset_is_told(tmp_path: Path) -> None:
         resolve(str(tmp_path / "a"))
 
 
-def test_counts_that_do_not_reconcile_are_our_own_mistake(tmp_path: Path) -> None:
+def test_counts_that_do_not_add_up_are_an_internal_error(tmp_path: Path) -> None:
     wrong = content("pretrain", tokens="a")
     wrong["documents"]["dropped"] = {"no text": 1}
     with pytest.raises(AssertionError):
@@ -82,7 +82,7 @@ def test_counts_that_do_not_reconcile_are_our_own_mistake(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"version": None}, "its 'version' is not an integer"),
         ({"kind": "other"}, "its 'kind' is 'other', not pretrain or sft"),
@@ -96,12 +96,12 @@ def test_counts_that_do_not_reconcile_are_our_own_mistake(tmp_path: Path) -> Non
         ({"tokenizer": "x"}, "its 'tokenizer' is not an object"),
     ],
 )
-def test_a_manifest_with_odd_fields_is_told(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+def test_a_manifest_with_odd_fields_is_reported(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     files(tmp_path / "a_text_document")
     manifest.write(tmp_path / "a", content("pretrain", tokens="a_text_document"))
     path = tmp_path / "a.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(KitError, match=re.escape(f"a.json is an incomplete manifest: {told}")):
+    with pytest.raises(KitError, match=re.escape(f"a.json is an incomplete manifest: {message}")):
         resolve(str(tmp_path / "a"))
     path.write_text('{"format": "qwen-kit-data"}')
     with pytest.raises(KitError, match=r"a\.json is an incomplete manifest: it has no 'version'"):

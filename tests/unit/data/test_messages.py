@@ -12,17 +12,17 @@ USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content"
 CALL = {"name": "f", "arguments": {"x": 1}}
 
 
-def talk(*turns: Any, **fields: Any) -> Conversation:
+def conversation(*turns: Any, **fields: Any) -> Conversation:
     return to_conversation({"messages": list(turns), **fields}, "messages", "system")
 
 
 def answer(**fields: Any) -> Conversation:
-    return talk(USER, {**ANSWER, **fields})
+    return conversation(USER, {**ANSWER, **fields})
 
 
 @pytest.mark.parametrize("who", ["gpt", "chatgpt", "bing", "bard", "model", "assistant"])
 @pytest.mark.parametrize("kind", ["messages", "conversations"])
-def test_either_formats_words_are_read_in_either_list(who: str, kind: str) -> None:
+def test_both_formats_names_are_read_in_either_list(who: str, kind: str) -> None:
     expected = [USER, ANSWER]
     for turns in (
         [{"from": "human", "value": "q"}, {"from": who, "value": "a"}],
@@ -41,14 +41,14 @@ def test_a_turn_of_two_words_is_refused() -> None:
 @pytest.mark.parametrize("field", ["train", "training"])
 def test_train_is_followed(field: str) -> None:
     assert answer(**{field: True}).losses == [None, 1.0]
-    several = talk(USER, {**ANSWER, field: False}, {**USER, field: False}, ANSWER)
+    several = conversation(USER, {**ANSWER, field: False}, {**USER, field: False}, ANSWER)
     assert several.losses == [None, 0.0, 0.0, None]
     assert answer(**{field: None}).losses == [None, None]
     for wrong in ("false", 0.5, -1, [], {}):
         with pytest.raises(BadRowError, match=f"turn 2: field '{field}' is .*: give true or false"):
             answer(**{field: wrong})
     with pytest.raises(BadRowError, match=f"turn 1: field '{field}' is True, but only assistant turns"):
-        talk({**USER, field: True}, ANSWER)
+        conversation({**USER, field: True}, ANSWER)
 
 
 @pytest.mark.parametrize("field", ["loss", "weight", "loss_scale"])
@@ -66,7 +66,7 @@ def test_two_fields_of_a_loss_are_refused() -> None:
 
 
 @pytest.mark.parametrize("field", ["mask", "images", "audio", "function_call", "refusal", "content_blocks", "train_on"])
-def test_what_a_turn_says_otherwise_is_refused_by_name(field: str) -> None:
+def test_other_fields_of_a_turn_are_refused_by_name(field: str) -> None:
     with pytest.raises(BadRowError, match=f"turn 2: field '{field}' "):
         answer(**{field: [1]})
     for nothing in (None, [], "", {}):
@@ -77,7 +77,9 @@ def test_what_a_turn_says_otherwise_is_refused_by_name(field: str) -> None:
 
 
 def test_metadata_is_counted_and_what_templates_use_is_passed_on() -> None:
-    made = talk({**USER, "timestamp": 1, "name": "ann"}, {**ANSWER, "timestamp": 2, "name": ""}, source="x", score=0)
+    made = conversation(
+        {**USER, "timestamp": 1, "name": "ann"}, {**ANSWER, "timestamp": 2, "name": ""}, source="x", score=0
+    )
     assert made.messages == [{**USER, "name": "ann"}, ANSWER]
     assert Counter(made.notes) == {
         "turns' field 'timestamp', not used": 2,
@@ -92,7 +94,7 @@ def test_metadata_is_counted_and_what_templates_use_is_passed_on() -> None:
     + ["history", "functions", "documents", "system_prompt", "reasoning_content", "thinking", "loss_mask"],
 )
 @pytest.mark.parametrize("kind", ["messages", "instruction"])
-def test_what_a_row_says_of_learning_is_refused_by_name(field: str, kind: str) -> None:
+def test_fields_of_a_row_about_training_are_refused_by_name(field: str, kind: str) -> None:
     row = {"messages": [USER, ANSWER]} if kind == "messages" else {"input": "q", "output": "a"}
     assert to_conversation({**row, field: None}, kind, "system").messages == [USER, ANSWER]
     if (kind, field) == ("instruction", "loss"):
@@ -105,7 +107,7 @@ def test_what_a_row_says_of_learning_is_refused_by_name(field: str, kind: str) -
 def test_text_parts_are_joined_and_other_parts_refused() -> None:
     parts = [{"type": "text", "text": "a", "image_url": None}, {"type": "text", "text": "b"}]
     assert parse_turn({"role": "user", "content": parts}).message["content"] == "ab"
-    for part, told in (
+    for part, message in (
         ({"type": "image_url", "image_url": {"url": "x"}}, "a part of type 'image_url'"),
         ({"type": "thinking", "thinking": "x"}, "a part of type 'thinking'"),
         ({"type": "text", "text": "x", "cache_control": {"type": "y"}}, "a part with the field 'cache_control'"),
@@ -113,7 +115,7 @@ def test_text_parts_are_joined_and_other_parts_refused() -> None:
         ({"type": "text"}, "no field 'text'"),
         ("x", "an array with a string|a JSON array with a string"),
     ):
-        with pytest.raises(BadRowError, match=told):
+        with pytest.raises(BadRowError, match=message):
             parse_turn({"role": "user", "content": [*parts, part]})
 
 
@@ -125,7 +127,7 @@ def test_function_call_is_the_assistants_call(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         ("f(1)", "the function_call turn is a string that is not JSON"),
         ("[]", "holds no call"),
@@ -139,19 +141,19 @@ def test_function_call_is_the_assistants_call(value: Any) -> None:
         ('{"name": "f", "arguments": {"a": ' + "1" * 5000 + "}}", "function_call turn is a string that is not JSON"),
     ],
 )
-def test_calls_that_are_none_are_told(value: Any, told: str) -> None:
-    with pytest.raises(BadRowError, match=told):
+def test_calls_that_are_none_are_reported(value: Any, message: str) -> None:
+    with pytest.raises(BadRowError, match=message):
         parse_turn({"from": "function_call", "value": value})
 
 
 @pytest.mark.parametrize("function", [None, "name", [], {}, {"name": None}, {"name": ""}, {"name": "a\x1b[2J"}])
-def test_tools_without_a_name_are_told(function: Any) -> None:
+def test_tools_without_a_name_are_reported(function: Any) -> None:
     with pytest.raises(BadRowError, match="field 'tools': tool 2 has no function name"):
-        talk(USER, ANSWER, tools=[{"name": "f"}, {"type": "function", "function": function}])
+        conversation(USER, ANSWER, tools=[{"name": "f"}, {"type": "function", "function": function}])
 
 
 def test_nulls_of_tables_are_absent_in_tools_and_calls() -> None:
-    made = talk(
+    made = conversation(
         USER,
         {"role": "assistant", "content": None, "tool_calls": [{"id": None, "function": {**CALL, "strict": None}}]},
         tools=['{"name": "f", "function": null}'],
@@ -163,11 +165,11 @@ def test_nulls_of_tables_are_absent_in_tools_and_calls() -> None:
 def test_the_templates_own_settings() -> None:
     given = {"enable_thinking": False, "python_tools": None}
     for kwargs in (given, json.dumps(given)):
-        assert talk(USER, ANSWER, chat_template_kwargs=kwargs).template_kwargs == {"enable_thinking": False}
-    assert talk(USER, ANSWER, chat_template_kwargs={}).template_kwargs == {}
+        assert conversation(USER, ANSWER, chat_template_kwargs=kwargs).template_kwargs == {"enable_thinking": False}
+    assert conversation(USER, ANSWER, chat_template_kwargs={}).template_kwargs == {}
     for wrong in ([1], "no JSON", True, {"a": float("nan")}):
         with pytest.raises(BadRowError, match="field 'chat_template_kwargs'"):
-            talk(USER, ANSWER, chat_template_kwargs=wrong)
+            conversation(USER, ANSWER, chat_template_kwargs=wrong)
 
 
 def test_reasoning_is_passed_on_under_one_name() -> None:
@@ -180,7 +182,7 @@ def test_reasoning_is_passed_on_under_one_name() -> None:
     with pytest.raises(BadRowError, match="turn 2: its fields 'reasoning' and 'thinking' differ"):
         answer(reasoning="r", thinking="s")
     with pytest.raises(BadRowError, match="turn 1: field 'thinking' is only allowed in an assistant turn"):
-        talk({**USER, "thinking": "r"}, ANSWER)
+        conversation({**USER, "thinking": "r"}, ANSWER)
     with pytest.raises(BadRowError, match="field 'reasoning' holds a JSON array"):
         answer(reasoning=["r"])
 

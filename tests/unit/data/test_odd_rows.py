@@ -1,4 +1,4 @@
-"""One odd row is one bad row, and what a template does not show is told."""
+"""One odd row is one bad row, and what a template does not show is reported."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def calling(**call: Any) -> dict[str, Any]:
 
 
 def deep(levels: int) -> str:
-    """What `encode` writes as objects in one another: json.dumps gives up where pytest itself stands deep."""
+    """What `encode` writes, as nested objects: json.dumps hits the recursion limit under pytest's own stack."""
     return f"@{levels}@"
 
 
@@ -110,9 +110,9 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_row_is_one_bad_row(name: str, made: Callable[..., SftEncoder], tmp_path: Path) -> None:
-    row, told = ODD[name]
+    row, message = ODD[name]
     encoded = encode(made(skip_bad_rows=True, weighted=True), tmp_path / "a.jsonl", GOOD, row, GOOD)
-    assert [reject.cause for reject in encoded.rejects if re.search(told, reject.cause)], encoded.rejects
+    assert [reject.cause for reject in encoded.rejects if re.search(message, reject.cause)], encoded.rejects
     assert encoded.lengths.size == 2 and encoded.counts[BAD_ROWS] == 1 and encoded.counts["read"] == 3
     assert np.isfinite(encoded.streams["loss_mask"]).all()
 
@@ -130,7 +130,7 @@ def test_the_first_bad_row_names_on_error_once(made: Callable[..., SftEncoder], 
     assert str(elsewhere.value).endswith("line 1: x")
 
 
-def test_the_net_lets_through_what_is_no_rows_fault(tmp_path: Path) -> None:
+def test_errors_that_are_not_a_rows_fault_are_raised(tmp_path: Path) -> None:
     bad = BadRows(Chunk(tmp_path / "a", 0, b"{}\n", 3), skip=True)
     for error in (KitError("x"), MemoryError(), KeyboardInterrupt(), SystemExit(1)):
         for net in (ignore_bad_row, lambda: bad.row(0)):
@@ -146,7 +146,9 @@ def test_the_net_lets_through_what_is_no_rows_fault(tmp_path: Path) -> None:
     assert len(bad.rows) == 5
 
 
-def test_pretraining_has_the_same_net(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretraining_has_the_same_handling_of_errors(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = load_tokenizer(qwen)
     data = b'{"text": "a"}\n{"txt": "b"}\n{"text": "odd"}\n'
     real = type(tokenizer).count_special
@@ -159,7 +161,7 @@ def test_pretraining_has_the_same_net(qwen: Path, tmp_path: Path, monkeypatch: p
     assert encoded.lengths.size == 1
 
 
-def test_a_row_that_leaves_nothing_to_learn_is_told(made: Callable[..., SftEncoder], tmp_path: Path) -> None:
+def test_a_row_that_leaves_nothing_to_learn_is_reported(made: Callable[..., SftEncoder], tmp_path: Path) -> None:
     rows = {"messages": [USER, ANSWER, USER, {**ANSWER, "train": False}]}
     assert encode(made(), tmp_path / "a.jsonl", rows).counts["supervised"]
     with pytest.raises(KitError, match="there is nothing to train on: LOSS_TURNS=last"):
@@ -167,7 +169,7 @@ def test_a_row_that_leaves_nothing_to_learn_is_told(made: Callable[..., SftEncod
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_that_the_template_does_not_show_is_told(
+def test_reasoning_that_the_template_does_not_show_is_reported(
     field: str, made: Callable[..., SftEncoder], tmp_path: Path
 ) -> None:
     row = answer(**{field: "4"})  # which the answer has too
@@ -180,8 +182,10 @@ def test_reasoning_that_the_template_does_not_show_is_told(
 def test_reasoning_that_is_hidden_in_earlier_turns(made: Callable[..., SftEncoder], tmp_path: Path) -> None:
     thought = {**ANSWER, "thinking": "so"}
     row = {"messages": [USER, thought, USER, {**ANSWER, "content": "It is 5."}]}
-    told = "does not render field 'thinking' of turn 2: .*; if it renders that of the last answer, set LOSS_TURNS=last"
-    with pytest.raises(KitError, match=told):
+    message = (
+        "does not render field 'thinking' of turn 2: .*; if it renders that of the last answer, set LOSS_TURNS=last"
+    )
+    with pytest.raises(KitError, match=message):
         encode(made(), tmp_path / "a.jsonl", {"messages": [*row["messages"], USER, thought]})
     encoded = encode(made(loss_turns="last"), tmp_path / "a.jsonl", row)
     note = "answers outside the loss, whose reasoning the chat template does not render"

@@ -23,7 +23,7 @@ DISTRIBUTIONS = {
 
 
 def lower_bound(lengths: np.ndarray, row: int) -> int:
-    """No packing uses fewer rows.
+    """A lower bound: no packing uses fewer rows.
 
     A row holds k samples longer than a (k + 1)th of it at most; and (Martello and Toth's L2) samples over half a row
     are in rows of their own, beside which only what is short enough fits.

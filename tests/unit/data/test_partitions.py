@@ -1,4 +1,4 @@
-"""Parts that are written by runs of their own, and what rows that are left out come to."""
+"""Parts that are written by separate runs, and the counts of rows that are left out."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def unbroken(tmp_path: Path) -> dict[str, bytes]:
+def uninterrupted(tmp_path: Path) -> dict[str, bytes]:
     runner.run(job(tmp_path))
     found = written(tmp_path)
     shutil.rmtree(tmp_path / "out")
@@ -69,18 +69,18 @@ def unbroken(tmp_path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("partitions", [1, 2, 5])
-def test_parts_in_any_order_joined_are_the_unbroken_run(
-    tmp_path: Path, unbroken: dict[str, bytes], partitions: int, workers: int
+def test_parts_joined_in_any_order_are_the_uninterrupted_run(
+    tmp_path: Path, uninterrupted: dict[str, bytes], partitions: int, workers: int
 ) -> None:
     for index in reversed(range(partitions)):
         assert runner.run(job(tmp_path, partitions, index, workers)) is None
         assert written(tmp_path) == {}
     content = runner.merge(tmp_path / "out" / "data")
-    assert written(tmp_path) == unbroken and not (tmp_path / "out" / "data.parts").exists()
+    assert written(tmp_path) == uninterrupted and not (tmp_path / "out" / "data.parts").exists()
     assert content["documents"] == {"read": 18000, "kept": 17980, "dropped": {BAD_ROWS[9:]: 20}}
 
 
-def test_a_run_of_all_takes_up_the_parts_of_others(tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+def test_a_run_of_all_reuses_the_parts_of_others(tmp_path: Path, uninterrupted: dict[str, bytes]) -> None:
     runner.run(job(tmp_path, 3, 1))
     seen = []
 
@@ -89,12 +89,12 @@ def test_a_run_of_all_takes_up_the_parts_of_others(tmp_path: Path, unbroken: dic
         return encode(chunk)
 
     runner.run(job(tmp_path, 3, encode=watched))
-    assert written(tmp_path) == unbroken
+    assert written(tmp_path) == uninterrupted
     size = (tmp_path / "b.txt").stat().st_size
     assert not [start for name, start in seen if name == "b.txt" and size * 0.7 < start < size]
 
 
-def test_merge_tells_what_is_missing_and_what_does_not_fit(tmp_path: Path) -> None:
+def test_merge_reports_what_is_missing_and_what_does_not_fit(tmp_path: Path) -> None:
     prefix = tmp_path / "out" / "data"
     with pytest.raises(KitError, match=r"has no parts .*: run its parts first"):
         runner.merge(prefix)
@@ -116,7 +116,7 @@ def test_merge_tells_what_is_missing_and_what_does_not_fit(tmp_path: Path) -> No
         runner.merge(prefix)
 
 
-def test_an_input_that_changed_between_two_parts_is_told(tmp_path: Path) -> None:
+def test_an_input_that_changed_between_two_parts_is_reported(tmp_path: Path) -> None:
     for index in range(4):
         runner.run(job(tmp_path, 4, index))
         if index == 0:
@@ -128,7 +128,7 @@ def test_an_input_that_changed_between_two_parts_is_told(tmp_path: Path) -> None
     runner.merge(tmp_path / "out" / "data")
 
 
-def test_a_file_that_was_only_touched_is_joined_and_so_is_one_that_is_not_here(tmp_path: Path) -> None:
+def test_a_file_that_was_only_touched_is_joined_and_so_is_a_missing_one(tmp_path: Path) -> None:
     for index in range(2):
         runner.run(job(tmp_path, 2, index))
     os.utime(tmp_path / "b.txt", (1, 1))
@@ -171,20 +171,20 @@ def test_the_hash_of_a_file_is_of_its_blocks(tmp_path: Path, monkeypatch: pytest
     blocks = [hashlib.sha256(bytes(range(a, b))).digest() for a, b in ((0, 10), (10, 20), (20, 25))]
     assert file_hash.hash_file(path) == "sha256:" + hashlib.sha256(b"".join(blocks)).hexdigest()
     part = [hashlib.sha256(bytes(range(a, b))).hexdigest() for a, b in ((3, 10), (20, 22), (22, 25), (3, 9), (11, 12))]
-    whole = [block.hex() for block in blocks]
+    hashes = [block.hex() for block in blocks]
     with ThreadPoolExecutor(2) as pool:
 
         def of(start: int, end: int) -> dict[str, Any]:
             return file_hash.SpanHash(pool, path, start, end, 25).result()
 
-        assert of(0, 25) == {"blocks": whole}
-        assert of(0, 22) == {"blocks": whole, "tail": part[1]} and of(22, 25) == {"blocks": [], "head": part[2]}
-        assert of(3, 22) == {"head": part[0], "blocks": whole[1:], "tail": part[1]}
+        assert of(0, 25) == {"blocks": hashes}
+        assert of(0, 22) == {"blocks": hashes, "tail": part[1]} and of(22, 25) == {"blocks": [], "head": part[2]}
+        assert of(3, 22) == {"head": part[0], "blocks": hashes[1:], "tail": part[1]}
         assert of(3, 9) == {"head": part[3], "blocks": []} and of(11, 12) == {"head": part[4], "blocks": []}
-        assert of(3, 10) == {"head": part[0], "blocks": []} and of(10, 20) == {"blocks": whole[1:2]}
+        assert of(3, 10) == {"head": part[0], "blocks": []} and of(10, 20) == {"blocks": hashes[1:2]}
 
 
-def test_two_runs_of_one_part_and_a_run_of_all_are_kept_apart(tmp_path: Path) -> None:
+def test_two_runs_of_one_part_and_a_run_of_all_do_not_mix(tmp_path: Path) -> None:
     import subprocess
     import sys
 
@@ -209,7 +209,7 @@ def test_two_runs_of_one_part_and_a_run_of_all_are_kept_apart(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_rejects_file_tells_file_line_cause_and_row(tmp_path: Path, workers: int) -> None:
+def test_the_rejects_file_holds_file_line_cause_and_row(tmp_path: Path, workers: int) -> None:
     runner.run(job(tmp_path, 3, workers=workers))
     found = [json.loads(line) for line in rejects_path(tmp_path / "out" / "data").read_text().splitlines()]
     expected = []
@@ -220,7 +220,7 @@ def test_the_rejects_file_tells_file_line_cause_and_row(tmp_path: Path, workers:
     assert found == expected and len(found) == 20
 
 
-def test_a_row_that_is_no_text_is_kept_in_base64_and_an_element_by_its_number(tmp_path: Path) -> None:
+def test_a_row_that_is_no_text_is_recorded_in_base64_and_an_element_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "b.txt"
     path.write_bytes(b"good\nbad\xff\n")
     other = tmp_path / "a.txt"
@@ -240,7 +240,7 @@ def all_bad_but_first(chunk: Chunk) -> EncodedChunk:
     return EncodedChunk({"tokens": np.array([1], np.uint16)}, np.array([1], np.int32), counts, bad.rows)
 
 
-def test_a_run_that_a_bad_row_stopped_goes_on_with_skip_and_not_the_other_way(tmp_path: Path) -> None:
+def test_a_run_that_a_bad_row_stopped_resumes_with_skip_and_not_the_other_way(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"x" * 20 + b"\n" + b"x" * 20 + b"\n")
     (tmp_path / "a.txt").write_bytes(b"x" * 20 + b"\nbad\n")
     with pytest.raises(KitError, match=r"a\.txt, line 2: 3 bytes"):
@@ -252,7 +252,7 @@ def test_a_run_that_a_bad_row_stopped_goes_on_with_skip_and_not_the_other_way(tm
         return encode(chunk)
 
     runner.run(job(tmp_path, 2, 1))
-    with pytest.raises(KitError, match=r"a\.txt, line 2"):  # the part with a row left out is not taken up
+    with pytest.raises(KitError, match=r"a\.txt, line 2"):  # the part with a row left out is not reused
         runner.run(job(tmp_path, 2, encode=strict, skip_bad_rows=False))
     content = runner.run(job(tmp_path, 2, encode=watched))
     assert seen == ["a.txt"] and content and content["documents"]["kept"] == 3
@@ -261,7 +261,7 @@ def test_a_run_that_a_bad_row_stopped_goes_on_with_skip_and_not_the_other_way(tm
     assert runner.run(job(tmp_path, 2, encode=never)) is not None
 
 
-def test_a_file_that_is_named_twice_is_read_twice(tmp_path: Path) -> None:
+def test_a_file_that_is_given_twice_is_read_twice(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"xx\n")
     (tmp_path / "a.txt").write_bytes(b"x\n")
     twice = [tmp_path / "b.txt", tmp_path / "a.txt", tmp_path / "b.txt"]

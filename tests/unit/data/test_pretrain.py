@@ -51,7 +51,7 @@ def test_documents_end_with_the_end_token_and_empty_ones_are_counted(
 
 
 @pytest.mark.parametrize("value", [1, None, ["a"], {"a": "b"}, True])
-def test_a_field_that_is_no_string_is_told_where_all_else_is_well(qwen: Path, tmp_path: Path, value: Any) -> None:
+def test_a_field_that_is_no_string_is_reported_where_all_else_is_well(qwen: Path, tmp_path: Path, value: Any) -> None:
     with pytest.raises(KitError, match=r"a\.jsonl, line 2: field 'text' holds a JSON"):
         encode(qwen, [{"text": "a"}, {"text": value}, {"text": "b"}], tmp_path / "a.jsonl")
 
@@ -82,7 +82,7 @@ def test_special_tokens_may_be_an_error_with_its_place_or_a_reject(qwen: Path, t
     assert encode(qwen, rows[:1], special_tokens="error")[0] == documents
 
 
-def test_bad_rows_are_kept_aside_with_their_bytes_and_cause(qwen: Path) -> None:
+def test_bad_rows_are_set_aside_with_their_bytes_and_cause(qwen: Path) -> None:
     bad = [b'{"text": ', b'{"text": "caf\xe9"}', b'{"txt": "a"}', b'{"text": 1}', b'["a"]', b'{"text": "a"},']
     rows: list[Any] = [{"text": "first"}]
     for line in bad:

@@ -38,7 +38,7 @@ def write(path: Path, lines: list[str], kind: str) -> Path:
 
 
 def read(path: Path, parts: int, size: int, limit: int) -> tuple[list[str], list[tuple[str, str, bytes]]]:
-    """(the texts, (place, cause, what is kept) of each bad row)."""
+    """(the texts, (place, cause, what is recorded) of each bad row)."""
     texts, bad, lines = [], [], 0
     for spans in split_into_parts(whole_spans([path], limit), parts):
         for chunk in (chunk for span in spans for chunk in read_chunks(span, size)):
@@ -83,11 +83,11 @@ def test_a_long_row_is_one_bad_row_however_the_file_is_cut(
     long = [number for number, line in enumerate(lines) if len(line.encode()) > LIMIT]
     assert texts == [json.loads(line)["text"] for number, line in enumerate(lines) if number not in long]
     word = "element" if "array" in kind else "line"
-    wanted = [
+    expected = [
         (f"{word} {number + 1}", f"it has {len(lines[number].encode())} bytes, and MAX_ROW_BYTES is {LIMIT}")
         for number in long
     ]
-    assert [row[:2] for row in bad] == wanted
+    assert [row[:2] for row in bad] == expected
     kept = [row_blocks.head_of_row(lines[number].encode(), LIMIT) for number in long]
     assert [row[2] for row in bad] == kept
 
@@ -117,12 +117,12 @@ def test_a_row_of_120_mb_takes_no_memory(tmp_path: Path, kind: str) -> None:
     long = '{"text": "' + "12 34 " * 20_000_000 + '"}'
     path = write(tmp_path / "a", ['{"text": "a"}', long, '{"text": "b"}'], kind)
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
-    *told, kib = done.stdout.splitlines()
+    *lines, kib = done.stdout.splitlines()
     middle = f"2 it has 120000012 bytes, and MAX_ROW_BYTES is {16 << 20} 1024"
-    assert told == ["1 a", middle, "3 b"] and int(kib) < 80 << 10
+    assert lines == ["1 a", middle, "3 b"] and int(kib) < 80 << 10
 
 
-def test_a_limit_may_be_higher_and_a_reject_says_that_it_is_a_beginning(tmp_path: Path) -> None:
+def test_a_limit_may_be_higher_and_a_reject_holds_the_start_of_its_row(tmp_path: Path) -> None:
     lines = ['{"text": "' + "é" * 3000 + '"}', '{"text": "b"}', '{"text": 5}']
     path = write(tmp_path / "a.jsonl", lines, "plain")
     assert read(path, 1, 10, 6012)[0] == ["é" * 3000, "b", 5]
@@ -136,8 +136,8 @@ def test_a_limit_may_be_higher_and_a_reject_says_that_it_is_a_beginning(tmp_path
     assert len(list(records(chunk, Counter(), bad))) == 2
     with RejectsWriter(tmp_path / "rejects") as writer:
         writer.add(0, 0, bad.rows)
-    (told,) = map(json.loads, (tmp_path / "rejects").read_text(encoding="utf-8").splitlines())
-    assert told["line"] == 1 and lines[0].encode().startswith(told["row_start"].encode()) and "row" not in told
+    (reject,) = map(json.loads, (tmp_path / "rejects").read_text(encoding="utf-8").splitlines())
+    assert reject["line"] == 1 and lines[0].encode().startswith(reject["row_start"].encode()) and "row" not in reject
 
 
 def test_long_rows_of_short_files_that_go_to_a_worker_together(tmp_path: Path) -> None:
@@ -157,8 +157,8 @@ def test_long_rows_of_short_files_that_go_to_a_worker_together(tmp_path: Path) -
     assert encoded.lengths.size == 3 * len(kinds)
     start = row_blocks.head_of_row(lines[1].encode(), LIMIT)
     for kind, path, piece in zip(kinds, paths, encoded.read, strict=True):
-        ((line, row, _, element, whole),) = piece.rejects
-        assert (line, row, element, whole) == (1, start, 2 if kind == "array" else None, False), kind
+        ((line, row, _, element, is_complete),) = piece.rejects
+        assert (line, row, element, is_complete) == (1, start, 2 if kind == "array" else None, False), kind
         assert piece.sha256 in (None, hashlib.sha256(path.read_bytes()).hexdigest())
 
 

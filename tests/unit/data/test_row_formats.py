@@ -38,7 +38,7 @@ def test_lists_of_turns() -> None:
     ]  # fmt: skip
 
 
-def test_formats_are_told_by_their_fields() -> None:
+def test_formats_are_recognized_by_their_fields() -> None:
     assert detect_format({"instruction": "", "output": ""}) == "instruction"
     assert detect_format({"input": "", "output": ""}) == "instruction"
     assert detect_format({"messages": [], "id": 1}) == "messages"
@@ -50,7 +50,7 @@ def test_formats_are_told_by_their_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "kind", "roles", "told"),
+    ("row", "kind", "roles", "message"),
     [
         ({"instruction": "i", "input": "q"}, "instruction", "system", "no field 'output'"),
         (
@@ -102,6 +102,6 @@ def test_formats_are_told_by_their_fields() -> None:
         ({"conversations": [{"from": "human"}]}, "conversations", "system", "turn 1: it has no field 'value'"),
     ],
 )
-def test_wrong_rows_are_told_by_field(row: dict[str, Any], kind: str, roles: str, told: str) -> None:
-    with pytest.raises(BadRowError, match=told):
+def test_wrong_rows_are_reported_by_field(row: dict[str, Any], kind: str, roles: str, message: str) -> None:
+    with pytest.raises(BadRowError, match=message):
         to_messages(row, kind, roles)

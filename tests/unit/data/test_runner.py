@@ -76,7 +76,7 @@ def test_partitions_and_workers_change_nothing(tmp_path: Path, expected: bytes, 
 
 
 class Failing:
-    """Encodes until it meets the line that `at` bytes stand before; then does what `how` says."""
+    """Encodes up to the line after `at` bytes; then does what `how` says."""
 
     def __init__(self, at: int, how: str) -> None:
         self.at, self.how = at, how
@@ -90,7 +90,7 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    ("how", "kind", "told"),
+    ("how", "kind", "message"),
     [
         ("die", KitError, "a worker process was killed.*reduce WORKERS"),
         ("error", KitError, "in.txt, line .*: a bad row"),
@@ -98,10 +98,10 @@ class Failing:
     ],
 )
 def test_a_worker_that_fails_ends_the_run_and_finished_parts_are_kept(
-    tmp_path: Path, expected: bytes, how: str, kind: type[Exception], told: str
+    tmp_path: Path, expected: bytes, how: str, kind: type[Exception], message: str
 ) -> None:
     size = job(tmp_path).inputs[0].stat().st_size
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         runner.run(job(tmp_path, Failing(size * 7 // 10, how), partitions=4, workers=2))
     assert not list((tmp_path / "out").glob("data_*")) and not (tmp_path / "out" / "data.json").exists()
     assert not list((tmp_path / "out").glob("*/*.partial"))
@@ -140,7 +140,7 @@ def test_a_part_of_anything_else_is_not_used_again(tmp_path: Path, change: str) 
     assert min(read) == 0
 
 
-def test_a_second_run_is_told_it_is_done_and_another_is_refused(tmp_path: Path) -> None:
+def test_a_second_run_finds_it_done_and_another_is_refused(tmp_path: Path) -> None:
     first = runner.run(job(tmp_path, a=1))
 
     def never(chunk: Chunk) -> EncodedChunk:
@@ -166,7 +166,7 @@ def test_files_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:
     assert foreign.read_bytes() == b"theirs"
 
 
-def test_a_manifest_without_its_files_is_told(tmp_path: Path) -> None:
+def test_a_manifest_without_its_files_is_reported(tmp_path: Path) -> None:
     made = job(tmp_path)
     runner.run(made)
     Path(f"{made.final('tokens')}.bin").unlink()
@@ -181,7 +181,7 @@ def test_no_document_is_an_error(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_input_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
+def test_an_input_that_changes_meanwhile_is_reported(tmp_path: Path) -> None:
     def changing(chunk: Chunk) -> EncodedChunk:
         os.utime(chunk.path, (1, 1))
         return lengths_of_lines(chunk)
@@ -191,7 +191,7 @@ def test_an_input_that_changes_meanwhile_is_told(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("data_*"))
 
 
-def test_two_runs_at_once_are_told(tmp_path: Path) -> None:
+def test_two_runs_at_once_are_reported(tmp_path: Path) -> None:
     made = job(tmp_path)
     made.folder.mkdir(parents=True)
     program = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
@@ -204,7 +204,7 @@ def test_two_runs_at_once_are_told(tmp_path: Path) -> None:
     runner.run(job(tmp_path))
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     made = job(tmp_path)
     made.output_prefix.parent.mkdir()
     made.folder.write_text("a file where the folder of parts would be")
@@ -214,12 +214,12 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 def test_workers_keep_the_order_and_bound_what_is_in_flight(tmp_path: Path) -> None:
     chunks = [Chunk(tmp_path, i, b"x" * (50 - i) + b"\n", 1) for i in range(50)]
-    asked = 0
+    submitted = 0
 
     def counted() -> list[Chunk]:
-        nonlocal asked
+        nonlocal submitted
         for chunk in chunks:
-            asked += 1
+            submitted += 1
             yield chunk
 
     done = 0
@@ -227,7 +227,7 @@ def test_workers_keep_the_order_and_bound_what_is_in_flight(tmp_path: Path) -> N
         for chunk, encoded in workers.encode(counted()):
             assert encoded.lengths.tolist() == [50 - done] and chunk.start == done
             done += 1
-            assert asked - done <= 6
+            assert submitted - done <= 6
     assert done == 50
 
 
@@ -268,7 +268,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 def runs(pid: int) -> bool:
-    """Whether process `pid` is there and no zombie."""
+    """Whether process `pid` exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -92,13 +92,13 @@ def test_the_text_and_the_prompts_ids_are_those_of_inference(tmp_path: Path, los
     write_tokenizer(tmp_path, ["assistant\n\n\nIt is\n\n\n12"] * 50, 400)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     made = encoder(tmp_path, loss_on)
-    talk = messages(*TALK)
-    ids, _ = encode(made, talk)[0]
-    assert made.tokenizer.decode(ids) == theirs.apply_chat_template(talk, tokenize=False)
-    prompt = theirs.apply_chat_template(talk[:2], add_generation_prompt=True, return_dict=False)
+    conversation = messages(*TALK)
+    ids, _ = encode(made, conversation)[0]
+    assert made.tokenizer.decode(ids) == theirs.apply_chat_template(conversation, tokenize=False)
+    prompt = theirs.apply_chat_template(conversation[:2], add_generation_prompt=True, return_dict=False)
     assert ids[: len(prompt)] == prompt
     # The answer begins with newlines: encoded at once with the header, they make one token with the header's newline.
-    assert ids != theirs.apply_chat_template(talk, return_dict=False)
+    assert ids != theirs.apply_chat_template(conversation, return_dict=False)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -106,13 +106,13 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 @settings(max_examples=60, deadline=None)
 @given(TEXT, st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3), st.sampled_from(["all", "last"]))
-def test_any_answer_is_learned_whole_and_nothing_else(
+def test_all_of_any_answer_is_learned_and_nothing_else(
     qwen: Path, system: str, pairs: list[tuple[str, str]], loss_turns: str
 ) -> None:
     made = encoder(qwen, "answer", loss_turns)
-    talk = [("system", system), *(turn for q, a in pairs for turn in (("user", q), ("assistant", a)))]
+    turns = [("system", system), *(turn for q, a in pairs for turn in (("user", q), ("assistant", a)))]
     answers = [made.tokenizer.normalize(answer) + "<|im_end|>" for _, answer in pairs]
-    assert learned(made, encode(made, messages(*talk))[0]) == (answers if loss_turns == "all" else answers[-1:])
+    assert learned(made, encode(made, messages(*turns))[0]) == (answers if loss_turns == "all" else answers[-1:])
 
 
 def test_no_system_turn_lets_the_template_speak(qwen: Path) -> None:
@@ -144,7 +144,7 @@ def test_special_tokens_in_an_answer_do_not_end_it(qwen: Path) -> None:
     assert learned(made, sample) == ["a<|im_end|>\nb<|im_end|>"]
 
 
-def test_without_a_template_chatml_is_used_and_said(
+def test_without_a_template_chatml_is_used_and_logged(
     qwen: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
 
@@ -165,7 +165,7 @@ def test_a_template_that_trims_is_followed(qwen: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "message"),
     [
         (FORGETFUL, "renders what comes before turn 5 otherwise|changes the text of turn 3"),
         (CHATML.replace("message.content", "message.content.upper()"), "changes the text of turn 3"),
@@ -173,11 +173,11 @@ def test_a_template_that_trims_is_followed(qwen: Path, tmp_path: Path) -> None:
         ("{{- raise_exception('roles must alternate') -}}", "the chat template rejects it: roles must alternate"),
     ],
 )
-def test_templates_that_hide_the_answer_are_told_with_the_line(
-    qwen: Path, tmp_path: Path, template: str, told: str
+def test_templates_that_hide_the_answer_are_reported_with_the_line(
+    qwen: Path, tmp_path: Path, template: str, message: str
 ) -> None:
     made = encoder(with_template(qwen, tmp_path / "copy", template))
-    with pytest.raises(KitError, match=rf"rows\.jsonl, line 1: .*({told})"):
+    with pytest.raises(KitError, match=rf"rows\.jsonl, line 1: .*({message})"):
         encode(made, messages(*TALK), path=tmp_path / "rows.jsonl")
 
 
@@ -187,7 +187,7 @@ def test_the_last_answer_alone_needs_no_agreement_before_it(qwen: Path, tmp_path
     assert learned(made, encode(made, one)[0]) == ["first<|im_end|>"]
 
 
-def test_a_row_of_another_format_is_told_with_its_line(qwen: Path, tmp_path: Path) -> None:
+def test_a_row_of_another_format_is_reported_with_its_line(qwen: Path, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"messages": messages(*TALK)}, {"instruction": "", "input": "q", "output": "a"}]
     path = tmp_path / "mixed.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

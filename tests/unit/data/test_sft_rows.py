@@ -1,4 +1,4 @@
-"""What a fine-tuning row may say beside its turns: what each counts in the loss, and tools."""
+"""What a fine-tuning row may hold beside its turns: the weight of each in the loss, and tools."""
 
 import json
 import shutil
@@ -103,7 +103,7 @@ def with_losses(*losses: Any) -> dict[str, Any]:
         ((0, 1.0), "all", [("d<|im_end|>", 1)]),
     ],
 )
-def test_a_turn_may_say_whether_it_is_learned(
+def test_a_turn_may_set_whether_it_is_trained_on(
     tools: Path, losses: tuple[Any, ...], loss_turns: str, expected: list[tuple[str, float]]
 ) -> None:
     made = encoder(tools, loss_turns=loss_turns)
@@ -119,13 +119,13 @@ def test_a_weight_is_the_masks_own_in_float32(tools: Path) -> None:
     assert encoded.counts["supervised"] == np.count_nonzero(encoded.streams["loss_mask"])
 
 
-def test_a_weight_where_none_was_told_is_an_error(tools: Path, tmp_path: Path) -> None:
+def test_a_weight_without_loss_weights_is_an_error(tools: Path, tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"a\.jsonl, line 2: its field 'loss' is a weight.*set LOSS_WEIGHTS=true"):
         encode(encoder(tools), with_losses(True, True), with_losses(0.5, True), path=tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         (with_losses(-1, True), "turn 2: field 'loss' is -1: give true, false or a non-negative weight"),
         (with_losses("yes", True), "turn 2: field 'loss' is 'yes'"),
@@ -146,13 +146,13 @@ def test_a_weight_where_none_was_told_is_an_error(tools: Path, tmp_path: Path) -
         ),
     ],
 )
-def test_what_is_wrong_is_told(row: dict[str, Any], told: str) -> None:
-    with pytest.raises(BadRowError, match=told):
+def test_what_is_wrong_is_reported(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadRowError, match=message):
         to_conversation(row, "messages", "system")
 
 
 def test_the_other_formats_take_losses_and_tools_too() -> None:
-    talk = to_conversation(
+    conversation = to_conversation(
         {
             "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "loss": 0.5}],
             "tools": json.dumps([TOOL]),
@@ -160,7 +160,7 @@ def test_the_other_formats_take_losses_and_tools_too() -> None:
         "conversations",
         "system",
     )
-    assert talk.losses == [None, 0.5] and talk.tools == [TOOL] and is_weighted(talk)
+    assert conversation.losses == [None, 0.5] and conversation.tools == [TOOL] and is_weighted(conversation)
     row = {"instruction": "s", "input": "q", "output": "a", "loss": True}
     assert to_conversation(row, "instruction", "system").losses == [None, None, 1.0]
 
@@ -171,8 +171,8 @@ def test_tools_are_shown_as_the_template_does_and_calls_are_learned(tools: Path)
     made = encoder(tools)
     encoded = encode(made, {"messages": TOOL_TALK, "tools": [TOOL]})
     call = {"name": "weather", "arguments": {"city": "Paris"}}
-    talk = [TOOL_TALK[0], {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}, *TOOL_TALK[2:]]
-    theirs = AutoTokenizer.from_pretrained(tools).apply_chat_template(talk, tools=[TOOL], tokenize=False)
+    messages = [TOOL_TALK[0], {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}, *TOOL_TALK[2:]]
+    theirs = AutoTokenizer.from_pretrained(tools).apply_chat_template(messages, tools=[TOOL], tokenize=False)
     assert made.tokenizer.decode(encoded.streams["tokens"].tolist()) == theirs
     shown = '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>'
     assert learned(made, encoded) == [(shown, 1), ("It is 12.<|im_end|>", 1)]
@@ -180,22 +180,24 @@ def test_tools_are_shown_as_the_template_does_and_calls_are_learned(tools: Path)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (("tool | tojson", "'x' | tojson"), "the chat template does not render the tool 'weather'"),
         (("'name': function.name", "'name': 'f'"), "the chat template does not render the tool calls of turn 2"),
         (("message.tool_calls or []", "[]"), "not render the tool calls"),
     ],
 )
-def test_a_template_that_hides_tools_is_told(tools: Path, tmp_path: Path, change: tuple[str, str], told: str) -> None:
+def test_a_template_that_hides_tools_is_reported(
+    tools: Path, tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
     shutil.copytree(tools, tmp_path / "hf")
     path = tmp_path / "hf" / "tokenizer_config.json"
     assert change[0] in TEMPLATE
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE.replace(*change)}))
     row: dict[str, Any] = {"messages": TOOL_TALK}
-    if "tool 'weather'" in told:
+    if "tool 'weather'" in message:
         row["tools"] = [TOOL]
-    with pytest.raises(KitError, match=told):
+    with pytest.raises(KitError, match=message):
         encode(encoder(tmp_path / "hf"), row, path=tmp_path / "a.jsonl")
 
 
@@ -208,7 +210,7 @@ def test_chatml_shows_no_tools_and_says_so(qwen: Path, tmp_path: Path) -> None:
             encode(encoder(tmp_path / "hf"), row, path=tmp_path / "a.jsonl")
 
 
-def test_rows_that_cannot_be_used_are_kept_aside(tools: Path) -> None:
+def test_unusable_rows_are_set_aside(tools: Path) -> None:
     made = encoder(tools, skip_bad_rows=True)
     rows = [{"messages": TALK}, {"messages": []}, {"messages": TALK}, {"text": "a"}, with_losses(0.5, True)]
     encoded = encode(made, *rows)
@@ -226,7 +228,7 @@ def test_a_sample_whose_text_the_tokenizer_loses_is_a_bad_row(tools: Path, monke
     assert isinstance(encoded.counts, Counter)
 
 
-def test_the_sample_for_the_engines_is_bounded_and_passes_over_bad_rows(tools: Path) -> None:
+def test_the_sample_for_the_engines_is_bounded_and_skips_bad_rows(tools: Path) -> None:
     from common.data.encoders.sft import sample_segments
 
     made = encoder(tools)

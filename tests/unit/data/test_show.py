@@ -52,7 +52,7 @@ def test_pretraining_data_has_no_marks(tmp_path: Path, tokenizer: TextTokenizer)
     assert lines[1] == "12 今天" and "supervised" not in lines[0]
 
 
-def test_another_tokenizer_and_a_number_too_high_are_told(
+def test_another_tokenizer_and_a_number_too_high_are_reported(
     data: Path, tokenizer: TextTokenizer, tmp_path: Path, qwen: Path
 ) -> None:
     with pytest.raises(KitError, match="INDEX=2: .* holds documents 0 to 1"):
@@ -62,7 +62,7 @@ def test_another_tokenizer_and_a_number_too_high_are_told(
         list(show(resolve(str(data)), load_tokenizer(tmp_path), 0, 1, colour=False))
 
 
-def test_what_cannot_be_ids_and_a_mask_of_other_data_are_told(
+def test_what_cannot_be_ids_and_a_mask_of_other_data_are_reported(
     data: Path, tmp_path: Path, tokenizer: TextTokenizer
 ) -> None:
     for name, values in (("old", [5, -7]), ("large", [2**32, 5])):
@@ -99,7 +99,7 @@ def written(tmp_path: Path, qwen: Path) -> list[str]:
         ("ascii", "\\U0001f600 \\u4f60"),
     ],
 )
-def test_what_a_terminal_would_obey_or_cannot_show_is_escaped(written: list[str], encoding: str, wide: str) -> None:
+def test_control_and_unprintable_characters_are_escaped(written: list[str], encoding: str, wide: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([*written[:-1], "1"], env=environment, capture_output=True, check=True)
     text = done.stdout.decode(encoding).split("\n", 1)[1]
@@ -107,7 +107,7 @@ def test_what_a_terminal_would_obey_or_cannot_show_is_escaped(written: list[str]
     assert not set(text) & set("\x1b\x07\x9b\r\u202e\u2066")
 
 
-def test_a_reader_that_goes_ends_it_without_a_word(written: list[str]) -> None:
+def test_a_closed_pipe_ends_it_silently(written: list[str]) -> None:
     process = subprocess.Popen(written, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stderr and process.stdout.readline().startswith(b"--- document 0 of 3000")
     process.stdout.close()

@@ -1,4 +1,4 @@
-"""Orders that take no memory for each element: each element once, evenly, by their key alone."""
+"""Orders without memory per element: each element once, uniformly, by the key alone."""
 
 import itertools
 from pathlib import Path
@@ -17,19 +17,19 @@ def listed(permutation: KeyedPermutation) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [*range(1, 40), 255, 256, 257, 4095, 4096, 4097, 100_003])
-def test_each_element_has_one_place_whichever_way_it_is_asked(size: int) -> None:
+def test_each_element_has_one_position_whichever_way_it_is_queried(size: int) -> None:
     permutation = keyed_shuffle(size, 1, 0)
     places = listed(permutation)
     assert sorted(places) == list(range(size))
     assert [permutation[i] for i in range(min(size, 300))] == places[:300]
 
 
-def test_a_place_is_found_among_a_trillion_without_a_list() -> None:
+def test_a_position_among_a_trillion_is_found_without_a_list() -> None:
     permutation = keyed_shuffle(10**12, 1234, 7)
-    asked = np.random.default_rng(0).integers(0, 10**12, 10_000).astype(np.uint64)
-    places = permutation[asked]
-    assert places.max() < 10**12 and np.unique(places).size == np.unique(asked).size
-    assert int(places[0]) == permutation[int(asked[0])]
+    indices = np.random.default_rng(0).integers(0, 10**12, 10_000).astype(np.uint64)
+    places = permutation[indices]
+    assert places.max() < 10**12 and np.unique(places).size == np.unique(indices).size
+    assert int(places[0]) == permutation[int(indices[0])]
 
 
 def test_seeds_and_epochs_have_orders_of_their_own_that_stay() -> None:
@@ -38,7 +38,7 @@ def test_seeds_and_epochs_have_orders_of_their_own_that_stay() -> None:
     }
     assert len(set(orders.values())) == len(orders)
     assert listed(keyed_shuffle(1000, 1, 2)) == list(orders[1, 2])
-    # Written down when it was made: a run that is resumed by a later kit must find the same samples.
+    # Pinned: a run that is resumed by a later kit must find the same samples.
     assert listed(keyed_shuffle(1000, 1234, 0))[:5] == PINNED
 
 
@@ -64,7 +64,7 @@ def test_over_the_keys_each_element_is_anywhere_as_often_as_elsewhere(size: int)
     assert unevenness(np.bincount(steps, minlength=size)[1:]) < 4
 
 
-def test_one_order_has_no_drift_no_runs_and_nothing_of_the_epoch_before() -> None:
+def test_one_order_has_no_drift_no_runs_and_no_trace_of_the_previous_epoch() -> None:
     size = 1_000_003
     first, second = (np.array(listed(keyed_shuffle(size, 5, epoch)), np.int64) for epoch in (0, 1))
     elements = np.arange(size)
@@ -73,7 +73,7 @@ def test_one_order_has_no_drift_no_runs_and_nothing_of_the_epoch_before() -> Non
         assert (one == other).sum() < 12  # one on average
     steps = np.diff(first) % size
     assert unevenness(np.bincount(steps * 1000 // size, minlength=1000)) < 4
-    # Each thousandth of the order has its share of each thousandth of the elements.
+    # Each thousandth of the order has a thousandth of each thousandth of the elements.
     cells = np.bincount((elements * 100 // size) * 100 + first * 100 // size, minlength=10_000)
     assert unevenness(cells) < 4
 
@@ -94,22 +94,22 @@ def stream(documents: GroupedDocumentOrder | ListedDocumentOrder) -> list[int]:
 
 
 @pytest.mark.parametrize("group", [2, 7, 64, 499, 500, 4096])
-@pytest.mark.parametrize("chosen", [range(500), range(20, 333), range(7, 8)])
+@pytest.mark.parametrize("subset", [range(500), range(20, 333), range(7, 8)])
 def test_groups_hold_each_document_once_and_a_position_leads_into_it(
-    tokens: IndexedDataset, monkeypatch: pytest.MonkeyPatch, group: int, chosen: range
+    tokens: IndexedDataset, monkeypatch: pytest.MonkeyPatch, group: int, subset: range
 ) -> None:
     monkeypatch.setattr(shuffle, "GROUP", group)
-    documents = GroupedDocumentOrder(tokens, chosen, 1, 0)
-    whole = [each for each in stream(documents) if LENGTHS[each]]
-    assert sorted(whole) == [each for each in chosen if LENGTHS[each]]
-    places = [(document, offset) for document in whole for offset in range(LENGTHS[document])]
+    documents = GroupedDocumentOrder(tokens, subset, 1, 0)
+    order = [each for each in stream(documents) if LENGTHS[each]]
+    assert sorted(order) == [each for each in subset if LENGTHS[each]]
+    places = [(document, offset) for document in order for offset in range(LENGTHS[document])]
     for position in range(0, len(places), 37):
         assert next(documents.parts(position)) == places[position]
         after = [each for each, _ in documents.parts(position) if LENGTHS[each]]
-        assert after == whole[whole.index(places[position][0]) :]
+        assert after == order[order.index(places[position][0]) :]
 
 
-def test_neighbours_of_one_epoch_are_not_those_of_the_next(
+def test_neighbours_in_one_epoch_are_not_neighbours_in_the_next(
     tokens: IndexedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shuffle, "GROUP", 50)

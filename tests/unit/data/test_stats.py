@@ -62,13 +62,13 @@ def test_the_report_of_conversations(tmp_path: Path) -> None:
 
 def test_the_report_of_documents_with_a_manifest(tmp_path: Path) -> None:
     bare = data(tmp_path, [5, 12])
-    told = {"documents": {"read": 5, "kept": 2, "dropped": {"no text": 3}}}
-    lines = list(report(DataFiles("pretrain", bare.tokens, None, told), [8], None))
+    manifest = {"documents": {"read": 5, "kept": 2, "dropped": {"no text": 3}}}
+    lines = list(report(DataFiles("pretrain", bare.tokens, None, manifest), [8], None))
     assert "read 5 documents, kept 2, 3 dropped (no text)" in lines
     assert lines[-1] == "SEQ_LENGTH=8: 2 samples per epoch" and not any("supervised" in line for line in lines)
 
 
-def test_no_document_is_told(tmp_path: Path) -> None:
+def test_no_document_is_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="holds no document"):
         list(report(data(tmp_path, []), [8], None))
 
@@ -81,7 +81,7 @@ def test_the_picture(tmp_path: Path) -> None:
         write_png(np.array([1]), "data", tmp_path / "no" / "a.png")
 
 
-def test_without_matplotlib_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_remedy_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(KitError, match=r"plotting needs matplotlib: install requirements/plots\.txt"):
         write_png(np.array([1]), "data", tmp_path / "a.png")

@@ -45,7 +45,7 @@ def test_padding_and_truncation_of_the_file_are_off(qwen: Path, tmp_path: Path) 
     assert load_tokenizer(tmp_path).encode_batch(texts) == load_tokenizer(qwen).encode_batch(texts)
 
 
-def test_missing_and_broken_files_are_told(tmp_path: Path) -> None:
+def test_missing_and_broken_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="TOKENIZER_PATH=.*none is not a folder"):
         load_tokenizer(tmp_path / "none")
     with pytest.raises(KitError, match=r"has no tokenizer\.json.*save_pretrained"):
@@ -80,19 +80,19 @@ def test_end_of_document_by_rule(qwen: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("token", [3, ["<end>"], {"content": 5}, True])
-def test_an_end_token_of_another_type_is_told(token: object, tmp_path: Path) -> None:
+def test_an_end_token_of_another_type_is_reported(token: object, tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"tokenizer_config\.json: eos_token=.* is not a token: set EOD_TOKEN"):
         find_eod(load_tokenizer(without_endoftext(tmp_path, {"eos_token": token}, {})), "auto")
 
 
 @pytest.mark.parametrize("number", [-1, 3, 1 << 40, True, "1", 1.0, [None], [[1]], {"a": 1}])
-def test_an_end_tokens_id_that_is_none_is_told(number: object, tmp_path: Path) -> None:
+def test_an_end_tokens_id_that_is_none_is_reported(number: object, tmp_path: Path) -> None:
     with pytest.raises(KitError, match=r"generation_config\.json: eos_token_id=.* is not a token of the tokenizer"):
         find_eod(load_tokenizer(without_endoftext(tmp_path, {}, {"eos_token_id": number})), "auto")
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
-def test_a_file_beside_the_tokenizer_that_is_no_json_object_is_told(name: str, tmp_path: Path) -> None:
+def test_a_file_beside_the_tokenizer_that_is_no_json_object_is_reported(name: str, tmp_path: Path) -> None:
     folder = without_endoftext(tmp_path, {}, {})
     for text in ("[]", "{", "1", "[" * 10**5):
         (folder / name).write_text(text)
@@ -100,7 +100,7 @@ def test_a_file_beside_the_tokenizer_that_is_no_json_object_is_told(name: str, t
             find_eod(load_tokenizer(folder), "auto")
 
 
-def test_no_end_of_document_is_told(qwen: Path, tmp_path: Path) -> None:
+def test_no_end_of_document_is_reported(qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(KitError, match="EOD_TOKEN=<eod> is .* tokens"):
         find_eod(load_tokenizer(qwen), "<eod>")
     with pytest.raises(KitError, match="set EOD_TOKEN"):

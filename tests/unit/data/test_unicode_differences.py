@@ -42,17 +42,17 @@ def differing(tokenizer: TextTokenizer, encode_flat: EncodeBatchFlat, texts: Seq
 
 @pytest.mark.parametrize("form", ["{}", HIGHEST + "{}", "{}" + LOWEST, "a{}" + COMMON])
 def test_every_code_point(engines: tuple[TextTokenizer, EncodeBatchFlat, EncodeBatchFlat], form: str) -> None:
-    tokenizer, engine, mended = engines
+    tokenizer, engine, corrected = engines
     texts = [form.format(chr(c)) for c in CODE_POINTS]
     found = differing(tokenizer, engine, texts)
     assert bool(found) == (form != "{}")  # without the remedy there is what to remedy
     assert set(found) <= {texts[number] for number in indices_of_differing_texts(texts)}
-    assert differing(tokenizer, mended, [*found, "plain", *found[:1]]) == []
+    assert differing(tokenizer, corrected, [*found, "plain", *found[:1]]) == []
 
 
 @pytest.mark.parametrize("form", ["a{}", "{}\n", "'{}a"])
 def test_letters_and_digits_of_another_unicode(qwen: Path, tmp_path: Path, form: str) -> None:
-    """With their neighbours, and all up to the Chinese: by a vocabulary that shows where the pattern parts."""
+    """With their neighbours, and all up to the Chinese: with a vocabulary that shows where the pattern splits."""
     show_splits(qwen, tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     engine = Gigatoken((tmp_path / "tokenizer.json").read_bytes()).encode_flat
@@ -60,24 +60,24 @@ def test_letters_and_digits_of_another_unicode(qwen: Path, tmp_path: Path, form:
     texts = [form.format(chr(c)) for c in sorted({*near, *range(0x80, 0x3400)})]
     found = set(differing(tokenizer, engine, texts))
     ours = {form.format(chr(c)) for first, last in LETTERS_AND_DIGITS for c in range(first, last + 1)}
-    assert found and (ours <= found or form == "a{}")  # which does not tell digits from others
+    assert found and (ours <= found or form == "a{}")  # which does not distinguish digits
     assert found <= {texts[number] for number in indices_of_differing_texts(texts)}
     assert differing(tokenizer, with_exact_ids(engine, tokenizer), texts) == []
 
 
 def test_every_pair_that_composes(engines: tuple[TextTokenizer, EncodeBatchFlat, EncodeBatchFlat]) -> None:
-    tokenizer, engine, mended = engines
+    tokenizer, engine, corrected = engines
     pairs = [unicodedata.normalize("NFD", chr(c)) for c in CODE_POINTS]
     texts = [pair for pair in pairs if len(pair) > 1 and pair.isprintable()] + NEW_PAIRS
     assert differing(tokenizer, engine, NEW_PAIRS)
-    assert differing(tokenizer, mended, texts) == []
+    assert differing(tokenizer, corrected, texts) == []
 
 
 def test_each_text_keeps_its_place(engines: tuple[TextTokenizer, EncodeBatchFlat, EncodeBatchFlat]) -> None:
-    tokenizer, _, mended = engines
+    tokenizer, _, corrected = engines
     odd = "x \u07f3\u07fd y"
     texts = ["", odd, "Hello", odd + odd, "", "世界", odd]
-    ids, lengths = mended(texts, False)
+    ids, lengths = corrected(texts, False)
     expected = tokenizer.encode_batch(texts)
     assert lengths.tolist() == [len(row) for row in expected]
     assert ids.tolist() == [number for row in expected for number in row]

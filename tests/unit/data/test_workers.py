@@ -23,7 +23,7 @@ def bytes_as_documents(chunk: Chunk) -> EncodedChunk:
 
 
 @pytest.mark.parametrize("slot_bytes", [64, 3000, 1 << 20])
-def test_arrays_come_back_whether_they_fit_the_shared_memory_or_not(
+def test_arrays_are_returned_whether_they_fit_the_shared_memory_or_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slot_bytes: int
 ) -> None:
     monkeypatch.setattr(workers_module, "SLOT_BYTES", slot_bytes)
@@ -53,7 +53,7 @@ def test_the_pieces_of_a_span_are_whole_lines_in_order(tmp_path: Path) -> None:
         assert all(len(chunk.data) <= size + 50 for chunk in chunks)
 
 
-def test_a_file_that_shrinks_meanwhile_is_told(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_meanwhile_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"xx\n" * 100)
     (task,) = split_span(Span(path, 0, 300), 1000)
@@ -65,8 +65,8 @@ def test_a_file_that_shrinks_meanwhile_is_told(tmp_path: Path) -> None:
         load_chunk(task)
 
 
-def test_the_next_piece_is_not_read_into_what_is_still_looked_at(tmp_path: Path) -> None:
-    """The arrays of a piece are views: they hold until the next piece is asked for, however fast the workers are."""
+def test_the_next_piece_is_not_read_into_memory_in_use(tmp_path: Path) -> None:
+    """The arrays of a piece are views, valid until the next piece is requested, however fast the workers are."""
     path = tmp_path / "a.txt"
     path.write_bytes(b"".join(bytes([97 + i % 26]) * 100 + b"\n" for i in range(400)))
     with Workers(bytes_as_documents, 3) as workers:

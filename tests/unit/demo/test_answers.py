@@ -1,4 +1,4 @@
-"""Prompts from rows, and what a model says to them: one batch is as good as one prompt at a time."""
+"""Prompts from rows, and a model's answers to them: a batch gives the same as one prompt at a time."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def rows(folder: Path, *given: dict) -> str:
     return str(path)
 
 
-def test_the_first_row_tells_what_rows_are_for(tmp_path: Path) -> None:
+def test_the_first_row_decides_the_kind_of_training(tmp_path: Path) -> None:
     assert kind_of(rows(tmp_path, TEXT)) == "pretrain"
     assert kind_of(rows(tmp_path, INSTRUCTION, TEXT)) == "sft"
     assert kind_of(rows(tmp_path, {**MESSAGES, "text": "a"})) == "sft"
@@ -52,13 +52,13 @@ def test_the_last_answer_is_left_to_the_model(tmp_path: Path) -> None:
     assert first.given == [{"role": "user", "content": "Be brief.\n1+1?"}]
 
 
-def test_a_text_is_given_in_part(tmp_path: Path) -> None:
+def test_a_long_text_is_quoted_in_part(tmp_path: Path) -> None:
     long, short = read_prompts(rows(tmp_path, TEXT, {"text": "abcd"}), 2, "system")
     assert (long.given, long.expected) == (TEXT["text"][:60], TEXT["text"][60:120])
     assert (short.given, short.expected) == ("ab", "cd")
 
 
-def test_a_row_of_no_use_is_named(tmp_path: Path) -> None:
+def test_an_unusable_row_is_named(tmp_path: Path) -> None:
     with pytest.raises(KitError, match="rows.jsonl, line 2: its fields 'text' match no known format"):
         read_prompts(rows(tmp_path, INSTRUCTION, TEXT), 2, "system")
     with pytest.raises(KitError, match="rows.jsonl, line 2: it has no field 'text'"):
@@ -66,7 +66,7 @@ def test_a_row_of_no_use_is_named(tmp_path: Path) -> None:
 
 
 def alone(folder: Path, text: str, count: int) -> str:
-    """The likeliest continuation of `text`, a whole forward pass for each token."""
+    """The likeliest continuation of `text`, with a full forward pass for each token."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     new: list[int] = []

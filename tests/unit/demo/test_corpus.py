@@ -73,9 +73,9 @@ def test_no_row_for_training_holds_a_question_s_answer() -> None:
 
 @pytest.mark.parametrize("language", SYSTEM)
 def test_questions_are_different_and_of_both_languages(language: str) -> None:
-    asked = questions(5)
-    assert len({fact.question for fact in asked}) == len(asked) == NUM_QUESTIONS
-    assert NUM_QUESTIONS * 0.3 < sum(fact.language == language for fact in asked) < NUM_QUESTIONS * 0.7
+    facts = questions(5)
+    assert len({fact.question for fact in facts}) == len(facts) == NUM_QUESTIONS
+    assert NUM_QUESTIONS * 0.3 < sum(fact.language == language for fact in facts) < NUM_QUESTIONS * 0.7
 
 
 def test_the_same_seed_gives_the_same_rows(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which steps are taken for which settings, and that the commands fit together."""
+"""Which steps are run for which settings, and that the commands fit together."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def own(work: Path, folder: Path, *rows: dict[str, str], **more: object) -> list
     return steps_of(settings, work, "cpu")
 
 
-def test_the_sample_goes_the_whole_way(tmp_path: Path) -> None:
+def test_the_sample_runs_through_all_steps(tmp_path: Path) -> None:
     steps = sample(tmp_path)
     assert [step.name for step in steps] == [
         "sample", "tokens_pretrain", "tokens_finetune", "megatron", "pretrain", "finetune", "torch", "huggingface",
@@ -63,7 +63,7 @@ def test_each_step_reads_what_an_earlier_one_writes(tmp_path: Path) -> None:
             written.add(step.output)
 
 
-def test_own_rows_of_conversations_are_for_fine_tuning(tmp_path: Path) -> None:
+def test_the_users_conversations_are_for_fine_tuning(tmp_path: Path) -> None:
     row = {"instruction": "", "input": "1+1?", "output": "2"}
     steps = own(tmp_path / "work", tmp_path / "a", row, epochs=2.5, lr=3e-5, truncate="drop", seq_length=64)
     assert [step.name for step in steps] == [
@@ -76,7 +76,7 @@ def test_own_rows_of_conversations_are_for_fine_tuning(tmp_path: Path) -> None:
     assert steps[2].settings["TRAIN_MODE"] == "finetune" and steps[-1].command[-1] == str(tmp_path / "work" / "answers")
 
 
-def test_own_texts_are_for_pretraining(tmp_path: Path) -> None:
+def test_the_users_texts_are_for_pretraining(tmp_path: Path) -> None:
     steps = own(tmp_path / "work", tmp_path / "a", {"text": "abc"})
     assert [step.name for step in steps] == [
         "tokens_pretrain", "megatron", "pretrain", "torch", "huggingface", "answers",
@@ -102,7 +102,7 @@ def test_wrong_use_gets_one_message(tmp_path: Path) -> None:
         steps_of(QuickstartSettings(hf_model_path="a", input="/nowhere.jsonl"), tmp_path, "cpu")
 
 
-def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
+def test_a_foreign_folder_is_not_touched(tmp_path: Path) -> None:
     assert work_dir(QuickstartSettings()) == KIT / "work"
     assert work_dir(QuickstartSettings(work_dir=str(tmp_path))) == tmp_path
     (tmp_path / "steps").mkdir()
@@ -114,7 +114,7 @@ def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
             work_dir(QuickstartSettings(work_dir=str(folder)))
 
 
-def test_a_checkpoint_that_is_not_there_is_not_whole(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_not_complete(tmp_path: Path) -> None:
     assert not has_checkpoint(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
     assert not has_checkpoint(tmp_path)

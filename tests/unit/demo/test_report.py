@@ -1,4 +1,4 @@
-"""What is said at the end."""
+"""The report at the end."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_a_text_fits_a_line() -> None:
     assert one_line("x" * 200) == "x" * 70 + " …"
 
 
-def test_the_report_tells_losses_answers_and_places(tmp_path: Path) -> None:
+def test_the_report_shows_losses_answers_and_paths(tmp_path: Path) -> None:
     names = ("tokens_finetune", "finetune", "answers")
     steps = [Step(name=name, title="", command=("true",), output=tmp_path / name) for name in names]
     training_log(tmp_path / "logs" / "finetune.log", (1, 6.25), (30, 0.125))

@@ -1,4 +1,4 @@
-"""A step is run as it is shown, once, and again where its result is missing or broken off."""
+"""A step is run as it is shown, once, and again where its result is missing or incomplete."""
 
 import errno
 import json
@@ -20,15 +20,15 @@ from common.errors import KitError
 from common.training.loop.metrics import Interval, Meter
 
 
-class Told(list[str]):
-    """What was told, as one text."""
+class Output(list[str]):
+    """The printed lines, as one text."""
 
     def __str__(self) -> str:
         return "\n".join(self)
 
 
 def writes(work: Path, name: str, text: str = "whole", **more: object) -> Step:
-    """A step that appends `text` to the file `result` in its folder, and says a line of the kit's and one of others."""
+    """A step that appends `text` to `result` in its folder, and prints a line of the kit's and one of others."""
     folder = work / name
     program = f"mkdir -p {folder} && printf {text} >>{folder}/result && echo '12:00:00 wrote {name}' && echo noise"
     return Step(
@@ -58,25 +58,25 @@ Runner(work, [Step("slow", "t", command, work / "slow")], print).run()
     run(tmp_path, writes(tmp_path, "next"))
 
 
-def test_a_file_system_without_locks_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_system_without_locks_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOSYS, "Function not implemented")):
         run(tmp_path, writes(tmp_path, "first"))
     assert [each.message for each in caplog.records if "the file system does not support locks" in each.message]
 
 
-def run(work: Path, *chosen: Step) -> Told:
-    told = Told()
-    Runner(work, chosen, told.append).run()
-    return told
+def run(work: Path, *steps: Step) -> Output:
+    output = Output()
+    Runner(work, steps, output.append).run()
+    return output
 
 
 def content(work: Path, name: str) -> str:
     return (work / name / "result").read_text()
 
 
-def test_steps_run_in_order_and_say_what_they_do(tmp_path: Path) -> None:
-    told = run(tmp_path, writes(tmp_path, "one"), writes(tmp_path, "two"))
-    text = str(told)
+def test_steps_run_in_order_and_print_what_they_do(tmp_path: Path) -> None:
+    output = run(tmp_path, writes(tmp_path, "one"), writes(tmp_path, "two"))
+    text = str(output)
     assert text.index("[1/2] Write one") < text.index("    wrote one") < text.index("[2/2] Write two")
     assert "bash -c" in text and "\n    noise" not in text and text.count("done in 0 s") == 2
     assert (tmp_path / "logs" / "one.log").read_text() == "12:00:00 wrote one\nnoise\n"
@@ -84,23 +84,23 @@ def test_steps_run_in_order_and_say_what_they_do(tmp_path: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
-    chosen = writes(tmp_path, "one"), writes(tmp_path, "two")
-    run(tmp_path, *chosen)
-    told = run(tmp_path, *chosen)
-    assert told.count("    done already") == 2 and "    wrote one" not in told
+    both = writes(tmp_path, "one"), writes(tmp_path, "two")
+    run(tmp_path, *both)
+    output = run(tmp_path, *both)
+    assert output.count("    done already") == 2 and "    wrote one" not in output
     assert (content(tmp_path, "one"), content(tmp_path, "two")) == ("whole", "whole")
 
 
-def test_a_lost_result_is_made_again_and_all_that_came_of_it(tmp_path: Path) -> None:
-    chosen = [writes(tmp_path, name, resumes=True) for name in ("one", "two", "three")]
-    run(tmp_path, *chosen)
+def test_a_lost_result_and_all_later_ones_are_made_again(tmp_path: Path) -> None:
+    three = [writes(tmp_path, name, resumes=True) for name in ("one", "two", "three")]
+    run(tmp_path, *three)
     (tmp_path / "two" / "result").unlink()
-    told = run(tmp_path, *chosen)
-    assert told.count("    done already") == 1
+    output = run(tmp_path, *three)
+    assert output.count("    done already") == 1
     assert [content(tmp_path, name) for name in ("one", "two", "three")] == ["whole"] * 3
 
 
-def test_what_an_interrupted_run_left_is_removed_unless_the_step_goes_on_from_it(tmp_path: Path) -> None:
+def test_leftovers_of_an_interrupted_run_are_removed_unless_the_step_resumes_from_them(tmp_path: Path) -> None:
     for name in ("anew", "on"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result").write_text("half ")
@@ -127,10 +127,10 @@ def test_a_failure_shows_the_end_of_the_log_and_is_done_again(tmp_path: Path) ->
     step = Step(
         name="one", title="Break", command=("bash", "-c", program), output=tmp_path / "one", is_complete=lambda _: True
     )
-    told = Told()
+    output = Output()
     with pytest.raises(KitError, match=r"step one ended with exit code 7: .*logs/one.log; the same command resumes"):
-        Runner(tmp_path, [step], told.append).run()
-    assert "    | error: it broke" in told
+        Runner(tmp_path, [step], output.append).run()
+    assert "    | error: it broke" in output
     (tmp_path / "mended").touch()
     assert "done in" in str(run(tmp_path, step))
 

@@ -21,13 +21,13 @@ def test_an_optimizer_that_the_version_does_not_load_is_refused(
     text: str, kind: str, those: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path, text, monkeypatch)
-    told = f"/run holds the optimizer as {kind}, which {those} loads; {text[:4]} is installed: use"
-    with pytest.raises(KitError, match=f"^{told} .* from its weights only: set LOAD_CHECKPOINT_PATH"):
+    message = f"/run holds the optimizer as {kind}, which {those} loads; {text[:4]} is installed: use"
+    with pytest.raises(KitError, match=f"^{message} .* from its weights only: set LOAD_CHECKPOINT_PATH"):
         dist_checkpointing.check_optimizer_sharding(kind, Path("/run"), same_ranks=True)
 
 
 @pytest.mark.parametrize("text", ["0.11.0", "0.14.0", "0.16.1", "0.19.2"])
-def test_the_oldest_layout_loads_everywhere_at_its_own_sizes_alone(
+def test_the_oldest_layout_loads_everywhere_only_at_its_own_sizes(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path, text, monkeypatch)
@@ -38,7 +38,7 @@ def test_the_oldest_layout_loads_everywhere_at_its_own_sizes_alone(
 
 
 @pytest.mark.parametrize("same_ranks", [True, False])
-def test_what_0_14_saved_goes_on_under_0_14_at_any_sizes(
+def test_what_0_14_saved_resumes_under_0_14_at_any_sizes(
     same_ranks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path, "0.14.0", monkeypatch)

@@ -15,7 +15,7 @@ from tests.unit.engine.installed import install
 
 
 @pytest.mark.parametrize(("text", "numpy_version"), [("0.14.0", "1.26.4"), ("0.16.1", "2.2.6")])
-def test_what_fits_is_let_pass(text: str, numpy_version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fits_is_accepted(text: str, numpy_version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, text, monkeypatch)
     install(tmp_path, numpy_version, monkeypatch, "numpy")
     installation.check_installed()
@@ -31,7 +31,7 @@ def test_numpy_2_is_refused_before_megatron_core_0_16(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("packaged", [True, False], ids=["with __init__.py", "a namespace"])
-def test_a_checkout_that_stands_before_the_installed_package_is_refused(
+def test_a_checkout_that_shadows_the_installed_package_is_refused(
     packaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = installation.check_origin()

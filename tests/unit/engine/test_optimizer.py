@@ -1,4 +1,4 @@
-"""What is done with a distributed optimizer, whatever the version."""
+"""The handling of a distributed optimizer, in every version."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ class _DecoupledAdam(torch.optim.Adam):
 
 
 class _WatchedAdam(torch.optim.Adam):
-    """Tells how much memory the gradients of its step took."""
+    """Records how much memory the gradients of its step took."""
 
     gradients: set[int]
 
@@ -38,7 +38,7 @@ class _WatchedAdam(torch.optim.Adam):
 
 @pytest.mark.parametrize("adam", [_DecoupledAdam, _WatchedAdam])
 def test_making_the_optimizers_state_leaves_no_gradient(adam: type[torch.optim.Adam]) -> None:
-    """What stayed there made a run of 7B that fits end out of memory when it was resumed."""
+    """Leftovers there made a run of 7B that fits run out of memory when it was resumed."""
     weights = [torch.nn.Parameter(torch.ones(size)) for size in ((3,), (4, 5), (2, 2))]
     optimizer = adam(weights, lr=0.0)
     make_optimizer_state(SimpleNamespace(optimizer=optimizer))

@@ -68,7 +68,7 @@ def test_a_value_has_the_type_of_its_field(text: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("transfomer.recompute_modules=mlp", "give --mcore.SECTION.FIELD VALUE, where SECTION is one of transformer,"),
         ("transformer=1", "give --mcore.SECTION.FIELD VALUE"),
@@ -85,8 +85,8 @@ def test_a_value_has_the_type_of_its_field(text: str, value: Any) -> None:
         ("transformer.activation_func=gelu", "cannot be set on the command line"),
     ],
 )
-def test_what_cannot_be_set_is_refused_by_name(text: str, said: str) -> None:
-    with pytest.raises(KitError, match=re.escape(said)):
+def test_what_cannot_be_set_is_refused_by_name(text: str, message: str) -> None:
+    with pytest.raises(KitError, match=re.escape(message)):
         overrides((text,))
 
 
@@ -96,8 +96,8 @@ def test_the_fields_are_those_of_the_installed_classes(section: str) -> None:
 
 
 @pytest.mark.parametrize("section", CLASSES)
-def test_what_a_setting_of_the_kit_sets_is_a_field(section: str) -> None:
-    """In one version or another: a name that none has would protect nothing."""
+def test_what_a_setting_of_the_kit_sets_is_an_existing_field(section: str) -> None:
+    """In some version: a name that none has would protect nothing."""
     fields = fields_of(section)
     found = {
         name: [key for key in fields if key == name or key.startswith(name.rstrip("*"))] for name in OWNERS[section]
@@ -113,7 +113,7 @@ def test_what_a_setting_of_the_kit_sets_is_a_field(section: str) -> None:
 
 
 def test_fields_that_the_kit_sets_are_refused_but_for_these(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A field that build or the training state sets must be in OWNERS, or an override would replace it in silence."""
+    """A field that build or the training state sets must be in OWNERS, or an override would replace it silently."""
     given: dict[str, set[str]] = {}
 
     def record(section: str) -> Callable[..., None]:
@@ -122,11 +122,11 @@ def test_fields_that_the_kit_sets_are_refused_but_for_these(monkeypatch: pytest.
     monkeypatch.setattr(build, "TransformerConfig", record("transformer"))
     monkeypatch.setattr(optimizer, "OptimizerConfig", record("optimizer"))
     monkeypatch.setattr(data_parallel, "DistributedDataParallelConfig", record("ddp"))
-    chosen = settings("--recompute=full")
+    parsed = settings("--recompute=full")
     options = ModelOptions(precision="bf16", transformer_impl="local", recompute="full")
-    build.transformer_config(QWEN, chosen.sizes, options, PLATFORMS["cpu"])
-    optimizer.optimizer_config(chosen)
-    data_parallel.wrap_model([], chosen)
+    build.transformer_config(QWEN, parsed.sizes, options, PLATFORMS["cpu"])
+    optimizer.optimizer_config(parsed)
+    data_parallel.wrap_model([], parsed)
     free = {name: fields - owned(name, fields) for name, fields in given.items()}
     assert free == {
         # performance alone; activation_func cannot be written on a command line
@@ -142,17 +142,17 @@ def owned(section: str, names: set[str]) -> set[str]:
 
 
 def test_they_reach_the_config_and_the_log() -> None:
-    chosen = settings("--mcore.optimizer.log_num_zeros_in_grad", "true")
-    assert optimizer_config(chosen).log_num_zeros_in_grad is True
+    parsed = settings("--mcore.optimizer.log_num_zeros_in_grad", "true")
+    assert optimizer_config(parsed).log_num_zeros_in_grad is True
     assert optimizer_config(settings()).log_num_zeros_in_grad is False
-    assert list(describe_overrides(chosen.mcore)) == ["megatron-core's optimizer config: log_num_zeros_in_grad = True"]
+    assert list(describe_overrides(parsed.mcore)) == ["megatron-core's optimizer config: log_num_zeros_in_grad = True"]
 
 
-def test_what_megatron_core_refuses_is_told_with_the_flag() -> None:
+def test_what_megatron_core_refuses_is_reported_with_the_flag() -> None:
     with (
         pytest.raises(KitError, match=r"megatron-core refuses --mcore.ddp.bucket_size=7: no"),
         named_refusals(("ddp.bucket_size=7",)),
     ):
         raise AssertionError("no")
-    with pytest.raises(AssertionError), named_refusals(()):  # a fault of ours keeps its traceback
+    with pytest.raises(AssertionError), named_refusals(()):  # a bug of the kit keeps its traceback
         raise AssertionError

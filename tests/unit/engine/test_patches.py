@@ -20,8 +20,8 @@ def test_numpy_without_dtypes_has_the_one_class_that_is_imported(monkeypatch: py
     monkeypatch.delitem(sys.modules, "numpy.dtypes", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     patches.add_numpy_dtypes()
-    mended = sys.modules.pop("numpy.dtypes")
-    assert mended.UInt32DType is type(numpy.dtype("uint32"))
+    module = sys.modules.pop("numpy.dtypes")
+    assert module.UInt32DType is type(numpy.dtype("uint32"))
 
 
 def test_old_torch_reads_what_later_ones_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def check(patch: Patch) -> None:
         found = module
         for part in patch.name.split("."):
             found = getattr(found, part)
-        # A replacement that another test of this process made is not Megatron-Core's.
+        # A patch that another test of this process applied is not Megatron-Core's code.
         if found.__module__ == patch.module or patch.name == "bias_swiglu_impl":
             assert tuple(inspect.signature(found).parameters)[: len(patch.parameters)] == patch.parameters
 
@@ -69,7 +69,7 @@ def test_the_installed_version_has_what_a_patch_replaces(patch: Patch) -> None:
         check(patch)
 
 
-def test_a_patch_of_what_is_gone_is_found() -> None:
+def test_a_patch_of_removed_code_is_found() -> None:
     with pytest.raises(AssertionError, match="does not read _gone"):
         check(Patch("megatron.core.transformer.mlp", "_gone", None, "for this test"))
     with pytest.raises(AssertionError):
@@ -98,7 +98,7 @@ def imported_modules_assigned_to(path: Path) -> set[str]:
     }
 
 
-def test_what_is_replaced_stands_in_the_table_and_nowhere_else() -> None:
+def test_what_is_replaced_is_in_the_table_and_nowhere_else() -> None:
     listed = {f"{patch.module}.{patch.name}" for patch in PATCHES}
     assigned = {path: imported_modules_assigned_to(path) for path in sorted(COMMON.rglob("*.py"))}
     here = assigned.pop(Path(patches.__file__))

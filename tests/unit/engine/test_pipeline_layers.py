@@ -1,4 +1,4 @@
-"""PIPELINE_LAYERS: how it is read, what Megatron-Core is told, and which versions and checkpoints it fits."""
+"""PIPELINE_LAYERS: how it is read, what Megatron-Core gets, and which versions and checkpoints it fits."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def test_numbers_with_commas_are_read() -> None:
             parse_pipeline_layers(text)
 
 
-def test_megatron_is_told_only_what_is_uneven() -> None:
+def test_megatron_gets_options_only_for_uneven_stages() -> None:
     assert pipeline_options((7, 7, 7, 7), vpp=1) == pipeline_options((2,) * 8, vpp=2) == {}
     first_and_last = {"num_layers_in_first_pipeline_stage": 6, "num_layers_in_last_pipeline_stage": 8}
     assert pipeline_options((6, 7, 7, 8), vpp=1) == first_and_last
@@ -35,7 +35,7 @@ def test_megatron_is_told_only_what_is_uneven() -> None:
     assert "pipeline_model_parallel_layout" in pipeline_options((2, 1, 1, 2), vpp=2)
 
 
-def test_a_version_that_cannot_build_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_that_cannot_build_it_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions.metadata, "version", lambda name: "0.11.0")
     check_pipeline_layers((7, 7, 7, 7), 1)
     check_pipeline_layers((6, 7, 7, 8), 1)
@@ -46,13 +46,13 @@ def test_a_version_that_cannot_build_it_is_told(monkeypatch: pytest.MonkeyPatch)
     check_pipeline_layers((7, 7, 8, 6), 1)
 
 
-def test_a_checkpoint_of_other_stages_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_stages_is_reported(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf")
     path = write_ranks(tmp_path / "release", weights, qwen, [[range(3)], [range(3, 4)]])
     checkpoint = Checkpoint(tmp_path, path, "release", "torch")
     check_parallel_sizes(checkpoint, ParallelSizes(2, pp=2, pipeline_layers=(3, 1)), qwen)
-    told = r"at TP=1 PP=2 VPP=1 PIPELINE_LAYERS=3,1, this run has TP=1 PP=2 VPP=1 PIPELINE_LAYERS=2,2: use the same"
-    with pytest.raises(KitError, match=told):
+    message = r"at TP=1 PP=2 VPP=1 PIPELINE_LAYERS=3,1, this run has TP=1 PP=2 VPP=1 PIPELINE_LAYERS=2,2: use the same"
+    with pytest.raises(KitError, match=message):
         check_parallel_sizes(checkpoint, ParallelSizes(2, pp=2), qwen)
     stages = [[range(1), range(2, 3)], [range(1, 2), range(3, 4)]]
     path = write_ranks(tmp_path / "iter_0000001", weights, qwen, stages)

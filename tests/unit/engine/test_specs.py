@@ -1,4 +1,4 @@
-"""What the installed version's layer specs are taken apart by."""
+"""The functions that read the installed version's layer specs."""
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.mlp import MLPSubmodules

@@ -1,4 +1,4 @@
-"""What is asked of Transformer Engine is asked only of versions that have it, and the refusal names them."""
+"""Features of Transformer Engine are used only with versions that have them; a refusal names those versions."""
 
 import re
 from typing import Any
@@ -21,7 +21,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str
 
 
 @pytest.mark.parametrize(
-    ("engine", "megatron", "asked", "given"),
+    ("engine", "megatron", "requested", "given"),
     [
         ("2.11.0", "0.16.1", ("none", "tensorwise"), {}),
         ("2.11.0", "0.16.1", ("hybrid", "tensorwise"), {"fp8": "hybrid", "fp8_recipe": "tensorwise"}),
@@ -31,14 +31,14 @@ def installed(monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str
     ],
 )
 def test_fp8(
-    monkeypatch: pytest.MonkeyPatch, engine: str, megatron: str, asked: tuple[str, str], given: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, engine: str, megatron: str, requested: tuple[str, str], given: dict[str, Any]
 ) -> None:
     installed(monkeypatch, engine, megatron)
-    assert transformer_engine.fp8_options(*asked) == given
+    assert transformer_engine.fp8_options(*requested) == given
 
 
 @pytest.mark.parametrize(
-    ("engine", "megatron", "asked", "said"),
+    ("engine", "megatron", "recipe", "message"),
     [
         ("2.1.0", "0.16.1", "tensorwise", "FP8_RECIPE=tensorwise needs Transformer Engine 2.2 or later, and 2.1 is"),
         ("2.2.0", "0.16.1", "blockwise", "FP8_RECIPE=blockwise needs Transformer Engine 2.3 or later, and 2.2 is"),
@@ -48,15 +48,15 @@ def test_fp8(
     ],
 )
 def test_fp8_that_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, asked: str, said: str
+    monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, recipe: str, message: str
 ) -> None:
     installed(monkeypatch, engine, megatron)
     for ask in (transformer_engine.fp8_options, transformer_engine.check_fp8):
-        with pytest.raises(KitError, match=re.escape(said)):
-            ask("hybrid", asked)
+        with pytest.raises(KitError, match=re.escape(message)):
+            ask("hybrid", recipe)
 
 
-def test_moments_in_bf16_keep_whole_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_in_bf16_keep_full_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "2.11.0")
     given = transformer_engine.optimizer_state_options("bf16")
     assert given["exp_avg_dtype"] is given["exp_avg_sq_dtype"] is torch.bfloat16
@@ -65,7 +65,7 @@ def test_moments_in_bf16_keep_whole_master_weights(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("engine", "megatron", "said"),
+    ("engine", "megatron", "message"),
     [
         ("2.11.0", "0.11.0", "megatron-core 0.14 or later, and 0.11 is installed: set it to fp32"),
         ("2.0.1", "0.16.1", "Transformer Engine 2.1 or later, and 2.0 is installed: set it to fp32"),
@@ -73,11 +73,11 @@ def test_moments_in_bf16_keep_whole_master_weights(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_moments_in_bf16_where_they_cannot_be(
-    monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, said: str
+    monkeypatch: pytest.MonkeyPatch, engine: str | None, megatron: str, message: str
 ) -> None:
     installed(monkeypatch, engine, megatron)
     for ask in (transformer_engine.optimizer_state_options, transformer_engine.check_optimizer_state):
-        with pytest.raises(KitError, match=re.escape(f"OPTIMIZER_STATE=bf16 needs {said}")):
+        with pytest.raises(KitError, match=re.escape(f"OPTIMIZER_STATE=bf16 needs {message}")):
             ask("bf16")
         ask("fp32")
 
@@ -90,7 +90,7 @@ def test_packed_sequences_need_an_engine_that_masks_within_them(monkeypatch: pyt
     transformer_engine.check_packed_sequences("PACKING")
 
 
-def test_overlapped_sends_need_an_engine_that_goes_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overlapped_sends_need_an_engine_that_works_without_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "1.8.0")
     with pytest.raises(KitError, match=r"TP_COMM_OVERLAP=true needs Transformer Engine 1\.9 or later, and 1\.8 is"):
         transformer_engine.check_tp_comm_overlap()

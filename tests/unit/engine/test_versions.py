@@ -74,16 +74,16 @@ def test_a_missing_megatron_core_is_refused(tmp_path: Path, monkeypatch: pytest.
         versions.installed_engine()
 
 
-def test_the_releases_that_are_told_are_those_that_are_locked_built_and_tried() -> None:
-    told = {engine.release for engine in versions.ENGINES}
+def test_supported_releases_are_those_that_are_locked_built_and_tested() -> None:
+    releases = {engine.release for engine in versions.ENGINES}
     images = (ROOT / "docker").glob("*.Dockerfile")
     locked = [*(ROOT / "requirements").glob("*.txt"), *images]
-    assert told == set(found(r"(?:megatron-core==|MEGATRON_CORE=)(\d+\.\d+\.\d+)", *locked))
-    assert told == set(found(r"(?m)^[\w.-]+ +3\.\d+ +2\.\d+\.\d+ +(\S+) ", ROOT / "tests" / "lanes.sh"))
+    assert releases == set(found(r"(?:megatron-core==|MEGATRON_CORE=)(\d+\.\d+\.\d+)", *locked))
+    assert releases == set(found(r"(?m)^[\w.-]+ +3\.\d+ +2\.\d+\.\d+ +(\S+) ", ROOT / "tests" / "lanes.sh"))
 
 
 def test_no_other_part_names_a_version() -> None:
-    """What differs between versions stands in `common/engine`; a comment may name the version that it was read in."""
+    """What differs between versions is in `common/engine`; a comment may name the version that it refers to."""
     named = {
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sorted((ROOT / "common").rglob("*.py"))

@@ -1,4 +1,4 @@
-"""What tests/unit/estimate/worker.py counts, for tests that hold the formulas against it."""
+"""What tests/unit/estimate/worker.py counts, for tests that compare the formulas with it."""
 
 import json
 import os

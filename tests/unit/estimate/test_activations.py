@@ -1,4 +1,4 @@
-"""What autograd really keeps during a step of each kind of layers on the CPU, against the formulas, byte for byte."""
+"""What autograd saves during a step of each kind of layers on the CPU, against the formulas, byte for byte."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,29 +15,29 @@ from common.training.settings import TrainSettings
 from tests.unit.estimate.ranks import count, write_config
 
 
-def most_kept(task: dict[str, Any]) -> int:
-    """The formulas' most bytes that passes keep, with those of the layer that full recomputation makes anew."""
+def peak_saved_bytes(task: dict[str, Any]) -> int:
+    """The formulas' peak of saved bytes, with those of the layer that full recomputation computes again."""
     same = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1}
-    chosen = TrainSettings(**same, gpus=task["world"], **task["settings"])
-    qwen, stage = load_config(Path(task["folder"])), task["rank"] // (task["world"] // chosen.pp)
-    work = work_of(chosen, replace(CPU, fused_kernels=task["fused"]), qwen)
-    chunks = chunks_of_rank(qwen, chosen.sizes, stage)
+    settings = TrainSettings(**same, gpus=task["world"], **task["settings"])
+    qwen, stage = load_config(Path(task["folder"])), task["rank"] // (task["world"] // settings.pp)
+    work = work_of(settings, replace(CPU, fused_kernels=task["fused"]), qwen)
+    chunks = chunks_of_rank(qwen, settings.sizes, stage)
     kept = [kept_by_chunk(work, chunk) for chunk in chunks]
-    number = chosen.sizes.num_microbatches(chosen.global_batch_size, chosen.micro_batch_size)
+    number = settings.sizes.num_microbatches(settings.global_batch_size, settings.micro_batch_size)
     most = 0
-    for moment in moments(chosen.pp, chosen.vpp, stage, number):
+    for moment in moments(settings.pp, settings.vpp, stage, number):
         held = sum(each * size for each, size in zip(moment.in_flight, kept, strict=True))
         chunk = chunks[moment.chunk]
         if not moment.forward and recomputed_layers(work, chunk) == chunk.num_layers:
-            held += layer_made_anew(work, chunk)
+            held += recomputed_layer_bytes(work, chunk)
         most = max(most, held)
-    # Full recomputation keeps the table of angles, float32 [s, d], which is one for all.
-    return most + (4 * work.seq_length * qwen.head_dim if chosen.recompute == "full" else 0)
+    # Full recomputation saves the table of angles, float32 [s, d], shared by all layers.
+    return most + (4 * work.seq_length * qwen.head_dim if settings.recompute == "full" else 0)
 
 
-def layer_made_anew(work: Workload, chunk: Chunk) -> int:
+def recomputed_layer_bytes(work: Workload, chunk: Chunk) -> int:
     """What the last layer of a chunk keeps while it is computed again; the norm after it keeps nothing more."""
-    # The norm's input is the layer's, which is kept already, unless the norm keeps a float32 copy in its place.
+    # The norm's input is the layer's, which is already saved, unless the norm saves a float32 copy instead.
     shared = work.residual_bytes if work.fused_kernels or work.precision == "fp32" else 0
     return sum(layer_tensors(work).values()) - shared - (final_norm_bytes(work) if chunk.last else 0)
 
@@ -81,7 +81,7 @@ def tasks_of(folder: Path, fused: bool, layouts: list[tuple[int, dict[str, Any]]
 
 
 def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None:
-    """Fused: SwiGLU, alone or inside products, a norm and a split QKV that keep what the kernels on a GPU keep."""
+    """Fused: SwiGLU, alone or inside products, a norm and a split QKV that save what the kernels on a GPU save."""
     qwen2 = write_config(tmp_path / "qwen2")
     qwen3 = write_config(tmp_path / "qwen3", model_type="qwen3", head_dim=32)
     tasks = [
@@ -93,19 +93,19 @@ def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None
     named = [
         f"{Path(task['folder']).name} fused {task['fused']} rank {task['rank']} {task['settings']}" for task in tasks
     ]
-    formulas = [most_kept(task) for task in tasks]
+    formulas = [peak_saved_bytes(task) for task in tasks]
     found = [one["kept"] for one in count(tasks)]
     assert len({*named}) == len(tasks) > 30
     assert dict(zip(named, found, strict=True)) == dict(zip(named, formulas, strict=True))
 
 
 def test_rows_that_are_joined_go_without_the_kernel_of_qkv(tmp_path: Path) -> None:
-    """So a checkpointed attention keeps the whole QKV product for its value, not the value alone."""
+    """So a checkpointed attention saves the full QKV product for its value, not the value alone."""
     qwen = load_config(write_config(tmp_path / "qwen2"))
     same = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1, "recompute": "selective"}
     values = []
     for packing in (False, True):
-        chosen = TrainSettings(**same, train_mode="finetune", packing=packing, transformer_impl="transformer_engine")
-        work = work_of(chosen, replace(CPU, fused_kernels=True), qwen)
+        settings = TrainSettings(**same, train_mode="finetune", packing=packing, transformer_impl="transformer_engine")
+        work = work_of(settings, replace(CPU, fused_kernels=True), qwen)
         values.append(layer_tensors(work)["value"])
     assert values == [work.key_bytes, work.query_bytes + 2 * work.key_bytes]

@@ -34,24 +34,24 @@ def plan(folder: Path, platform: Platform = NVIDIA, **changes: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _heard(caplog: pytest.LogCaptureFixture) -> None:
+def _log_at_info(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kit")
 
 
-def test_what_was_measured_to_fit_is_told_with_both_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_measured_to_fit_is_logged_with_both_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     check.compare_memory(plan(tmp_path), "NVIDIA H100 80GB HBM3", int(H100))
-    (told,) = caplog.records
-    assert told.levelname == "INFO"
-    assert told.message == "memory: about 66.9 GiB per GPU, and NVIDIA H100 80GB HBM3 has 79.1"
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert record.message == "memory: about 66.9 GiB per GPU, and NVIDIA H100 80GB HBM3 has 79.1"
 
 
 def test_what_cannot_go_in_is_refused_with_what_takes_less(tmp_path: Path) -> None:
-    said = (
+    message = (
         r"^MICRO_BATCH_SIZE=2, SEQ_LENGTH=4096, TP=1, PP=1, RECOMPUTE=none, OPTIMIZER_STATE=fp32 need about"
         r" 8\d\.\d GiB per GPU, and H100 has 79\.1: to use less memory: a MICRO_BATCH_SIZE below 2, RECOMPUTE=full,"
         r" .*--gpu"
     )
-    with pytest.raises(KitError, match=said):
+    with pytest.raises(KitError, match=message):
         check.compare_memory(plan(tmp_path, micro_batch_size=2), "H100", int(H100))
     check.compare_memory(plan(tmp_path, micro_batch_size=2, recompute="full"), "H100", int(H100))
 
@@ -113,7 +113,7 @@ def test_products_of_quack_count_where_they_are_installed_and_may_be_used(
     assert check.needed(fp8).peak == check.needed(plan(tmp_path, fp8_format="hybrid", fused_products="false")).peak
 
 
-def test_the_devices_are_asked_only_where_the_estimate_was_measured(
+def test_devices_are_queried_only_where_the_estimate_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(check, "smallest_device", lambda num_devices: pytest.fail("asked"))

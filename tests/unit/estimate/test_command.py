@@ -1,4 +1,4 @@
-"""`python -m common.estimate`: what it prints, what it refuses, and that it needs neither torch nor a GPU."""
+"""`python -m common.estimate`: its output, what it refuses, and that it needs neither torch nor a GPU."""
 
 import json
 import re
@@ -32,31 +32,31 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_layouts_that_fit_come_first_and_all_are_counted(model: Path) -> None:
-    asked = {"hf_model_path": model, "gpu": "h100", "gpus": 8, "seq_length": 4096, "global_batch_size": 64}
-    told = json.loads(run(**asked, json=True, tokens=1e9))
-    assert told["parameters"] == 7_615_616_512 and told["gpu"]["name"] == "H100"
-    fits = [layout["fits"] for layout in told["layouts"]]
+    options = {"hf_model_path": model, "gpu": "h100", "gpus": 8, "seq_length": 4096, "global_batch_size": 64}
+    result = json.loads(run(**options, json=True, tokens=1e9))
+    assert result["parameters"] == 7_615_616_512 and result["gpu"]["name"] == "H100"
+    fits = [layout["fits"] for layout in result["layouts"]]
     assert fits == sorted(fits, key=["yes", "tight", "no"].index) and {"yes", "no"} <= {*fits}
-    rates = [layout["tokens_per_s"] for layout in told["layouts"] if layout["fits"] == "yes"]
+    rates = [layout["tokens_per_s"] for layout in result["layouts"] if layout["fits"] == "yes"]
     assert rates == sorted(rates, reverse=True)
-    best = told["layouts"][0]
+    best = result["layouts"][0]
     assert best["days"] == pytest.approx(1e9 / best["tokens_per_s"] / 86400)
     assert best["step_s"] == pytest.approx(64 * 4096 / best["tokens_per_s"])
     assert best["peak_bytes"] == max(stage["peak"] for stage in best["stages"])
     assert len(best["stages"]) == best["pp"]
-    assert {layout["tp"] * layout["pp"] * layout["dp"] for layout in told["layouts"]} == {8}
-    text = run(**asked, tokens=1e9)
+    assert {layout["tp"] * layout["pp"] * layout["dp"] for layout in result["layouts"]} == {8}
+    text = run(**options, tokens=1e9)
     counted = re.search(r"(\d+) layouts: (\d+) fit, (\d+) are tight, (\d+) need more memory; 12 shown", text)
     assert counted and [int(number) for number in counted.groups()] == [
         len(fits), fits.count("yes"), fits.count("tight"), fits.count("no"),
     ]  # fmt: skip
-    assert f"{len(told['refused'])} layouts are refused" in text
+    assert f"{len(result['refused'])} layouts are refused" in text
     assert "x TP=8 does not divide num_attention_heads=28 of this model: use TP in [1, 2, 4]" in text
     assert len(text.split("\n\n")[1].splitlines()) == 1 + 12
-    assert len(run(**asked, rows=0).split("\n\n")[1].splitlines()) == 1 + len(fits)
+    assert len(run(**options, rows=0).split("\n\n")[1].splitlines()) == 1 + len(fits)
 
 
-def test_one_layout_is_told_stage_by_stage(model: Path) -> None:
+def test_one_layout_is_shown_stage_by_stage(model: Path) -> None:
     layout = {"tp": 2, "pp": 4, "micro_batch_size": 1, "recompute": "full"}
     text = run(hf_model_path=model, gpu="A100 40GB", gpus=8, global_batch_size=64, **layout)
     _, row, stages, notes = text.split("\n\n")
@@ -97,34 +97,34 @@ def test_layers_that_are_not_recomputed_keep_more_and_are_faster(model: Path) ->
     assert layouts[0]["peak_bytes"] == json.loads(run(**one, json=True))["layouts"][0]["peak_bytes"]
 
 
-def test_context_parallelism_divides_the_tokens_and_is_said_not_to_be_measured(model: Path) -> None:
-    asked = {"hf_model_path": model, "gpu": "H200", "gpus": 2, "tp": 1, "pp": 1, "recompute": "none"}
-    asked |= {"micro_batch_size": 1, "seq_length": 16384}
-    one, two = (json.loads(run(**asked, json=True, cp=cp))["layouts"][0] for cp in (1, 2))
+def test_context_parallelism_divides_the_tokens_and_is_noted_as_not_measured(model: Path) -> None:
+    options = {"hf_model_path": model, "gpu": "H200", "gpus": 2, "tp": 1, "pp": 1, "recompute": "none"}
+    options |= {"micro_batch_size": 1, "seq_length": 16384}
+    one, two = (json.loads(run(**options, json=True, cp=cp))["layouts"][0] for cp in (1, 2))
     assert one["stages"][0]["kept"] == 2 * two["stages"][0]["kept"]
     assert one["stages"][0]["state"] == two["stages"][0]["state"]  # spread over DP x CP
-    told = "note: context parallelism was not measured"
-    assert told in run(**asked, cp=2) and told not in run(**asked)
+    note = "note: context parallelism was not measured"
+    assert note in run(**options, cp=2) and note not in run(**options)
 
 
-def test_packing_is_said_not_to_be_measured(model: Path) -> None:
-    asked = {"hf_model_path": model, "gpu": "H200", "gpus": 8, "transformer_impl": "local"}
-    assert "note: attention with a mask (PACKING) was not measured" in run(**asked, packing="true")
-    assert "PACKING" not in run(**asked)
+def test_packing_is_noted_as_not_measured(model: Path) -> None:
+    options = {"hf_model_path": model, "gpu": "H200", "gpus": 8, "transformer_impl": "local"}
+    assert "note: attention with a mask (PACKING) was not measured" in run(**options, packing="true")
+    assert "PACKING" not in run(**options)
 
 
 def test_a_layout_fits_tightly_between_what_is_allocated_and_what_the_allocator_holds(model: Path) -> None:
     one = {"hf_model_path": model, "gpu": "H200", "tp": 1, "pp": 1, "micro_batch_size": 1, "recompute": "full"}
     layout = json.loads(run(**one, json=True))["layouts"][0]
     context, held = CONTEXT_BYTES / GIB, layout["peak_bytes"] * RESERVED_SHARE / GIB
-    asked = {"yes": held + context + 0.01, "tight": held + context - 0.01, "no": layout["peak_bytes"] / GIB + context}
-    asked["no"] -= 0.01
-    for fits, memory in asked.items():
+    sizes = {"yes": held + context + 0.01, "tight": held + context - 0.01, "no": layout["peak_bytes"] / GIB + context}
+    sizes["no"] -= 0.01
+    for fits, memory in sizes.items():
         assert json.loads(run(**one, json=True, memory_gib=memory))["layouts"][0]["fits"] == fits
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ({"gpu": "B100"}, r"GPU=B100 is not known: use one of C500, C550, H200, H100, .*, or the nearest of them"),
         ({"tp": 8, "gpus": 8}, r"TP=8 does not divide num_attention_heads=28 of this model: use TP in \[1, 2, 4\]"),
@@ -147,8 +147,8 @@ def test_a_layout_fits_tightly_between_what_is_allocated_and_what_the_allocator_
         ({"gpu_mtbf_hours": 0}, r"GPU_MTBF_HOURS=0\.0: it must be above 0"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_reason(model: Path, flags: dict[str, Any], told: str) -> None:
-    assert re.search(told, run(expect=2, **{"hf_model_path": model, "gpu": "H100", **flags}))
+def test_what_cannot_be_is_refused_with_the_reason(model: Path, flags: dict[str, Any], message: str) -> None:
+    assert re.search(message, run(expect=2, **{"hf_model_path": model, "gpu": "H100", **flags}))
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ runpy.run_module("common.estimate", run_name="__main__", alter_sys=True)
     assert "fit, " in done.stdout and done.stdout.splitlines()[-1] == "[]"
 
 
-def test_it_tells_a_checkpoint_and_the_best_save_interval_of_the_first_layout(model: Path) -> None:
-    asked = {
+def test_it_shows_the_checkpoint_and_the_best_save_interval_of_the_first_layout(model: Path) -> None:
+    options = {
         "hf_model_path": model,
         "gpu": "H100",
         "gpus": 8,
@@ -175,15 +175,15 @@ def test_it_tells_a_checkpoint_and_the_best_save_interval_of_the_first_layout(mo
         "seq_length": 4096,
         "global_batch_size": 256,
     }
-    told = json.loads(run(**asked, json=True, disk_gb_s=4))
-    checkpoint, first = told["checkpoint"], told["layouts"][0]
+    result = json.loads(run(**options, json=True, disk_gb_s=4))
+    checkpoint, first = result["checkpoint"], result["layouts"][0]
     assert checkpoint["bytes"] == 14 * 7_615_616_512 and checkpoint["disk_bytes"] == 4 * checkpoint["bytes"]
     assert checkpoint["write_s"] == checkpoint["stall_s"] == checkpoint["bytes"] / 4e9
     assert checkpoint["between_faults_s"] == pytest.approx(50_677 * 3600 / 64)
     assert checkpoint["recovery_s"] == 600 + 120 + checkpoint["write_s"]
     assert abs(first["best_save_interval"] - checkpoint["best_interval_s"] / first["step_s"]) < 1
     assert first["goodput"] < first["best_goodput"] <= checkpoint["best_goodput"] < 1
-    text = run(**asked, disk_gb_s=4)
+    text = run(**options, disk_gb_s=4)
     assert "a checkpoint: 106.6 GB with the optimizer; KEEP_CHECKPOINTS=3 and the next one need 426.5 GB" in text
     assert "written in 26.7 s, read in the same time (--disk-gb-s=4); training is paused meanwhile" in text
     assert (
@@ -196,19 +196,19 @@ def test_it_tells_a_checkpoint_and_the_best_save_interval_of_the_first_layout(mo
     assert [trains, now] == [f"{100 * first[name]:.1f}" for name in ("best_goodput", "goodput")]
 
 
-def test_a_save_that_training_hardly_waits_for_is_made_more_often(model: Path) -> None:
-    asked = {"hf_model_path": model, "gpu": "H100", "gpus": 8, "tp": 2, "pp": 1, "micro_batch_size": 1}
+def test_cheap_saves_are_made_more_often(model: Path) -> None:
+    options = {"hf_model_path": model, "gpu": "H100", "gpus": 8, "tp": 2, "pp": 1, "micro_batch_size": 1}
     waits, goes_on = (
-        json.loads(run(**asked, json=True, **flags))["layouts"][0] for flags in ({}, {"save_stall_s": 5.0})
+        json.loads(run(**options, json=True, **flags))["layouts"][0] for flags in ({}, {"save_stall_s": 5.0})
     )
     assert goes_on["best_save_interval"] < waits["best_save_interval"]
     assert goes_on["best_goodput"] > waits["best_goodput"]
-    shown = run(**asked, save_stall_s=5, save_interval=7, keep_checkpoints=0, precision="fp32")
+    shown = run(**options, save_stall_s=5, save_interval=7, keep_checkpoints=0, precision="fp32")
     assert "121.8 GB with the optimizer; KEEP_CHECKPOINTS=0\n" in shown
     assert "training is paused for 5 s (--save-stall-s)" in shown and "% with 7;" in shown
 
 
-def test_without_a_step_that_is_known_the_best_interval_is_told_in_time(model: Path) -> None:
+def test_without_a_known_step_time_the_best_interval_is_given_as_a_duration(model: Path) -> None:
     for gpu, flags in (("C500", {}), ("H100", {"optimizer_state": "fp32", "tp": 1, "pp": 1, "gpus": 1})):
         text = run(**{"hf_model_path": model, "gpu": gpu, "gpus": 8, **flags})
         assert re.search(r"best: [\d.]+ (h|days) from save to save: goodput 99\.\d%", text)

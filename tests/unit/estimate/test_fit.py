@@ -1,4 +1,4 @@
-"""The constants: those in the source are the committed measurements', and a fit finds what made the figures."""
+"""The constants: those in the source are fitted to the committed measurements, and a fit recovers known constants."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_the_constants_are_those_of_the_committed_measurements(
     assert run(monkeypatch, DATA) == 0, capsys.readouterr().out
 
 
-def test_a_fit_finds_the_constants_that_made_the_figures(tmp_path: Path) -> None:
+def test_a_fit_recovers_the_constants_behind_the_figures(tmp_path: Path) -> None:
     path = write(tmp_path / "steps.json")
     steps = [step for step in read_steps(path) if step.fitted]
     assert len(steps) == len(CASES)

@@ -1,4 +1,4 @@
-"""The share of the time that trains: Daly's model against a simulation of it, its best interval against a search."""
+"""Goodput: Daly's model against a simulation of it, its best interval against a search."""
 
 import math
 import random
@@ -36,17 +36,17 @@ def daly(lost: Interruptions) -> float:
 
 
 def simulated(lost: Interruptions, interval: float, faults: int = 20_000) -> float:
-    """The share that trains in a run of so many faults, save by save; each save is whole before the next begins."""
+    """The goodput of a run with that many faults, save by save; each save is complete before the next begins."""
     assert interval >= lost.behind
     chance = random.Random(1)
     now = trained = 0.0
     for _ in range(faults):
         fault = now + chance.expovariate(1 / lost.between_faults)
-        saves: list[tuple[float, float]] = []  # when it is whole, and what was trained by then
+        saves: list[tuple[float, float]] = []  # when it is complete, and what was trained by then
         while now < fault:
             now, trained = now + interval + lost.stall, trained + interval
             saves.append((now + lost.behind, trained))
-        undone = sum(whole > fault for whole, _ in saves)
+        undone = sum(complete > fault for complete, _ in saves)
         now, trained = fault, trained - undone * interval
         while (again := chance.expovariate(1 / lost.between_faults)) < lost.recovery:
             now += again
@@ -85,7 +85,7 @@ def test_the_best_interval_is_the_best_of_simulations_too() -> None:
 
 
 @pytest.mark.parametrize(("hours", "minutes"), [(24, 117), (6, 57), (0.25, 9.1)])
-def test_it_is_what_dalys_figures_3_to_5_say(hours: float, minutes: float) -> None:
+def test_it_is_what_dalys_figures_3_to_5_show(hours: float, minutes: float) -> None:
     lost = Interruptions(between_faults=hours * HOUR, stall=300.0, write=300.0, recovery=600.0)
     assert best_interval(lost) / 60 == pytest.approx(minutes, rel=0.01)
 
@@ -102,15 +102,15 @@ def test_llama_3_trained_over_90_percent_with_one_fault_in_three_hours() -> None
 
 def test_the_shares_are_all_of_the_time() -> None:
     for lost in RUNS.values():
-        told = shares(lost, best_interval(lost))
-        assert told.trains + told.saves + told.recovers + told.repeats == pytest.approx(1)
-        assert min(told.trains, told.saves, told.recovers, told.repeats) > 0
+        split = shares(lost, best_interval(lost))
+        assert split.trains + split.saves + split.recovers + split.repeats == pytest.approx(1)
+        assert min(split.trains, split.saves, split.recovers, split.repeats) > 0
     # Where both are short, half of an interval and its save is lost a fault, and a save an interval.
     few = RUNS["few faults"]
-    told, interval = shares(few, 2 * HOUR), 2 * HOUR
-    assert told.saves == pytest.approx(few.stall / (interval + few.stall), rel=0.03)
-    assert told.repeats == pytest.approx((interval + few.stall) / 2 / few.between_faults, rel=0.03)
-    assert told.recovers == pytest.approx(few.recovery / few.between_faults, rel=0.03)
+    split, interval = shares(few, 2 * HOUR), 2 * HOUR
+    assert split.saves == pytest.approx(few.stall / (interval + few.stall), rel=0.03)
+    assert split.repeats == pytest.approx((interval + few.stall) / 2 / few.between_faults, rel=0.03)
+    assert split.recovers == pytest.approx(few.recovery / few.between_faults, rel=0.03)
 
 
 def test_a_save_before_the_last_one_is_written_waits_for_it() -> None:
@@ -127,5 +127,5 @@ def test_the_best_save_interval_is_the_best_whole_number_of_steps(step: float) -
 
 
 def test_a_run_that_never_gets_to_its_save_trains_nothing() -> None:
-    told = shares(Interruptions(1.0, 10.0, 10.0, 5000.0), 1e6)
-    assert told.trains == 0 and told.recovers == 1
+    split = shares(Interruptions(1.0, 10.0, 10.0, 5000.0), 1e6)
+    assert split.trains == 0 and split.recovers == 1

@@ -43,17 +43,19 @@ def test_a_steps_tensors_are_those_that_the_formulas_count(tmp_path: Path) -> No
             tasks.append(
                 {"folder": str(folder), "world": world, "rank": stage * tp, "settings": settings, "peak": True}
             )
-            chosen = TrainSettings(save_checkpoint_path="-", dataset_path="-", train_iters=1, gpus=world, **settings)
-            formulas.append(rank_memory(chosen, CPU, load_config(folder), stage).activations)
+            train_settings = TrainSettings(
+                save_checkpoint_path="-", dataset_path="-", train_iters=1, gpus=world, **settings
+            )
+            formulas.append(rank_memory(train_settings, CPU, load_config(folder), stage).activations)
     found = [one["peak"] for one in count(tasks)]
     for task, real, formula in zip(tasks, found, formulas, strict=True):
-        # Counted in hidden states [s, b, h], not told apart by kind, is what pipeline stages send and receive.
+        # What pipeline stages send and receive is counted in hidden states [s, b, h], whatever its kind.
         bound = 0.03 if task["settings"].get("pp", 1) == 1 else 0.07
         assert abs(formula / real - 1) < bound, (task["settings"], task["rank"], real, formula)
 
 
 class Recorder(TorchKernels):
-    """Notes how many tokens' logits there are at once."""
+    """Records how many tokens' logits there are at once."""
 
     rows: list[int]
 
@@ -69,18 +71,18 @@ def test_logits_come_in_the_chunks_that_the_loss_makes(tmp_path: Path, monkeypat
     monkeypatch.setattr(chunks, "MAX_LOGITS_BYTES", 600 * 301 * 4)
     Recorder.rows = []
     hidden, weight = torch.zeros(1280, 64), torch.zeros(301, 64)
-    whole = loss.Vocabulary(None, 0, 301)
+    vocabulary = loss.Vocabulary(None, 0, 301)
     loss.LinearCrossEntropy.apply(
-        hidden, weight, torch.zeros(1280, dtype=torch.long), torch.ones(1280), whole, Recorder(), False
+        hidden, weight, torch.zeros(1280, dtype=torch.long), torch.ones(1280), vocabulary, Recorder(), False
     )
     assert Recorder.rows == [512, 512, 256]
-    chosen = TrainSettings(
+    settings = TrainSettings(
         save_checkpoint_path="-", dataset_path="-", train_iters=1, seq_length=640, micro_batch_size=2,
         global_batch_size=2, precision="fp32",
     )  # fmt: skip
     # A chunk's own logits and the last one's, float32, and its exponents' copy.
-    assert activations.logits_bytes(work_of(chosen, CPU, qwen)) == (512 + 512 + 512) * 301 * 4
-    assert activations.logits_bytes(work_of(chosen, NVIDIA, qwen)) == (512 + 512) * 301 * 4
+    assert activations.logits_bytes(work_of(settings, CPU, qwen)) == (512 + 512 + 512) * 301 * 4
+    assert activations.logits_bytes(work_of(settings, NVIDIA, qwen)) == (512 + 512) * 301 * 4
 
 
 def test_the_optimizers_step_needs_copies_of_what_it_holds_small(tmp_path: Path) -> None:
@@ -89,8 +91,8 @@ def test_the_optimizers_step_needs_copies_of_what_it_holds_small(tmp_path: Path)
     vocabulary = 8_000_000 * 64
 
     def step(platform: Platform, qwen: QwenConfig = qwen, **changes: Any) -> int:
-        chosen = TrainSettings(save_checkpoint_path="-", dataset_path="-", train_iters=1, **changes)
-        return rank_memory(chosen, platform, qwen, 0).step
+        settings = TrainSettings(save_checkpoint_path="-", dataset_path="-", train_iters=1, **changes)
+        return rank_memory(settings, platform, qwen, 0).step
 
     assert step(NVIDIA) == step(CPU) == 0
     assert step(METAX) == 4 * chunk_parameters(qwen, 1, WHOLE)

@@ -31,8 +31,8 @@ def settings(**changes: Any) -> TrainSettings:
 
 
 def cost(qwen: QwenConfig, gpu: Gpu = H100, **changes: Any) -> dict[str, float]:
-    chosen = settings(**changes)
-    return chunk_cost(work_of(chosen, gpu.platform, qwen), Chunk(qwen.num_hidden_layers, True, True), gpu)
+    train_settings = settings(**changes)
+    return chunk_cost(work_of(train_settings, gpu.platform, qwen), Chunk(qwen.num_hidden_layers, True, True), gpu)
 
 
 @pytest.mark.parametrize("impl", ["transformer_engine", "local"])

@@ -1,4 +1,4 @@
-"""One rank of any layout in one process: its real model, optimizer and schedule among ranks that are not there.
+"""One rank of any layout in one process: its real model, optimizer and schedule, without the other ranks.
 
     python -m tests.unit.estimate.worker '[{"folder": DIR, "world": 4, "rank": 1, "settings": {...}}]'
 
@@ -31,7 +31,7 @@ SCALAR_BYTES = 8  # left out: the loss's scale
 
 
 class FusedNorm(torch.autograd.Function):
-    """Keeps what torch's fused RMSNorm keeps on a GPU (aten::_fused_rms_norm): input, a float32 a row, weight."""
+    """Saves what torch's fused RMSNorm saves on a GPU (aten::_fused_rms_norm): input, a float32 a row, weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -50,7 +50,7 @@ def fused_rms_norm(x: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float
 
 
 class FusedNormOfSum(torch.autograd.Function):
-    """Keeps what the kernel of common/model/kernels/norm_kernels.py keeps: the sum, a float32 a row, weight."""
+    """Saves what the kernel of common/model/kernels/norm_kernels.py saves: the sum, a float32 a row, weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
@@ -76,7 +76,7 @@ class InPlace(TorchProducts):
 
 
 class SplitAndRotate(torch.autograd.Function):
-    """Keeps what the kernel of common/model/kernels/qkv_rope.py keeps: nothing of its input."""
+    """Saves what the kernel of common/model/kernels/qkv_rope.py saves: nothing of its input."""
 
     @staticmethod
     def forward(ctx: Any, mixed: torch.Tensor, parts: list[int]) -> tuple[torch.Tensor, ...]:
@@ -90,11 +90,11 @@ class SplitAndRotate(torch.autograd.Function):
         return torch.cat([gradient.reshape(s, b, groups, -1) for gradient in upstream], -1), None
 
 
-class Kept:
-    """A tensor that autograd keeps, counted as long as it does."""
+class SavedTensor:
+    """A tensor that autograd saves, counted as long as it is saved."""
 
     def __init__(self, ledger: "Ledger", tensor: torch.Tensor) -> None:
-        # Of an operation's own output only the data: with its history it would keep the operation, which keeps it.
+        # Detached: with its history an operation's output would hold the operation, which holds it.
         self.ledger, self.tensor = ledger, tensor.detach()
         ledger.add(tensor.untyped_storage(), 1)
 
@@ -103,7 +103,7 @@ class Kept:
 
 
 class Ledger:
-    """Bytes of the storages that autograd keeps, each once, without the parameters'."""
+    """Bytes of the storages that autograd saves, each once, without the parameters'."""
 
     def __init__(self, model: list[Any]) -> None:
         self.parameters = {p.untyped_storage().data_ptr() for chunk in model for p in chunk.parameters()}
@@ -119,14 +119,14 @@ class Ledger:
             self.most = max(self.most, self.now)
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        return tensor if tensor.untyped_storage().data_ptr() in self.parameters else Kept(self, tensor)
+        return tensor if tensor.untyped_storage().data_ptr() in self.parameters else SavedTensor(self, tensor)
 
     def unpack(self, kept: Any) -> torch.Tensor:
-        return kept.tensor if isinstance(kept, Kept) else kept
+        return kept.tensor if isinstance(kept, SavedTensor) else kept
 
 
 class Live(TorchDispatchMode):
-    """The most bytes of tensors that were made under it and lived at once, storages counted once."""
+    """The peak bytes of tensors that were made under it, storages counted once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,13 +147,13 @@ class Live(TorchDispatchMode):
 
 
 def plan_of(task: dict[str, Any]) -> Plan:
-    chosen = TrainSettings(
+    train_settings = TrainSettings(
         save_checkpoint_path="-", dataset_path="-", train_iters=1, gpus=task["world"], **task["settings"]
     )
     folder = Path(task["folder"])
     platform = replace(CPU, fused_kernels=task.get("fused", False))
     return Plan(
-        settings=chosen, platform=platform, sizes=chosen.sizes, qwen=load_config(folder),
+        settings=train_settings, platform=platform, sizes=train_settings.sizes, qwen=load_config(folder),
         start=Start("random", folder, None), transformer_impl="local", ckpt_format="torch_dist",
         train=None, valid=None, train_iters=1,
     )  # fmt: skip
@@ -169,7 +169,7 @@ def batch_of(plan: Plan) -> dict[str, torch.Tensor]:
 
 
 def peak(plan: Plan) -> dict[str, Any]:
-    """The most bytes that a step made at once, its optimizer's part included."""
+    """The peak bytes of a step, the optimizer's included."""
     from common.training.checkpointing.optimizer_state import initialize_optimizer_state
     from common.training.loop.train_step import train_step
     from common.training.state.training_state import build_training_state
@@ -183,7 +183,7 @@ def peak(plan: Plan) -> dict[str, Any]:
 
 
 def count(plan: Plan, activations: bool) -> dict[str, Any]:
-    """Parameters, bytes of the state, and the most that autograd kept at once during a step."""
+    """Parameters, bytes of the state, and the peak of what autograd saved during a step."""
     from common.model.build import unwrap
     from common.training.checkpointing.optimizer_state import initialize_optimizer_state
     from common.training.loop.forward_step import forward_backward

@@ -1,4 +1,4 @@
-"""Stand-ins, in the place of packages that need a GPU."""
+"""Stubs of packages that need a GPU."""
 
 import importlib
 import sys
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-STAND_INS = Path(__file__).parents[2] / "stand_ins"
+STUBS = Path(__file__).parents[2] / "stubs"
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, folder: str, module: str) -> Iterator[Any]:
-    """`module` of a stand-in, whose package is forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(STAND_INS / folder))
+def stub(monkeypatch: pytest.MonkeyPatch, folder: str, module: str) -> Iterator[Any]:
+    """`module` of a stub, whose package is unloaded afterwards."""
+    monkeypatch.syspath_prepend(str(STUBS / folder))
     yield importlib.import_module(module)
     package = module.split(".")[0]
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
@@ -24,12 +24,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: str, module: str) -> Itera
 @pytest.fixture
 def quack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """QuACK's gemm_interface."""
-    yield from stand_in(monkeypatch, "quack", "quack.gemm_interface")
+    yield from stub(monkeypatch, "quack", "quack.gemm_interface")
 
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """torch is told to be."""
+    """Makes torch deterministic."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -38,4 +38,4 @@ def deterministic() -> Iterator[None]:
 @pytest.fixture
 def flash_4(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """FlashAttention 4's interface."""
-    yield from stand_in(monkeypatch, "flash_attn_4", "flash_attn.cute.interface")
+    yield from stub(monkeypatch, "flash_attn_4", "flash_attn.cute.interface")

@@ -1,4 +1,4 @@
-"""PyTorch in the place of Triton's kernels, under the names of the kit's modules, where there is no triton."""
+"""PyTorch instead of Triton's kernels, under the names of the kit's modules, where there is no triton."""
 
 import sys
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""A kernel that fails on one of two ranks, in any way, is passed over by both: they train with the same ones."""
+"""A kernel that fails on one of two ranks, in any way, is skipped by both: they train with the same ones."""
 
 import json
 import logging
@@ -22,11 +22,11 @@ from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[3]
 S, B, STEPS = 32, 2, 4
-SAID = "TypeError: __init__() got an unexpected keyword argument"
+MESSAGE = "TypeError: __init__() got an unexpected keyword argument"
 
 
 class Broken:
-    """Has an import of one module fail, as QuACK's did."""
+    """Makes the import of one module fail."""
 
     def __init__(self, module: str, error: BaseException) -> None:
         self.module, self.error = module, error
@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
     "nothing": ("", "", {}, BOTH, LOSS),
     "quack": (
         "quack", "TypeError", {}, {**BOTH, "products": "NoneType", "loss": "TritonKernels"},
-        f"SwiGLU: not fused into matrix products (QuACK: {SAID} (rank 1 of 2))",
+        f"SwiGLU: not fused into matrix products (QuACK: {MESSAGE} (rank 1 of 2))",
     ),
     "quack ends the process": (
         "quack", "SystemExit", {}, {**BOTH, "products": "NoneType", "loss": "TritonKernels"},
@@ -56,7 +56,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
     ),
     "the loss of the last stage": (
         "quack.linear_cross_entropy", "TypeError", {"pp": 2}, {**BOTH, "loss": "TritonKernels"},
-        f"loss: not fused into matrix products (QuACK: {SAID} (rank 1 of 2))",
+        f"loss: not fused into matrix products (QuACK: {MESSAGE} (rank 1 of 2))",
     ),
     "triton": (
         "common.model.kernels.qkv_rope", "ImportError", {},
@@ -66,15 +66,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
     ),
     "triton's norms": (
         "common.model.kernels.norm_kernels", "TypeError", {}, {**BOTH, "norms": "NoneType"},
-        f"norms: not fused with the residual adds (Triton: {SAID} (rank 1 of 2))",
+        f"norms: not fused with the residual adds (Triton: {MESSAGE} (rank 1 of 2))",
     ),
     "triton's loss": (
         "common.model.kernels.loss_kernels", "TypeError", {}, {**BOTH, "loss": "TorchKernels"},
-        f"loss: PyTorch (Triton: {SAID} (rank 1 of 2))",
+        f"loss: PyTorch (Triton: {MESSAGE} (rank 1 of 2))",
     ),
     "flash_attn": (
         "flash_attn", "TypeError", {"attention": ["flash_attn", "sdpa"]}, BOTH,
-        f"core attention: sdpa (flash_attn: {SAID} (rank 1 of 2))",
+        f"core attention: sdpa (flash_attn: {MESSAGE} (rank 1 of 2))",
     ),
 }  # fmt: skip
 
@@ -85,16 +85,16 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def two_ranks(qwen: Path, **task: Any) -> list[dict[str, Any]]:
-    """What both print, rank 0 first."""
-    stand_ins = [ROOT / "tests" / "stand_ins" / name for name in ("quack", "flash_attn")]
-    path = ":".join(map(str, [ROOT, *stand_ins]))
+    """The output of both, rank 0 first."""
+    stubs = [ROOT / "tests" / "stubs" / name for name in ("quack", "flash_attn")]
+    path = ":".join(map(str, [ROOT, *stubs]))
     printed = forked(2, __name__, [json.dumps({"qwen": str(qwen), **task})], more={"PYTHONPATH": path})
-    told = [json.loads(line) for line in printed.splitlines() if line.startswith('{"rank": ')]
-    return sorted(told, key=lambda each: each.pop("rank"))
+    results = [json.loads(line) for line in printed.splitlines() if line.startswith('{"rank": ')]
+    return sorted(results, key=lambda each: each.pop("rank"))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_fails_on_one_rank_is_passed_over_by_both_and_they_train(case: str, qwen: Path) -> None:
+def test_a_kernel_that_fails_on_one_rank_is_skipped_by_both_and_they_train(case: str, qwen: Path) -> None:
     module, error, settings, kernels, line = CASES[case]
     first, second = two_ranks(qwen, module=module, error=error, **settings)
     assert first["kernels"] == second["kernels"] == kernels
@@ -104,26 +104,26 @@ def test_what_fails_on_one_rank_is_passed_over_by_both_and_they_train(case: str,
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [
         (
             {"module": "quack", "fused_products": "true"},
-            f"FUSED_PRODUCTS=true, but QuACK cannot fuse SwiGLU into matrix products here: {SAID}",
+            f"FUSED_PRODUCTS=true, but QuACK cannot fuse SwiGLU into matrix products here: {MESSAGE}",
         ),
         (
             {"module": "common.model.kernels.swiglu", "fused_products": "true"},
-            f"FUSED_PRODUCTS=true, but QuACK cannot fuse SwiGLU and loss into matrix products here: Triton: {SAID}",
+            f"FUSED_PRODUCTS=true, but QuACK cannot fuse SwiGLU and loss into matrix products here: Triton: {MESSAGE}",
         ),
         (
             {"module": "flash_attn", "core_attention": "flash_attn"},
-            f"no core attention works here (flash_attn: {SAID} (rank 1 of 2))",
+            f"no core attention works here (flash_attn: {MESSAGE} (rank 1 of 2))",
         ),
     ],
     ids=["products", "triton", "attention"],
 )
-def test_what_is_asked_for_and_fails_on_one_rank_ends_both(task: dict[str, str], said: str, qwen: Path) -> None:
+def test_a_requested_kernel_that_fails_on_one_rank_ends_both(task: dict[str, str], message: str, qwen: Path) -> None:
     first, second = two_ranks(qwen, error="TypeError", **task)
-    assert first == second and first["error"].startswith(said)
+    assert first == second and first["error"].startswith(message)
 
 
 def main() -> None:
@@ -134,7 +134,7 @@ def main() -> None:
     from tests.unit.model import plain_kernels
 
     plain_kernels.install()
-    setattr(kernels, "_need_hopper", lambda _: None)  # noqa: B010  QuACK's stand-in is for CPUs
+    setattr(kernels, "_need_hopper", lambda _: None)  # noqa: B010  QuACK's stub is for CPUs
     setattr(kernels, "fuse_rotary_embedding", lambda: None)  # noqa: B010  needs a compiler
     if task.get("module") and os.environ["RANK"] == "1":
         sys.modules.pop(task["module"], None)
@@ -146,8 +146,8 @@ def main() -> None:
     logging.getLogger("kit").setLevel(logging.INFO)
     sizes = ParallelSizes(2, pp=task.get("pp", 1))
     with process_group(PLATFORMS["cpu"], sizes, 1234, 1):
-        told = found(load_config(Path(task["qwen"])), sizes, task)
-        line = json.dumps({"rank": int(os.environ["RANK"]), **told, "log": lines})
+        result = found(load_config(Path(task["qwen"])), sizes, task)
+        line = json.dumps({"rank": int(os.environ["RANK"]), **result, "log": lines})
         os.write(1, f"{line}\n".encode())  # in one piece: both ranks write to one file
 
 

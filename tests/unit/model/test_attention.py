@@ -1,4 +1,4 @@
-"""Core attention: which is taken, and that each gives the same."""
+"""Core attention: which is selected, and that all give the same."""
 
 import logging
 import sys
@@ -21,12 +21,12 @@ from common.model.layers.attention import (
 )
 
 CPU, HEADS = torch.device("cpu"), (8, 2, 16)
-STAND_INS = Path(__file__).parents[2] / "stand_ins"
+STUBS = Path(__file__).parents[2] / "stubs"
 
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(STAND_INS / "flash_attn"))
+    monkeypatch.syspath_prepend(str(STUBS / "flash_attn"))
     import flash_attn
 
     flash_attn.GROUPS.clear()
@@ -56,7 +56,7 @@ def test_flash_attention_4_gives_what_sdpa_gives_where_megatron_core_has_it(flas
     assert unusable_reason(FlashAttention4, HEADS, CPU) == ""  # gradients too
 
 
-def test_transformer_engines_own_is_left_where_none_works(
+def test_transformer_engines_own_is_used_where_none_works(
     flash_4: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with caplog.at_level(logging.INFO, logger="kit"):
@@ -76,14 +76,14 @@ def test_with_a_mask_or_in_float32_it_is_sdpa(flash: Any) -> None:
     assert flash.GROUPS == []
 
 
-def test_the_first_that_works_is_taken_and_said(flash: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_that_works_is_used_and_logged(flash: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="kit"):
         assert select_core_attention(("flash_attn", "sdpa"), HEADS, CPU) is FlashAttention
         assert select_core_attention(("sdpa", "flash_attn"), HEADS, CPU) is SdpaAttention
     assert caplog.messages == ["core attention: flash_attn", "core attention: sdpa"]
 
 
-def test_one_that_is_not_there_is_passed_over_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_one_is_skipped_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="kit"):
         assert select_core_attention(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
     assert caplog.messages == ["core attention: sdpa (flash_attn: no module flash_attn)"]
@@ -106,25 +106,25 @@ def no_gradient(q: Any, k: Any, v: Any, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "said"),
+    ("kernel", "reason"),
     [
         (raising, "RuntimeError: no kernel for this head size"),
         (not_causal, "its results are off by"),
         (no_gradient, "its results are off by"),
     ],
 )
-def test_one_that_fails_or_is_wrong_is_passed_over(
-    kernel: Any, said: str, flash: Any, monkeypatch: pytest.MonkeyPatch
+def test_one_that_fails_or_is_wrong_is_skipped(
+    kernel: Any, reason: str, flash: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel.right = flash.flash_attn_func
     monkeypatch.setattr(flash, "flash_attn_func", kernel)
-    assert unusable_reason(FlashAttention, HEADS, CPU).startswith(said)
+    assert unusable_reason(FlashAttention, HEADS, CPU).startswith(reason)
     assert select_core_attention(("flash_attn", "sdpa"), HEADS, CPU) is SdpaAttention
     with pytest.raises(KitError, match="no core attention works here .flash_attn: "):
         select_core_attention(("flash_attn",), HEADS, CPU)
 
 
-def test_flash_kernels_are_told_to_keep_an_order_where_torch_is(flash: Any, deterministic: None) -> None:
+def test_flash_kernels_are_deterministic_where_torch_is(flash: Any, deterministic: None) -> None:
     assert select_core_attention(("flash_attn",), HEADS, CPU) is FlashAttention
     attend(FlashAttention)
     assert set(flash.DETERMINISTIC) == {True}
@@ -133,13 +133,13 @@ def test_flash_kernels_are_told_to_keep_an_order_where_torch_is(flash: Any, dete
     assert flash.DETERMINISTIC[-1] is False
 
 
-def test_flash_attention_4_is_told_so_for_its_backward_half(flash_4: Any, deterministic: None) -> None:
+def test_flash_attention_4_is_deterministic_in_its_backward_pass(flash_4: Any, deterministic: None) -> None:
     flash_4.DETERMINISTIC.clear()
     assert unusable_reason(FlashAttention4, HEADS, CPU) == ""
     assert flash_4.DETERMINISTIC and all(flash_4.DETERMINISTIC)
 
 
-def test_a_flash_kernel_that_keeps_no_order_is_passed_over(
+def test_a_nondeterministic_flash_kernel_is_skipped(
     flash: Any, deterministic: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     right = flash.flash_attn_func
@@ -155,7 +155,7 @@ def test_a_flash_kernel_that_keeps_no_order_is_passed_over(
     )
 
 
-def test_a_kernel_that_gives_other_bits_each_time_is_passed_over_where_torch_is_deterministic(
+def test_a_nondeterministic_kernel_is_skipped_where_torch_is_deterministic(
     flash: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, calls = flash.flash_attn_func, []

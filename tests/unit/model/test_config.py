@@ -1,4 +1,4 @@
-"""What is read from a config.json, compared with transformers' own reading, and what is refused."""
+"""What is read from config.json, compared with transformers' own reading, and what is refused."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def test_fields_that_may_be_left_out_have_transformers_meaning() -> None:
     assert qwen.head_dim == 64 and qwen.qkv_rows == 3 * 28 * 64
 
 
-YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}  # as the model's card says for 128K
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}  # from the model card, for 128K
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_another_model_type_is_refused_with_the_known_ones(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling={'type': 'yarn', 'factor': 4.0}"),
         ({"rope_scaling": {"type": "yarn", "mscale": 2.0, **YARN}}, "'mscale': 2.0"),
@@ -127,13 +127,13 @@ def test_another_model_type_is_refused_with_the_known_ones(kind: Any) -> None:
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "code of its own (auto_map)"),
     ],
 )
-def test_mathematics_that_is_not_built_is_refused_by_name(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(KitError, match=re.escape(said)) as raised:
+def test_mathematics_that_is_not_built_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(KitError, match=re.escape(message)) as raised:
         parse(**changes).check_trainable()
     assert "remove the field" in str(raised.value)
 
 
-def test_all_unsupported_fields_are_said_at_once() -> None:
+def test_all_unsupported_fields_are_reported_at_once() -> None:
     with pytest.raises(KitError, match="use_sliding_window=true, hidden_act=gelu"):
         parse(use_sliding_window=True, hidden_act="gelu").check_trainable()
 
@@ -156,7 +156,7 @@ def test_rope_of_the_default_kind_is_plain_rope(where: str, name: str) -> None:
     qwen.check_trainable()
 
 
-def test_a_field_that_is_null_or_not_known_is_as_transformers_takes_it() -> None:
+def test_a_null_or_unknown_field_is_read_as_in_transformers() -> None:
     nulls = ("num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters", "layer_types", "quantization_config")
     qwen = parse(**dict.fromkeys(nulls), _name_or_path="a", max_window_layers="x", sliding_window=None, new_field=[{}])
     assert (qwen.num_key_value_heads, qwen.head_dim, qwen.unsupported) == (28, 128, ())
@@ -211,13 +211,13 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes, said", WRONG, ids=[said[:40] for _, said in WRONG])
-def test_a_field_of_another_type_or_range_is_named_with_what_it_must_be(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(KitError, match=rf"^model/config.json: .*{re.escape(said)}"):
+@pytest.mark.parametrize("changes, message", WRONG, ids=[message[:40] for _, message in WRONG])
+def test_a_field_of_another_type_or_range_is_named_with_what_it_must_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(KitError, match=rf"^model/config.json: .*{re.escape(message)}"):
         parse(**changes)
 
 
-def test_several_faults_are_told_together() -> None:
+def test_several_faults_are_reported_together() -> None:
     with pytest.raises(KitError, match="hidden_size='a': .*; vocab_size=-1: "):
         parse(hidden_size="a", vocab_size=-1)
 
@@ -233,9 +233,11 @@ def test_tp_that_divides_everything_is_taken(tp: int) -> None:
     parse().check_tensor_parallel(tp)
 
 
-@pytest.mark.parametrize("tp, said", [(8, "num_attention_heads=28"), (7, "num_key_value_heads=4")])
-def test_tp_that_divides_not_is_refused_with_those_that_do(tp: int, said: str) -> None:
-    with pytest.raises(KitError, match=re.escape(f"TP={tp} does not divide {said} of this model: use TP in [1, 2, 4]")):
+@pytest.mark.parametrize("tp, message", [(8, "num_attention_heads=28"), (7, "num_key_value_heads=4")])
+def test_tp_that_divides_not_is_refused_with_those_that_do(tp: int, message: str) -> None:
+    with pytest.raises(
+        KitError, match=re.escape(f"TP={tp} does not divide {message} of this model: use TP in [1, 2, 4]")
+    ):
         parse().check_tensor_parallel(tp)
 
 

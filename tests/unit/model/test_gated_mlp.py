@@ -1,4 +1,4 @@
-"""The MLP with SwiGLU inside its products, on the CPU: QuACK's calls by a stand-in that keeps its layouts."""
+"""The MLP with SwiGLU inside its products, on the CPU: QuACK's calls by a stub that keeps its layouts."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def test_quacks_products_are_called_with_its_layouts(quack: Any) -> None:
     assert unusable_reason(QuackProducts(), H, F, CPU) == ""
 
 
-def test_wrong_results_are_told(quack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_results_are_reported(quack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = quack.gemm_tuned.fn
 
     def without_layout(*args: Any, concat_layout: tuple[str, ...], **kwargs: Any) -> None:
@@ -58,7 +58,7 @@ def test_wrong_results_are_told(quack: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert unusable_reason(QuackProducts(), H, H, CPU).startswith("its results are off by ")
 
 
-def test_failing_kernels_are_told(quack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_kernels_are_reported(quack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def raising(*_: Any, **__: Any) -> None:
         raise RuntimeError("no such tile\nand more")
 

@@ -41,7 +41,7 @@ def test_losses_and_gradients_are_those_of_cross_entropy_in_several_chunks(monke
 @pytest.mark.parametrize(
     ("tokens", "chunk"), [(1, 256), (3328, 3328), (3329, 1792), (4096, 2048), (3 * 3328, 3328), (65536, 3328)]
 )
-def test_chunks_are_as_few_as_fit_and_as_even_as_they_can_be(tokens: int, chunk: int) -> None:
+def test_chunks_are_as_few_and_as_even_as_possible(tokens: int, chunk: int) -> None:
     """Qwen2.5's vocabulary in bfloat16: at most 3,328 tokens make 1 GiB of logits."""
     assert chunks.chunk_size(tokens, 151936 * 2) == chunk
 
@@ -92,7 +92,7 @@ rows = theirs[2][26 * rank : 26 * rank + 26]
 torch.testing.assert_close(d_weight[: vocabulary.num_tokens], rows, rtol=1e-5, atol=1e-5)
 assert not d_weight[vocabulary.num_tokens :].any()
 print(json.dumps({"ok": rank}))
-dist.barrier()  # gloo was seen to abort as the other rank went first
+dist.barrier()  # gloo may abort when the other rank exits first
 dist.destroy_process_group()
 """
 

@@ -1,4 +1,4 @@
-"""What is said of a kernel that fails, on one rank or on many."""
+"""What is reported of a kernel that fails, on one rank or on many."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def raised(error: BaseException) -> str:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "line"),
     [
         (UnusableError("it is made for Hopper GPUs"), "it is made for Hopper GPUs"),
         (ModuleNotFoundError("No module named 'quack'", name="quack"), "no module quack"),
@@ -27,8 +27,8 @@ def raised(error: BaseException) -> str:
     ],
     ids=lambda given: type(given).__name__,
 )
-def test_whatever_is_raised_becomes_one_line(error: BaseException, said: str) -> None:
-    assert raised(error) == said
+def test_every_exception_becomes_one_line(error: BaseException, line: str) -> None:
+    assert raised(error) == line
 
 
 def test_ctrl_c_is_no_failure_of_a_kernel() -> None:
@@ -56,7 +56,7 @@ def test_the_line_names_the_ranks_unless_all_fail_alike(failures: list[str], lin
     assert describe_failures(failures) == line
 
 
-def test_results_that_are_no_numbers_are_a_fault_wherever_they_stand() -> None:
+def test_nan_results_are_a_fault_wherever_they_are() -> None:
     one = torch.ones(3)
     assert find_fault(lambda: [one, one], lambda: [one, one]) == ""
     assert find_fault(lambda: [one, one * float("nan")], lambda: [one, one]) == "its results are off by nan%"

@@ -1,4 +1,4 @@
-"""The loss inside the output layer's products: what QuACK's is given and where the chunks are left, by a stand-in."""
+"""The loss inside the output layer's products: what QuACK's gets and where chunks are used instead, with a stub."""
 
 import sys
 from types import ModuleType
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def quack_loss(quack: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, whose other kernels, of Triton, are PyTorch's here."""
+    """The module, whose Triton kernels are replaced by PyTorch's."""
     kernels: Any = ModuleType("common.model.kernels.loss_kernels")
     kernels.TritonKernels = TorchKernels
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
@@ -37,21 +37,21 @@ def losses_and_gradients(kernels: Any, rows: int, num_tokens: int, group: Any = 
 
 def test_losses_and_gradients_are_those_of_the_chunks(quack_loss: Any) -> None:
     kernels = quack_loss.QuackLoss()
-    asked = []
+    tiles = []
     inner = kernels._losses
-    kernels._losses = lambda *given, **how: asked.append(how["tile_n1"]) or inner(*given, **how)
+    kernels._losses = lambda *given, **how: tiles.append(how["tile_n1"]) or inner(*given, **how)
     for mine, theirs in zip(
         losses_and_gradients(kernels, 384, 384), losses_and_gradients(TorchKernels(), 384, 384), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    assert asked == [192]
+    assert tiles == [192]
     for vocab_size in (151936, 152064, 152064 + 256):
         assert quack_loss.unusable_reason(kernels, 64, vocab_size, CPU) == ""
-    assert asked == [192, 128, 192, 256], "each trial is QuACK's, of the tile that training takes"
+    assert tiles == [192, 128, 192, 256], "each trial is QuACK's, of the tile that training takes"
 
 
 @pytest.mark.parametrize(("rows", "num_tokens"), [(384, 380), (380, 380), (576, 576)])
-def test_a_vocabulary_that_is_padded_or_does_not_fill_tiles_goes_by_chunks(
+def test_a_vocabulary_that_is_padded_or_does_not_fill_tiles_is_computed_in_chunks(
     quack_loss: Any, rows: int, num_tokens: int
 ) -> None:
     kernels = quack_loss.QuackLoss()
@@ -64,7 +64,7 @@ def test_a_vocabulary_that_is_padded_or_does_not_fill_tiles_goes_by_chunks(
         assert torch.equal(mine, theirs)
 
 
-def test_without_gradients_it_goes_by_chunks(quack_loss: Any) -> None:
+def test_without_gradients_it_is_computed_in_chunks(quack_loss: Any) -> None:
     kernels = quack_loss.QuackLoss()
     kernels._losses = None
     hidden, weight = torch.randn(200, 32), torch.randn(384, 32)
@@ -73,7 +73,7 @@ def test_without_gradients_it_goes_by_chunks(quack_loss: Any) -> None:
     torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="none"))
 
 
-def test_a_wrong_or_failing_loss_is_told(quack_loss: Any) -> None:
+def test_a_wrong_or_failing_loss_is_reported(quack_loss: Any) -> None:
     kernels = quack_loss.QuackLoss()
     right = kernels._losses
     kernels._losses = lambda *given, **how: tuple(1.1 * part for part in right(*given, **how))

@@ -1,4 +1,4 @@
-"""Which kernels a model is built with: QuACK's where they work, else a reason in the log, or an error if asked for."""
+"""Which kernels a model is built with: QuACK's where they work, else a reason in the log, or an error if requested."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that says it is one, and computes as a CPU."""
+    """Pretends to be a Hopper GPU; computes on the CPU."""
     monkeypatch.setattr(kernels, "_device", lambda _: SimpleNamespace(type="cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     judge = gated_mlp.unusable_reason
@@ -50,7 +50,7 @@ def products(folder: Path, **changes: Any) -> Any:
     return kernels.mlp_products(qwen, ONE, replace(OPTIONS, **changes), FUSED, None)
 
 
-def test_elsewhere_than_on_hopper_there_are_none(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_there_are_none_except_on_hopper(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     assert products(tmp_path) is None
     assert log.messages == ["SwiGLU: not fused into matrix products (QuACK: it needs a Hopper GPU)"]
     with pytest.raises(KitError, match=r"FUSED_PRODUCTS=true, but QuACK cannot fuse SwiGLU into matrix products here"):
@@ -64,7 +64,7 @@ def test_where_quack_is_missing_its_module_is_named(
     assert log.messages == ["SwiGLU: not fused into matrix products (QuACK: no module quack)"]
 
 
-def test_where_quack_works_it_is_taken(
+def test_where_quack_works_it_is_used(
     hopper: None, quack: Any, tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert type(products(tmp_path)).__name__ == "QuackProducts"
@@ -75,7 +75,7 @@ def test_where_quack_works_it_is_taken(
 
 
 @pytest.mark.parametrize("changes", [{"fused_products": "false"}, {"precision": "fp32"}], ids=str)
-def test_where_it_is_not_wanted_it_is_not_tried(
+def test_where_it_is_disabled_it_is_not_tried(
     changes: dict[str, Any], hopper: None, quack: Any, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     assert products(tmp_path, **changes) is None
@@ -86,7 +86,7 @@ def test_without_triton_the_loss_is_pytorchs(tmp_path: Path) -> None:
     assert type(kernels.loss_kernels(load_config(tiny_qwen(tmp_path)), ONE, OPTIONS, CPU)) is TorchKernels
 
 
-def test_where_triton_fails_no_kernel_of_it_is_taken(log: pytest.LogCaptureFixture) -> None:
+def test_where_triton_fails_none_of_its_kernels_is_used(log: pytest.LogCaptureFixture) -> None:
     """Here there is none."""
     platform = kernels.with_working_kernels(FUSED, OPTIONS)
     assert platform == replace(FUSED, fused_kernels=False)
@@ -98,7 +98,7 @@ def test_where_triton_fails_no_kernel_of_it_is_taken(log: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("swiglu", "said"),
+    ("swiglu", "reason"),
     [
         (plain_kernels.bias_swiglu, ""),
         (lambda x, _: x.chunk(2, -1)[0] * x.chunk(2, -1)[1], "its results are off by "),
@@ -107,25 +107,25 @@ def test_where_triton_fails_no_kernel_of_it_is_taken(log: pytest.LogCaptureFixtu
     ],
     ids=["right", "wrong", "no number", "failing"],
 )
-def test_tritons_kernels_are_tried(swiglu: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tritons_kernels_are_tried(swiglu: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "common.model.kernels.swiglu", SimpleNamespace(bias_swiglu=swiglu))
     monkeypatch.setitem(sys.modules, "common.model.kernels.qkv_rope", SimpleNamespace(split_and_rotate=None))
     put: list[Any] = []
     monkeypatch.setattr(kernels, "use_kernels", lambda *given: put.extend(given))
     monkeypatch.setattr(kernels, "fuse_rotary_embedding", lambda: None)
     found, failure = kernels.try_on_all_ranks(lambda: kernels._triton_kernels(torch.device("cpu")))
-    assert failure.startswith(said) and bool(failure) == bool(said)
-    assert kernels.with_working_kernels(FUSED, OPTIONS).fused_kernels is (not said)
-    assert put == ([] if said else [swiglu, None])
+    assert failure.startswith(reason) and bool(failure) == bool(reason)
+    assert kernels.with_working_kernels(FUSED, OPTIONS).fused_kernels is (not reason)
+    assert put == ([] if reason else [swiglu, None])
 
 
-def test_products_that_are_asked_for_and_have_no_norms_under_transformer_engine_are_refused(tmp_path: Path) -> None:
+def test_fused_products_without_norms_under_transformer_engine_are_refused(tmp_path: Path) -> None:
     assert products(tmp_path, transformer_impl="transformer_engine") is None
     with pytest.raises(KitError, match="it needs the fused residual norms"):
         products(tmp_path, transformer_impl="transformer_engine", fused_products="true")
 
 
-def test_a_deterministic_run_says_what_it_takes_in_the_place_of_what(
+def test_a_deterministic_run_logs_what_it_replaces(
     tmp_path: Path, log: pytest.LogCaptureFixture, deterministic: None
 ) -> None:
     qwen, options = load_config(tiny_qwen(tmp_path)), replace(OPTIONS, deterministic=True)
@@ -134,16 +134,16 @@ def test_a_deterministic_run_says_what_it_takes_in_the_place_of_what(
     assert transformer_config(qwen, ONE, options, CPU).deterministic_mode is True
     assert transformer_config(qwen, ONE, OPTIONS, CPU).deterministic_mode is False
     cuda = replace(CPU, device="cuda")
-    told = {kind: kernels.deterministic_replacements(kind, cuda)[0] for kind in (None, *KINDS.values())}
-    assert "Transformer Engine" in told[None] and "without cuDNN" in told[KINDS["sdpa"]]
+    replacements = {kind: kernels.deterministic_replacements(kind, cuda)[0] for kind in (None, *KINDS.values())}
+    assert "Transformer Engine" in replacements[None] and "without cuDNN" in replacements[KINDS["sdpa"]]
     assert (
-        told[KINDS["flash_attn"]]
-        == told[KINDS["flash_attn_4"]]
+        replacements[KINDS["flash_attn"]]
+        == replacements[KINDS["flash_attn_4"]]
         == ("attention gradients accumulated in a fixed order, without atomics")
     )
 
 
-def test_kernels_are_not_chosen_as_deterministic_while_torch_is_not(tmp_path: Path) -> None:
+def test_deterministic_kernels_are_not_selected_while_torch_is_not_deterministic(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         kernels.select_kernels(load_config(tiny_qwen(tmp_path)), ONE, replace(OPTIONS, deterministic=True), CPU)
 
@@ -151,8 +151,8 @@ def test_kernels_are_not_chosen_as_deterministic_while_torch_is_not(tmp_path: Pa
 def test_a_deterministic_model_leaves_its_embedding_to_torch(tmp_path: Path) -> None:
     """Which adds a token's gradients in float32 on a GPU; Megatron-Core's, by index, adds them in bf16."""
     tiny_qwen(tmp_path)
-    told = json.loads(forked(1, "tests.unit.model.test_selection", [str(tmp_path)]).splitlines()[-1])
-    assert told == {"config": True, "embedding": False}
+    result = json.loads(forked(1, "tests.unit.model.test_selection", [str(tmp_path)]).splitlines()[-1])
+    assert result == {"config": True, "embedding": False}
 
 
 if __name__ == "__main__":

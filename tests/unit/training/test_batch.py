@@ -1,4 +1,4 @@
-"""What a rank makes of the rows it read: joined rows' bounds, and its part under context parallelism."""
+"""A rank's batch of the rows it read: bounds of joined rows, and its part under context parallelism."""
 
 import torch
 
@@ -7,7 +7,7 @@ from common.training.loop.batch import context_parallel_slice
 
 
 def test_segments_begin_where_their_number_changes_and_at_each_row() -> None:
-    bounds = packed_seq_params(torch.tensor([[0, 0, 1, 2], [2, 2, 3, 3]]))  # the rows' own numbers may meet
+    bounds = packed_seq_params(torch.tensor([[0, 0, 1, 2], [2, 2, 3, 3]]))  # adjacent rows may have the same number
     assert bounds.cu_seqlens_q.tolist() == bounds.cu_seqlens_kv.tolist() == [0, 2, 3, 4, 6, 8]
     assert bounds.cu_seqlens_q.dtype == torch.int32
     assert (bounds.qkv_format, bounds.max_seqlen_q, bounds.max_seqlen_kv) == ("thd", 4, 4)

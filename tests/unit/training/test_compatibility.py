@@ -19,7 +19,7 @@ def settings(**changes: Any) -> TrainSettings:
 
 
 @pytest.mark.parametrize(
-    ("platform", "changes", "said"),
+    ("platform", "changes", "message"),
     [
         ("cpu", {"gpus": 2, "cp": 2}, "CP=2 needs the attention of TRANSFORMER_IMPL=transformer_engine"),
         ("nvidia", {"gpus": 2, "cp": 2, "seq_length": 30}, "SEQ_LENGTH=30 cannot be divided by 2 x CP x TP = 4"),
@@ -53,8 +53,8 @@ def settings(**changes: Any) -> TrainSettings:
     ],
     ids=str,
 )
-def test_refusals(platform: str, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(KitError, match=re.escape(said)):
+def test_refusals(platform: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(KitError, match=re.escape(message)):
         check_layers(settings(**changes), PLATFORMS[platform])
 
 
@@ -69,7 +69,7 @@ def test_refusals(platform: str, changes: dict[str, Any], said: str) -> None:
     ],
     ids=str,
 )
-def test_what_goes_together_is_let_pass(platform: str, changes: dict[str, Any]) -> None:
+def test_valid_combinations_are_accepted(platform: str, changes: dict[str, Any]) -> None:
     check_layers(settings(**changes), PLATFORMS[platform])
 
 
@@ -107,19 +107,19 @@ OF_NGC_24_03 = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "said", "remedy"), OF_NGC_24_03, ids=str)
+@pytest.mark.parametrize(("changes", "message", "remedy"), OF_NGC_24_03, ids=str)
 def test_what_ngc_24_03_lacks_is_refused_with_the_remedy(
-    changes: dict[str, Any], said: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], message: str, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = settings(**changes)
+    train_settings = settings(**changes)
     installed(monkeypatch, "1.4.0.dev0+0fbc76a", "0.14.0")
-    with pytest.raises(KitError, match=f"{re.escape(said)}.*{re.escape(remedy)}"):
-        check_packages(chosen, PLATFORMS["nvidia"])
+    with pytest.raises(KitError, match=f"{re.escape(message)}.*{re.escape(remedy)}"):
+        check_packages(train_settings, PLATFORMS["nvidia"])
     installed(monkeypatch, "2.11.0", "0.16.1", "quack", "flash_attn")
-    check_packages(chosen, PLATFORMS["nvidia"])
+    check_packages(train_settings, PLATFORMS["nvidia"])
 
 
-def test_what_ngc_24_03_has_is_let_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ngc_24_03_has_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "1.4.0", "0.14.0")
     check_packages(settings(), PLATFORMS["nvidia"])
     check_packages(settings(fp8_format="hybrid", fp8_recipe="delayed"), PLATFORMS["nvidia"])
@@ -136,7 +136,7 @@ def test_layers_of_transformer_engine_need_it(monkeypatch: pytest.MonkeyPatch) -
         check_packages(settings(), PLATFORMS[platform])
 
 
-def test_what_is_installed_here_is_nothing_to_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_does_not_depend_on_what_is_installed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, None, "0.16.1")
     for changes, _, _ in OF_NGC_24_03:
         check_layers(settings(**changes), PLATFORMS["nvidia"])

@@ -48,17 +48,15 @@ def model(tmp_path: Path) -> Path:
 def test_data_of_another_tokenizer_is_refused(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
     good, other = dataset(tmp_path, "good", 3), dataset(tmp_path, "other", 3, "0" * 64)
     check_tokenizer(read_blend(str(good)), model)
-    told = "other_text_document was made with another tokenizer than .*model/tokenizer.json: .*TOKENIZER_PATH"
-    with pytest.raises(KitError, match=told):
+    message = "other_text_document was made with another tokenizer than .*model/tokenizer.json: .*TOKENIZER_PATH"
+    with pytest.raises(KitError, match=message):
         check_tokenizer(read_blend(f"1 {good} 1 {other}"), model)
     for flags in ({"dataset_path": str(other)}, {"dataset_path": str(good), "valid_dataset_path": str(other)}):
-        with pytest.raises(KitError, match=told):
+        with pytest.raises(KitError, match=message):
             open_data(settings(**flags), model, 400)
 
 
-def test_where_it_cannot_be_known_the_log_says_so(
-    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_where_it_is_unknown_the_log_says_so(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
 
     caplog.set_level("INFO", "kit")
     check_tokenizer(read_blend(str(dataset(tmp_path, "bare", 3, None))), model)
@@ -110,21 +108,21 @@ def preprocessed(folder: Path, rows: list[bytes], manifest: bool) -> Path:
 
 
 @pytest.mark.parametrize("manifest", [True, False])
-def test_a_copy_is_the_same_data_and_one_mended_row_is_not(tmp_path: Path, manifest: bool) -> None:
+def test_a_copy_is_the_same_data_and_one_edited_row_is_not(tmp_path: Path, manifest: bool) -> None:
     rows = [b"row %03d" % number for number in range(300)]
     data = preprocessed(tmp_path / "a", rows, manifest)
     shutil.copytree(data.parent, tmp_path / "elsewhere")
-    mended = preprocessed(tmp_path / "b", [*rows[:150], b"row l50", *rows[151:]], manifest)
+    edited = preprocessed(tmp_path / "b", [*rows[:150], b"row l50", *rows[151:]], manifest)
     again = preprocessed(tmp_path / "c", rows, manifest)
-    whole = content_hash(str(data))
-    assert content_hash(str(tmp_path / "elsewhere" / "data")) == content_hash(str(again)) == whole
-    assert content_hash(str(mended)) != whole
-    blends = [f"1 {data} 2 {mended}", f"2 {data} 1 {mended}", f"1 {mended} 2 {data}", f"1 {data} 2 {again}"]
-    assert len({whole, *map(content_hash, blends)}) == 5
-    assert content_hash(f"1 {again} 2 {mended}") == content_hash(blends[0])
+    expected = content_hash(str(data))
+    assert content_hash(str(tmp_path / "elsewhere" / "data")) == content_hash(str(again)) == expected
+    assert content_hash(str(edited)) != expected
+    blends = [f"1 {data} 2 {edited}", f"2 {data} 1 {edited}", f"1 {edited} 2 {data}", f"1 {data} 2 {again}"]
+    assert len({expected, *map(content_hash, blends)}) == 5
+    assert content_hash(f"1 {again} 2 {edited}") == content_hash(blends[0])
 
 
-def test_a_mask_that_is_mended_is_other_data(tmp_path: Path) -> None:
+def test_an_edited_mask_is_other_data(tmp_path: Path) -> None:
     for name, weight in (("a", 1.0), ("b", 0.5)):
         (tmp_path / name).mkdir()
         for stream, value, kind in (("text", 7, "<u2"), ("loss_mask", weight, "<f4")):

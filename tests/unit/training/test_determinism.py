@@ -1,4 +1,4 @@
-"""DETERMINISTIC=true: what ranks get, what is refused, and that the same command gives the same bits."""
+"""DETERMINISTIC=true: the environment of ranks, what is refused, and that the same command gives the same bits."""
 
 import json
 import os
@@ -25,13 +25,13 @@ def settings(**changes: bool) -> TrainSettings:
     return TrainSettings(save_checkpoint_path="s", dataset_path="d", train_iters=1, tp=2, gpus=2, **changes)
 
 
-def test_the_environment_is_what_megatron_lm_asks_for() -> None:
+def test_the_environment_is_what_megatron_lm_requires() -> None:
     assert determinism.environment() == {
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
     }  # fmt: skip
 
 
-def test_what_is_set_and_as_good_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_equivalent_environment_variable_is_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_ALGO", "^NVLS")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     assert determinism.environment() == {

@@ -1,4 +1,4 @@
-"""As many devices as a run asks for, and their memory, told without taking hold of one."""
+"""Checks for as many devices as a run requests, and for their memory, without initializing one."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from common.platforms.nvidia import NVIDIA
 from common.training.planning import devices
 from common.training.settings import TrainSettings
 
-# What the process that asks finds in torch's place.
-STAND_IN = """
+# What the probing process imports instead of torch.
+FAKE_TORCH = """
 class cuda:
     device_count = staticmethod(lambda: 3)
     @staticmethod
@@ -23,39 +23,39 @@ class cuda:
 """
 
 
-def asks_for(gpus: int) -> TrainSettings:
+def settings_for(gpus: int) -> TrainSettings:
     return TrainSettings(save_checkpoint_path="-", dataset_path="-", train_iters=1, gpus=gpus)
 
 
 @pytest.mark.parametrize(
-    ("platform", "hidden", "said"),
+    ("platform", "hidden", "message"),
     [
         (NVIDIA, None, r"^GPUS=8, but torch sees 2 devices: set GPUS=2, with TP, PP and CP that"),
         (METAX, "0,1", r"torch sees 2 devices with CUDA_VISIBLE_DEVICES=0,1: set GPUS=2"),
     ],
 )
-def test_fewer_devices_than_asked_for_are_refused(
-    platform: Any, hidden: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+def test_fewer_devices_than_requested_are_refused(
+    platform: Any, hidden: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    with pytest.raises(KitError, match=said):
-        devices.check_devices(asks_for(8), platform)
-    devices.check_devices(asks_for(2), platform)
-    devices.check_devices(asks_for(8), CPU)
+    with pytest.raises(KitError, match=message):
+        devices.check_devices(settings_for(8), platform)
+    devices.check_devices(settings_for(2), platform)
+    devices.check_devices(settings_for(8), CPU)
 
 
 def test_where_there_is_no_device_the_containers_flags_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(KitError, match=r"GPUS=1, but torch sees 0 devices.*`docker run --gpus all`"):
-        devices.check_devices(asks_for(1), NVIDIA)
+        devices.check_devices(settings_for(1), NVIDIA)
     assert not torch.cuda.is_initialized()
 
 
 def test_the_smallest_of_the_devices_that_are_used_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "torch.py").write_text(STAND_IN)
+    (tmp_path / "torch.py").write_text(FAKE_TORCH)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert devices.smallest_device(2) == ("GPU 1", 40 << 30)
     assert devices.smallest_device(3) == ("GPU 2", 20 << 30)
@@ -63,7 +63,7 @@ def test_the_smallest_of_the_devices_that_are_used_counts(tmp_path: Path, monkey
     assert devices.smallest_device(2) is None
 
 
-def test_without_a_device_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_device_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert devices.smallest_device(1) is None
 

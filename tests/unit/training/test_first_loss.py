@@ -1,4 +1,4 @@
-"""A run whose weights are not what they seem stops, or says so, at its first loss."""
+"""A run whose weights are not the expected ones stops or warns at its first loss."""
 
 import logging
 from types import SimpleNamespace
@@ -18,24 +18,24 @@ def plan(kind: str, most: float | None) -> Any:
     )
 
 
-def test_over_the_bound_the_run_stops() -> None:
+def test_the_run_stops_over_the_bound() -> None:
     check_first_loss(plan("weights", 3.0), 2.99)
     with pytest.raises(KitError, match=r"the first loss is 3\.0100, above MAX_FIRST_LOSS=3: .* rms_norm_eps"):
         check_first_loss(plan("weights", 3.0), 3.01)
 
 
 @pytest.mark.parametrize(
-    ("kind", "loss", "said"), [("weights", 11.5, True), ("weights", 4.0, False), ("random", 11.9, False)]
+    ("kind", "loss", "warns"), [("weights", 11.5, True), ("weights", 4.0, False), ("random", 11.9, False)]
 )
-def test_weights_that_know_nothing_are_told(
-    kind: str, loss: float, said: bool, caplog: pytest.LogCaptureFixture
+def test_weights_with_the_loss_of_random_ones_are_reported(
+    kind: str, loss: float, warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "kit")
     check_first_loss(plan(kind, None), loss)
-    assert ("random weights give 11.93" in caplog.text) == said
+    assert ("random weights give 11.93" in caplog.text) == warns
 
 
-def test_of_what_all_ranks_find_one_process_of_a_node_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_all_ranks_is_reported_by_one_process_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as ended:
         check_first_loss(plan("weights", 3.0), 3.01)

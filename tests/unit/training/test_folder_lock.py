@@ -29,7 +29,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another run, as far as its lock on `tmp_path / "run"` goes."""
+    """Another run that holds the lock on `tmp_path / "run"`."""
     (tmp_path / "run").mkdir()
     words = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -63,7 +63,7 @@ def test_looking_for_a_lock_makes_nothing_and_holds_nothing(tmp_path: Path) -> N
     os.close(take_lock(tmp_path, timeout_s=0))
 
 
-def test_without_locks_a_run_goes_on_and_says_so(
+def test_without_locks_a_run_continues_and_logs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: Any) -> None:

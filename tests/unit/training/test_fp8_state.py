@@ -1,6 +1,6 @@
-"""FP8's scales and amax histories, saved as plain tensors and put back under modules that make them when first used.
+"""FP8's scales and amax histories, saved as plain tensors and restored into modules that create them when first used.
 
-The modules stand in for Transformer Engine's, which need a GPU: with `fp8_meta`, made in the first forward pass, whose
+The modules are fakes of Transformer Engine's, which need a GPU: with `fp8_meta`, made in the first forward pass, whose
 tensors the quantizers and the global buffers point to (pytorch/module/base.py and quantization.py of 2.11).
 """
 
@@ -52,7 +52,7 @@ class Linear(torch.nn.Module):
 
 
 class Run:
-    """Two layers, the second in a folder of its own, with what lies around chunks on a rank."""
+    """Two layers, the second in a nested module, with the wrappers of chunks on a rank."""
 
     def __init__(self, old: bool = False) -> None:
         self.buffers: list[Any] = []
@@ -82,10 +82,10 @@ def through_a_file(saved: Any, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["Transformer Engine 2", "1"])
-def test_a_resumed_run_scales_as_the_unbroken_one(old: bool, tmp_path: Path) -> None:
+def test_a_resumed_run_scales_as_the_uninterrupted_one(old: bool, tmp_path: Path) -> None:
     recipes = () if old else ("delayed",)
-    unbroken, first, resumed, anew = (Run(old) for _ in range(4))
-    expected = [unbroken.step(number, *recipes) for number in range(6)]
+    uninterrupted, first, resumed, anew = (Run(old) for _ in range(4))
+    expected = [uninterrupted.step(number, *recipes) for number in range(6)]
     for number in range(3):
         first.step(number, *recipes)
     saved = through_a_file(fp8_state(first.model), tmp_path)
@@ -132,9 +132,9 @@ def test_other_recipes_have_none() -> None:
     run = Run()
     run.step(0, "tensorwise")
     assert fp8_state(run.model) == [{}]
-    chosen = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1}
+    required = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1}
     found = {
-        (form, recipe): has_fp8_state(TrainSettings(**chosen, fp8_format=form, fp8_recipe=recipe))
+        (form, recipe): has_fp8_state(TrainSettings(**required, fp8_format=form, fp8_recipe=recipe))
         for form in ("none", "hybrid")
         for recipe in ("delayed", "tensorwise")
     }
@@ -142,7 +142,7 @@ def test_other_recipes_have_none() -> None:
 
 
 @pytest.mark.parametrize("engine", [None, (1, 6), (1, 5)])
-def test_a_run_without_it_says_that_scales_start_anew(
+def test_a_run_without_it_logs_that_scales_are_reset(
     engine: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, other = Run(), Run()

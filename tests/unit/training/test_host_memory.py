@@ -19,7 +19,7 @@ def cudart(code: int, calls: list[tuple[int, int, int]]) -> Any:
     return lambda: SimpleNamespace(cudaHostRegister=register, cudaGetErrorString=lambda found: f"error {found}")
 
 
-def test_all_of_a_buffer_is_pinned_by_cuda_and_nothing_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_of_a_buffer_is_pinned_by_cuda_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int, int]] = []
     monkeypatch.setattr(torch.cuda, "cudart", cudart(0, calls))
     buffer = offload_buffer(4097, pinned=True)

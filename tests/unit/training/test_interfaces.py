@@ -16,7 +16,7 @@ from common.training.launching.interfaces import (
 )
 
 
-def outward() -> tuple[str, str] | None:
+def external_interface() -> tuple[str, str] | None:
     """An interface of this machine and its address, not the loopback's."""
     for name, found in psutil.net_if_addrs().items():
         for each in found:
@@ -25,9 +25,9 @@ def outward() -> tuple[str, str] | None:
     return None
 
 
-def test_own_addresses_are_known() -> None:
+def test_local_addresses_are_known() -> None:
     assert is_own_host("localhost") and is_own_host("127.0.0.1")
-    assert not is_own_host("192.0.2.1")  # RFC 5737: nobody's
+    assert not is_own_host("192.0.2.1")  # RFC 5737: reserved for documentation
     assert not is_own_host("no-such-host.invalid")
 
 
@@ -41,14 +41,14 @@ def test_a_port_is_waited_for() -> None:
         assert wait_for_port("127.0.0.1", port, 10) == "" and time.monotonic() - began < 5
 
 
-def test_the_way_to_a_host_starts_at_an_own_address() -> None:
+def test_the_route_to_a_host_starts_at_a_local_address() -> None:
     assert address_towards("127.0.0.1", 29500) == "127.0.0.1"
     assert address_towards("no-such-host.invalid", 29500) is None
 
 
-@pytest.mark.skipif(outward() is None, reason="no network interface but the loopback")
+@pytest.mark.skipif(external_interface() is None, reason="no network interface but the loopback")
 def test_gloo_is_given_the_interface_of_an_address_unless_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = outward()
+    found = external_interface()
     assert found
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     for nothing in (None, "127.0.0.1"):

@@ -25,14 +25,18 @@ def settings(**changes: Any) -> TrainSettings:
     ],
 )
 def test_epochs_are_rounded_up_to_whole_steps(samples: int, epochs: float, batch: int, iterations: int) -> None:
-    chosen = settings(epochs=epochs, global_batch_size=batch, micro_batch_size=1)
-    assert count_iterations(chosen, samples, Progress()) == iterations
+    train_settings = settings(epochs=epochs, global_batch_size=batch, micro_batch_size=1)
+    assert count_iterations(train_settings, samples, Progress()) == iterations
 
 
 def test_the_rest_of_the_epochs_is_counted_in_samples_since_a_step_may_have_been_of_another_size() -> None:
-    chosen = settings(epochs=2.0, global_batch_size=16, micro_batch_size=1)
-    assert count_iterations(chosen, 160, Progress(10, 80)) == 10 + 15  # ten steps of 8, then 240 samples by 16
-    assert count_iterations(chosen, 160, Progress(20, 320)) == count_iterations(chosen, 160, Progress(20, 999)) == 20
+    train_settings = settings(epochs=2.0, global_batch_size=16, micro_batch_size=1)
+    assert count_iterations(train_settings, 160, Progress(10, 80)) == 10 + 15  # ten steps of 8, then 240 samples by 16
+    assert (
+        count_iterations(train_settings, 160, Progress(20, 320))
+        == count_iterations(train_settings, 160, Progress(20, 999))
+        == 20
+    )
 
 
 def test_train_iters_is_the_number_of_steps_whatever_the_data() -> None:

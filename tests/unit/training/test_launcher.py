@@ -14,7 +14,7 @@ from common.training.settings import TrainSettings
 
 
 def config(monkeypatch: pytest.MonkeyPatch, serves: bool = False, **changes: Any) -> Any:
-    """torchrun's own reading of the words, among variables that would say otherwise."""
+    """torchrun's own reading of the arguments, with environment variables that contradict them."""
     for name, value in {"NNODES": "9", "NODE_RANK": "0", "RDZV_BACKEND": "etcd", "RDZV_ENDPOINT": "x:1"}.items():
         monkeypatch.setenv(f"PET_{name}", value)
     monkeypatch.setenv("PET_MAX_RESTARTS", "7")
@@ -55,7 +55,7 @@ def settings(**changes: Any) -> TrainSettings:
     return TrainSettings(save_checkpoint_path="s", dataset_path="d", epochs=1.0, **changes)
 
 
-def test_a_node_alone_meets_at_a_port_that_is_free_so_that_runs_do_not_meet_each_other() -> None:
+def test_a_single_node_uses_a_free_port_so_that_runs_do_not_collide() -> None:
     ports = [with_port(settings()).meeting_place[1] for _ in range(2)]
     taken = [socket.socket() for _ in ports]
     for port, one in zip(ports, taken, strict=True):
@@ -73,7 +73,7 @@ def test_a_node_alone_meets_at_a_port_that_is_free_so_that_runs_do_not_meet_each
         ({"rdzv_endpoint": "a:8"}, ("a", 8)),
     ],
 )
-def test_a_port_that_others_are_told_stays(changes: dict[str, Any], place: tuple[str, int]) -> None:
+def test_a_port_that_other_nodes_use_is_not_changed(changes: dict[str, Any], place: tuple[str, int]) -> None:
     assert with_port(settings(**changes)).meeting_place == place
 
 
@@ -83,7 +83,7 @@ def failure(local_rank: int, exitcode: int, timestamp: int) -> ProcessFailure:
     return found
 
 
-def test_the_process_that_was_killed_is_named_before_those_that_complain_of_it(
+def test_the_killed_process_is_named_before_those_that_failed_because_of_it(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(EXIT_REASONS, str(tmp_path))

@@ -46,7 +46,7 @@ def reduced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def finalized(weights: LossWeights) -> list[Chunk]:
     chunks = [Chunk(), Chunk()]
-    weights.finalize(chunks, torch.tensor(7, dtype=torch.int32))  # Megatron-Core's count, which is not asked
+    weights.finalize(chunks, torch.tensor(7, dtype=torch.int32))  # Megatron-Core's count, which is not used
     return chunks
 
 

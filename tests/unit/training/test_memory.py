@@ -1,4 +1,4 @@
-"""A run that has too little memory says so, and what takes less."""
+"""A run that is out of memory names the settings that take less."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ OF_TORCH = (
 
 
 @pytest.fixture(autouse=True)
-def _third_rank_of_a_new_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def _rank_3_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
     monkeypatch.setattr(transformer_engine, "transformer_engine_version", lambda: (2, 11))
 
@@ -37,7 +37,7 @@ def plan(platform: Platform, **settings: Any) -> Any:
     return SimpleNamespace(settings=TrainSettings(**given), platform=platform, start=start)
 
 
-def told(of: Any, error: RuntimeError) -> str:
+def explanation(of: Any, error: RuntimeError) -> str:
     with pytest.raises(KitError) as raised, explain_out_of_memory(of):
         raise error
     assert raised.value.__cause__ is error
@@ -46,7 +46,7 @@ def told(of: Any, error: RuntimeError) -> str:
 
 def test_each_setting_that_takes_less_is_named_with_what_it_is() -> None:
     of = plan(NVIDIA, micro_batch_size=4, global_batch_size=8, seq_length=2048, gpus=2, tp=2)
-    assert told(of, torch.cuda.OutOfMemoryError(OF_TORCH)) == (
+    assert explanation(of, torch.cuda.OutOfMemoryError(OF_TORCH)) == (
         "rank 3 is out of memory (CUDA out of memory. Tried to allocate 344.00 MiB. GPU 0 has a total capacity of 79.18"
         " GiB of which 191.19 MiB is free. If reserved but unallocated memory is large try setting"
         " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation): to use less memory: a"
@@ -68,8 +68,10 @@ def test_each_setting_that_takes_less_is_named_with_what_it_is() -> None:
         (NVIDIA, {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "/a"}, "more GPUs"),
     ],
 )  # fmt: skip
-def test_what_takes_less_already_is_not_named(platform: Platform, settings: dict[str, Any], left: str) -> None:
-    text = told(plan(platform, micro_batch_size=1, **settings), RuntimeError("CUDA error: out of memory\nlines of C++"))
+def test_settings_that_already_take_less_are_not_named(platform: Platform, settings: dict[str, Any], left: str) -> None:
+    text = explanation(
+        plan(platform, micro_batch_size=1, **settings), RuntimeError("CUDA error: out of memory\nlines of C++")
+    )
     assert f"(CUDA error: out of memory): to use less memory: {left}, with TP over 1" in text
     assert ("12 bytes of host memory a parameter" in text) == (settings.get("optimizer_state") == "cpu")
 
@@ -77,12 +79,12 @@ def test_what_takes_less_already_is_not_named(platform: Platform, settings: dict
 def test_moments_in_bf16_are_not_named_where_transformer_engine_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ((1, 4), None):
         monkeypatch.setattr(transformer_engine, "transformer_engine_version", lambda version=version: version)
-        assert "OPTIMIZER_STATE=bf16" not in told(plan(NVIDIA), torch.cuda.OutOfMemoryError(OF_TORCH))
+        assert "OPTIMIZER_STATE=bf16" not in explanation(plan(NVIDIA), torch.cuda.OutOfMemoryError(OF_TORCH))
 
 
-def test_a_processor_without_memory_tells_it_too() -> None:
-    said = r"rank 3 is out of memory \(.*can't allocate memory.*PP over 1$"
-    with pytest.raises(KitError, match=said), explain_out_of_memory(plan(CPU)):
+def test_running_out_of_memory_on_a_cpu_is_explained_too() -> None:
+    message = r"rank 3 is out of memory \(.*can't allocate memory.*PP over 1$"
+    with pytest.raises(KitError, match=message), explain_out_of_memory(plan(CPU)):
         torch.empty(2**60)
 
 

@@ -37,7 +37,7 @@ def test_flops_are_those_that_torch_counts_in_the_original_model(tie: bool, tmp_
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, seq_length, dtype=torch.long))
-    # There the whole square of scores is multiplied; ours is its causal half.
+    # There the full square of scores is multiplied; here only its causal half.
     half = 2 * qwen.num_hidden_layers * seq_length * qwen.num_attention_heads * qwen.head_dim
     assert seq_length * (flops_per_token(qwen, seq_length) / 3 + half) == counter.get_total_flops()
 

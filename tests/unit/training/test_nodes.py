@@ -1,30 +1,26 @@
-"""What is compared between nodes: each kind of difference shows, and is named."""
+"""What is compared between nodes: each kind of difference is found and named."""
 
 import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from common.checkpoint.formats.checkpoint_paths import find_checkpoint, write_tracker
-from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.platforms.cpu import CPU
 from common.training.launching import nodes
 from common.training.launching.nodes import data_facts, differences, facts_of, hash_file, hash_samples, start_facts
 from common.training.planning.plan import Plan, Start, plan_run
 from common.training.settings import TrainSettings
-from tests.tiny import tiny_qwen
+from tests.tiny import tiny_qwen, write_ramps
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nodes")
     tiny_qwen(folder / "qwen")
-    with IndexedDatasetBuilder(folder / "a", np.dtype(np.uint16)) as writer:
-        for start in range(20):
-            writer.add_document(np.arange(start, start + 17, dtype=np.uint16))
+    write_ramps(folder / "a", 20, 17)
     return folder
 
 
@@ -36,7 +32,7 @@ def plan(work: Path, **changes: Any) -> Plan:
     return plan_run(TrainSettings(**(values | changes)), CPU)
 
 
-def test_what_is_a_nodes_own_is_no_difference(work: Path, tmp_path: Path) -> None:
+def test_settings_specific_to_a_node_are_no_difference(work: Path, tmp_path: Path) -> None:
     shutil.copytree(work, tmp_path / "copy")
     here = facts_of(plan(work, node_rank=0))
     there = facts_of(plan(tmp_path / "copy", node_rank=1, master_addr="localhost.", rdzv_endpoint="b:1"))
@@ -48,22 +44,22 @@ def test_what_is_a_nodes_own_is_no_difference(work: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"lr": 1e-3}, "LR is 0.001 on b, 6.5e-05 on a"),
         ({"gpus": 2}, "GPUS is 2 on b, 1 on a"),
         ({"train_iters": 5, "epochs": None}, "EPOCHS is None on b, 1.0 on a, TRAIN_ITERS is 5 on b, None on a"),
     ],
 )
-def test_a_setting_is_told_with_both_values(work: Path, changes: dict[str, Any], told: str) -> None:
-    assert differences(facts_of(plan(work)), "a", facts_of(plan(work, **changes)), "b") == told
+def test_a_setting_is_reported_with_both_values(work: Path, changes: dict[str, Any], expected: str) -> None:
+    assert differences(facts_of(plan(work)), "a", facts_of(plan(work, **changes)), "b") == expected
 
 
-def test_what_one_node_lacks_and_what_is_over_five_is_told() -> None:
+def test_what_one_node_lacks_and_what_is_over_five_is_reported() -> None:
     assert differences({"x": "1"}, "a", {"y": "2"}, "b") == "x exists only on a, y exists only on b"
     many = {str(number): "1" for number in range(8)}
-    told = differences(many, "a", dict.fromkeys(many, "2"), "b")
-    assert told.count(" is 2 on b") == 5 and told.endswith(", and 3 more")
+    text = differences(many, "a", dict.fromkeys(many, "2"), "b")
+    assert text.count(" is 2 on b") == 5 and text.endswith(", and 3 more")
 
 
 def test_data_differs_by_weight_index_and_tokens(work: Path, tmp_path: Path) -> None:
@@ -76,8 +72,8 @@ def test_data_differs_by_weight_index_and_tokens(work: Path, tmp_path: Path) -> 
     data = bytearray((tmp_path / "a.bin").read_bytes())
     data[11] ^= 1
     (tmp_path / "a.bin").write_bytes(data)
-    told = differences(reference, "a", data_facts("DATASET_PATH", str(tmp_path / "a")), "b")
-    assert told == "DATASET_PATH[0] a.bin differs"
+    text = differences(reference, "a", data_facts("DATASET_PATH", str(tmp_path / "a")), "b")
+    assert text == "DATASET_PATH[0] a.bin differs"
 
 
 def test_samples_reach_from_the_first_byte_to_the_last(tmp_path: Path) -> None:
@@ -97,7 +93,7 @@ def test_samples_reach_from_the_first_byte_to_the_last(tmp_path: Path) -> None:
     assert len(path.read_bytes()) and hash_samples(path, 4) not in found
 
 
-def test_a_start_is_told_apart_by_its_iteration_and_by_its_bytes(tmp_path: Path) -> None:
+def test_starts_differ_by_iteration_and_by_bytes(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for iteration in (1, 2):
         rank = folder / f"iter_{iteration:07d}" / "mp_rank_00"
@@ -114,6 +110,6 @@ def test_a_start_is_told_apart_by_its_iteration_and_by_its_bytes(tmp_path: Path)
     )
     before = facts(2)
     (folder / "iter_0000002" / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"\7")
-    told = "iter_0000002/mp_rank_00/model_optim_rng.pt differs"
-    assert differences(before, "a", facts(2), "b") == told
+    expected = "iter_0000002/mp_rank_00/model_optim_rng.pt differs"
+    assert differences(before, "a", facts(2), "b") == expected
     assert start_facts(Start("random", folder, None)) == {"start": "random"}

@@ -1,4 +1,4 @@
-"""Adam that steps through its groups in parts gives the same weights as Adam that steps through whole groups."""
+"""Adam that steps through its groups in parts gives the same weights as Adam that steps through full groups."""
 
 import copy
 
@@ -8,7 +8,7 @@ from common.training.state.optimizer import _parts, step_in_parts
 
 
 class CountingAdam(torch.optim.Optimizer):
-    """Keeps the number of steps in the group, as Transformer Engine's does, and remembers what each step was given."""
+    """Holds the number of steps in the group, as Transformer Engine's does, and records what each step was given."""
 
     def __init__(self, groups: list[dict]) -> None:
         super().__init__(groups, {"lr": 0.1})
@@ -31,7 +31,7 @@ def test_steps_and_values_are_those_of_whole_groups_and_parts_are_bounded() -> N
     for _ in range(2):
         params = [torch.nn.Parameter(t.clone()) for t in tensors]
         optimizers.append(CountingAdam([{"params": params[:4]}, {"params": params[4:], "lr": 0.5}, {"params": []}]))
-    whole, parts = optimizers
+    full, parts = optimizers
     step_in_parts(parts, 7)
     for number in range(3):
         for optimizer in optimizers:
@@ -43,7 +43,7 @@ def test_steps_and_values_are_those_of_whole_groups_and_parts_are_bounded() -> N
     assert parts.sizes[:4] == [7, 9, 2, 7]
     assert max(parts.sizes) == 9 and len(parts.sizes) == 3 * 4
     assert [g["step"] for g in parts.param_groups[:2]] == [3, 3]
-    for a, b in zip(whole.param_groups, parts.param_groups, strict=True):
+    for a, b in zip(full.param_groups, parts.param_groups, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a["params"], b["params"], strict=True))
 
 

@@ -26,7 +26,7 @@ TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def distributed_optimizer(precision: str) -> Any:
-    """What OffloadedState reads of Megatron-Core's: two groups of three parameters, sharded whole."""
+    """What OffloadedState reads of Megatron-Core's: two groups of three parameters, each parameter one shard."""
     torch.manual_seed(0)
     model = [torch.nn.Parameter(torch.randn(size).to(TYPES[precision])) for size in SIZES]
     shards = [param.detach().view(-1) for param in model]
@@ -55,7 +55,7 @@ def master(of: Any, param: torch.Tensor) -> torch.Tensor:
 
 
 class LateCopies:
-    """Copies made when something waits for them, and no sooner: as late as those of a GPU may be."""
+    """Copies made only when something waits for them: as late as those of a GPU may be."""
 
     def __init__(self, stream: None, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         self.pairs = pairs
@@ -155,7 +155,7 @@ def test_the_memory_that_is_taken_is_that_which_is_counted(precision: str, kinds
         assert [tensor.data_ptr() for tensor in tensors] == places
 
 
-def test_a_rank_without_a_shard_takes_nothing() -> None:
+def test_a_rank_without_a_shard_needs_nothing() -> None:
     empty = SimpleNamespace(param_groups=[{"params": []}, {"params": []}], state={}, load_state_dict=None)
     optimizer = SimpleNamespace(
         optimizer=empty, shard_fp32_from_float16_groups=[[]], shard_float16_groups=[[]], model_param_group_index_map={}
@@ -164,7 +164,7 @@ def test_a_rank_without_a_shard_takes_nothing() -> None:
     assert host.buffers == {} and list(host.on_device([])) == []
 
 
-def test_what_a_rank_forks_sees_its_memory_as_it_is() -> None:
+def test_a_forked_process_shares_the_memory_of_its_rank() -> None:
     moved, host = moved_to_the_host("bf16")
     place = host.read(moved.model[0])["param"]
     child = os.fork()
@@ -174,7 +174,7 @@ def test_what_a_rank_forks_sees_its_memory_as_it_is() -> None:
     assert os.waitpid(child, 0)[1] == 0 and place.eq(7.0).all()
 
 
-def test_gradients_are_away_while_master_weights_are_made_and_zeros_after() -> None:
+def test_gradients_are_freed_while_master_weights_are_made_and_zero_afterwards() -> None:
     buffer = SimpleNamespace(grad_data=torch.ones(6))
     view = buffer.grad_data[2:4]
     chunk = SimpleNamespace(buffers=[buffer], zero_grad_buffer=lambda: buffer.grad_data.zero_())
@@ -184,7 +184,7 @@ def test_gradients_are_away_while_master_weights_are_made_and_zeros_after() -> N
 
 
 def test_a_node_without_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two nodes of two ranks each; on the second another rank keeps ten bytes, or finds less memory."""
+    """Two nodes of two ranks each; on the second another rank holds ten bytes, or finds less memory."""
     optimizer = distributed_optimizer("bf16")
     own = 12 * sum(SIZES)
     others = [(0, own, 2 * own), (1, own, 9 * own), (1, 10, own + 10)]

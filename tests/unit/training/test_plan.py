@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from common.checkpoint.formats.checkpoint_paths import RELEASE, iteration_dir, write_tracker
-from common.data.dataset.indexed_dataset import IndexedDatasetBuilder
 from common.errors import KitError
 from common.model.shape.config import load_config
 from common.platforms import PLATFORMS
@@ -24,7 +22,7 @@ from common.platforms.nvidia import NVIDIA
 from common.training.planning.datasets import content_hash
 from common.training.planning.plan import Plan, describe, find_start, plan_run
 from common.training.settings import TrainSettings
-from tests.tiny import tiny_qwen
+from tests.tiny import tiny_qwen, write_ramps
 
 ROOT = Path(__file__).parents[3]
 TOKENS_OF_A_DOCUMENT, DOCUMENTS = 17, 100
@@ -39,10 +37,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prefix of 100 documents of 17 tokens, as Megatron-LM's own tool would write them."""
     prefix = tmp_path_factory.mktemp("data") / "a_text_document"
-    with IndexedDatasetBuilder(prefix, np.dtype(np.uint16)) as writer:
-        for start in range(DOCUMENTS):
-            writer.add_document(np.arange(start, start + TOKENS_OF_A_DOCUMENT, dtype=np.uint16))
-    return prefix
+    return write_ramps(prefix, DOCUMENTS, TOKENS_OF_A_DOCUMENT)
 
 
 def settings(**changes: Any) -> TrainSettings:
@@ -80,10 +75,10 @@ def test_a_run_resumes_its_newest_iteration_whatever_it_first_started_from(
 
 @pytest.mark.parametrize("initial", ["auto", "true"])
 @pytest.mark.parametrize("iteration", [RELEASE, 40])
-def test_a_first_run_takes_the_weights_alone(initial: str, iteration: int | str, tmp_path: Path) -> None:
+def test_a_first_run_loads_only_the_weights(initial: str, iteration: int | str, tmp_path: Path) -> None:
     load = write_checkpoint(tmp_path / "load", iteration)
     save = tmp_path / "save"
-    for made in (False, True):  # there is no folder, and then an empty one
+    for made in (False, True):  # no folder, then an empty one
         if made:
             save.mkdir()
         start = find_start(
@@ -123,7 +118,7 @@ def test_without_weights_a_model_folder_starts_from_random_ones(qwen: Path, tmp_
 
 def test_a_killed_save_is_not_resumed_from(tmp_path: Path) -> None:
     save = write_checkpoint(tmp_path / "save", 5)
-    write_checkpoint(save, 10, tracked=False)  # whole, but the tracker does not name it yet
+    write_checkpoint(save, 10, tracked=False)  # complete, but the tracker does not name it yet
     (save / "iter_0000015.partial").mkdir()
     start = find_start(settings(save_checkpoint_path=str(save)))
     assert start.checkpoint is not None and start.checkpoint.iteration == 5
@@ -139,7 +134,7 @@ def test_a_conversion_reads_the_newest_distributed_checkpoint(tmp_path: Path) ->
 
 
 REFUSED_STARTS = [
-    # what SAVE and LOAD hold, the settings, what is said
+    # contents of SAVE and LOAD, the settings, the message
     (5, None, {"is_initial_run": "true"}, "holds iteration 5: set IS_INITIAL_RUN=auto to resume it, or another SAVE_"),
     (None, 5, {"is_initial_run": "false"}, "IS_INITIAL_RUN=false, but {save} holds no iteration to resume from"),
     (RELEASE, None, {"is_initial_run": "false"}, "IS_INITIAL_RUN=false, but {save} holds no iteration to resume from"),
@@ -156,9 +151,11 @@ REFUSED_STARTS = [
 ]
 
 
-@pytest.mark.parametrize("saved, loaded, changes, said", REFUSED_STARTS, ids=[case[3][:40] for case in REFUSED_STARTS])
+@pytest.mark.parametrize(
+    "saved, loaded, changes, message", REFUSED_STARTS, ids=[case[3][:40] for case in REFUSED_STARTS]
+)
 def test_an_impossible_start_is_refused(
-    saved: int | str | None, loaded: int | str | None, changes: dict[str, str], said: str, tmp_path: Path
+    saved: int | str | None, loaded: int | str | None, changes: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     folders = {"save": tmp_path / "save", "load": tmp_path / "load"}
     for folder, iteration in zip(folders.values(), (saved, loaded), strict=True):
@@ -166,13 +163,13 @@ def test_an_impossible_start_is_refused(
         if iteration is not None:
             write_checkpoint(folder, iteration)
     changes = {name: text.format(**folders) for name, text in changes.items()}
-    with pytest.raises(KitError, match=re.escape(said.format(**folders))):
+    with pytest.raises(KitError, match=re.escape(message.format(**folders))):
         find_start(settings(save_checkpoint_path=str(folders["save"]), **changes))
 
 
 def plan(data: Path, qwen: Path, platform: Platform = CPU, **changes: Any) -> Plan:
-    chosen = {"dataset_path": str(data), "hf_model_path": str(qwen), "seq_length": 16, "global_batch_size": 4}
-    return plan_run(settings(**{**chosen, **changes}), platform)
+    defaults = {"dataset_path": str(data), "hf_model_path": str(qwen), "seq_length": 16, "global_batch_size": 4}
+    return plan_run(settings(**{**defaults, **changes}), platform)
 
 
 def test_a_plan_follows_from_settings_data_and_model(data: Path, qwen: Path) -> None:
@@ -203,7 +200,7 @@ def test_the_platform_decides_what_is_not_set(data: Path, qwen: Path) -> None:
     assert (made.transformer_impl, made.ckpt_format) == ("local", "torch")
 
 
-def test_validation_data_of_its_own_leaves_the_training_data_whole(data: Path, qwen: Path) -> None:
+def test_separate_validation_data_leaves_the_training_data_unsplit(data: Path, qwen: Path) -> None:
     made = plan(data, qwen, valid_dataset_path=str(data), split="50,50,0")
     assert made.train is not None and made.valid is not None
     assert made.train.samples_per_epoch == made.valid.samples_per_epoch == (1700 - 1) // 16
@@ -215,7 +212,7 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
 
 
 @pytest.mark.parametrize(
-    "platform, changes, said",
+    "platform, changes, message",
     [
         ("cpu", {"gpus": 4, "tp": 4}, "TP=4 does not divide num_key_value_heads=2 of this model: use TP in [1, 2]"),
         ("cpu", {"gpus": 3, "pp": 3, "global_batch_size": 2}, "4 layers cannot be divided by PP=3 x VPP=1 = 3"),
@@ -242,9 +239,9 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
     ids=str,
 )
 def test_what_cannot_run_is_refused_before_it_starts(
-    platform: str, changes: dict[str, Any], said: str, data: Path, qwen: Path
+    platform: str, changes: dict[str, Any], message: str, data: Path, qwen: Path
 ) -> None:
-    with pytest.raises(KitError, match=re.escape(said)):
+    with pytest.raises(KitError, match=re.escape(message)):
         plan(data, qwen, PLATFORMS[platform], **{"seq_length": 32, **changes})
 
 
@@ -282,7 +279,7 @@ def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, t
 
 
 @pytest.mark.parametrize(
-    "run, changes, said",
+    "run, changes, message",
     [
         ({"run": RUN}, {"seq_length": 8}, "(samples_per_epoch 104 -> 208, seq_length 16 -> 8)"),
         ({"run": RUN}, {"seed": 1}, "(seed 1234 -> 1), so its position in the data does not apply: use the same"),
@@ -297,11 +294,11 @@ def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, t
     ],
     ids=str,
 )
-def test_a_run_that_cannot_go_on_is_refused(
-    run: dict[str, Any], changes: dict[str, Any], said: str, data: Path, qwen: Path, tmp_path: Path
+def test_a_run_that_cannot_be_resumed_is_refused(
+    run: dict[str, Any], changes: dict[str, Any], message: str, data: Path, qwen: Path, tmp_path: Path
 ) -> None:
     save = write_run(tmp_path / "save", qwen, run)
-    with pytest.raises(KitError, match=re.escape(said)):
+    with pytest.raises(KitError, match=re.escape(message)):
         plan(data, qwen, save_checkpoint_path=str(save), **changes)
 
 
@@ -330,7 +327,7 @@ print(*(name for name in ("megatron", "transformers") if name in sys.modules))
 """  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={"PYTHONPATH": str(ROOT), "KIT_PLATFORM": "cpu"},  # nvidia asks torch for GPUS devices, which a test lacks
+        env={"PYTHONPATH": str(ROOT), "KIT_PLATFORM": "cpu"},  # nvidia would check for GPUS devices
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "ok: the run can start\n\n"), done.stderr
@@ -340,10 +337,10 @@ def test_an_optimizer_that_cannot_be_loaded_is_refused(data: Path, qwen: Path, t
     save = write_run(tmp_path / "save", qwen, {})
     for name in (".metadata", "metadata.json"):  # of torch_dist
         (save / "iter_0000005" / name).touch()
-    for kind, sizes, said in (
+    for kind, sizes, message in (
         ("fully_sharded_model_space", {}, "megatron-core 0.14 loads; 0.16 is installed"),
         ("dp_zero_gather_scatter", {"gpus": 2, "tp": 2}, "it loads only at the TP, PP and VPP that it was saved with"),
     ):
         torch.save({"run": {**RUN, "optimizer_sharding": kind}}, save / "iter_0000005" / "common.pt")
-        with pytest.raises(KitError, match=re.escape(said)):
+        with pytest.raises(KitError, match=re.escape(message)):
             plan(data, qwen, save_checkpoint_path=str(save), hf_model_path=None, epochs=7.0, **sizes)

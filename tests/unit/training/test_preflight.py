@@ -38,7 +38,7 @@ def settings(tmp_path: Path) -> Callable[..., TrainSettings]:
 
 
 def together(*parts: Callable[[], Any]) -> list[Any]:
-    """What each of `parts` returns or raises, all run at once."""
+    """What each of `parts` returns or raises, all run concurrently."""
     with ThreadPoolExecutor(len(parts)) as pool:
         done: list[Future[Any]] = [pool.submit(part) for part in parts]
     return [each.exception() or each.result() for each in done]
@@ -53,7 +53,7 @@ def check(settings: TrainSettings, facts: dict[str, str] = ALIKE, timeout_s: flo
     return part
 
 
-def test_nodes_that_are_alike_all_go_on(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
+def test_nodes_that_are_alike_all_continue(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
     passed = together(*(check(settings(rank)) for rank in (2, 0, 1)))
     assert [node.is_store_host for node in passed] == [False, True, False]
     assert (tmp_path / "save" / ".nodes").is_file()
@@ -62,7 +62,7 @@ def test_nodes_that_are_alike_all_go_on(settings: Callable[..., TrainSettings], 
     assert not (tmp_path / "save" / ".nodes").exists()
 
 
-def test_every_node_hears_which_ones_differ(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
+def test_every_node_is_sent_which_ones_differ(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
     ends = together(
         check(settings(0)), check(settings(1), ALIKE | {"LR": "2"}),
         check(settings(2, save_checkpoint_path=str(tmp_path / "own"))),
@@ -71,7 +71,7 @@ def test_every_node_hears_which_ones_differ(settings: Callable[..., TrainSetting
     assert "node 1 (" in str(ends[0]) and "LR is 2 on node 1 (" in str(ends[0])
 
 
-def test_a_folder_without_the_token_is_told(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
+def test_a_folder_without_the_token_is_reported(settings: Callable[..., TrainSettings], tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / ".nodes").write_text("of another run\n")
     ends = together(
@@ -80,12 +80,12 @@ def test_a_folder_without_the_token_is_told(settings: Callable[..., TrainSetting
     assert all(f"SAVE_CHECKPOINT_PATH={tmp_path / 'own'} on node 1 (" in str(end) for end in ends)
 
 
-def test_two_nodes_of_one_number_are_told(settings: Callable[..., TrainSettings]) -> None:
+def test_two_nodes_with_the_same_rank_are_reported(settings: Callable[..., TrainSettings]) -> None:
     ends = together(check(settings(0)), check(settings(1)), check(settings(1)))
     assert all("NODE_RANK=1 is set on node 1 (" in str(end) for end in ends), ends
 
 
-def test_a_node_that_does_not_come_is_missed(settings: Callable[..., TrainSettings]) -> None:
+def test_a_node_that_does_not_join_is_reported(settings: Callable[..., TrainSettings]) -> None:
     began = time.monotonic()
     ends = together(check(settings(0), timeout_s=2), check(settings(2), timeout_s=20))
     assert time.monotonic() - began < 15
@@ -95,14 +95,14 @@ def test_a_node_that_does_not_come_is_missed(settings: Callable[..., TrainSettin
 
 
 @pytest.mark.parametrize("lame", [0, 1])
-def test_a_node_that_cannot_start_tells_the_others(settings: Callable[..., TrainSettings], lame: int) -> None:
+def test_a_node_that_cannot_start_notifies_the_others(settings: Callable[..., TrainSettings], lame: int) -> None:
     ends = together(
         lambda: report_failure(settings(lame, nnodes=2), KitError("no data")), check(settings(1 - lame, nnodes=2))
     )
     assert ends[0] is None and f"node {lame} (" in str(ends[1]) and "cannot start: no data" in str(ends[1])
 
 
-def test_a_newcomer_to_a_rendezvous_is_held_against_the_first(settings: Callable[..., TrainSettings]) -> None:
+def test_a_node_that_joins_a_rendezvous_is_compared_with_the_first(settings: Callable[..., TrainSettings]) -> None:
     first = check(settings())()
     assert first.is_store_host and first.is_reference and first.problems() == []
     again, other = together(check(settings()), check(settings(), ALIKE | {"common/x.py": "sha256:2"}))
@@ -116,12 +116,14 @@ def test_one_node_needs_no_check(settings: Callable[..., TrainSettings]) -> None
         assert passed is None
 
 
-def test_a_port_that_is_taken_is_told(settings: Callable[..., TrainSettings]) -> None:
+def test_a_port_that_is_taken_is_reported(settings: Callable[..., TrainSettings]) -> None:
     import socket
 
-    chosen = settings(0)
+    train_settings = settings(0)
     with socket.socket() as taken:
-        taken.bind(("", chosen.master_port))
+        taken.bind(("", train_settings.master_port))
         taken.listen()
-        with pytest.raises(KitError, match=rf"cannot open the store .* MASTER_PORT={chosen.master_port} .*taken"):
-            Preflight(chosen, 2)
+        with pytest.raises(
+            KitError, match=rf"cannot open the store .* MASTER_PORT={train_settings.master_port} .*taken"
+        ):
+            Preflight(train_settings, 2)

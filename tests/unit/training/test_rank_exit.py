@@ -24,7 +24,7 @@ DENIED = "error: a: Permission denied: ask its owner for access (chmod, chown), 
         ("SystemExit()", 0, ""),
     ],
 )
-def test_a_ranks_error_ends_it_before_anything_is_taken_down(raised: str, code: int, last: str) -> None:
+def test_a_ranks_error_ends_it_before_any_teardown(raised: str, code: int, last: str) -> None:
     program = f"""
 import atexit
 from common.errors import KitError
@@ -47,7 +47,7 @@ with exit_on_error():
     [("KitError('TP=3')", []), ("SystemExit(7)", []), ("ValueError('ours')", ["traceback_3"]),
      ("OSError(13, 'x', 'a')", ["traceback_3"])],
 )  # fmt: skip
-def test_what_may_befall_one_rank_alone_leaves_a_traceback(tmp_path: Path, raised: str, left: list[str]) -> None:
+def test_errors_of_one_rank_alone_leave_a_traceback(tmp_path: Path, raised: str, left: list[str]) -> None:
     program = f"""
 from common.errors import KitError
 from common.training.launching.rank_exit import exit_on_error

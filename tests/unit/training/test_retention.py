@@ -1,4 +1,4 @@
-"""Which checkpoints stay, what a run remembers of them, and that a removal which fails ends nothing."""
+"""Which checkpoints are kept, what a run records of them, and that a failed removal does not end the run."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def settings(**changes: Any) -> TrainSettings:
         (30, {"keep_checkpoints": 1}, [10, 20]),
         (30, {"keep_checkpoints": 1, "keep_best": 1}, [20]),
         (40, {"keep_checkpoints": 2, "keep_best": 0}, [10, 20]),
-        (35, {"keep_checkpoints": 1}, [10, 20]),  # the current one is not whole: the newest before it stays
+        (35, {"keep_checkpoints": 1}, [10, 20]),  # the current one is incomplete: the newest before it stays
     ],
 )
 def test_what_no_setting_keeps_is_removed(current: int, changes: dict[str, Any], removed: list[int]) -> None:
@@ -42,7 +42,7 @@ def test_what_no_setting_keeps_is_removed(current: int, changes: dict[str, Any],
     assert checkpoints_to_remove(ITERATIONS, current, settings(**changes), record) == removed
 
 
-def test_a_best_checkpoint_that_is_gone_takes_no_place() -> None:
+def test_a_missing_best_checkpoint_is_not_counted() -> None:
     record = RetentionRecord({5: 0.1, 10: 2.0, 20: 1.0})  # 5 was never saved
     assert checkpoints_to_remove([10, 20, 30], 30, settings(keep_checkpoints=1, keep_best=1), record) == [10]
 
@@ -62,7 +62,7 @@ def test_a_record_is_read_as_it_was_written_and_a_broken_one_is_empty(tmp_path: 
 
 
 class Folder:
-    """A run's folder, of which RunFolder's removals are used alone."""
+    """A run's folder, used only for RunFolder's removals."""
 
     remove, remove_replaced, _removing = RunFolder.remove, RunFolder.remove_replaced, RunFolder._removing
 
@@ -79,7 +79,7 @@ def checkpoints(folder: Path, *iterations: int) -> list[Path]:
     return paths
 
 
-def test_a_removal_that_fails_is_a_line_in_the_log_and_is_made_up_for(
+def test_a_failed_removal_is_logged_and_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     paths, remove = checkpoints(tmp_path, 10, 20, 30), shutil.rmtree

@@ -1,4 +1,4 @@
-"""A run's folder: leftovers of a killed run removed, checkpoints published whole, errors of the disk raised."""
+"""A run's folder: leftovers of a killed run removed, checkpoints published completely, errors of the disk raised."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ def plan(folder: Path, model: Path) -> Any:
     return SimpleNamespace(settings=settings, start=SimpleNamespace(model_folder=model))
 
 
-def test_what_a_killed_run_left_is_removed_and_nothing_else(
+def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
@@ -50,7 +50,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(
         assert name in caplog.text
 
 
-def test_a_checkpoint_takes_the_place_of_an_older_one_of_its_name(tmp_path: Path, model: Path) -> None:
+def test_a_checkpoint_replaces_an_older_one_of_the_same_name(tmp_path: Path, model: Path) -> None:
     folder = RunFolder(plan(tmp_path / "run", model))
     final = folder.path / "iter_0000005"
     for content in ("old", "new"):
@@ -64,13 +64,13 @@ def test_a_checkpoint_takes_the_place_of_an_older_one_of_its_name(tmp_path: Path
     assert sorted(path.name for path in folder.path.iterdir()) == [LOCK_FILE, "config.json", "iter_0000005"]
 
 
-def test_what_a_failed_save_left_is_no_part_of_the_next(tmp_path: Path, model: Path) -> None:
+def test_leftovers_of_a_failed_save_are_no_part_of_the_next(tmp_path: Path, model: Path) -> None:
     folder = RunFolder(plan(tmp_path / "run", model))
     (folder.begin(folder.path / "iter_0000005") / "half").touch()
     assert not any(folder.begin(folder.path / "iter_0000005").iterdir())
 
 
-def test_a_removal_that_failed_is_made_up_for(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_removal_is_retried(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder(plan(tmp_path / "run", model))
     checkpoint = folder.path / "iter_0000005"
     checkpoint.mkdir()
@@ -95,15 +95,15 @@ def test_the_models_files_survive_the_folder_that_they_came_from(tmp_path: Path,
     assert (folder.path / "config.json").read_text() == "{}"
 
 
-def test_too_little_room_is_told_before_a_checkpoint_is_begun(
+def test_too_little_space_is_reported_before_a_checkpoint_is_written(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(plan(tmp_path / "run", model))
     folder.check_disk()
     monkeypatch.setattr(run_folder, "free_bytes", lambda path: NEEDED_BYTES - 1)
-    with pytest.raises(OSError, match=r"0\.00 GB free, and a checkpoint takes 0\.00 GB") as told:
+    with pytest.raises(OSError, match=r"0\.00 GB free, and a checkpoint takes 0\.00 GB") as raised:
         folder.check_disk()
-    assert told.value.errno == errno.ENOSPC
+    assert raised.value.errno == errno.ENOSPC
     assert sorted(path.name for path in folder.path.iterdir()) == [LOCK_FILE]  # the file of the try is gone
 
 
@@ -119,15 +119,15 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(path)], check=False)
 
 
-def test_a_full_disk_and_another_disk_in_its_place_are_told(disk: Path, model: Path) -> None:
+def test_a_full_disk_and_another_disk_in_its_place_are_reported(disk: Path, model: Path) -> None:
     folder = RunFolder(plan(disk / "run", model))
     folder.check_disk()
     with (disk / "other").open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
         while True:
             stream.write(b"x" * 4096)
-    with pytest.raises(OSError, match="No space left") as told:
+    with pytest.raises(OSError, match="No space left") as raised:
         folder.check_disk()
-    assert told.value.errno == errno.ENOSPC
+    assert raised.value.errno == errno.ENOSPC
     assert sorted(path.name for path in folder.path.iterdir()) == [LOCK_FILE]
     (disk / "other").unlink()
     folder.check_disk()

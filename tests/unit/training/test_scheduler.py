@@ -14,14 +14,14 @@ def settings(**changes: Any) -> TrainSettings:
     return TrainSettings(**given)
 
 
-def rates(chosen: TrainSettings) -> list[float]:
+def rates(settings: TrainSettings) -> list[float]:
     """The learning rate of each of ten steps."""
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
-    scheduler = build_scheduler(optimizer, chosen, 10 * chosen.global_batch_size)
+    scheduler = build_scheduler(optimizer, settings, 10 * settings.global_batch_size)
     taken = []
     for _ in range(10):
         taken.append(optimizer.param_groups[0]["lr"])
-        scheduler.step(chosen.global_batch_size)
+        scheduler.step(settings.global_batch_size)
     return taken
 
 
@@ -47,14 +47,14 @@ def test_a_run_of_one_step_has_a_schedule() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
 
 
-def test_the_commands_settings_take_the_place_of_a_checkpoints_and_what_changed_is_said() -> None:
+def test_the_commands_settings_override_a_checkpoints_and_changes_are_logged() -> None:
     saved = {"max_lr": 5e-3, "min_lr": 1e-4, "eps": 1e-8, "betas": [0.9, 0.95], "lr": 5e-3, "weight_decay": 0.0}
     optimizer = SimpleNamespace(param_groups=[dict(saved), dict(saved)])
-    chosen = settings()
-    scheduler = build_scheduler(optimizer, chosen, 160)
-    assert override_checkpoint_settings(optimizer, scheduler, chosen) == [
+    train_settings = settings()
+    scheduler = build_scheduler(optimizer, train_settings, 160)
+    assert override_checkpoint_settings(optimizer, scheduler, train_settings) == [
         "LR 0.005 -> 0.001", "ADAM_BETA1, ADAM_BETA2 (0.9, 0.95) -> (0.9, 0.999)",
     ]  # fmt: skip
     for group in optimizer.param_groups:
         assert (group["max_lr"], group["betas"]) == (1e-3, (0.9, 0.999)) and group["lr"] == pytest.approx(1e-3)
-    assert override_checkpoint_settings(optimizer, scheduler, chosen) == []
+    assert override_checkpoint_settings(optimizer, scheduler, train_settings) == []

@@ -1,4 +1,4 @@
-"""Step 3's settings: which are taken, and which are refused with value, rule and remedy."""
+"""Step 3's settings: which are accepted, and which are refused with value, rule and remedy."""
 
 import re
 from typing import Any
@@ -14,8 +14,8 @@ def settings(**changes: Any) -> TrainSettings:
 
 
 def test_the_defaults_are_a_run() -> None:
-    chosen = settings()
-    assert chosen.sizes.world_size == chosen.sizes.dp == 1
+    train_settings = settings()
+    assert train_settings.sizes.world_size == train_settings.sizes.dp == 1
     assert settings(gpus=8, nnodes=2, tp=2, pp=2).sizes.dp == 4
 
 
@@ -35,7 +35,7 @@ def test_the_defaults_are_a_run() -> None:
     ],
     ids=str,
 )
-def test_values_at_the_edge_are_taken(changes: dict[str, Any]) -> None:
+def test_values_at_the_limit_are_accepted(changes: dict[str, Any]) -> None:
     settings(**changes)
 
 
@@ -53,14 +53,14 @@ def test_a_count_is_at_least_one(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["keep_checkpoints", "eval_interval", "eval_iters", "lr_warmup_iters", "clip_grad", "max_restarts"]
 )
-def test_what_may_be_nothing_is_not_negative(name: str) -> None:
+def test_what_may_be_zero_is_not_negative(name: str) -> None:
     settings(**{name: 0})
     with pytest.raises(KitError, match=f"{name.upper()}=-1: it must not be negative"):
         settings(**{name: -1})
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"epochs": 0.0}, "EPOCHS=0.0: it must be a number above 0"),
         ({"epochs": float("inf")}, "EPOCHS=inf: it must be a number above 0"),
@@ -92,6 +92,6 @@ def test_what_may_be_nothing_is_not_negative(name: str) -> None:
         ({"train_mode": "finetune", "reset_attention": True}, "RESET_ATTENTION=true is for TRAIN_MODE=pretrain"),
     ],
 )
-def test_a_contradiction_is_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(KitError, match=re.escape(said)):
+def test_a_contradiction_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(KitError, match=re.escape(message)):
         settings(**changes)

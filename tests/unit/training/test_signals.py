@@ -1,4 +1,4 @@
-"""Requests to stop: noted, counted and passed on, each in a process of its own that is really signalled."""
+"""Stop signals: recorded, counted and passed on, each sent to a separate process."""
 
 import json
 import os
@@ -32,7 +32,7 @@ for line in sys.stdin:
 
 
 class Rank:
-    """A process that listens as a rank does."""
+    """A process that handles signals as a rank does."""
 
     def __init__(self, program: str = RANK, *words: str, launcher: int = 0, nohup: bool = False) -> None:
         self.process = subprocess.Popen(
@@ -83,12 +83,12 @@ def test_a_later_term_ends_at_once() -> None:
     assert rank.ends() == 128 + signal.SIGTERM
 
 
-def test_only_who_insists_ends_the_process() -> None:
+def test_only_a_repeated_signal_ends_the_process() -> None:
     rank = Rank()
     rank.send(signal.SIGUSR1)
     assert rank.received() == "SIGUSR1"
     time.sleep(0.6)
-    rank.send(signal.SIGUSR1, signal.SIGHUP)  # the launcher asks each second
+    rank.send(signal.SIGUSR1, signal.SIGHUP)  # the launcher polls each second
     assert rank.received() == "SIGUSR1"
     rank.send(signal.SIGINT)  # the first to insist, long after the request
     assert rank.received() == "SIGUSR1"
@@ -106,7 +106,7 @@ def test_term_from_the_launcher_ends_at_once() -> None:
 
 
 @pytest.mark.parametrize("nohup", [True, False])
-def test_a_hangup_asks_to_stop_but_not_under_nohup(nohup: bool) -> None:
+def test_a_hangup_stops_the_run_but_not_under_nohup(nohup: bool) -> None:
     rank = Rank(nohup=nohup)
     rank.send(signal.SIGHUP)
     assert rank.received() == ("None" if nohup else "SIGHUP")
@@ -116,7 +116,7 @@ def test_a_hangup_asks_to_stop_but_not_under_nohup(nohup: bool) -> None:
     rank.ends()
 
 
-def test_what_a_rank_starts_hears_nothing() -> None:
+def test_processes_started_by_a_rank_block_its_signals() -> None:
     program = RANK.replace(
         'print("ready"',
         """
@@ -138,10 +138,10 @@ print(json.dumps(masks)""",
     masks = json.loads(rank.line())
     rank.process.kill()
     rank.ends()
-    asked = {str(int(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
+    expected = {str(int(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)}
     assert len(masks) == 3
     for mask in masks:
-        assert asked <= set(mask), masks
+        assert expected <= set(mask), masks
 
 
 # Has a child, which is a rank with "rank" as its word, and has it answer each line.
@@ -162,7 +162,7 @@ for line in sys.stdin:
 """
 
 
-def test_the_launcher_asks_its_ranks_and_kills_them_when_it_is_told_twice() -> None:
+def test_the_launcher_stops_its_ranks_and_kills_them_at_the_second_signal() -> None:
     launcher = Rank(LAUNCHER_PROGRAM, "rank")
     launcher.send(signal.SIGTERM)
     for _ in range(100):  # its thread is on its way
@@ -176,7 +176,7 @@ def test_the_launcher_asks_its_ranks_and_kills_them_when_it_is_told_twice() -> N
     assert child in psutil.wait_procs([child], 10)[0]
 
 
-def test_a_launcher_without_ranks_ends_at_the_first_whatever_else_it_has_started() -> None:
+def test_a_launcher_without_ranks_ends_at_the_first_signal_whatever_else_it_has_started() -> None:
     launcher = Rank(LAUNCHER_PROGRAM)
     launcher.send(signal.SIGTERM)
     assert launcher.process.wait(10) == 128 + signal.SIGTERM

@@ -1,4 +1,4 @@
-"""A rank's state on its way to the disk: every byte, in order, on a CPU; tests/gpu saves through the pinned ring."""
+"""A rank's state staged for the disk: every byte, in order, on a CPU; tests/gpu saves through the pinned ring."""
 
 import torch
 
@@ -19,7 +19,7 @@ def test_blocks_are_the_bytes_one_after_the_other() -> None:
     assert b"".join(blocks) == bytes_of(TENSORS) and max(map(len, blocks)) == BLOCK_BYTES
 
 
-def test_a_copy_holds_what_was_there_and_its_memory_is_made_once() -> None:
+def test_a_copy_holds_the_values_and_its_memory_is_allocated_once() -> None:
     staging, tensors = StagingBuffer(), [tensor.clone() for tensor in TENSORS]
     buffer = staging.allocate(tensors)
     assert 0 <= buffer.numel() - len(bytes_of(tensors)) < ALIGNMENT * len(tensors)

@@ -1,4 +1,4 @@
-"""Weights are put into the model, and the optimizer's own copies of them are left to the optimizer's state."""
+"""Weights are loaded into the model, and the optimizer's own copies of them come with the optimizer's state."""
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ def test_the_model_is_loaded_and_the_master_weights_keep_every_bit() -> None:
 
 def test_a_weight_too_few_or_too_many_is_an_error_and_extra_state_is_not() -> None:
     model = torch.nn.Linear(2, 3)
-    whole = model.state_dict()
-    load_model_state_dict([model], {"model": {**whole, "layer._extra_state": None}})
-    for wrong in ({"weight": whole["weight"]}, {**whole, "other": whole["bias"]}):
+    complete = model.state_dict()
+    load_model_state_dict([model], {"model": {**complete, "layer._extra_state": None}})
+    for wrong in ({"weight": complete["weight"]}, {**complete, "other": complete["bias"]}):
         with pytest.raises(KitError, match="bias|other"):
             load_model_state_dict([model], {"model": wrong})

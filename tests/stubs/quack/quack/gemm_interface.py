@@ -1,4 +1,4 @@
-"""The three products that the kit calls, in plain torch: gate and up lie side by side, one column after the other."""
+"""The three products that the kit calls, in plain torch: the columns of gate and up are interleaved."""
 
 # ruff: noqa: N803  the names are QuACK's
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What stands in for gloo on old torch, against gloo itself where it has the operations."""
+"""The shim for gloo on old torch, against gloo itself where it has the operations."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A run of step 1 that is taken up again after its inputs changed: every row is there once, and what fits is kept."""
+"""A run of step 1 that is resumed after its inputs changed: every row is there once, and what matches is reused."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""Where kernels of SwiGLU, the MLP, QKV and norms are called: with plain PyTorch there, a model is what it was."""
+"""Where kernels of SwiGLU, the MLP, QKV and norms are called: with plain PyTorch there, a model gives the same."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def test_a_model_with_other_code_in_these_places_is_the_same(tmp_path: Path, tp:
     group = {"WORLD_SIZE": str(tp), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.unit.model.test_places_of_kernels", str(tmp_path)], cwd=ROOT, text=True,
+            [sys.executable, "-m", "tests.unit.model.test_kernel_calls", str(tmp_path)], cwd=ROOT, text=True,
             env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -69,7 +69,7 @@ AWAITED: set[int] = set()  # places of weights whose module was called, or waite
 
 
 def note(module: torch.nn.Module, _: Any) -> None:
-    """As the hook by which Megatron-Core waits for a module's weights."""
+    """Acts as the hook by which Megatron-Core waits for a module's weights."""
     AWAITED.update(weight.data_ptr() for weight in module.parameters(recurse=False))
 
 
@@ -103,7 +103,7 @@ class Norms:
 
 
 def main() -> None:
-    """Compares the model of the folder with itself, in a process that has no other use."""
+    """Compares the model of the folder with itself, in a separate process."""
     prepare(CPU)
     patches.patch_training()
     from common.training.launching.process_group import process_group
@@ -113,13 +113,17 @@ def main() -> None:
         compare(load_config(Path(sys.argv[1])), sizes)
 
 
+def rotated(part: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    first, second = part.chunk(2, -1)
+    return part * freqs.cos() + torch.cat([-second, first], -1) * freqs.sin()
+
+
 def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
-    """What a model gives with other code in these places, and without."""
+    """A model's outputs with other code in these places, and without."""
+    # Imported here: these import Megatron-Core, which must be prepared before.
     from common.model import build
     from common.model.kernels import selection as kernels
-    from common.model.layers.gated_mlp import (
-        TorchProducts,  # these import Megatron-Core, which is to be prepared before
-    )
+    from common.model.layers.gated_mlp import TorchProducts
     from common.model.layers.loss import LossInputs, LossParts, TorchKernels
 
     groups, heads = qwen.num_key_value_heads // sizes.tp, qwen.num_attention_heads // sizes.tp
@@ -132,12 +136,7 @@ def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
         assert q_freqs is k_freqs and mixed.shape == (S, B, groups, sum(parts))
         assert q_freqs.shape == (S, 1, 1, qwen.head_dim) and q_freqs.dtype is torch.float32
         query, key, value = mixed.split(parts, -1)
-
-        def rotated(part: torch.Tensor) -> torch.Tensor:
-            first, second = part.chunk(2, -1)
-            return part * q_freqs.cos() + torch.cat([-second, first], -1) * q_freqs.sin()
-
-        return rotated(query.reshape(S, B, heads, qwen.head_dim)), rotated(key), value
+        return rotated(query.reshape(S, B, heads, qwen.head_dim), q_freqs), rotated(key, q_freqs), value
 
     class Loss(TorchKernels):
         def losses(self, given: LossInputs, with_gradients: bool) -> LossParts:

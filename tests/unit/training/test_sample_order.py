@@ -1,4 +1,4 @@
-"""Which order of samples a run has: by their number, or that which it began with."""
+"""Which order of samples a run has: by their number, or the one that it began with."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def made(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_run_keeps_the_order_that_it_began_with(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many samples are listed by now; of two datasets each keeps its own."""
+    """However large MAX_LISTED is now; each of two datasets keeps its own."""
     data, qwen = made
     monkeypatch.setattr(shuffle, "MAX_LISTED", 10)
     blend = f"1 {data} 1 {data}"

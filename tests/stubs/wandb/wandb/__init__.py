@@ -1,4 +1,4 @@
-"""A stand-in for wandb: what of it the kit calls, written to DIR/NAME.jsonl, and only as the run is finished."""
+"""A stub of wandb: the calls of the kit, written to DIR/NAME.jsonl, and only when the run is finished."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Run:
-    """Keeps what it is given until `finish`, as wandb's own process loses what a killed one has not handed over."""
+    """Holds what it is given until `finish`, as wandb loses what a killed process has not handed over."""
 
     def __init__(self, path: Path, lines: list[dict[str, Any]]) -> None:
         self.path, self.lines = path, lines

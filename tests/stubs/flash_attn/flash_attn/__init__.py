@@ -1,4 +1,4 @@
-"""Stands in for a vendor's flash_attn on the CPU: its interface in plain torch; grouped heads come uncopied."""
+"""A stub of a vendor's flash_attn on the CPU: its interface in plain torch; grouped heads are not expanded."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The loss with the output layer, in plain torch: what comes back is filled up to whole tiles, as QuACK's."""
+"""The loss with the output layer, in plain torch: outputs are padded to full tiles, as QuACK's."""
 
 import torch
 
@@ -7,7 +7,7 @@ def scaled_exp_linear_cross_entropy_fwd(
     x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, chunk_size: int, ignore_index: int, *,
     need_dx: bool, need_dw: bool, tile_n1: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x [m, d], weight [v, d], target int64 [m] -> (losses float32, gradient of x, both of m filled up, of weight)."""
+    """x [m, d], weight [v, d], target int64 [m] -> (losses float32, gradient of x, both of m padded, of weight)."""
     rows, width = x.shape
     last = -(-((rows - 1) % chunk_size + 1) // 128) * 128
     assert need_dx and need_dw

@@ -1,4 +1,4 @@
-"""Stands in for FlashAttention 4 on the CPU: the two halves that the kit calls, in plain torch, into given places."""
+"""A stub of FlashAttention 4 on the CPU: the two passes that the kit calls, in plain torch, into given tensors."""
 
 from typing import Any
 

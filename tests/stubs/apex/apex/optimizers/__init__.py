@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-FusedSGD = torch.optim.SGD  # Megatron-Core asks for both or takes neither
+FusedSGD = torch.optim.SGD  # Megatron-Core imports both or uses neither
 
 
 class FusedAdam(torch.optim.Optimizer):

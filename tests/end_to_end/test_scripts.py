@@ -1,4 +1,4 @@
-"""The straight line through the scripts of cpu/, at TP=2 and PP=2: from jsonl to a model that transformers loads."""
+"""The main path through the scripts of cpu/, at TP=2 and PP=2: from jsonl to a model that transformers loads."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ QUESTION = "<|im_start|>user\nWhat is 7+1?<|im_end|>\n<|im_start|>assistant\nIt 
 
 
 def script(name: str, **settings: object) -> str:
-    """All that a script of cpu/ says, which must end well."""
+    """The output of a script of cpu/, which must succeed."""
     given = {key: str(value) for key, value in settings.items()}
     done = subprocess.run(
         ["bash", f"cpu/{name}.sh"], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable, **given},

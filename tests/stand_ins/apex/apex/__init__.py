@@ -1,1 +1,0 @@
-"""Stands in for a vendor's apex: its fused Adam's interface, in plain torch."""

@@ -1,1 +1,0 @@
-"""Stands in for QuACK on the CPU."""

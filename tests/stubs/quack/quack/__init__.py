@@ -1,0 +1,1 @@
+"""A stub of QuACK on the CPU."""
