@@ -6,6 +6,7 @@ Imports point down (tests/unit/test_layers.py); docs/architecture.md shows the r
 
     commands     preprocess  convert  logits  train  doctor  demo
     estimate     memory, layouts that fit, tokens/s
+    report       a page on runs
     training     plan, ranks, loop, state
     checkpoint   formats, conversion, verification
     model, data  shape and layers; jsonl to micro-batches

@@ -3,7 +3,7 @@
 #
 #   without names   every stage, in under 25 minutes on 2 cores; it must pass before a commit
 #   STAGE           lint unit shell docker distributed nodes end_to_end docs
-#   AREA            data model checkpoint training engine estimate demo base shell: lint and what a change there can
+#   AREA            data model checkpoint training engine estimate demo report base shell: lint and what a change there can
 #                   break first, in under 2 minutes on 2 cores
 #
 # A failed check does not stop the next one; the exit status is 1 if any failed.
@@ -25,6 +25,7 @@ declare -A AREAS=(
     tests/unit/test_facts.py tests/unit/test_doctor.py tests/distributed/test_packing.py'
   [estimate]='tests/unit/estimate'
   [demo]='tests/unit/demo'
+  [report]='tests/unit/report'
   [base]='tests/unit/test_errors.py tests/unit/test_folders.py tests/unit/test_json_file.py tests/unit/test_locks.py
     tests/unit/test_progress.py tests/unit/test_settings.py tests/docs'
   [shell]='tests/shell'

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common.training.tracking.metrics_file import read_metrics
-from common.training.tracking.run_record import read_run_record
+from common.training.tracking.records import read_metrics, read_run_record
 from tests.distributed.launch import ROOT, forked, run, steps, train_forked, words
 from tests.tiny import TEXTS, tiny_qwen
 

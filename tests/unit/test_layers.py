@@ -27,7 +27,7 @@ LAYERS = [
     {"model", "data"},
     {"checkpoint"},
     {"training", "demo"},
-    {"estimate"},
+    {"estimate", "report"},
     {"preprocess", "convert", "logits", "train", "doctor"},
 ]
 # The rooms of a part, lowest first; a file beside them is a room of its own.

@@ -1,6 +1,5 @@
 """run.json: how each start of a run began and ended: settings, versions, devices, data and weights."""
 
-import json
 import os
 import shlex
 import socket
@@ -16,14 +15,14 @@ from typing import Any
 import torch
 
 from common.data.dataset.file_hash import hash_file
-from common.errors import KitError, describe_os_error
+from common.errors import describe_os_error
 from common.files import write_json
 from common.log import logger
 from common.settings import KIT
 from common.training.launching.nodes import versions
 from common.training.planning.plan import Plan
+from common.training.tracking.records import RUN_RECORD, read_run_record
 
-RUN_RECORD = "run.json"
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -57,23 +56,6 @@ class RunRecord:
             write_json(self._path, self._content)
         except OSError as error:
             logger.warning("%s cannot be written, training goes on: %s", self._path, describe_os_error(error))
-
-
-def read_run_record(folder: Path) -> dict[str, Any]:
-    """The content of `folder`/run.json: `starts`, a list of descriptions; without starts if there is no such file.
-
-    Raises KitError if the file is not a run record.
-    """
-    path = folder / RUN_RECORD
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {"starts": []}
-    except ValueError as error:
-        raise KitError(f"{path} is not JSON ({error}): move it away") from error
-    if not isinstance(content, dict) or not isinstance(content.get("starts"), list):
-        raise KitError(f'{path} is not a run record with "starts": move it away')
-    return content
 
 
 def describe_start(plan: Plan) -> dict[str, Any]:

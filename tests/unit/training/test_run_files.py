@@ -8,9 +8,9 @@ import pytest
 
 from common.errors import KitError
 from common.training.tracking.log_file import log_file
-from common.training.tracking.metrics_file import METRICS_FILE, MetricsFile, read_metrics
+from common.training.tracking.metrics_file import MetricsFile
+from common.training.tracking.records import METRICS_FILE, RUN_RECORD, read_metrics, read_run_record
 from common.training.tracking.run_file import RunFile
-from common.training.tracking.run_record import RUN_RECORD, read_run_record
 
 logger = logging.getLogger("kit")
 

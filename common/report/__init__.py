@@ -1,0 +1,1 @@
+"""`python -m common.report`: one page on a run, or on several side by side."""

@@ -1,0 +1,102 @@
+"""The curves of runs as SVG or PNG, drawn by matplotlib."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import KitError, writing
+from common.report.runs import Points, Run, smooth, thin
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot of one metric. scale: linear, log, or zero (linear from 0 on)."""
+
+    title: str
+    metric: str
+    label: str
+    scale: str
+
+
+PANELS = (
+    Panel("Loss", "loss", "nats per token", "linear"),
+    Panel("Gradient norm", "grad_norm", "before clipping", "log"),
+    Panel("Learning rate", "learning_rate", "", "linear"),
+    Panel("Throughput", "tokens_per_s", "tokens/s", "zero"),
+    Panel("Memory", "memory_gib", "GiB, fullest rank", "zero"),
+)
+COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#475569")
+
+
+def panels(runs: list[Run]) -> list[Panel]:
+    """Those whose metric some run has; the loss is first."""
+    return [panel for panel in PANELS if any(run.curve(panel.metric) for run in runs)]
+
+
+def figure(width: float, height: float) -> Any:
+    """A matplotlib Figure, in inches; raises KitError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise KitError("the report's curves need matplotlib: pip install -r requirements/plots.txt") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_panel(axes: Any, panel: Panel, runs: list[Run]) -> None:
+    """Draws the curves of `runs` on a matplotlib Axes."""
+    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+    axes.set(xlabel="iteration", ylabel=panel.label)
+    for run, color in zip(runs, COLORS * len(runs), strict=False):
+        _draw_curve(axes, run, panel.metric, color, len(runs) > 1)
+    axes.locator_params(axis="x", nbins=5)
+    if panel.scale == "zero":
+        axes.set_ylim(0, 1.1 * max(value for run in runs for _, value in run.curve(panel.metric)))
+    elif panel.scale == "log" and all(value > 0 for run in runs for _, value in run.curve(panel.metric)):
+        axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    if panel.metric == "loss":
+        axes.legend(frameon=False)
+
+
+def _draw_curve(axes: Any, run: Run, metric: str, color: str, named: bool) -> None:
+    """One run's values, pale, under their moving average; of the loss the validation's too."""
+    before = f"{run.name}: " if named else ""
+    points = run.curve(metric)
+    if not points:
+        return
+    axes.plot(*_columns(thin(points)), color=color, alpha=0.3, linewidth=1)
+    axes.plot(*_columns(thin(smooth(points))), color=color, linewidth=1.8, label=f"{before}training, smoothed")
+    if metric == "loss" and (validation := run.curve("validation_loss")):
+        axes.plot(
+            *_columns(validation), color=color, linestyle="--", marker="o", markersize=4, label=f"{before}validation"
+        )
+
+
+def _columns(points: Points) -> tuple[list[int], list[float]]:
+    return [iteration for iteration, _ in points], [value for _, value in points]
+
+
+def as_svg(runs: list[Run]) -> list[str]:
+    """An <svg> element per panel, that scales with the page."""
+    found = []
+    for panel in panels(runs):
+        drawn, buffer = figure(7.0 if panel.metric == "loss" else 4.5, 3.0), io.StringIO()
+        draw_panel(drawn.subplots(), panel, runs)
+        drawn.savefig(buffer, format="svg", metadata={"Date": None})
+        found.append("<svg" + buffer.getvalue().split("<svg", 1)[1])
+    return found
+
+
+def write_png(runs: list[Run], path: Path) -> None:
+    """Writes all panels to `path` as one PNG: the loss above, the others in two columns."""
+    first, *others = panels(runs)
+    rows = 1 + (len(others) + 1) // 2
+    drawn = figure(9.0, 3.0 * rows)
+    grid = drawn.add_gridspec(rows, 2)
+    draw_panel(drawn.add_subplot(grid[0, :]), first, runs)
+    for number, panel in enumerate(others):
+        draw_panel(drawn.add_subplot(grid[1 + number // 2, number % 2]), panel, runs)
+    with writing(path):
+        drawn.savefig(path, format="png", dpi=150)

@@ -1,0 +1,90 @@
+"""A run's records, summed up for its report."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common.errors import KitError, reading
+from common.training.tracking.records import METRICS_FILE, read_metrics, read_run_record
+
+Points = list[tuple[int, float]]
+SMOOTHING = 0.9  # weight of the past in the moving average, as TensorBoard's slider
+MAX_POINTS = 1000  # of a curve; more are averaged in groups
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder's metrics, in the order of their iterations, and the descriptions of its starts."""
+
+    name: str
+    lines: list[dict[str, Any]]
+    starts: list[dict[str, Any]]
+
+    def curve(self, metric: str) -> Points:
+        """(iteration, value) of each line that has a finite `metric`."""
+        return [(line["iteration"], line[metric]) for line in self.lines if isinstance(line.get(metric), int | float)]
+
+    def total(self, metric: str) -> float:
+        """The sum of `metric` over all lines."""
+        return sum(value for _, value in self.curve(metric))
+
+
+def read_run(folder: Path) -> Run:
+    """The records of `folder`; raises KitError if it holds none."""
+    with reading(folder / METRICS_FILE):
+        lines = read_metrics(folder)
+    if not lines:
+        raise KitError(f"{folder / METRICS_FILE} holds no metrics yet: wait for the run's first log line")
+    return Run(folder.resolve().name, lines, read_run_record(folder)["starts"])
+
+
+def smooth(points: Points, weight: float = SMOOTHING) -> Points:
+    """The exponential moving average of `points`, unbiased at its beginning (Adam's, arXiv 1412.6980, section 3)."""
+    average, found = 0.0, []
+    for number, (iteration, value) in enumerate(points, 1):
+        average = weight * average + (1 - weight) * value
+        found.append((iteration, average / (1 - weight**number)))
+    return found
+
+
+def thin(points: Points, limit: int = MAX_POINTS) -> Points:
+    """At most `limit` points: the means of groups of neighbours."""
+    size = math.ceil(len(points) / limit)
+    groups = [points[first : first + size] for first in range(0, len(points), size)] if size > 1 else []
+    means = [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+    return means or points
+
+
+def summary(run: Run) -> dict[str, str]:
+    """What a reader asks first, by name: progress, losses, speed, time."""
+    last_start = run.starts[-1] if run.starts else {}
+    end = last_start.get("end") or {}
+    validation, rates = run.curve("validation_loss"), [value for _, value in run.curve("tokens_per_s")]
+    of = f" of {last_start['train_iters']:,}" if last_start else ""
+    found = {"iteration": f"{run.lines[-1]['iteration']:,}{of}"}
+    found["state"] = str(end.get("reason", "running, or killed")).splitlines()[0]
+    if losses := run.curve("loss"):
+        found["loss"] = f"{smooth(losses)[-1][1]:.4f}"
+    if validation:
+        best = min(validation, key=lambda point: point[1])
+        found["best validation loss"] = f"{best[1]:.4f} at iteration {best[0]:,}"
+    if rates:
+        found["tokens/s"] = f"{median(rates):,.0f}"
+        found["TFLOP/s per GPU"] = f"{median(value for _, value in run.curve('tflops_per_gpu')):.3g}"
+    if memory := run.curve("memory_gib"):
+        found["peak memory"] = f"{max(value for _, value in memory):.1f} GiB"
+    found["evaluation, saving"] = f"{run.total('evaluation_s'):,.0f} s, {run.total('saving_s'):,.0f} s"
+    found["starts"] = str(len(run.starts))
+    if skipped := run.curve("skipped_steps"):
+        found["skipped steps"] = f"{max(value for _, value in skipped):.0f}"
+    return found
+
+
+def different_settings(runs: list[Run]) -> dict[str, list[str]]:
+    """The settings of the last starts that are not the same in all runs: name to values, in the order of `runs`."""
+    settings = [run.starts[-1].get("settings", {}) if run.starts else {} for run in runs]
+    names = sorted({name for each in settings for name in each})
+    rows = {name: [str(each.get(name, "")) for each in settings] for name in names}
+    return {name: values for name, values in rows.items() if len(set(values)) > 1}
