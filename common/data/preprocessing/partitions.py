@@ -7,6 +7,7 @@ records of one plan, which is a hash of the input sizes, their split into parts,
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from common.log import logger
 
 FORMAT, VERSION = "qwen-kit-run", 1
 RECORD_FIELDS: dict[str, type] = {"plan": str, "partitions": int, "index": int, "facts": dict, "parts": list}
+SHOWN_PARTITIONS = 20  # in an error
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def _read_record(path: Path) -> PartitionRecord:
         manifest.check_fields(value, RECORD_FIELDS)
         if (value.get("format"), value.get("version")) != (FORMAT, VERSION):
             raise ValueError(f"its version is not {VERSION}")
+        if not 0 <= value["index"] < value["partitions"]:
+            raise ValueError(f"its index {value['index']} is not one of {value['partitions']}")
         manifest.check_fields(value["facts"], {"kind": str, "streams": dict, "described": dict})
         parts = [FinishedPart.from_json(part) for part in value["parts"]]
     except ValueError as error:
@@ -103,15 +107,16 @@ def read_records(folder: Path) -> list[PartitionRecord]:
 def _missing_partitions(folder: Path, plans: list[dict[int, PartitionRecord]]) -> KitError:
     newest = plans[-1]
     partitions = next(iter(newest.values())).partitions
-    missing = [str(index) for index in range(partitions) if index not in newest]
-    indices = f"{', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}"
+    number = partitions - sum(index < partitions for index in newest)
+    shown = islice((str(index) for index in range(partitions) if index not in newest), SHOWN_PARTITIONS)
+    indices = f"{', '.join(shown)}{', ...' if number > SHOWN_PARTITIONS else ''}"
     older = (
         "; other runs had other input, settings or PARTITIONS; their matching parts will be reused"
         if len(plans) > 1
         else ""
     )
     return KitError(
-        f"{len(missing)} of {partitions} partitions are not finished in {folder}: run PARTITION_INDEX={indices}"
+        f"{number} of {partitions} partitions are not finished in {folder}: run PARTITION_INDEX={indices}"
         f" of PARTITIONS={partitions}{older}"
     )
 

@@ -116,6 +116,24 @@ def test_merge_reports_what_is_missing_and_what_does_not_fit(tmp_path: Path) -> 
         runner.merge(prefix)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"partitions": 10**12}, r"999999999999 of 1000000000000 .*: run PARTITION_INDEX=1, 2, .* 20, \.\.\. of"),
+        ({"index": 4}, "its index 4 is not one of 4"),
+        ({"index": -1}, "its index -1 is not one of 4"),
+    ],
+)
+def test_a_record_with_impossible_numbers_is_refused_at_once(
+    tmp_path: Path, changes: dict[str, int], reason: str
+) -> None:
+    runner.run(job(tmp_path, 4, 0))
+    (record,) = tmp_path.rglob("run_*.json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), **changes}))
+    with pytest.raises(KitError, match=reason):
+        runner.merge(tmp_path / "out" / "data", check=True)
+
+
 def test_an_input_that_changed_between_two_parts_is_reported(tmp_path: Path) -> None:
     for index in range(4):
         runner.run(job(tmp_path, 4, index))
