@@ -77,7 +77,7 @@ def test_a_command_of_a_step_becomes_one_python_command(command: str) -> None:
 @pytest.mark.parametrize("command", [each for each in ALL if each.startswith("python -m")])
 def test_a_python_command_has_the_flags_that_are_shown(command: str) -> None:
     _, words = split(command)
-    module = words[: next(i for i, word in enumerate(words) if word.startswith("--"))]
+    module = words[: next(i for i, word in enumerate(words) if word.startswith(("--", "/")))]
     result = subprocess.run(
         [sys.executable, *module[1:], "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -28,7 +28,7 @@ LAYERS = [
     {"checkpoint"},
     {"training", "demo"},
     {"estimate", "report"},
-    {"preprocess", "convert", "logits", "train", "doctor"},
+    {"preprocess", "convert", "logits", "train", "doctor", "watch"},
 ]
 # The rooms of a part, lowest first; a file beside them is a room of its own.
 ROOMS = {

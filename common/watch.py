@@ -1,0 +1,94 @@
+"""`python -m common.watch RUN`: a live view of a run, from another terminal or node, from the records in its folder."""
+
+import argparse
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from common import errors
+from common.report.runs import Points, Run, read_run, smooth, thin
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+PACE_LINES = 20  # the time left follows from the pace of so many log lines, with their evaluations and saves
+
+
+def main() -> None:
+    """Shows the run until it ends or Ctrl-C; exits 2 if the folder holds no metrics."""
+    parser = argparse.ArgumentParser(prog="python -m common.watch", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's SAVE_CHECKPOINT_PATH")
+    parser.add_argument("--interval", type=float, default=5.0, help="seconds between looks (default: %(default)g)")
+    parser.add_argument("--once", action="store_true", help="print the view once")
+    arguments = parser.parse_args()
+    console, run = Console(), read_run(arguments.run)
+    if arguments.once:
+        console.print(view(run, console.width, time.time()))
+        return
+    with (
+        suppress(KeyboardInterrupt),
+        Live(view(run, console.width, time.time()), console=console, auto_refresh=False) as live,
+    ):
+        while ended(run) is None:
+            time.sleep(arguments.interval)
+            run = read_run(arguments.run)
+            live.update(view(run, console.width, time.time()), refresh=True)
+
+
+def ended(run: Run) -> str | None:
+    """Why the last start ended; None while it runs, or if it was killed."""
+    end = run.starts[-1].get("end") if run.starts else None
+    return None if end is None else str(end["reason"]).splitlines()[0]
+
+
+def view(run: Run, width: int, now: float) -> RenderableType:
+    """A panel: progress and time left, the loss with its curve, the newest metrics. now: seconds since 1970."""
+    trained = [line for line in run.lines if "loss" in line] or run.lines
+    last, total = trained[-1], run.starts[-1]["train_iters"] if run.starts else None
+    state = ended(run) or f"last line {max(0.0, now - run.lines[-1]['time']):.0f} s ago"
+    progress = f"iteration {last['iteration']:,}" + (
+        f" of {total:,}, {time_left(trained, total)} left" if total else ""
+    )
+    rows: list[RenderableType] = [progress]
+    if total:
+        bar = Table.grid()
+        bar.add_row(ProgressBar(total=total, completed=last["iteration"], width=width - 4))
+        rows.append(bar)
+    losses, validation = run.curve("loss"), run.curve("validation_loss")
+    if losses:
+        rows += [f"loss {smooth(losses)[-1][1]:.4f}", sparkline(smooth(losses), width - 4)]
+    if validation:
+        best = min(validation, key=lambda point: point[1])
+        rows.append(f"validation loss {validation[-1][1]:.4f}, best {best[1]:.4f} at iteration {best[0]:,}")
+    names = {
+        "grad_norm": "grad norm {:.4f}", "learning_rate": "lr {:.3e}", "tokens_per_s": "{:,.0f} tokens/s",
+        "tflops_per_gpu": "{:#.3g} TFLOP/s/GPU", "memory_gib": "{:.1f} GiB at most",
+    }  # fmt: skip
+    shown = [text.format(last[name]) for name, text in names.items() if isinstance(last.get(name), int | float)]
+    return Panel(Group(*rows, " | ".join(shown)), title=run.name, subtitle=state, width=width)
+
+
+def time_left(trained: list[dict[str, float]], total: int) -> str:
+    """The time until iteration `total` at the pace of the last lines, as 1:02:03; ? before there are two."""
+    first, last = trained[-PACE_LINES:][0], trained[-1]
+    if first is last or last["iteration"] <= first["iteration"]:
+        return "?"
+    seconds = (last["time"] - first["time"]) / (last["iteration"] - first["iteration"])
+    minutes, rest = divmod(round(seconds * (total - last["iteration"])), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def sparkline(points: Points, width: int) -> str:
+    """The values of `points` as a line of at most `width` blocks, the lowest value as the lowest block."""
+    values = [value for _, value in thin(points, max(1, width))]
+    low, high = min(values), max(values)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((value - low) * scale)] for value in values)
+
+
+if __name__ == "__main__":
+    errors.run(main)
