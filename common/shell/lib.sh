@@ -19,7 +19,8 @@ BODY=${BASH_SOURCE[1]}
 KIT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 
 # For every step / 所有步骤通用
-: "${PYTHON:=}" # the Python that runs it; empty: the kit's .venv, else python3 / 空：先 .venv，再 python3
+: "${SETTINGS:=}" # a file of NAME=value lines; the environment wins / NAME=value 设置文件；环境变量优先
+: "${PYTHON:=}"   # the Python that runs it; empty: the kit's .venv, else python3 / 空：先 .venv，再 python3
 
 # settings FILE: the names of the settings that FILE declares, one a line.
 settings() {
@@ -68,11 +69,46 @@ die() {
   exit 2
 }
 
-# begin "$@": handles -h and -n; stores what follows -- in FLAGS and the names of the step's settings in SETTINGS.
-# shellcheck disable=SC2034 # the bodies read SETTINGS
+# exported NAME: whether the variable came with the environment; the scripts export no setting.
+exported() {
+  local attributes
+  read -r _ attributes _ < <(declare -p "$1" 2>/dev/null) && [[ $attributes == *x* ]]
+}
+
+# value_of TEXT: the value in a line NAME=TEXT, without its quotes or the comment after it.
+value_of() {
+  local value
+  if [[ $1 =~ ^\"([^\"]*)\"[[:space:]]*(#.*)?$ || $1 =~ ^\'([^\']*)\'[[:space:]]*(#.*)?$ ]]; then
+    value=${BASH_REMATCH[1]}
+  else
+    value=${1%%[[:space:]]#*}
+    value=${value%"${value##*[![:space:]]}"}
+  fi
+  printf '%s\n' "$value"
+}
+
+# read_settings FILE: sets the settings that its lines name, except those that the environment sets.
+read_settings() {
+  local line name value number=0 known where
+  [[ -f $1 && -r $1 ]] || die "SETTINGS=$1 is no file that can be read"
+  known=" $(settings "$STEP" | paste -sd ' ') $(settings "$BODY" | paste -sd ' ') "
+  while IFS= read -r line || [[ -n $line ]]; do
+    where="SETTINGS=$1, line $((++number))"
+    line=${line#$'\xef\xbb\xbf'} line=${line%$'\r'}
+    [[ $line =~ ^[[:space:]]*(#|$) ]] && continue
+    [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z0-9_]+)=(.*)$ ]] || die "$where: '$line' is not NAME=value"
+    name=${BASH_REMATCH[2]} value=$(value_of "${BASH_REMATCH[3]}")
+    [[ $known == *" $name "* ]] || die "$where: $name is no setting of ${STEP##*/}"
+    [[ $value != *[\$\`]* ]] || die "$where: $name=$value: nothing is expanded there, write the value itself"
+    exported "$name" || printf -v "$name" %s "$value"
+  done <"$1"
+}
+
+# begin "$@": handles -h and -n; stores what follows -- in FLAGS and the names of the step's settings in NAMES.
 begin() {
   DRY_RUN=false FLAGS=() ARGS=()
-  mapfile -t SETTINGS < <(settings "$STEP")
+  mapfile -t NAMES < <(settings "$STEP")
+  [[ -z $SETTINGS ]] || read_settings "$SETTINGS"
   while (($#)); do
     case $1 in
       -h | --help) help && exit 0 ;;
@@ -165,7 +201,7 @@ python_path() {
 # Before 3.11 Python imports from the folder it starts in, and must not import a user's folder `common`: it starts in the
 # kit's folder, and common/start.py changes to KIT_CWD.
 run() {
-  local program name words line
+  local program name words line from=()
   program=$(find_python)
   words=("PYTHONPATH=$(python_path)" PYTHONSAFEPATH=1 "KIT_CWD=$PWD" "KIT_PLATFORM=$KIT_PLATFORM")
   for name in $(settings "$VENDOR/env.sh"); do words+=("$name=${!name}"); done
@@ -175,6 +211,8 @@ run() {
   if [[ $DRY_RUN == true ]]; then
     printf '%s\n' "$line"
   else
+    for name in "${NAMES[@]}"; do ! exported "$name" || from+=("$name"); done
+    ((${#from[@]} == 0)) || say "from the environment: ${from[*]}"
     printf '+ %s\n' "$line" >&2
     cd -- "$KIT" || exit
     in_users_locale "${words[@]}"

@@ -5,5 +5,5 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 begin "$@"
 
 need INPUT OUTPUT_PREFIX TOKENIZER_PATH
-flags "${SETTINGS[@]}"
+flags "${NAMES[@]}"
 run common.preprocess pretrain

@@ -4,6 +4,6 @@
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib.sh"
 begin "$@"
 
-flags "${SETTINGS[@]}"
+flags "${NAMES[@]}"
 [[ -n $PYTHON || $DRY_RUN == true ]] || (in_users_locale bash "$KIT/common/shell/setup_venv.sh")
 run common.demo run

@@ -28,5 +28,5 @@ else
   [[ $(realpath -m -- "$LOAD_CHECKPOINT_PATH") != $(realpath -m -- "$SAVE_CHECKPOINT_PATH") ]] ||
     die "LOAD_CHECKPOINT_PATH and SAVE_CHECKPOINT_PATH are both $LOAD_CHECKPOINT_PATH: convert writes to another folder"
 fi
-flags "${SETTINGS[@]}"
+flags "${NAMES[@]}"
 run common.train

@@ -34,7 +34,7 @@ read_by() {
   body=$(body "$1")
   {
     declared "$1" "${1%/*}/env.sh" "$body" "$KIT/common/shell/lib.sh"
-    sed -nE 's/^ *(need|flags|one_of|old_name) //p' "$body" | grep -oE '\<[A-Z][A-Z0-9_]+\>' | grep -v '^SETTINGS$'
+    sed -nE 's/^ *(need|flags|one_of|old_name) //p' "$body" | grep -oE '\<[A-Z][A-Z0-9_]+\>' | grep -v '^NAMES$'
   } | sort -u
 }
 

@@ -91,7 +91,7 @@ setup() {
       run -7 paste_line "$line"
       mv "$PYTHON.record" pasted
       run -7 --separate-stderr env "${GIVEN[@]}" PYTHONPATH="more here" "$script" -- --more 'a  b'
-      [[ $stderr == "+ $line" ]]
+      [[ $stderr == *"+ $line" ]]
       diff pasted "$PYTHON.record"
     done
   done
