@@ -5,8 +5,7 @@
 Each run is a fresh process on files that are not in the page cache (flushed and dropped before), and ends when its
 output is on the disk. Conversion and `cp` alternate; the median of the repeats is printed. The verification is timed
 separately: seconds of conversion, and CPU seconds, are those of the process with its imports, less the verification's.
-Peak memory is the
-process's RssAnon, looked at fifty times a second: mapped files are not in it. 7B needs 31 GB of disk.
+Peak memory is the process's RssAnon, sampled fifty times a second: mapped files are not in it. 7B needs 31 GB of disk.
 """
 
 import argparse

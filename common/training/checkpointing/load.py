@@ -35,7 +35,7 @@ from common.training.state.fp8_state import has_fp8_state
 from common.training.state.scheduler import override_checkpoint_settings
 from common.training.state.training_state import TrainingState
 
-NUM_READERS = 4  # threads: zlib computes checksums at 1.3 GB/s in one thread, however fast the disk is
+NUM_READERS = 4  # threads per rank: one alone reads and copies more slowly than fast disks deliver
 
 
 def load_checkpoint(plan: Plan, training_state: TrainingState) -> Progress:
