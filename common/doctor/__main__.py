@@ -9,7 +9,7 @@ from dataclasses import asdict
 from common import errors
 from common.doctor import machine, packages, probes
 from common.doctor.all_reduce import check_all_reduce
-from common.doctor.finding import Finding
+from common.doctor.finding import Finding, verdict
 from common.platforms import current, detect
 
 OPERATIONS = ["matmul", "attention", "masked_attention", "collective"]
@@ -39,7 +39,7 @@ def diagnose(no_device: bool) -> list[Finding]:
 
 
 def main() -> None:
-    """Prints the findings; exits 1 if one of them is a failure."""
+    """Prints the findings and, last, the verdict; exits 1 if one of them is a failure."""
     parser = argparse.ArgumentParser(prog="python -m common.doctor", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of lines")
     parser.add_argument(
@@ -51,7 +51,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps([asdict(each) for each in found], indent=2))
     else:
-        print(*found, sep="\n")
+        print(*found, "", verdict(found), sep="\n")
     sys.exit(any(each.status == "fail" for each in found))
 
 

@@ -1,5 +1,6 @@
 """Finding: the result of one check, with its remedy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -20,3 +21,13 @@ class Finding:
 def judge(subject: str, found: str, wrong: bool, remedy: str, status: str = "fail") -> Finding:
     """A Finding of `status` with its remedy if `wrong`, else ok."""
     return Finding(subject, status, found, remedy) if wrong else Finding(subject, "ok", found)
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """`ready`, or the one thing to do next: the first failure's remedy, else the first warning's."""
+    failures, warnings = ([each for each in findings if each.status == status] for status in ("fail", "warn"))
+    if failures:
+        return f"not ready: {len(failures)} to fix, first {failures[0].subject}: {failures[0].remedy}"
+    if warnings:
+        return f"ready, with {len(warnings)} warnings, first {warnings[0].subject}: {warnings[0].remedy}"
+    return "ready"

@@ -71,12 +71,14 @@ def test_an_extension_that_is_there_and_broken_is_a_failure(tmp_path: Path) -> N
     (tmp_path / "transformer_engine" / "__init__.py").touch()
     output = doctor("--no-device", expect=1, KIT_PLATFORM="cpu", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert "No module named 'transformer_engine.pytorch'" in output and "install the vendor's own build again" in output
+    assert output.splitlines()[-1].startswith("not ready: 2 to fix, first megatron-core: install the versions ")
 
 
 def test_one_that_works_is_well(tmp_path: Path) -> None:
     path = f"{STUBS / 'apex'}:{STUBS / 'flash_attn'}:{ROOT}"
     output = doctor("--no-device", expect=0, KIT_PLATFORM="cpu", PYTHONPATH=path)
     assert "fused Adam imports, no kernel for weight gradients" in output and "flash_attn            imports" in output
+    assert output.splitlines()[-1] == "ready"
 
 
 def test_an_import_without_the_driver_is_accepted_without_a_device(tmp_path: Path) -> None:
@@ -296,7 +298,7 @@ def test_other_output_of_nccl_is_not_read_as_the_seconds(tmp_path: Path, monkeyp
 def test_a_wrong_sum_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nif 'common.doctor.all_reduce' in sys.orig_argv:\n"
-        "    import torch.distributed\n    torch.distributed.all_reduce = lambda box: None\n"
+        "    import torch.distributed\n    torch.distributed.all_reduce = lambda box: torch.distributed.barrier()\n"
     )
     assert "AssertionError: the sum is wrong" in run_all_reduce(monkeypatch, PYTHONPATH=f"{tmp_path}:{ROOT}").found
 
