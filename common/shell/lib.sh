@@ -71,8 +71,9 @@ die() {
 
 # exported NAME: whether the variable came with the environment; the scripts export no setting.
 exported() {
-  local attributes
-  read -r _ attributes _ < <(declare -p "$1" 2>/dev/null) && [[ $attributes == *x* ]]
+  local words
+  words=$(declare -p "$1" 2>/dev/null) # waited for: a < <(...) before exec would stay as a zombie of what is executed
+  [[ $words =~ ^declare\ -[a-z]*x ]]
 }
 
 # value_of TEXT: the value in a line NAME=TEXT, without its quotes or the comment after it.
