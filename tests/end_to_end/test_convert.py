@@ -229,11 +229,8 @@ def test_the_script_converts_in_both_directions_and_reports_a_mistake(tmp_path: 
     assert same(weights(tmp_path / "hf"), {name: tensor.bfloat16() for name, tensor in weights(qwen[True]).items()})
     out, err = mistaken.communicate(timeout=120)
     assert (mistaken.returncode, out) == (2, "")
-    from_environment, command, *errors = err.splitlines(keepends=True)
-    assert from_environment.endswith(
-        ": from the environment: CONVERT_TYPE LOAD_CHECKPOINT_PATH SAVE_CHECKPOINT_PATH TP PP VPP CKPT_FORMAT\n"
-    )
-    assert command.startswith("+ env ")
+    environment, command, *errors = err.splitlines(keepends=True)
+    assert " LOAD_CHECKPOINT_PATH SAVE_CHECKPOINT_PATH TP " in environment and command.startswith("+ env ")
     message = "error: TP=3 does not divide num_attention_heads=4 of this model: use TP in [1, 2]\n"
     assert errors == [message] and not (tmp_path / "new").exists()
 
