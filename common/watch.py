@@ -12,7 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from common import errors
-from common.report.runs import Points, Run, read_run, smooth, thin
+from common.report.runs import Points, Run, best_validation, end_reason, read_run, smooth, thin
+from common.training.loop.metrics import clock
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 PACE_LINES = 20  # the time left follows from the pace of so many log lines, with their evaluations and saves
@@ -33,23 +34,17 @@ def main() -> None:
         suppress(KeyboardInterrupt),
         Live(view(run, console.width, time.time()), console=console, auto_refresh=False) as live,
     ):
-        while ended(run) is None:
+        while end_reason(run) is None:
             time.sleep(arguments.interval)
             run = read_run(arguments.run)
             live.update(view(run, console.width, time.time()), refresh=True)
-
-
-def ended(run: Run) -> str | None:
-    """Why the last start ended; None while it runs, or if it was killed."""
-    end = run.starts[-1].get("end") if run.starts else None
-    return None if end is None else str(end["reason"]).splitlines()[0]
 
 
 def view(run: Run, width: int, now: float) -> RenderableType:
     """A panel: progress and time left, the loss with its curve, the newest metrics. now: seconds since 1970."""
     trained = [line for line in run.lines if "loss" in line] or run.lines
     last, total = trained[-1], run.starts[-1]["train_iters"] if run.starts else None
-    state = ended(run) or f"last line {max(0.0, now - run.lines[-1]['time']):.0f} s ago"
+    state = end_reason(run) or f"last line {max(0.0, now - run.lines[-1]['time']):.0f} s ago"
     progress = f"iteration {last['iteration']:,}" + (
         f" of {total:,}, {time_left(trained, total)} left" if total else ""
     )
@@ -62,8 +57,7 @@ def view(run: Run, width: int, now: float) -> RenderableType:
     if losses:
         rows += [f"loss {smooth(losses)[-1][1]:.4f}", sparkline(smooth(losses), width - 4)]
     if validation:
-        best = min(validation, key=lambda point: point[1])
-        rows.append(f"validation loss {validation[-1][1]:.4f}, best {best[1]:.4f} at iteration {best[0]:,}")
+        rows.append(f"validation loss {validation[-1][1]:.4f}, best {best_validation(run)}")
     names = {
         "grad_norm": "grad norm {:.4f}", "learning_rate": "lr {:.3e}", "tokens_per_s": "{:,.0f} tokens/s",
         "tflops_per_gpu": "{:#.3g} TFLOP/s/GPU", "memory_gib": "{:.1f} GiB at most",
@@ -78,8 +72,7 @@ def time_left(trained: list[dict[str, float]], total: int) -> str:
     if first is last or last["iteration"] <= first["iteration"]:
         return "?"
     seconds = (last["time"] - first["time"]) / (last["iteration"] - first["iteration"])
-    minutes, rest = divmod(round(seconds * (total - last["iteration"])), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    return clock(seconds * (total - last["iteration"]))
 
 
 def sparkline(points: Points, width: int) -> str:

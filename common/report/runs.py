@@ -11,6 +11,7 @@ from common.training.tracking.records import METRICS_FILE, read_metrics, read_ru
 
 Points = list[tuple[int, float]]
 SMOOTHING = 0.9  # weight of the past in the moving average, as TensorBoard's slider
+UNKNOWN_END = "running, or killed"
 MAX_POINTS = 1000  # of a curve; more are averaged in groups
 
 
@@ -57,19 +58,34 @@ def thin(points: Points, limit: int = MAX_POINTS) -> Points:
     return means or points
 
 
+def end_reason(run: Run) -> str | None:
+    """Why the last start ended, in one line; None while it runs, or if it was killed."""
+    end = run.starts[-1].get("end") if run.starts else None
+    return None if end is None else one_line_reason(end)
+
+
+def one_line_reason(end: dict[str, Any]) -> str:
+    """The reason of a start's end, without the traceback that an error may have."""
+    return str(end["reason"]).strip().splitlines()[-1]
+
+
+def best_validation(run: Run) -> str:
+    """The lowest validation loss and its iteration."""
+    iteration, loss = min(run.curve("validation_loss"), key=lambda point: point[1])
+    return f"{loss:.4f} at iteration {iteration:,}"
+
+
 def summary(run: Run) -> dict[str, str]:
     """What a reader asks first, by name: progress, losses, speed, time."""
     last_start = run.starts[-1] if run.starts else {}
-    end = last_start.get("end") or {}
-    validation, rates = run.curve("validation_loss"), [value for _, value in run.curve("tokens_per_s")]
+    rates = [value for _, value in run.curve("tokens_per_s")]
     of = f" of {last_start['train_iters']:,}" if last_start else ""
     found = {"iteration": f"{run.lines[-1]['iteration']:,}{of}"}
-    found["state"] = str(end.get("reason", "running, or killed")).splitlines()[0]
+    found["state"] = end_reason(run) or UNKNOWN_END
     if losses := run.curve("loss"):
         found["loss"] = f"{smooth(losses)[-1][1]:.4f}"
-    if validation:
-        best = min(validation, key=lambda point: point[1])
-        found["best validation loss"] = f"{best[1]:.4f} at iteration {best[0]:,}"
+    if run.curve("validation_loss"):
+        found["best validation loss"] = best_validation(run)
     if rates:
         found["tokens/s"] = f"{median(rates):,.0f}"
         found["TFLOP/s per GPU"] = f"{median(value for _, value in run.curve('tflops_per_gpu')):.3g}"

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.log import logger
+from common.training.tracking.records import LOG_FILE
 from common.training.tracking.run_file import RunFile
-
-LOG_FILE = "log.txt"
 
 
 class LogFile(logging.Handler):

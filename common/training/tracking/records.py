@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.checkpoint.formats.model_files import RUN_FILES
 from common.errors import KitError
 
-METRICS_FILE, RUN_RECORD = "metrics.jsonl", "run.json"
+LOG_FILE, METRICS_FILE, RUN_RECORD, TENSORBOARD_FOLDER = RUN_FILES
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

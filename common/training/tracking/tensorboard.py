@@ -13,9 +13,9 @@ from pathlib import Path
 from common.errors import KitError
 from common.log import logger
 from common.training.settings import TrainSettings
+from common.training.tracking.records import TENSORBOARD_FOLDER
 from common.training.tracking.run_file import RunFile
 
-TENSORBOARD_FOLDER = "tensorboard"
 FILE_VERSION = "brain.Event:2"
 
 

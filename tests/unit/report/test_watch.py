@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from common.report.runs import read_run
+from common.report.runs import end_reason, read_run
 from common.training.tracking.metrics_file import MetricsFile
-from common.watch import BLOCKS, ended, sparkline, time_left
+from common.watch import BLOCKS, sparkline, time_left
 from tests.unit.report.test_report import write_run
 
 WATCH = [sys.executable, "-m", "common.watch"]
@@ -30,7 +30,7 @@ def test_it_follows_a_run_until_that_ends(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 3)
     record = (run / "run.json").read_text()
     (run / "run.json").write_text(record.replace('"end"', '"end_of_another"'))
-    assert ended(read_run(run)) is None
+    assert end_reason(read_run(run)) is None
     watch = subprocess.Popen([*WATCH, run, "--interval", "0.1"], stdout=subprocess.PIPE, text=True)
     time.sleep(1.5)
     assert watch.poll() is None
