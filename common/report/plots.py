@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import KitError, writing
-from common.report.runs import Points, Run, smooth, thin
+from common.report.runs import Points, Run, smooth, smoothing, thin
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,15 @@ class Panel:
     metric: str
     label: str
     scale: str
+    smoothed: bool = True
 
 
 PANELS = (
     Panel("Loss", "loss", "nats per token", "linear"),
     Panel("Gradient norm", "grad_norm", "before clipping", "log"),
-    Panel("Learning rate", "learning_rate", "", "linear"),
+    Panel("Learning rate", "learning_rate", "", "linear", smoothed=False),
     Panel("Throughput", "tokens_per_s", "tokens/s", "zero"),
-    Panel("Memory", "memory_gib", "GiB, fullest rank", "zero"),
+    Panel("Memory", "memory_gib", "GiB, fullest rank", "zero", smoothed=False),
 )
 COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#475569")
 
@@ -48,7 +49,7 @@ def draw_panel(axes: Any, panel: Panel, runs: list[Run]) -> None:
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     axes.set(xlabel="iteration", ylabel=panel.label)
     for run, color in zip(runs, COLORS * len(runs), strict=False):
-        _draw_curve(axes, run, panel.metric, color, len(runs) > 1)
+        _draw_curve(axes, run, panel, color, f"{run.name}: " if len(runs) > 1 else "")
     axes.locator_params(axis="x", nbins=5)
     if panel.scale == "zero":
         axes.set_ylim(0, 1.1 * max(value for run in runs for _, value in run.curve(panel.metric)))
@@ -60,18 +61,19 @@ def draw_panel(axes: Any, panel: Panel, runs: list[Run]) -> None:
         axes.legend(frameon=False)
 
 
-def _draw_curve(axes: Any, run: Run, metric: str, color: str, named: bool) -> None:
-    """One run's values, pale, under their moving average; of the loss the validation's too."""
-    before = f"{run.name}: " if named else ""
-    points = run.curve(metric)
+def _draw_curve(axes: Any, run: Run, panel: Panel, color: str, prefix: str) -> None:
+    """One run's values, pale under their moving average where there are enough; of the loss the validation's too."""
+    points = run.curve(panel.metric)
     if not points:
         return
-    axes.plot(*_columns(thin(points)), color=color, alpha=0.3, linewidth=1)
-    axes.plot(*_columns(thin(smooth(points))), color=color, linewidth=1.8, label=f"{before}training, smoothed")
-    if metric == "loss" and (validation := run.curve("validation_loss")):
-        axes.plot(
-            *_columns(validation), color=color, linestyle="--", marker="o", markersize=4, label=f"{before}validation"
-        )
+    smoothed = panel.smoothed and smoothing(len(points)) > 0
+    if smoothed:
+        axes.plot(*_columns(thin(points)), color=color, alpha=0.3, linewidth=1)
+    curve, label = (smooth(points), "training, smoothed") if smoothed else (points, "training")
+    axes.plot(*_columns(thin(curve)), color=color, linewidth=1.8, label=f"{prefix}{label}")
+    if panel.metric == "loss" and (validation := run.curve("validation_loss")):
+        style = {"linestyle": "--", "marker": "o", "markersize": 4}
+        axes.plot(*_columns(validation), color=color, label=f"{prefix}validation", **style)
 
 
 def _columns(points: Points) -> tuple[list[int], list[float]]:

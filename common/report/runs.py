@@ -10,7 +10,7 @@ from common.errors import KitError, reading
 from common.training.tracking.records import METRICS_FILE, read_metrics, read_run_record
 
 Points = list[tuple[int, float]]
-SMOOTHING = 0.9  # weight of the past in the moving average, as TensorBoard's slider
+WINDOW = 1 / 20  # of a curve's points, over which its moving average forgets; at most 100 points
 UNKNOWN_END = "running, or killed"
 MAX_POINTS = 1000  # of a curve; more are averaged in groups
 
@@ -41,8 +41,14 @@ def read_run(folder: Path) -> Run:
     return Run(folder.resolve().name, lines, read_run_record(folder)["starts"])
 
 
-def smooth(points: Points, weight: float = SMOOTHING) -> Points:
+def smoothing(number: int) -> float:
+    """The weight of the past in the moving average of so many points: none below 20, 0.9 at 200, at most 0.99."""
+    return 1 - 1 / min(max(1.0, WINDOW * number), 100.0)
+
+
+def smooth(points: Points, weight: float | None = None) -> Points:
     """The exponential moving average of `points`, unbiased at its beginning (Adam's, arXiv 1412.6980, section 3)."""
+    weight = smoothing(len(points)) if weight is None else weight
     average, found = 0.0, []
     for number, (iteration, value) in enumerate(points, 1):
         average = weight * average + (1 - weight) * value

@@ -13,7 +13,7 @@ import pytest
 from common.errors import KitError
 from common.files import write_json
 from common.report.page import page
-from common.report.runs import MAX_POINTS, different_settings, read_run, smooth, summary, thin
+from common.report.runs import MAX_POINTS, different_settings, read_run, smooth, smoothing, summary, thin
 from common.training.tracking.metrics_file import MetricsFile
 from common.training.tracking.records import RUN_RECORD
 
@@ -71,6 +71,11 @@ def test_the_average_is_unbiased_from_the_first_value_on() -> None:
         (3, pytest.approx(4)),
     ]
     assert smooth([(1, 1.0), (2, 3.0)], 0.5)[1] == (2, pytest.approx((0.5 * 1 * 0.5 + 0.5 * 3) / 0.75))
+
+
+@pytest.mark.parametrize(("number", "weight"), [(1, 0), (19, 0), (200, 0.9), (2000, 0.99), (10**6, 0.99)])
+def test_short_curves_are_shown_as_they_are(number: int, weight: float) -> None:
+    assert smoothing(number) == pytest.approx(weight)
 
 
 def test_long_curves_are_averaged_in_groups() -> None:
