@@ -113,7 +113,7 @@ def checked_plan(settings: TrainSettings, platform: Platform) -> "Plan":
     check_devices(settings, platform)
     check_packages(settings, platform)
     plan = plan_run(settings, platform)
-    check_tracking(plan)
+    check_tracking(settings)
     if plan.train:
         check_folder(plan)
         check_memory(plan)

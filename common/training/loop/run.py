@@ -13,7 +13,7 @@ from common.training.launching.signals import StopRequests
 from common.training.loop.data_loading import DataLoaders
 from common.training.loop.memory import explain_out_of_memory
 from common.training.loop.trainer import Trainer
-from common.training.planning.plan import Plan, describe
+from common.training.planning.plan import Plan
 from common.training.settings import TrainSettings
 from common.training.state.training_state import build_training_state
 from common.training.tracking.tracker import tracking
@@ -39,7 +39,7 @@ def run_plan(plan: Plan, requests: StopRequests) -> None:
         assert loaders
         start_hang_detector(settings, training_state.heartbeat)
         checkpointer = Checkpointer(plan, training_state.heartbeat)  # locks the folder before the checkpoint is read
-        with tracking(plan, dist.get_rank(), lambda: describe(plan)) as tracker:
+        with tracking(plan, dist.get_rank()) as tracker:
             progress = load_checkpoint(plan, training_state)
             assert progress == plan.progress, (progress, plan.progress)  # the data loaders started from the latter
             Trainer(plan, training_state, checkpointer, loaders, requests, tracker).run()

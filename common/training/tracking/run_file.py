@@ -31,11 +31,12 @@ class RunFile:
             if self.path.parent.stat().st_dev != self._device:
                 raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(self.path))
             with self.path.open("ab", buffering=0) as stream:
-                written = stream.write(before + content)
-                if written != len(before + content):
+                size = stream.tell()
+                if stream.write(before + content) != len(before + content):
+                    stream.truncate(size)  # a part of a record would damage what comes after it
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         except OSError as error:
-            self._needs_newline = True  # a part may have been written
+            self._needs_newline = True  # a visible gap in a text
             if not self._failed:
                 self._failed = True  # before logging: the log itself may be this file
                 logger.warning("%s cannot be written, training goes on: %s", self.path, describe_os_error(error))

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -42,9 +41,10 @@ class RunRecord:
 
     def shared(self, name: str, new: str) -> str:
         """The value that the run has had under `name` since its first start; `new` if there is none yet."""
-        value = str(self._content.setdefault(name, new))
-        self._write()
-        return value
+        if name not in self._content:
+            self._content[name] = new
+            self._write()
+        return str(self._content[name])
 
     def end(self, iteration: int, reason: str) -> None:
         """Records that this start ended after `iteration`."""
@@ -61,7 +61,6 @@ class RunRecord:
 def describe_start(plan: Plan) -> dict[str, Any]:
     """What one start of the run consists of, as JSON values."""
     sizes, start = plan.sizes, plan.start
-    layout: Mapping[str, int] = {name: getattr(sizes, name) for name in ("tp", "pp", "vpp", "cp", "dp")}
     return {
         "time": _now(),
         "host": socket.gethostname(),
@@ -73,7 +72,7 @@ def describe_start(plan: Plan) -> dict[str, Any]:
         "config": hash_file(start.model_folder / "config.json"),
         "data": plan.data_identity,
         "world_size": sizes.world_size,
-        "parallel": dict(layout),
+        "parallel": {name: getattr(sizes, name) for name in ("tp", "pp", "vpp", "cp", "dp")},
         "platform": plan.platform.name,
         "device": describe_device(plan.platform.device),
         "versions": versions(),

@@ -25,36 +25,41 @@ class TensorBoardTracker:
     def __init__(self, folder: Path, first_iteration: int) -> None:
         self._folder, self._first_iteration = folder / TENSORBOARD_FOLDER, first_iteration
         self._file: RunFile | None = None
+        self._has_header = False
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Writes the metrics of `iteration`; after a failed write in a new file, since a reader stops at a damage."""
+        """Writes the metrics of `iteration`."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
+        self._file = self._file or self._new_file()
         if self._file is None:
-            self._file = self._begin()
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        event = Event(wall_time=time.time(), step=iteration, summary=Summary(value=values))
-        if self._file and not self._file.append_bytes(_record(event.SerializeToString())):
-            self._file = None
+            return
+        self._has_header = self._has_header or self._file.append_bytes(self._header())
+        if self._has_header:
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+            event = Event(wall_time=time.time(), step=iteration, summary=Summary(value=values))
+            self._file.append_bytes(_record(event.SerializeToString()))
 
-    def _begin(self) -> RunFile | None:
-        """A new event file, with its first records; None if the folder cannot be made."""
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
+    def _new_file(self) -> RunFile | None:
+        """This start's event file; None if the folder cannot be made."""
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         try:
             self._folder.mkdir(exist_ok=True)
-            file = RunFile(self._folder / name)
+            return RunFile(self._folder / name)
         except OSError as error:
             logger.debug("%s: %s", self._folder, error)  # log.txt in the folder above has warned already
             return None
+
+    def _header(self) -> bytes:
+        """The records that begin a file: its version, and that what follows replaces later iterations before it."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
         version = Event(wall_time=time.time(), file_version=FILE_VERSION)
         restart = Event(
             wall_time=time.time(), step=self._first_iteration, session_log=SessionLog(status=SessionLog.START)
         )
-        file.append_bytes(_record(version.SerializeToString()) + _record(restart.SerializeToString()))
-        return file
+        return _record(version.SerializeToString()) + _record(restart.SerializeToString())
 
 
 def _record(content: bytes) -> bytes:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import one_line
-from common.training.planning.plan import Plan
+from common.training.planning.plan import Plan, describe
+from common.training.settings import TrainSettings
 from common.training.tracking.log_file import log_file
 from common.training.tracking.metrics_file import MetricsFile
 from common.training.tracking.run_record import RunRecord
@@ -35,17 +36,15 @@ class Tracker:
 
 
 @contextmanager
-def tracking(plan: Plan, rank: int, describe: Callable[[], None]) -> Iterator[Tracker]:
-    """The tracker of a run, and its records of how the block began and ended.
-
-    describe: logs the plan, for log.txt alone, since the launcher has logged it on the terminal.
-    """
+def tracking(plan: Plan, rank: int) -> Iterator[Tracker]:
+    """The tracker of a run, and its records of how the block began and ended."""
     tracker = Tracker()
     if rank:
         yield tracker
         return
-    folder, settings = Path(plan.settings.save_checkpoint_path), plan.settings
-    with log_file(folder, describe) as log:
+    settings = plan.settings
+    folder = Path(settings.save_checkpoint_path)
+    with log_file(folder, lambda: describe(plan)) as log:  # the launcher has logged the plan on the terminal
         record = RunRecord(plan)
         tracker.iteration = plan.progress.iteration
         tracker.add(MetricsFile(folder, record.start).log)
@@ -69,7 +68,7 @@ def tracking(plan: Plan, rank: int, describe: Callable[[], None]) -> Iterator[Tr
                 wandb.finish(failed=reason not in ("complete", "stopped"))
 
 
-def check_tracking(plan: Plan) -> None:
+def check_tracking(settings: TrainSettings) -> None:
     """Raises KitError if a tracker is requested whose package is missing."""
-    check_wandb(plan.settings)
-    writes_tensorboard(plan.settings)
+    check_wandb(settings)
+    writes_tensorboard(settings)

@@ -5,12 +5,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.errors import KitError
 from common.training.tracking.log_file import log_file
 from common.training.tracking.metrics_file import MetricsFile
 from common.training.tracking.records import METRICS_FILE, RUN_RECORD, read_metrics, read_run_record
 from common.training.tracking.run_file import RunFile
+from common.training.tracking.tensorboard import TensorBoardTracker
 
 logger = logging.getLogger("kit")
 
@@ -40,6 +42,24 @@ def test_a_full_disk_costs_lines_and_one_warning(small_disk: Path, caplog: pytes
     file.append("last\n")
     lines = (small_disk / "log.txt").read_text().splitlines()
     assert lines[0] == "first" and lines[-1] == "last"  # a part of another line is not glued to it
+
+
+def test_a_full_disk_leaves_one_whole_event_file_and_one_warning(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker, filler = TensorBoardTracker(small_disk, 1), small_disk / "filler"
+    tracker.log(1, {"loss": 1.0})
+    filler.write_bytes(bytes(12 << 10))
+    for iteration in range(2, 200):
+        tracker.log(iteration, {"loss": 1.0 / iteration, "grad_norm": 1.0})
+    filler.unlink()
+    tracker.log(200, {"loss": 0.5})
+    assert len([*(small_disk / "tensorboard").iterdir()]) == 1
+    assert len([record for record in caplog.records if "cannot be written" in record.getMessage()]) == 1
+    accumulator = EventAccumulator(str(small_disk / "tensorboard"))
+    accumulator.Reload()
+    steps = [event.step for event in accumulator.Scalars("loss")]
+    assert steps[0] == 1 and steps[-1] == 200 and 2 < len(steps) < 200
 
 
 def test_nothing_is_written_to_another_disk_in_the_folders_place(
