@@ -1,7 +1,9 @@
 """The training loop: steps, and the logging, evaluation and checkpoints that are due after each."""
 
+import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from common.data.dataset.data_loader import Batch
 from common.log import logger
@@ -39,6 +41,7 @@ class Trainer:
         self.checkpointer, self.loaders, self.requests = checkpointer, loaders, requests
         self.deadline = Deadline(plan.settings.exit_duration_min)
         self.tracker, self.training_log, self.bad_steps = tracker, TrainingLog(plan, tracker), BadSteps(plan)
+        self.loss_is_checked = False
         self.save_is_postponed = False  # a save was due at a bad step
 
     def run(self) -> None:
@@ -65,14 +68,19 @@ class Trainer:
         result = train_step(
             self.plan, self.training_state, data_iterators, before.consumed_samples, self._should_stop()
         )
-        self.progress = Progress(before.iteration + 1, before.consumed_samples + settings.global_batch_size)
+        self.progress = Progress(
+            before.iteration + 1, before.consumed_samples + settings.global_batch_size, before.loss
+        )
         iteration = self.tracker.iteration = self.progress.iteration
         self.training_log.add(result)
         self.bad_steps.count(iteration, result)
         if self.training_log.is_due(iteration):
             loss = self.training_log.log(self.progress, result.grad_norm, learning_rate, self.bad_steps)
-            if iteration == 1 and not self.bad_steps.total:
+            if not self.loss_is_checked and not self.bad_steps.total:
                 check_first_loss(self.plan, loss)
+            self.loss_is_checked = True
+            if math.isfinite(loss):
+                self.progress = replace(self.progress, loss=loss)
         self.bad_steps.check(iteration)
         self.checkpointer.allocate_staging(self.training_state)
         self.checkpointer.finalize(wait=False)

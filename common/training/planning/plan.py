@@ -28,10 +28,11 @@ from common.training.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Progress:
-    """Steps and samples that a run has completed."""
+    """Steps and samples that a run has completed, and the last loss that was logged, if any."""
 
     iteration: int = 0
     consumed_samples: int = 0
+    loss: float | None = None
 
 
 @dataclass(frozen=True)

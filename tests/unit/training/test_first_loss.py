@@ -8,10 +8,12 @@ import pytest
 
 from common.errors import KitError
 from common.training.loop.first_loss import check_first_loss
+from common.training.planning.plan import Progress
 
 
-def plan(kind: str, most: float | None) -> Any:
+def plan(kind: str, most: float | None, before: float | None = None) -> Any:
     return SimpleNamespace(
+        progress=Progress(862, 27584, before),
         settings=SimpleNamespace(max_first_loss=most),
         qwen=SimpleNamespace(vocab_size=151936),
         start=SimpleNamespace(kind=kind),
@@ -40,3 +42,19 @@ def test_an_error_of_all_ranks_is_reported_by_one_process_of_a_node(monkeypatch:
     with pytest.raises(SystemExit) as ended:
         check_first_loss(plan("weights", 3.0), 3.01)
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "loss", "warns"), [(2.53, 10.75, True), (2.53, 3.4, False), (0.2, 1.3, True), (9.0, 11.0, False)]
+)
+def test_a_resumed_run_that_lost_what_it_had_learned_is_reported(
+    before: float, loss: float, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_first_loss(plan("resume", None, before), loss)
+    expected = f"the loss was {before:.2f} before iteration 862 was saved, and is {loss:.2f} now"
+    assert (expected in caplog.text) == warns
+
+
+def test_a_checkpoint_without_a_loss_is_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    check_first_loss(plan("resume", 3.0), 10.75)
+    assert not caplog.text
