@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from common import errors
-from common.report.runs import Points, Run, best_validation, end_reason, read_run, smooth, thin
+from common.report.runs import Points, Run, best_validation, end_reason, latest, read_run, smooth, thin
 from common.training.loop.metrics import clock
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -55,7 +55,7 @@ def view(run: Run, width: int, now: float) -> RenderableType:
         rows.append(bar)
     losses, validation = run.curve("loss"), run.curve("validation_loss")
     if losses:
-        rows += [f"loss {smooth(losses)[-1][1]:.4f}", sparkline(smooth(losses), width - 4)]
+        rows += [f"loss {latest(losses):.4f}", sparkline(smooth(losses), width - 4)]
     if validation:
         rows.append(f"validation loss {validation[-1][1]:.4f}, best {best_validation(run)}")
     names = {

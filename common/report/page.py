@@ -15,6 +15,7 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top:
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.6rem; }
 .card { border: 1px solid #e5e7eb; border-radius: 0.5rem; padding: 0.5rem 0.8rem; overflow-wrap: anywhere; }
 .card small { color: #6b7280; display: block; }
+.sample { margin-bottom: 0.6rem; } pre { white-space: pre-wrap; margin: 0 0 0.4rem; font-size: 0.85rem; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 0.6rem; }
 .curves svg { width: 100%; height: auto; }
 .curves svg:first-child { grid-column: 1 / -1; }
@@ -25,15 +26,18 @@ details { margin-top: 1rem; } summary { cursor: pointer; font-weight: 600; }
 """
 
 
-def page(runs: list[Run], curves: list[str]) -> str:
-    """The HTML text: what each run reached, its curves, its starts, and the settings."""
+def page(runs: list[Run], curves: list[str], samples: list[dict[str, Any]]) -> str:
+    """The HTML text: what each run reached, its curves, sample answers, its data, its starts, and the settings."""
     title = ", ".join(run.name for run in runs)
     sections = [section for run in runs for section in _summary(run, len(runs) > 1)]
     sections += ["<h2>Curves</h2>", f'<div class="curves">{"".join(curves)}</div>']
     if len(runs) > 1:
         rows = [[name, *values] for name, values in different_settings(runs).items()]
         sections += ["<h2>Settings that differ</h2>", _table(["setting", *(run.name for run in runs)], rows)]
+    if samples:
+        sections += ["<h2>Sample answers</h2>", _samples(samples)]
     for run in runs:
+        sections += _data(run, len(runs) > 1)
         sections += [f"<h2>Starts of {escape(run.name)}</h2>" if len(runs) > 1 else "<h2>Starts</h2>", _starts(run)]
         sections += [_details(run, each) for each in run.starts[-1:]]
     return (
@@ -68,6 +72,26 @@ def _starts(run: Run) -> str:
         began = f"{start['start']['kind']} from {start['start']['from']}"
         rows.append([start["time"], start["iteration"], began, end.get("time", ""), end.get("iteration", ""), reason])
     return _table(["began", "at iteration", "with", "ended", "at iteration", "because"], rows)
+
+
+def _data(run: Run, named: bool) -> list[str]:
+    datasets = run.starts[-1].get("datasets", []) if run.starts else []
+    if not datasets:
+        return []
+    heads = list(datasets[0])
+    rows = [[f"{value:,}" if isinstance(value, int) else value for value in each.values()] for each in datasets]
+    return [f"<h2>Data of {escape(run.name)}</h2>" if named else "<h2>Data</h2>", _table(heads, rows)]
+
+
+def _samples(samples: list[dict[str, Any]]) -> str:
+    """The fields of each row but its counts, as they are."""
+    shown = [[(name, value) for name, value in row.items() if isinstance(value, str)] for row in samples]
+    return "".join(
+        '<div class="card sample">'
+        + "".join(f"<small>{escape(name)}</small><pre>{escape(value)}</pre>" for name, value in row)
+        + "</div>"
+        for row in shown
+    )
 
 
 def _details(run: Run, start: dict[str, Any]) -> str:

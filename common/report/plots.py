@@ -2,11 +2,14 @@
 
 import io
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from common.errors import KitError, writing
 from common.report.runs import Points, Run, smooth, smoothing, thin
+
+References = dict[str, float]  # losses by name, drawn as lines
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def draw_panel(axes: Any, panel: Panel, runs: list[Run]) -> None:
-    """Draws the curves of `runs` on a matplotlib Axes."""
+def draw_panel(axes: Any, panel: Panel, runs: list[Run], references: References) -> None:
+    """Draws the curves of `runs` on a matplotlib Axes, in the loss also `references`."""
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     axes.set(xlabel="iteration", ylabel=panel.label)
     for run, color in zip(runs, COLORS * len(runs), strict=False):
@@ -58,6 +61,8 @@ def draw_panel(axes: Any, panel: Panel, runs: list[Run]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     if panel.metric == "loss":
+        for (name, loss), style in zip(references.items(), cycle(("-.", ":", "--")), strict=False):
+            axes.axhline(loss, color="#6b7280", linestyle=style, linewidth=1.2, label=f"{name}: {loss:.3g}")
         axes.legend(frameon=False)
 
 
@@ -80,25 +85,25 @@ def _columns(points: Points) -> tuple[list[int], list[float]]:
     return [iteration for iteration, _ in points], [value for _, value in points]
 
 
-def as_svg(runs: list[Run]) -> list[str]:
+def as_svg(runs: list[Run], references: References) -> list[str]:
     """An <svg> element per panel, that scales with the page."""
     found = []
     for panel in panels(runs):
         drawn, buffer = figure(7.0 if panel.metric == "loss" else 4.5, 3.0), io.StringIO()
-        draw_panel(drawn.subplots(), panel, runs)
+        draw_panel(drawn.subplots(), panel, runs, references)
         drawn.savefig(buffer, format="svg", metadata={"Date": None})
         found.append("<svg" + buffer.getvalue().split("<svg", 1)[1])
     return found
 
 
-def write_png(runs: list[Run], path: Path) -> None:
+def write_png(runs: list[Run], path: Path, references: References) -> None:
     """Writes all panels to `path` as one PNG: the loss above, the others in two columns."""
     first, *others = panels(runs)
     rows = 1 + (len(others) + 1) // 2
     drawn = figure(9.0, 3.0 * rows)
     grid = drawn.add_gridspec(rows, 2)
-    draw_panel(drawn.add_subplot(grid[0, :]), first, runs)
+    draw_panel(drawn.add_subplot(grid[0, :]), first, runs, references)
     for number, panel in enumerate(others):
-        draw_panel(drawn.add_subplot(grid[1 + number // 2, number % 2]), panel, runs)
+        draw_panel(drawn.add_subplot(grid[1 + number // 2, number % 2]), panel, runs, references)
     with writing(path):
         drawn.savefig(path, format="png", dpi=150)

@@ -1,5 +1,7 @@
 """A run's records, summed up for its report."""
 
+import itertools
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from common.errors import KitError, reading
 from common.training.tracking.records import METRICS_FILE, read_metrics, read_run_record
 
 Points = list[tuple[int, float]]
-WINDOW = 1 / 20  # of a curve's points, over which its moving average forgets; at most 100 points
+WINDOW = 1 / 20  # of a curve's points that a point of its moving average is the mean of, at most 200
 UNKNOWN_END = "running, or killed"
 MAX_POINTS = 1000  # of a curve; more are averaged in groups
 
@@ -41,19 +43,56 @@ def read_run(folder: Path) -> Run:
     return Run(folder.resolve().name, lines, read_run_record(folder)["starts"])
 
 
-def smoothing(number: int) -> float:
-    """The weight of the past in the moving average of so many points: none below 20, 0.9 at 200, at most 0.99."""
-    return 1 - 1 / min(max(1.0, WINDOW * number), 100.0)
+def read_reference(text: str) -> tuple[str, float]:
+    """(name, loss) of NAME=LOSS; raises KitError for other text."""
+    name, _, loss = text.rpartition("=")
+    try:
+        if name and math.isfinite(float(loss)):
+            return name, float(loss)
+    except ValueError:
+        pass
+    raise KitError(f"--reference {text}: give a name and a loss, as trigrams=3.4")
 
 
-def smooth(points: Points, weight: float | None = None) -> Points:
-    """The exponential moving average of `points`, unbiased at its beginning (Adam's, arXiv 1412.6980, section 3)."""
-    weight = smoothing(len(points)) if weight is None else weight
-    average, found = 0.0, []
-    for number, (iteration, value) in enumerate(points, 1):
-        average = weight * average + (1 - weight) * value
-        found.append((iteration, average / (1 - weight**number)))
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file that have a string "output"; raises KitError if a line is no such row."""
+    rows = []
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("output"), str):
+            raise KitError(f'{path}, line {number}: not a row with an "output": give the file that 4_chat.sh wrote')
+        rows.append(row)
+    return rows
+
+
+def smoothing(number: int) -> int:
+    """How many neighbours on each side the moving average of so many points takes: none below 40, at most 100."""
+    return min(round(WINDOW * number / 2 - 0.5), 100) if number >= 2 / WINDOW else 0
+
+
+def smooth(points: Points, width: int | None = None) -> Points:
+    """The mean of each of `points` and up to `width` neighbours on each side.
+
+    As many on both sides: a falling curve is neither raised nor delayed. The first and last points are unchanged.
+    """
+    width = smoothing(len(points)) if width is None else width
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
+    found = []
+    for number, (iteration, _) in enumerate(points):
+        side = min(width, number, len(points) - 1 - number)
+        found.append((iteration, (sums[number + side + 1] - sums[number - side]) / (2 * side + 1)))
     return found
+
+
+def latest(points: Points) -> float:
+    """The mean of the last points, as many as `smooth` takes."""
+    last = points[-(2 * smoothing(len(points)) + 1) :]
+    return sum(value for _, value in last) / len(last)
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> Points:
@@ -89,7 +128,7 @@ def summary(run: Run) -> dict[str, str]:
     found = {"iteration": f"{run.lines[-1]['iteration']:,}{of}"}
     found["state"] = end_reason(run) or UNKNOWN_END
     if losses := run.curve("loss"):
-        found["loss"] = f"{smooth(losses)[-1][1]:.4f}"
+        found["loss"] = f"{latest(losses):.4f}"
     if run.curve("validation_loss"):
         found["best validation loss"] = best_validation(run)
     if rates:

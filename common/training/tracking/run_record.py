@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from common.data.dataset.blended_dataset import read_blend
 from common.data.dataset.file_hash import hash_file
 from common.errors import describe_os_error
 from common.files import write_json
@@ -20,6 +21,7 @@ from common.log import logger
 from common.settings import KIT
 from common.training.launching.nodes import versions
 from common.training.planning.plan import Plan
+from common.training.settings import TrainSettings
 from common.training.tracking.records import RUN_RECORD, read_run_record
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -71,6 +73,7 @@ def describe_start(plan: Plan) -> dict[str, Any]:
         "start": {"kind": start.kind, "from": str(start.checkpoint.path if start.checkpoint else start.model_folder)},
         "config": hash_file(start.model_folder / "config.json"),
         "data": plan.data_identity,
+        "datasets": describe_datasets(plan.settings),
         "world_size": sizes.world_size,
         "parallel": {name: getattr(sizes, name) for name in ("tp", "pp", "vpp", "cp", "dp")},
         "platform": plan.platform.name,
@@ -79,6 +82,20 @@ def describe_start(plan: Plan) -> dict[str, Any]:
         "kit": git_commit(),
         "settings": asdict(plan.settings),
     }
+
+
+def describe_datasets(settings: TrainSettings) -> list[dict[str, Any]]:
+    """What step 1 counted in each dataset of DATASET_PATH; a count that its manifest lacks is empty."""
+    found = []
+    for weight, files in read_blend(settings.dataset_path) if settings.dataset_path else ():
+        manifest = files.manifest or {}
+        documents = manifest.get("documents", {})
+        found.append(
+            {"path": str(files.tokens), "weight": float(weight), "documents": documents.get("kept", "")}
+            | {"dropped": sum(documents.get("dropped", {}).values())}
+            | {name: manifest.get(name, "") for name in ("tokens", "supervised_tokens", "longest")}
+        )
+    return found
 
 
 def describe_device(kind: str) -> dict[str, Any]:

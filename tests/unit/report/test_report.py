@@ -13,7 +13,18 @@ import pytest
 from common.errors import KitError
 from common.files import write_json
 from common.report.page import page
-from common.report.runs import MAX_POINTS, different_settings, read_run, smooth, smoothing, summary, thin
+from common.report.runs import (
+    MAX_POINTS,
+    different_settings,
+    latest,
+    read_reference,
+    read_run,
+    read_samples,
+    smooth,
+    smoothing,
+    summary,
+    thin,
+)
 from common.training.tracking.metrics_file import MetricsFile
 from common.training.tracking.records import RUN_RECORD
 
@@ -22,6 +33,9 @@ START = {
     "start": {"kind": "weights", "from": "/ckpt/start/release"}, "parallel": {"tp": 2, "pp": 1, "dp": 4},
     "device": {"name": "NVIDIA H200"}, "command": "python -m common.train", "kit": "0123abc",
     "data": {"seq_length": 4096}, "versions": {"torch": "2.11.0"},
+    "datasets": [
+        {"use": "training", "path": "/data/pt", "documents": 42864, "dropped": 0, "tokens": 57153010, "longest": 93092}
+    ],
     "settings": {"lr": 1e-5, "precision": "bf16", "seed": 1},
 }  # fmt: skip
 
@@ -64,18 +78,16 @@ def test_a_run_is_summed_up(tmp_path: Path) -> None:
     assert 1.9 < float(found["loss"]) < 2.1
 
 
-def test_the_average_is_unbiased_from_the_first_value_on() -> None:
-    assert smooth([(1, 4.0), (2, 4.0), (3, 4.0)]) == [
-        (1, pytest.approx(4)),
-        (2, pytest.approx(4)),
-        (3, pytest.approx(4)),
-    ]
-    assert smooth([(1, 1.0), (2, 3.0)], 0.5)[1] == (2, pytest.approx((0.5 * 1 * 0.5 + 0.5 * 3) / 0.75))
+def test_the_average_does_not_lag_behind_a_falling_curve() -> None:
+    line = [(i, 10 - 0.5 * i) for i in range(20)]
+    assert [value for _, value in smooth(line, 4)] == pytest.approx([value for _, value in line])
+    assert smooth([(1, 1.0), (2, 4.0), (3, 1.0)], 1) == [(1, 1), (2, pytest.approx(2)), (3, 1)]
+    assert latest([(i, float(i % 2)) for i in range(200)]) == pytest.approx(5 / 9)  # the last nine
 
 
-@pytest.mark.parametrize(("number", "weight"), [(1, 0), (19, 0), (200, 0.9), (2000, 0.99), (10**6, 0.99)])
-def test_short_curves_are_shown_as_they_are(number: int, weight: float) -> None:
-    assert smoothing(number) == pytest.approx(weight)
+@pytest.mark.parametrize(("number", "width"), [(1, 0), (39, 0), (40, 0), (60, 1), (200, 4), (10**6, 100)])
+def test_short_curves_are_shown_as_they_are(number: int, width: int) -> None:
+    assert smoothing(number) == width
 
 
 def test_long_curves_are_averaged_in_groups() -> None:
@@ -97,16 +109,42 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path: Path) -> None:
     assert all(value.startswith("#") for value in elements.loads)
 
 
+def test_answers_data_and_a_reference_are_shown(tmp_path: Path) -> None:
+    run, output = write_run(tmp_path / "run"), tmp_path / "report.html"
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"input": "1 < 2?", "output": "Yes:\\n<b>1</b>", "tokens": 3}\n')
+    words = ["--output", output, "--samples", answers, "--reference", "trigrams=3.396"]
+    command = [sys.executable, "-m", "common.report", run, *words]
+    subprocess.run(command, capture_output=True, check=True)
+    text = output.read_text(encoding="utf-8")
+    assert "<pre>Yes:\n&lt;b&gt;1&lt;/b&gt;</pre>" in text and "<pre>1 &lt; 2?</pre>" in text
+    assert "<td>42,864</td><td>0</td><td>57,153,010</td>" in text
+    assert text.count("trigrams: 3.4") == 1  # matplotlib writes each text of an SVG as a comment, too
+
+
+@pytest.mark.parametrize("text", ["3.4", "=3.4", "trigrams=", "trigrams=nan"])
+def test_a_reference_without_name_or_loss_is_refused(text: str) -> None:
+    with pytest.raises(KitError, match="give a name and a loss, as trigrams=3.4"):
+        read_reference(text)
+
+
+@pytest.mark.parametrize("line", ["no json", "[1]", '{"text": "a"}', '{"output": 1}'])
+def test_samples_without_an_output_are_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"output": "a"}\n' + line)
+    with pytest.raises(KitError, match='rows.jsonl, line 2: not a row with an "output"'):
+        read_samples(tmp_path / "rows.jsonl")
+
+
 def test_runs_are_compared_by_the_settings_that_differ(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / name, 2, lr=lr)) for name, lr in (("a", 1e-5), ("b", 2e-5))]
     assert different_settings(runs) == {"lr": ["1e-05", "2e-05"]}
-    assert "<td>2e-05</td>" in page(runs, [])
+    assert "<td>2e-05</td>" in page(runs, [], [])
 
 
 def test_a_run_that_was_killed_before_its_record_is_still_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 3)
     (run / RUN_RECORD).unlink()
-    text = page([read_run(run)], [])
+    text = page([read_run(run)], [], [])
     assert "running, or killed" in text and "30 of 0" not in text
 
 
