@@ -58,6 +58,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${LR:=6.5e-5}"             # highest learning rate / 最高学习率
 : "${MIN_LR:=2.5e-6}"         # learning rate at the end / 最低学习率
 : "${LR_WARMUP_ITERS:=0}"     # steps of warm-up / 预热步数
+: "${LR_WARMUP_FRACTION:=0}"  # or as a fraction of the run / 或按训练总长的比例
 : "${LR_DECAY_STYLE:=cosine}" # cosine, linear or constant / 学习率曲线
 : "${WEIGHT_DECAY:=0.01}"     # not on norms and biases / 权重衰减，不作用于 norm 和 bias
 : "${ADAM_BETA1:=0.9}"        # Adam / Adam 参数

@@ -12,6 +12,7 @@ class OptimizerSettings:
     lr: float = option(6.5e-5, "peak learning rate")
     min_lr: float = option(2.5e-6, "final learning rate")
     lr_warmup_iters: int = option(0, "steps of linear warm-up from 0")
+    lr_warmup_fraction: float = option(0.0, "the warm-up as a fraction of the run, instead of lr_warmup_iters")
     lr_decay_style: str = option("cosine", "shape of the learning rate decay", ("cosine", "linear", "constant"))
     weight_decay: float = option(0.01, "not applied to norms and biases")
     adam_beta1: float = option(0.9)
@@ -35,6 +36,9 @@ class OptimizerSettings:
         for name in ("adam_eps", "skip_grad_norm"):
             value = getattr(self, name)
             require(self, name, value is None or value > 0, "it must be above 0")
+        require(self, "lr_warmup_fraction", 0 <= self.lr_warmup_fraction < 1, "it must be at least 0 and below 1")
+        one = not (self.lr_warmup_iters and self.lr_warmup_fraction)
+        require(self, "lr_warmup_fraction", one, f"LR_WARMUP_ITERS={self.lr_warmup_iters} is set too: set one of them")
         for name in ("adam_beta1", "adam_beta2"):
             require(self, name, 0 <= getattr(self, name) < 1, "it must be at least 0 and below 1")
         require(self, "min_lr", 0 <= self.min_lr <= self.lr, f"it must lie between 0 and LR={self.lr}")

@@ -15,12 +15,13 @@ def build_scheduler(optimizer: Any, settings: TrainSettings, train_samples: int)
     batch = settings.global_batch_size
     converting = settings.train_or_convert_ckpt == "convert"
     decay = max(1, train_samples - batch)  # where the last step begins
+    warmup = settings.lr_warmup_iters * batch or int(settings.lr_warmup_fraction * decay)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=0 if converting else settings.lr_warmup_iters * batch,
+        lr_warmup_steps=0 if converting else warmup,
         lr_decay_steps=decay,
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,

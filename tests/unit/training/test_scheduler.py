@@ -41,6 +41,11 @@ def test_a_warm_up_begins_at_0_and_reaches_lr_after_its_steps() -> None:
     assert found[5] < 1e-3 and found[-1] == pytest.approx(1e-4)
 
 
+def test_a_warm_up_may_be_a_fraction_of_the_run() -> None:
+    assert rates(settings(lr_warmup_fraction=4 / 9)) == rates(settings(lr_warmup_iters=4))
+    assert rates(settings(lr_warmup_fraction=0.05))[:2] == pytest.approx([0, 1e-3], rel=0.01)
+
+
 def test_a_run_of_one_step_has_a_schedule() -> None:
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
     build_scheduler(optimizer, settings(), 16)

@@ -69,6 +69,8 @@ def test_what_may_be_zero_is_not_negative(name: str) -> None:
         ({"epochs": None}, "EPOCHS=None and TRAIN_ITERS=None: set one of them"),
         ({"min_lr": 1e-3}, "MIN_LR=0.001: it must lie between 0 and LR=6.5e-05"),
         ({"min_lr": -1e-9}, "MIN_LR=-1e-09: it must lie between 0 and LR=6.5e-05"),
+        ({"lr_warmup_fraction": 1.0}, "LR_WARMUP_FRACTION=1.0: it must be at least 0 and below 1"),
+        ({"lr_warmup_fraction": 0.1, "lr_warmup_iters": 5}, "LR_WARMUP_ITERS=5 is set too: set one of them"),
         ({"weight_decay": -0.1}, "WEIGHT_DECAY=-0.1: it must not be negative"),
         ({"adam_beta1": 1.0}, "ADAM_BETA1=1.0: it must be at least 0 and below 1"),
         ({"adam_beta2": -0.1}, "ADAM_BETA2=-0.1: it must be at least 0 and below 1"),
