@@ -25,7 +25,7 @@ declare -A AREAS=(
     tests/unit/test_facts.py tests/unit/test_doctor.py tests/distributed/test_packing.py'
   [estimate]='tests/unit/estimate'
   [demo]='tests/unit/demo'
-  [report]='tests/unit/report'
+  [report]='tests/unit/report tests/unit/test_trigram.py'
   [base]='tests/unit/test_errors.py tests/unit/test_folders.py tests/unit/test_json_file.py tests/unit/test_locks.py
     tests/unit/test_progress.py tests/unit/test_settings.py tests/docs'
   [shell]='tests/shell'

@@ -65,13 +65,14 @@ def test_every_path_that_is_named_exists(name: str) -> None:
 @pytest.mark.parametrize("command", [each for each in ALL if re.search(r"bash \w+/\d_", each)])
 def test_a_command_of_a_step_becomes_one_python_command(command: str) -> None:
     settings, (_, script, *_) = split(command)
-    known = set(re.findall(r'^: "\$\{([A-Z0-9_]+):=', text(script), re.M))
+    declared = text(script) + text("common/shell/lib.sh")  # lib.sh: for every step
+    known = set(re.findall(r'^: "\$\{([A-Z0-9_]+):=', declared, re.M))
     assert settings.keys() <= known
     done = subprocess.run(f"{command} -n", shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1 and " -m common." in done.stdout
     for name, value in settings.items():
-        assert name == "CONVERT_TYPE" or value in done.stdout, name
+        assert name in ("CONVERT_TYPE", "SETTINGS") or value in done.stdout, name
 
 
 @pytest.mark.parametrize("command", [each for each in ALL if each.startswith("python -m")])
