@@ -24,6 +24,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 # megatron-to-huggingface / 转为 Hugging Face
 : "${HF_MODEL_PATH:=}"     # config.json and tokenizer; empty: what the checkpoint carries / 空：取检查点自带的文件
 : "${MAX_SHARD_SIZE:=5GB}" # largest safetensors file / 单个 safetensors 文件上限
+: "${AVERAGE:=1}"          # the mean of so many of the newest checkpoints / 最新若干个检查点的平均
 
 # shellcheck source=env.sh
 source "$VENDOR/env.sh"

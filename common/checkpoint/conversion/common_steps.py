@@ -41,7 +41,7 @@ def verify_output(
     *,
     output: Path,
     target: Path,
-    **options: bool,
+    **options: Any,
 ) -> None:
     """Verifies the weights just written to `output` and writes the report there, or to `target` if they differ.
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.checkpoint.conversion.average import checkpoints_to_average, mean_state_dict
 from common.checkpoint.conversion.common_steps import (
     DROP_ROWS_HELP,
     DTYPE_HELP,
@@ -34,6 +35,7 @@ class MegatronToHf:
     hf_model_path: str | None = option(None, "source of config.json and tokenizer; default: those in the checkpoint")
     dtype: str | None = option(None, DTYPE_HELP, tuple(DTYPES))
     max_shard_size: str = option("5GB", "largest safetensors file, unless one tensor is larger")
+    average: int = option(1, "write the mean of so many of the newest checkpoints")
     drop_rows: bool = option(False, DROP_ROWS_HELP)
 
 
@@ -46,8 +48,10 @@ def convert_megatron_to_hf(settings: MegatronToHf, check: bool, plan: bool = Fal
     model_folder = _model_folder(settings, checkpoint)
     qwen = load_config(model_folder)
     check_unquantized(model_folder)
-    reader = open_megatron(checkpoint, qwen, drop_rows=settings.drop_rows)
-    tensors = hf_state_dict(reader, qwen, DTYPES[settings.dtype] if settings.dtype else None)
+    checkpoints = checkpoints_to_average(checkpoint, settings.average)
+    readers = [open_megatron(each, qwen, drop_rows=settings.drop_rows) for each in checkpoints]
+    dtype = DTYPES[settings.dtype] if settings.dtype else None
+    tensors = mean_state_dict([hf_state_dict(reader, qwen, dtype) for reader in readers])
     if plan:
         print(*plan_hf(tensors, max_shard_bytes), sep="\n")
         return
@@ -56,7 +60,8 @@ def convert_megatron_to_hf(settings: MegatronToHf, check: bool, plan: bool = Fal
     if check:
         print(f"ok: {len(tensors)} tensors of {checkpoint.path} can be converted to {target}")
         return
-    logger.info("reading %s: %s", checkpoint.path, reader.description)
+    for each, reader in zip(checkpoints, readers, strict=True):
+        logger.info("reading %s: %s", each.path, reader.description)
 
     def write(folder: Path) -> None:
         copy_model_files(model_folder, folder)
@@ -66,7 +71,7 @@ def convert_megatron_to_hf(settings: MegatronToHf, check: bool, plan: bool = Fal
         with Progress(weight_bytes) as progress:
             names = write_safetensors(folder, tensors, max_shard_bytes, progress.update)
         logger.info("%d tensors in %d files", len(tensors), len(names) - (len(names) > 1))
-        options = {"from_megatron": True, "drop_rows": settings.drop_rows}
+        options = {"from_megatron": True, "drop_rows": settings.drop_rows, "earlier": checkpoints[:-1]}
         verify_output(folder, checkpoint, qwen, settings, output=folder, target=target, **options)
 
     write_folder_atomically(target, write)

@@ -8,7 +8,7 @@ be found on the Megatron side, and every Megatron element must be one of them or
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from common.checkpoint.verification.independent_readers import (
     rank_state,
 )
 from common.checkpoint.verification.report import Report
+from common.errors import KitError
 from common.model.shape.config import QwenConfig
 
 
@@ -56,16 +57,17 @@ def verify(
     *,
     from_megatron: bool = False,
     drop_rows: bool = False,
+    earlier: Sequence[Checkpoint] = (),
 ) -> Report:
     """The comparison of the two sides; `dtype`: what the written side was cast to, if anything.
 
     from_megatron: only count norm weights of other TP ranks that differ from rank 0's. drop_rows: only count rows above
-    `vocab_size` that hold values.
+    `vocab_size` that hold values. earlier: checkpoints whose mean with `checkpoint` is compared.
     """
     report, hf = Report(), HfTensors(folder)
-    shards = _dist_shards if checkpoint.format == "torch_dist" else _rank_shards
+    shards = mean_shards([_shards(each, qwen) for each in (*earlier, checkpoint)])
     comparison = _Comparison(report, dtype, from_megatron)
-    for block in prefetch(_blocks(shards(checkpoint.path, qwen), hf, qwen)):
+    for block in prefetch(_blocks(shards, hf, qwen)):
         comparison.add(block)
     for name, padding in comparison.paddings.items():
         if padding.trained and drop_rows:
@@ -239,6 +241,38 @@ def _same_values(values: Tensor, source: Tensor | None, dtype: torch.dtype | Non
 def _non_finite(tensor: Tensor) -> int:
     """The number of NaN or infinite values."""
     return 0 if all_finite(tensor) else int((~torch.isfinite(tensor)).sum())
+
+
+def _shards(checkpoint: Checkpoint, qwen: QwenConfig) -> Iterator[Shard]:
+    return (_dist_shards if checkpoint.format == "torch_dist" else _rank_shards)(checkpoint.path, qwen)
+
+
+class MeanTensor:
+    """The mean of tensors of one shape, in the first's dtype: summed in float32, in order, divided, rounded once."""
+
+    def __init__(self, tensors: Sequence[StoredTensor]) -> None:
+        self._tensors, self.shape, self.dtype = tensors, tensors[0].shape, tensors[0].dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """As StoredTensor."""
+        rows = [tensor.rows(start, stop).float() for tensor in self._tensors]
+        total = rows[0].clone()
+        for each in rows[1:]:
+            total = total + each
+        return (total / len(rows)).to(self.dtype)
+
+
+def mean_shards(checkpoints: Sequence[Iterator[Shard]]) -> Iterator[Shard]:
+    """The mean of each shard over checkpoints; raises KitError unless they have the same."""
+    for shards in itertools.zip_longest(*checkpoints):
+        first = shards[0]
+        kinds = {each and (each.name, each.tp_rank, each.tp, each.tensor.shape, each.tensor.dtype) for each in shards}
+        if len(kinds) > 1:
+            raise KitError(
+                "the checkpoints to average differ in their layout or dtype: set AVERAGE to fewer, or"
+                " LOAD_CHECKPOINT_PATH to the last one before the change"
+            )
+        yield first if len(shards) == 1 else first._replace(tensor=MeanTensor([each.tensor for each in shards]))
 
 
 def _rank_shards(path: Path, qwen: QwenConfig) -> Iterator[Shard]:
