@@ -59,11 +59,16 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tenso
 
 
 def forward_backward(
-    plan: Plan, training_state: TrainingState, data_iterators: list[Iterator[Batch]], *, forward_only: bool
+    plan: Plan,
+    training_state: TrainingState,
+    data_iterators: list[Iterator[Batch]],
+    *,
+    forward_only: bool,
+    num_microbatches: int | None = None,
 ) -> list[torch.Tensor]:
     """The reporting loss [sum of losses, number of tokens], float32, of each micro-batch; empty before the last stage.
 
-    One global batch, of which this rank runs its own micro-batches.
+    num_microbatches: that this rank runs; None: its own of one global batch.
     """
     rows, seq_length = plan.settings.micro_batch_size, plan.settings.seq_length
     if plan.packed_sequences:
@@ -72,7 +77,7 @@ def forward_backward(
         forward_step_func=forward_step(plan, training_state),
         data_iterator=data_iterators if len(data_iterators) > 1 else data_iterators[0],
         model=training_state.model,
-        num_microbatches=plan.num_microbatches,
+        num_microbatches=num_microbatches or plan.num_microbatches,
         seq_length=seq_length,
         micro_batch_size=rows,
         decoder_seq_length=seq_length,
@@ -89,8 +94,13 @@ def sum_reporting_losses(plan: Plan, reporting_losses: list[torch.Tensor]) -> to
 
 def mean_loss(reporting_loss: torch.Tensor) -> tuple[float, float]:
     """(mean loss, number of tokens) of all ranks; reporting_loss: this rank's [sum, tokens]. A collective call."""
-    reporting_loss = reporting_loss.clone()
-    dist.all_reduce(reporting_loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    dist.all_reduce(reporting_loss, group=parallel_state.get_pipeline_model_parallel_group())
-    total, number = reporting_loss.tolist()
-    return (total / number if number else float("nan")), number
+    ((loss, number),) = mean_losses(reporting_loss[None])
+    return loss, number
+
+
+def mean_losses(reporting_losses: torch.Tensor) -> list[tuple[float, float]]:
+    """`mean_loss` of each row of [n, 2], by the same two collective calls for all."""
+    sums = reporting_losses.clone()
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    return [(total / number if number else float("nan"), number) for total, number in sums.tolist()]

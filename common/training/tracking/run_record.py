@@ -71,6 +71,7 @@ def describe_start(plan: Plan) -> dict[str, Any]:
         "start": {"kind": start.kind, "from": str(start.checkpoint.path if start.checkpoint else start.model_folder)},
         "config": hash_file(start.model_folder / "config.json"),
         "data": plan.data_identity,
+        "validation": plan.valid_hashes,
         "world_size": sizes.world_size,
         "parallel": {name: getattr(sizes, name) for name in ("tp", "pp", "vpp", "cp", "dp")},
         "platform": plan.platform.name,
