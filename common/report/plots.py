@@ -26,6 +26,7 @@ PANELS = (
     Panel("Gradient norm", "grad_norm", "before clipping", "log"),
     Panel("Learning rate", "learning_rate", "", "linear", smoothed=False),
     Panel("Throughput", "tokens_per_s", "tokens/s", "zero"),
+    Panel("Padding", "padding", "share of positions", "zero", smoothed=False),
     Panel("Memory", "memory_gib", "GiB, fullest rank", "zero", smoothed=False),
 )
 MARKERS = "os^vDPX*"  # of the validation curves of a run, which share its color
@@ -54,7 +55,7 @@ def draw_panel(axes: Any, panel: Panel, runs: list[Run]) -> None:
         _draw_curve(axes, run, panel, color, f"{run.name}: " if len(runs) > 1 else "")
     axes.locator_params(axis="x", nbins=5)
     if panel.scale == "zero":
-        axes.set_ylim(0, 1.1 * max(value for run in runs for _, value in run.curve(panel.metric)))
+        axes.set_ylim(0, 1.1 * max(value for run in runs for _, value in run.curve(panel.metric)) or 1)
     elif panel.scale == "log" and all(value > 0 for run in runs for _, value in run.curve(panel.metric)):
         axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)

@@ -119,6 +119,13 @@ class BlendedDataset:
                 name, weight / sum(weights), count, count / samples.samples_per_epoch,
             )  # fmt: skip
 
+    @property
+    def filled(self) -> float:
+        """The share of an epoch's positions that hold a token."""
+        counts = self.counts(self.samples_per_epoch)
+        shares = (count * samples.filled for count, samples in zip(counts, self.members, strict=True))
+        return sum(shares) / self.samples_per_epoch
+
     def place(self, global_index: int) -> tuple[int, int]:
         """(dataset index, sample index in it) at a position, as Megatron's dataset index and dataset sample index."""
         left = global_index

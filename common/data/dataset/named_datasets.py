@@ -62,6 +62,11 @@ class NamedDatasets:
         self.order = ", ".join(samples.order for samples in self.members)
         self._starts = [0, *accumulate(self.positions.values())][:-1]
 
+    @property
+    def filled(self) -> float:
+        """The share of the samples' positions that hold a token."""
+        return sum(each.samples_per_epoch * each.filled for each in self.members) / self.samples_per_epoch
+
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
         number = bisect_right(self._starts, position) - 1
         samples, index = self.members[number], position - self._starts[number]

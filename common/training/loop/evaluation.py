@@ -65,10 +65,10 @@ def evaluate(
 
 
 def _means(totals: dict[str, torch.Tensor]) -> Losses:
-    """The mean of each of `totals`, [sum of losses, number of tokens] of this rank, and of their sum."""
+    """The mean loss of each of `totals`, this rank's reporting losses, and of their sum under ""."""
     rows = {"": torch.stack([*totals.values()]).sum(0), **totals}
     means = mean_losses(torch.stack([*rows.values()]))
-    return {name: loss for name, (loss, _) in zip(rows, means, strict=True)}
+    return {name: loss for name, (loss, *_) in zip(rows, means, strict=True)}
 
 
 def log_evaluation(plan: Plan, iteration: int, losses: Losses | None, best: set[str]) -> None:

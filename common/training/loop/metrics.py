@@ -45,6 +45,7 @@ class Interval:
     seconds: float  # of training, without evaluation and saving
     supervised_tokens: float = 0.0  # in the loss
     other_seconds_per_iteration: float = 0.0  # evaluation and saving, averaged since the run started
+    padding: float | None = None  # share of the positions; None for pretraining
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Meter:
             flops += f" ({share:.1f}% of {self.peak_tflops:.0f} dense bf16)"
         seconds = rates["ms_per_iteration"] / 1e3 + interval.other_seconds_per_iteration
         left = (self.train_iters - iteration) * seconds
+        padding = [] if interval.padding is None else [f"padding {interval.padding:.1%}"]
         return " | ".join(
             (
                 f"iteration {iteration}/{self.train_iters}",
@@ -88,6 +90,7 @@ class Meter:
                 f"tokens/s {rates['tokens_per_s']:,.0f}",
                 flops,
                 f"{rates['ms_per_iteration']:.1f} ms/iteration",
+                *padding,
                 f"{clock(left)} left",
             )
         )

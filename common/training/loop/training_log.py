@@ -23,6 +23,7 @@ class TrainingLog:
         self.logged_pauses: dict[str, float] = {}
         self.reporting_loss = sum_reporting_losses(plan, [])
         self.interval_steps = self.total_steps = 0  # since the last line, and before it
+        self.counted_steps = 0  # of the interval, without skipped ones
         self.memory_is_logged = False
 
     def add(self, result: StepResult) -> None:
@@ -30,6 +31,7 @@ class TrainingLog:
         self.interval_steps += 1
         if not result.skipped:
             self.reporting_loss += result.reporting_loss
+            self.counted_steps += 1
 
     def is_due(self, iteration: int) -> bool:
         """Whether an interval ends with the step `iteration`."""
@@ -38,12 +40,12 @@ class TrainingLog:
     def log(self, progress: Progress, grad_norm: float, learning_rate: float, bad_steps: BadSteps) -> float:
         """Logs the interval that ends at `progress`, and begins the next; returns its mean loss. A collective call."""
         assert self.plan.train
-        loss, tokens = mean_loss(self.reporting_loss)
+        loss, tokens, padding = mean_loss(self.reporting_loss)
         steps = self.total_steps + self.interval_steps
         pauses = dict(self.stopwatch.pauses)
         interval = Interval(
             loss, grad_norm, learning_rate, self.interval_steps, self.stopwatch.lap(), tokens,
-            sum(pauses.values()) / steps,
+            sum(pauses.values()) / steps, self._padding_share(padding),
         )  # fmt: skip
         log_beside_bar(self.meter.line(progress.iteration, progress.consumed_samples, interval))
         self.tracker.log(
@@ -52,6 +54,7 @@ class TrainingLog:
             **self.meter.rates(interval),
             **{f"{name}_s": seconds - self.logged_pauses.get(name, 0.0) for name, seconds in pauses.items()},
             **self._memory(),
+            **({} if interval.padding is None else {"padding": interval.padding}),
             consumed_samples=progress.consumed_samples,
             epoch=progress.consumed_samples / self.plan.train.samples_per_epoch,
             skipped_steps=bad_steps.total,
@@ -59,11 +62,19 @@ class TrainingLog:
         self.logged_pauses = pauses
         self.total_steps += self.interval_steps
         self.reporting_loss.zero_()
-        self.interval_steps = 0
+        self.interval_steps = self.counted_steps = 0
         if self.total_steps > 1 and not self.memory_is_logged and self.plan.platform.device == "cuda":
             logger.info(memory_line())
             self.memory_is_logged = True
         return loss
+
+    def _padding_share(self, num_padding: float) -> float | None:
+        """The share of the interval's positions that are padding; None for pretraining, whose rows have none."""
+        settings = self.plan.settings
+        if settings.train_mode == "pretrain":
+            return None
+        positions = self.counted_steps * settings.global_batch_size * settings.seq_length
+        return num_padding / positions if positions else float("nan")
 
     def _memory(self) -> dict[str, float]:
         """The peak device memory of the fullest rank, which the others only see together. A collective call."""

@@ -310,6 +310,12 @@ def describe(plan: Plan) -> None:
             (plan.train_samples - done.consumed_samples) / plan.train.samples_per_epoch,
             f"{plan.valid.samples_per_epoch} samples" if plan.valid else "none",
         )  # fmt: skip
+        if settings.train_mode == "finetune" and not settings.packing and sizes.cp == 1 and plan.train.filled < 0.5:
+            logger.info(
+                "the rows are %.0f%% full, the rest is padding that is computed too: PACKING=true puts several samples"
+                " into one row",
+                100 * plan.train.filled,
+            )
     if isinstance(plan.valid, NamedDatasets):
         for name, number in plan.valid.sizes.items():
             logger.info("validation: %s: %d samples, each evaluation takes all of them", name, number)
