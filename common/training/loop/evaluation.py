@@ -12,8 +12,8 @@ import torch
 
 from common.data.dataset.data_loader import Batch
 from common.data.dataset.named_datasets import ALL, NamedDatasets
+from common.log import GREEN, PLAIN, logger
 from common.training.loop.forward_step import forward_backward, mean_losses, sum_reporting_losses
-from common.training.loop.progress_bar import log_beside_bar
 from common.training.loop.train_step import reduce_flags
 from common.training.planning.plan import Plan
 from common.training.state.training_state import TrainingState
@@ -74,7 +74,7 @@ def _means(totals: dict[str, torch.Tensor]) -> Losses:
 def log_evaluation(plan: Plan, iteration: int, losses: Losses | None, best: set[str]) -> None:
     """Logs the result of `evaluate` at `iteration`. best: the sets whose loss is the lowest so far."""
     if losses is None:
-        log_beside_bar("validation at iteration %d interrupted: stop requested", iteration)
+        logger.info("validation at iteration %d interrupted: stop requested", iteration)
         return
     heading = f"validation at iteration {iteration}"
     sizes = plan.valid.sizes if isinstance(plan.valid, NamedDatasets) else {}
@@ -82,8 +82,7 @@ def log_evaluation(plan: Plan, iteration: int, losses: Losses | None, best: set[
     evaluated = plan.settings.global_batch_size * sum(1 for _ in eval_batches(plan))
     rows = {"": (heading, sum(sizes.values()) or evaluated)} | {name: (f"  {name}", sizes[name]) for name in sizes}
     for name, (label, number) in rows.items():
-        loss, marks = losses[name], [ALL] * (bool(sizes) and not name) + ["best"] * (name in best)
-        fields = [
-            f"{label:{width}}", f"loss {loss:.6f}", f"perplexity {math.exp(min(20.0, loss)):.3f}", f"{number} samples",
-        ]  # fmt: skip
-        log_beside_bar("%s", " | ".join([*fields, *marks]))
+        loss, every = losses[name], f"{ALL} " if sizes and not name else ""
+        fields = [f"{label:{width}}", f"loss {loss:.6f}", f"perplexity {math.exp(min(20.0, loss)):.2f}"]
+        fields += [f"{every}{number} samples", *(["best"] if name in best else [])]
+        logger.info("%s", "  ".join(fields), extra={"style": GREEN if name in best else PLAIN})

@@ -3,15 +3,16 @@
 import torch
 import torch.distributed as dist
 
-from common.log import logger
+from common.log import BOLD, logger
 from common.training.loop.bad_steps import BadSteps
 from common.training.loop.forward_step import mean_loss, sum_reporting_losses
 from common.training.loop.memory import memory_line
 from common.training.loop.metrics import Interval, Meter, Stopwatch, flops_per_token, peak_tflops
-from common.training.loop.progress_bar import log_beside_bar
 from common.training.loop.train_step import StepResult
 from common.training.planning.plan import Plan, Progress
 from common.training.tracking.tracker import Tracker
+
+HEADER_ROWS = 20  # between repetitions of the table's heading
 
 
 class TrainingLog:
@@ -25,6 +26,7 @@ class TrainingLog:
         self.interval_steps = self.total_steps = 0  # since the last line, and before it
         self.counted_steps = 0  # of the interval, without skipped ones
         self.memory_is_logged = False
+        self.rows = 0
 
     def add(self, result: StepResult) -> None:
         """Adds a step to the interval."""
@@ -47,7 +49,10 @@ class TrainingLog:
             loss, grad_norm, learning_rate, self.interval_steps, self.stopwatch.lap(), tokens,
             sum(pauses.values()) / steps, self._padding_share(padding),
         )  # fmt: skip
-        log_beside_bar(self.meter.line(progress.iteration, progress.consumed_samples, interval))
+        if self.rows % HEADER_ROWS == 0:
+            logger.info("%s", self.meter.header, extra={"style": BOLD})
+        self.rows += 1
+        logger.info("%s", self.meter.row(progress.iteration, interval))
         self.tracker.log(
             progress.iteration,
             **{"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate},
@@ -86,13 +91,15 @@ class TrainingLog:
 
 
 def build_meter(plan: Plan) -> Meter:
-    """The meter of this rank's device."""
+    """The meter of this rank's device; logs the device's peak, if it is known."""
     device_name = torch.cuda.get_device_name() if plan.platform.device == "cuda" else plan.platform.name
+    if peak := peak_tflops(plan.platform, device_name):
+        logger.info("TFLOP/s below are of one GPU; the peak of %s is %.0f (dense bf16)", device_name, peak)
     return Meter(
         train_iters=plan.train_iters,
         global_batch_size=plan.settings.global_batch_size,
         seq_length=plan.settings.seq_length,
         world_size=plan.sizes.world_size,
         flops_per_token=flops_per_token(plan.qwen, plan.settings.seq_length),
-        peak_tflops=peak_tflops(plan.platform, device_name),
+        shows_padding=plan.settings.train_mode == "finetune",
     )

@@ -304,16 +304,18 @@ def describe(plan: Plan) -> None:
     logger.info("start: %s from %s", start.kind, source)
     if plan.train:
         logger.info(
-            "data: %d samples of %d tokens an epoch; %d steps of %d samples = %.2f epochs; validation: %s",
+            "data: %d samples of %d tokens an epoch; validation: %s",
             plan.train.samples_per_epoch, settings.seq_length,
+            f"{plan.valid.samples_per_epoch} samples" if plan.valid else "none",
+        )  # fmt: skip
+        logger.info(
+            "length: %d steps of %d samples = %.2f epochs",
             plan.train_iters - done.iteration, settings.global_batch_size,
             (plan.train_samples - done.consumed_samples) / plan.train.samples_per_epoch,
-            f"{plan.valid.samples_per_epoch} samples" if plan.valid else "none",
         )  # fmt: skip
         if settings.train_mode == "finetune" and not settings.packing and sizes.cp == 1 and plan.train.filled < 0.5:
             logger.info(
-                "the rows are %.0f%% full, the rest is padding that is computed too: PACKING=true puts several samples"
-                " into one row",
+                "rows are %.0f%% full, the rest is padding: PACKING=true puts several samples into one",
                 100 * plan.train.filled,
             )
     if isinstance(plan.valid, NamedDatasets):
