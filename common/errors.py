@@ -14,11 +14,14 @@ import traceback
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 # Exit codes. 1 is a bug, with a traceback; 128 + n is an end by signal n.
 USER_ERROR = 2
 STOPPED = 75  # stopped before the end and saved, the same command resumes (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130
+
+ERASE = "\r\x1b[K"  # the line that the cursor is in
 
 AGAIN = "then run the same command again"
 REMEDIES = {
@@ -64,8 +67,18 @@ def run(main: Callable[[], None]) -> None:
     except (KitError, KeyboardInterrupt, OSError, RuntimeError) as error:
         if (line := one_line(error)) is None:
             raise
-        print(line, file=sys.stderr)
+        print(line_start(sys.stderr) + line, file=sys.stderr)
         sys.exit(exit_code(error))
+
+
+def line_start(stream: TextIO) -> str:
+    """What begins a line on `stream`: on a terminal it erases a progress bar, which another process may have left."""
+    return ERASE if is_terminal(stream) else ""
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that knows ANSI's control sequences."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def one_line(error: BaseException) -> str | None:
@@ -85,6 +98,7 @@ def exit_code(error: BaseException) -> int:
 
 def report(error: BaseException) -> int:
     """Prints `error` to stderr, a bug with its traceback; returns the exit code."""
+    print(line_start(sys.stderr), end="", file=sys.stderr)
     if (line := one_line(error)) is None:
         traceback.print_exception(error)
     else:

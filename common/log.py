@@ -4,16 +4,56 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import nullcontext
+from typing import Any, TextIO
+
+from common.errors import is_terminal, line_start
 
 logger = logging.getLogger("kit")
+# Styles of a message on a terminal (ECMA-48, select graphic rendition).
+PLAIN, BOLD, DIM, GREEN, YELLOW = (f"\x1b[{code}m" for code in (0, 1, 2, 32, 33))
+
+
+class LineFormatter(logging.Formatter):
+    """Lines with date and time, for a terminal if `stream` is one: with colors, unless NO_COLOR is set.
+
+    A record's `style` is the color of its message.
+    """
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self.start = line_start(stream)
+        self.colored = is_terminal(stream) and not os.environ.get("NO_COLOR")  # no-color.org
+        text = f"{name}%(message)s"
+        super().__init__(f"{DIM}%(asctime)s{PLAIN} {text}" if self.colored else f"%(asctime)s {text}", "%m-%d %H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        return self.start + super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The line without a traceback."""
+        style = YELLOW if record.levelno >= logging.WARNING else getattr(record, "style", PLAIN)
+        if self.colored and style != PLAIN:
+            record.message = f"{style}{record.message}{PLAIN}"
+        return super().formatMessage(record)
+
+
+class LineHandler(logging.StreamHandler[TextIO]):
+    """Writes lines above the progress bars of this process, which tqdm draws again below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes the record."""
+        tqdm: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)  # where nothing has imported it there is no bar
+        hidden = tqdm.external_write_mode(file=self.stream) if getattr(tqdm, "_instances", None) else nullcontext()
+        with hidden:
+            super().emit(record)
 
 
 def setup() -> None:
-    """Sends `logger` to stderr with timestamps; ranks above 0 log warnings only."""
+    """Sends `logger` to stderr with date and time; ranks above 0 log warnings only."""
     rank = int(os.environ.get("RANK", "0")) if "TORCHELASTIC_RUN_ID" in os.environ else 0  # some schedulers set RANK
-    name = f"[rank {rank}] " if rank else ""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {name}%(message)s", datefmt="%H:%M:%S"))
+    handler = LineHandler(sys.stderr)
+    handler.setFormatter(LineFormatter(sys.stderr, f"[rank {rank}] " if rank else ""))
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.WARNING if rank else logging.INFO)

@@ -53,11 +53,13 @@ def view(run: Run, width: int, now: float) -> RenderableType:
         bar = Table.grid()
         bar.add_row(ProgressBar(total=total, completed=last["iteration"], width=width - 4))
         rows.append(bar)
-    losses, validation = run.curve("loss"), run.curve("validation_loss")
+    losses = run.curve("loss")
     if losses:
         rows += [f"loss {latest(losses):.4f}", sparkline(smooth(losses), width - 4)]
-    if validation:
-        rows.append(f"validation loss {validation[-1][1]:.4f}, best {best_validation(run)}")
+    for name, metric in run.validation_metrics.items():
+        if curve := run.curve(metric):
+            label = "validation loss" + f", {name}" * bool(name)
+            rows.append(f"{label} {curve[-1][1]:.4f}, best {best_validation(run, metric)}")
     names = {
         "grad_norm": "grad norm {:.4f}", "learning_rate": "lr {:.3e}", "tokens_per_s": "{:,.0f} tokens/s",
         "tflops_per_gpu": "{:#.3g} TFLOP/s/GPU", "memory_gib": "{:.1f} GiB at most",

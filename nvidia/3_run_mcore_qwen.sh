@@ -18,7 +18,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Data / 数据
 : "${SPLIT:=98,2,0}"          # shares for training, validation and nothing / 训练、验证、不用的比例
-: "${VALID_DATASET_PATH:=}"   # validation data of its own, instead of SPLIT / 单独的验证集，代替 SPLIT
+: "${VALID_DATASET_PATH:=}"   # instead of SPLIT: one set, or several by name: law a general b / 代替 SPLIT：一个，或按名称多个
 : "${SEQ_LENGTH:=2048}"       # tokens in a sample / 样本长度
 : "${TRUNCATE:=error}"        # samples over SEQ_LENGTH: error, drop, left or right / 超长样本
 : "${PACKING:=false}"         # finetune: several samples in one row / 微调：多个样本拼成一行
@@ -78,7 +78,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${ASYNC_SAVE:=false}"       # write while training goes on (torch_dist) / 异步保存（torch_dist）
 : "${CKPT_FORMAT:=torch_dist}" # torch_dist or torch / 检查点格式
 : "${EVAL_INTERVAL:=100}"      # steps between evaluations; 0: none / 验证间隔（步）；0：不验证
-: "${EVAL_ITERS:=50}"          # global batches of one evaluation / 每次验证的批数
+: "${EVAL_ITERS:=50}"          # global batches of one evaluation; sets with names: all / 每次验证的批数；命名的验证集总是全部
 : "${LOG_INTERVAL:=10}"        # steps between log lines / 日志间隔（步）
 : "${MAX_FIRST_LOSS:=}"        # stop if the first loss is above it / 首步损失高于此值则停止
 

@@ -32,8 +32,11 @@ KIT = Path(__file__).parents[2]
 WIDTH = 100
 PORT = "MASTER_PORT"  # the scripts' default may be in use, for example by another run
 # The kit's log lines begin with a time; those of libraries do not.
-OUR_LINE = re.compile(r"\d\d:\d\d:\d\d (?P<text>.*)")
-TRAINING_LINE = re.compile(r"iteration (?P<at>\d+)/(?P<of>\d+) .*\| loss (?P<loss>[\d.]+) .*\| (?P<left>[^|]* left)$")
+OUR_LINE = re.compile(r"\d\d-\d\d \d\d:\d\d:\d\d (?P<text>.*)")
+TRAINING_LINE = re.compile(
+    r"iteration (?P<at>\d+)/(?P<of>\d+) +(?P<loss>[\d.]+) .*?  (?P<left>(\d+ d )?\d+:\d\d:\d\d)$"
+)
+HEADING = re.compile(r" +loss  ")  # of the columns of these lines
 DECLARED = re.compile(r'^: "\$\{([A-Z0-9_]+):=', re.MULTILINE)
 
 
@@ -92,12 +95,14 @@ def wrap(parts: Sequence[str], indent: str) -> str:
 def displayed(line: str) -> str | None:
     """The text to display for a line of output: the kit's own lines, shortened for training; None for the rest."""
     ours = OUR_LINE.match(line)
+    if ours and HEADING.match(ours["text"]):
+        return None
     if not ours:
         return line if line.startswith("error: ") else None
     training = TRAINING_LINE.match(ours["text"])
     if not training:
         return ours["text"]
-    return f"step {training['at']} of {training['of']} | loss {float(training['loss']):.3f} | {training['left']}"
+    return f"step {training['at']} of {training['of']} | loss {float(training['loss']):.3f} | {training['left']} left"
 
 
 def environment(step: Step) -> dict[str, str]:

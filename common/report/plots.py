@@ -28,8 +28,10 @@ PANELS = (
     Panel("Gradient norm", "grad_norm", "before clipping", "log"),
     Panel("Learning rate", "learning_rate", "", "linear", smoothed=False),
     Panel("Throughput", "tokens_per_s", "tokens/s", "zero"),
+    Panel("Padding", "padding", "share of positions", "zero", smoothed=False),
     Panel("Memory", "memory_gib", "GiB, fullest rank", "zero", smoothed=False),
 )
+MARKERS = "os^vDPX*"  # of the validation curves of a run, which share its color
 COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#475569")
 
 
@@ -55,7 +57,7 @@ def draw_panel(axes: Any, panel: Panel, runs: list[Run], references: References)
         _draw_curve(axes, run, panel, color, f"{run.name}: " if len(runs) > 1 else "")
     axes.locator_params(axis="x", nbins=5)
     if panel.scale == "zero":
-        axes.set_ylim(0, 1.1 * max(value for run in runs for _, value in run.curve(panel.metric)))
+        axes.set_ylim(0, 1.1 * max(value for run in runs for _, value in run.curve(panel.metric)) or 1)
     elif panel.scale == "log" and all(value > 0 for run in runs for _, value in run.curve(panel.metric)):
         axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
@@ -67,7 +69,7 @@ def draw_panel(axes: Any, panel: Panel, runs: list[Run], references: References)
 
 
 def _draw_curve(axes: Any, run: Run, panel: Panel, color: str, prefix: str) -> None:
-    """One run's values, pale under their moving average where there are enough; of the loss the validation's too."""
+    """One run's values, pale under their moving average where there are enough; of the loss also validation's."""
     points = run.curve(panel.metric)
     if not points:
         return
@@ -76,9 +78,11 @@ def _draw_curve(axes: Any, run: Run, panel: Panel, color: str, prefix: str) -> N
         axes.plot(*_columns(thin(points)), color=color, alpha=0.3, linewidth=1)
     curve, label = (smooth(points), "training, smoothed") if smoothed else (points, "training")
     axes.plot(*_columns(thin(curve)), color=color, linewidth=1.8, label=f"{prefix}{label}")
-    if panel.metric == "loss" and (validation := run.curve("validation_loss")):
-        style = {"linestyle": "--", "marker": "o", "markersize": 4}
-        axes.plot(*_columns(validation), color=color, label=f"{prefix}validation", **style)
+    if panel.metric == "loss":
+        for (name, metric), marker in zip(run.validation_metrics.items(), cycle(MARKERS), strict=False):
+            style = {"linestyle": ":" if name else "--", "marker": marker, "markersize": 4}
+            label = f"{prefix}validation" + f", {name}" * bool(name)
+            axes.plot(*_columns(run.curve(metric)), color=color, label=label, **style)
 
 
 def _columns(points: Points) -> tuple[list[int], list[float]]:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from common.errors import KitError, reading
-from common.training.tracking.records import METRICS_FILE, read_metrics, read_run_record
+from common.training.tracking.records import METRICS_FILE, VALIDATION_LOSS, read_metrics, read_run_record
 
 Points = list[tuple[int, float]]
 WINDOW = 1 / 20  # of a curve's points that a point of its moving average is the mean of, at most 200
@@ -28,6 +28,12 @@ class Run:
     def curve(self, metric: str) -> Points:
         """(iteration, value) of each line that has a finite `metric`."""
         return [(line["iteration"], line[metric]) for line in self.lines if isinstance(line.get(metric), int | float)]
+
+    @property
+    def validation_metrics(self) -> dict[str, str]:
+        """The metric of each validation set by its name; "" is all of them."""
+        metrics = dict.fromkeys(name for line in self.lines for name in line if name.startswith(VALIDATION_LOSS))
+        return {metric.removeprefix(VALIDATION_LOSS).removeprefix("/"): metric for metric in metrics}
 
     def total(self, metric: str) -> float:
         """The sum of `metric` over all lines."""
@@ -114,9 +120,9 @@ def one_line_reason(end: dict[str, Any]) -> str:
     return str(end["reason"]).strip().splitlines()[-1]
 
 
-def best_validation(run: Run) -> str:
-    """The lowest validation loss and its iteration."""
-    iteration, loss = min(run.curve("validation_loss"), key=lambda point: point[1])
+def best_validation(run: Run, metric: str = VALIDATION_LOSS) -> str:
+    """The lowest validation loss, of all sets or of the one with that metric, and its iteration."""
+    iteration, loss = min(run.curve(metric), key=lambda point: point[1])
     return f"{loss:.4f} at iteration {iteration:,}"
 
 
@@ -129,8 +135,9 @@ def summary(run: Run) -> dict[str, str]:
     found["state"] = end_reason(run) or UNKNOWN_END
     if losses := run.curve("loss"):
         found["loss"] = f"{latest(losses):.4f}"
-    if run.curve("validation_loss"):
-        found["best validation loss"] = best_validation(run)
+    for name, metric in run.validation_metrics.items():
+        if run.curve(metric):
+            found["best validation loss" + f", {name}" * bool(name)] = best_validation(run, metric)
     if rates:
         found["tokens/s"] = f"{median(rates):,.0f}"
         found["TFLOP/s per GPU"] = f"{median(value for _, value in run.curve('tflops_per_gpu')):.3g}"

@@ -175,17 +175,47 @@ find_python() {
   printf '%s\n' "$python"
 }
 
-# quoted WORD...: the words as a line for any POSIX shell; bash's %q works only in bash.
+# quote WORD: sets QUOTED to the word as any POSIX shell reads it; bash's %q works only in bash.
+quote() {
+  local quote="'\\''"
+  QUOTED=$1
+  if [[ -z $1 || $1 == *[!A-Za-z0-9_./:=,@%+-]* ]]; then
+    QUOTED=${1//\'/"$quote"}
+    QUOTED="'$QUOTED'"
+  fi
+}
+
+# quoted WORD...: the words as a line for any POSIX shell.
 quoted() {
-  local word line='' quote="'\\''"
+  local word line=''
   for word; do
-    if [[ -z $word || $word == *[!A-Za-z0-9_./:=,@%+-]* ]]; then
-      word=${word//\'/"$quote"}
-      word="'$word'"
-    fi
-    line+=" $word"
+    quote "$word"
+    line+=" $QUOTED"
   done
   printf '%s\n' "${line:1}"
+}
+
+# folded BEGINNING WORD...: BEGINNING and the quoted words as one command for any POSIX shell, on lines of at most 100
+# bytes where the words allow it; a flag stays with its value if they fit.
+folded() {
+  local line=$1 part width=96 # of 100: two for " \", two for the "+ " before the first line
+  shift
+  while (($#)); do
+    quote "$1"
+    part=$QUOTED
+    if [[ $1 == --* && $# -gt 1 && $2 != -* ]]; then
+      quote "$2"
+      ((${#part} + ${#QUOTED} + 5 > width)) || { part+=" $QUOTED" && shift; }
+    fi
+    shift
+    if ((${#line} + 1 + ${#part} > width)); then
+      printf '%s \\\n' "$line"
+      line="    $part"
+    else
+      line+=" $part"
+    fi
+  done
+  printf '%s\n' "$line"
 }
 
 # python_path: the kit, then the caller's PYTHONPATH, whose folders may be relative to the caller's.
@@ -198,23 +228,26 @@ python_path() {
   printf '%s\n' "$path"
 }
 
-# run WORD...: executes `python -m WORD... ARGS FLAGS`; the printed line does the same from any folder and shell.
+# run WORD...: executes `python -m WORD... ARGS FLAGS`; the printed command does the same from any folder and shell. It is
+# folded for people; a dry run that is piped on is one line, for programs.
 # Before 3.11 Python imports from the folder it starts in, and must not import a user's folder `common`: it starts in the
 # kit's folder, and common/start.py changes to KIT_CWD.
 run() {
-  local program name words line from=()
+  local program name words beginning from=()
   program=$(find_python)
   words=("PYTHONPATH=$(python_path)" PYTHONSAFEPATH=1 "KIT_CWD=$PWD" "KIT_PLATFORM=$KIT_PLATFORM")
   for name in $(settings "$VENDOR/env.sh"); do words+=("$name=${!name}"); done
   words+=("$program" -m "$@" ${ARGS[@]+"${ARGS[@]}"} ${FLAGS[@]+"${FLAGS[@]}"}) # empty ones are unset before bash 4.4
-  line="env -C $(quoted "$KIT" "${words[@]}")"
-  env -C / true 2>/dev/null || line="cd $(quoted "$KIT") && env $(quoted "${words[@]}")" # coreutils before 8.28
-  if [[ $DRY_RUN == true ]]; then
-    printf '%s\n' "$line"
+  beginning="env -C $(quoted "$KIT")"
+  env -C / true 2>/dev/null || beginning="cd $(quoted "$KIT") && env" # coreutils before 8.28
+  if [[ $DRY_RUN == true && ! -t 1 ]]; then
+    printf '%s %s\n' "$beginning" "$(quoted "${words[@]}")"
+  elif [[ $DRY_RUN == true ]]; then
+    folded "$beginning" "${words[@]}"
   else
     for name in "${NAMES[@]}"; do ! exported "$name" || from+=("$name"); done
-    ((${#from[@]} == 0)) || say "from the environment: ${from[*]}"
-    printf '+ %s\n' "$line" >&2
+    ((${#from[@]} == 0)) || say "from the environment: ${from[*]}" 2>&1 | fold -s -w 100 >&2
+    printf '+ %s\n' "$(folded "$beginning" "${words[@]}")" >&2
     cd -- "$KIT" || exit
     in_users_locale "${words[@]}"
   fi

@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "sync": {}, "async": {"async-save": "true"}, "weights": {"save-optimizer": "false"},
 }  # fmt: skip
 SAVED = re.compile(r"saved (\S+): ([\d.]+) MB in ([\d.]+) s .*?(?:training paused ([\d.]+) s)?$")
-STEP = re.compile(r"iteration (\d+)/.*? ([\d.]+) ms/iteration")
+STEP = re.compile(r"iteration (\d+)/\d+ +\S+ +\S+ +\S+ +([\d,]+)")  # tokens/s, after loss, grad norm and lr
 DD_BYTES = 4 << 30
 
 
@@ -99,11 +99,12 @@ def measure(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     steps: dict[int, float] = {}
     before: dict[str, Any] = {}
     lines = []
+    tokens = int(flags["global-batch-size"]) * int(flags["seq-length"])
     assert process.stderr
     for line in process.stderr:
         lines.append(line)
         if found := STEP.search(line):
-            steps[int(found[1])] = float(found[2])
+            steps[int(found[1])] = 1e3 * tokens / float(found[2].replace(",", ""))
             if not saves and int(found[1]) < arguments.every:
                 before = {"gpu_mib": watch.gpu_mib, "host_gib": round(watch.host_gib, 2)}
         if found := SAVED.search(line.rstrip()):

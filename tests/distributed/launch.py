@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-STEP = re.compile(r"iteration (\d+)/\d+ .*? loss ([\d.]+) .*? grad norm ([\d.]+)")
+STEP = re.compile(r"iteration (\d+)/\d+ +([\d.]+) +([\d.]+) ")  # loss, grad norm
 
 
 def free_port() -> int:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tests.conversion import to_hf, to_megatron
-from tests.distributed.launch import run, words
+from tests.distributed.launch import run, steps, words
 from tests.distributed.user import step3, step3_forked
 from tests.tiny import TEXTS, tiny_qwen
 
@@ -41,7 +41,7 @@ def settings(work: Path, name: str, **more: Any) -> dict[str, Any]:
 
 SKIPPED = re.compile(
     r"iteration (\d+) skipped: gradient norm nan: the loss is not finite on rank (.*), in samples (.*);"
-    r" gradients are not finite on rank (.*) \((\d+) skipped in all\)"
+    r" gradients are not finite on rank (.*) \((\d+) in all\)"
 )
 
 
@@ -55,12 +55,12 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(poisoned: Path, l
     assert number == "1" and (int(iteration) - 1) * 8 <= int(samples.split(",")[0]) < int(iteration) * 8
     assert rank == "1" if "PP" in layout else rank in ("0", "1")
     line = next(each for each in log.splitlines() if f" iteration {iteration}/" in each)
-    assert " loss nan " in line  # none of the interval's steps counts
+    assert re.search(rf"iteration {iteration}/\d+ +nan ", line)  # none of the interval's steps counts
     # What is saved is finite but for the row that never was, and has learned.
     weights = load_file(to_hf(poisoned / name, poisoned / f"{name}_hf") / "model.safetensors")
     bad = {key: int((~torch.isfinite(tensor)).any(-1).sum()) for key, tensor in weights.items()}
     assert {key: rows for key, rows in bad.items() if rows} == {"model.embed_tokens.weight": 1}
-    losses = [float(loss) for loss in re.findall(r"\| loss ([\d.]+)", log)]
+    losses = [loss for _, loss, _ in steps(log)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -83,4 +83,4 @@ def test_steps_above_skip_grad_norm_are_counted_and_skipped(poisoned: Path) -> N
     given = settings(poisoned, "spikes", **own, TRAIN_ITERS=4, EPOCHS="")
     log = step3_forked({**given, "SKIP_GRAD_NORM": 1e-3, "MAX_BAD_STEPS": 0, "LR": 0.1})
     assert len(re.findall(r"skipped: the gradient norm \S+ is above SKIP_GRAD_NORM=0.001", log)) == 4
-    assert "(4 skipped in all)" in log and "weights are not finite" not in log
+    assert "(4 in all)" in log and "weights are not finite" not in log

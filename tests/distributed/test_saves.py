@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.training.tracking.records import read_metrics
 from tests.conversion import to_hf
 from tests.distributed.launch import steps
 from tests.distributed.user import ENDLESS, Run, step3, step3_forked
+
+LEARNING_RATE = re.compile(r"iteration \d+/\d+ +\S+ +\S+ +(\S+)")  # after loss and grad norm
 
 
 def settings(work: Path, name: str, **more: Any) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def test_every_mth_the_best_and_the_last_of_each_epoch_are_kept_besides(work: Pa
         work, "kept", **flags, SAVE_INTERVAL=1, KEEP_CHECKPOINTS=1, KEEP_EVERY=7, KEEP_BEST=2, KEEP_EPOCHS="true"
     )
     (samples,) = re.findall(r"data: (\d+) samples", log)
-    losses = {int(i): float(loss) for i, loss in re.findall(r"validation at iteration (\d+) \| loss ([\d.]+)", log)}
+    losses = {int(i): float(loss) for i, loss in re.findall(r"validation at iteration (\d+) +loss ([\d.]+)", log)}
     last = steps(log)[-1][0]
     epochs = {next(i for i in range(1, last + 1) if i * 32 >= n * int(samples)) for n in (1, 2, 3)}
     best = sorted(losses, key=losses.__getitem__)[:2]
@@ -114,9 +117,9 @@ def test_settings_given_on_resume_hold(work: Path) -> None:
     log = train(work, "changed", TRAIN_ITERS=10, EXIT_INTERVAL=6, LR_DECAY_STYLE="constant", **more)
     assert "resumed with changed settings: LR 0.001 -> 0.0002, MIN_LR 0.0001 -> 1e-05, ADAM_EPS 1e-08 -> 1e-07"
     assert "ADAM_BETA1, ADAM_BETA2 (0.9, 0.999) -> (0.9, 0.5)" in log
-    assert re.findall(r"\| lr (\S+)", log) == ["2.000e-04"] * 3
+    assert LEARNING_RATE.findall(log) == ["2.00e-04"] * 3
     log = train(work, "changed", TRAIN_ITERS=10, LR_DECAY_STYLE="cosine", **more)
-    assert re.findall(r"\| lr (\S+)", log)[-1] == "1.000e-05" and "other settings" not in log
+    assert LEARNING_RATE.findall(log)[-1] == "1.00e-05" and "other settings" not in log
 
 
 @pytest.mark.parametrize(("first", "steps_done", "then", "rest"), [(4, 10, 8, 9), (4, 20, 8, 4), (8, 10, 4, 7)])
@@ -129,9 +132,9 @@ def test_an_epoch_is_an_epoch_at_another_batch_size(
     train(work, name, **flags, GLOBAL_BATCH_SIZE=first, EXIT_INTERVAL=steps_done)
     log = train(work, name, **flags, GLOBAL_BATCH_SIZE=then)
     assert [i for i, _, _ in steps(log)] == list(range(steps_done + 1, steps_done + rest + 1))
-    rates = [float(rate) for rate in re.findall(r"\| lr (\S+)", log)]
+    rates = [float(rate) for rate in LEARNING_RATE.findall(log)]
     assert rates[-1] == 0 and all(rates[:-1])
-    assert f"consumed samples {first * steps_done + then * rest} " in log
+    assert read_metrics(work / name)[-1]["consumed_samples"] == first * steps_done + then * rest
 
 
 def test_other_data_of_as_many_rows_is_noticed(work: Path) -> None:

@@ -27,7 +27,7 @@ GPUS = min(2, torch.cuda.device_count())
 LAYOUTS = (
     {"one": {"GPUS": 1}} if GPUS < 2 else {"dp2": {"GPUS": 2}, "tp2": {"GPUS": 2, "TP": 2}, "pp2": {"GPUS": 2, "PP": 2}}
 )
-LOSS = re.compile(r"iteration (\d+)/\d+ .*? loss (\S+) .*? grad norm (\S+)")
+LOSS = re.compile(r"iteration (\d+)/\d+ +(\S+) +(\S+) ")  # loss, grad norm
 
 
 class GpuRun(Run):

@@ -21,7 +21,7 @@ from tests.tiny import TEXTS, tiny_qwen
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 ROOT = Path(__file__).parents[2]
-STEP = re.compile(r"iteration (\d+)/\d+ .*? loss ([\d.]+) .*? grad norm ([\d.]+)")
+STEP = re.compile(r"iteration (\d+)/\d+ +([\d.]+) +([\d.]+) ")  # loss, grad norm
 
 
 def run(*words: str) -> str:

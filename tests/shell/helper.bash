@@ -107,6 +107,16 @@ passed() {
   given | sed -n "s/^$1=//p"
 }
 
+# echoed STDERR: the command that a script prints before it runs it, as it is folded.
+echoed() {
+  sed -n '/^+ /,$p' <<<"$1" | sed '1s/^+ //'
+}
+
+# unfolded COMMAND: the command on one line.
+unfolded() {
+  printf '%s\n' "${1//$' \\\n    '/ }"
+}
+
 # paste_line LINE: runs LINE as a user would, in another folder, in a new sh without the settings.
 paste_line() {
   (cd / && env -i PATH="$PATH" HOME="$HOME" sh -c "$1")

@@ -91,7 +91,13 @@ setup() {
       run -7 paste_line "$line"
       mv "$PYTHON.record" pasted
       run -7 --separate-stderr env "${GIVEN[@]}" PYTHONPATH="more here" "$script" -- --more 'a  b'
-      [[ $stderr == *"+ $line" ]]
+      diff pasted "$PYTHON.record"
+      # What is printed where it runs is the same command, folded.
+      folded=$(echoed "$stderr")
+      [[ $(unfolded "$folded") == "$line" && $folded != "$line" ]]
+      run ! grep -vE '^.{1,100}$|^ *[^ ]+( \\)?$' <<<"+ $folded" # a longer line is one word
+      rm "$PYTHON.record"
+      run -7 paste_line "$folded"
       diff pasted "$PYTHON.record"
     done
   done

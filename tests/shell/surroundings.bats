@@ -36,7 +36,7 @@ setup() {
       [[ $script == "$KIT"/cpu/* ]] || continue
       diff help <(LC_ALL=$name "$script" --help)
       run -7 --separate-stderr env "${GIVEN[@]}" LC_ALL="$name" "$script"
-      [[ $stderr == *"+ $(<dry)" ]]
+      [[ $(unfolded "$(echoed "$stderr")") == "$(<dry)" ]]
       run -0 grep -ax "LC_ALL=${name:-<unset>}" "$PYTHON.locale"
     done
   done

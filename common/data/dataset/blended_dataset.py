@@ -9,6 +9,7 @@ Hand-written: Megatron-Core's blending index is built for a fixed number of samp
 
 import json
 import shlex
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,28 @@ def read_blend(text: str, name: str = "DATASET_PATH") -> Blend:
 
     The JSON is [{"weight": 0.7, "path": "a"}, ...]. Raises KitError for any other text, or when a dataset is missing.
     """
-    if Path(text).suffix == ".json" and Path(text).is_file():
-        return [(weight, resolve(path)) for weight, path in _read_blend_json(Path(text), name)]
-    try:
-        words = shlex.split(text)
-    except ValueError:
-        words = []
-    if len(words) < 2 or _is_dataset(text):
-        return [(Fraction(1), resolve(text))]
+    if is_blend_file(text):
+        return [(weight, resolve(path, name)) for weight, path in _read_blend_json(Path(text), name)]
+    words = split_words(text)
+    if len(words) < 2:
+        return [(Fraction(1), resolve(text, name))]
     if len(words) % 2:
         raise KitError(f"{name}={text}: give one dataset, or a weight before each: 0.7 a 0.3 b")
     pairs = zip(words[::2], words[1::2], strict=True)
-    return [(_parse_weight(weight, name), resolve(path)) for weight, path in pairs]
+    return [(_parse_weight(weight, name), resolve(path, name)) for weight, path in pairs]
+
+
+def is_blend_file(text: str) -> bool:
+    """Whether `text` is the path of a JSON file that exists."""
+    return Path(text).suffix == ".json" and Path(text).is_file()
+
+
+def split_words(text: str) -> list[str]:
+    """The words of `text`, quoted as in a shell; none where `text` is the path of one dataset, or has an open quote."""
+    try:
+        return [] if _is_dataset(text) else shlex.split(text)
+    except ValueError:
+        return []
 
 
 def _is_dataset(text: str) -> bool:
@@ -66,6 +77,15 @@ def _read_blend_json(path: Path, name: str) -> list[tuple[Fraction, str]]:
             raise KitError(f"{rule}; {json.dumps(each)} is not one")
         pairs.append((_parse_weight(each["weight"], name), each["path"]))
     return pairs
+
+
+def is_number(word: str) -> bool:
+    """Whether `word` is written as a number, so also 0, -1 and nan, which are no weights."""
+    for kind in (float, Fraction):
+        with suppress(ValueError, ZeroDivisionError):
+            kind(word)
+            return True
+    return False
 
 
 def _parse_weight(word: Any, name: str) -> Fraction:
@@ -98,6 +118,13 @@ class BlendedDataset:
                 "blend: %s: %.4f of the samples, %d per epoch = %.2f epochs of it",
                 name, weight / sum(weights), count, count / samples.samples_per_epoch,
             )  # fmt: skip
+
+    @property
+    def filled(self) -> float:
+        """The share of an epoch's positions that hold a token."""
+        counts = self.counts(self.samples_per_epoch)
+        shares = (count * samples.filled for count, samples in zip(counts, self.members, strict=True))
+        return sum(shares) / self.samples_per_epoch
 
     def place(self, global_index: int) -> tuple[int, int]:
         """(dataset index, sample index in it) at a position, as Megatron's dataset index and dataset sample index."""

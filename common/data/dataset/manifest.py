@@ -99,23 +99,23 @@ def check_fields(value: Any, kinds: dict[str, type]) -> None:
             raise ValueError(f"its '{name}' is not {NAMES[kind]}")
 
 
-def resolve(dataset_path: str) -> DataFiles:
-    """The files of DATASET_PATH, an OUTPUT_PREFIX of step 1 or the full `..._document` prefix.
+def resolve(dataset_path: str, setting: str = "DATASET_PATH") -> DataFiles:
+    """The files of `dataset_path`, an OUTPUT_PREFIX of step 1 or the full `..._document` prefix.
 
     Data without a manifest, as Megatron-LM's preprocess_data.py writes it, is "sft" when a loss mask lies next to it.
-    Raises KitError when nothing is found.
+    Raises KitError, which names `setting`, when nothing is found.
     """
     given = Path(dataset_path)
     content = read(given)
     if content:
         return _from_manifest(given, content)
     if given.name.endswith("_loss_mask_document"):
-        raise KitError(f"DATASET_PATH={given} is a loss mask: give the {_without(given, '_loss_mask_document')}")
+        raise KitError(f"{setting}={given} is a loss mask: give the {_without(given, '_loss_mask_document')}")
     for tokens in (given, Path(f"{given}_text_document")):
         if idx_path(tokens).is_file():
             return _find_manifest(tokens) or _without_manifest(tokens)
     raise KitError(
-        f"DATASET_PATH={given} is not a dataset: neither {given}.json nor {given}.idx nor {given}_text_document.idx"
+        f"{setting}={given} is not a dataset: neither {given}.json nor {given}.idx nor {given}_text_document.idx"
         " exists; give the OUTPUT_PREFIX of step 1"
     )
 

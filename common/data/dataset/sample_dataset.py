@@ -13,7 +13,8 @@ import numpy as np
 class SampleDataset(Protocol):
     """Samples by index: tokens and labels int64 [s], loss_mask float32 [s].
 
-    `segment_ids` int32 [s] is present when attention must stay within runs of equal values.
+    `segment_ids` int32 [s] is present when attention must stay within runs of equal values; `num_padding` int64 [], the
+    number of positions at the end that hold no token, where there may be any.
     weighted: whether loss_mask may hold values other than 0 and 1.
     order: the name of the shuffle, see shuffle.py; a checkpoint's position is only valid with the same one.
     """
@@ -21,6 +22,11 @@ class SampleDataset(Protocol):
     samples_per_epoch: int
     weighted: bool
     order: str
+
+    @property
+    def filled(self) -> float:
+        """The share of an epoch's positions that hold a token; the rest is padding."""
+        ...
 
     def __getitem__(self, global_index: int) -> dict[str, np.ndarray]:
         """The sample at a global index, in whichever epoch it lies."""

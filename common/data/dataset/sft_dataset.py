@@ -143,10 +143,11 @@ class SFTDataset:
         self.listed = is_listed(self.samples_per_epoch) if listed is None else listed
         self.order = order_name(self.listed)
         used = sample_index.num_tokens - sample_index.num_samples
+        self.filled = used / (self.samples_per_epoch * self.seq_length)
         logger.info(
             "%s: %d samples in %d rows of %d tokens, %.1f%% full",
             self.tokens.prefix.name, sample_index.num_samples, self.samples_per_epoch, self.seq_length,
-            100 * used / (self.samples_per_epoch * self.seq_length),
+            100 * self.filled,
         )  # fmt: skip
         self._epoch = -1
 
@@ -169,6 +170,7 @@ class SFTDataset:
             sample["loss_mask"][at:end] = self.mask.get(document, start + 1, size - 1)
             segments[at:end] = segment
             at = end
+        sample["num_padding"] = np.array(self.seq_length - at)
         if self.packing:
             sample["segment_ids"] = segments
         return sample

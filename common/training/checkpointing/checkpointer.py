@@ -59,7 +59,7 @@ class Checkpointer:
         self.retention: Retention | None = None
         if dist.get_rank() == 0:
             self.folder = RunFolder(plan)
-            self.retention = Retention(plan.settings, self.folder)
+            self.retention = Retention(plan.settings, self.folder, plan.valid_hashes)
 
     def record(self, iteration: int, *, validation_loss: float | None = None, epoch_ends: bool = False) -> None:
         """Records what decides whether the checkpoint of `iteration` is kept; no collective call."""

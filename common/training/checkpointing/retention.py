@@ -9,7 +9,7 @@ from typing import Any
 
 from common.checkpoint.formats.checkpoint_paths import iteration_dir, list_iterations
 from common.files import write_json
-from common.log import logger
+from common.log import listed, logger
 from common.training.checkpointing.run_folder import RunFolder
 from common.training.settings import TrainSettings
 
@@ -18,15 +18,26 @@ RECORD_FILE = "kept_checkpoints.json"  # in the run's folder
 
 @dataclass
 class RetentionRecord:
-    """What retention depends on: validation losses, and the iterations that completed an epoch."""
+    """What retention depends on: validation losses, and the iterations that completed an epoch.
+
+    validation_data: hashes of what the losses are of, by the set's name; losses on other data do not compare.
+    best_before: the iterations that were the best on the data before.
+    """
 
     validation_losses: dict[int, float] = field(default_factory=dict)
     epoch_ends: set[int] = field(default_factory=set)
+    validation_data: dict[str, str] = field(default_factory=dict)
+    best_before: set[int] = field(default_factory=set)
 
     def to_json(self) -> dict[str, Any]:
         """The record as a JSON object."""
         losses = {str(iteration): loss for iteration, loss in sorted(self.validation_losses.items())}
-        return {"validation_losses": losses, "epoch_ends": sorted(self.epoch_ends)}
+        return {
+            "validation_losses": losses,
+            "epoch_ends": sorted(self.epoch_ends),
+            "validation_data": self.validation_data,
+            "best_before": sorted(self.best_before),
+        }
 
     @classmethod
     def read(cls, folder: Path) -> "RetentionRecord":
@@ -34,8 +45,35 @@ class RetentionRecord:
         with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
             content = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
             losses = {int(iteration): float(loss) for iteration, loss in content["validation_losses"].items()}
-            return cls(losses, {int(iteration) for iteration in content["epoch_ends"]})
+            return cls(
+                losses,
+                {int(iteration) for iteration in content["epoch_ends"]},
+                # Records of older versions of the kit do not have these.
+                dict(content.get("validation_data", {})),
+                {int(iteration) for iteration in content.get("best_before", [])},
+            )
         return cls()
+
+    def best(self, iterations: list[int], number: int) -> set[int]:
+        """The `number` of `iterations` with the lowest validation losses."""
+        evaluated = sorted(iteration for iteration in iterations if iteration in self.validation_losses)
+        return set(sorted(evaluated, key=self.validation_losses.__getitem__)[:number])
+
+    def compare_on(self, validation_data: dict[str, str], iterations: list[int], number: int) -> None:
+        """Sets the data of the losses from here on; if it is other data, those so far no longer compare.
+
+        The `number` best of `iterations` on the data before stay kept. A run without validation changes nothing.
+        """
+        if validation_data and self.validation_data and validation_data != self.validation_data:
+            best = self.best(iterations, number)
+            kept = f"; their best, iterations {listed(sorted(best))}, stay kept" if best else ""
+            logger.info(
+                "the validation data is another than before: the %d losses so far do not compare%s",
+                len(self.validation_losses), kept,
+            )  # fmt: skip
+            self.best_before |= best
+            self.validation_losses.clear()
+        self.validation_data = validation_data or self.validation_data
 
 
 def checkpoints_to_remove(
@@ -53,16 +91,19 @@ def checkpoints_to_remove(
         kept |= {iteration for iteration in older if iteration % settings.keep_every == 0}
     if settings.keep_epochs:
         kept |= record.epoch_ends
-    losses = record.validation_losses
-    evaluated = sorted((iteration for iteration in older if iteration in losses), key=lambda each: losses[each])
-    return [iteration for iteration in older if iteration not in kept | set(evaluated[: settings.keep_best])]
+    if settings.keep_best:
+        kept |= record.best(older, settings.keep_best) | record.best_before
+    return [iteration for iteration in older if iteration not in kept]
 
 
 class Retention:
     """Keeps a run's retention record, and removes checkpoints in a thread of rank 0."""
 
-    def __init__(self, settings: TrainSettings, folder: RunFolder) -> None:
+    def __init__(
+        self, settings: TrainSettings, folder: RunFolder, validation_data: dict[str, str] | None = None
+    ) -> None:
         self.settings, self.folder, self.record = settings, folder, RetentionRecord.read(folder.path)
+        self.record.compare_on(validation_data or {}, list_iterations(folder.path), settings.keep_best)
         self._thread: threading.Thread | None = None
 
     def write_record(self) -> None:

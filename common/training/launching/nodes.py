@@ -3,11 +3,14 @@
 import platform as python_platform
 import socket
 from dataclasses import fields
+from fractions import Fraction
 from importlib import metadata
 
 from common.data.dataset.blended_dataset import read_blend
 from common.data.dataset.file_hash import DATA_SAMPLES, HASHED, hash_file, hash_samples
 from common.data.dataset.indexed_dataset import bin_path, idx_path
+from common.data.dataset.manifest import DataFiles
+from common.data.dataset.named_datasets import read_named
 from common.settings import KIT
 from common.training.planning.plan import Plan, Start
 
@@ -59,15 +62,24 @@ def versions() -> Facts:
 
 
 def data_facts(setting: str, text: str | None) -> Facts:
-    """The weight and file hashes of each dataset in `text`: an index is hashed whole, tokens by samples."""
+    """The weight and file hashes of each dataset in `text`: an index is hashed whole, tokens by samples.
+
+    Datasets are told apart by their names, or by their number where they have none.
+    """
     found: Facts = {}
-    for number, (weight, files) in enumerate(read_blend(text, setting)) if text else ():
-        where = f"{setting}[{number}]"
+    for key, (weight, files) in _datasets(setting, text).items() if text else ():
+        where = f"{setting}[{key}]"
         found[f"{where}'s weight"] = str(weight)
         for prefix in filter(None, (files.tokens, files.loss_mask)):
             found[f"{where} {idx_path(prefix).name}"] = hash_file(idx_path(prefix))
             found[f"{where} {bin_path(prefix).name}"] = hash_samples(bin_path(prefix), DATA_SAMPLES)
     return found
+
+
+def _datasets(setting: str, text: str) -> dict[str, tuple[Fraction, DataFiles]]:
+    if named := read_named(text, setting):
+        return {name: (Fraction(1), files) for name, files in named.items()}
+    return {str(number): each for number, each in enumerate(read_blend(text, setting))}
 
 
 def start_facts(start: Start) -> Facts:

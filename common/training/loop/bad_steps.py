@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from common.checkpoint.formats.checkpoint_paths import iteration_dir, read_tracker
+from common.log import logger
 from common.training.launching.process_group import fail_together
-from common.training.loop.progress_bar import log_beside_bar
 from common.training.loop.train_step import StepResult
 from common.training.planning.plan import Plan
 
@@ -27,7 +27,7 @@ class BadSteps:
             return
         self.in_a_row += 1
         self.total += 1
-        log_beside_bar("iteration %d skipped: %s (%d skipped in all)", iteration, result.skipped, self.total)
+        logger.info("iteration %d skipped: %s (%d in all)", iteration, result.skipped, self.total)
 
     def check(self, iteration: int) -> None:
         """Raises KitError after MAX_BAD_STEPS bad steps in a row, or if the run's last two were bad.

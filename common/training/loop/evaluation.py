@@ -1,4 +1,9 @@
-"""Evaluation: the loss on the validation samples."""
+"""Evaluation: the loss on the validation samples.
+
+Without names, an evaluation takes EVAL_ITERS global batches. Sets with names (NamedDatasets) are each taken whole: the
+last batch of a set has as many micro-batches as its samples need, filled up with samples that have no loss, so that the
+sums of losses and of supervised tokens over all ranks, and their quotient, are those of each sample counted once.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -6,53 +11,78 @@ from collections.abc import Callable, Iterator
 import torch
 
 from common.data.dataset.data_loader import Batch
-from common.training.loop.forward_step import forward_backward, mean_loss, sum_reporting_losses
-from common.training.loop.progress_bar import log_beside_bar
+from common.data.dataset.named_datasets import ALL, NamedDatasets
+from common.log import GREEN, PLAIN, logger
+from common.training.loop.forward_step import forward_backward, mean_losses, sum_reporting_losses
 from common.training.loop.train_step import reduce_flags
 from common.training.planning.plan import Plan
 from common.training.state.training_state import TrainingState
 
+Losses = dict[str, float]  # by the name of a set; under "" the mean over the tokens of all
 
-def num_eval_batches(plan: Plan) -> int:
-    """The global batches of one evaluation: EVAL_ITERS, or fewer if the validation samples do not fill them."""
-    assert plan.valid
-    return min(plan.settings.eval_iters, max(1, plan.valid.samples_per_epoch // plan.settings.global_batch_size))
+
+def eval_batches(plan: Plan) -> Iterator[tuple[str, int]]:
+    """(name of its set, micro-batches of each rank) of each batch of one evaluation."""
+    settings, valid = plan.settings, plan.valid
+    assert valid
+    if not isinstance(valid, NamedDatasets):
+        number = min(settings.eval_iters, max(1, valid.samples_per_epoch // settings.global_batch_size))
+        yield from [("", plan.num_microbatches)] * number
+        return
+    for name, positions in valid.positions.items():
+        left = positions // (settings.micro_batch_size * plan.sizes.dp)
+        while left:
+            number = min(left, plan.num_microbatches)
+            yield name, number
+            left -= number
 
 
 @torch.no_grad()
 def evaluate(
-    plan: Plan,
-    training_state: TrainingState,
-    data_iterators: list[Iterator[Batch]],
-    num_batches: int,
-    should_stop: Callable[[], bool],
-) -> float | None:
-    """The mean loss per token over `num_batches` global batches; None if `should_stop` interrupted it on any rank."""
+    plan: Plan, training_state: TrainingState, data_iterators: list[Iterator[Batch]], should_stop: Callable[[], bool]
+) -> Losses | None:
+    """The mean losses per supervised token; None if `should_stop` interrupted the evaluation on any rank."""
     overlap = training_state.model[0].ddp_config.overlap_param_gather
     for chunk in training_state.model:
         if overlap:  # else the forward pass would use parameters from before the last step
             chunk.disable_forward_pre_hook()
         chunk.eval()
-    total, stop = sum_reporting_losses(plan, []), False
-    for _ in range(num_batches):
-        total += sum_reporting_losses(plan, forward_backward(plan, training_state, data_iterators, forward_only=True))
-        stop, _ = reduce_flags(total, should_stop())
+    totals: dict[str, torch.Tensor] = {}
+    stop = False
+    for name, number in eval_batches(plan):
+        reports = forward_backward(
+            plan, training_state, data_iterators, forward_only=True, num_microbatches=number
+        )  # fmt: skip
+        totals[name] = totals.get(name, 0) + sum_reporting_losses(plan, reports)
+        stop, _ = reduce_flags(totals[name], should_stop())
         if stop:
             break
     for chunk in training_state.model:
         chunk.train()
         if overlap:
             chunk.enable_forward_pre_hook()
-    return None if stop else mean_loss(total)[0]
+    return None if stop else _means(totals)
 
 
-def log_evaluation(plan: Plan, iteration: int, loss: float | None) -> None:
-    """Logs the result of `evaluate` at `iteration`."""
-    if loss is None:
-        log_beside_bar("validation at iteration %d interrupted: stop requested", iteration)
+def _means(totals: dict[str, torch.Tensor]) -> Losses:
+    """The mean loss of each of `totals`, this rank's reporting losses, and of their sum under ""."""
+    rows = {"": torch.stack([*totals.values()]).sum(0), **totals}
+    means = mean_losses(torch.stack([*rows.values()]))
+    return {name: loss for name, (loss, *_) in zip(rows, means, strict=True)}
+
+
+def log_evaluation(plan: Plan, iteration: int, losses: Losses | None, best: set[str]) -> None:
+    """Logs the result of `evaluate` at `iteration`. best: the sets whose loss is the lowest so far."""
+    if losses is None:
+        logger.info("validation at iteration %d interrupted: stop requested", iteration)
         return
-    num_samples = num_eval_batches(plan) * plan.settings.global_batch_size
-    log_beside_bar(
-        "validation at iteration %d | loss %.6f | perplexity %.3f | %d samples",
-        iteration, loss, math.exp(min(20.0, loss)), num_samples,
-    )  # fmt: skip
+    heading = f"validation at iteration {iteration}"
+    sizes = plan.valid.sizes if isinstance(plan.valid, NamedDatasets) else {}
+    width = max(len(heading), *(len(name) + 2 for name in sizes)) if sizes else 0
+    evaluated = plan.settings.global_batch_size * sum(1 for _ in eval_batches(plan))
+    rows = {"": (heading, sum(sizes.values()) or evaluated)} | {name: (f"  {name}", sizes[name]) for name in sizes}
+    for name, (label, number) in rows.items():
+        loss, every = losses[name], f"{ALL} " if sizes and not name else ""
+        fields = [f"{label:{width}}", f"loss {loss:.6f}", f"perplexity {math.exp(min(20.0, loss)):.2f}"]
+        fields += [f"{every}{number} samples", *(["best"] if name in best else [])]
+        logger.info("%s", "  ".join(fields), extra={"style": GREEN if name in best else PLAIN})

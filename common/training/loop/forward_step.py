@@ -4,7 +4,7 @@ Letters: b micro-batch, s sequence.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ def forward_step(
         training_state.heartbeat.beat("reading data")
         rows = next(data_iterator)
         training_state.heartbeat.beat("computing")
+        num_padding = count_padding(rows)
         batch, attention = prepare_batch(plan, rows, device)
         positions = torch.arange(batch["tokens"].shape[1], device=device).expand_as(batch["tokens"])
         mask = attention.pop("attention_mask", None)
@@ -37,15 +38,25 @@ def forward_step(
         def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             if training_state.loss_weights and torch.is_grad_enabled():
                 training_state.loss_weights.add(batch["loss_mask"].sum())
-            return sum_loss(batch["loss_mask"], losses)
+            return sum_loss(batch["loss_mask"], losses, num_padding)
 
         return output, loss_func
 
     return forward_step_func
 
 
-def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sum of the supervised tokens' losses, their number as int32, reporting loss [sum, number]) of one micro-batch.
+def count_padding(rows: Batch) -> int:
+    """The positions of a micro-batch that are padding, taken out of it; on the other ranks of a CP group none."""
+    number = rows.pop("num_padding", None)
+    return 0 if number is None or parallel_state.get_context_parallel_rank() else int(number.sum())
+
+
+def sum_loss(
+    loss_mask: torch.Tensor, losses: torch.Tensor, num_padding: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sum of the supervised tokens' losses, their number as int32, reporting loss [3]) of one micro-batch.
+
+    The reporting loss holds that sum, that number, and `num_padding`.
 
     Megatron-Core divides the summed gradients by the number over the global batch (calculate_per_token_loss), so the
     loss is the mean over its supervised tokens at any TP, PP, DP and micro-batch size; LossWeights does so where
@@ -54,16 +65,21 @@ def sum_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tenso
     total = losses.sum()
     number = loss_mask.sum()
     # A copy: the schedule scales the first value in place.
-    reporting_loss = torch.stack([total.detach(), number]).clone()
+    reporting_loss = torch.stack([total.detach(), number, number.new_tensor(num_padding)]).clone()
     return total, number.round().to(torch.int32), reporting_loss
 
 
 def forward_backward(
-    plan: Plan, training_state: TrainingState, data_iterators: list[Iterator[Batch]], *, forward_only: bool
+    plan: Plan,
+    training_state: TrainingState,
+    data_iterators: list[Iterator[Batch]],
+    *,
+    forward_only: bool,
+    num_microbatches: int | None = None,
 ) -> list[torch.Tensor]:
-    """The reporting loss [sum of losses, number of tokens], float32, of each micro-batch; empty before the last stage.
+    """The reporting loss [3] of each micro-batch, float32, see `sum_loss`; empty before the last stage.
 
-    One global batch, of which this rank runs its own micro-batches.
+    num_microbatches: that this rank runs; None: its own of one global batch.
     """
     rows, seq_length = plan.settings.micro_batch_size, plan.settings.seq_length
     if plan.packed_sequences:
@@ -72,7 +88,7 @@ def forward_backward(
         forward_step_func=forward_step(plan, training_state),
         data_iterator=data_iterators if len(data_iterators) > 1 else data_iterators[0],
         model=training_state.model,
-        num_microbatches=plan.num_microbatches,
+        num_microbatches=num_microbatches or plan.num_microbatches,
         seq_length=seq_length,
         micro_batch_size=rows,
         decoder_seq_length=seq_length,
@@ -82,15 +98,29 @@ def forward_backward(
 
 
 def sum_reporting_losses(plan: Plan, reporting_losses: list[torch.Tensor]) -> torch.Tensor:
-    """Their sum [sum of losses, number of tokens] as float64 on the device; zeros for none."""
-    total = torch.zeros(2, dtype=torch.float64, device=torch.device(plan.platform.device))
+    """Their sum [3] as float64 on the device; zeros for none."""
+    total = torch.zeros(3, dtype=torch.float64, device=torch.device(plan.platform.device))
     return total + torch.stack(reporting_losses).double().sum(0) if reporting_losses else total
 
 
-def mean_loss(reporting_loss: torch.Tensor) -> tuple[float, float]:
-    """(mean loss, number of tokens) of all ranks; reporting_loss: this rank's [sum, tokens]. A collective call."""
-    reporting_loss = reporting_loss.clone()
-    dist.all_reduce(reporting_loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    dist.all_reduce(reporting_loss, group=parallel_state.get_pipeline_model_parallel_group())
-    total, number = reporting_loss.tolist()
-    return (total / number if number else float("nan")), number
+class Means(NamedTuple):
+    """The mean loss over the supervised tokens of all ranks, nan without any; their number, and that of padding."""
+
+    loss: float
+    num_tokens: float
+    num_padding: float
+
+
+def mean_loss(reporting_loss: torch.Tensor) -> Means:
+    """The means of all ranks; reporting_loss: this rank's [3]. A collective call."""
+    (means,) = mean_losses(reporting_loss[None])
+    return means
+
+
+def mean_losses(reporting_losses: torch.Tensor) -> list[Means]:
+    """`mean_loss` of each row of [n, 3], by the same two collective calls for all."""
+    sums = reporting_losses.clone()
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    rows = sums.tolist()
+    return [Means(total / number if number else float("nan"), number, padding) for total, number, padding in rows]

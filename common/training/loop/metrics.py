@@ -45,18 +45,19 @@ class Interval:
     seconds: float  # of training, without evaluation and saving
     supervised_tokens: float = 0.0  # in the loss
     other_seconds_per_iteration: float = 0.0  # evaluation and saving, averaged since the run started
+    padding: float | None = None  # share of the positions; None for pretraining
 
 
 @dataclass
 class Meter:
-    """Computes the throughput of intervals and formats their log lines."""
+    """Computes the throughput of intervals and formats their log lines, the rows of a table in the log."""
 
     train_iters: int
     global_batch_size: int
     seq_length: int
     world_size: int
     flops_per_token: float
-    peak_tflops: float | None
+    shows_padding: bool = False
 
     def rates(self, interval: Interval) -> dict[str, float]:
         """Tokens/s and supervised tokens/s over all GPUs, TFLOP/s per GPU and milliseconds per iteration."""
@@ -69,28 +70,36 @@ class Meter:
             "ms_per_iteration": 1e3 * seconds,
         }
 
-    def line(self, iteration: int, consumed_samples: int, interval: Interval) -> str:
-        """The log line of an interval that ends at `iteration`."""
+    @property
+    def header(self) -> str:
+        """The heading of `row`'s columns."""
+        return " " * self._first_width + "".join(f"  {name:>{width}}" for name, width in self._columns.items())
+
+    def row(self, iteration: int, interval: Interval) -> str:
+        """The log line of an interval that ends at `iteration`: its values under `header`."""
         rates = self.rates(interval)
-        flops = f"{rates['tflops_per_gpu']:#.3g} TFLOP/s/GPU"
-        if self.peak_tflops:
-            share = 100 * rates["tflops_per_gpu"] / self.peak_tflops
-            flops += f" ({share:.1f}% of {self.peak_tflops:.0f} dense bf16)"
         seconds = rates["ms_per_iteration"] / 1e3 + interval.other_seconds_per_iteration
-        left = (self.train_iters - iteration) * seconds
-        return " | ".join(
-            (
-                f"iteration {iteration}/{self.train_iters}",
-                f"consumed samples {consumed_samples}",
-                f"loss {interval.loss:.6f}",
-                f"lr {interval.learning_rate:.3e}",
-                f"grad norm {interval.grad_norm:.4f}",
-                f"tokens/s {rates['tokens_per_s']:,.0f}",
-                flops,
-                f"{rates['ms_per_iteration']:.1f} ms/iteration",
-                f"{clock(left)} left",
-            )
-        )
+        values = {
+            "loss": f"{interval.loss:.6f}",
+            "grad norm": f"{interval.grad_norm:.4f}",
+            "lr": f"{interval.learning_rate:.2e}",
+            "tokens/s": f"{rates['tokens_per_s']:,.0f}",
+            "TFLOP/s": f"{rates['tflops_per_gpu']:#.3g}".removesuffix("."),
+            "pad": "" if interval.padding is None else f"{interval.padding:.1%}",
+            "left": clock((self.train_iters - iteration) * seconds),
+        }
+        cells = (f"  {values[name]:>{width}}" for name, width in self._columns.items())
+        return f"{f'iteration {iteration}/{self.train_iters}':<{self._first_width}}" + "".join(cells)
+
+    @property
+    def _first_width(self) -> int:
+        return len("iteration /") + 2 * len(str(self.train_iters))
+
+    @property
+    def _columns(self) -> dict[str, int]:
+        """The width of each column after the first, for values of usual size."""
+        padding = {"pad": 5} if self.shows_padding else {}
+        return {"loss": 8, "grad norm": 9, "lr": 8, "tokens/s": 8, "TFLOP/s": 7, **padding, "left": 7}
 
 
 def clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ from common.training.launching.rank_exit import STOPPED_AT, write_exit_reason
 from common.training.launching.signals import StopRequests
 from common.training.loop.bad_steps import BadSteps, check_weights
 from common.training.loop.data_loading import DataLoaders
-from common.training.loop.evaluation import evaluate, log_evaluation, num_eval_batches
+from common.training.loop.evaluation import evaluate, log_evaluation
 from common.training.loop.first_loss import check_first_loss
 from common.training.loop.progress_bar import progress_bar
 from common.training.loop.train_step import train_step
@@ -20,6 +20,7 @@ from common.training.loop.training_log import TrainingLog
 from common.training.planning.deadline import Deadline
 from common.training.planning.plan import Plan, Progress
 from common.training.state.training_state import TrainingState
+from common.training.tracking.best_losses import metric_of
 from common.training.tracking.tracker import Tracker
 
 SAVE_RETRY_S = 10  # between attempts to save at the end of a run
@@ -90,17 +91,17 @@ class Trainer:
         return self.save_if_due(before, stop)
 
     def evaluate(self) -> bool:
-        """Evaluates and logs the loss on the validation samples; returns whether a stop request interrupted it."""
+        """Evaluates and logs the losses on the validation samples; returns whether a stop request interrupted it."""
         self.training_log.stopwatch.pause("evaluation")
         iteration = self.progress.iteration
         data_iterators = self.loaders.valid_iterators()
-        loss = evaluate(self.plan, self.training_state, data_iterators, num_eval_batches(self.plan), self._should_stop)
-        log_evaluation(self.plan, iteration, loss)
-        if loss is not None:
-            self.tracker.log(iteration, validation_loss=loss)
-            self.checkpointer.record(iteration, validation_loss=loss)
+        losses = evaluate(self.plan, self.training_state, data_iterators, self._should_stop)
+        log_evaluation(self.plan, iteration, losses, self.tracker.best.update(losses or {}))
+        if losses is not None:
+            self.tracker.log(iteration, **{metric_of(name): loss for name, loss in losses.items()})
+            self.checkpointer.record(iteration, validation_loss=losses[""])
         self.training_log.stopwatch.resume()
-        return loss is None
+        return losses is None
 
     def save_if_due(self, before: Progress, stop: bool) -> bool:
         """Saves if a checkpoint is due after the step that began at `before`; returns whether the run stops here."""

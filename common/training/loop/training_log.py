@@ -3,15 +3,16 @@
 import torch
 import torch.distributed as dist
 
-from common.log import logger
+from common.log import BOLD, logger
 from common.training.loop.bad_steps import BadSteps
 from common.training.loop.forward_step import mean_loss, sum_reporting_losses
 from common.training.loop.memory import memory_line
 from common.training.loop.metrics import Interval, Meter, Stopwatch, flops_per_token, peak_tflops
-from common.training.loop.progress_bar import log_beside_bar
 from common.training.loop.train_step import StepResult
 from common.training.planning.plan import Plan, Progress
 from common.training.tracking.tracker import Tracker
+
+HEADER_ROWS = 20  # between repetitions of the table's heading
 
 
 class TrainingLog:
@@ -23,13 +24,16 @@ class TrainingLog:
         self.logged_pauses: dict[str, float] = {}
         self.reporting_loss = sum_reporting_losses(plan, [])
         self.interval_steps = self.total_steps = 0  # since the last line, and before it
+        self.counted_steps = 0  # of the interval, without skipped ones
         self.memory_is_logged = False
+        self.rows = 0
 
     def add(self, result: StepResult) -> None:
         """Adds a step to the interval."""
         self.interval_steps += 1
         if not result.skipped:
             self.reporting_loss += result.reporting_loss
+            self.counted_steps += 1
 
     def is_due(self, iteration: int) -> bool:
         """Whether an interval ends with the step `iteration`."""
@@ -38,20 +42,24 @@ class TrainingLog:
     def log(self, progress: Progress, grad_norm: float, learning_rate: float, bad_steps: BadSteps) -> float:
         """Logs the interval that ends at `progress`, and begins the next; returns its mean loss. A collective call."""
         assert self.plan.train
-        loss, tokens = mean_loss(self.reporting_loss)
+        loss, tokens, padding = mean_loss(self.reporting_loss)
         steps = self.total_steps + self.interval_steps
         pauses = dict(self.stopwatch.pauses)
         interval = Interval(
             loss, grad_norm, learning_rate, self.interval_steps, self.stopwatch.lap(), tokens,
-            sum(pauses.values()) / steps,
+            sum(pauses.values()) / steps, self._padding_share(padding),
         )  # fmt: skip
-        log_beside_bar(self.meter.line(progress.iteration, progress.consumed_samples, interval))
+        if self.rows % HEADER_ROWS == 0:
+            logger.info("%s", self.meter.header, extra={"style": BOLD})
+        self.rows += 1
+        logger.info("%s", self.meter.row(progress.iteration, interval))
         self.tracker.log(
             progress.iteration,
             **{"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate},
             **self.meter.rates(interval),
             **{f"{name}_s": seconds - self.logged_pauses.get(name, 0.0) for name, seconds in pauses.items()},
             **self._memory(),
+            **({} if interval.padding is None else {"padding": interval.padding}),
             consumed_samples=progress.consumed_samples,
             epoch=progress.consumed_samples / self.plan.train.samples_per_epoch,
             skipped_steps=bad_steps.total,
@@ -59,11 +67,19 @@ class TrainingLog:
         self.logged_pauses = pauses
         self.total_steps += self.interval_steps
         self.reporting_loss.zero_()
-        self.interval_steps = 0
+        self.interval_steps = self.counted_steps = 0
         if self.total_steps > 1 and not self.memory_is_logged and self.plan.platform.device == "cuda":
             logger.info(memory_line())
             self.memory_is_logged = True
         return loss
+
+    def _padding_share(self, num_padding: float) -> float | None:
+        """The share of the interval's positions that are padding; None for pretraining, whose rows have none."""
+        settings = self.plan.settings
+        if settings.train_mode == "pretrain":
+            return None
+        positions = self.counted_steps * settings.global_batch_size * settings.seq_length
+        return num_padding / positions if positions else float("nan")
 
     def _memory(self) -> dict[str, float]:
         """The peak device memory of the fullest rank, which the others only see together. A collective call."""
@@ -75,13 +91,15 @@ class TrainingLog:
 
 
 def build_meter(plan: Plan) -> Meter:
-    """The meter of this rank's device."""
+    """The meter of this rank's device; logs the device's peak, if it is known."""
     device_name = torch.cuda.get_device_name() if plan.platform.device == "cuda" else plan.platform.name
+    if peak := peak_tflops(plan.platform, device_name):
+        logger.info("TFLOP/s below are of one GPU; the peak of %s is %.0f (dense bf16)", device_name, peak)
     return Meter(
         train_iters=plan.train_iters,
         global_batch_size=plan.settings.global_batch_size,
         seq_length=plan.settings.seq_length,
         world_size=plan.sizes.world_size,
         flops_per_token=flops_per_token(plan.qwen, plan.settings.seq_length),
-        peak_tflops=peak_tflops(plan.platform, device_name),
+        shows_padding=plan.settings.train_mode == "finetune",
     )

@@ -1,6 +1,7 @@
 """The training and validation datasets of a run, checked against the model's vocabulary and tokenizer."""
 
 import hashlib
+from fractions import Fraction
 from pathlib import Path
 
 from common.data.dataset.blended_dataset import Blend, blend_datasets, read_blend
@@ -9,6 +10,7 @@ from common.data.dataset.file_hash import DATA_SAMPLES, hash_samples
 from common.data.dataset.id_range import check_ids
 from common.data.dataset.indexed_dataset import bin_path, idx_path, open_mask, open_tokens
 from common.data.dataset.manifest import DataFiles
+from common.data.dataset.named_datasets import NamedDatasets, read_named
 from common.data.dataset.sample_dataset import SampleDataset
 from common.data.dataset.shuffle import order_name
 from common.errors import KitError
@@ -28,19 +30,23 @@ def open_data(
     """
     assert settings.dataset_path
     blend = read_blend(settings.dataset_path)
-    valid_path = settings.valid_dataset_path
-    separate_valid = read_blend(valid_path, "VALID_DATASET_PATH") if valid_path else []
-    for each in (blend, separate_valid):
+    named, separate_valid = read_validation(settings)
+    for each in (blend, separate_valid, [(Fraction(1), files) for files in named.values()]):
         check_tokenizer(each, model_folder)
         if check:
             check_data(each, vocab_size, model_folder / "config.json")
     listed = parse_orders(order, len(blend))
-    if separate_valid:
-        whole = [
-            (weight, files.tokens.name, _open(settings, files, None, each))
-            for (weight, files), each in zip(blend, listed, strict=True)
-        ]
-        return blend_datasets(whole), blend_datasets(
+    if named or separate_valid:
+        whole = blend_datasets(
+            [
+                (weight, files.tokens.name, _open(settings, files, None, each))
+                for (weight, files), each in zip(blend, listed, strict=True)
+            ]
+        )
+        if named:
+            members = {name: _open(settings, files, None, None) for name, files in named.items()}
+            return whole, NamedDatasets(members, samples_at_once(settings))
+        return whole, blend_datasets(
             [(weight, files.tokens.name, _open(settings, files, None, None)) for weight, files in separate_valid]
         )
     train, valid = [], []
@@ -54,6 +60,21 @@ def open_data(
                 logger.info("no validation on %s: the validation share of SPLIT is too small (%s)", name, error)
         train.append((weight, name, _open(settings, files, train_range, each_listed)))
     return blend_datasets(train), blend_datasets(valid) if valid else None
+
+
+def read_validation(settings: TrainSettings) -> tuple[dict[str, DataFiles], Blend]:
+    """(the sets of VALID_DATASET_PATH by name, or the blend without names that it is); both empty where it is unset."""
+    text = settings.valid_dataset_path
+    named = read_named(text) if text else {}
+    return named, read_blend(text, "VALID_DATASET_PATH") if text and not named else []
+
+
+def samples_at_once(settings: TrainSettings) -> int:
+    """The samples that all replicas evaluate at once: a micro-batch each, with VPP one for each pipeline stage.
+
+    Megatron-Core's interleaved schedule runs a multiple of PP micro-batches.
+    """
+    return settings.micro_batch_size * settings.sizes.dp * (settings.pp if settings.vpp > 1 else 1)
 
 
 def parse_orders(order: str | None, num_datasets: int) -> list[bool | None]:
@@ -111,8 +132,12 @@ def content_hash(dataset_path: str) -> str:
 
     A manifest's identity covers the contents of the inputs, the tokenizer and the settings.
     """
+    return _blend_hash(read_blend(dataset_path))
+
+
+def _blend_hash(blend: Blend) -> str:
     digest = hashlib.sha256()
-    for weight, files in read_blend(dataset_path):
+    for weight, files in blend:
         digest.update(str(weight).encode())
         if identity := (files.manifest or {}).get("identity"):
             digest.update(identity.encode())
@@ -121,3 +146,14 @@ def content_hash(dataset_path: str) -> str:
             for path in (idx_path(prefix), bin_path(prefix)):
                 digest.update(hash_samples(path, DATA_SAMPLES).encode())
     return digest.hexdigest()[:16]
+
+
+def validation_hashes(settings: TrainSettings, data_hash: str) -> dict[str, str]:
+    """A hash of each validation set's contents by its name, "" for the one without; losses compare where it is equal.
+
+    data_hash: of DATASET_PATH, whose validation share is used without VALID_DATASET_PATH.
+    """
+    named, blend = read_validation(settings)
+    if named:
+        return {name: _blend_hash([(Fraction(1), files)]) for name, files in named.items()}
+    return {"": _blend_hash(blend) if blend else f"{data_hash} SPLIT={settings.split}"}

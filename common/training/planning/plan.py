@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from common.checkpoint.formats.checkpoint_paths import Checkpoint, find_checkpoi
 from common.checkpoint.formats.common_state import check_parallel_sizes, run_metadata
 from common.checkpoint.verification.pickle_scan import check_pickles
 from common.data.dataset.blended_dataset import BlendedDataset
+from common.data.dataset.named_datasets import NamedDatasets
 from common.data.dataset.sample_dataset import SampleDataset
 from common.data.dataset.shuffle import order_name
 from common.engine.dist_checkpointing import check_optimizer_sharding
@@ -21,7 +22,7 @@ from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes, is_node_leader
 from common.platforms.base import Platform
 from common.training.planning.compatibility import check_fit
-from common.training.planning.datasets import content_hash, open_data
+from common.training.planning.datasets import content_hash, open_data, validation_hashes
 from common.training.planning.deadline import STARTED
 from common.training.settings import TrainSettings
 
@@ -49,7 +50,11 @@ class Start:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's settings and everything derived from them."""
+    """A run's settings and everything derived from them.
+
+    valid: of sets that have names, NamedDatasets. valid_hashes: of their contents, by name ("" without one); empty
+    where the run does not evaluate.
+    """
 
     settings: TrainSettings
     platform: Platform
@@ -63,6 +68,7 @@ class Plan:
     train_iters: int
     progress: Progress = Progress()
     data_hash: str = ""
+    valid_hashes: dict[str, str] = field(default_factory=dict)
 
     @property
     def train_samples(self) -> int:
@@ -113,6 +119,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         train, valid = open_data(
             settings, start.model_folder, qwen.vocab_size, not planned_by_launcher(), order_of(start)
         )
+    data_hash = content_hash(settings.dataset_path) if settings.dataset_path and train else ""
     plan = Plan(
         settings=settings,
         platform=platform,
@@ -125,7 +132,8 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         valid=valid,
         train_iters=count_iterations(settings, train.samples_per_epoch, progress) if train else 0,
         progress=progress,
-        data_hash=content_hash(settings.dataset_path) if settings.dataset_path and train else "",
+        data_hash=data_hash,
+        valid_hashes=validation_hashes(settings, data_hash) if valid and settings.eval_interval else {},
     )
     if start.kind == "resume":
         check_resume(plan)
@@ -297,9 +305,20 @@ def describe(plan: Plan) -> None:
     logger.info("start: %s from %s", start.kind, source)
     if plan.train:
         logger.info(
-            "data: %d samples of %d tokens an epoch; %d steps of %d samples = %.2f epochs; validation: %s",
+            "data: %d samples of %d tokens an epoch; validation: %s",
             plan.train.samples_per_epoch, settings.seq_length,
-            plan.train_iters - done.iteration, settings.global_batch_size,
-            (plan.train_samples - done.consumed_samples) / plan.train.samples_per_epoch,
             f"{plan.valid.samples_per_epoch} samples" if plan.valid else "none",
         )  # fmt: skip
+        logger.info(
+            "length: %d steps of %d samples = %.2f epochs",
+            plan.train_iters - done.iteration, settings.global_batch_size,
+            (plan.train_samples - done.consumed_samples) / plan.train.samples_per_epoch,
+        )  # fmt: skip
+        if settings.train_mode == "finetune" and not settings.packing and sizes.cp == 1 and plan.train.filled < 0.5:
+            logger.info(
+                "rows are %.0f%% full, the rest is padding: PACKING=true puts several samples into one",
+                100 * plan.train.filled,
+            )
+    if isinstance(plan.valid, NamedDatasets):
+        for name, number in plan.valid.sizes.items():
+            logger.info("validation: %s: %d samples, each evaluation takes all of them", name, number)

@@ -14,7 +14,9 @@ class DataSettings:
         "pretrain", "pretrain: loss on every token; finetune: on the answers", ("pretrain", "finetune")
     )
     dataset_path: str | None = option(None, "OUTPUT_PREFIX of step 1, or a weighted blend: 0.7 a 0.3 b")
-    valid_dataset_path: str | None = option(None, "a separate validation set, used instead of SPLIT")
+    valid_dataset_path: str | None = option(
+        None, "used instead of SPLIT: a validation set, or several by name: law a general b"
+    )
     split: str = option("98,2,0", "shares of the documents: training, validation, unused")
     seq_length: int = option(2048, "tokens in a sample")
     packing: bool = option(False, "finetune: several samples per row, without attention between them")

@@ -11,7 +11,7 @@ class LogSettings:
 
     log_interval: int = option(10, "steps between log lines")
     eval_interval: int = option(100, "steps between evaluations; 0: none")
-    eval_iters: int = option(50, "global batches per evaluation")
+    eval_iters: int = option(50, "global batches per evaluation; validation sets with names are evaluated whole")
     max_first_loss: float | None = option(None, "stop if the first loss is higher, a sign of wrong weights")
     tensorboard: str = option(
         "auto",

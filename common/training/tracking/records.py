@@ -7,6 +7,7 @@ from typing import Any
 from common.checkpoint.formats.model_files import RUN_FILES
 from common.errors import KitError
 
+VALIDATION_LOSS = "validation_loss"  # the metric; of a set with a name, followed by / and the name
 LOG_FILE, METRICS_FILE, RUN_RECORD, TENSORBOARD_FOLDER = RUN_FILES
 
 

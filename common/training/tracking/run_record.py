@@ -20,6 +20,7 @@ from common.files import write_json
 from common.log import logger
 from common.settings import KIT
 from common.training.launching.nodes import versions
+from common.training.planning.datasets import read_validation
 from common.training.planning.plan import Plan
 from common.training.settings import TrainSettings
 from common.training.tracking.records import RUN_RECORD, read_run_record
@@ -74,6 +75,7 @@ def describe_start(plan: Plan) -> dict[str, Any]:
         "config": hash_file(start.model_folder / "config.json"),
         "data": plan.data_identity,
         "datasets": describe_datasets(plan.settings),
+        "validation": plan.valid_hashes,
         "world_size": sizes.world_size,
         "parallel": {name: getattr(sizes, name) for name in ("tp", "pp", "vpp", "cp", "dp")},
         "platform": plan.platform.name,
@@ -85,13 +87,18 @@ def describe_start(plan: Plan) -> dict[str, Any]:
 
 
 def describe_datasets(settings: TrainSettings) -> list[dict[str, Any]]:
-    """What step 1 counted in each dataset of DATASET_PATH; a count that its manifest lacks is empty."""
+    """What step 1 counted in each dataset of the run; a count that its manifest lacks is empty."""
+    named, validation = read_validation(settings)
+    training = read_blend(settings.dataset_path) if settings.dataset_path else []
+    uses = [("training", float(weight), files) for weight, files in training]
+    uses += [("validation", float(weight), files) for weight, files in validation]
+    uses += [(f"validation, {name}", "", files) for name, files in named.items()]
     found = []
-    for weight, files in read_blend(settings.dataset_path) if settings.dataset_path else ():
+    for use, weight, files in uses:
         manifest = files.manifest or {}
         documents = manifest.get("documents", {})
         found.append(
-            {"path": str(files.tokens), "weight": float(weight), "documents": documents.get("kept", "")}
+            {"use": use, "path": str(files.tokens), "weight": weight, "documents": documents.get("kept", "")}
             | {"dropped": sum(documents.get("dropped", {}).values())}
             | {name: manifest.get(name, "") for name in ("tokens", "supervised_tokens", "longest")}
         )

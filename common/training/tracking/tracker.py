@@ -10,6 +10,7 @@ from pathlib import Path
 from common.errors import one_line
 from common.training.planning.plan import Plan, describe
 from common.training.settings import TrainSettings
+from common.training.tracking.best_losses import BestLosses
 from common.training.tracking.log_file import log_file
 from common.training.tracking.metrics_file import MetricsFile
 from common.training.tracking.run_record import RunRecord
@@ -20,8 +21,8 @@ from common.training.tracking.wandb import WandbTracker, check_wandb
 class Tracker:
     """Passes metrics on to every recorder; without recorders, as on ranks above 0, it does nothing."""
 
-    def __init__(self) -> None:
-        self.iteration = 0
+    def __init__(self, best: BestLosses) -> None:
+        self.iteration, self.best = 0, best
         self._recorders: list[Callable[[int, dict[str, float]], None]] = []
 
     def add(self, recorder: Callable[[int, dict[str, float]], None]) -> None:
@@ -38,7 +39,7 @@ class Tracker:
 @contextmanager
 def tracking(plan: Plan, rank: int) -> Iterator[Tracker]:
     """The tracker of a run, and its records of how the block began and ended."""
-    tracker = Tracker()
+    tracker = Tracker(BestLosses(plan, rank))  # before this start is in the records
     if rank:
         yield tracker
         return

@@ -196,7 +196,7 @@ def test_an_epoch_of_a_million_documents_is_ordered_in_about_a_second(tmp_path: 
 
 def test_a_padded_sample(tmp_path: Path) -> None:
     (sample,) = epoch(finetune(sft_data(tmp_path, [6], [[0, 0, 1, 1, 0, 1]]), 8))
-    assert sorted(sample) == ["labels", "loss_mask", "tokens"]
+    assert sorted(sample) == ["labels", "loss_mask", "num_padding", "tokens"] and sample["num_padding"] == 3
     assert sample["tokens"].tolist() == [1, 2, 3, 4, 5, PAD, PAD, PAD]
     assert sample["labels"].tolist() == [2, 3, 4, 5, 6, PAD, PAD, PAD]
     assert sample["loss_mask"].tolist() == [0, 1, 1, 0, 1, 0, 0, 0]

@@ -13,13 +13,11 @@ from common.training.loop.metrics import Interval, Meter
 
 def training_log(path: Path, *losses_at: tuple[int, float]) -> Path:
     """A log of training as the loop writes it, with other lines between."""
-    meter = Meter(
-        train_iters=30, global_batch_size=8, seq_length=64, world_size=2, flops_per_token=1e6, peak_tflops=None
-    )
+    meter = Meter(train_iters=30, global_batch_size=8, seq_length=64, world_size=2, flops_per_token=1e6)
     lines = ["W1 torchrun says something | loss 9 | left"]
     for at, loss in losses_at:
         interval = Interval(loss=loss, grad_norm=0.5, learning_rate=1e-3, iterations=10, seconds=1.0)
-        lines += [f"12:00:00 {meter.line(at, at * 8, interval)}", "12:00:01 validation at iteration 20 | loss 1.0"]
+        lines += [f"11-30 12:00:00 {meter.row(at, interval)}", "11-30 12:00:01 validation at iteration 20  loss 1.0"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

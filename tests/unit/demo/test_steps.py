@@ -30,7 +30,9 @@ class Output(list[str]):
 def writes(work: Path, name: str, text: str = "whole", **more: object) -> Step:
     """A step that appends `text` to `result` in its folder, and prints a line of the kit's and one of others."""
     folder = work / name
-    program = f"mkdir -p {folder} && printf {text} >>{folder}/result && echo '12:00:00 wrote {name}' && echo noise"
+    program = (
+        f"mkdir -p {folder} && printf {text} >>{folder}/result && echo '11-30 12:00:00 wrote {name}' && echo noise"
+    )
     return Step(
         name=name, title=f"Write {name}", command=("bash", "-c", program), output=folder,
         is_complete=lambda path: (path / "result").is_file(), **more,
@@ -79,7 +81,7 @@ def test_steps_run_in_order_and_print_what_they_do(tmp_path: Path) -> None:
     text = str(output)
     assert text.index("[1/2] Write one") < text.index("    wrote one") < text.index("[2/2] Write two")
     assert "bash -c" in text and "\n    noise" not in text and text.count("done in 0 s") == 2
-    assert (tmp_path / "logs" / "one.log").read_text() == "12:00:00 wrote one\nnoise\n"
+    assert (tmp_path / "logs" / "one.log").read_text() == "11-30 12:00:00 wrote one\nnoise\n"
     assert json.loads((tmp_path / "steps" / "one.json").read_text())["seconds"] < 5
 
 
@@ -177,12 +179,11 @@ def test_paths_are_named_from_the_kits_folder() -> None:
 
 
 def test_lines_of_training_are_cut_short_and_those_of_libraries_left_out() -> None:
-    meter = Meter(
-        train_iters=500, global_batch_size=32, seq_length=128, world_size=2, flops_per_token=1e6, peak_tflops=None
-    )
-    line = meter.line(100, 3200, Interval(loss=1.25, grad_norm=0.5, learning_rate=1e-3, iterations=50, seconds=5.0))
-    assert displayed(f"12:34:56 {line}") == "step 100 of 500 | loss 1.250 | 0:00:40 left"
-    assert displayed("12:34:56 saved work/pretrain") == "saved work/pretrain"
+    meter = Meter(train_iters=500, global_batch_size=32, seq_length=128, world_size=2, flops_per_token=1e6)
+    line = meter.row(100, Interval(loss=1.25, grad_norm=0.5, learning_rate=1e-3, iterations=50, seconds=5.0))
+    assert displayed(f"11-30 12:34:56 {line}") == "step 100 of 500 | loss 1.250 | 0:00:40 left"
+    assert displayed("11-30 12:34:56 saved work/pretrain") == "saved work/pretrain"
+    assert displayed(f"11-30 12:34:56 {meter.header}") is None
     assert displayed("error: no such file") == "error: no such file"
     assert displayed("/x/y.py:114: UserWarning: Apex is not installed") is None
     assert displayed("W1124 20:36:53.730000 4493 torch/distributed/run.py:874] OMP") is None

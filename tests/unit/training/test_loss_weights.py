@@ -89,7 +89,8 @@ def test_a_micro_batch_counts_its_weights_when_it_is_trained_on_and_not_when_it_
     )
     training_state: Any = SimpleNamespace(heartbeat=Heartbeat(), loss_weights=LossWeights(CPU))
     rows = {"tokens": torch.ones(2, 3, dtype=torch.long), "labels": torch.ones(2, 3, dtype=torch.long),
-            "loss_mask": torch.tensor([[0.5, 0.25, 0], [0, 1, 0.125]])}  # fmt: skip
+            "loss_mask": torch.tensor([[0.5, 0.25, 0], [0, 1, 0.125]]),
+            "num_padding": torch.tensor([1, 2])}  # fmt: skip
 
     def model(*_: Any, loss_mask: torch.Tensor, **more: Any) -> torch.Tensor:
         return 2 * loss_mask
@@ -98,5 +99,5 @@ def test_a_micro_batch_counts_its_weights_when_it_is_trained_on_and_not_when_it_
         with torch.set_grad_enabled(counted > 0):
             output, loss_of = forward_step(plan, training_state)(iter([dict(rows)]), model)
             total, _, report = loss_of(output)
-        assert (total.item(), report.tolist()) == (3.75, [3.75, 1.875])
+        assert (total.item(), report.tolist()) == (3.75, [3.75, 1.875, 3.0])
         assert training_state.loss_weights.total.item() == counted

@@ -1,6 +1,5 @@
 """The printed numbers: operations, rates, the time left."""
 
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -73,9 +72,7 @@ def test_seconds_are_shown_as_a_clock(seconds: float, text: str) -> None:
 
 
 # 10 steps of 16 samples of 1000 tokens in 4 s on 8 devices: 40,000 tokens/s, 5 GFLOP a token: 25 TFLOP/s a device.
-METER = Meter(
-    train_iters=1210, global_batch_size=16, seq_length=1000, world_size=8, flops_per_token=5e9, peak_tflops=100.0
-)
+METER = Meter(train_iters=1210, global_batch_size=16, seq_length=1000, world_size=8, flops_per_token=5e9)
 INTERVAL = Interval(loss=2.5, grad_norm=0.75, learning_rate=1.5e-5, iterations=10, seconds=4.0, supervised_tokens=6e4)
 
 
@@ -86,21 +83,25 @@ def test_rates_are_of_all_devices_of_one_device_and_of_one_step() -> None:
 
 
 def test_a_log_line_holds_every_number() -> None:
-    assert METER.line(110, 1760, INTERVAL) == (
-        "iteration 110/1210 | consumed samples 1760 | loss 2.500000 | lr 1.500e-05 | grad norm 0.7500"
-        " | tokens/s 40,000 | 25.0 TFLOP/s/GPU (25.0% of 100 dense bf16) | 400.0 ms/iteration | 0:07:20 left"
-    )
+    meter = replace(METER, shows_padding=True)
+    assert [meter.header, meter.row(1210, INTERVAL), meter.row(9, replace(INTERVAL, loss=1.25, padding=0.4567))] == [
+        "                         loss  grad norm        lr  tokens/s  TFLOP/s    pad     left",
+        "iteration 1210/1210  2.500000     0.7500  1.50e-05    40,000     25.0         0:00:00",
+        "iteration 9/1210     1.250000     0.7500  1.50e-05    40,000     25.0  45.7%  0:08:00",
+    ]
+    assert METER.header.split() == ["loss", "grad", "norm", "lr", "tokens/s", "TFLOP/s", "left"]
+
+
+def test_a_line_with_its_date_fits_a_terminal() -> None:
+    usual = {"grad_norm": 12.3456, "padding": 0.5}
+    meter = replace(METER, train_iters=9999, global_batch_size=256, seq_length=4096, shows_padding=True)
+    row = meter.row(1000, replace(INTERVAL, seconds=30.0, **usual))
+    assert len("11-30 12:00:00 " + row) == len("11-30 12:00:00 " + meter.header) == 100
 
 
 def test_the_time_left_counts_evaluation_and_saving() -> None:
     interval = replace(INTERVAL, other_seconds_per_iteration=0.6)
-    assert METER.line(110, 1760, interval).endswith("0:18:20 left")  # 1,100 steps of a second
-
-
-def test_no_share_is_printed_of_a_peak_that_is_not_known() -> None:
-    meter = Meter(**{**vars(METER), "peak_tflops": None})
-    assert re.search(r"\| 25\.0 TFLOP/s/GPU \|", meter.line(1210, 0, INTERVAL))
-    assert meter.line(1210, 0, INTERVAL).endswith("0:00:00 left")
+    assert METER.row(110, interval).endswith(" 0:18:20")  # 1,100 steps of a second
 
 
 def test_a_lap_leaves_out_what_ran_while_the_watch_was_paused() -> None:

@@ -312,7 +312,8 @@ def test_the_plan_is_logged_one_line_per_subject(data: Path, qwen: Path, caplog:
         "metax: 8 processes = TP 2 x PP 2 x CP 1 x DP 2, local layers, bf16",
         "note: this kit was not run on metax hardware",
         f"start: random from {qwen}",
-        "data: 95 samples of 16 tokens an epoch; 12 steps of 16 samples = 2.02 epochs; validation: 10 samples",
+        "data: 95 samples of 16 tokens an epoch; validation: 10 samples",
+        "length: 12 steps of 16 samples = 2.02 epochs",
     ]
 
 

@@ -48,7 +48,7 @@ def test_a_missing_best_checkpoint_is_not_counted() -> None:
 
 
 def test_a_record_is_read_as_it_was_written_and_a_broken_one_is_empty(tmp_path: Path) -> None:
-    record = RetentionRecord({20: 1.25, 10: 1 / 3}, {30, 10})
+    record = RetentionRecord({20: 1.25, 10: 1 / 3}, {30, 10}, {"law": "ab"}, {5})
     (tmp_path / RECORD_FILE).write_text(json.dumps(record.to_json()))
     assert RetentionRecord.read(tmp_path) == record
     for broken in ("", "[]", "3", '{"validation_losses": [], "epoch_ends": []}', '{"epoch_ends": []}',
