@@ -92,7 +92,7 @@ def describe_datasets(settings: TrainSettings) -> list[dict[str, Any]]:
     training = read_blend(settings.dataset_path) if settings.dataset_path else []
     uses = [("training", float(weight), files) for weight, files in training]
     uses += [("validation", float(weight), files) for weight, files in validation]
-    uses += [(f"validation, {name}", "", files) for name, files in named.items()]
+    uses += [(f"validation, {name}", 1.0, files) for name, files in named.items()]
     found = []
     for use, weight, files in uses:
         manifest = files.manifest or {}
