@@ -76,6 +76,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${KEEP_BEST:=0}"         # also keep so many with the lowest validation loss / 另外保留验证损失最低的几个
 : "${KEEP_EPOCHS:=false}"   # save at the end of each epoch, and keep it / 每轮结束时保存并保留
 : "${SAVE_OPTIMIZER:=true}" # false: weights only, cannot resume / false：只保存权重，不能续训
+: "${EXPORT_HF:=none}"        # export for transformers beside training: none, best, last, each / 边训练边导出
 : "${ASYNC_SAVE:=false}"    # write while training goes on (torch_dist) / 异步保存（torch_dist）
 : "${CKPT_FORMAT:=torch}"   # torch_dist or torch / 检查点格式
 : "${EVAL_INTERVAL:=100}"   # steps between evaluations; 0: none / 验证间隔（步）；0：不验证

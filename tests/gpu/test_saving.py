@@ -25,7 +25,7 @@ SHAPE = {
     "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 4096,
 }  # fmt: skip
 SIZES = (5, 1 << 20, 300_000_001, 17 << 20, 64, 200 << 20)  # bytes: below a block, of one, and of many
-VALIDATION = re.compile(r"validation at iteration (\d+) \| loss ([\d.]+)")
+VALIDATION = re.compile(r"validation at iteration (\d+) +loss ([\d.]+)")
 
 
 def device_tensors() -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ from common.checkpoint.formats.checkpoint_paths import iteration_dir, write_trac
 from common.checkpoint.formats.torch_dist_writer import RankWriteResults, finish_checkpoint
 from common.files import PARTIAL
 from common.log import logger
+from common.training.checkpointing.hf_export import HfExporter
 from common.training.checkpointing.optimizer_state import has_optimizer_state
 from common.training.checkpointing.retention import Retention
 from common.training.checkpointing.run_folder import RunFolder, size_of
@@ -52,14 +53,17 @@ class Checkpointer:
         self.path = Path(plan.settings.save_checkpoint_path)
         self.writer: TorchDistWriter | None = None
         self.host_group = HostGroup(heartbeat)
+        self.newest: int | None = None  # the iteration saved last
         self.overdue = False  # whether the last save failed
         self.last_save_s = 0.0  # how long the last save took
         self._pending: _PendingSave | None = None
         self.folder: RunFolder | None = None  # on rank 0
         self.retention: Retention | None = None
+        self.exporter: HfExporter | None = None
         if dist.get_rank() == 0:
             self.folder = RunFolder(plan)
             self.retention = Retention(plan.settings, self.folder, plan.valid_hashes)
+            self.exporter = HfExporter(plan.settings.export_hf, self.path)
 
     def record(self, iteration: int, *, validation_loss: float | None = None, epoch_ends: bool = False) -> None:
         """Records what decides whether the checkpoint of `iteration` is kept; no collective call."""
@@ -114,6 +118,11 @@ class Checkpointer:
         blocked_s = pending.blocked_s if writer.async_save else time.monotonic() - pending.began
         return self._publish(pending.partial, pending.final, pending.iteration, pending.began, blocked_s)
 
+    def poll_exports(self) -> None:
+        """Logs an export that has ended and starts the next; no collective call."""
+        if self.exporter:
+            self.exporter.poll()
+
     def save_converted(self, training_state: TrainingState, progress: Progress) -> None:
         """Saves what was loaded in torch format: under its iteration's name, or as `release` for weights only."""
         weights_only = self.plan.start.kind == "weights"
@@ -122,11 +131,25 @@ class Checkpointer:
         if partial:
             self._save_torch(training_state, progress, partial, final, began, weights_only=weights_only)
 
-    def close(self) -> None:
-        """Finalizes the pending checkpoint and waits for removals in progress."""
+    def close(self, at_once: Callable[[], bool]) -> None:
+        """Finalizes the pending checkpoint, and waits for removals in progress and for exports, but not `at_once`."""
         self.finalize(wait=True)
+        self._finish_exports(at_once)
         if self.retention:
             self.retention.wait()
+
+    def _finish_exports(self, at_once: Callable[[], bool]) -> None:
+        if self.plan.settings.export_hf == "none":
+            return
+        if self.exporter and self.retention:
+            while not self.exporter.poll():
+                self.host_group.heartbeat.beat("exporting")
+                if at_once():
+                    self.exporter.stop()
+                time.sleep(0.2)
+            if self.newest is not None:
+                self.retention.prune(self.newest)  # what was kept for an export
+        self.host_group.all_ready(ready=True)  # collectives of the others would time out meanwhile
 
     def _begin(self, final: Path, ckpt_format: str) -> Path | None:
         """The empty folder, beside `final`, to write a checkpoint of that format to; None if the disk refuses."""
@@ -181,8 +204,15 @@ class Checkpointer:
             paused = f"; training paused {blocked_s:.1f} s" if blocked_s < seconds - 0.05 else ""
             logger.info("saved %s: %.1f MB in %.1f s (%.0f MB/s)%s", final, size, seconds, size / seconds, paused)
             if isinstance(iteration, int):
-                self.retention.prune(iteration)
+                self.newest = iteration
+                self._export(iteration)
+                self.retention.prune(iteration, self.exporter.needed if self.exporter else set())
         return True
+
+    def _export(self, iteration: int) -> None:
+        assert self.exporter and self.retention
+        losses = self.retention.record.validation_losses
+        self.exporter.add(iteration, is_best=iteration in losses and losses[iteration] == min(losses.values()))
 
     def _try(self, action: Callable[[], Any], partial: Path, *, wait_for_ranks: bool = False) -> bool:
         """Whether `action` succeeded on every rank; if not, logs the disk's error and removes `partial`.

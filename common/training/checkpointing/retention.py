@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,10 +111,14 @@ class Retention:
         """Writes the record to disk; raises OSError."""
         write_json(self.folder.path / RECORD_FILE, self.record.to_json())
 
-    def prune(self, current: int) -> None:
-        """Starts to remove what no setting keeps; `current` is the checkpoint that the tracker names."""
+    def prune(self, current: int, needed: Collection[int] = ()) -> None:
+        """Starts to remove what no setting keeps; `current` is the checkpoint that the tracker names.
+
+        needed: iterations that are kept this time.
+        """
         self.wait()
         old = checkpoints_to_remove(list_iterations(self.folder.path), current, self.settings, self.record)
+        old = [iteration for iteration in old if iteration not in needed]
         self._thread = threading.Thread(target=self._remove, args=(old,), name="retention", daemon=True)
         self._thread.start()
 

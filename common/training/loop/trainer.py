@@ -55,9 +55,10 @@ class Trainer:
             stopped = self.step(data_iterators)
             bar.update()
         bar.close()
-        self.checkpointer.close()
         iteration = self.progress.iteration
-        if stopped and iteration < self.plan.train_iters and not self._exits_here():
+        interrupted = stopped and iteration < self.plan.train_iters and not self._exits_here()
+        self.checkpointer.close(lambda: interrupted or self._should_stop())
+        if interrupted:
             write_exit_reason(STOPPED_AT, f"stopped and saved at iteration {iteration} of {self.plan.train_iters}")
         logger.info("stopped after iteration %d of %d", iteration, self.plan.train_iters)
 
@@ -85,6 +86,7 @@ class Trainer:
         self.bad_steps.check(iteration)
         self.checkpointer.allocate_staging(self.training_state)
         self.checkpointer.finalize(wait=False)
+        self.checkpointer.poll_exports()
         stop = result.stop
         if not stop and self.loaders.valid and (iteration % settings.eval_interval == 0 or self._is_last()):
             stop = self.evaluate()

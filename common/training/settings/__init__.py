@@ -52,6 +52,8 @@ class TrainSettings(
             require(self, "dataset_path", bool(self.dataset_path), "training needs what step 1 wrote: set DATASET_PATH")
         elif not self.load_checkpoint_path:
             raise KitError("LOAD_CHECKPOINT_PATH is not set: convert reads the distributed checkpoint there")
+        if self.export_hf == "best" and not self.eval_interval:
+            raise KitError("EXPORT_HF=best needs the validation loss, and EVAL_INTERVAL=0: change one of them")
         if self.keep_best and not self.eval_interval:
             raise KitError(
                 f"KEEP_BEST={self.keep_best} needs the validation loss, and EVAL_INTERVAL=0: change one of them"

@@ -23,6 +23,10 @@ class CheckpointSettings:
     keep_epochs: bool = option(False, "also save and keep a checkpoint at the end of each epoch")
     save_optimizer: bool = option(True, "false: save weights only, which cannot be resumed")
     async_save: bool = option(False, "torch_dist only: write checkpoints in the background")
+    export_hf: str = option(
+        "none", "export checkpoints for transformers beside training: none, best, last or each",
+        ("none", "best", "last", "each"),
+    )  # fmt: skip
     ckpt_format: str | None = option(None, "torch_dist or torch; default: the platform's", ("torch_dist", "torch"))
 
     def check_checkpoints(self) -> None:
