@@ -38,7 +38,7 @@ class LineFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-class LineHandler(logging.StreamHandler[TextIO]):
+class LineHandler(logging.StreamHandler):
     """Writes lines above the progress bars of this process, which tqdm draws again below them."""
 
     def emit(self, record: logging.LogRecord) -> None:

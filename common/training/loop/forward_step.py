@@ -65,7 +65,7 @@ def sum_loss(
     total = losses.sum()
     number = loss_mask.sum()
     # A copy: the schedule scales the first value in place.
-    reporting_loss = torch.stack([total.detach(), number, number.new_tensor(num_padding)]).clone()
+    reporting_loss = torch.stack([total.detach(), number, torch.full_like(number, num_padding)]).clone()
     return total, number.round().to(torch.int32), reporting_loss
 
 
