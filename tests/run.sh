@@ -19,7 +19,7 @@ declare -A AREAS=(
   [data]='tests/unit/data tests/end_to_end/test_preprocess_rows.py'
   [model]='tests/unit/model tests/unit/test_logits.py'
   [checkpoint]='tests/unit/checkpoint tests/end_to_end/test_convert.py tests/end_to_end/test_convert_commands.py'
-  [inference]='tests/unit/inference tests/end_to_end/test_chat.py'
+  [inference]='tests/unit/inference tests/unit/evaluate tests/end_to_end/test_chat.py'
   [training]='tests/unit/training tests/unit/test_parallel.py
     tests/distributed/test_tracking.py'
   [engine]='tests/unit/engine tests/unit/test_platforms.py

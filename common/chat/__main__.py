@@ -4,12 +4,13 @@ import argparse
 from pathlib import Path
 
 from common import errors, log
-from common.chat.answers import answer_all, check_output
+from common.chat.answers import answer_all
 from common.chat.settings import ChatSettings
 from common.chat.terminal import Terminal
 from common.inference.generation import Generator
 from common.inference.model import find_device
 from common.inference.model_folder import open_model_folder
+from common.inference.output import check_new_file
 from common.inference.prompt_rows import PromptReader
 from common.inference.prompts import PromptEncoder, find_template
 from common.inference.sampling import effective_sampling
@@ -29,7 +30,7 @@ def chat(settings: ChatSettings, check: bool) -> None:
     )
     output = Path(settings.output) if settings.output else None
     if output:
-        check_output(output)
+        check_new_file(output)
     prompts = reader.read(Path(settings.prompts)) if settings.prompts else []
     if check:
         print(f"ok: {folder.path} can answer {f'{len(prompts)} prompts' if prompts else 'what you type'}")

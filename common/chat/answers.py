@@ -10,21 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common import errors
-from common.errors import KitError, writing
+from common.errors import writing
 from common.files import PARTIAL
-from common.folders import check_writable
 from common.inference.generation import Generator
 from common.inference.prompt_rows import Prompt
 from common.log import logger
 
 LOG_INTERVAL_S = 60.0
-
-
-def check_output(path: Path) -> None:
-    """Raises KitError unless `path` is a new file that can be written."""
-    if os.path.lexists(path):
-        raise KitError(f"OUTPUT={path} exists: remove it, or give another path")
-    check_writable(path.absolute().parent, f"OUTPUT={path}")
 
 
 def answer_all(generator: Generator, prompts: Sequence[Prompt], batch_size: int, output: Path | None) -> None:

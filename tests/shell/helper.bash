@@ -55,6 +55,7 @@ commands() {
       ;;
     3_*) printf 'TRAIN_OR_CONVERT_CKPT=%s common.train\n' train convert ;;
     4_*) echo '- common.chat' ;;
+    5_*) echo '- common.evaluate' ;;
   esac
 }
 
