@@ -1,13 +1,14 @@
 """Qwen2.5 on Megatron-Core: from jsonl to safetensors.
 
-jsonl --preprocess--> .bin/.idx --train--> checkpoint --convert--> safetensors
+jsonl --preprocess--> .bin/.idx --train--> checkpoint --convert--> safetensors --chat--> answers
 
 Imports point down (tests/unit/test_layers.py); docs/architecture.md shows the rooms within the parts:
 
-    commands     preprocess  convert  logits  train  watch  doctor  demo
+    commands     preprocess  convert  logits  train  watch  chat  evaluate  doctor  demo
     estimate     memory, layouts that fit, tokens/s
     report       a page on runs
     training     plan, ranks, loop, state
+    inference    an exported model and its prompts
     checkpoint   formats, conversion, verification
     model, data  shape and layers; jsonl to micro-batches
     locks        one writer per folder

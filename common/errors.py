@@ -39,6 +39,8 @@ REMEDIES = {
     (errno.EIO, errno.EREMOTEIO): f"the disk or the network file system failed: see dmesg, {AGAIN}",
 }
 OTHER_REMEDY = "check the path, or give another one"
+# From torch, CUDA, NCCL, cuBLAS and the CPU allocator, each in a RuntimeError.
+OUT_OF_MEMORY_TEXTS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 class KitError(Exception):
@@ -148,6 +150,16 @@ def _naming(failure: str, name: str) -> Iterator[None]:
     except OSError as error:
         known = describe_os_error(error) or f"{error}: {OTHER_REMEDY}"
         raise KitError(f"{failure}: {known.removeprefix(f'{name}: ')}") from error
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """The first line of an out-of-memory error, of the host or a device; None for any other error."""
+    if isinstance(error, MemoryError):
+        return str(error) or "of the host"
+    if not isinstance(error, RuntimeError) or not any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
+        return None
+    # torch's message continues with a link to its documentation, or with lines of C++.
+    return str(error).split("  See documentation")[0].strip().splitlines()[0].rstrip(".")
 
 
 def stdout_reader_is_gone() -> bool:

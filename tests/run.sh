@@ -3,8 +3,8 @@
 #
 #   without names   every stage, in under 25 minutes on 2 cores; it must pass before a commit
 #   STAGE           lint unit shell docker distributed nodes end_to_end docs
-#   AREA            data model checkpoint training engine estimate demo report base shell: lint and what a change there can
-#                   break first, in under 2 minutes on 2 cores
+#   AREA            data model checkpoint inference training engine estimate demo report base shell: lint and what a
+#                   change there can break first, in under 2 minutes on 2 cores
 #
 # A failed check does not stop the next one; the exit status is 1 if any failed.
 set -uo pipefail
@@ -19,6 +19,7 @@ declare -A AREAS=(
   [data]='tests/unit/data tests/end_to_end/test_preprocess_rows.py'
   [model]='tests/unit/model tests/unit/test_logits.py'
   [checkpoint]='tests/unit/checkpoint tests/end_to_end/test_convert.py tests/end_to_end/test_convert_commands.py'
+  [inference]='tests/unit/inference tests/unit/evaluate tests/end_to_end/test_chat.py'
   [training]='tests/unit/training tests/unit/test_parallel.py
     tests/distributed/test_tracking.py'
   [engine]='tests/unit/engine tests/unit/test_platforms.py

@@ -12,7 +12,7 @@ from typing import Any
 from common import errors, log
 from common.demo.answers import ANSWERS, ask, load_answers, read_prompts, save_answers
 from common.demo.recipe import QuickstartSettings, own_kind, steps_of, work_dir
-from common.demo.report import report, score
+from common.demo.report import invitation, report, score
 from common.demo.sample import write_sample
 from common.demo.steps import Runner
 from common.errors import KitError
@@ -71,6 +71,8 @@ def run(settings: QuickstartSettings) -> None:
         print_line(
             f"With your own model and rows: WORK_DIR=work/own HF_MODEL_PATH=... INPUT=... bash {script} (--help)"
         )
+    for line in invitation(work / "huggingface", current().name, None if settings.input else answers):
+        print_line(line)
 
 
 def judge(before: int, after: int, count: int) -> None:

@@ -1,4 +1,4 @@
-"""A model's answers, by `transformers`' `generate` on the exported folder."""
+"""The answers of two models to the first rows of a file."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,12 +7,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common.data.sources.bad_rows import BadRowError, BadRows
+from common.data.sources.bad_rows import BadRows
 from common.data.sources.discovery import find_inputs
-from common.data.sources.jsonl import first_row, first_rows, string_field
-from common.data.templates.row_formats import Message, detect_format, to_messages
+from common.data.sources.jsonl import first_rows, string_field
+from common.data.templates.row_formats import (
+    TEXT_FORMAT,
+    Conversation,
+    Message,
+    detect_format,
+    format_of_rows,
+    to_messages,
+)
 from common.errors import KitError
 from common.files import write_json
+from common.inference.generation import Generator
+from common.inference.model import ModelSettings
+from common.inference.model_folder import open_model_folder
+from common.inference.prompts import PromptEncoder, find_template
+from common.inference.sampling import Sampling
 
 ANSWERS = "answers.json"
 TEXT_FIELD = "text"
@@ -45,14 +57,7 @@ class Answer:
 
 def kind_of(text: str) -> str:
     """The kind of data in the first row of INPUT `text`, "sft" or "pretrain"; raises KitError if it is neither."""
-    chunk, offset, row = first_row(find_inputs(text))
-    try:
-        detect_format(row)
-    except BadRowError as error:
-        if TEXT_FIELD in row:
-            return "pretrain"
-        raise chunk.error(offset, f"{error}; for pretraining it needs {TEXT_FIELD}") from None
-    return "sft"
+    return "pretrain" if format_of_rows(find_inputs(text), TEXT_FIELD) == TEXT_FORMAT else "sft"
 
 
 def read_prompts(text: str, count: int, roles: str) -> list[Prompt]:
@@ -83,22 +88,17 @@ def _of_conversation(row: dict[str, Any], roles: str) -> Prompt:
 
 def generate(folder: Path, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
     """The greedy continuation of each prompt by the model of `folder`; all prompts in one batch."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not (folder / "config.json").is_file():
-        raise KitError(f"{folder} has no config.json: give a Hugging Face model's folder")
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    texts = [
-        prompt.given
+    model = open_model_folder(folder)
+    encoder = PromptEncoder(model.tokenizer, find_template(model.tokenizer, "auto"), model.room(max_new_tokens))
+    ids = [
+        encoder.text_ids(prompt.given)
         if isinstance(prompt.given, str)
-        else tokenizer.apply_chat_template(prompt.given, tokenize=False, add_generation_prompt=True)
+        else encoder.chat_ids(Conversation(prompt.given, [None] * len(prompt.given)))
         for prompt in prompts
     ]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-    new = ids[:, batch["input_ids"].shape[1] :]
-    return list(tokenizer.batch_decode(new, skip_special_tokens=True))
+    greedy = Sampling(temperature=0, top_p=1, top_k=0, repetition_penalty=1)
+    generator = Generator(model, ModelSettings(str(folder), device="cpu"), greedy, max_new_tokens, seed=0)
+    return [answer.text for answer in generator.batch(ids)]
 
 
 def ask(before: Path, after: Path, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:

@@ -1,13 +1,16 @@
 """The quickstart's final report: losses, answers, the score, and the paths of the files."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.demo.answers import Answer
+from common.demo.corpus import SYSTEM
 from common.demo.steps import TRAINING_LINE, Runner, shown
 
 SHOWN_ANSWERS = 6
 SHOWN_CHARACTERS = 70
+SAMPLE_ANSWER_TOKENS = 64  # the sample's model has few positions
 FILES = {
     "sample": "the tiny random model, and the sample data",
     "tokens_pretrain": "the texts as Megatron's .bin and .idx",
@@ -59,3 +62,16 @@ def _answers(answers: Sequence[Answer], models: tuple[str, str]) -> Iterator[str
         texts = (answer.expected, answer.before, answer.after)
         for name, text in zip(("expected", *models), texts, strict=True):
             yield f"        {name:<10} {one_line(text)}"
+
+
+def invitation(model: Path, platform: str, sample: Sequence[Answer] | None) -> Iterator[str]:
+    """The line that talks to `model`; for the sample's, in the way it was trained, and with one of its questions."""
+    settings = [f"HF_MODEL_PATH={shlex.quote(shown(model))}"]
+    yield "\nTalk to the model / 与模型对话"
+    if sample is not None:
+        settings += [f"SYSTEM={shlex.quote(SYSTEM['en'])}", f"MAX_NEW_TOKENS={SAMPLE_ANSWER_TOKENS}"]
+    yield f"    {' '.join(settings)} bash {platform}/4_chat.sh"
+    for answer in sample or ():
+        if answer.question.isascii() and "\n" not in answer.question:
+            yield f"    and ask: {answer.question}"
+            return

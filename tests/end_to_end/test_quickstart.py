@@ -64,6 +64,11 @@ class Quickstart:
         os.killpg(self.process.pid, signal.SIGINT)
         return self.end()
 
+    def finished(self) -> str:
+        """The output of a run that must succeed."""
+        assert self.end() == 0, self.text
+        return self.text
+
     def end(self) -> int:
         """The exit status of the run."""
         status = self.process.wait(timeout=LIMIT_SECONDS)
@@ -112,6 +117,20 @@ def test_another_run_repeats_nothing_and_prints_the_same(work: Path) -> None:
     assert "of 50 questions right" in third.text and "untrained: 0." in third.text
     made = [path for path in work.rglob("*") if path.is_file() and path.stat().st_mtime > began]
     assert not made, made
+
+
+def test_it_ends_with_the_line_that_talks_to_the_model(work: Path) -> None:
+    text = Quickstart(WORK_DIR=work).finished()
+    *_, title, line, ask = text.splitlines()
+    question = ask.removeprefix("    and ask: ")
+    assert title.startswith("Talk to the model") and "bash cpu/4_chat.sh" in line and question != ask
+    done = subprocess.run(
+        line, shell=True, cwd=ROOT, input=f"{question}\n", capture_output=True, text=True, timeout=LIMIT_SECONDS,
+        env={**os.environ, "PYTHON": sys.executable},
+    )  # fmt: skip
+    answers = json.loads((work / "answers" / "answers.json").read_text(encoding="utf-8"))["answers"]
+    (expected,) = {answer["after"] for answer in answers if answer["question"] == question}
+    assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
 
 
 def test_another_seed_needs_another_folder(work: Path) -> None:

@@ -54,6 +54,8 @@ commands() {
       echo 'CONVERT_TYPE=megatron-to-huggingface common.convert megatron-to-hf'
       ;;
     3_*) printf 'TRAIN_OR_CONVERT_CKPT=%s common.train\n' train convert ;;
+    4_*) echo '- common.chat' ;;
+    5_*) echo '- common.evaluate' ;;
   esac
 }
 

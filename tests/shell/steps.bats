@@ -49,6 +49,8 @@ setup() {
       1_*) missing='INPUT, OUTPUT_PREFIX, TOKENIZER_PATH' ;;
       2_*) missing='CONVERT_TYPE, LOAD_CHECKPOINT_PATH, SAVE_CHECKPOINT_PATH' ;;
       3_*) missing='DATASET_PATH, SAVE_CHECKPOINT_PATH, LOAD_CHECKPOINT_PATH or HF_MODEL_PATH' ;;
+      4_*) missing=HF_MODEL_PATH ;;
+      5_*) missing='HF_MODEL_PATH, INPUT or TASKS' ;;
     esac
     for flags in '' -n; do
       # shellcheck disable=SC2086 # none or one
@@ -103,7 +105,7 @@ setup() {
   done
 }
 
-@test "the printed line of steps 1 and 3 passes Python's own check at every vendor, without its GPU" {
+@test "the printed line of steps 1 and 3 to 5 passes Python's own check at every vendor, without its GPU" {
   for vendor in "${VENDORS[@]}"; do
     echo "$vendor"
     export TOKENIZER_PATH="$DATA/hf" HF_MODEL_PATH="$DATA/hf" OUTPUT_PREFIX="$DATA/new/a"
@@ -112,9 +114,13 @@ setup() {
     # Transformer Engine, NVIDIA's default, is not installed where the tests run
     DATASET_PATH="$DATA/pretrain" SEQ_LENGTH=64 SAVE_CHECKPOINT_PATH="$DATA/new" \
       check "$vendor/3_run_mcore_qwen.sh" --transformer-impl local
+    run -2 paste_line "$PRINTED --check --seq-length 100000" # a check that never failed would show nothing
+    [[ $output == *"error: SEQ_LENGTH=100000 exceeds"* && ! -e $DATA/new ]]
+    PROMPTS="$DATA/chat.jsonl" OUTPUT="$DATA/new/answers.jsonl" MAX_NEW_TOKENS=64 check "$vendor/4_chat.sh"
+    run -2 paste_line "$PRINTED --check --max-new-tokens 512"
+    [[ $output == *"error: MAX_NEW_TOKENS=512: the model has 512 positions"* && ! -e $DATA/new ]]
+    INPUT="held_out=$DATA/chat.jsonl" OUTPUT="$DATA/new/results.json" check "$vendor/5_evaluate.sh"
   done
-  run -2 paste_line "$PRINTED --check --seq-length 100000" # a check that never failed would show nothing
-  [[ $output == *"error: SEQ_LENGTH=100000 exceeds"* && ! -e $DATA/new ]]
 }
 
 @test "fields of Megatron-Core's configs are passed from step 3's script to Python's check" {
@@ -238,7 +244,7 @@ setup() {
 }
 
 @test "every vendor has the same steps with the same settings, and no default for what is needed" {
-  ((${#VENDORS[@]} >= 3 && ${#SCRIPTS[@]} == 4 * ${#VENDORS[@]}))
+  ((${#VENDORS[@]} >= 3 && ${#SCRIPTS[@]} == 6 * ${#VENDORS[@]}))
   for vendor in "${VENDORS[@]}"; do
     echo "$vendor"
     diff <(cd "$KIT/cpu" && ls [0-9]_*.sh) <(cd "$vendor" && ls [0-9]_*.sh)
@@ -254,9 +260,10 @@ setup() {
 
 @test "the steps' settings are Python's, and so are the defaults that all vendors share" {
   # For the expert, after --.
-  expert='MCORE|NUM_WORKERS|SEQUENCE_PARALLEL|CORE_ATTENTION|FUSED_PRODUCTS'
+  expert='MCORE|NUM_WORKERS|SEQUENCE_PARALLEL|CORE_ATTENTION|FUSED_PRODUCTS|CHAT_TEMPLATE_KWARGS'
   for step in 1_preprocess_pretrain:common.preprocess.PretrainSettings 1_preprocess_sft:common.preprocess.SftSettings \
-    3_run_mcore_qwen:common.training.settings.TrainSettings; do
+    3_run_mcore_qwen:common.training.settings.TrainSettings 4_chat:common.chat.settings.ChatSettings \
+    5_evaluate:common.evaluate.settings.EvaluateSettings; do
     script=${step%:*}.sh class=${step#*:}
     echo "$class"
     run -0 settings_of_python "from ${class%.*} import ${class##*.} as kind"

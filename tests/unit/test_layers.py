@@ -26,9 +26,10 @@ LAYERS = [
     {"locks", "progress"},
     {"model", "data"},
     {"checkpoint"},
+    {"inference"},
     {"training", "demo"},
     {"estimate", "report"},
-    {"preprocess", "convert", "logits", "train", "doctor", "watch"},
+    {"preprocess", "convert", "logits", "train", "doctor", "watch", "chat", "evaluate"},
 ]
 # The rooms of a part, lowest first; a file beside them is a room of its own.
 ROOMS = {

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import pytest
 
 from common import settings as module
+from common.chat.settings import ChatSettings
 from common.checkpoint.conversion.hf_to_megatron import HfToMegatron
 from common.checkpoint.conversion.megatron_to_hf import MegatronToHf
 from common.errors import KitError
+from common.evaluate.settings import EvaluateSettings
 from common.preprocess import PretrainSettings, SftSettings
 from common.settings import (
     OLD_NAMES,
@@ -122,7 +124,10 @@ def test_a_processes_flags_give_the_launchers_settings_again() -> None:
     assert from_namespace(TrainSettings, made.parse_args(to_flags(settings))) == settings
 
 
-@pytest.mark.parametrize("kind", [TrainSettings, PretrainSettings, SftSettings])
+STEP_SETTINGS = (TrainSettings, PretrainSettings, SftSettings, ChatSettings, EvaluateSettings)
+
+
+@pytest.mark.parametrize("kind", STEP_SETTINGS)
 def test_every_default_is_one_of_its_choices(kind: type) -> None:
     for field in dataclasses.fields(kind):
         choices = field.metadata["choices"]
@@ -136,7 +141,7 @@ def test_the_scripts_settings_are_those_that_the_shell_finds() -> None:
     found = declared(STEPS, OLD_NAMES)
     assert {"MICRO_BATCH_SIZE", "TOKENIZER_PATH", "CONVERT_TYPE", "SAVE_DIST_CHECKPOINT_PATH"} <= found
     assert not {"PYTHON", "WORK_DIR", "LD_LIBRARY_PATH"} & found
-    fields = {field.name.upper() for kind in (TrainSettings, PretrainSettings, SftSettings, HfToMegatron, MegatronToHf)
+    fields = {field.name.upper() for kind in (*STEP_SETTINGS, HfToMegatron, MegatronToHf)
               for field in dataclasses.fields(kind)}  # fmt: skip
     assert found - fields == {"CONVERT_TYPE", "SAVE_DIST_CHECKPOINT_PATH", "SAVE_TORCH_CHECKPOINT_PATH"}
 

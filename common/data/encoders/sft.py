@@ -22,6 +22,7 @@ from common.data.sources.jsonl import records
 from common.data.templates.assistant_spans import AssistantSpans
 from common.data.templates.chat_template import ChatTemplate
 from common.data.templates.reasoning import check_reasoning, message_texts
+from common.data.templates.rendered_tools import check_tools
 from common.data.templates.rendering import Affixes
 from common.data.templates.row_formats import Conversation, check_format, is_weighted, to_conversation
 from common.data.tokenizer.eod import EodToken
@@ -131,7 +132,7 @@ class SftEncoder:
 
     def segments(self, conversation: Conversation, counts: Counter[str]) -> Iterator[Segment]:
         """The rendered conversation in segments; raises BadRowError when an answer cannot be located in it."""
-        self._check_tools(conversation)
+        check_tools(conversation, self.template)
         losses = dict(self._learned(conversation))
         earlier = "its 'loss' to false" if self.loss_turns == "last" else "LOSS_TURNS=last"
         found = AssistantSpans(
@@ -154,24 +155,6 @@ class SftEncoder:
             found.notes[NEWLINE_ANSWERS] += sum(joins[:-1])
         if found.notes:
             counts.update(found.notes)
-
-    def _check_tools(self, conversation: Conversation) -> None:
-        """Raises BadRowError unless the template renders the row's tools before the first answer."""
-        calls = any("tool_calls" in message for message in conversation.messages)
-        if (conversation.tools or calls) and not self.template.own:
-            raise BadRowError(
-                "it has tools, which ChatML does not render: the tokenizer's folder needs its chat template"
-            )
-        first = next(i for i, message in enumerate(conversation.messages) if message["role"] == "assistant")
-        shown = self._render(conversation, first) if conversation.tools else ""
-        for tool in conversation.tools or []:
-            function = tool.get("function", tool)
-            name = function.get("name") if isinstance(function, dict) else None
-            if not isinstance(name, str) or name not in shown:
-                raise BadRowError(
-                    f"the chat template does not render the tool {name!r} of field 'tools': remove the field, or put"
-                    f" your own chat_template.jinja into {self.template.folder}"
-                )
 
     def _render(self, conversation: Conversation, turns: int) -> str:
         return self.template.render(

@@ -20,7 +20,7 @@ def find_inputs(text: str) -> list[Path]:
     From a folder only jsonl files are taken, and never hidden ones; skipped entries and files named twice are logged.
     Raises KitError when a path matches nothing, or when a file is empty or cannot be read.
     """
-    if _exists(text):
+    if exists(text):
         words = [text]
     else:
         try:
@@ -34,14 +34,15 @@ def find_inputs(text: str) -> list[Path]:
     return files
 
 
-def _exists(text: str) -> bool:
+def exists(text: str) -> bool:
+    """Whether `text` is a path of something that exists."""
     # Not Path.exists: Path("") is ".", and a long list of paths raises "file name too long".
     return os.path.exists(text)  # noqa: PTH110
 
 
 def _expand(word: str) -> list[Path]:
     """The files that one path, glob or folder stands for."""
-    if _exists(word):
+    if exists(word):
         return _list_folder(Path(word)) if Path(word).is_dir() else [Path(word)]
     # glob.glob, not Path.glob: the pattern may be absolute.
     found = [Path(name) for name in sorted(glob.glob(word, recursive=True))]  # noqa: PTH207

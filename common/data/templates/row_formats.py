@@ -1,15 +1,17 @@
 """Fine-tuning rows in three formats to a `Conversation`: messages, their loss weights, and tools."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from common.data.sources.bad_rows import BadRowError
-from common.data.sources.jsonl import string_field
+from common.data.sources.jsonl import first_row, string_field
 from common.data.templates.fields import NOT_USED, ROW_FIELDS, is_empty, parse_loss, unused_row_fields, without_nulls
 from common.data.templates.messages import Message, parse_turn
 from common.data.templates.tool_calls import check_numbers, load_json, parse_tools
 
 FORMATS = ("instruction", "messages", "conversations")
+TEXT_FORMAT = "text"  # a row of pretraining, which no template renders
 _COLUMNS = {
     "instruction": ("instruction", "input", "output"),
     "messages": ("messages",),
@@ -53,6 +55,20 @@ def detect_format(row: dict[str, Any]) -> str:
     if len(found) > 1:
         raise BadRowError(f"it has the fields of {' and '.join(found)}: set FORMAT to the intended one")
     return found[0]
+
+
+def format_of_rows(files: list[Path], json_key: str) -> str:
+    """The format of the first row in `files`: one of FORMATS, or TEXT_FORMAT where it only has the field `json_key`.
+
+    Raises KitError when it is neither, or there is no row.
+    """
+    chunk, offset, row = first_row(files)
+    try:
+        return detect_format(row)
+    except BadRowError as error:
+        if json_key in row:
+            return TEXT_FORMAT
+        raise chunk.error(offset, f"{error}; for pretraining it needs {json_key}") from None
 
 
 def check_format(row: dict[str, Any], first: str) -> str:

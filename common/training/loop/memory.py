@@ -7,12 +7,9 @@ import torch
 import torch.distributed as dist
 
 from common.engine import transformer_engine
-from common.errors import KitError
+from common.errors import KitError, out_of_memory
 from common.platforms.base import Platform
 from common.training.planning.plan import Plan
-
-# From torch, CUDA, NCCL, cuBLAS and the CPU allocator, each in a RuntimeError.
-OUT_OF_MEMORY_TEXTS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
 
 def memory_line() -> str:
@@ -29,10 +26,8 @@ def explain_out_of_memory(plan: Plan) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
+        if (text := out_of_memory(error)) is None:
             raise
-        # torch's message continues with a link to its documentation, or with lines of C++.
-        text = str(error).split("  See documentation")[0].strip().splitlines()[0].rstrip(".")
         raise KitError(f"rank {dist.get_rank()} is out of memory ({text}): {memory_remedy(plan)}") from error
 
 

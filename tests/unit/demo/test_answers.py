@@ -85,7 +85,7 @@ def test_a_batch_of_prompts_of_several_lengths_is_answered_as_each_alone(qwen: P
     expected = [alone(qwen, text, 12) for text in texts]
     assert generate(qwen, [Prompt(chat, "") for chat in chats], 12) == expected
     assert len(set(expected)) > 1
-    with pytest.raises(KitError, match="/nowhere has no config.json: give a Hugging Face model's folder"):
+    with pytest.raises(KitError, match="HF_MODEL_PATH=/nowhere is not a folder: give"):
         generate(Path("/nowhere"), [Prompt("a", "")], 1)
     plain = ["The quick", "def add"]
     assert generate(qwen, [Prompt(text, "") for text in plain], 12) == [alone(qwen, text, 12) for text in plain]
