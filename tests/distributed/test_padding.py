@@ -51,6 +51,12 @@ def test_the_share_is_that_of_the_samples_of_the_interval(
     assert (shares[0] > 0.5) != packing
     assert re.findall(r"iteration \d+/.* ([\d.]+)% ", log) == [f"{100 * share:.1f}" for share in shares]
     assert log.count(ADVICE) == (not packing)
+    found = re.findall(r"packing: a sample is a row of ([\d.]+) conversations on average, (\d+)% full; a step", log)
+    assert len(found) == packing
+    if packing:
+        options = {"train_mode": "finetune", "seq_length": LENGTH, "seed": 1234}
+        rows, singles = (build_dataset(resolve(str(work / "sft")), packing=each, **options) for each in (True, False))
+        assert found[0][0] == f"{singles.samples_per_epoch / rows.samples_per_epoch:.1f}"
     assert (work / name / "log.txt").read_text(encoding="utf-8").count(ADVICE) == (not packing)
     events = EventAccumulator(str(work / name / "tensorboard"))
     events.Reload()

@@ -122,9 +122,17 @@ class BlendedDataset:
     @property
     def filled(self) -> float:
         """The share of an epoch's positions that hold a token."""
+        return self._mean([samples.filled for samples in self.members])
+
+    @property
+    def documents_per_sample(self) -> float:
+        """How many conversations a sample holds on average."""
+        return self._mean([samples.documents_per_sample for samples in self.members])
+
+    def _mean(self, values: list[float]) -> float:
+        """The mean over an epoch of what each dataset's samples have."""
         counts = self.counts(self.samples_per_epoch)
-        shares = (count * samples.filled for count, samples in zip(counts, self.members, strict=True))
-        return sum(shares) / self.samples_per_epoch
+        return sum(count * value for count, value in zip(counts, values, strict=True)) / self.samples_per_epoch
 
     def place(self, global_index: int) -> tuple[int, int]:
         """(dataset index, sample index in it) at a position, as Megatron's dataset index and dataset sample index."""

@@ -26,7 +26,7 @@ class GPTDataset:
     listed: whether the order is listed in memory; None: if it is short.
     """
 
-    weighted, filled = False, 1.0
+    weighted, filled, documents_per_sample = False, 1.0, 1.0
 
     def __init__(
         self,

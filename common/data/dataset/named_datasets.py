@@ -67,6 +67,12 @@ class NamedDatasets:
         """The share of the samples' positions that hold a token."""
         return sum(each.samples_per_epoch * each.filled for each in self.members) / self.samples_per_epoch
 
+    @property
+    def documents_per_sample(self) -> float:
+        """How many conversations a sample holds on average."""
+        total = sum(each.samples_per_epoch * each.documents_per_sample for each in self.members)
+        return total / self.samples_per_epoch
+
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
         number = bisect_right(self._starts, position) - 1
         samples, index = self.members[number], position - self._starts[number]

@@ -28,6 +28,11 @@ class SampleDataset(Protocol):
         """The share of an epoch's positions that hold a token; the rest is padding."""
         ...
 
+    @property
+    def documents_per_sample(self) -> float:
+        """How many conversations a sample holds on average; 1 for pre-training, where they are not counted."""
+        ...
+
     def __getitem__(self, global_index: int) -> dict[str, np.ndarray]:
         """The sample at a global index, in whichever epoch it lies."""
         ...

@@ -144,6 +144,7 @@ class SFTDataset:
         self.order = order_name(self.listed)
         used = sample_index.num_tokens - sample_index.num_samples
         self.filled = used / (self.samples_per_epoch * self.seq_length)
+        self.documents_per_sample = sample_index.num_samples / self.samples_per_epoch
         logger.info(
             "%s: %d samples in %d rows of %d tokens, %.1f%% full",
             self.tokens.prefix.name, sample_index.num_samples, self.samples_per_epoch, self.seq_length,

@@ -26,6 +26,8 @@ from common.training.planning.datasets import content_hash, open_data, validatio
 from common.training.planning.deadline import STARTED
 from common.training.settings import TrainSettings
 
+MANY_EPOCHS = 16  # "Scaling Data-Constrained Language Models", section 6: repeats are worth little from here on
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -314,6 +316,19 @@ def describe(plan: Plan) -> None:
             plan.train_iters - done.iteration, settings.global_batch_size,
             (plan.train_samples - done.consumed_samples) / plan.train.samples_per_epoch,
         )  # fmt: skip
+        epochs = plan.train_samples / plan.train.samples_per_epoch
+        if epochs > MANY_EPOCHS:
+            logger.info(
+                "note: the run passes over the data %s times; more than %d add little (arXiv 2305.16264): EPOCHS and"
+                " TRAIN_ITERS set the length",
+                f"{epochs:,.0f}", MANY_EPOCHS,
+            )  # fmt: skip
+        if settings.packing:
+            packed = plan.train.documents_per_sample
+            logger.info(
+                "packing: a sample is a row of %.1f conversations on average, %.0f%% full; a step has about %s of them",
+                packed, 100 * plan.train.filled, f"{packed * settings.global_batch_size:,.0f}",
+            )  # fmt: skip
         if settings.train_mode == "finetune" and not settings.packing and sizes.cp == 1 and plan.train.filled < 0.5:
             logger.info(
                 "rows are %.0f%% full, the rest is padding: PACKING=true puts several samples into one",
