@@ -13,7 +13,9 @@ Imports point down (tests/unit/test_layers.py); docs/architecture.md shows the r
     model, data  shape and layers; jsonl to micro-batches
     locks        one writer per folder
     progress     a bar for long work on files
-    settings  log  parallel  platforms  engine  json_file  folders
+    settings  parallel  platforms  engine  json_file  folders
+    hub          a model's id where a folder is expected
+    log
     errors  start  files
 """
 

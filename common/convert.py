@@ -35,7 +35,7 @@ from common.start import from_kit
 class Verify:
     """Compares a Hugging Face folder with a Megatron checkpoint, bit for bit."""
 
-    hf_model_path: str = option(help="Hugging Face folder")
+    hf_model_path: str = option(help="Hugging Face folder", hub="model")
     load_checkpoint_path: str = option(help="Megatron checkpoint: its folder, or the folder of an iteration")
     dtype: str | None = option(None, "cast both sides to it before comparing", tuple(DTYPES))
     drop_rows: bool = option(False, DROP_ROWS_HELP)

@@ -40,7 +40,7 @@ def add(a, b):
 class Settings:
     """Compares the outputs of a Hugging Face folder and a Megatron checkpoint for a text."""
 
-    hf_model_path: str = option(help="Hugging Face folder, with its tokenizer")
+    hf_model_path: str = option(help="Hugging Face folder, with its tokenizer", hub="model")
     load_checkpoint_path: str = option(help="Megatron checkpoint: its folder, or the folder of an iteration")
     text: str = option(TEXT, "input text")
 

@@ -40,7 +40,7 @@ class ShowSettings:
     """The settings of `show`."""
 
     data: str = option(help=HELP_DATA)
-    tokenizer_path: str = option(help=HELP_TOKENIZER)
+    tokenizer_path: str = option(help=HELP_TOKENIZER, hub="tokenizer")
     count: int = option(3, "documents to print")
     index: int | None = option(None, "index of the first document; default: random documents, by SEED")
     seed: int = option(0, "selects the documents without INDEX")
@@ -63,7 +63,7 @@ class LegacySettings:
 
     input: str = option(help="fine-tuning data of the legacy kit: its OUTPUT_PREFIX, or the full ..._document prefix")
     output_prefix: str = option(help="writes {OUTPUT_PREFIX}_text_document and _loss_mask_document (.bin/.idx)")
-    tokenizer_path: str = option(help="Hugging Face folder with the tokenizer that wrote the data")
+    tokenizer_path: str = option(help="Hugging Face folder with the tokenizer that wrote the data", hub="tokenizer")
 
 
 COMMON_SEQ_LENGTHS = (2048, 4096, 8192, 16384, 32768)  # the first is the scripts' default

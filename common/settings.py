@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common.errors import KitError
+from common.hub import local_folder
 
 T = TypeVar("T")
 
@@ -27,9 +28,14 @@ LEAST_LETTERS = 6  # in a name that may be a misspelled setting; a typo is toler
 OTHERS = {"PARTITION", "NUM_WORKERS"}
 
 
-def option(default: Any = dataclasses.MISSING, help: str = "", choices: Sequence[str] = ()) -> Any:
-    """A dataclass field with its help text; without `default` its flag is required."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices)})
+def option(
+    default: Any = dataclasses.MISSING, help: str = "", choices: Sequence[str] = (), hub: str | None = None
+) -> Any:
+    """A dataclass field with its help text; without `default` its flag is required.
+
+    hub: the field is a folder that may be given as an id, whose files of that purpose (hub.FILES) are then fetched.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices), "hub": hub})
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
@@ -88,9 +94,13 @@ def _add_option(group: Any, field: dataclasses.Field[Any], kind: Any) -> None:
 
 
 def from_namespace(settings: type[T], namespace: argparse.Namespace) -> T:
-    """An instance of `settings` from the parsed flags."""
+    """An instance of `settings` from the parsed flags, with the folders of models that are given by their ids."""
     fields = dataclasses.fields(settings)  # type: ignore[arg-type]
     values = {field.name: getattr(namespace, field.name) for field in fields}
+    for field in fields:
+        purpose, value = field.metadata.get("hub"), values[field.name]
+        if purpose and value:
+            values[field.name] = local_folder(value, field.name.upper(), purpose)
     repeated = {field.name for field in fields if isinstance(field.default, tuple)}
     return settings(**{name: tuple(value or ()) if name in repeated else value for name, value in values.items()})
 

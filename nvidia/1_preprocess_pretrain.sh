@@ -8,7 +8,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 # Needed / 必填
 : "${INPUT:=}"          # .jsonl, also .gz .zst .bz2 .xz, or a JSON array; a folder, a glob or a list / 文件、目录、通配符或列表
 : "${OUTPUT_PREFIX:=}"  # writes {OUTPUT_PREFIX}_{JSON_KEY}_document.bin and .idx / 输出文件的前缀
-: "${TOKENIZER_PATH:=}" # Hugging Face folder with tokenizer.json / 含 tokenizer.json 的目录
+: "${TOKENIZER_PATH:=}" # Hugging Face folder with tokenizer.json, or an id / 含 tokenizer.json 的目录，或模型 ID
 
 # Documents / 文档
 : "${JSON_KEY:=text}"       # the field that holds the text / 文本所在的字段

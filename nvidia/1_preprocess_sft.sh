@@ -8,7 +8,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 # Needed / 必填
 : "${INPUT:=}"          # .jsonl, also .gz .zst .bz2 .xz, or a JSON array; a folder, a glob or a list / 文件、目录、通配符或列表
 : "${OUTPUT_PREFIX:=}"  # writes {OUTPUT_PREFIX}_text_document and _loss_mask_document / 输出文件的前缀
-: "${TOKENIZER_PATH:=}" # Hugging Face folder with tokenizer.json and chat template / 含分词器和对话模板的目录
+: "${TOKENIZER_PATH:=}" # Hugging Face folder with tokenizer.json and chat template, or an id / 含分词器和对话模板的目录，或模型 ID
 
 # Samples / 样本
 : "${FORMAT:=auto}"       # what a row looks like; auto: told from the first rows / 行的格式；auto：由开头几行判断

@@ -7,7 +7,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Needed / 必填
 : "${CONVERT_TYPE:=}"         # huggingface-to-megatron or megatron-to-huggingface / 转换方向
-: "${LOAD_CHECKPOINT_PATH:=}" # folder that is read / 读取的目录
+: "${LOAD_CHECKPOINT_PATH:=}" # folder that is read; a Hugging Face one also by its id / 读取的目录；Hugging Face 模型也可写 ID
 : "${SAVE_CHECKPOINT_PATH:=}" # folder that is written / 写入的目录
 
 # Either way / 两个方向

@@ -27,7 +27,7 @@ declare -A AREAS=(
   [estimate]='tests/unit/estimate'
   [demo]='tests/unit/demo'
   [report]='tests/unit/report tests/unit/test_trigram.py'
-  [base]='tests/unit/test_errors.py tests/unit/test_folders.py tests/unit/test_json_file.py tests/unit/test_locks.py
+  [base]='tests/unit/test_errors.py tests/unit/test_folders.py tests/unit/test_hub.py tests/unit/test_json_file.py tests/unit/test_locks.py
     tests/unit/test_progress.py tests/unit/test_settings.py tests/docs'
   [shell]='tests/shell'
 )

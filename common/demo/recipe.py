@@ -51,7 +51,7 @@ class QuickstartSettings:
     """All steps: data, conversion, training, conversion back, answers."""
 
     work_dir: str | None = option(None, "folder for all output; default: work in the kit's folder")
-    hf_model_path: str | None = option(None, "your own model, a Hugging Face folder; requires INPUT")
+    hf_model_path: str | None = option(None, "your own model, a Hugging Face folder; requires INPUT", hub="model")
     input: str | None = option(None, "your own rows, conversations or text; requires HF_MODEL_PATH")
     roles: str = option("system", "your data: instruction is the system turn; or alpaca", ("system", "alpaca"))
     seq_length: int = option(1024, "your data: tokens in a sample")

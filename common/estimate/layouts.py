@@ -24,7 +24,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 class EstimateSettings:
     """What to estimate: training settings under their own names. One that is not given takes every possible value."""
 
-    hf_model_path: str = option(help="folder with the model's config.json; nothing else in it is read")
+    hf_model_path: str = option(help="folder with the model's config.json; nothing else in it is read", hub="config")
     gpu: str = option(help="type of the GPUs, as H100, H200, A100, C500")
     gpus: int = option(1, "GPUs of a node")
     nnodes: int = option(1, "nodes")

@@ -20,7 +20,9 @@ from common.settings import option
 class ModelSettings:
     """Which model, in which dtype, on which device."""
 
-    hf_model_path: str = option(help="Hugging Face folder: what step 2 exported, or another Qwen2 or Qwen3 model")
+    hf_model_path: str = option(
+        help="Hugging Face folder: what step 2 exported, or another Qwen2 or Qwen3 model", hub="model"
+    )
     dtype: str | None = option(None, "dtype to compute in; default: that of the weights", tuple(DTYPES))
     device: str = option("auto", "auto: cuda if there is a GPU (MetaX's too), else cpu; or cpu, cuda, cuda:1, ...")
 

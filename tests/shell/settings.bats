@@ -1,5 +1,5 @@
 #!/usr/bin/env bats
-# Settings from a file, and what the environment sets.
+# Settings from a file, what the environment sets, old names.
 
 bats_require_minimum_version 1.5.0
 load helper
@@ -66,4 +66,37 @@ END
   write "${GIVEN[@]}"
   run -7 --separate-stderr env SETTINGS=my.env "$SCRIPT"
   [[ ${stderr_lines[0]} == '+ '* ]]
+}
+
+@test "the old names of the checkpoint folders are accepted, with a log line" {
+  for vendor in "${VENDORS[@]}"; do
+    script=$vendor/3_run_mcore_qwen.sh
+    for old in SAVE_DIST_CHECKPOINT_PATH SAVE_TORCH_CHECKPOINT_PATH; do
+      run -7 --separate-stderr env DATASET_PATH=d LOAD_CHECKPOINT_PATH=l "$old=/s" "$script"
+      [[ $stderr == *": $old is the old name of SAVE_CHECKPOINT_PATH: SAVE_CHECKPOINT_PATH=/s"* ]]
+      [[ $(passed SAVE_CHECKPOINT_PATH) == /s ]]
+      run -2 env DATASET_PATH=d LOAD_CHECKPOINT_PATH=l SAVE_CHECKPOINT_PATH=/t "$old=/s" "$script" -n
+      [[ $output == *"SAVE_CHECKPOINT_PATH=/t and $old=/s differ"* ]]
+      run -0 env DATASET_PATH=d LOAD_CHECKPOINT_PATH=l SAVE_CHECKPOINT_PATH=/s "$old=/s" "$script" -n
+    done
+    # A script of before sets both, and training writes to the first.
+    both=(SAVE_DIST_CHECKPOINT_PATH=/d SAVE_TORCH_CHECKPOINT_PATH=/t)
+    run -7 --separate-stderr env "${both[@]}" DATASET_PATH=d LOAD_CHECKPOINT_PATH=l "$script"
+    [[ $(passed SAVE_CHECKPOINT_PATH) == /d && $stderr == *"SAVE_TORCH_CHECKPOINT_PATH is not used"* ]]
+    run -7 env "${both[@]}" TRAIN_OR_CONVERT_CKPT=convert "$script"
+    [[ $(passed LOAD_CHECKPOINT_PATH) == /d && $(passed SAVE_CHECKPOINT_PATH) == /t ]]
+    run -2 env "${both[@]}" TRAIN_OR_CONVERT_CKPT=convert LOAD_CHECKPOINT_PATH=/other "$script"
+    [[ $output == *"LOAD_CHECKPOINT_PATH=/other and SAVE_DIST_CHECKPOINT_PATH=/d differ"* ]]
+  done
+}
+
+@test "convert refuses to write to the folder that it reads, however it is spelled" {
+  mkdir folder
+  for vendor in "${VENDORS[@]}"; do
+    for save in folder folder/ ./folder/../folder "$PWD/folder"; do
+      TRAIN_OR_CONVERT_CKPT=convert LOAD_CHECKPOINT_PATH=folder SAVE_CHECKPOINT_PATH=$save run -2 \
+        "$vendor/3_run_mcore_qwen.sh" -n
+      [[ $output == *"are both folder: convert writes to another folder"* ]]
+    done
+  done
 }

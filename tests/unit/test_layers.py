@@ -22,7 +22,9 @@ COMMON = ROOT / "common"
 # Lowest first. Parts on one layer do not know each other.
 LAYERS = [
     {"errors", "start", "files"},
-    {"settings", "log", "parallel", "platforms", "engine", "json_file", "folders"},
+    {"log"},
+    {"hub"},
+    {"settings", "parallel", "platforms", "engine", "json_file", "folders"},
     {"locks", "progress"},
     {"model", "data"},
     {"checkpoint"},

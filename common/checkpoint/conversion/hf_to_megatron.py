@@ -50,7 +50,7 @@ VERSION = {"checkpoint_version": 3.0, "iteration": 0, **WRITTEN_BY}
 class HfToMegatron:
     """Converts a Hugging Face folder to a Megatron checkpoint: weights only, under `release`."""
 
-    load_checkpoint_path: str = option(help="Hugging Face folder: config.json, safetensors, tokenizer")
+    load_checkpoint_path: str = option(help="Hugging Face folder: config.json, safetensors, tokenizer", hub="model")
     save_checkpoint_path: str = option(help="new folder for the Megatron checkpoint")
     tp: int = option(1, "tensor parallel size")
     pp: int = option(1, "pipeline parallel size")

@@ -32,7 +32,9 @@ class MegatronToHf:
 
     load_checkpoint_path: str = option(help="Megatron checkpoint: its folder, or the folder of an iteration")
     save_checkpoint_path: str = option(help="new folder for config.json, safetensors and tokenizer")
-    hf_model_path: str | None = option(None, "source of config.json and tokenizer; default: those in the checkpoint")
+    hf_model_path: str | None = option(
+        None, "source of config.json and tokenizer; default: those in the checkpoint", hub="tokenizer"
+    )
     dtype: str | None = option(None, DTYPE_HELP, tuple(DTYPES))
     max_shard_size: str = option("5GB", "largest safetensors file, unless one tensor is larger")
     average: int = option(1, "write the mean of so many of the newest checkpoints")

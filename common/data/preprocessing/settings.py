@@ -42,7 +42,7 @@ class PreprocessSettings:
 
     input: str = option(help=f"a file ({KINDS_OF_FILES}); a folder or a glob of them, or several of these")
     output_prefix: str = option(help="prefix of the files to write")
-    tokenizer_path: str = option(help=HELP_TOKENIZER)
+    tokenizer_path: str = option(help=HELP_TOKENIZER, hub="tokenizer")
     append_eod: bool = option(True, "end each document with EOD_TOKEN")
     eod_token: str = option("auto", "auto: <|endoftext|>, or the tokenizer's eos token; else the token itself")
     on_error: str = option(
@@ -144,7 +144,7 @@ class SftSettings(PreprocessSettings):
     """The settings of step 1 for fine-tuning."""
 
     output_prefix: str = option(help="writes {OUTPUT_PREFIX}_text_document and _loss_mask_document (.bin/.idx)")
-    tokenizer_path: str = option(help=HELP_TOKENIZER + ", and chat template")
+    tokenizer_path: str = option(help=HELP_TOKENIZER + ", and chat template", hub="tokenizer")
     append_eod: bool = option(False, "end each conversation with EOD_TOKEN, which is not trained on")
     format: str = option("auto", "the format of a row; auto: that of the first row", ("auto", *FORMATS))
     roles: str = option("system", "instruction is the system turn, or alpaca: the user turn", ("system", "alpaca"))

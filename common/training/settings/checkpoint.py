@@ -11,7 +11,9 @@ class CheckpointSettings:
 
     save_checkpoint_path: str = option(help="folder of the run's checkpoints; a run resumes from it")
     load_checkpoint_path: str | None = option(None, "weights to start from: output of step 2, or of another run")
-    hf_model_path: str | None = option(None, "to train from scratch: folder with config.json and tokenizer")
+    hf_model_path: str | None = option(
+        None, "to train from scratch: folder with config.json and tokenizer", hub="tokenizer"
+    )
     is_initial_run: str = option("auto", "auto: resume if a checkpoint exists", ("auto", "true", "false"))
     train_or_convert_ckpt: str = option(
         "train", "train, or convert the newest torch_dist checkpoint to torch format", ("train", "convert")
