@@ -94,12 +94,16 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${OVERLAP_PARAM_GATHER:=true}" # gather weights during the forward pass (DP x CP above 1) / 前向计算时收集权重
 : "${DETERMINISTIC:=false}"       # the same bits on the same GPUs, slower / 同样的 GPU 得到逐位相同的结果，较慢
 
-# TensorBoard and Weights & Biases (the latter off without WANDB_PROJECT / 未设 WANDB_PROJECT 时后者关闭)
-: "${TENSORBOARD:=auto}"  # event files in SAVE_CHECKPOINT_PATH/tensorboard: true, false or auto / 事件文件
-: "${WANDB_PROJECT:=}"    # project / 项目
-: "${WANDB_EXP_NAME:=}"   # the run's name / 实验名
-: "${WANDB_MODE:=online}" # online, offline or disabled / 模式
-: "${WANDB_SAVE_PATH:=}"  # folder of its files / 本地目录
+# TensorBoard; Weights & Biases and SwanLab, off without a project / 未设 PROJECT 时后两者关闭
+: "${TENSORBOARD:=auto}"    # event files in SAVE_CHECKPOINT_PATH/tensorboard: true, false or auto / 事件文件
+: "${WANDB_PROJECT:=}"      # project / 项目
+: "${WANDB_EXP_NAME:=}"     # the run's name / 实验名
+: "${WANDB_MODE:=online}"   # online, offline or disabled / 模式
+: "${WANDB_SAVE_PATH:=}"    # folder of its files / 本地目录
+: "${SWANLAB_PROJECT:=}"    # project / 项目
+: "${SWANLAB_EXP_NAME:=}"   # the run's name / 实验名
+: "${SWANLAB_MODE:=online}" # online, local, offline or disabled / 模式
+: "${SWANLAB_SAVE_PATH:=}"  # folder of its files / 本地目录
 
 # shellcheck source=env.sh
 source "$VENDOR/env.sh"

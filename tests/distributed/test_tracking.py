@@ -25,23 +25,25 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("service", ["wandb", "swanlab"])
 @pytest.mark.parametrize(
     ("name", "flags", "code", "ended"),
     [("ends", {}, 0, 0), ("fails", {"lr": 1e30, "min_lr": 1e30, "max_bad_steps": 1}, 2, 1)],
 )
 def test_the_figures_and_how_the_run_ended_are_sent(
-    work: Path, name: str, flags: dict[str, Any], code: int, ended: int
+    work: Path, service: str, name: str, flags: dict[str, Any], code: int, ended: int
 ) -> None:
+    name = f"{service}_{name}"
     settings = {
         "hf_model_path": work / "qwen", "dataset_path": work / "data", "save_checkpoint_path": work / name,
         "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32", "log_interval": 1,
-        "split": "80,20,0", "eval_interval": 2, "eval_iters": 1, "train_iters": 3, "lr": 1e-3, "wandb_project": "kit",
-        "wandb_mode": "offline", "wandb_exp_name": name, "wandb_save_path": work, **flags,
+        "split": "80,20,0", "eval_interval": 2, "eval_iters": 1, "train_iters": 3, "lr": 1e-3,
+        f"{service}_project": "kit", f"{service}_mode": "offline", f"{service}_exp_name": name, f"{service}_save_path": work, **flags,
     }  # fmt: skip
-    more = {"PYTHONPATH": f"{ROOT / 'tests' / 'stubs' / 'wandb'}:{ROOT}"}
+    more = {"PYTHONPATH": f"{ROOT / 'tests' / 'stubs' / service}:{ROOT}"}
     log = forked(1, "common.train", words(settings), expect=code, more=more)
     first, *figures, last = map(json.loads, (work / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
-    run_id = read_run_record(work / name)["wandb_run_id"]
+    run_id = read_run_record(work / name)[f"{service}_run_id"]
     expected = {"project": "kit", "mode": "offline", "id": run_id, "resume": "allow", "lr": settings["lr"]}
     assert first == expected and last == {"exit_code": ended}
     logged = [line for line in figures if "loss" in line]

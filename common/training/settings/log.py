@@ -1,4 +1,4 @@
-"""Logging, evaluation, TensorBoard and Weights & Biases."""
+"""Logging, evaluation, TensorBoard, Weights & Biases and SwanLab."""
 
 from dataclasses import dataclass
 
@@ -22,6 +22,10 @@ class LogSettings:
     wandb_exp_name: str | None = option(None, "name of the Weights & Biases run")
     wandb_mode: str = option("online", "Weights & Biases mode", ("online", "offline", "disabled"))
     wandb_save_path: str | None = option(None, "folder for the files of Weights & Biases")
+    swanlab_project: str | None = option(None, "log to SwanLab under this project")
+    swanlab_exp_name: str | None = option(None, "name of the SwanLab run")
+    swanlab_mode: str = option("online", "SwanLab mode", ("online", "local", "offline", "disabled"))
+    swanlab_save_path: str | None = option(None, "folder for the files of SwanLab")
 
     def check_log(self) -> None:
         """Raises KitError for values out of range."""

@@ -1,4 +1,4 @@
-"""Everything that a run records in SAVE_CHECKPOINT_PATH and with Weights & Biases, on rank 0."""
+"""Everything that a run records in SAVE_CHECKPOINT_PATH and with Weights & Biases and SwanLab, on rank 0."""
 
 import logging
 import secrets
@@ -14,6 +14,7 @@ from common.training.tracking.best_losses import BestLosses
 from common.training.tracking.log_file import log_file
 from common.training.tracking.metrics_file import MetricsFile
 from common.training.tracking.run_record import RunRecord
+from common.training.tracking.swanlab import SwanlabTracker, check_swanlab
 from common.training.tracking.tensorboard import TensorBoardTracker, writes_tensorboard
 from common.training.tracking.wandb import WandbTracker, check_wandb
 
@@ -51,10 +52,13 @@ def tracking(plan: Plan, rank: int) -> Iterator[Tracker]:
         tracker.add(MetricsFile(folder, record.start).log)
         if writes_tensorboard(settings):
             tracker.add(TensorBoardTracker(folder, plan.progress.iteration + 1).log)
-        wandb = None
+        services: list[WandbTracker | SwanlabTracker] = []
         if settings.wandb_project:
-            wandb = WandbTracker(settings, record.shared("wandb_run_id", secrets.token_hex(4)))
-            tracker.add(wandb.log)
+            services.append(WandbTracker(settings, record.shared("wandb_run_id", secrets.token_hex(4))))
+        if settings.swanlab_project:
+            services.append(SwanlabTracker(settings, record.shared("swanlab_run_id", secrets.token_hex(4))))
+        for service in services:
+            tracker.add(service.log)
         reason = "killed"
         try:
             yield tracker
@@ -65,11 +69,12 @@ def tracking(plan: Plan, rank: int) -> Iterator[Tracker]:
             raise
         finally:
             record.end(tracker.iteration, reason)
-            if wandb:
-                wandb.finish(failed=reason not in ("complete", "stopped"))
+            for service in services:
+                service.finish(failed=reason not in ("complete", "stopped"))
 
 
 def check_tracking(settings: TrainSettings) -> None:
     """Raises KitError if a tracker is requested whose package is missing."""
     check_wandb(settings)
+    check_swanlab(settings)
     writes_tensorboard(settings)
