@@ -38,7 +38,8 @@ def test_the_figures_and_how_the_run_ended_are_sent(
         "hf_model_path": work / "qwen", "dataset_path": work / "data", "save_checkpoint_path": work / name,
         "seq_length": 32, "micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32", "log_interval": 1,
         "split": "80,20,0", "eval_interval": 2, "eval_iters": 1, "train_iters": 3, "lr": 1e-3,
-        f"{service}_project": "kit", f"{service}_mode": "offline", f"{service}_exp_name": name, f"{service}_save_path": work, **flags,
+        f"{service}_project": "kit", f"{service}_mode": "offline", f"{service}_exp_name": name,
+        f"{service}_save_path": work, **flags,
     }  # fmt: skip
     more = {"PYTHONPATH": f"{ROOT / 'tests' / 'stubs' / service}:{ROOT}"}
     log = forked(1, "common.train", words(settings), expect=code, more=more)
