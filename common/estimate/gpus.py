@@ -27,13 +27,16 @@ class Gpu:
 
 
 def find_gpu(name: str, memory_gib: float | None = None) -> Gpu:
-    """The GPU type of that name, case-insensitive, with `memory_gib` if given; raises KitError if it is unknown."""
+    """The GPU type of that name, in any case, "RTX" or not, with `memory_gib` if given.
+
+    Raises KitError if it is unknown.
+    """
     for platform in PLATFORMS.values():
         for known, own in platform.memory_gib.items():
-            if known.lower() == name.lower():
+            if name.lower() in (known.lower(), known.lower().removeprefix("rtx ")):
                 flops = 1e12 * (peak_tflops(platform, known) or 0)
                 return Gpu(known, platform, memory_gib or own, flops, 1e12 * platform.bandwidth_tb_s.get(known, 0))
     types = [known for platform in PLATFORMS.values() for known in platform.memory_gib]
     raise KitError(
-        f"GPU={name} is not known: use one of {', '.join(types)}, or the nearest of them with its MEMORY_GIB"
+        f"--gpu {name} is not known: use one of {', '.join(types)}, or the nearest of them with its --memory-gib"
     )

@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.errors import KitError
 from common.estimate.constants import CONTEXT_BYTES, NCCL_BYTES, RESERVED_SHARE
 from common.estimate.goodput import LLAMA_3_GPU_MTBF_HOURS
-from common.estimate.gpus import Gpu
+from common.estimate.gpus import Gpu, find_gpu
 from common.estimate.memory import RankMemory, rank_memory
 from common.estimate.speed import Speed, speed
 from common.model.shape.config import QwenConfig
@@ -17,6 +17,7 @@ from common.training.settings import TrainSettings
 
 RECOMPUTE = ("none", "selective", "full")
 TENSOR_PARALLEL = (1, 2, 4, 8)
+ASSUMED = "A100"  # whose rates rank the layouts of a GPU whose own are unknown
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 
@@ -92,6 +93,7 @@ class Estimate:
     ranks: tuple[RankMemory, ...]  # of each pipeline stage
     fits: str
     speed: Speed | None  # None: the GPU's rates are unknown
+    rank_seconds: float  # of a step, at the rates of ASSUMED where the GPU's own are unknown: only to rank layouts
 
     @property
     def largest(self) -> RankMemory:
@@ -141,7 +143,9 @@ def estimate(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu) -> Estimate:
     peak = max(rank.peak for rank in ranks)
     usable = gpu.memory_gib * 2**30 - CONTEXT_BYTES - (NCCL_BYTES if settings.sizes.world_size > 1 else 0)
     fits = "yes" if peak * RESERVED_SHARE <= usable else "tight" if peak <= usable else "no"
-    return Estimate(settings, ranks, fits, speed(settings, gpu.platform, qwen, gpu) if gpu.rated else None)
+    rated = gpu if gpu.rated else replace(find_gpu(ASSUMED), platform=gpu.platform)
+    found = speed(settings, gpu.platform, qwen, rated)
+    return Estimate(settings, ranks, fits, found if gpu.rated else None, found.step_seconds)
 
 
 def estimate_all(settings: EstimateSettings, qwen: QwenConfig, gpu: Gpu) -> tuple[list[Estimate], list[Refusal]]:
@@ -161,6 +165,6 @@ def estimate_all(settings: EstimateSettings, qwen: QwenConfig, gpu: Gpu) -> tupl
 
 
 def _rank(one: Estimate) -> tuple[int, float]:
-    """The sort key, best first: by whether it fits, then by speed if that is known and it fits, else by memory."""
+    """The sort key, best first: by whether it fits, then by speed if it does, else by memory."""
     order = ("yes", "tight", "no").index(one.fits)
-    return order, -one.speed.tokens_per_second if one.speed and one.fits != "no" else one.largest.peak
+    return order, one.rank_seconds if one.fits != "no" else one.largest.peak

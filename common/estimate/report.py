@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from common.estimate.gpus import MEASURED, Gpu
-from common.estimate.layouts import Estimate, EstimateSettings, Refusal
+from common.estimate.layouts import ASSUMED, Estimate, EstimateSettings, Refusal
 from common.estimate.memory import RankMemory, work_of
 from common.estimate.upkeep import Upkeep, checkpoint_values, upkeep, upkeep_lines, upkeep_values
 from common.estimate.weights import adam_bytes
@@ -114,7 +114,10 @@ def _notes(settings: EstimateSettings, gpu: Gpu, masked: bool) -> Iterator[str]:
     if not gpu.platform.ran_on_hardware:
         yield f"note: this kit was not run on {gpu.platform.name} hardware"
     if not gpu.rated:
-        yield f"note: the rates of {gpu.name} are not known here, so speed is not estimated"
+        yield (
+            f"note: the rates of {gpu.name} are not known here, so speed is not estimated; layouts are in the order"
+            f" that {ASSUMED}'s rates give"
+        )
     elif gpu.name not in MEASURED:
         yield f"note: speed was measured on {' and '.join(MEASURED)}; here the same efficiency is assumed"
     if masked:

@@ -25,6 +25,10 @@ NVIDIA = Platform(
         "A100": 312.0,
         "A800": 312.0,
         "H20": 148.0,
+        "B200": 2250.0,
+        "L40S": 362.0,
+        "RTX 4090": 165.2,  # with float32 sums: NVIDIA's Ada architecture white paper
+        "A10": 125.0,
     },
     # The total of torch's out-of-memory messages, which lies a little below the data sheet's.
     memory_gib={
@@ -38,6 +42,10 @@ NVIDIA = Platform(
         "A100 40GB": 39.4,
         "A800": 79.1,
         "H20": 95.0,
+        "B200": 178.3,
+        "L40S": 44.4,
+        "RTX 4090": 23.6,
+        "A10": 22.1,
     },
     # By the data sheets too.
     bandwidth_tb_s={
@@ -51,5 +59,9 @@ NVIDIA = Platform(
         "A100 40GB": 1.56,
         "A800": 2.04,
         "H20": 4.0,
+        "B200": 8.0,
+        "L40S": 0.864,
+        "RTX 4090": 1.008,
+        "A10": 0.6,
     },
 )

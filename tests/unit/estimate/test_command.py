@@ -126,7 +126,7 @@ def test_a_layout_fits_tightly_between_what_is_allocated_and_what_the_allocator_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"gpu": "B100"}, r"GPU=B100 is not known: use one of C500, C550, H200, H100, .*, or the nearest of them"),
+        ({"gpu": "B100"}, r"--gpu B100 is not known: use one of C500, C550, H200, H100, .*, or the nearest of them"),
         ({"tp": 8, "gpus": 8}, r"TP=8 does not divide num_attention_heads=28 of this model: use TP in \[1, 2, 4\]"),
         ({"tp": 2, "pp": 2, "gpus": 2}, r"2 GPUs \(GPUS x NNODES\) cannot be divided by TP=2 x PP=2"),
         ({"pp": 8, "gpus": 8}, r"28 layers cannot be divided by PP=8 .* PIPELINE_LAYERS=4,4,4,4,3,3,3,3"),
@@ -214,3 +214,19 @@ def test_without_a_known_step_time_the_best_interval_is_given_as_a_duration(mode
         assert re.search(r"best: [\d.]+ (h|days) from save to save: goodput 99\.\d%", text)
     layout = json.loads(run(hf_model_path=model, gpu="C500", gpus=8, json=True))["layouts"][0]
     assert layout["best_save_interval"] is layout["best_goodput"] is layout["goodput"] is None
+
+
+def test_a_gpu_without_rates_has_its_layouts_in_the_order_of_assumed_ones(model: Path) -> None:
+    options = {"hf_model_path": model, "gpu": "C500", "gpus": 8, "seq_length": 4096, "global_batch_size": 64}
+    layouts = json.loads(run(**options, json=True))["layouts"]
+    fits = [layout for layout in layouts if layout["fits"] == "yes"]
+    assert all(layout.get("tokens_per_s") is None for layout in layouts)
+    least = min(fits, key=lambda layout: layout["peak_bytes"])  # recomputes everything, on many stages
+    assert fits[0]["recompute"] == "none" and fits[0]["pp"] < least["pp"] and fits.index(least) > len(fits) / 2
+    assert "speed is not estimated; layouts are in the order that A100's rates give" in run(**options)
+
+
+@pytest.mark.parametrize("gpu", ["4090", "rtx 4090", "L40S", "A10", "B200"])
+def test_other_gpus_are_known_with_their_speed(model: Path, gpu: str) -> None:
+    result = json.loads(run(hf_model_path=model, gpu=gpu, gpus=8, optimizer_state="bf16", json=True))
+    assert gpu.upper() in result["gpu"]["name"] and any(layout["tokens_per_s"] for layout in result["layouts"])

@@ -48,7 +48,7 @@ def test_flops_are_those_that_torch_counts_in_the_original_model(tie: bool, tmp_
         ("NVIDIA H100 80GB HBM3", 989.0),
         ("NVIDIA H20", 148.0),
         ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GeForce RTX 3090", None),
     ],
 )
 def test_a_devices_peak_is_found_by_the_longest_name(device: str, expected: float | None) -> None:
