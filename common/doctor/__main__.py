@@ -35,7 +35,13 @@ def diagnose(no_device: bool) -> list[Finding]:
         found += machine.check_operations(results)
         if results["collective"][0]:  # otherwise that failure is reported already
             found.append(check_all_reduce(platform, len(devices)))
-    return [*found, machine.check_shared_memory(), *machine.check_disk(), *machine.check_limits(platform)]
+    return [
+        *found,
+        machine.check_shared_memory(),
+        *machine.check_disk(),
+        *machine.check_cgroup(),
+        *machine.check_limits(platform),
+    ]
 
 
 def main() -> None:

@@ -4,19 +4,24 @@ import os
 import resource
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from common.doctor.finding import Finding, judge
 from common.errors import KitError
 from common.folders import existing_part
-from common.platforms import available_memory, check_machine, detect
+from common.platforms import available_memory, check_machine, detect, own_cgroups
 from common.platforms.base import Platform
 
 GIB = 1 << 30
 LEAST_SHARED_BYTES = GIB  # what MetaX's documents require for MCCL; NCCL and data workers use it too
 LEAST_DISK_BYTES = 20 * GIB  # one checkpoint of 1B parameters with its optimizer
 LEAST_FILES = 4096
+LEAST_CORES = 4  # of a rank, its data workers and NCCL
+LEAST_TASKS = 4096
+CLOCK_S = 60.0
 SHARED = Path("/dev/shm")
 
 
@@ -39,7 +44,9 @@ def check_devices(platform: Platform, found: list[tuple[str, int, int]]) -> list
         remedy = f"start the container with `docker run {platform.container_flags}`, on a machine with the driver"
         if detect() != platform.name:
             remedy += f"; or use the scripts of {detect()}/, which this machine looks like"
-        return [Finding("device", "fail", "torch sees none", remedy)]
+        missing = [path for path in platform.device_files if not Path(path).exists()]
+        without = f", and {', '.join(missing)} is missing" if missing else ""
+        return [Finding("device", "fail", f"torch sees none{without}", remedy)]
     remedy = "end the process that uses it, or exclude the device with CUDA_VISIBLE_DEVICES"
     return [
         judge(
@@ -63,7 +70,10 @@ def check_shared_memory() -> Finding:
 
 
 def check_disk() -> list[Finding]:
-    """Free space at SAVE_CHECKPOINT_PATH, or in the current folder, and for temporary files."""
+    """Free space at SAVE_CHECKPOINT_PATH, or in the current folder, and for temporary files; that they can be written.
+
+    Also the clock: that of SAVE_CHECKPOINT_PATH's file system, another machine's where it is shared, may differ.
+    """
     findings = []
     saved = existing_part(Path(os.environ.get("SAVE_CHECKPOINT_PATH") or Path.cwd()))
     for name, folder, least in (("disk", saved, LEAST_DISK_BYTES), ("temporary", Path(tempfile.gettempdir()), GIB)):
@@ -72,6 +82,40 @@ def check_disk() -> list[Finding]:
             "a checkpoint takes 14 to 18 bytes per parameter: save to a larger disk, or keep fewer (KEEP_CHECKPOINTS)"
         )
         findings.append(judge(name, f"{free / GIB:.1f} GiB free in {folder}", free < least, remedy, "warn"))
+        if (ahead_s := _clock_ahead_s(folder)) is None:
+            remedy = "set SAVE_CHECKPOINT_PATH (or TMPDIR) to a folder that this user can write to"
+            findings.append(Finding(name, "fail", f"{folder} cannot be written to", remedy))
+        elif name == "disk":
+            findings.append(check_clock(ahead_s))
+    return findings
+
+
+def check_clock(ahead_s: float) -> Finding:
+    """This machine's clock: not before the kit's own files, nor `ahead_s` far from the disk's."""
+    age_s = time.time() - Path(__file__).stat().st_mtime
+    remedy = "set the clock (chronyc makestep, timedatectl): certificates, Slurm and the order of logs depend on it"
+    wrong = age_s < -CLOCK_S or abs(ahead_s) > CLOCK_S
+    found = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    if abs(ahead_s) > CLOCK_S:
+        found += f", {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the disk's"
+    return judge("clock", found, wrong, remedy, "warn")
+
+
+def check_cgroup() -> list[Finding]:
+    """What the control group leaves of the machine's cores and processes, of which nproc and ulimit know nothing."""
+    findings, cores = [], len(os.sched_getaffinity(0))
+    quota = _cgroup_value("cpu.max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        allowed = int(quota[0]) / int(quota[1])
+        found = f"{allowed:.1f} of {cores} cores by the control group"
+        remedy = "docker run without --cpus, or a larger request: data workers and NCCL wait for each other"
+        findings.append(judge("cores", found, allowed < min(cores, LEAST_CORES), remedy, "warn"))
+    else:
+        findings.append(Finding("cores", "ok", str(cores)))
+    most = _cgroup_value("pids.max")
+    if most.isdigit():
+        remedy = f"docker run --pids-limit=-1, or {LEAST_TASKS} and more: each rank has dozens of threads"
+        findings.append(judge("processes", f"{most} by the control group", int(most) < LEAST_TASKS, remedy, "warn"))
     return findings
 
 
@@ -98,6 +142,23 @@ def check_compiler(platform: Platform) -> list[Finding]:
         return []
     name = next((each for each in (os.environ.get("CC"), "gcc", "clang") if each and shutil.which(each)), None)
     return [judge("C compiler", name or "not found", name is None, "apt-get install gcc: Triton's kernels need it")]
+
+
+def _cgroup_value(name: str) -> str:
+    """The content of a file of this process's own control group (v2); empty where there is none."""
+    for folder in own_cgroups(name.split(".")[0]):
+        with suppress(OSError):
+            return (folder / name).read_text(encoding="utf-8").strip()
+    return ""
+
+
+def _clock_ahead_s(folder: Path) -> float | None:
+    """How far this machine's clock is ahead of the file system's; None where `folder` cannot be written to."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            return time.time() - os.fstat(stream.fileno()).st_mtime
+    except OSError:
+        return None
 
 
 def _space(folder: Path) -> tuple[int, int]:

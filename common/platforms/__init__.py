@@ -73,19 +73,19 @@ def available_memory() -> int:
     Containers and batch jobs are limited by control groups, of which /proc/meminfo knows nothing.
     """
     kib = next(int(line.split()[1]) for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable"))
-    return min([1024 * kib, *(left for folder in _memory_cgroups() if (left := _left(folder)) is not None)])
+    return min([1024 * kib, *(left for folder in own_cgroups("memory") if (left := _left(folder)) is not None)])
 
 
-def _memory_cgroups() -> Iterator[Path]:
-    """Folders of the control groups that may limit this process's memory: its own and those above, of v2 and of v1.
+def own_cgroups(controller: str) -> Iterator[Path]:
+    """Folders of the control groups that may limit this process: its own and those above, of v2 and of v1.
 
     In a container a path may be the host's, of which nothing but the top is seen here.
     """
     lines = OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else []
     for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        root = CGROUPS / "memory" if controllers else CGROUPS  # v1 has a tree for each controller
+        root = CGROUPS / controller if controllers else CGROUPS  # v1 has a tree for each controller
         own = root / posixpath.normpath(path).lstrip("/")
         yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(root))
 

@@ -24,6 +24,7 @@ class Platform:
     masked_attention: bool = True  # attention takes a mask, which rows of several samples need
     unproven_formats: tuple[str, ...] = ()  # checkpoint formats that a run may use, with a warning
     oldest_cuda: str = ""  # the CUDA that torch must have been built for, or a later one; empty: any
+    device_files: tuple[str, ...] = ()  # the driver's, without which no process reaches a device
     container_flags: str = ""  # what `docker run` needs for the devices
     prepare: Callable[[], None] = nothing_to_prepare  # called before Megatron-Core is imported
     peak_tflops: dict[str, float] = field(default_factory=dict)  # part of the device's name -> dense bf16 TFLOP/s

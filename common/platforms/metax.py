@@ -16,5 +16,6 @@ METAX = Platform(
     core_attention=("flash_attn", "sdpa"),
     masked_attention=True,  # by SDPA, whose plain path needs no kernel of its own
     unproven_formats=("torch_dist",),
+    device_files=("/dev/mxcd", "/dev/dri"),
     container_flags="--device=/dev/dri --device=/dev/mxcd --group-add video",
 )

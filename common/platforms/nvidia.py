@@ -13,6 +13,7 @@ NVIDIA = Platform(
     core_attention=("flash_attn_4", "sdpa"),
     ran_on_hardware=True,
     oldest_cuda="12.4",  # NGC 24.03's, the oldest that the kit's pins were put together for
+    device_files=("/dev/nvidiactl", "/dev/nvidia-uvm"),
     container_flags="--gpus all",
     # Dense bf16 by NVIDIA's data sheets (the sparse figures are twice as high), SXM boards where nothing else is said.
     peak_tflops={

@@ -220,6 +220,13 @@ def test_a_missing_device_is_reported_with_the_platforms_flags() -> None:
         assert f"docker run {flags}`" in found.remedy
 
 
+@fact("device_files")
+def test_a_missing_device_names_the_drivers_files_that_are_not_here() -> None:
+    for files, said in ((("/dev/null", "/dev/mxcd"), ", and /dev/mxcd is missing"), (("/dev/null",), "")):
+        (found,) = machine.check_devices(replace(METAX, device_files=files), [])
+        assert found.found == f"torch sees none{said}"
+
+
 @fact("peak_tflops")
 def test_the_share_of_the_peak_is_reported_where_the_peak_is_known() -> None:
     assert peak_tflops(PLATFORM, "MetaX C500") is None
