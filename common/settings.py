@@ -88,7 +88,7 @@ def _add_option(group: Any, field: dataclasses.Field[Any], kind: Any) -> None:
         required=required,
         default=None if repeated else default,
         choices=field.metadata.get("choices") or None,
-        metavar=None if field.metadata.get("choices") else _kind_name(kind),
+        metavar=None if field.metadata.get("choices") else kind_name(kind),
         help=(field.metadata.get("help", "") + shown).replace("%", "%%"),
     )
 
@@ -133,7 +133,8 @@ def _core(kind: Any) -> Any:
     return kind
 
 
-def _kind_name(kind: Any) -> str:
+def kind_name(kind: Any) -> str:
+    """What `--help` shows for a value of that type: true|false, N, X or TEXT."""
     return {bool: "true|false", int: "N", float: "X"}.get(_core(kind), "TEXT")
 
 

@@ -57,7 +57,8 @@ setup() {
 
 @test "sh is refused in favour of bash, and bash in the mode of sh works" {
   use_fake_python
-  for script in "${SCRIPTS[@]}" "$KIT"/*/doctor.sh "$KIT/cpu/quickstart.sh" "$KIT/common/shell/setup_venv.sh"; do
+  for script in "${SCRIPTS[@]}" "$KIT"/*/doctor.sh "$KIT/cpu/quickstart.sh" "$KIT/nvidia/setup.sh" \
+    "$KIT/common/shell/setup_venv.sh"; do
     run -2 dash "$script"
     [[ ${#lines[@]} == 1 && $output == *"run it so"*": bash $script" ]]
     run -0 bash --posix "$script" --help
