@@ -47,7 +47,7 @@ def resave(trainer: Any) -> None:
         save_theirs(trainer, final)
     else:
         assert trainer.checkpointer.save(trainer.training_state, trainer.progress)
-    trainer.checkpointer.close()
+    trainer.checkpointer.close(lambda: False)
 
 
 def main() -> None:
