@@ -1,7 +1,9 @@
 """docs/en and docs/zh: the same commands and figures in both; the kit accepts the commands and prints the figures."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,30 +102,52 @@ def test_a_road_is_short(page: str, language: str) -> None:
     assert len(text(language, page).splitlines()) <= MAX_LINES
 
 
+def python_words(step: str) -> list[str]:
+    """The module and arguments of the Python command that a step's dry run prints."""
+    done = run(f"{step} --dry-run" if " -- " not in step else step.replace(" -- ", " --dry-run -- "))
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
+    words = shlex.split(done.stdout)
+    return words[words.index("-m") + 1 :]
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, tuple[int, str]]:
+    """By command: exit status and output of its Python command with --help at its end.
+
+    argparse reads what stands before --help first, and refuses a value of the wrong kind.
+    """
+    wrong = next(each for each in STEPS if "MICRO_BATCH_SIZE=4" in each and " -- " not in each)
+    asked = {step: python_words(step) for step in STEPS} | {command: command.split()[2:] for command in MODULES}
+    asked["wrong"] = python_words(wrong.replace("MICRO_BATCH_SIZE=4", "MICRO_BATCH_SIZE=four"))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.docs.forked"], cwd=ROOT, text=True, capture_output=True, check=True,
+        input=json.dumps([[*words, "--help"] for words in asked.values()]),
+    )  # fmt: skip
+    return {command: (status, output) for command, (status, output) in zip(asked, json.loads(done.stdout), strict=True)}
+
+
 @pytest.mark.parametrize("command", STEPS)
-def test_a_step_accepts_its_settings_and_python_their_values(command: str) -> None:
+def test_a_step_accepts_its_settings_and_python_their_values(command: str, answers: dict[str, tuple[int, str]]) -> None:
     settings, words = split(command)
     script = (ROOT / words[1]).read_text() + (ROOT / "common" / "shell" / "lib.sh").read_text()
     assert settings.keys() <= set(re.findall(r'^: "\$\{([A-Z0-9_]+):=', script, re.M))
-    dry, _, flags = command.partition(" -- ")
-    done = run(f"{dry} --dry-run -- {flags}")
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1 and " -m common." in done.stdout, done.stderr
-    # argparse reads what stands before --help, and refuses a value of the wrong kind.
-    done = run(f"{dry} -- {flags} --help")
-    assert done.returncode == 0 and done.stdout.startswith("usage: python -m common."), done.stderr
+    status, output = answers[command]
+    assert status == 0 and output.startswith("usage: python -m common."), output
+    assert [word for word in words if word.startswith("--") and word != "--" and word not in output] == []
 
 
-def test_a_value_that_python_does_not_know_would_be_seen() -> None:
-    command = next(each for each in STEPS if "MICRO_BATCH_SIZE=4" in each and " -- " not in each)
-    done = run(command.replace("MICRO_BATCH_SIZE=4", "MICRO_BATCH_SIZE=four") + " -- --help")
-    assert done.returncode == 2 and "invalid int value: 'four'" in done.stderr
+def test_a_value_that_python_does_not_know_would_be_seen(answers: dict[str, tuple[int, str]]) -> None:
+    status, output = answers["wrong"]
+    assert status == 2 and "invalid int value: 'four'" in output
 
 
 @pytest.mark.parametrize("command", MODULES)
-def test_a_python_command_has_the_flags_and_values_that_are_shown(command: str) -> None:
-    done = run(f"{command.replace('python', sys.executable, 1)} --help")
-    assert done.returncode == 0, done.stderr
-    assert [word for word in command.split() if word.startswith("--") and word not in done.stdout] == []
+def test_a_python_command_has_the_flags_and_values_that_are_shown(
+    command: str, answers: dict[str, tuple[int, str]]
+) -> None:
+    status, output = answers[command]
+    assert status == 0, output
+    assert [word for word in command.split() if word.startswith("--") and word not in output] == []
 
 
 @pytest.mark.parametrize("command", OTHERS)
