@@ -10,7 +10,7 @@ from pathlib import Path
 from common.adopt.command_line import Flag, Step
 from common.adopt.draft import CHANGED, FIELDS, PROBLEM, Draft
 from common.adopt.meaning import explain
-from common.adopt.shape import base_vocabulary, check_groups, compare
+from common.adopt.shape import base_vocabulary, check_groups, check_layout, compare
 from common.adopt.shell import Script
 from common.adopt.table import MISSING, NOTHING, Row, read_table
 from common.adopt.values import RULES
@@ -25,7 +25,7 @@ SCRIPTS = {
     "preprocess_sft": "1_preprocess_sft.sh", "preprocess_pretrain": "1_preprocess_pretrain.sh",
 }  # fmt: skip
 SECTIONS = {"preprocess_sft": "preprocess", "preprocess_pretrain": "preprocess"}
-UNKNOWN_TOO = ("port", "tensorboard")  # rules that do not need the value
+UNKNOWN_TOO = ("port", "tensorboard", "on")  # rules that do not need the value
 DECLARED = re.compile(r'^: "\$\{([A-Z0-9_]+):=(.*)\}"', re.M)
 
 
@@ -106,6 +106,8 @@ def _finish_training(draft: Draft, hf_model_path: Path | None) -> None:
     _start(draft, hf_model_path)
     if draft.qwen:
         check_groups(draft, draft.qwen, step.flags)
+        if not draft.get("PIPELINE_LAYERS"):
+            check_layout(draft, draft.qwen)
     if draft.get("ASYNC_SAVE") == "true" and draft.get("CKPT_FORMAT") != "torch_dist":
         draft.settings.pop("ASYNC_SAVE")
         draft.say(PROBLEM, "--async-save: it needs CKPT_FORMAT=torch_dist: ASYNC_SAVE stays false")

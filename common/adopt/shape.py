@@ -7,6 +7,7 @@ from common.adopt.command_line import Flag
 from common.adopt.draft import CHANGED, HERE, PROBLEM, Draft
 from common.adopt.lengths import as_number
 from common.adopt.table import Row
+from common.errors import KitError
 from common.json_file import read_json
 from common.model.shape.config import QwenConfig
 
@@ -40,11 +41,8 @@ def compare(draft: Draft, row: Row, flag: Flag, vocabulary: int | None) -> None:
         draft.note(HERE, flag, f"from config.json here, which has the same {field}={_shown(own)}")
     else:
         kind = CHANGED if field in HARMLESS else PROBLEM
-        draft.note(
-            kind,
-            flag,
-            f"config.json has {field}={_shown(own)}, not {_shown(given)}, and decides here; {row.text(flag.value)}",
-        )
+        why = f"; {row.text(flag.value)}" if row.note else ""
+        draft.note(kind, flag, f"config.json has {field}={_shown(own)}, not {_shown(given)}, and decides here{why}")
 
 
 def _given(flag: Flag, field: str, vocabulary: int | None) -> Any:
@@ -55,6 +53,23 @@ def _given(flag: Flag, field: str, vocabulary: int | None) -> Any:
     if number is None or flag.name != "--extra-vocab-size":
         return number
     return None if vocabulary is None else vocabulary + number
+
+
+def check_layout(draft: Draft, qwen: QwenConfig) -> None:
+    """Problems where TP or PP does not divide the model, or SEQ_LENGTH exceeds it."""
+    longest = draft.number("SEQ_LENGTH") or 0
+    if longest > qwen.longest_sequence:
+        draft.say(
+            PROBLEM, f"SEQ_LENGTH={longest}: config.json allows {qwen.longest_sequence} tokens: set a smaller one"
+        )
+    for check in (
+        lambda: qwen.check_tensor_parallel(draft.number("TP") or 1),
+        lambda: qwen.chunk_layers(draft.number("PP") or 1, draft.number("VPP") or 1),
+    ):
+        try:
+            check()
+        except KitError as error:
+            draft.say(PROBLEM, f"step 3 refuses this layout: {error}")
 
 
 def check_groups(draft: Draft, qwen: QwenConfig, flags: dict[str, Flag]) -> None:
@@ -68,8 +83,6 @@ def check_groups(draft: Draft, qwen: QwenConfig, flags: dict[str, Flag]) -> None
 
 
 def _shown(value: Any) -> str:
-    return (
-        f"{value:g}"
-        if isinstance(value, float) and not value.is_integer()
-        else str(int(value) if isinstance(value, float) else value)
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if float(value).is_integer() else f"{value:g}"
