@@ -26,10 +26,11 @@ def copy_int(draft: Draft, row: Row, flag: Flag) -> None:
         return
     draft.set(row.setting, flag.value, flag)
     names = draft.variables.origins(draft.step.command.read) & draft.variables.arithmetic.keys()
-    for name in sorted(names):
-        if f"--{name.lower().replace('_', '-')}" == flag.name and draft.variables.values[name] == [flag.value]:
-            zero = "; the script rounds it down to 0" if flag.value == "0" else ""
-            draft.note(CHANGED, flag, f"the script's arithmetic: {draft.variables.arithmetic[name]}{zero}")
+    equal = sorted(name for name in names if draft.variables.values[name] == [flag.value])
+    named = [name for name in equal if f"--{name.lower().replace('_', '-')}" == flag.name]
+    if len(named or equal) == 1:
+        zero = "; the script rounds it down to 0" if flag.value == "0" else ""
+        draft.note(CHANGED, flag, f"the script's arithmetic: {draft.variables.arithmetic[(named or equal)[0]]}{zero}")
 
 
 def iters(draft: Draft, row: Row, flag: Flag) -> None:

@@ -31,7 +31,8 @@ def compare(draft: Draft, row: Row, flag: Flag, vocabulary: int | None) -> None:
     if draft.qwen is None:
         silent = flag.line or field in ("qk_norm", "tie_word_embeddings")  # right without the flag, too
         kind, text = (HERE, "from config.json here") if silent else (CHANGED, "config.json decides here")
-        draft.note(kind, flag, f"{text}, {field}{'; ' if row.note else ''}{row.text(flag.value)}")
+        why = f", and --hf-model-path compares it; {row.text(flag.value)}" if row.note else ""
+        draft.note(kind, flag, f"{text}, {field}{why}")
         return
     own = getattr(draft.qwen, field)
     given = _given(flag, field, vocabulary)
