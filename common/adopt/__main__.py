@@ -25,7 +25,10 @@ def main() -> None:
         content = path.read_bytes()
     if len(content) > LARGEST_BYTES or b"\0" in content:
         raise KitError(f"{path} has {len(content):,} bytes or is no text: give a shell script of at most 1 MiB")
-    words = shlex.split(arguments.args) if arguments.args is not None else None
+    try:
+        words = shlex.split(arguments.args) if arguments.args is not None else None
+    except ValueError as error:
+        raise KitError(f"--args {arguments.args}: {error}: give the words as a shell reads them") from error
     script = read_script(content.decode("utf-8", "replace"), words, dict(arguments.set))
     draft, lines = adopted(script, path, arguments)
     if arguments.output is None:

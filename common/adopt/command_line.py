@@ -79,7 +79,9 @@ def _step(command: Command) -> Step | None:
     for number, word in enumerate(words):
         # As in `srun bash -c "torchrun ... pretrain.py ..."`.
         if " " in word and re.search(r"\.py\b", word) and number and words[number - 1] == "-c":
-            return _step(Command(tuple(shlex.split(word)), command.line, command.read))
+            return _step(
+                Command(tuple(shlex.split(word.replace("'", " ").replace('"', " "))), command.line, command.read)
+            )
     at = next((number for number, word in enumerate(words) if number and re.search(r"\.py$", word)), None)
     if at is None:
         return None

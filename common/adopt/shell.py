@@ -177,7 +177,11 @@ class _Reader:
         self.variables.defaulted.clear()
         read, self.variables.read = frozenset(self.variables.read), before
         if words and words[0] == "eval":
-            words = shlex.split(" ".join(words[1:]))
+            try:
+                words = shlex.split(" ".join(words[1:]))
+            except ValueError as error:  # quotes that do not match
+                self.leave(node, f"eval gets a text with {error}")
+                return
         if not words or words[0] == ":":
             return
         if words[0] in self.functions:

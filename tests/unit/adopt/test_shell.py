@@ -121,3 +121,4 @@ def test_what_a_value_was_made_of_is_known() -> None:
 def test_broken_bash_is_named() -> None:
     script = read("A=1\nif [ $A = 1 ; then\nshow $A\n")
     assert script.unread and "no bash" in script.unread[0][1]
+    assert "No closing quotation" in read('eval "show \'a"').unread[0][1]
