@@ -4,7 +4,7 @@ jsonl --preprocess--> .bin/.idx --train--> checkpoint --convert--> safetensors -
 
 Imports point down (tests/unit/test_layers.py); docs/architecture.md shows the rooms within the parts:
 
-    commands     preprocess  convert  logits  train  watch  chat  evaluate  doctor  demo
+    commands     preprocess  convert  logits  train  watch  chat  evaluate  doctor  adopt  demo
     estimate     memory, layouts that fit, tokens/s
     report       a page on runs
     training     plan, ranks, loop, state

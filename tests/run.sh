@@ -3,8 +3,8 @@
 #
 #   without names   every stage, in under 25 minutes on 2 cores; it must pass before a commit
 #   STAGE           lint unit shell docker distributed nodes end_to_end docs
-#   AREA            data model checkpoint inference training engine estimate demo report base shell: lint and what a
-#                   change there can break first, in under 2 minutes on 2 cores
+#   AREA            data model checkpoint inference training engine estimate demo report adopt base shell: lint and what
+#                   a change there can break first, in under 2 minutes on 2 cores
 #
 # A failed check does not stop the next one; the exit status is 1 if any failed.
 set -uo pipefail
@@ -27,8 +27,8 @@ declare -A AREAS=(
   [estimate]='tests/unit/estimate'
   [demo]='tests/unit/demo'
   [report]='tests/unit/report tests/unit/test_trigram.py'
-  [base]='tests/unit/test_errors.py tests/unit/test_folders.py tests/unit/test_hub.py tests/unit/test_json_file.py tests/unit/test_locks.py
-    tests/unit/test_progress.py tests/unit/test_settings.py tests/docs'
+  [base]='tests/unit/test_errors.py tests/unit/test_folders.py tests/unit/test_hub.py tests/unit/test_json_file.py
+    tests/unit/test_locks.py tests/unit/test_progress.py tests/unit/test_settings.py tests/docs'
   [shell]='tests/shell'
 )
 : "${VENV:=$KIT/.venv}"
