@@ -23,10 +23,11 @@ declare -A AREAS=(
   [training]='tests/unit/training tests/unit/test_parallel.py
     tests/distributed/test_tracking.py'
   [engine]='tests/unit/engine tests/unit/test_platforms.py
-    tests/unit/test_facts.py tests/unit/test_doctor.py tests/distributed/test_packing.py'
+    tests/unit/test_facts.py tests/unit/test_doctor.py tests/unit/test_machine.py tests/distributed/test_packing.py'
   [estimate]='tests/unit/estimate'
   [demo]='tests/unit/demo'
   [report]='tests/unit/report tests/unit/test_trigram.py'
+  [adopt]='tests/unit/adopt tests/end_to_end/test_adopt.py'
   [base]='tests/unit/test_errors.py tests/unit/test_folders.py tests/unit/test_hub.py tests/unit/test_json_file.py
     tests/unit/test_locks.py tests/unit/test_progress.py tests/unit/test_settings.py tests/docs'
   [shell]='tests/shell'
