@@ -43,7 +43,8 @@ class MappedFile:
             remedy = "raise the limit, as by `ulimit -n 4096`" if error.errno == errno.EMFILE else REMEDY
             raise KitError(f"{path} cannot be read ({error.strerror}): {remedy}") from error
         self.bytes = torch.from_numpy(self.map.array)
-        _readers[self.map] = _Reader(path, self.map)
+        with _readers_lock:
+            _readers[self.map] = _Reader(path, self.map)
 
     def tensor(self, start: int, size: int, dtype: torch.dtype) -> Tensor:
         """The bytes [start, start + size) as [n] of `dtype`; copied only where they are not aligned to it."""
@@ -140,6 +141,7 @@ class _Reader:
 
 
 _readers: "weakref.WeakKeyDictionary[_Mapping, _Reader]" = weakref.WeakKeyDictionary()
+_readers_lock = threading.Lock()  # a resumed run maps and loads in several threads
 _open_files: "weakref.WeakKeyDictionary[_Reader, _Descriptors]" = weakref.WeakKeyDictionary()  # most recent last
 _open_lock = threading.Lock()
 
@@ -150,7 +152,9 @@ def load(tensor: Tensor) -> Tensor:
         return tensor
     numel = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start, size = tensor.data_ptr(), numel * tensor.element_size()
-    for reader in list(_readers.values()):
+    with _readers_lock:
+        readers = list(_readers.values())
+    for reader in readers:
         if reader.address <= start and start + size <= reader.address + reader.size:
             data = reader.read(start - reader.address, size).view(tensor.dtype)
             return data.as_strided(tensor.shape, tensor.stride(), data.storage_offset())
