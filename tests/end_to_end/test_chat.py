@@ -56,11 +56,12 @@ class Terminal:
         os.write(self._handle, text.encode())
         return before
 
-    def wait_for(self, pattern: str, since: int = 0) -> str:
-        """Returns what was shown `since`, once it holds `pattern`."""
-        deadline = time.monotonic() + 300
+    def wait_for(self, pattern: str, since: int = 0, seconds: float = 120) -> str:
+        """Returns what was shown `since`, once it holds `pattern`; raises TimeoutError."""
+        deadline = time.monotonic() + seconds
         while not re.search(pattern, self.shown[since:]):
-            assert time.monotonic() < deadline, self.shown
+            if time.monotonic() > deadline:
+                raise TimeoutError(self.shown)
             if select.select([self._handle], [], [], 1)[0]:
                 try:
                     self.shown += os.read(self._handle, 65536).decode(errors="replace")
@@ -99,7 +100,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program_and_ctrl_d_ends(qwen: Path)
             user.type("\x03")
             user.wait_for(r"\(stopped\)[\s\S]*> ", before)
         before = user.type("\x03")
-        user.wait_for(r"/exit or Ctrl-D ends[\s\S]*> ", before)
+        while "/exit or Ctrl-D ends" not in user.shown[before:]:
+            # Python's readline forgets a signal between the prompt and its select(): a user presses again.
+            with suppress(TimeoutError):
+                user.wait_for(r"/exit or Ctrl-D ends[\s\S]*> ", before, seconds=5)
+                break
+            user.type("\x03")
         before = user.type("/system Be brief.\n")
         user.wait_for(r"a new conversation, with this system turn[\s\S]*> ", before)
         user.type("\x04")

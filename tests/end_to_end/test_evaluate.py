@@ -130,7 +130,7 @@ def test_the_loss_is_that_of_step_3s_validation(qwen: Path, tmp_path: Path, kind
         SAVE_CHECKPOINT_PATH=run, TP=1, PP=1, GPUS=1, SEQ_LENGTH=SEQ, TRAIN_ITERS=2, EVAL_INTERVAL=2, EVAL_ITERS=2,
         MICRO_BATCH_SIZE=4, GLOBAL_BATCH_SIZE=4, LR="1e-3", PRECISION="fp32", MASTER_PORT=free_port(),
     )  # fmt: skip
-    (validation,) = re.findall(r"validation at iteration 2 \| loss ([\d.]+) .* 8 samples", log)
+    (validation,) = re.findall(r"validation at iteration 2 +loss ([\d.]+) .* 8 samples", log)
     for step, needed in (("4_chat", {}), ("5_evaluate", {"INPUT": rows})):
         _, said = script(step, 2, HF_MODEL_PATH=run, **needed)
         assert f"HF_MODEL_PATH={run} is a Megatron checkpoint, not an exported model: run step 2, CONVERT_TYPE=" in said
