@@ -9,6 +9,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,11 +256,8 @@ class MeanTensor:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """As StoredTensor."""
-        rows = [tensor.rows(start, stop).float() for tensor in self._tensors]
-        total = rows[0].clone()
-        for each in rows[1:]:
-            total = total + each
-        return (total / len(rows)).to(self.dtype)
+        total = reduce(torch.add, (tensor.rows(start, stop).float() for tensor in self._tensors))
+        return (total / len(self._tensors)).to(self.dtype)
 
 
 def mean_shards(checkpoints: Sequence[Iterator[Shard]]) -> Iterator[Shard]:

@@ -10,6 +10,7 @@ loss mask of zeros. It adds nothing to the sum of losses and nothing to the numb
 import re
 from bisect import bisect_right
 from itertools import accumulate
+from operator import mul
 
 import numpy as np
 
@@ -65,13 +66,16 @@ class NamedDatasets:
     @property
     def filled(self) -> float:
         """The share of the samples' positions that hold a token."""
-        return sum(each.samples_per_epoch * each.filled for each in self.members) / self.samples_per_epoch
+        return self._mean([each.filled for each in self.members])
 
     @property
     def documents_per_sample(self) -> float:
         """How many conversations a sample holds on average."""
-        total = sum(each.samples_per_epoch * each.documents_per_sample for each in self.members)
-        return total / self.samples_per_epoch
+        return self._mean([each.documents_per_sample for each in self.members])
+
+    def _mean(self, values: list[float]) -> float:
+        """The mean over all samples of what each dataset's have."""
+        return sum(map(mul, self.sizes.values(), values)) / self.samples_per_epoch
 
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
         number = bisect_right(self._starts, position) - 1

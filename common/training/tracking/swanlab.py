@@ -3,15 +3,15 @@
 from dataclasses import asdict
 from typing import Any
 
-from common.errors import KitError
 from common.training.settings import TrainSettings
+from common.training.tracking.service import import_client
 
 
 class SwanlabTracker:
     """Logs metrics to the run `run_id`, which each start of a run goes on with, where SwanLab's mode can."""
 
     def __init__(self, settings: TrainSettings, run_id: str) -> None:
-        self._run: Any = _swanlab().init(
+        self._run: Any = import_client("swanlab", "SWANLAB_PROJECT").init(
             project=settings.swanlab_project,
             name=settings.swanlab_exp_name,
             mode=settings.swanlab_mode,
@@ -34,14 +34,4 @@ class SwanlabTracker:
 def check_swanlab(settings: TrainSettings) -> None:
     """Raises KitError if SWANLAB_PROJECT is set and swanlab is not installed."""
     if settings.swanlab_project:
-        _swanlab()
-
-
-def _swanlab() -> Any:
-    try:
-        import swanlab
-    except ImportError as error:
-        raise KitError(
-            "SWANLAB_PROJECT is set, but swanlab is not installed: pip install swanlab, or leave it empty"
-        ) from error
-    return swanlab
+        import_client("swanlab", "SWANLAB_PROJECT")

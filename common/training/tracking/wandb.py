@@ -3,15 +3,15 @@
 from dataclasses import asdict
 from typing import Any
 
-from common.errors import KitError
 from common.training.settings import TrainSettings
+from common.training.tracking.service import import_client
 
 
 class WandbTracker:
     """Logs metrics to the run `run_id`, which each start of a run goes on with."""
 
     def __init__(self, settings: TrainSettings, run_id: str) -> None:
-        self._run: Any = _wandb().init(
+        self._run: Any = import_client("wandb", "WANDB_PROJECT").init(
             project=settings.wandb_project,
             name=settings.wandb_exp_name,
             mode=settings.wandb_mode,
@@ -33,14 +33,4 @@ class WandbTracker:
 def check_wandb(settings: TrainSettings) -> None:
     """Raises KitError if WANDB_PROJECT is set and wandb is not installed."""
     if settings.wandb_project:
-        _wandb()
-
-
-def _wandb() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise KitError(
-            "WANDB_PROJECT is set, but wandb is not installed: pip install wandb, or leave it empty"
-        ) from error
-    return wandb
+        import_client("wandb", "WANDB_PROJECT")
