@@ -17,6 +17,14 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${IS_INITIAL_RUN:=auto}"         # auto resumes if it can; true: weights only; false: resume / 首次运行
 : "${HF_MODEL_PATH:=}"              # instead of LOAD_CHECKPOINT_PATH: random weights / 随机初始化时的模型目录
 
+# What is trained / 训练哪些参数
+: "${TUNER:=full}"    # full: all weights; lora: adapters on the weights of LOAD_CHECKPOINT_PATH / 全部参数，或 LoRA
+: "${LORA_RANK:=}"    # rank of the adapters; empty: 16 / 秩；空：16
+: "${LORA_ALPHA:=}"   # their output is scaled by alpha / rank; empty: twice the rank / 缩放系数；空：秩的两倍
+: "${LORA_DROPOUT:=}" # dropout of their input; empty: 0 / 输入的 dropout；空：0
+: "${LORA_TARGETS:=}" # modules, as q_proj,v_proj; empty: all-linear / 目标模块，如 q_proj,v_proj；空：all-linear
+: "${LORA_ADAPTER:=}" # PEFT folder of an adapter to start from / 起始的 PEFT 适配器目录
+
 # Data / 数据
 : "${SPLIT:=98,2,0}"          # shares for training, validation and nothing / 训练、验证、不用的比例
 : "${VALID_DATASET_PATH:=}"   # instead of SPLIT: one set, or several by name: law a general b / 代替 SPLIT：一个，或按名称多个

@@ -20,6 +20,7 @@ class Engine:
     strided_weight_gradients: bool = True  # local linear layers accept inputs that are not contiguous
     fused_residual_norms: bool = True  # its layers call norms and residual adds as layers/residual_norm.py expects
     separate_postprocess: bool = True  # GPTModel has a method for output layer and loss, _postprocess
+    frozen_shared_embeddings: bool = True  # tied embeddings without gradients on two pipeline stages
     uneven_pipeline_layers: bool = True  # any number of layers per chunk: pipeline_model_parallel_layout
     quiet_loggers: tuple[str, ...] = ()  # loggers whose warnings at every start do not concern users
     # Layouts of the distributed optimizer in older torch_dist checkpoints that its dist_checkpointing loads.

@@ -20,6 +20,7 @@ class MegatronCore011(Engine):
     fp8_recipes = False
     bf16_moments = False
     separate_postprocess = False
+    frozen_shared_embeddings = False
     uneven_pipeline_layers = False  # it has fully_sharded_model_space, too, but not with torch's Adam
 
     def chunk_place(self, index: int, vpp: int) -> tuple[bool, bool, dict[str, Any]]:

@@ -17,7 +17,8 @@ from common.engine.versions import installed_engine
 from common.model.kernels.selection import Kernels, select_kernels, with_working_kernels
 from common.model.layers.gpt import QwenModel
 from common.model.layers.layer_spec import block_spec
-from common.model.layers.residual_norm import connect_norms
+from common.model.layers.lora import add_adapters
+from common.model.layers.residual_norm import TorchNorms, connect_norms, set_norms
 from common.model.shape.config import QwenConfig
 from common.model.shape.options import ModelOptions
 from common.model.shape.rope import yarn_frequencies
@@ -160,6 +161,7 @@ def _chunk(
             kernels.core_attention,
             fused_residual_norms=kernels.norms is not None,
             products=kernels.products,
+            lora=options.lora,
         ),
         vocab_size=qwen.padded_vocab_size(sizes.tp),
         max_sequence_length=seq_length,
@@ -175,11 +177,14 @@ def _chunk(
         # gradients in bf16 (indexing_backward_kernel in ATen's Indexing.cu), where 256 + 1 is 256. F.embedding sorts
         # them and accumulates in float32, in a fixed order in deterministic mode (embedding_backward_cuda_kernel).
         model.embedding.word_embeddings.deterministic_mode = False
+    set_norms(model.decoder, kernels.norms or TorchNorms())
     if kernels.norms:
-        connect_norms(model.decoder, kernels.norms, across_layers=options.recompute != "full")
+        connect_norms(model.decoder, across_layers=options.recompute != "full")
     if qwen.yarn:
         frequencies = yarn_frequencies(qwen.yarn, qwen.head_dim, qwen.rope_theta)
         model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
+    if options.lora:
+        add_adapters(model, options.lora, qwen, options.seed)
     return model
 
 

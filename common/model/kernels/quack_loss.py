@@ -54,7 +54,7 @@ class QuackLoss(TritonKernels):
             fused_chunk_size(number, width),
             IGNORED,
             need_dx=True,
-            need_dw=True,
+            need_dw=weight.requires_grad,
             tile_n1=tile,
         )
         return losses[:number], d_hidden[:number], d_weight

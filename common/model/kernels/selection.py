@@ -163,8 +163,8 @@ def mlp_products(
     norms: None if Transformer Engine's linear layer normalizes its input itself, and therefore has to be called.
     """
     engine = options.transformer_impl == "transformer_engine"
-    if not _may_fuse(options, platform):
-        return None
+    if not _may_fuse(options, platform) or (options.lora and options.lora.adapts_mlp):
+        return None  # an adapter adds to what is between the two
     if engine and norms is None:
         if options.fused_products == "true":
             raise _no_fused_products("SwiGLU", "with Transformer Engine's layers it needs the fused residual norms")

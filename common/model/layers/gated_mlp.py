@@ -86,9 +86,12 @@ class GatedProduct(torch.autograd.Function):
         products: GatedProducts = ctx.products
         d_out = upstream[0].contiguous()
         d_both, activated = products.down_gradient(d_out, down_weight, both)
-        d_down = accumulate_main_grad(down_weight, lambda total: matmul_into(total, d_out, activated, add=True))
+        d_down = d_up = None
+        if ctx.needs_input_grad[2]:
+            d_down = accumulate_main_grad(down_weight, lambda total: matmul_into(total, d_out, activated, add=True))
         d_x = products.input_gradient(d_both, up_weight)
-        d_up = accumulate_main_grad(up_weight, lambda total: products.add_weight_gradient(total, d_both, x))
+        if ctx.needs_input_grad[1]:
+            d_up = accumulate_main_grad(up_weight, lambda total: products.add_weight_gradient(total, d_both, x))
         return d_x, d_up, d_down, None
 
 

@@ -76,7 +76,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None
         scale = upstream[0].reshape(-1)[0]
-        gradient = accumulate_main_grad(weight, lambda total: total.addcmul_(d_weight, scale))
+        gradient = None
+        if d_weight is not None:
+            gradient = accumulate_main_grad(weight, lambda total: total.addcmul_(d_weight, scale))
         return d_hidden.mul_(scale.to(d_hidden.dtype)), gradient, None, None, None, None, None
 
 
@@ -97,11 +99,12 @@ class TorchKernels:
     """The losses chunk by chunk, with both steps on a chunk's logits in plain PyTorch."""
 
     def losses(self, inputs: LossInputs, with_gradients: bool) -> LossParts:
-        """The losses float32 [n], and the gradients of hidden, in its dtype, and of weight, in float32."""
+        """The losses float32 [n], and the gradients of hidden, in its dtype, and of weight, in float32, if trained."""
         hidden, weight, local, weights, vocabulary = inputs
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if with_gradients else None
-        d_weight = torch.empty_like(weight, dtype=torch.float32) if with_gradients else None
+        needs_weight = with_gradients and weight.requires_grad
+        d_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
         size = chunk_size(len(hidden), weight.shape[0] * weight.element_size())
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
@@ -110,9 +113,11 @@ class TorchKernels:
             largest, total, target = self.statistics(logits, local[part])
             largest, total, target = reduce_over_ranks(largest, total, target, vocabulary)
             losses[part] = (total.log() + largest - target) * weights[part]
-            if d_hidden is not None and d_weight is not None:
-                gradient = self.gradients(logits, local[part], largest, total, weights[part])
-                torch.mm(gradient, weight, out=d_hidden[part])
+            if d_hidden is None:
+                continue
+            gradient = self.gradients(logits, local[part], largest, total, weights[part])
+            torch.mm(gradient, weight, out=d_hidden[part])
+            if d_weight is not None:
                 matmul_into(d_weight, gradient, hidden[part], add=start > 0)
         return losses, d_hidden, d_weight
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 
-from common.model.layers.norm import RMSNorm
+from common.model.layers.norm import RMSNorm, rms_norm
 from common.model.layers.weights import await_weights
 
 
@@ -65,11 +65,21 @@ class FusedResidualRMSNorm(FusedResidualNorm, RMSNorm):
         return self.normed(x)
 
 
-def normed_linear() -> type[torch.nn.Module]:
-    """Megatron-Core's TELayerNormColumnParallelLinear, with the same parameter names, and a norm that can be fused."""
+def column_parallel_linear() -> type[torch.nn.Module]:
+    """Transformer Engine's column-parallel layer without a norm."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
-    class NormedLinear(FusedResidualNorm, TEColumnParallelLinear):
+    kind: type[torch.nn.Module] = TEColumnParallelLinear
+    return kind
+
+
+def normed_linear(base: Any) -> type[torch.nn.Module]:
+    """Megatron-Core's TELayerNormColumnParallelLinear, with the same parameter names, and a norm that can be fused.
+
+    base: `column_parallel_linear`, or a subclass, which gets the normalized input.
+    """
+
+    class NormedLinear(FusedResidualNorm, base):
         def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
             super().__init__(input_size, output_size, config=config, **options)
             self.eps = config.layernorm_epsilon
@@ -86,6 +96,22 @@ def normed_linear() -> type[torch.nn.Module]:
             return super().forward(self.normed(x))
 
     return NormedLinear
+
+
+class TorchNorms:
+    """Norms in plain PyTorch."""
+
+    @staticmethod
+    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """As Norms."""
+        return rms_norm(x, weight, eps)
+
+    def norm_of_sum(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Norms."""
+        total = x + residual
+        return total, self.norm(total, weight, eps)
 
 
 class ResidualSum:
@@ -110,14 +136,18 @@ class ResidualSum:
         return self.following.sum_and_norm(x, residual)
 
 
-def connect_norms(block: Any, norms: Norms, *, across_layers: bool) -> None:
+def set_norms(block: Any, norms: Norms) -> None:
+    """Has the norms of `block`, a TransformerBlock, compute with `norms`."""
+    for module in block.modules():
+        if isinstance(module, FusedResidualNorm):
+            module.norms = norms
+
+
+def connect_norms(block: Any, *, across_layers: bool) -> None:
     """Connects each ResidualSum of `block`, a TransformerBlock built with them, to the norm that follows it.
 
     across_layers: also to the norm of the next layer; not with full recomputation, which runs each layer separately.
     """
-    for module in block.modules():
-        if isinstance(module, FusedResidualNorm):
-            module.norms = norms
     begins = [_norm(layer.input_layernorm, layer.self_attention.linear_qkv) for layer in block.layers]
     for layer, following in zip(block.layers, [*begins[1:], block.final_layernorm], strict=True):
         layer.self_attn_bda.following = _norm(layer.pre_mlp_layernorm, layer.mlp.linear_fc1)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from common.model.shape.lora import LoraConfig
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -20,4 +22,6 @@ class ModelOptions:
     weighted: bool = False  # the loss has weights other than 0 and 1
     packed_sequences: bool = False  # packed sequences in the "thd" format, with cu_seqlens
     mcore: tuple[str, ...] = ()  # fields of TransformerConfig by name (common.engine.overrides)
+    lora: LoraConfig | None = None  # train adapters, and nothing else
+    seed: int = 0  # of the adapters
     deterministic: bool = False  # bit-identical runs; needs torch's mode (common.training.planning.determinism)

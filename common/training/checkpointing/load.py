@@ -18,15 +18,19 @@ from common.checkpoint.io.chunks import Chunk
 from common.engine.dist_checkpointing import OPTIMIZER_SHARDING
 from common.errors import KitError
 from common.log import logger
+from common.training.checkpointing.adapters import load_peft_adapter
 from common.training.checkpointing.optimizer_state import initialize_optimizer_state, load_param_groups
 from common.training.checkpointing.save_torch import rank_dir
 from common.training.checkpointing.shards import StateShard, optimizer_shards, weight_shards
 from common.training.checkpointing.state_dict import (
+    Names,
+    base_names,
     has_same_layout,
     legacy_state_dict,
     load_model_state_dict,
     model_keys,
     restore_scheduler_and_rng,
+    saved_names,
     sharded_model_state_dict,
     sharded_objects,
 )
@@ -43,19 +47,27 @@ def load_checkpoint(plan: Plan, training_state: TrainingState) -> Progress:
     checkpoint = plan.start.checkpoint
     if checkpoint is None:
         return Progress()
+    if plan.adapters:
+        load_weights(plan, training_state, plan.adapters.base, base_names)
+        if plan.adapters.peft:
+            load_peft_adapter(plan.adapters.peft, plan.adapters.lora, plan.qwen, training_state)
     if plan.start.kind == "resume":
         return resume(plan, training_state, checkpoint)
+    if plan.adapters:
+        return Progress()
     load_weights(plan, training_state, checkpoint)
     return Progress()
 
 
-def load_weights(plan: Plan, training_state: TrainingState, checkpoint: Checkpoint) -> None:
-    """Loads the weights of `checkpoint` into the model and the master weights."""
+def load_weights(
+    plan: Plan, training_state: TrainingState, checkpoint: Checkpoint, names: Names = lambda name: True
+) -> None:
+    """Loads the parameters `names` of `checkpoint` into the model and the master weights."""
     if checkpoint.format == "torch_dist":
-        sharded_state_dict = sharded_model_state_dict(training_state.model)
+        sharded_state_dict = sharded_model_state_dict(training_state.model, names)
         load_shards(weight_shards(training_state, sharded_state_dict, own=False), TorchDistReader(checkpoint.path))
     else:
-        load_model_state_dict(training_state.model, _load_rank_file(plan, checkpoint))
+        load_model_state_dict(training_state.model, _load_rank_file(plan, checkpoint), names)
     training_state.optimizer.reload_model_params()  # the float32 master weights are copies
 
 
@@ -71,7 +83,7 @@ def resume(plan: Plan, training_state: TrainingState, checkpoint: Checkpoint) ->
     else:
         state_dict = _load_rank_file(plan, checkpoint)
         initialize_optimizer_state(training_state)
-        load_model_state_dict(training_state.model, state_dict)
+        load_model_state_dict(training_state.model, state_dict, saved_names(plan))
         load_param_groups(training_state, state_dict["optimizer"]["optimizer"]["param_groups"])
         training_state.optimizer.load_parameter_state(str(rank_dir(checkpoint.path) / OPTIMIZER_FILE))
     restore_scheduler_and_rng(plan, training_state, state_dict)
@@ -96,7 +108,8 @@ def _resume_torch_dist(plan: Plan, training_state: TrainingState, checkpoint: Ch
         return state_dict
     initialize_optimizer_state(training_state)
     load_param_groups(training_state, common["optimizer"]["optimizer"]["param_groups"])
-    reader, sharded_state_dict = TorchDistReader(checkpoint.path), sharded_model_state_dict(training_state.model)
+    reader = TorchDistReader(checkpoint.path)
+    sharded_state_dict = sharded_model_state_dict(training_state.model, saved_names(plan))
     weights = weight_shards(training_state, sharded_state_dict, own=False)
     load_shards(itertools.chain(weights, optimizer_shards(training_state, sharded_state_dict)), reader)
     objects = sharded_objects(plan, training_state) if same_layout else []

@@ -12,7 +12,7 @@ from common.checkpoint.formats.parallel_layout import ParallelLayout
 from common.files import sync
 from common.model.build import unwrap
 from common.training.checkpointing.optimizer_state import ensure_optimizer_state, param_groups_to_save
-from common.training.checkpointing.state_dict import describe_run, model_keys
+from common.training.checkpointing.state_dict import describe_run, model_keys, saved_names
 from common.training.launching.process_group import random_state
 from common.training.planning.plan import Plan, Progress
 from common.training.state.fp8_state import fp8_state, has_fp8_state
@@ -52,9 +52,11 @@ def save_torch(
         "iteration": progress.iteration,
         "run": describe_run(plan, progress),
     }
+    names = saved_names(plan)
     for key, chunk in zip(model_keys(len(training_state.model)), training_state.model, strict=True):
         weights = unwrap(chunk).state_dict()
-        state[key] = {name: value for name, value in weights.items() if not name.endswith("_extra_state")}
+        kept = (name for name in weights if not name.endswith("_extra_state") and names(name))
+        state[key] = {name: weights[name] for name in kept}
     if not weights_only:
         ensure_optimizer_state(training_state)
         state |= {

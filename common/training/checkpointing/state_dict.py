@@ -1,5 +1,6 @@
 """The contents of a checkpoint: weights, optimizer, schedule, random state and the position in the data."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from common.engine.versions import installed_engine
 from common.errors import KitError
 from common.log import logger
 from common.model.build import unwrap
+from common.model.shape.lora import is_adapter
 from common.training.checkpointing.optimizer_state import (
     ensure_optimizer_state,
     initialize_optimizer_state,
@@ -58,11 +60,24 @@ def generate_state_dict(plan: Plan, training_state: TrainingState, progress: Pro
 
 def shards_to_save(plan: Plan, training_state: TrainingState) -> list[StateShard]:
     """The shards of weights and optimizer that this rank writes; the optimizer must have its state."""
-    sharded_state_dict = sharded_model_state_dict(training_state.model)
+    sharded_state_dict = sharded_model_state_dict(training_state.model, saved_names(plan))
     shards = list(weight_shards(training_state, sharded_state_dict, own=True))
     if plan.settings.save_optimizer:
         shards += optimizer_shards(training_state, sharded_state_dict)
     return [shard for shard in shards if shard.is_main_replica]
+
+
+Names = Callable[[str], bool]  # whether a parameter of that name is meant
+
+
+def saved_names(plan: Plan) -> Names:
+    """The parameters that the run's checkpoints hold: all, or with TUNER=lora the adapters."""
+    return is_adapter if plan.adapters else lambda name: True
+
+
+def base_names(name: str) -> bool:
+    """The parameters that do not belong to adapters."""
+    return not is_adapter(name)
 
 
 def model_keys(num_chunks: int) -> list[str]:
@@ -82,6 +97,7 @@ def describe_run(plan: Plan, progress: Progress) -> dict[str, Any]:
         "optimizer": plan.settings.save_optimizer,
         "fp8_state": has_fp8_state(plan.settings),
         "precision": plan.settings.precision,
+        **({"adapter": plan.adapters.saved.metadata()} if plan.adapters else {}),
     }
 
 
@@ -90,14 +106,15 @@ def has_same_layout(plan: Plan, run: dict[str, Any]) -> bool:
     return all(run["layout"].get(name) == getattr(plan.sizes, name) for name in LAYOUT)
 
 
-def sharded_model_state_dict(model: list[Any]) -> dict[str, Any]:
-    """Megatron-Core's sharded state dict of each chunk, without `_extra_state` (FP8 scales)."""
+def sharded_model_state_dict(model: list[Any], names: Names = lambda name: True) -> dict[str, Any]:
+    """Megatron-Core's sharded state dict of the parameters `names` of each chunk, without FP8's `_extra_state`."""
     keys, metadata = model_keys(len(model)), content_metadata(OPTIMIZER_SHARDING)
     state_dict = {}
     for index, (key, chunk) in enumerate(zip(keys, model, strict=True)):
         installed_engine().chunk_place(index, len(keys))
         sharded = unwrap(chunk).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
-        state_dict[key] = {name: value for name, value in sharded.items() if not name.endswith("_extra_state")}
+        kept = (name for name in sharded if not name.endswith("_extra_state") and names(name))
+        state_dict[key] = {name: sharded[name] for name in kept}
     return state_dict
 
 
@@ -133,13 +150,14 @@ def legacy_state_dict(
     return state
 
 
-def load_model_state_dict(model: list[Any], state_dict: dict[str, Any]) -> None:
-    """Loads each chunk's weights, strictly: only Transformer Engine's `_extra_state` may be missing or unexpected.
+def load_model_state_dict(model: list[Any], state_dict: dict[str, Any], names: Names = lambda name: True) -> None:
+    """Loads each chunk's parameters `names`, strictly: only Transformer Engine's `_extra_state` may differ.
 
     The optimizer's float32 master weights are not changed.
     """
     for key, chunk in zip(model_keys(len(model)), model, strict=True):
         missing, unexpected = unwrap(chunk).load_state_dict(state_dict[key], strict=False)
+        missing = [name for name in missing if names(name)]
         wrong = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
         if wrong:
             raise KitError(

@@ -21,6 +21,7 @@ from common.log import logger
 from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes, is_node_leader
 from common.platforms.base import Platform
+from common.training.planning.adapters import AdapterPlan, plan_adapters
 from common.training.planning.compatibility import check_fit
 from common.training.planning.datasets import content_hash, open_data, validation_hashes
 from common.training.planning.deadline import STARTED
@@ -71,6 +72,7 @@ class Plan:
     progress: Progress = Progress()
     data_hash: str = ""
     valid_hashes: dict[str, str] = field(default_factory=dict)
+    adapters: AdapterPlan | None = None  # with TUNER=lora
 
     @property
     def train_samples(self) -> int:
@@ -113,8 +115,11 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     start = find_start(settings)
     qwen = load_config(start.model_folder)
     check_fit(settings, platform, qwen)
+    adapters = plan_adapters(settings, start.kind, start.checkpoint)
     if start.checkpoint:
         check_parallel_sizes(start.checkpoint, settings.sizes, qwen)
+    if adapters:
+        check_parallel_sizes(adapters.base, settings.sizes, qwen)
     train = valid = None
     progress = progress_of(start)
     if settings.train_or_convert_ckpt == "train":
@@ -136,6 +141,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         progress=progress,
         data_hash=data_hash,
         valid_hashes=validation_hashes(settings, data_hash) if valid and settings.eval_interval else {},
+        adapters=adapters,
     )
     if start.kind == "resume":
         check_resume(plan)
@@ -143,8 +149,10 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         check_warmup(plan)
     # Last, because it takes longest; Megatron-Core has not opened the folder yet. One rank of each node checks: the
     # others wait for it when the process group is initialized, before they read anything.
-    if start.checkpoint and is_node_leader():
-        check_pickles(start.checkpoint)
+    if is_node_leader():
+        for checkpoint in dict.fromkeys((start.checkpoint, adapters.base if adapters else None)):
+            if checkpoint:
+                check_pickles(checkpoint)
     return plan
 
 
@@ -305,6 +313,8 @@ def describe(plan: Plan) -> None:
         logger.info(line)
     source = start.checkpoint.path if start.checkpoint else start.model_folder
     logger.info("start: %s from %s", start.kind, source)
+    if plan.adapters:
+        logger.info(plan.adapters.description)
     if plan.train:
         logger.info(
             "data: %d samples of %d tokens an epoch; validation: %s",

@@ -10,6 +10,7 @@ from common.training.settings.data import DataSettings
 from common.training.settings.kernels import KernelSettings
 from common.training.settings.launch import LaunchSettings
 from common.training.settings.log import LogSettings
+from common.training.settings.lora import LoraSettings
 from common.training.settings.optimizer import OptimizerSettings
 from common.training.settings.parallel import ParallelSettings
 
@@ -20,6 +21,7 @@ class TrainSettings(
     LogSettings,
     KernelSettings,
     CheckpointSettings,
+    LoraSettings,
     OptimizerSettings,
     BatchSettings,
     ParallelSettings,
@@ -37,6 +39,7 @@ class TrainSettings(
         self.check_data()
         self.check_batch(training=self.train_or_convert_ckpt == "train")
         self.check_optimizer()
+        self.check_lora()
         self.check_parallel()
         self.check_launch(self.nnodes)
         self.check_checkpoints()

@@ -62,6 +62,8 @@ def model_options(plan: Plan) -> ModelOptions:
         fused_products=settings.fused_products,
         deterministic=settings.deterministic,
         mcore=settings.mcore,
+        lora=plan.adapters.lora if plan.adapters else None,
+        seed=settings.seed,
         packed_sequences=plan.packed_sequences,
         weighted=any(data.weighted for data in (plan.train, plan.valid) if data),
     )
