@@ -23,9 +23,11 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${TRANSFORMER_IMPL:=local}" # names of the weights: transformer_engine or local / 权重命名
 
 # megatron-to-huggingface / 转为 Hugging Face
-: "${HF_MODEL_PATH:=}"     # config.json and tokenizer; empty: what the checkpoint carries / 空：取检查点自带的文件
-: "${MAX_SHARD_SIZE:=5GB}" # largest safetensors file / 单个 safetensors 文件上限
-: "${AVERAGE:=1}"          # the mean of so many of the newest checkpoints / 最新若干个检查点的平均
+: "${HF_MODEL_PATH:=}"        # config.json and tokenizer; empty: what the checkpoint carries / 空：取检查点自带的文件
+: "${MAX_SHARD_SIZE:=5GB}"    # largest safetensors file / 单个 safetensors 文件上限
+: "${AVERAGE:=1}"             # the mean of so many of the newest checkpoints / 最新若干个检查点的平均
+: "${EXPORT:=merged}"         # of a LoRA adapter: merged weights, or adapter: a PEFT folder / LoRA：合并后的权重，或 PEFT 目录
+: "${BASE_CHECKPOINT_PATH:=}" # to merge: the weights that it adds to; empty: where the run read them / 合并用的原权重；空：训练时的位置
 
 # shellcheck source=env.sh
 source "$VENDOR/env.sh"

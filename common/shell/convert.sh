@@ -11,6 +11,6 @@ if [[ $CONVERT_TYPE == huggingface-to-megatron ]]; then
   run common.convert hf-to-megatron
 else
   # TP, PP and the format are those of the checkpoint that is read.
-  flags LOAD_CHECKPOINT_PATH SAVE_CHECKPOINT_PATH HF_MODEL_PATH DTYPE MAX_SHARD_SIZE AVERAGE
+  flags LOAD_CHECKPOINT_PATH SAVE_CHECKPOINT_PATH HF_MODEL_PATH DTYPE MAX_SHARD_SIZE AVERAGE EXPORT BASE_CHECKPOINT_PATH
   run common.convert megatron-to-hf
 fi

@@ -47,12 +47,12 @@ def check_whole(checkpoint: Checkpoint, remedy: str) -> None:
         raise KitError(f"{checkpoint.path} holds a LoRA adapter of {found.base}, not whole weights: {remedy}")
 
 
-def check_base(found: AdapterOf, base: Checkpoint, checkpoint: Checkpoint) -> None:
-    """Raises KitError unless `base` holds the weights that the adapters of `checkpoint` were trained on."""
+def check_base(found: AdapterOf, base: Checkpoint, checkpoint: Checkpoint, setting: str) -> None:
+    """Raises KitError, which names `setting`, unless `base` holds what the adapters of `checkpoint` were trained on."""
     if weights_hash(base.path) != found.base_hash:
         raise KitError(
             f"{base.path} does not hold the weights that {checkpoint.path} was trained on (then at {found.base}): set"
-            " LOAD_CHECKPOINT_PATH to that checkpoint"
+            f" {setting} to that checkpoint"
         )
 
 

@@ -99,8 +99,8 @@ def _load(folder: Path) -> dict[str, Tensor]:
         raise KitError(f"{path}: {error}: copy it again") from error
 
 
-def write_peft_folder(folder: Path, adapter: Adapter, lora: LoraConfig, base: str) -> None:
-    """Writes the adapter to the existing `folder`; base: the model that it belongs to, for readers of the file."""
+def write_peft_folder(folder: Path, adapter: Adapter, lora: LoraConfig, base: str | None) -> None:
+    """Writes the adapter to the existing `folder`; base: what the file names as its model, if known."""
     named = {peft_name(module, matrix, layer): value for (layer, module, matrix), value in adapter.items()}
     tensors = {name: value.contiguous() for name, value in named.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

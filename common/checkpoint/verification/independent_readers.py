@@ -47,9 +47,9 @@ def num_bytes(tensor: StoredTensor) -> int:
 class HfTensors:
     """The tensors of a Hugging Face folder by name, as safetensors reads them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, single: str = "model.safetensors") -> None:
         index = folder / "model.safetensors.index.json"
-        listed = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ["model.safetensors"]
+        listed = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else [single]
         self._file_of: dict[str, Any] = {}
         for name in set(listed):
             with (folder / name).open("rb") as stream:  # safetensors rejects paths that are not UTF-8

@@ -5,49 +5,34 @@ This shares no code with the conversion: names, head order and sharding are writ
 be found on the Megatron side, and every Megatron element must be one of them or vocabulary padding.
 """
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, Checkpoint
+from common.checkpoint.formats.checkpoint_paths import Checkpoint
 from common.checkpoint.formats.vocab_padding import VocabPadding
 from common.checkpoint.io.crc32 import crc32
 from common.checkpoint.io.direct_io import BLOCK_BYTES, prefetch
 from common.checkpoint.io.lazy_tensor import all_finite, bitwise_equal, tensor_bytes
+from common.checkpoint.verification.adapters import Deltas
 from common.checkpoint.verification.independent_mapping import Slice, slices
 from common.checkpoint.verification.independent_readers import (
-    DistTensors,
     HfTensor,
     HfTensors,
     StoredTensor,
     num_bytes,
-    rank_state,
 )
 from common.checkpoint.verification.report import Report
-from common.errors import KitError
+from common.checkpoint.verification.shards import SKIPPED, Shard, checkpoint_shards, mean_shards
 from common.model.shape.config import QwenConfig
-
-
-class Shard(NamedTuple):
-    """A Megatron tensor in a file, and its place in the model."""
-
-    name: str  # its layer is numbered within the whole model
-    tp_rank: int
-    tp: int
-    tensor: StoredTensor
-
 
 NORMS = re.compile(r"norm\.weight$|layer_norm_weight$")  # replicated over TP ranks
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-SKIPPED = re.compile(r"(^|\.)_extra_state(\d+|/.*)?$|\.rotary_(pos_)?emb\.inv_freq$|^rotary_pos_emb\.inv_freq$")
-OTHER_KEYS = re.compile(r"^((chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine_state|opt_param_scheduler)")
 
 
 def verify(
@@ -59,15 +44,17 @@ def verify(
     from_megatron: bool = False,
     drop_rows: bool = False,
     earlier: Sequence[Checkpoint] = (),
+    deltas: Deltas | None = None,
 ) -> Report:
     """The comparison of the two sides; `dtype`: what the written side was cast to, if anything.
 
     from_megatron: only count norm weights of other TP ranks that differ from rank 0's. drop_rows: only count rows above
-    `vocab_size` that hold values. earlier: checkpoints whose mean with `checkpoint` is compared.
+    `vocab_size` that hold values. earlier: checkpoints whose mean with `checkpoint` is compared. deltas: what was added
+    to the weights of `checkpoint` as they were written.
     """
     report, hf = Report(), HfTensors(folder)
-    shards = mean_shards([_shards(each, qwen) for each in (*earlier, checkpoint)])
-    comparison = _Comparison(report, dtype, from_megatron)
+    shards = mean_shards([checkpoint_shards(each, qwen) for each in (*earlier, checkpoint)])
+    comparison = _Comparison(report, dtype, from_megatron, deltas)
     for block in prefetch(_blocks(shards, hf, qwen)):
         comparison.add(block)
     for name, padding in comparison.paddings.items():
@@ -84,8 +71,10 @@ def verify(
 class _Comparison:
     """Compares block by block, and keeps track of what was found."""
 
-    def __init__(self, report: Report, dtype: torch.dtype | None, from_megatron: bool) -> None:
-        self.report, self._dtype, self._from_megatron = report, dtype, from_megatron
+    def __init__(
+        self, report: Report, dtype: torch.dtype | None, from_megatron: bool, deltas: Deltas | None = None
+    ) -> None:
+        self.report, self._dtype, self._from_megatron, self._deltas = report, dtype, from_megatron, deltas
         self.found: Counter[str] = Counter()
         self.checksums: dict[str, _RowChecksum] = {}
         self.paddings: dict[str, VocabPadding] = {}
@@ -119,7 +108,7 @@ class _Comparison:
                 self.checksums.setdefault(part.name, _RowChecksum()).add(block.source_row, source)
             self._count_cast_losses(values, source, part.name)
         self.report.non_finite += _non_finite(values if self._dtype is None else values.to(self._dtype))
-        if _same_values(values, source, self._dtype):
+        if self._agree(block, values, part):
             return
         message = f"{shard.name} of TP rank {shard.tp_rank} differs from {part.name}"
         if message in self._differing:
@@ -129,6 +118,13 @@ class _Comparison:
             self.report.differing_replicas += 1
         else:
             self.report.errors.append(message)
+
+    def _agree(self, block: "_Block", values: Tensor, part: Slice) -> bool:
+        if self._deltas and block.source is not None:
+            merged = self._deltas.agree(part.name, block.source_row, part.columns, values, block.source)
+            if merged is not None:
+                return merged
+        return _same_values(values, block.source, self._dtype)
 
     def _count_cast_losses(self, values: Tensor, source: Tensor, name: str) -> None:
         """Counts values that the cast makes zero, and adds an error where it makes values infinite."""
@@ -242,72 +238,3 @@ def _same_values(values: Tensor, source: Tensor | None, dtype: torch.dtype | Non
 def _non_finite(tensor: Tensor) -> int:
     """The number of NaN or infinite values."""
     return 0 if all_finite(tensor) else int((~torch.isfinite(tensor)).sum())
-
-
-def _shards(checkpoint: Checkpoint, qwen: QwenConfig) -> Iterator[Shard]:
-    return (_dist_shards if checkpoint.format == "torch_dist" else _rank_shards)(checkpoint.path, qwen)
-
-
-class MeanTensor:
-    """The mean of tensors of one shape, in the first's dtype: summed in float32, in order, divided, rounded once."""
-
-    def __init__(self, tensors: Sequence[StoredTensor]) -> None:
-        self._tensors, self.shape, self.dtype = tensors, tensors[0].shape, tensors[0].dtype
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """As StoredTensor."""
-        total = reduce(torch.add, (tensor.rows(start, stop).float() for tensor in self._tensors))
-        return (total / len(self._tensors)).to(self.dtype)
-
-
-def mean_shards(checkpoints: Sequence[Iterator[Shard]]) -> Iterator[Shard]:
-    """The mean of each shard over checkpoints; raises KitError unless they have the same."""
-    for shards in itertools.zip_longest(*checkpoints):
-        first = shards[0]
-        kinds = {each and (each.name, each.tp_rank, each.tp, each.tensor.shape, each.tensor.dtype) for each in shards}
-        if len(kinds) > 1:
-            raise KitError(
-                "the checkpoints to average differ in their layout or dtype: set AVERAGE to fewer, or"
-                " LOAD_CHECKPOINT_PATH to the last one before the change"
-            )
-        yield first if len(shards) == 1 else first._replace(tensor=MeanTensor([each.tensor for each in shards]))
-
-
-def _rank_shards(path: Path, qwen: QwenConfig) -> Iterator[Shard]:
-    """Every tensor of every rank's file, with its layer numbered within the whole model."""
-    ranks = {}
-    for folder in path.glob("mp_rank_*"):
-        tp_rank, stage = (int(word) for word in f"{folder.name}_0".split("_")[2:4])
-        ranks[tp_rank, stage] = folder
-    tp, pp = (1 + max(numbers) for numbers in zip(*ranks, strict=True))
-    files = {rank: rank_state(folder / MODEL_FILE) for rank, folder in ranks.items()}
-    names = [key for key in files[0, 0] if re.fullmatch(r"model\d*", key)]
-    first_layer = 0
-    for chunk in sorted(names, key=lambda name: (len(name), name)):  # model2 before model10
-        for stage in range(pp):
-            states = [files[tp_rank, stage][chunk] for tp_rank in range(tp)]
-            held = dict.fromkeys(name for state in states for name in state if not SKIPPED.search(name))
-            for name, (tp_rank, state) in itertools.product(held, enumerate(states)):
-                if name in state:
-                    yield Shard(_renumber(name, first_layer), tp_rank, tp, state[name])
-            numbers = [int(found[1]) for name in held if (found := re.match(r"decoder\.layers\.(\d+)\.", name))]
-            first_layer += 1 + max(numbers, default=-1)
-
-
-def _renumber(name: str, first_layer: int) -> str:
-    """The name with `first_layer` added to its layer's number."""
-    return re.sub(r"^(decoder\.layers\.)(\d+)", lambda found: found[1] + str(int(found[2]) + first_layer), name)
-
-
-def _dist_shards(path: Path, qwen: QwenConfig) -> Iterator[Shard]:
-    """Every weight of a torch_dist checkpoint, unsharded, one per layer."""
-    files = DistTensors(path)
-    for key in files.entries:
-        if SKIPPED.search(key) or OTHER_KEYS.search(key):
-            continue
-        stacked = re.fullmatch(r"decoder\.layers\.(\D.*)", key)
-        if stacked is None:
-            yield Shard(key, 0, 1, files.tensor(key))
-            continue
-        for layer in range(qwen.num_hidden_layers):
-            yield Shard(f"decoder.layers.{layer}.{stacked[1]}", 0, 1, files.tensor(key, layer))

@@ -63,7 +63,7 @@ class Checkpointer:
         if dist.get_rank() == 0:
             self.folder = RunFolder(plan)
             self.retention = Retention(plan.settings, self.folder, plan.valid_hashes)
-            self.exporter = HfExporter(plan.settings.export_hf, self.path)
+            self.exporter = HfExporter(plan.settings.export_hf, self.path, adapters=bool(plan.adapters))
 
     def record(self, iteration: int, *, validation_loss: float | None = None, epoch_ends: bool = False) -> None:
         """Records what decides whether the checkpoint of `iteration` is kept; no collective call."""

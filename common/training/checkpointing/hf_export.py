@@ -28,8 +28,8 @@ OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "T
 class HfExporter:
     """Exports checkpoints one after the other; on rank 0. Errors are logged: an export never ends a run."""
 
-    def __init__(self, policy: str, folder: Path) -> None:
-        self.policy, self.folder = policy, folder
+    def __init__(self, policy: str, folder: Path, *, adapters: bool = False) -> None:
+        self.policy, self.folder, self.adapters = policy, folder, adapters
         self._waiting: list[int] = []
         self._exporting: tuple[int, subprocess.Popen[bytes]] | None = None
 
@@ -77,9 +77,10 @@ class HfExporter:
     def _start(self, iteration: int) -> "subprocess.Popen[bytes]":
         (self.folder / FOLDER).mkdir(exist_ok=True)
         target = self._target(iteration)
-        if (target / "config.json").exists():  # of a run that was set back to an earlier checkpoint
+        if any((target / name).exists() for name in ("config.json", "adapter_config.json")):  # of a run that was set back to an earlier checkpoint
             shutil.rmtree(target)
         flags = ["--load-checkpoint-path", iteration_dir(self.folder, iteration), "--save-checkpoint-path", target]
+        flags += ["--export", "adapter"] if self.adapters else []
         environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
         environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
         environment[WORKING_DIR] = str(Path.cwd())

@@ -75,5 +75,5 @@ def _resumed(settings: TrainSettings, checkpoint: Checkpoint) -> AdapterPlan:
             " LOAD_CHECKPOINT_PATH to where they are now"
         )
     check_whole(base, "set LOAD_CHECKPOINT_PATH to the weights that the run started from")
-    check_base(found, base, checkpoint)
+    check_base(found, base, checkpoint, "LOAD_CHECKPOINT_PATH")
     return AdapterPlan(settings.lora_config(found.lora), base, found.base_hash)
