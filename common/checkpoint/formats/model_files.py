@@ -12,6 +12,7 @@ from common.log import logger
 
 REPORT = "conversion_report.json"
 RUN_FILES = ("log.txt", "metrics.jsonl", "run.json", "tensorboard")  # what training writes beside its checkpoints
+KEPT = "kept_checkpoints.json"  # beside them too
 MAX_FILE_BYTES = 64 << 20  # the largest tokenizers have 20 MB
 MAX_FOLDER_FILES = 1000
 WEIGHTS = (
@@ -21,7 +22,7 @@ WEIGHTS = (
     "adapter_config.json",  # which makes transformers look for an adapter's weights
 )  # fmt: skip
 TRAINING_FILES = (
-    *RUN_FILES, TRACKER, REPORT, RELEASE, "iter_*", "mp_rank_*", MODEL_FILE, "checkpoint-*", "checkpoint_*",
+    *RUN_FILES, KEPT, TRACKER, REPORT, RELEASE, "iter_*", "mp_rank_*", MODEL_FILE, "checkpoint-*", "checkpoint_*",
     "global_step*", "optimizer*", "scheduler.*", "rng_state*", "trainer_state.json", "trainer_log.jsonl",
     "training_args.*", "*_results.json", "training_loss.png", "zero_to_fp32.py", "latest", "events.out.tfevents*",
     "runs", "wandb", "logs", "*.log", "nohup.out", "*.partial", "*.tmp", "*.lock", "*.idx", "__pycache__", "*.pyc",
@@ -30,7 +31,7 @@ TRAINING_FILES = (
 # Read or rewritten by a conversion: skipped without a message.
 EXPECTED = (
     "model*.safetensors", "model.safetensors.index.json", TRACKER, REPORT, RELEASE, "iter_*", ".*", "*.partial",
-    *RUN_FILES,
+    *RUN_FILES, KEPT,
 )  # fmt: skip
 
 

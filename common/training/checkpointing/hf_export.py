@@ -77,7 +77,8 @@ class HfExporter:
     def _start(self, iteration: int) -> "subprocess.Popen[bytes]":
         (self.folder / FOLDER).mkdir(exist_ok=True)
         target = self._target(iteration)
-        if any((target / name).exists() for name in ("config.json", "adapter_config.json")):  # of a run that was set back to an earlier checkpoint
+        # An export of a run that was set back to an earlier checkpoint.
+        if any((target / name).exists() for name in ("config.json", "adapter_config.json")):
             shutil.rmtree(target)
         flags = ["--load-checkpoint-path", iteration_dir(self.folder, iteration), "--save-checkpoint-path", target]
         flags += ["--export", "adapter"] if self.adapters else []

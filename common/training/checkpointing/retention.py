@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint.formats.checkpoint_paths import iteration_dir, list_iterations
+from common.checkpoint.formats.model_files import KEPT
 from common.files import write_json
 from common.log import listed, logger
 from common.training.checkpointing.run_folder import RunFolder
 from common.training.settings import TrainSettings
-
-RECORD_FILE = "kept_checkpoints.json"  # in the run's folder
 
 
 @dataclass
@@ -44,7 +43,7 @@ class RetentionRecord:
     def read(cls, folder: Path) -> "RetentionRecord":
         """The record in `folder`; empty if it is missing or unreadable."""
         with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
-            content = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+            content = json.loads((folder / KEPT).read_text(encoding="utf-8"))
             losses = {int(iteration): float(loss) for iteration, loss in content["validation_losses"].items()}
             return cls(
                 losses,
@@ -109,7 +108,7 @@ class Retention:
 
     def write_record(self) -> None:
         """Writes the record to disk; raises OSError."""
-        write_json(self.folder.path / RECORD_FILE, self.record.to_json())
+        write_json(self.folder.path / KEPT, self.record.to_json())
 
     def prune(self, current: int, needed: Collection[int] = ()) -> None:
         """Starts to remove what no setting keeps; `current` is the checkpoint that the tracker names.

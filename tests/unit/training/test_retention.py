@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from common.training.checkpointing.retention import RECORD_FILE, Retention, RetentionRecord, checkpoints_to_remove
+from common.checkpoint.formats.model_files import KEPT
+from common.training.checkpointing.retention import Retention, RetentionRecord, checkpoints_to_remove
 from common.training.checkpointing.run_folder import RunFolder
 from common.training.settings import TrainSettings
 
@@ -49,14 +50,14 @@ def test_a_missing_best_checkpoint_is_not_counted() -> None:
 
 def test_a_record_is_read_as_it_was_written_and_a_broken_one_is_empty(tmp_path: Path) -> None:
     record = RetentionRecord({20: 1.25, 10: 1 / 3}, {30, 10}, {"law": "ab"}, {5})
-    (tmp_path / RECORD_FILE).write_text(json.dumps(record.to_json()))
+    (tmp_path / KEPT).write_text(json.dumps(record.to_json()))
     assert RetentionRecord.read(tmp_path) == record
     for broken in ("", "[]", "3", '{"validation_losses": [], "epoch_ends": []}', '{"epoch_ends": []}',
                    '{"validation_losses": {"x": 1}, "epoch_ends": []}', '{"validation_losses": {}, "epoch_ends": 3}',
                    json.dumps(record.to_json())[:30]):  # fmt: skip
-        (tmp_path / RECORD_FILE).write_text(broken)
+        (tmp_path / KEPT).write_text(broken)
         assert RetentionRecord.read(tmp_path) == RetentionRecord(), broken
-    (tmp_path / RECORD_FILE).write_bytes(b"\xff\xfe")
+    (tmp_path / KEPT).write_bytes(b"\xff\xfe")
     assert RetentionRecord.read(tmp_path) == RetentionRecord()
     assert RetentionRecord.read(tmp_path / "nowhere") == RetentionRecord()
 
