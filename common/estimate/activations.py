@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from common.estimate.weights import ELEMENT_BYTES, Chunk, vocabulary_parameters
 from common.model.shape.chunks import chunk_size, fused_chunk_size
 from common.model.shape.config import QwenConfig
+from common.model.shape.lora import ROW_PARALLEL, LoraConfig
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Workload:
     thd: bool  # the same with Transformer Engine's layers: packed sequences in the "thd" format, with cu_seqlens
     fused_kernels: bool
     fused_products: bool  # SwiGLU, and at TP 1 the loss, fused into the GEMMs
+    lora: LoraConfig | None = None  # adapters on frozen weights, which have no gradients
 
     @property
     def transformer_engine(self) -> bool:
@@ -100,6 +102,18 @@ def query_key_norm_bytes(work: Workload) -> int:
     return kept
 
 
+def adapter_bytes(work: Workload) -> int:
+    """Bytes that a layer's adapters save beside their inputs, which the frozen layers no longer save: A x, e n r each.
+
+    Of a row-parallel layer it is scattered over the sequence with sequence parallelism.
+    """
+    if work.lora is None:
+        return 0
+    n, scattered = work.tokens, work.residual_bytes // (work.element_bytes * work.qwen.hidden_size)
+    rows = sum(scattered if module in ROW_PARALLEL else n for module in work.lora.targets)
+    return work.element_bytes * work.lora.rank * rows
+
+
 def attention_tensors(work: Workload) -> dict[str, int]:
     """Bytes of the tensors that a layer's attention saves, from the output of linear_qkv to its own output.
 
@@ -141,6 +155,7 @@ def layer_tensors(work: Workload) -> dict[str, int]:
         **attention_tensors(work),
         "gate and up": 2 * work.mlp_bytes,
         "swiglu": 0 if work.fused_products else swiglu,
+        "adapters": adapter_bytes(work),
     }
 
 
@@ -199,7 +214,7 @@ def loss_bytes(work: Workload) -> int:
         work.residual_bytes
         + gathered
         + work.hidden_bytes
-        + 4 * vocabulary_parameters(work.qwen, work.tp)
+        + (0 if work.lora else 4 * vocabulary_parameters(work.qwen, work.tp))
         + logits_bytes(work)
     )
 
@@ -228,7 +243,7 @@ def gradient_bytes(work: Workload) -> int:
     gathered = work.hidden_bytes if work.residual_bytes < work.hidden_bytes else 0
     if work.fused_products:  # the gradients of gate and up replace them in place; three unused weight gradients
         return work.residual_bytes + gathered + work.mlp_bytes + work.hidden_bytes + 3 * weight
-    weight = 0 if work.transformer_engine else weight
+    weight = 0 if work.transformer_engine or work.lora else weight
     kept = layer_tensors(work)
     down = gathered + work.mlp_bytes + weight
     swiglu = 2 * work.mlp_bytes

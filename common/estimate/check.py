@@ -100,7 +100,7 @@ def activation_error(settings: TrainSettings, platform: Platform) -> float:
     """
     local = (settings.transformer_impl or platform.transformer_impl) == "local"
     masked = local and (settings.packing or settings.reset_attention)
-    if settings.cp > 1 or settings.fp8_format != "none" or settings.recompute == "selective" or masked:
+    if settings.cp > 1 or settings.fp8_format != "none" or settings.recompute == "selective" or masked or settings.lora:
         return 1.0
     return STAGES_ERR if settings.pp > 1 else 0.0
 

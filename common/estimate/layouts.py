@@ -11,9 +11,11 @@ from common.estimate.gpus import Gpu, find_gpu
 from common.estimate.memory import RankMemory, rank_memory
 from common.estimate.speed import Speed, speed
 from common.model.shape.config import QwenConfig
+from common.model.shape.lora import LoraConfig
 from common.settings import option
 from common.training.planning.compatibility import check_fit
 from common.training.settings import TrainSettings
+from common.training.settings.lora import LoraSettings
 
 RECOMPUTE = ("none", "selective", "full")
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -53,6 +55,9 @@ class EstimateSettings:
         ("auto", "true", "false"),
     )
     packing: bool = option(False, "finetune: several samples per row, with separate attention")
+    tuner: str = option("full", "full: train all weights; lora: adapters alone", ("full", "lora"))
+    lora_rank: int | None = option(None, "rank of the adapters; default: 16")
+    lora_targets: str | None = option(None, "modules, as q_proj,v_proj; default: all-linear")
     tokens: float | None = option(None, "tokens to train on, such as 1e9, to estimate the days")
     memory_gib: float | None = option(None, "memory of a GPU; default: that of its type")
     save_interval: int = option(TrainSettings.save_interval, "steps between checkpoints, compared with the best")
@@ -79,6 +84,12 @@ class EstimateSettings:
             self._need(name, getattr(self, name) is None or getattr(self, name) > 0, "it must be above 0")
         for name in ("rows", "keep_checkpoints", "save_stall_s", "detection_s", "restart_s"):
             self._need(name, (getattr(self, name) or 0) >= 0, "it must not be negative")
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters; None with TUNER=full."""
+        given = {name: getattr(self, name) for name in ("tuner", "lora_rank", "lora_targets")}
+        return LoraSettings(**given).lora
 
     def _need(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -125,7 +136,17 @@ def train_settings(settings: EstimateSettings, layout: dict[str, int | str]) -> 
     """The training settings of one layout; raises KitError as training does."""
     same = ("gpus", "nnodes", "seq_length", "global_batch_size", "vpp", "pipeline_layers", "cp", "precision",
             "fused_products")  # fmt: skip
-    names = (*same, "transformer_impl", "sequence_parallel", "packing", "optimizer_state", "recompute_num_layers")
+    names = (
+        *same,
+        "tuner",
+        "lora_rank",
+        "lora_targets",
+        "transformer_impl",
+        "sequence_parallel",
+        "packing",
+        "optimizer_state",
+        "recompute_num_layers",
+    )
     return TrainSettings(
         save_checkpoint_path="-",
         dataset_path="-",

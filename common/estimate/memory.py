@@ -16,6 +16,7 @@ from common.estimate.weights import (
     vocabulary_parameters,
 )
 from common.model.shape.config import QwenConfig
+from common.model.shape.lora import adapter_parameters
 from common.platforms.base import Platform
 from common.training.settings import TrainSettings
 
@@ -60,6 +61,7 @@ def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Wo
         thd=packed and impl == "transformer_engine",
         fused_kernels=platform.fused_kernels,
         fused_products=settings.fused_products == "true",
+        lora=settings.lora,
     )
 
 
@@ -68,11 +70,21 @@ def rank_memory(settings: TrainSettings, platform: Platform, qwen: QwenConfig, p
     work, sizes = work_of(settings, platform, qwen), settings.sizes
     chunks = chunks_of_rank(qwen, sizes, pp_rank)
     parameters = sum(chunk_parameters(qwen, settings.tp, chunk) for chunk in chunks)
+    trained = trained_parameters(work, chunks) or parameters
+    parameters += trained if work.lora else 0
     num_microbatches = sizes.num_microbatches(settings.global_batch_size, settings.micro_batch_size)
     activations, kept = peak_activations(work, chunks, sizes.pp, pp_rank, num_microbatches)
-    state = state_bytes(parameters, settings.precision, settings.optimizer_state, sizes.dp * sizes.cp)
-    step = optimizer_bytes(settings, platform, qwen, parameters)
+    shards = sizes.dp * sizes.cp
+    state = state_bytes(parameters, settings.precision, settings.optimizer_state, shards, trained)
+    step = optimizer_bytes(settings, platform, qwen, trained)
     return RankMemory(pp_rank, parameters, state, activations, kept, step, workspace_bytes(work))
+
+
+def trained_parameters(work: Workload, chunks: list[Chunk]) -> int:
+    """The parameters of the adapters in `chunks`; 0 without adapters."""
+    if work.lora is None:
+        return 0
+    return adapter_parameters(work.lora, work.qwen, work.tp) * sum(chunk.num_layers for chunk in chunks)
 
 
 def optimizer_bytes(settings: TrainSettings, platform: Platform, qwen: QwenConfig, parameters: int) -> int:

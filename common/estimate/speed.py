@@ -13,9 +13,10 @@ from common.estimate.constants import (
     SECONDS,
 )
 from common.estimate.gpus import Gpu
-from common.estimate.memory import work_of
+from common.estimate.memory import trained_parameters, work_of
 from common.estimate.weights import GRADIENT_BYTES, Chunk, adam_bytes, chunk_parameters, chunks_of_rank
 from common.model.shape.config import QwenConfig
+from common.model.shape.lora import adapter_parameters
 from common.platforms.base import Platform
 from common.training.settings import TrainSettings
 
@@ -48,8 +49,14 @@ def layer_cost(work: Workload, gpu: Gpu) -> Cost:
     passes, attention_passes, traffic_passes = {"none": (3, 3, 1.0), "selective": (3, 4, 1.0), "full": (4, 4, 4 / 3)}[
         work.recompute
     ]
+    adapters = 0.0
+    if work.lora:  # frozen weights have no gradient; adapters read and write what the layers put out
+        adapters = passes * 2 * tokens * adapter_parameters(work.lora, qwen, work.tp)
+        passes -= 1
+        outputs = 2 * work.mlp_bytes + work.query_bytes + 2 * work.key_bytes + 2 * work.hidden_bytes
+        traffic += 2 * 2 * outputs
     return {
-        "products": passes * products / gpu.flops,
+        "products": (passes * products + adapters) / gpu.flops,
         attention_name(work): attention_passes * attention / gpu.flops,
         "traffic": traffic_passes * traffic / gpu.bandwidth,
         "layers of a micro-batch": passes / 3,
@@ -68,20 +75,31 @@ def chunk_cost(work: Workload, chunk: Chunk, gpu: Gpu) -> Cost:
     twice = layer_cost(work, gpu)
     total = {
         **{name: recomputed * twice[name] + (chunk.num_layers - recomputed) * once[name] for name in once},
-        "weights": (3 * work.element_bytes + 2 * GRADIENT_BYTES) * parameters / gpu.bandwidth,
+        "weights": _weight_bytes(work) * parameters / gpu.bandwidth,
     }
     if chunk.last:
         rows = work.qwen.padded_vocab_size(work.tp) / work.tp
         logits = work.tokens * rows
-        total["products"] += 3 * 2 * logits * work.qwen.hidden_size / gpu.flops
+        total["products"] += (2 if work.lora else 3) * 2 * logits * work.qwen.hidden_size / gpu.flops
         times = 1 if work.fused_loss else 3
         total["traffic"] += times * work.element_bytes * logits / gpu.bandwidth
     return total
 
 
+def _weight_bytes(work: Workload) -> int:
+    """Bytes moved for a weight in a micro-batch: read by each product, and its gradient added to; frozen: only read."""
+    return 2 * work.element_bytes if work.lora else 3 * work.element_bytes + 2 * GRADIENT_BYTES
+
+
+def _trained(work: Workload, chunks: list[Chunk]) -> int:
+    """The parameters of `chunks` that have gradients."""
+    whole = sum(chunk_parameters(work.qwen, work.tp, chunk) for chunk in chunks)
+    return trained_parameters(work, chunks) if work.lora else whole
+
+
 def step_cost(work: Workload, chunks: list[Chunk], gpu: Gpu, shards: int) -> Cost:
     """What a rank does once per step: zeroing gradients, their norm, clipping, Adam; and host time per layer."""
-    parameters = sum(chunk_parameters(work.qwen, work.tp, chunk) for chunk in chunks)
+    parameters = _trained(work, chunks)
     # zeroing and gathering: all parameters; norm, clipping and Adam (3 and 7 accesses of 4 bytes): the rank's shard
     moved = (GRADIENT_BYTES + work.element_bytes) * parameters + (3 * 4 + 7 * 4) * parameters / shards
     return {"weights": moved / gpu.bandwidth, "layers of a step": sum(chunk.num_layers for chunk in chunks)}
@@ -131,7 +149,7 @@ def speed(settings: TrainSettings, platform: Platform, qwen: QwenConfig, gpu: Gp
         chunks = chunks_of_rank(qwen, sizes, pp_rank)
         own = seconds(add(*(chunk_cost(work, chunk, gpu) for chunk in chunks)))
         own += tensor_parallel_seconds(work, sum(chunk.num_layers for chunk in chunks))
-        parameters = sum(chunk_parameters(qwen, settings.tp, chunk) for chunk in chunks)
+        parameters = _trained(work, chunks)
         after = seconds(step_cost(work, chunks, gpu, sizes.dp * sizes.cp))
         after += host_seconds(settings, parameters)
         after += data_parallel_seconds(settings, work, parameters, own * 2 / 3)

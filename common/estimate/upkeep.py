@@ -40,7 +40,7 @@ class Upkeep:
 
 def upkeep(settings: EstimateSettings, qwen: QwenConfig) -> Upkeep:
     """The upkeep of a run, the same for each layout; reading a checkpoint takes as long as writing it."""
-    num_bytes = checkpoint_bytes(qwen, settings.precision, optimizer_state=settings.optimizer_state)
+    num_bytes = checkpoint_bytes(qwen, settings.precision, optimizer_state=settings.optimizer_state, lora=settings.lora)
     write = num_bytes / (settings.disk_gb_s * GB)
     stall = write if settings.save_stall_s is None else settings.save_stall_s
     between = seconds_between_faults(settings.gpus * settings.nnodes, settings.gpu_mtbf_hours)

@@ -56,14 +56,18 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def state_bytes(parameters: int, precision: str, optimizer_state: str, shards: int) -> StateBytes:
+def state_bytes(
+    parameters: int, precision: str, optimizer_state: str, shards: int, trained: int | None = None
+) -> StateBytes:
     """The bytes of `parameters` on the GPU; with OPTIMIZER_STATE=cpu the optimizer's are on the host.
 
+    trained: those of them that have gradients; None: all.
     The optimizer's are divided over `shards` = DP x CP ranks (P_os of arXiv 1910.02054).
     Megatron-Core pads its buffers: a parameter to 64 elements, a bucket to 128 x DP; that is not counted.
     """
-    optimizer = 0 if optimizer_state == "cpu" else adam_bytes(parameters, precision, optimizer_state)
-    return StateBytes(ELEMENT_BYTES[precision] * parameters, GRADIENT_BYTES * parameters, -(-optimizer // shards))
+    trained = parameters if trained is None else trained
+    optimizer = 0 if optimizer_state == "cpu" else adam_bytes(trained, precision, optimizer_state)
+    return StateBytes(ELEMENT_BYTES[precision] * parameters, GRADIENT_BYTES * trained, -(-optimizer // shards))
 
 
 def adam_bytes(parameters: int, precision: str, optimizer_state: str) -> int:

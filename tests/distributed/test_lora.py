@@ -14,16 +14,21 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
+from common.checkpoint.formats.checkpoint_size import checkpoint_bytes
 from common.checkpoint.formats.torch_dist_reader import TorchDistReader
 from common.data.dataset.builder import build_dataset, split_documents
 from common.data.dataset.manifest import resolve
+from common.model.shape.config import load_config
 from common.model.shape.lora import MODULES
+from common.model.shape.lora import LoraConfig as LoraShape
+from common.training.checkpointing.run_folder import size_of
 from common.training.tracking.records import read_metrics
 from tests.conversion import to_megatron
 from tests.distributed.launch import run, steps, words
 from tests.distributed.user import Run, step3, step3_forked
 
 BATCH = 8
+LORA = LoraShape(16, 32.0, MODULES)  # by default
 BOUND = 1e-5  # of each gradient's largest value
 RANDOM = {"r": 4, "lora_alpha": 12, "target_modules": list(MODULES), "task_type": "CAUSAL_LM"}
 
@@ -197,6 +202,8 @@ def test_checkpoints_hold_the_adapter_alone_and_resume_bit_for_bit(work: Path, r
     before, after = tensors_of(run_of_six / "iter_0000006"), tensors_of(work / "resumed" / "iter_0000006")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert all(".adapters." in key for key in before) and len(before) == 4 * 2 * len(MODULES)
+    expected = checkpoint_bytes(load_config(work / "qwen"), "bf16", lora=LORA)
+    assert expected <= size_of(run_of_six / "iter_0000006") <= 1.02 * expected + 400_000  # names and shapes
     first = tensors_of(run_of_six / "iter_0000003")
     assert all(not torch.equal(first[key], before[key]) for key in before)
 

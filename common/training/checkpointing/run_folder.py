@@ -28,6 +28,7 @@ def bytes_of_checkpoint(plan: Plan) -> int:
         ckpt_format=plan.ckpt_format,
         pp=plan.sizes.pp,
         optimizer_state=settings.optimizer_state,
+        lora=plan.adapters.lora if plan.adapters else None,
     )
 
 

@@ -41,7 +41,8 @@ def memory_remedy(plan: Plan) -> str:
         "RECOMPUTE=full": training and settings.recompute != "full",
         "RECOMPUTE_NUM_LAYERS empty": training and settings.recompute_num_layers is not None,
         "OPTIMIZER_STATE=bf16": training and fp32_moments and supports_bf16_moments(plan.platform),
-        "OPTIMIZER_STATE=cpu": training and on_gpu and settings.optimizer_state != "cpu",
+        "OPTIMIZER_STATE=cpu": training and on_gpu and settings.optimizer_state != "cpu" and settings.tuner == "full",
+        "TUNER=lora": settings.train_mode == "finetune" and settings.tuner == "full" and bool(plan.start.checkpoint),
         f"a SEQ_LENGTH below {settings.seq_length}": training,
         f"more GPUs, with TP over {settings.tp} or PP over {settings.pp}": True,
     }

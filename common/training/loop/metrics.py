@@ -4,20 +4,25 @@ import time
 from dataclasses import dataclass
 
 from common.model.shape.config import QwenConfig
+from common.model.shape.lora import LoraConfig, adapter_parameters
 from common.platforms.base import Platform
 
 
-def flops_per_token(qwen: QwenConfig, seq_length: int) -> float:
+def flops_per_token(qwen: QwenConfig, seq_length: int, lora: LoraConfig | None = None) -> float:
     """Floating-point operations of one token, forward and backward, without recomputation.
 
     A multiply-add counts as two; backward costs twice as much as forward. As in appendix B of the PaLM paper (arXiv
     2204.02311), except that attention counts its causal half only (s/2 keys a query). The output layer has vocab_size
-    rows.
+    rows. With LoRA the frozen weights have no gradient, so their backward pass costs as much as the forward pass.
     """
     h, d = qwen.hidden_size, qwen.head_dim
     projections = h * qwen.qkv_rows + qwen.num_attention_heads * d * h
     mlp = 3 * h * qwen.intermediate_size
-    products = 3 * 2 * (qwen.num_hidden_layers * (projections + mlp) + h * qwen.vocab_size)
+    weights = qwen.num_hidden_layers * (projections + mlp) + h * qwen.vocab_size
+    if lora is None:
+        products = 3 * 2 * weights
+    else:
+        products = 2 * 2 * weights + 3 * 2 * qwen.num_hidden_layers * adapter_parameters(lora, qwen)
     return products + attention_flops_per_token(qwen, seq_length)
 
 

@@ -100,6 +100,8 @@ def build_meter(plan: Plan) -> Meter:
         global_batch_size=plan.settings.global_batch_size,
         seq_length=plan.settings.seq_length,
         world_size=plan.sizes.world_size,
-        flops_per_token=flops_per_token(plan.qwen, plan.settings.seq_length),
+        flops_per_token=flops_per_token(
+            plan.qwen, plan.settings.seq_length, plan.adapters.lora if plan.adapters else None
+        ),
         shows_padding=plan.settings.train_mode == "finetune",
     )

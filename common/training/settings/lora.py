@@ -40,6 +40,11 @@ class LoraSettings:
         words = [word.strip() for word in str(self.lora_targets).split(",")]
         return tuple(word for word in MODULES if word in words) + tuple(word for word in words if word not in MODULES)
 
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters of a new run; None with TUNER=full."""
+        return self.lora_config() if self.tuner == "lora" else None
+
     def lora_config(self, start: LoraConfig | None = None) -> LoraConfig:
         """The adapters of a new run, or of one that continues `start`.
 

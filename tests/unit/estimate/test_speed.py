@@ -42,6 +42,14 @@ def test_operations_are_those_of_the_log(qwen: QwenConfig, impl: str) -> None:
     assert seconds * 989e12 == pytest.approx(512 * flops_per_token(qwen, 512))
 
 
+@pytest.mark.parametrize("impl", ["transformer_engine", "local"])
+def test_operations_of_adapters_are_those_of_the_log(qwen: QwenConfig, impl: str) -> None:
+    found = cost(qwen, transformer_impl=impl, tuner="lora", lora_rank=8)
+    lora = settings(tuner="lora", lora_rank=8).lora
+    assert (found["products"] + found["attention"]) * 989e12 == pytest.approx(512 * flops_per_token(qwen, 512, lora))
+    assert found["products"] < 0.7 * cost(qwen, transformer_impl=impl)["products"]
+
+
 def test_small_heads_make_attention_slower_and_nothing_else(qwen: QwenConfig) -> None:
     small = replace(qwen, head_dim=64, num_attention_heads=32, num_key_value_heads=16)
     before, after = cost(qwen), cost(small)

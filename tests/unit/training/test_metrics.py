@@ -3,13 +3,17 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from common.model.shape.config import load_config
+from common.model.shape.lora import MODULES, LoraConfig, adapter_parameters
 from common.platforms.cpu import CPU
 from common.platforms.nvidia import NVIDIA
 from common.training.loop.metrics import Interval, Meter, Stopwatch, clock, flops_per_token, peak_tflops
@@ -39,6 +43,23 @@ def test_flops_are_those_that_torch_counts_in_the_original_model(tie: bool, tmp_
     # There the full square of scores is multiplied; here only its causal half.
     half = 2 * qwen.num_hidden_layers * seq_length * qwen.num_attention_heads * qwen.head_dim
     assert seq_length * (flops_per_token(qwen, seq_length) / 3 + half) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("targets", [MODULES, ("q_proj", "down_proj")])
+def test_flops_of_adapters_are_those_that_torch_counts_in_pefts_model(targets: tuple[str, ...], tmp_path: Path) -> None:
+    seq_length = 64
+    folder = tiny_qwen(tmp_path, num_hidden_layers=2, tie_word_embeddings=False)
+    qwen, lora = load_config(folder), LoraConfig(4, 8.0, targets)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float()
+    model.enable_input_require_grads()  # as training does
+    model = get_peft_model(model, PeftConfig(r=4, target_modules=list(targets), task_type="CAUSAL_LM"))
+    tokens = torch.zeros(1, seq_length, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens).logits.sum().backward()
+    half = 3 * 2 * qwen.num_hidden_layers * seq_length * qwen.num_attention_heads * qwen.head_dim
+    assert seq_length * (flops_per_token(qwen, seq_length, lora) + half) == counter.get_total_flops()
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    assert trained == 2 * adapter_parameters(lora, qwen)
 
 
 @pytest.mark.parametrize(
