@@ -72,7 +72,7 @@ def launch(settings: TrainSettings, *, check_only: bool) -> None:
     """Checks the run, and launches its ranks unless `check_only`: what the user's command runs."""
     signals.listen_in_launcher()
     plan = check(settings, report=not check_only)
-    from common.training.planning.plan import describe
+    from common.training.planning.description import describe
 
     describe(plan)
     if check_only:

@@ -18,6 +18,8 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # What is trained / 训练哪些参数
 : "${TUNER:=full}"    # full: all weights; lora: adapters on the weights of LOAD_CHECKPOINT_PATH / 全部参数，或 LoRA
+: "${TRAINABLE:=}"    # train these weights alone: patterns over Hugging Face's names / 只训练匹配的参数
+: "${FREEZE:=}"       # train all but these, as "model.embed_tokens.* lm_head.*" / 冻结匹配的参数
 : "${LORA_RANK:=}"    # rank of the adapters; empty: 16 / 秩；空：16
 : "${LORA_ALPHA:=}"   # their output is scaled by alpha / rank; empty: twice the rank / 缩放系数；空：秩的两倍
 : "${LORA_DROPOUT:=}" # dropout of their input; empty: 0 / 输入的 dropout；空：0

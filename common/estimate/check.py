@@ -90,7 +90,9 @@ def needed(plan: Plan) -> Need:
         settings = replace(settings, fused_products="true")
     error = activation_error(settings, plan.platform)
     ranks = [rank_memory(settings, plan.platform, plan.qwen, stage) for stage in range(settings.pp)]
-    return Need(max(rank.peak for rank in ranks), max(_least(rank, error) for rank in ranks))
+    # The estimate counts every weight as trained.
+    least = 0 if plan.frozen else max(_least(rank, error) for rank in ranks)
+    return Need(max(rank.peak for rank in ranks), least)
 
 
 def activation_error(settings: TrainSettings, platform: Platform) -> float:

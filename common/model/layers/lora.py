@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from common.model.layers.frozen import pass_gradients
 from common.model.layers.tp_mappings import enter, leave
 from common.model.layers.weights import await_weights
 from common.model.shape.config import QwenConfig
@@ -146,9 +147,7 @@ def add_adapters(model: Any, lora: LoraConfig, qwen: QwenConfig, seed: int) -> N
             if adapters:
                 found = Adapters(model.config, lora, adapters, _rows_of_group(linear, qwen, model.config))
                 layer.get_submodule(linear).adapters = found
-    if model.pre_process:
-        # Recomputation runs a backward pass only through a function of which an input needs gradients.
-        model.embedding.register_forward_hook(lambda module, inputs, out: out.requires_grad_())
+    pass_gradients(model)
 
 
 def _rows_of_group(linear: str, qwen: QwenConfig, config: Any) -> dict[str, int]:

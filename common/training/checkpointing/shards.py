@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
@@ -44,11 +45,14 @@ def weight_shards(
     """
     ranges = _param_ranges(training_state)
     in_buffers = {param for chunk in training_state.model for buffer in chunk.buffers for param in buffer.params}
+    is_first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     for sharded in _sharded_tensors(sharded_state_dict):
         param = sharded.data
         start, end = 0, param.numel()
         if own and param in in_buffers:
             start, end = ranges[param][1] if param in ranges else (0, 0)
+        elif own and not is_first_replica:  # a frozen weight, the same on all
+            continue
         yield from _shards(sharded, param.detach().view(-1)[start:end], start, sharded.key)
 
 

@@ -25,6 +25,7 @@ from common.training.checkpointing.optimizer_state import (
 )
 from common.training.checkpointing.shards import StateShard, optimizer_shards, weight_shards
 from common.training.launching.process_group import random_state, restore_random_state
+from common.training.planning.frozen import describe_frozen
 from common.training.planning.plan import Plan, Progress
 from common.training.state.fp8_state import fp8_state, has_fp8_state, restore_fp8_state
 from common.training.state.training_state import TrainingState
@@ -97,6 +98,7 @@ def describe_run(plan: Plan, progress: Progress) -> dict[str, Any]:
         "optimizer": plan.settings.save_optimizer,
         "fp8_state": has_fp8_state(plan.settings),
         "precision": plan.settings.precision,
+        **({"frozen": describe_frozen(plan.frozen)} if plan.frozen else {}),
         **({"adapter": plan.adapters.saved.metadata()} if plan.adapters else {}),
     }
 

@@ -28,24 +28,24 @@ def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> 
             " in config.json: use a shorter SEQ_LENGTH, or add YaRN (rope_scaling) as the model card describes"
         )
     if settings.tuner == "lora":
-        check_lora(settings, qwen)
+        check_lora(settings)
+    freezes = settings.tuner == "lora" or settings.trainable or settings.freeze
+    if freezes and settings.pp > 1 and qwen.tie_word_embeddings and not installed_engine().frozen_shared_embeddings:
+        since = first_version_with(lambda megatron: megatron.frozen_shared_embeddings)
+        raise KitError(
+            f"PP={settings.pp} with frozen weights: this model ties its embeddings, which megatron-core before {since}"
+            " cannot freeze on several stages: set PP=1"
+        )
     check_layers(settings, platform)
 
 
-def check_lora(settings: TrainSettings, qwen: QwenConfig) -> None:
-    """Raises KitError where adapters do not go with the settings or the model."""
+def check_lora(settings: TrainSettings) -> None:
+    """Raises KitError where adapters do not go with the settings."""
     if settings.optimizer_state == "cpu":
         raise KitError("OPTIMIZER_STATE=cpu with TUNER=lora: adapters have a state of megabytes: set it to fp32")
     if settings.fused_products == "true" and settings.lora_config().adapts_mlp:
         raise KitError(
             "FUSED_PRODUCTS=true with TUNER=lora: adapters of the MLP add to what it does not write: set it to auto"
-        )
-    engine = installed_engine()
-    if settings.pp > 1 and qwen.tie_word_embeddings and not engine.frozen_shared_embeddings:
-        since = first_version_with(lambda megatron: megatron.frozen_shared_embeddings)
-        raise KitError(
-            f"PP={settings.pp} with TUNER=lora: this model ties its embeddings, which megatron-core before {since}"
-            " cannot freeze on several stages: set PP=1"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is trained: all weights, or LoRA's adapters."""
+"""What is trained: all weights, some of them, or LoRA's adapters."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,11 @@ RANK, DROPOUT = 16, 0.0
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Adapters."""
+    """What is trained."""
 
     tuner: str = option("full", "full: train all weights; lora: adapters alone", ("full", "lora"))
+    trainable: str | None = option(None, "train these weights alone: patterns over Hugging Face's names")
+    freeze: str | None = option(None, "train all weights but these, as model.embed_tokens.* lm_head.*")
     lora_rank: int | None = option(None, f"rank of the adapters; default: {RANK}, or lora_adapter's")
     lora_alpha: float | None = option(None, "their output is scaled by alpha / rank; default: twice the rank")
     lora_dropout: float | None = option(None, f"dropout of their input; default: {DROPOUT:g}")
@@ -30,6 +32,9 @@ class LoraSettings:
         require(self, "lora_targets", not unknown, f"give {ALL_LINEAR}, or some of {','.join(MODULES)}")
         names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_adapter")
         given = [name for name in names if getattr(self, name) is not None]
+        if self.tuner == "lora" and (self.trainable or self.freeze):
+            name = "trainable" if self.trainable else "freeze"
+            raise KitError(f"{name.upper()}={getattr(self, name)} is for TUNER=full; LoRA trains the adapters alone")
         if given and self.tuner == "full":
             raise KitError(f"{given[0].upper()}={getattr(self, given[0])} is for TUNER=lora, not full: change one")
 

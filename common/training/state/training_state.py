@@ -12,6 +12,7 @@ from common.model.build import ModelOptions, build_model
 from common.training.launching.hang_detector import Heartbeat
 from common.training.planning.plan import Plan
 from common.training.state.data_parallel import wrap_model
+from common.training.state.freezing import freeze
 from common.training.state.loss_weights import LossWeights
 from common.training.state.optimizer import build_optimizer
 from common.training.state.optimizer_offload import OffloadedState
@@ -37,6 +38,7 @@ def build_training_state(plan: Plan) -> TrainingState:
     if settings.tp_comm_overlap:
         initialize_tp_communicators(settings, plan.qwen.hidden_size)
     chunks = build_model(plan.qwen, plan.sizes, model_options(plan), plan.platform, settings.seq_length)
+    freeze(chunks, plan.frozen)
     model = wrap_model(chunks, settings)
     patch_training()
     optimizer, offloaded_states = build_optimizer(settings, model)

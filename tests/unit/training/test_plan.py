@@ -20,7 +20,8 @@ from common.platforms.cpu import CPU
 from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
 from common.training.planning.datasets import content_hash
-from common.training.planning.plan import Plan, describe, find_start, plan_run
+from common.training.planning.description import describe
+from common.training.planning.plan import Plan, find_start, plan_run
 from common.training.settings import TrainSettings
 from tests.tiny import tiny_qwen, write_ramps
 
