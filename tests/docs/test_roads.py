@@ -53,7 +53,7 @@ def run(command: str, **more: str) -> subprocess.CompletedProcess[str]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder in place of /models, with the config.json of the sizes that the pages name."""
     folder = tmp_path_factory.mktemp("models")
-    for size in ("0.5B", "1.5B", "3B", "7B", "72B"):
+    for size in ("0.5B", "1.5B", "3B", "7B", "32B", "72B"):
         write_config(folder / f"Qwen2.5-{size}", size)
     yield folder
 

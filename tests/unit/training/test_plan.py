@@ -17,7 +17,6 @@ from common.model.shape.config import load_config
 from common.platforms import PLATFORMS
 from common.platforms.base import Platform
 from common.platforms.cpu import CPU
-from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
 from common.training.planning.datasets import content_hash
 from common.training.planning.description import describe
@@ -193,7 +192,7 @@ def test_a_warm_up_may_take_all_but_the_last_two_steps(data: Path, qwen: Path) -
 
 
 def test_the_platform_decides_what_is_not_set(data: Path, qwen: Path) -> None:
-    for platform in (CPU, METAX, NVIDIA):
+    for platform in (CPU, PLATFORMS["metax"], NVIDIA):
         made = plan(data, qwen, platform)
         assert made.transformer_impl == platform.transformer_impl
         assert made.ckpt_format == platform.checkpoint_format
@@ -305,7 +304,7 @@ def test_a_run_that_cannot_be_resumed_is_refused(
 
 def test_the_plan_is_logged_one_line_per_subject(data: Path, qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
     parallel = {"gpus": 8, "tp": 2, "pp": 2, "global_batch_size": 16}
-    made = plan(data, qwen, METAX, split="90,10,0", train_iters=12, epochs=None, **parallel)
+    made = plan(data, qwen, PLATFORMS["metax"], split="90,10,0", train_iters=12, epochs=None, **parallel)
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="kit"):
         describe(made)
