@@ -21,6 +21,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${PIPELINE_LAYERS:=}"       # layers of each stage, as 7,7,8,6; empty: even / 各阶段的层数，如 7,7,8,6；空：均分
 : "${CKPT_FORMAT:=torch_dist}" # torch_dist: loads at any TP, PP; torch: at those above / torch_dist 可在任意 TP、PP 下加载；torch 只能在上面的
 : "${TRANSFORMER_IMPL:=local}" # names of the weights: transformer_engine or local / 权重命名
+: "${NEW_TOKENS:=}"            # file of tokens to add to the model, a JSON line each / 要加入模型的新词元文件，每行一个 JSON
 
 # megatron-to-huggingface / 转为 Hugging Face
 : "${HF_MODEL_PATH:=}"        # config.json and tokenizer; empty: what the checkpoint carries / 空：取检查点自带的文件

@@ -7,7 +7,7 @@ begin "$@"
 need CONVERT_TYPE LOAD_CHECKPOINT_PATH SAVE_CHECKPOINT_PATH
 one_of CONVERT_TYPE huggingface-to-megatron megatron-to-huggingface
 if [[ $CONVERT_TYPE == huggingface-to-megatron ]]; then
-  flags LOAD_CHECKPOINT_PATH SAVE_CHECKPOINT_PATH TP PP VPP PIPELINE_LAYERS CKPT_FORMAT TRANSFORMER_IMPL DTYPE
+  flags LOAD_CHECKPOINT_PATH SAVE_CHECKPOINT_PATH TP PP VPP PIPELINE_LAYERS CKPT_FORMAT TRANSFORMER_IMPL DTYPE NEW_TOKENS
   run common.convert hf-to-megatron
 else
   # TP, PP and the format are those of the checkpoint that is read.

@@ -36,7 +36,7 @@ OTHERS = [each for each in ALL if each not in STEPS and each not in MODULES]
 # Programs that the machine or another project brings; the kit's own commands are run.
 FOREIGN = (
     "nvidia-smi", "hf", "head", "tail", "pip", "vllm", "curl", "kubectl", "sbatch", "docker", "bash", "export",
-    "source",
+    "source", "echo",
 )  # fmt: skip
 MAX_LINES = 120
 

@@ -1,6 +1,6 @@
 """Converts a Hugging Face folder to a Megatron checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from common.checkpoint.conversion.common_steps import (
     verify_output,
 )
 from common.checkpoint.conversion.conversion_plan import ExpectedFolder, plan_torch, plan_torch_dist
+from common.checkpoint.conversion.new_tokens import EXAMPLE, WithNewTokens, read_new_tokens, write_model_files
 from common.checkpoint.conversion.output_folder import check_disk_space, check_output_folder, write_folder_atomically
 from common.checkpoint.conversion.state_dict_adapter import (
     MegatronTensors,
@@ -59,23 +60,28 @@ class HfToMegatron:
     ckpt_format: str = option("torch", "torch: a file per rank; torch_dist: for any sizes", ("torch", "torch_dist"))
     transformer_impl: str = option("transformer_engine", "layer implementation, for parameter names", IMPLEMENTATIONS)
     dtype: str | None = option(None, DTYPE_HELP, tuple(DTYPES))
+    new_tokens: str | None = option(None, f"file of tokens to add to the model, a line each: {EXAMPLE}")
 
 
 def convert_hf_to_megatron(settings: HfToMegatron, check: bool, plan: bool = False) -> None:
     """Writes the Megatron checkpoint; `check`: only check that it can be written; `plan`: only print the plan."""
     source_folder, target = Path(settings.load_checkpoint_path), Path(settings.save_checkpoint_path)
     check_output_folder(target, source_folder)
-    qwen = load_config(source_folder)
+    qwen = original = load_config(source_folder)
     check_unquantized(source_folder)
+    new = read_new_tokens(Path(settings.new_tokens), source_folder, qwen) if settings.new_tokens else None
+    if new:
+        qwen = replace(qwen, vocab_size=new.vocab_size)
     layout = _parallel_layout(settings, qwen)
     dtype = DTYPES[settings.dtype] if settings.dtype else None
     if plan:
-        expected = MegatronTensors(ExpectedFolder(source_folder, qwen, getattr(torch, qwen.dtype)), qwen, dtype)
+        # Of a model that grows: the names and dtypes are those of the original.
+        expected = MegatronTensors(ExpectedFolder(source_folder, original, getattr(torch, qwen.dtype)), qwen, dtype)
         print(*(plan_torch(expected, layout) if layout else plan_torch_dist(expected)), sep="\n")
         return
     reader = HfReader(source_folder)
-    check_weights(reader, hf_shapes(qwen), qwen)
-    source = MegatronTensors(reader, qwen, dtype)
+    check_weights(reader, hf_shapes(original), original)
+    source = MegatronTensors(WithNewTokens(reader, new) if new else reader, qwen, dtype)
     weight_bytes = sum(tensor.num_bytes for tensor in _tensors(source, layout))
     check_disk_space(target, weight_bytes + other_files_bytes(source_folder))
     if check:
@@ -84,6 +90,8 @@ def convert_hf_to_megatron(settings: HfToMegatron, check: bool, plan: bool = Fal
 
     def write(folder: Path) -> None:
         copy_model_files(source_folder, folder)
+        if new:
+            write_model_files(folder, new)
         if dtype:
             set_config_dtype(folder / "config.json", dtype)
         with Progress(weight_bytes) as progress:
@@ -92,9 +100,14 @@ def convert_hf_to_megatron(settings: HfToMegatron, check: bool, plan: bool = Fal
             else:
                 write_torch_dist(folder / RELEASE, torch_dist_shards(source), VERSION, progress.update)
         write_tracker(folder, RELEASE)
-        verify_output(source_folder, require_checkpoint(folder), qwen, settings, output=folder, target=target)
+        options: dict[str, Any] = {"new_rows": (new.sources, new.vocab_size)} if new else {}
+        verify_output(
+            source_folder, require_checkpoint(folder), qwen, settings, output=folder, target=target, **options
+        )
 
     write_folder_atomically(target, write)
+    if new:
+        logger.info(new.description(original.vocab_size))
     logger.info("LOAD_CHECKPOINT_PATH=%s", target)
 
 

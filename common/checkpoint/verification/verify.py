@@ -7,7 +7,7 @@ be found on the Megatron side, and every Megatron element must be one of them or
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from common.checkpoint.verification.independent_readers import (
     StoredTensor,
     num_bytes,
 )
+from common.checkpoint.verification.new_rows import GrownHfTensors
 from common.checkpoint.verification.report import Report
 from common.checkpoint.verification.shards import SKIPPED, Shard, checkpoint_shards, mean_shards
 from common.model.shape.config import QwenConfig
@@ -45,14 +46,16 @@ def verify(
     drop_rows: bool = False,
     earlier: Sequence[Checkpoint] = (),
     deltas: Deltas | None = None,
+    new_rows: tuple[Mapping[int, Sequence[int]], int] | None = None,
 ) -> Report:
     """The comparison of the two sides; `dtype`: what the written side was cast to, if anything.
 
     from_megatron: only count norm weights of other TP ranks that differ from rank 0's. drop_rows: only count rows above
     `vocab_size` that hold values. earlier: checkpoints whose mean with `checkpoint` is compared. deltas: what was added
-    to the weights of `checkpoint` as they were written.
+    to the weights of `checkpoint` as they were written. new_rows: of the vocabulary, each with those whose mean it is,
+    and the number of all rows.
     """
-    report, hf = Report(), HfTensors(folder)
+    report, hf = Report(), GrownHfTensors(folder, *new_rows) if new_rows else HfTensors(folder)
     shards = mean_shards([checkpoint_shards(each, qwen) for each in (*earlier, checkpoint)])
     comparison = _Comparison(report, dtype, from_megatron, deltas)
     for block in prefetch(_blocks(shards, hf, qwen)):
