@@ -18,6 +18,7 @@ from common.checkpoint.conversion.common_steps import DROP_ROWS_HELP, DTYPES
 from common.checkpoint.conversion.hf_to_megatron import HfToMegatron, convert_hf_to_megatron
 from common.checkpoint.conversion.megatron_to_hf import MegatronToHf, convert_megatron_to_hf
 from common.checkpoint.conversion.state_dict_adapter import hf_shapes
+from common.checkpoint.formats.adapter_checkpoint import check_whole
 from common.checkpoint.formats.checkpoint_paths import require_checkpoint
 from common.checkpoint.formats.hf_folder import HfReader, check_unquantized, check_weights
 from common.checkpoint.formats.megatron_folder import open_megatron
@@ -60,6 +61,7 @@ def run_verify(settings: Verify, check: bool) -> None:
     qwen = load_config(folder)
     check_unquantized(folder)
     check_weights(HfReader(folder), hf_shapes(qwen), qwen)
+    check_whole(checkpoint, "compare its export, which step 2 has verified")
     open_megatron(checkpoint, qwen, drop_rows=settings.drop_rows)
     if check:
         print(f"ok: {folder} and {checkpoint.path} can be compared")

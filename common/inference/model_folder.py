@@ -71,6 +71,8 @@ def _check_exported(path: Path) -> None:
     if not any(path.iterdir()):
         raise KitError(f"{name} is an empty folder: {GIVE}")
     has_weights = any((path / weights).is_file() for weights in (SINGLE, INDEX))
+    if not has_weights and (path / "adapter_config.json").is_file():
+        raise KitError(f"{name} holds a LoRA adapter alone: export the whole model in step 2, with EXPORT=merged")
     if not has_weights and _is_megatron(path):
         script = f"{os.environ.get('KIT_PLATFORM') or 'cpu'}/2_convert_between_hf_megatron.sh"
         raise KitError(

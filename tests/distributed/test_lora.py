@@ -245,6 +245,31 @@ def test_an_exported_adapter_gives_the_next_step_its_loss(work: Path, ckpt_forma
     ]  # fmt: skip
 
 
+def test_every_command_says_what_an_adapter_is(work: Path, peft: Path, run_of_six: Path) -> None:
+    shown = run("-m", "common.convert", "inspect", str(run_of_six))
+    assert f"LoRA adapter: rank 16, alpha 32, {', '.join(MODULES)}; of {work / 'start' / 'release'}" in shown
+    given = {"hf_model_path": work / "qwen", "load_checkpoint_path": run_of_six}
+    assert "holds a LoRA adapter of" in run("-m", "common.convert", "verify", *words(given), expect=2)
+    given = {"load_checkpoint_path": run_of_six, "save_checkpoint_path": work / "mean", "average": 2}
+    log = run("-m", "common.convert", "megatron-to-hf", *words(given), expect=2)
+    assert "the mean of adapters is not the adapter of the mean" in log
+    given = {"load_checkpoint_path": work / "start", "save_checkpoint_path": work / "none", "export": "adapter"}
+    assert "holds whole weights: set EXPORT=merged" in run(
+        "-m", "common.convert", "megatron-to-hf", *words(given), expect=2
+    )
+    given = {"load_checkpoint_path": peft, "save_checkpoint_path": work / "none"}
+    assert "LORA_ADAPTER" in run("-m", "common.convert", "hf-to-megatron", *words(given), expect=2)
+    assert "EXPORT=merged" in run("-m", "common.chat", f"--hf-model-path={peft}", expect=2)
+    assert not (work / "none").exists() and not (work / "mean").exists()
+
+
+def test_export_hf_writes_the_adapter_beside_training(work: Path) -> None:
+    step3_forked(settings(work, "beside", EXPORT_HF="last", SAVE_INTERVAL=2, TRAIN_ITERS=4))
+    last = work / "beside" / "hf" / "last"
+    assert sorted(path.name for path in last.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert last.resolve().name == "iter_0000004"
+
+
 def test_some_targets_leave_the_others_alone(work: Path) -> None:
     step3_forked(settings(work, "some", LORA_TARGETS="v_proj,up_proj", LORA_RANK=2, TP=2, GPUS=2, TRAIN_ITERS=2))
     flags = {"load_checkpoint_path": work / "some", "save_checkpoint_path": work / "some_merged"}

@@ -14,7 +14,16 @@ from common.checkpoint.formats.peft_folder import Adapter
 from common.checkpoint.formats.torch_dist_reader import TorchDistReader
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
-from common.model.shape.lora import ADAPTERS, MATRICES, LoraConfig, adapter_shapes, is_adapter, megatron_name, tp_axis
+from common.model.shape.lora import (
+    ADAPTERS,
+    MATRICES,
+    MODULES,
+    LoraConfig,
+    adapter_shapes,
+    is_adapter,
+    megatron_name,
+    tp_axis,
+)
 
 
 @dataclass(frozen=True)
@@ -36,9 +45,14 @@ def adapter_of(checkpoint: Checkpoint) -> AdapterOf | None:
     found = run_metadata(checkpoint).get("adapter")
     if not found:
         return None
-    lora = found["lora"]
-    config = LoraConfig(int(lora["rank"]), float(lora["alpha"]), tuple(lora["targets"]), float(lora["dropout"]))
-    return AdapterOf(config, str(found["base"]), str(found["base_hash"]))
+    try:
+        lora = found["lora"]
+        config = LoraConfig(int(lora["rank"]), float(lora["alpha"]), tuple(lora["targets"]), float(lora["dropout"]))
+        if config.rank < 1 or not config.targets or not set(config.targets) <= set(MODULES):
+            raise ValueError(lora)
+        return AdapterOf(config, str(found["base"]), str(found["base_hash"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise KitError(f"{checkpoint.path}: what it records of its adapters is damaged: copy it again") from error
 
 
 def check_whole(checkpoint: Checkpoint, remedy: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.checkpoint.formats.adapter_checkpoint import adapter_of
 from common.checkpoint.formats.checkpoint_paths import (
     OPTIMIZER_FILE,
     RELEASE,
@@ -110,7 +111,17 @@ def _general(checkpoint: Checkpoint) -> dict[str, str]:
         **({"iterations": ", ".join(others)} if others else {}),
         "config.json": "beside it" if has_config else "missing: set HF_MODEL_PATH to convert it",
         "written by": _writer(common_state(checkpoint)),
+        **_adapter(checkpoint),
     }
+
+
+def _adapter(checkpoint: Checkpoint) -> dict[str, str]:
+    """The adapters that the checkpoint holds instead of weights; empty without."""
+    found = adapter_of(checkpoint)
+    if found is None:
+        return {}
+    lora = found.lora
+    return {"LoRA adapter": f"rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}; of {found.base}"}
 
 
 def _writer(state: dict[str, Any]) -> str:

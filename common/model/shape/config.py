@@ -102,6 +102,8 @@ class QwenConfig:
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a Hugging Face or checkpoint folder; raises KitError if it is missing or not JSON."""
     path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file() and not path.is_file():
+        raise KitError(f"{folder} holds a LoRA adapter, not a model: step 3 starts from one with LORA_ADAPTER")
     if not path.is_file():
         raise KitError(f"{folder} has no config.json: give a folder with the Hugging Face model's config.json")
     return read_json(path, "copy it again from the model")
