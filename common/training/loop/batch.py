@@ -16,8 +16,9 @@ from common.training.planning.plan import Plan
 def prepare_batch(plan: Plan, batch: Batch, device: torch.device) -> tuple[Batch, dict[str, Any]]:
     """(tokens, labels and loss_mask on `device`, the attention's keyword arguments) of a micro-batch [b, s].
 
-    A sample of two rows becomes both: [2 * b, s / 2]. There are arguments only if the batch has segment_ids: an attention_mask for local layers; for Transformer Engine's
+    There are arguments only if the batch has segment_ids: an attention_mask for local layers; for Transformer Engine's
     packed_seq_params, with the rows flattened to [1, b * s]. With context parallelism, this rank's part of s is left.
+    A sample of two rows, of a pair that is not packed, becomes both: [2 * b, s / 2].
     """
     segments = batch.pop("segment_ids", None)
     if plan.settings.rows_per_sample > 1:

@@ -6,12 +6,12 @@
              arXiv 2305.18290, equation 7
     ipo      (h - 1 / (2 beta))^2, log p being means over tokens
              arXiv 2310.12036, equation 17
-    orpo     -log p(chosen) - beta log sigmoid(log odds(chosen) - log odds(rejected)), log p being means over tokens,
-             odds(y) = p(y) / (1 - p(y)); no reference
+    orpo     -log p(chosen) - beta log sigmoid(log odds(chosen) - log odds(rejected)), odds being p / (1 - p) and
+             log p means over tokens; no reference
              arXiv 2403.07691, equations 1, 3, 6 and 7
 
 Label smoothing is that of conservative DPO (github.com/eric-mitchell/direct-preference-optimization, trainers.py).
-The paper's IPO takes sums over tokens. Means, as in trl and LLaMA-Factory, keep long answers from dominating the square.
+The paper's IPO takes sums over tokens; means, as in trl and LLaMA-Factory, keep long answers from dominating it.
 With DPO_SFT_WEIGHT, sigmoid and ipo add that weight times -log p(chosen) / tokens, the mean over the tokens of the
 pair's own chosen answer (arXiv 2404.19733, equation 1), so that each pair weighs the same whatever its length.
 
