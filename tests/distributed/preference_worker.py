@@ -4,8 +4,8 @@
 
 `settings` are those of step 3, whose LOAD_CHECKPOINT_PATH is the reference; the model has the weights in `weights`. A
 run is {"settings": {...}, "out": DIR}, whose settings change the loss. A global batch of all samples is computed, and
-`out` becomes a checkpoint with the gradients in place of the weights, beside means.json. With `joined`, rows of a micro-batch
-are joined to one, as for Transformer Engine.
+`out` becomes a checkpoint with the gradients in place of the weights, beside means.json. With `joined`, rows of a
+micro-batch are joined to one, as for Transformer Engine.
 """
 
 import json
@@ -71,9 +71,7 @@ def main() -> None:
     loaders = DataLoaders(plan)
     with process_group(CPU, plan.sizes, 1234, 5), ExitStack() as stack:
         if task["joined"]:
-            stack.enter_context(
-                patch("common.model.kernels.selection.core_attention", lambda *_: SegmentAttention)
-            )
+            stack.enter_context(patch("common.model.kernels.selection.core_attention", lambda *_: SegmentAttention))
             stack.enter_context(patch.object(Plan, "packed_sequences", True))
         training_state = with_references(plan, build_training_state(plan), lambda: False)
         assert training_state

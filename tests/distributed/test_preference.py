@@ -147,6 +147,29 @@ def test_losses_and_gradients_are_the_formulas_on_hugging_faces_model(
         assert difference(found[key]["gradients"], gradients) <= BOUND, key
 
 
+def test_metrics_are_means_over_pairs(work: Path, hugging_face: Any) -> None:
+    found = computed(work, "untied", "metrics", tp=2, packing=True)
+    with torch.no_grad():
+        models = [Qwen2ForCausalLM.from_pretrained(work / name).float() for name in ("untied", "reference_untied")]
+        (pi, number), (ref, _) = (log_probs(model, work / "pairs") for model in models)
+    for key, rewards, shown in (
+        ("dpo", 0.3 * (pi - ref), pi), ("ipo", 0.3 * (pi - ref) / number, pi / number),
+        ("orpo", 0.3 * pi / number, pi / number),
+    ):  # fmt: skip
+        expected = {
+            "reward_chosen": rewards[:, 0], "reward_rejected": rewards[:, 1], "reward_margin": -rewards.diff(dim=1)[:, 0],
+            "accuracy": (rewards[:, 0] > rewards[:, 1]).float(), "log_prob_chosen": shown[:, 0],
+            "log_prob_rejected": shown[:, 1],
+        }  # fmt: skip
+        for name, values in expected.items():
+            assert abs(found[key][name] - float(values.mean())) <= BOUND * max(1.0, float(values.abs().max())), (
+                key,
+                name,
+            )
+        assert found[key]["tokens"] == number.sum()
+        assert 0 < found[key]["accuracy"] < 1
+
+
 def test_mutants_of_the_formula_are_far_outside_the_bound(work: Path, hugging_face: Any) -> None:
     found = computed(work, "untied", "mutants")["dpo"]
     for name, mutant in MUTANTS.items():

@@ -29,7 +29,7 @@ def pair_of(fact: Fact) -> dict[str, Any]:
 
 def balanced(seed: int, number: int, *, held: bool) -> Iterator[Fact]:
     """As many facts in English as in Chinese."""
-    left = {language: number // 2 for language in SYSTEM}
+    left = dict.fromkeys(SYSTEM, number // 2)
     for fact in facts(seed, TASKS, held=held):
         if left[fact.language]:
             left[fact.language] -= 1

@@ -39,7 +39,7 @@ def to_pair(row: dict[str, Any], roles: str) -> Pair:
     """
     unused = unused_row_fields(row, _USED)
     answers = [_turns_of(row, name) for name in ANSWERS]
-    whole = [_role(turns[0]) != "assistant" for turns in answers]
+    whole = [_role_of_first(name, turns) != "assistant" for name, turns in zip(ANSWERS, answers, strict=True)]
     if whole[0] != whole[1]:
         raise BadRowError("one of its 'chosen' and 'rejected' begins with its prompt and the other does not")
     prompt = [] if whole[0] else _prompt_of(row, roles)
@@ -68,8 +68,11 @@ def _turns_of(row: dict[str, Any], name: str) -> list[Any]:
     return turns
 
 
-def _role(turn: Any) -> str:
-    return str(parse_turn(turn).message["role"])
+def _role_of_first(name: str, turns: list[Any]) -> str:
+    try:
+        return str(parse_turn(turns[0]).message["role"])
+    except BadRowError as error:
+        raise BadRowError(f"{name}: turn 1: {error}") from None
 
 
 def _prompt_of(row: dict[str, Any], roles: str) -> list[Any]:

@@ -332,7 +332,8 @@ def describe(plan: Plan) -> None:
             packed = plan.train.documents_per_sample
             logger.info(
                 "packing: a sample is a row of %.1f %s on average, %.0f%% full; a step has about %s of them",
-                packed, "pairs" if settings.train_mode == "dpo" else "conversations", 100 * plan.train.filled, f"{packed * settings.global_batch_size:,.0f}",
+                packed, "pairs" if settings.train_mode == "dpo" else "conversations", 100 * plan.train.filled,
+                f"{packed * settings.global_batch_size:,.0f}",
             )  # fmt: skip
         if settings.train_mode != "pretrain" and not settings.packing and sizes.cp == 1 and plan.train.filled < 0.5:
             logger.info(
