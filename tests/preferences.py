@@ -40,7 +40,7 @@ def documents(dataset: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def log_probs(model: Qwen2ForCausalLM, dataset: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probability, number of tokens) of each answer by Hugging Face's model, [pairs, 2]; one document at a time."""
+    """(log-probability, number of tokens) of each answer by Hugging Face's model, [pairs, 2]."""
     sums, numbers = [], []
     for ids, mask in documents(dataset):
         logits = model(ids[None, :-1]).logits[0]

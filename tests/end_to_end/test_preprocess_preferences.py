@@ -1,4 +1,4 @@
-"""cpu/1_preprocess_sft.sh on preferences: every shape, bad rows, and pairs that stay whole however the work is split."""
+"""cpu/1_preprocess_sft.sh on preferences: every shape, bad rows, and pairs that stay whole when work is split."""
 
 import json
 import re
