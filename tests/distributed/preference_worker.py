@@ -73,7 +73,11 @@ def main() -> None:
         if task["joined"]:
             stack.enter_context(patch("common.model.kernels.selection.core_attention", lambda *_: SegmentAttention))
             stack.enter_context(patch.object(Plan, "packed_sequences", True))
-        training_state = with_references(plan, build_training_state(plan), lambda: False)
+        training_state = build_training_state(plan)
+        if task.get("stopped"):  # on one of the ranks, while nothing is stored yet
+            assert with_references(plan, training_state, lambda: dist.get_rank() == dist.get_world_size() - 1) is None
+            return
+        training_state = with_references(plan, training_state, lambda: False)
         assert training_state
         weights = find_checkpoint(Path(task["weights"]))
         assert weights

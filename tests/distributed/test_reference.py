@@ -14,7 +14,8 @@ from transformers import Qwen2ForCausalLM
 
 from common.training.tracking.records import read_metrics
 from tests.conversion import to_hf, to_megatron
-from tests.distributed.launch import run, words
+from tests.distributed.launch import run, steps, words, worker
+from tests.distributed.test_training import assert_same_curve
 from tests.distributed.user import step3_forked
 from tests.preferences import log_probs, write_pairs
 from tests.tiny import tiny_qwen
@@ -189,6 +190,35 @@ def test_validation_sets_count_each_pair_once(work: Path) -> None:
     assert abs(validation["validation_loss"] - float(torch.cat(losses).mean())) <= 1e-5
     assert 0 < float(torch.cat(right).mean()) < 1
     assert abs(validation["validation_accuracy"] - float(torch.cat(right).mean())) <= 1e-6
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dp2": {"GPUS": 2},
+    "one at a time": {"MICRO_BATCH_SIZE": 1},
+    "tp2_pp2": {"TP": 2, "PP": 2, "GPUS": 4},
+}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_every_layout_and_micro_batch_size_follows_one_process(work: Path, packing: bool) -> None:
+    """Packed rows hold one, two or three pairs, so that ranks and micro-batches have different numbers of them."""
+    packed = {"PACKING": "true", "SEQ_LENGTH": 384, "GLOBAL_BATCH_SIZE": 4} if packing else {}
+    common = {"DATASET_PATH": f"0.6 {work}/a 0.4 {work}/b", "TRAIN_ITERS": 5, "DPO_SFT_WEIGHT": 0.1, **packed}
+    one = steps(step3_forked(settings(work, "one", MICRO_BATCH_SIZE=2, **common)))
+    assert len(one) == 5 and one[-1][1] < 0.7 * one[0][1]
+    for name, layout in LAYOUTS.items():
+        found = steps(step3_forked(settings(work, name, **{**common, **layout})))
+        assert_same_curve(found, one)
+
+
+def test_a_stop_on_any_rank_ends_the_computation_of_the_reference_with_nothing_stored(work: Path) -> None:
+    given = {
+        "train_mode": "dpo", "dataset_path": str(work / "a"), "load_checkpoint_path": str(work / "qwen_start"),
+        "save_checkpoint_path": str(work / "run"), "seq_length": 128, "train_iters": 1, "precision": "fp32",
+        "global_batch_size": 8, "micro_batch_size": 1, "tp": 2, "gpus": 2, "num_workers": 0,
+    }  # fmt: skip
+    worker(2, {"settings": given, "joined": False, "stopped": True}, "preference_worker")
+    assert not stored(work)
 
 
 def test_what_does_not_fit_is_refused_by_name(work: Path, inputs: Path) -> None:
