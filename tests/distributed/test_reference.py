@@ -114,6 +114,20 @@ def test_another_models_and_another_datas_file_is_never_used(work: Path) -> None
     assert len(stored(work)) == 3
 
 
+def test_truncated_pairs_have_a_file_of_their_own(work: Path) -> None:
+    step3_forked(settings(work))
+    (whole,) = stored(work)
+    short = {"SEQ_LENGTH": 96, "TRUNCATE": "left"}
+    log = step3_forked(settings(work, "left", **short))
+    assert "pairs have more than SEQ_LENGTH=96 positions" in log and COMPUTES in log
+    (cut,) = stored(work).keys() - {whole}
+    changed = np.abs(stored(work)[cut] - stored(work)[whole]).max(1) > 1e-3
+    assert 0 < changed.sum() < changed.size
+    assert READS in step3_forked(settings(work, "left_again", **short))
+    log = step3_forked(settings(work, "dropped", SEQ_LENGTH=96, TRUNCATE="drop"))  # the others have the same values
+    assert READS in log and len(stored(work)) == 2
+
+
 def test_it_goes_to_the_runs_folder_where_the_datas_cannot_be_written(work: Path) -> None:
     step3_forked(settings(work))
     ((name, found),) = stored(work).items()

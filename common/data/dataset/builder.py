@@ -70,13 +70,24 @@ def build_dataset(
         check_mask(tokens, mask)
     if train_mode == "dpo":
         pairs = build_pair_index(tokens, mask, documents, seq_length, truncate, packing)
-        identity = str((files.manifest or {}).get("identity", ""))
         return PreferenceDataset(
             pairs, tokens, mask,
-            seq_length=seq_length, seed=seed, packing=packing, pad_id=pad_id, identity=identity, listed=listed,
+            seq_length=seq_length, seed=seed, packing=packing, pad_id=pad_id, identity=identity_of(files),
+            listed=listed,
         )  # fmt: skip
     sample_index = build_sample_index(tokens, mask, documents, seq_length, truncate)
     return SFTDataset(sample_index, mask, seed, packing, pad_id, listed)
+
+
+def identity_of(files: DataFiles) -> str:
+    """What tells the data from any other: its manifest's; raises KitError where it has none."""
+    identity = (files.manifest or {}).get("identity")
+    if not identity:
+        raise KitError(
+            f"the manifest of {files.tokens} has no 'identity', by which a reference's log-probabilities are of this"
+            " data: write the data again with step 1"
+        )
+    return str(identity)
 
 
 def check_against_manifest(files: DataFiles, tokens: IndexedDataset) -> None:

@@ -145,7 +145,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         check_resume(plan)
     if train:
         check_warmup(plan)
-        check_references(settings, plan.reference, [train, valid])
+        check_references(settings, plan.reference, [train, valid], start.checkpoint)
     # Last, because it takes longest; Megatron-Core has not opened the folder yet. One rank of each node checks: the
     # others wait for it when the process group is initialized, before they read anything.
     if start.checkpoint and is_node_leader():

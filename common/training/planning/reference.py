@@ -7,6 +7,7 @@ for pairs that no run has needed yet. Its name has a hash of the facts, so that 
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,14 +19,17 @@ import numpy as np
 from common.checkpoint.formats.checkpoint_paths import Checkpoint, find_checkpoint
 from common.checkpoint.formats.common_state import run_metadata
 from common.checkpoint.formats.identity import weights_hash
+from common.checkpoint.verification.pickle_scan import check_pickles
 from common.data.dataset.manifest import hash_json
 from common.data.dataset.preference_dataset import PreferenceDataset, preference_datasets
 from common.errors import KitError, describe_os_error
 from common.files import write_atomically
 from common.log import logger
+from common.parallel import is_node_leader
 from common.training.settings import TrainSettings
 
 VERSION = 1
+WEIGHTS_HASH = "KIT_WEIGHTS_HASH"  # in a rank's environment: the hash, and the folder that it is of
 UNKNOWN = -np.inf  # not a log-probability that can be trained on
 NAMES = "*.reference_*.npz"
 
@@ -44,16 +48,25 @@ def reference_hash(settings: TrainSettings, kind: str, checkpoint: Checkpoint | 
             " prefer nothing: set LOAD_CHECKPOINT_PATH to a fine-tuned model, or DPO_LOSS=orpo"
         )
     if kind == "weights":
-        return weights_hash(checkpoint.path)
+        return _weights_hash(checkpoint.path)
     recorded = str((run_metadata(checkpoint).get("data") or {}).get("reference", ""))
     given = reference_checkpoint(settings)
-    if given and recorded and weights_hash(given.path) != recorded:
+    if given and recorded and _weights_hash(given.path) != recorded:
         raise KitError(
             f"LOAD_CHECKPOINT_PATH={settings.load_checkpoint_path} is now {given.path}, whose weights are not"
             f" those that the run in {checkpoint.folder} began with and compares its answers with: set it to that"
             " checkpoint, or start a new SAVE_CHECKPOINT_PATH"
         )
-    return recorded or (weights_hash(given.path) if given else "")
+    return recorded or (_weights_hash(given.path) if given else "")
+
+
+def _weights_hash(path: Path) -> str:
+    """As weights_hash; a rank takes it from its launcher, since hundreds of ranks would read hundreds of files each."""
+    found, _, of = os.environ.get(WEIGHTS_HASH, "").partition(" ")
+    if of != str(path.absolute()):
+        found = weights_hash(path)
+        os.environ[WEIGHTS_HASH] = f"{found} {path.absolute()}"
+    return found
 
 
 def reference_checkpoint(settings: TrainSettings) -> Checkpoint | None:
@@ -125,16 +138,27 @@ def references_of(settings: TrainSettings, weights: str, samples: Iterable[Any])
     return list(found.values())
 
 
-def check_references(settings: TrainSettings, weights: str, samples: Iterable[Any]) -> None:
-    """Raises KitError where a log-probability is missing and the weights that would give it are too."""
-    if not weights or reference_checkpoint(settings):
+def check_references(settings: TrainSettings, weights: str, samples: Iterable[Any], start: Checkpoint | None) -> None:
+    """Raises KitError where a log-probability is missing, and the weights that would give it are too, or are damaged.
+
+    start: the checkpoint that the run starts from, which is checked elsewhere.
+    """
+    if not weights or not start:
+        return
+    given = reference_checkpoint(settings)
+    if given and given.path == start.path:
         return
     for reference in references_of(settings, weights, samples):
-        if not reference.is_complete(reference.read()):
+        if reference.is_complete(reference.read()):
+            continue
+        if given is None:
             raise KitError(
                 f"{reference.paths[0]}, the log-probabilities of the weights that the run began with, is missing or"
                 " incomplete: set LOAD_CHECKPOINT_PATH to those weights, and they are computed again"
             )
+        if is_node_leader():
+            check_pickles(given)
+        return
 
 
 def _read(path: Path, facts: dict[str, Any]) -> np.ndarray | None:

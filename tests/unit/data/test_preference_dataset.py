@@ -181,3 +181,6 @@ def test_a_manifest_of_another_number_of_pairs_is_refused(tmp_path: Path) -> Non
     files.manifest["documents"]["kept"] = 7
     with pytest.raises(KitError, match="records 14 documents instead of 16"):
         dataset(files)
+    del files.manifest["documents"], files.manifest["identity"]
+    with pytest.raises(KitError, match="has no 'identity'"):
+        dataset(files)

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
+from common.data.encoders.preference import check_same_prompt
 from common.data.sources.bad_rows import BadRowError
 from common.data.templates.preference_rows import to_pair
 from common.data.templates.row_formats import check_format, detect_format, to_conversation
@@ -100,6 +102,21 @@ def test_what_is_no_pair_is_named(message: str) -> None:
     with pytest.raises(BadRowError) as caught:
         to_pair(REFUSED[message], "system")
     assert message in str(caught.value)
+
+
+def test_prompts_that_a_template_renders_differently_are_refused() -> None:
+    chosen, rejected = (
+        (np.array([1, 2, 3, 7]), np.array([0, 0, 0, 1])),
+        (np.array([1, 2, 3, 8, 9]), np.array([0] * 3 + [1] * 2)),
+    )
+    check_same_prompt(chosen, rejected)
+    other = (np.array([1, 5, 3, 8, 9]), rejected[1])
+    longer = (np.array([1, 2, 3, 3, 8]), np.array([0] * 4 + [1]))
+    for each in (other, longer):
+        with pytest.raises(BadRowError, match="renders the prompt differently before its two answers"):
+            check_same_prompt(chosen, each)
+    with pytest.raises(BadRowError, match="equal as tokens"):
+        check_same_prompt(chosen, chosen)
 
 
 def test_formats_do_not_mix_and_a_preference_is_no_conversation() -> None:
