@@ -11,20 +11,20 @@ from common.data.dataset.indexed_dataset import open_mask, open_tokens
 from common.data.dataset.manifest import resolve
 
 
-def pair_rows(number: int) -> list[dict[str, Any]]:
-    """Rows whose prompts and answers have different lengths, some answers of one token."""
+def pair_rows(number: int, first: int = 0) -> list[dict[str, Any]]:
+    """Rows from number `first` on, whose prompts and answers have different lengths, some answers of one token."""
     return [
         {
             "prompt": f"What is {i}+{i}?" * (1 + i % 2),
             "chosen": f"{2 * i}" + " It is so." * (i % 3),
             "rejected": f"{3 * i + 1}" + " No idea, sorry." * (i % 4),
         }
-        for i in range(number)
+        for i in range(first, first + number)
     ]
 
 
-def write_pairs(path: Path, number: int) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(number)), encoding="utf-8")
+def write_pairs(path: Path, number: int, first: int = 0) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(number, first)), encoding="utf-8")
     return path
 
 

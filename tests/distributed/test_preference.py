@@ -126,12 +126,15 @@ def difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -
 
 
 LAYOUTS = [
-    pytest.param("tied", {"tp": tp, "pp": pp, "packing": packing}, id=f"tp{tp}_pp{pp}{'_packed' * packing}")
+    pytest.param(
+        "tied", {"tp": tp, "pp": pp, "packing": packing}, id=f"tp{tp}_pp{pp}{'_packed' * packing}",
+        marks=[pytest.mark.lane] * (tp == pp == 2),
+    )
     for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2))
     for packing in (False, True)
 ] + [
     pytest.param("untied", {"tp": 2, "pp": 1, "packing": True, "sequence_parallel": False}, id="no_sequence_parallel"),
-    pytest.param("untied", {"pp": 2, "vpp": 2}, id="pp2_vpp2"),
+    pytest.param("untied", {"pp": 2, "vpp": 2}, id="pp2_vpp2", marks=pytest.mark.lane),
     pytest.param("untied", {"tp": 2, "pp": 2, "packing": True, "micro_batch_size": 2, "joined": True}, id="joined"),
 ]  # fmt: skip
 

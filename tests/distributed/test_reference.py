@@ -31,9 +31,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("qwen", "other")):
         tiny_qwen(folder / name, std=0.1, spread=0.1, seed=seed)
         to_megatron(folder / name, folder / f"{name}_start", ckpt_format="torch_dist")
-    for name, number in (("a", 21), ("b", 9)):
+    for name, number, first in (("a", 21, 0), ("b", 9, 100)):
         flags = {
-            "input": write_pairs(folder / f"{name}.jsonl", number), "output_prefix": folder / name,
+            "input": write_pairs(folder / f"{name}.jsonl", number, first), "output_prefix": folder / name,
             "tokenizer_path": folder / "qwen", "workers": 1,
         }  # fmt: skip
         run("-m", "common.preprocess", "sft", *words(flags))
