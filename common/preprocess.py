@@ -77,13 +77,15 @@ def check_first_row(job: Job) -> None:
 
 def report_too_long(job: Job, seq_length: int | None) -> None:
     """Logs how many samples are too long for `seq_length`, or for each of the common lengths that is exceeded."""
-    lengths = IndexedDataset(job.final("tokens")).lengths
+    lengths, what = IndexedDataset(job.final("tokens")).lengths, "samples"
+    if job.kind == "preference":  # a row of an answer each; packed, both must fit into one
+        lengths, what = lengths.reshape(-1, 2).max(1), "pairs"
     counts = []
     for tokens in [seq_length] if seq_length else COMMON_SEQ_LENGTHS:
         too_long = int((lengths > tokens + 1).sum())
         if not seq_length and not too_long:
             break
-        counts.append(f"{too_long} of {lengths.size} samples have more than SEQ_LENGTH + 1 = {tokens + 1} tokens")
+        counts.append(f"{too_long} of {lengths.size} {what} have more than SEQ_LENGTH + 1 = {tokens + 1} tokens")
     if counts:
         logger.info("%s: step 3 rejects them unless TRUNCATE is drop, left or right", "; ".join(counts))
 

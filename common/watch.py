@@ -61,7 +61,8 @@ def view(run: Run, width: int, now: float) -> RenderableType:
             label = "validation loss" + f", {name}" * bool(name)
             rows.append(f"{label} {curve[-1][1]:.4f}, best {best_validation(run, metric)}")
     names = {
-        "grad_norm": "grad norm {:.4f}", "learning_rate": "lr {:.3e}", "tokens_per_s": "{:,.0f} tokens/s",
+        "accuracy": "accuracy {:.1%}", "reward_margin": "margin {:.2f}", "grad_norm": "grad norm {:.4f}",
+        "learning_rate": "lr {:.3e}", "tokens_per_s": "{:,.0f} tokens/s",
         "tflops_per_gpu": "{:#.3g} TFLOP/s/GPU", "memory_gib": "{:.1f} GiB at most",
     }  # fmt: skip
     shown = [text.format(last[name]) for name, text in names.items() if isinstance(last.get(name), int | float)]

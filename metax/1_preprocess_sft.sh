@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Step 1 on MetaX, fine-tuning: jsonl conversations to Megatron's .bin and .idx, with a loss mask beside the tokens.
-# 第 1 步（MetaX，微调）：把 jsonl 对话转换为 Megatron 的 .bin 和 .idx，并另存损失掩码。
+# Step 1 on MetaX, fine-tuning: jsonl conversations or preferences to Megatron's .bin and .idx, with a loss mask beside the tokens.
+# 第 1 步（MetaX，微调）：把 jsonl 对话或偏好转换为 Megatron 的 .bin 和 .idx，并另存损失掩码。
 # Not run on hardware / 未在硬件上运行
 : "${BASH_VERSION:?this is a bash script, run it so / 请用 bash 运行: bash $0}"
 set -euo pipefail
@@ -15,7 +15,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${FORMAT:=auto}"       # what a row looks like; auto: told from the first rows / 行的格式；auto：由开头几行判断
 : "${ROLES:=system}"      # instruction is the system's turn, or alpaca: the user's / instruction 属于 system 还是用户
 : "${LOSS_ON:=answer}"    # answer: its text and <|im_end|>; turn: the header too / 只对答案，或对整轮计损失
-: "${LOSS_TURNS:=all}"    # all or last: which answers are learned / 学习所有回答，或只学最后一轮
+: "${LOSS_TURNS:=all}"    # all or last: which answers are learned; of preferences the last / 学习所有回答或最后一轮；偏好只学最后一轮
 : "${LOSS_WEIGHTS:=auto}" # a turn's loss may be any weight; auto: by the first rows / 每轮的 loss 可为任意权重
 : "${SEQ_LENGTH:=}"       # step 3's, to count what is too long; empty: 2048 and more / 第 3 步的值，仅用于统计超长样本
 : "${APPEND_EOD:=false}"  # end each conversation with EOD_TOKEN / 每段对话末尾加 EOD_TOKEN

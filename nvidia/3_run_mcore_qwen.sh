@@ -12,7 +12,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # What to do / 任务
 : "${TRAIN_OR_CONVERT_CKPT:=train}" # train, or convert: newest checkpoint to torch format / 训练或转换
-: "${TRAIN_MODE:=pretrain}"         # pretrain: every token is learned; finetune: the answers / 预训练或微调
+: "${TRAIN_MODE:=pretrain}"         # pretrain: all tokens; finetune: answers; dpo: chosen over rejected answers / 预训练、微调或偏好
 : "${IS_INITIAL_RUN:=auto}"         # auto resumes if it can; true: weights only; false: resume / 首次运行
 : "${HF_MODEL_PATH:=}"              # instead of LOAD_CHECKPOINT_PATH: random weights / 随机初始化时的模型目录
 
@@ -31,8 +31,14 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${VALID_DATASET_PATH:=}"   # instead of SPLIT: one set, or several by name: law a general b / 代替 SPLIT：一个，或按名称多个
 : "${SEQ_LENGTH:=2048}"       # tokens in a sample / 样本长度
 : "${TRUNCATE:=error}"        # samples over SEQ_LENGTH: error, drop, left or right / 超长样本
-: "${PACKING:=false}"         # finetune: several samples in one row / 微调：多个样本拼成一行
+: "${PACKING:=false}"         # finetune, dpo: several samples in one row / 微调、偏好：多个样本拼成一行
 : "${RESET_ATTENTION:=false}" # pretrain: documents in a sample stay apart / 预训练：同一样本内文档互不可见
+
+# Preferences (TRAIN_MODE=dpo) / 偏好训练
+: "${DPO_LOSS:=sigmoid}"        # sigmoid (DPO), ipo, or orpo, which needs no reference / 损失；orpo 不需要参考模型
+: "${DPO_BETA:=0.1}"            # beta of DPO and IPO, lambda of ORPO / DPO、IPO 的 beta，ORPO 的 lambda
+: "${DPO_LABEL_SMOOTHING:=0.0}" # sigmoid: share of pairs whose preference may be wrong / 偏好可能标反的比例
+: "${DPO_SFT_WEIGHT:=0.0}"      # sigmoid, ipo: weight of the chosen answers' own loss / 被选回答自身损失的权重
 
 # Parallelism / 并行
 : "${TP:=2}"             # tensor parallel size; above 1, sequence parallel too / 张量并行，大于 1 时含序列并行

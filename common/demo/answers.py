@@ -11,6 +11,7 @@ from common.data.sources.bad_rows import BadRows
 from common.data.sources.discovery import find_inputs
 from common.data.sources.jsonl import first_rows, string_field
 from common.data.templates.row_formats import (
+    PREFERENCE,
     TEXT_FORMAT,
     Conversation,
     Message,
@@ -57,7 +58,13 @@ class Answer:
 
 def kind_of(text: str) -> str:
     """The kind of data in the first row of INPUT `text`, "sft" or "pretrain"; raises KitError if it is neither."""
-    return "pretrain" if format_of_rows(find_inputs(text), TEXT_FIELD) == TEXT_FORMAT else "sft"
+    kind = format_of_rows(find_inputs(text), TEXT_FIELD)
+    if kind == PREFERENCE:
+        raise KitError(
+            f"INPUT={text} holds preferences, which the quickstart does not train on: give conversations or texts, or"
+            " run the steps with TRAIN_MODE=dpo (docs/en/preferences.md)"
+        )
+    return "pretrain" if kind == TEXT_FORMAT else "sft"
 
 
 def read_prompts(text: str, count: int, roles: str) -> list[Prompt]:

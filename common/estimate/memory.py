@@ -49,7 +49,7 @@ def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Wo
     return Workload(
         qwen=qwen,
         seq_length=settings.seq_length,
-        micro_batch_size=settings.micro_batch_size,
+        micro_batch_size=settings.micro_batch_size * settings.rows_per_sample,
         tp=settings.tp,
         cp=settings.cp,
         sequence_parallel=settings.sequence_parallel,

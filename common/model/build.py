@@ -153,6 +153,7 @@ def _chunk(
     model = QwenModel(
         num_tokens=qwen.vocab_size,
         loss_kernels=kernels.loss,
+        per_token_gradients=options.per_token_gradients,
         config=config,
         transformer_layer_spec=block_spec(
             options.transformer_impl,

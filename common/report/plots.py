@@ -25,6 +25,8 @@ class Panel:
 
 PANELS = (
     Panel("Loss", "loss", "nats per token", "linear"),
+    Panel("Accuracy", "accuracy", "share of pairs", "zero"),
+    Panel("Reward margin", "reward_margin", "chosen less rejected", "linear"),
     Panel("Gradient norm", "grad_norm", "before clipping", "log"),
     Panel("Learning rate", "learning_rate", "", "linear", smoothed=False),
     Panel("Throughput", "tokens_per_s", "tokens/s", "zero"),

@@ -31,7 +31,7 @@ TRAINING_FILES = (
 # Read or rewritten by a conversion: skipped without a message.
 EXPECTED = (
     "model*.safetensors", "model.safetensors.index.json", TRACKER, REPORT, RELEASE, "iter_*", ".*", "*.partial",
-    *RUN_FILES, KEPT,
+    *RUN_FILES, KEPT, "*.reference_*.npz",
 )  # fmt: skip
 
 

@@ -6,11 +6,12 @@ from common.data.dataset.gpt_dataset import GPTDataset
 from common.data.dataset.indexed_dataset import IndexedDataset, open_mask, open_tokens
 from common.data.dataset.legacy import refuse_legacy
 from common.data.dataset.manifest import DataFiles
+from common.data.dataset.preference_dataset import PreferenceDataset, build_pair_index
 from common.data.dataset.sample_dataset import SampleDataset
 from common.data.dataset.sft_dataset import SFTDataset, build_sample_index
 from common.errors import KitError
 
-KIND_OF_MODE = {"pretrain": "pretrain", "finetune": "sft"}
+KIND_OF_MODE = {"pretrain": "pretrain", "finetune": "sft", "dpo": "preference"}
 
 
 def split_documents(num_documents: int, split: str) -> tuple[range, range]:
@@ -47,7 +48,8 @@ def build_dataset(
 ) -> SampleDataset:
     """The dataset of `documents` (None: all); raises KitError for data of the other kind, or for too little data.
 
-    check: check the whole index files, see IndexedDataset. listed: see GPTDataset.
+    documents: of preference data, the pairs. check: check the whole index files, see IndexedDataset. listed: see
+    GPTDataset.
     """
     refuse_legacy(files)
     if files.kind != KIND_OF_MODE[train_mode]:
@@ -59,24 +61,43 @@ def build_dataset(
         raise KitError(f"SEED={seed}: it must not be negative")
     tokens = open_tokens(files.tokens, check)
     check_against_manifest(files, tokens)
-    documents = range(len(tokens)) if documents is None else documents
+    documents = range(len(tokens) // files.documents_per_row) if documents is None else documents
     if train_mode == "pretrain":
         return GPTDataset(tokens, documents, seq_length, seed, reset_attention, listed)
     assert files.loss_mask
     mask = open_mask(files.loss_mask, check)
     if check:
         check_mask(tokens, mask)
+    if train_mode == "dpo":
+        pairs = build_pair_index(tokens, mask, documents, seq_length, truncate, packing)
+        return PreferenceDataset(
+            pairs, tokens, mask,
+            seq_length=seq_length, seed=seed, packing=packing, pad_id=pad_id, identity=identity_of(files),
+            listed=listed,
+        )  # fmt: skip
     sample_index = build_sample_index(tokens, mask, documents, seq_length, truncate)
     return SFTDataset(sample_index, mask, seed, packing, pad_id, listed)
+
+
+def identity_of(files: DataFiles) -> str:
+    """What tells the data from any other: its manifest's; raises KitError where it has none."""
+    identity = (files.manifest or {}).get("identity")
+    if not identity:
+        raise KitError(
+            f"the manifest of {files.tokens} has no 'identity', by which a reference's log-probabilities are of this"
+            " data: write the data again with step 1"
+        )
+    return str(identity)
 
 
 def check_against_manifest(files: DataFiles, tokens: IndexedDataset) -> None:
     """Raises KitError unless `tokens` has as many documents and tokens as its manifest, if any, records."""
     manifest = files.manifest or {}
     documents = manifest.get("documents")
+    kept = documents.get("kept") if isinstance(documents, dict) else None
     found = {"documents": len(tokens), "tokens": tokens.num_tokens}
     recorded = {
-        "documents": documents.get("kept") if isinstance(documents, dict) else None,
+        "documents": kept * files.documents_per_row if isinstance(kept, int) else kept,
         "tokens": manifest.get("tokens"),
     }
     wrong = [

@@ -11,19 +11,24 @@ from common.errors import KitError
 from common.files import NON_UTF8_NAMES, write_json
 
 FORMAT = "qwen-kit-data"
-KINDS = ("pretrain", "sft")
+KINDS = ("pretrain", "sft", "preference")
 NAMES: dict[type, str] = {int: "an integer", str: "a string", dict: "an object", list: "an array"}
 VERSION = 2  # version 1 hashed the inputs in other blocks
 
 
 @dataclass(frozen=True)
 class DataFiles:
-    """One dataset: kind "pretrain" or "sft", the prefixes of its files, and its manifest, if any."""
+    """One dataset: kind "pretrain", "sft" or "preference", the prefixes of its files, and its manifest, if any."""
 
     kind: str
     tokens: Path
     loss_mask: Path | None = None
     manifest: dict[str, Any] | None = None
+
+    @property
+    def documents_per_row(self) -> int:
+        """The documents that a row of the input became: those of a pair, chosen then rejected, belong together."""
+        return 2 if self.kind == "preference" else 1
 
 
 def manifest_path(output_prefix: Path) -> Path:

@@ -14,7 +14,8 @@ class SampleDataset(Protocol):
     """Samples by index: tokens and labels int64 [s], loss_mask float32 [s].
 
     `segment_ids` int32 [s] is present when attention must stay within runs of equal values; `num_padding` int64 [], the
-    number of positions at the end that hold no token, where there may be any.
+    number of positions at the end that hold no token, where there may be any. Preferences have `pairs` too, and s may
+    be that of two rows, see preference_dataset.py.
     weighted: whether loss_mask may hold values other than 0 and 1.
     order: the name of the shuffle, see shuffle.py; a checkpoint's position is only valid with the same one.
     """

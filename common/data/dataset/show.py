@@ -33,8 +33,9 @@ def show(
 ) -> Iterator[str]:
     """A heading and the text of each of `count` documents from index `first` on, or of random ones when it is None.
 
-    Supervised tokens are bold green with `colour`, else in brackets; `show_ids` adds the token ids. Raises KitError
-    when the document does not exist, or when the data was written with another tokenizer.
+    Of preference data `first` and `count` are of pairs, of which both documents are shown. Supervised tokens are bold
+    green with `colour`, else in brackets; `show_ids` adds the token ids. Raises KitError when the document does not
+    exist, or when the data was written with another tokenizer.
     """
     known = (files.manifest or {}).get("tokenizer", {}).get("tokenizer_sha256")
     if known and known != tokenizer.sha256:
@@ -45,10 +46,13 @@ def show(
     mask = open_mask(files.loss_mask) if files.loss_mask else None
     if mask:
         check_mask(tokens, mask)
-    if first is not None and not 0 <= first < len(tokens):
-        raise KitError(f"INDEX={first}: {files.tokens} holds documents 0 to {len(tokens) - 1}")
+    each, what = files.documents_per_row, "pair" if files.kind == "preference" else "document"
+    total = len(tokens) // each
+    if first is not None and not 0 <= first < total:
+        raise KitError(f"INDEX={first}: {files.tokens} holds {what}s 0 to {total - 1}")
     before, after = (BOLD_GREEN, RESET) if colour else ("⟦", "⟧")
-    for number in select_documents(len(tokens), first, count, seed):
+    selected = select_documents(total, first, count, seed)
+    for number in (each * row + part for row in selected for part in range(each)):
         ids = tokens[number]
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << 32:
             raise KitError(
@@ -57,7 +61,8 @@ def show(
             )
         supervised = mask[number] > 0 if mask else np.zeros(ids.size, bool)
         summary = f", {int(supervised.sum())} supervised" if mask else ""
-        yield f"--- document {number} of {len(tokens)}: {ids.size} tokens{summary}"
+        answer = f", {('chosen', 'rejected')[number % each]}" if each > 1 else ""
+        yield f"--- {what} {number // each} of {total}{answer}: {ids.size} tokens{summary}"
         yield mark_text(tokenizer, ids, supervised, before, after)
         if show_ids:
             yield mark_ids(ids, supervised, before, after)

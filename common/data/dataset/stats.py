@@ -49,6 +49,19 @@ def fill_rows(lengths: np.ndarray, seq_length: int, kind: str) -> Filling:
     )
 
 
+def fill_with_pairs(lengths: np.ndarray, seq_length: int, packing: bool) -> tuple[int, int, float]:
+    """(samples of an epoch, pairs that are too long and left out, fraction of used positions) of "preference" data.
+
+    Packed, a sample is a row of several pairs; otherwise two rows, an answer in each (preference_dataset.py).
+    """
+    positions = lengths.astype(np.int64).reshape(-1, 2) - 1
+    total = positions.sum(1)
+    fits = (total if packing else positions.max(1)) <= seq_length
+    samples = pack(total[fits], seq_length)[1].size - 1 if packing else int(fits.sum())
+    size = seq_length if packing else 2 * seq_length
+    return samples, int((~fits).sum()), int(total[fits].sum()) / max(1, samples * size)
+
+
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     """(from, to, number of documents) for bins of powers of two, without empty bins at the ends."""
     if lengths.size == 0:
@@ -86,7 +99,8 @@ def report(files: DataFiles, seq_lengths: list[int], global_batch_size: int | No
     if files.manifest and "documents" in files.manifest:
         counts = files.manifest["documents"]
         causes = "".join(f", {number} dropped ({cause})" for cause, number in counts["dropped"].items() if number)
-        yield f"read {counts['read']} documents, kept {counts['kept']}{causes}"
+        what = "pairs" if files.documents_per_row == 2 else "documents"
+        yield f"read {counts['read']} {what}, kept {counts['kept']}{causes}"
     quarter, half, most = np.percentile(lengths, [25, 50, 99]).astype(int)
     yield (
         f"tokens per document: {lengths.min()} to {lengths.max()}, mean {total / lengths.size:.1f}, median {half},"
@@ -97,7 +111,19 @@ def report(files: DataFiles, seq_lengths: list[int], global_batch_size: int | No
         yield f"supervised: {supervised} tokens, {100 * supervised / max(1, total):.1f}%"
     yield from draw_histogram(histogram(lengths))
     for seq_length in seq_lengths:
-        yield _line(fill_rows(lengths, seq_length, files.kind), files.kind, global_batch_size)
+        if files.kind == "preference":
+            yield _line_of_pairs(lengths, seq_length, global_batch_size)
+        else:
+            yield _line(fill_rows(lengths, seq_length, files.kind), files.kind, global_batch_size)
+
+
+def _line_of_pairs(lengths: np.ndarray, seq_length: int, batch: int | None) -> str:
+    parts = []
+    for packing, name in ((True, "packed"), (False, "not packed")):
+        samples, too_long, full = fill_with_pairs(lengths, seq_length, packing)
+        steps = f" = {samples / batch:.2f} steps of {batch}" if batch else ""
+        parts.append(f"{name} {samples} samples{steps}, {100 * full:.1f}% full, {too_long} pairs too long")
+    return f"SEQ_LENGTH={seq_length}: {'; '.join(parts)}"
 
 
 def _line(filling: Filling, kind: str, batch: int | None) -> str:

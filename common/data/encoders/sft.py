@@ -112,7 +112,10 @@ class SftEncoder:
 
     def segments_of_row(self, row: dict[str, Any], counts: Counter[str]) -> list[Segment]:
         """The rendered segments of `row`; raises BadRowError."""
-        conversation = self.conversation(row)
+        return self.segments_of(self.conversation(row), counts)
+
+    def segments_of(self, conversation: Conversation, counts: Counter[str]) -> list[Segment]:
+        """The rendered segments of `conversation`, which are counted in `counts`; raises BadRowError."""
         if not self.weighted and is_weighted(conversation):
             raise BadRowError("its field 'loss' is a weight, but LOSS_WEIGHTS is false: set LOSS_WEIGHTS=true")
         hidden = check_reasoning(conversation, {i for i, _ in self._learned(conversation)}, self._render)

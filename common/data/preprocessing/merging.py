@@ -48,7 +48,7 @@ def merge_parts(output_prefix: Path, facts: dict[str, Any], parts: list[Finished
         "files": {stream: path.name for stream, path in finals.items()},
         **facts["described"],
         "inputs": inputs,
-        "documents": {"read": counts["read"], "kept": len(tokens), "dropped": dropped_of(counts)},
+        "documents": {"read": counts["read"], "kept": _rows(facts["kind"], tokens), "dropped": dropped_of(counts)},
         "tokens": tokens.num_tokens,
         "supervised_tokens": counts.get("supervised", tokens.num_tokens),
         "longest": tokens.longest,
@@ -58,6 +58,11 @@ def merge_parts(output_prefix: Path, facts: dict[str, Any], parts: list[Finished
     manifest.write(output_prefix, content)
     remove_parts(folder)
     return content
+
+
+def _rows(kind: str, tokens: IndexedDataset) -> int:
+    """The rows that the documents of `tokens` come from; of preferences each is a pair of documents."""
+    return len(tokens) // 2 if kind == "preference" else len(tokens)
 
 
 def _hashed_inputs(parts: list[FinishedPart]) -> list[dict[str, Any]]:

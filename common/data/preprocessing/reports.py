@@ -46,10 +46,12 @@ def report(output_prefix: Path, content: dict[str, Any], encoded: int, seconds: 
     """Logs what was read, dropped and written, and the speed."""
     documents = content["documents"]
     _report_counts(documents["dropped"], content["notes"])
+    what = "pairs" if content["kind"] == "preference" else "documents"
     supervised = f", {content['supervised_tokens']} of them supervised" if "loss_mask" in content["files"] else ""
     logger.info(
-        "%d documents, %d tokens%s, longest document %d; %s",
-        documents["kept"], content["tokens"], supervised, content["longest"], _speed(encoded, seconds),
+        "%d %s, %d tokens%s, longest document %d; %s",
+        documents["kept"], what, content["tokens"], supervised, content["longest"],
+        _speed(encoded, seconds),
     )  # fmt: skip
     rejects = rejects_path(output_prefix)
     if rejects.exists():

@@ -11,6 +11,7 @@ import numpy as np
 from common.data.dataset.id_range import warn_if_vocab_exceeds_model
 from common.data.dataset.indexed_dataset import bin_path, idx_path, token_dtype
 from common.data.dataset.manifest import manifest_path
+from common.data.encoders.preference import PreferenceEncoder
 from common.data.encoders.pretrain import SPECIAL_TOKENS, PretrainEncoder
 from common.data.encoders.sft import SftEncoder, sample_segments
 from common.data.preprocessing.job import Job
@@ -23,7 +24,7 @@ from common.data.sources.jsonl import first_rows
 from common.data.sources.row_blocks import MAX_ROW_BYTES
 from common.data.sources.spans import whole_spans
 from common.data.templates.chat_template import ChatTemplate
-from common.data.templates.row_formats import FORMATS, detect_format, is_weighted
+from common.data.templates.row_formats import FORMATS, PREFERENCE, detect_format, is_weighted
 from common.data.tokenizer import engines
 from common.data.tokenizer.eod import EodToken, find_eod
 from common.data.tokenizer.text_tokenizer import TextTokenizer, load_tokenizer
@@ -146,7 +147,7 @@ class SftSettings(PreprocessSettings):
     output_prefix: str = option(help="writes {OUTPUT_PREFIX}_text_document and _loss_mask_document (.bin/.idx)")
     tokenizer_path: str = option(help=HELP_TOKENIZER + ", and chat template", hub="tokenizer")
     append_eod: bool = option(False, "end each conversation with EOD_TOKEN, which is not trained on")
-    format: str = option("auto", "the format of a row; auto: that of the first row", ("auto", *FORMATS))
+    format: str = option("auto", "the format of a row; auto: that of the first row", ("auto", *FORMATS, PREFERENCE))
     roles: str = option("system", "instruction is the system turn, or alpaca: the user turn", ("system", "alpaca"))
     loss_on: str = option("answer", "answer: its text and end token; turn: its header too", ("answer", "turn"))
     loss_turns: str = option("all", "which answers are trained on", ("all", "last"))
@@ -167,7 +168,8 @@ class SftSettings(PreprocessSettings):
             "loss_mask": ("loss_mask_document", encoder.mask_dtype),
             "tokens": ("text_document", token_dtype(tokenizer.vocab_size)),
         }
-        return self._job(kind="sft", inputs=inputs, streams=streams, encode=encoder, described=self._described(encoder))
+        kind = PREFERENCE if isinstance(encoder, PreferenceEncoder) else "sft"
+        return self._job(kind=kind, inputs=inputs, streams=streams, encode=encoder, described=self._described(encoder))
 
     def _described(self, encoder: SftEncoder) -> dict[str, dict[str, Any]]:
         return {
@@ -180,7 +182,7 @@ class SftSettings(PreprocessSettings):
                 "format": encoder.format,
                 "roles": self.roles,
                 "loss_on": self.loss_on,
-                "loss_turns": self.loss_turns,
+                "loss_turns": encoder.loss_turns,
                 "loss_weights": encoder.weighted,
                 "append_eod": self.append_eod,
                 **self._row_limit(),
@@ -195,19 +197,22 @@ class SftSettings(PreprocessSettings):
             (f"a turn of {chunk.path} at byte {chunk.start + at}", row)
             for chunk, at, row in islice(first_rows(inputs, True, self.max_row_bytes), FIRST_ROWS)
         ]
-        encoder = SftEncoder(
+        pairs = kind == PREFERENCE
+        if pairs and self.loss_weights == "true":
+            raise KitError("LOSS_WEIGHTS=true is for conversations, and these are preferences: set it to auto")
+        encoder = (PreferenceEncoder if pairs else SftEncoder)(
             tokenizer,
             ChatTemplate(tokenizer),
             kind,
             self.roles,
             self.loss_on,
-            self.loss_turns,
+            "last" if pairs else self.loss_turns,
             eod,
             same_format=self.format == "auto",
             weighted=self.loss_weights == "true",
             skip_bad_rows=skip,
         )
-        if self.loss_weights == "auto" and any(has_loss_weights(encoder, row) for _, row in rows):
+        if self.loss_weights == "auto" and not pairs and any(has_loss_weights(encoder, row) for _, row in rows):
             logger.info("the first rows set weights in 'loss': the loss mask is float32")
             encoder = replace(encoder, weighted=True)
         sample = sample_segments(encoder, rows, engines.SAMPLE_BYTES)

@@ -31,7 +31,10 @@ ROW_FIELDS = ("system", "tools", "chat_template_kwargs")
 
 _LARGEST, _LEAST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 _MEDIA = "is not supported, only text is: remove such rows, or the field"
-_PREFERENCE = "is a preference, and only the turns are trained on: remove the field if that is intended"
+_PREFERENCE = (
+    "is a preference, and only the turns are trained on: remove the field if that is intended, or give both 'chosen'"
+    " and 'rejected', for TRAIN_MODE=dpo"
+)
 _OWN_LOSS = "is not supported: set a turn's weight by a field 'loss' in the turn (true, false or a weight)"
 _TURNS = "is not supported: remove it, or write the turns as messages"
 _SYSTEM = "is not supported: rename it to 'system'"

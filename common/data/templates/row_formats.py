@@ -11,11 +11,13 @@ from common.data.templates.messages import Message, parse_turn
 from common.data.templates.tool_calls import check_numbers, load_json, parse_tools
 
 FORMATS = ("instruction", "messages", "conversations")
+PREFERENCE = "preference"  # two answers to a prompt, which templates/preference_rows.py reads
 TEXT_FORMAT = "text"  # a row of pretraining, which no template renders
 _COLUMNS = {
     "instruction": ("instruction", "input", "output"),
     "messages": ("messages",),
     "conversations": ("conversations",),
+    PREFERENCE: ("chosen", "rejected"),
 }
 _USED = {
     kind: frozenset((*ROW_FIELDS, *columns, *(["loss"] if kind == "instruction" else [])))
@@ -43,14 +45,19 @@ class Conversation:
 
 
 def detect_format(row: dict[str, Any]) -> str:
-    """The format of `row` by its fields that are not null; raises BadRowError when none or several match."""
+    """The format of `row` by its fields that are not null; raises BadRowError when none or several match.
+
+    A row with two answers is a preference, whatever its prompt is in.
+    """
+    if all(row.get(name) is not None for name in _COLUMNS[PREFERENCE]):
+        return PREFERENCE
     found = [name for name in FORMATS[1:] if row.get(name) is not None]
     if row.get("instruction") is not None or (row.get("input") is not None and row.get("output") is not None):
         found = ["instruction", *found]
     if not found:
         raise BadRowError(
             f"its fields {', '.join(map(repr, row)) or '(none)'} match no known format: it needs instruction, input"
-            " and output, or messages, or conversations"
+            " and output, or messages, or conversations; or for preferences chosen and rejected"
         )
     if len(found) > 1:
         raise BadRowError(f"it has the fields of {' and '.join(found)}: set FORMAT to the intended one")
@@ -58,7 +65,7 @@ def detect_format(row: dict[str, Any]) -> str:
 
 
 def format_of_rows(files: list[Path], json_key: str) -> str:
-    """The format of the first row in `files`: one of FORMATS, or TEXT_FORMAT where it only has the field `json_key`.
+    """The format of the first row in `files`: one of FORMATS, PREFERENCE, or TEXT_FORMAT where it only has `json_key`.
 
     Raises KitError when it is neither, or there is no row.
     """
@@ -89,6 +96,8 @@ def to_conversation(row: dict[str, Any], kind: str, roles: str) -> Conversation:
     roles, for instruction rows: with "system", instruction is the system turn (none when empty) and input the user
     turn; with "alpaca", instruction, a newline and input form the user turn.
     """
+    if kind == PREFERENCE:
+        raise BadRowError("it is a preference, with the fields chosen and rejected, and a conversation is needed here")
     unused = unused_row_fields(row, _USED[kind])
     conversation = _from_instruction(row, roles) if kind == "instruction" else _from_messages(row, kind)
     conversation.notes.extend(f"rows' field {name[:80]!r}, {NOT_USED}" for name in unused)

@@ -188,7 +188,7 @@ def loss_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, 
     if failure:
         logger.info("loss: PyTorch (Triton: %s)", failure)
     unfused = triton or TorchKernels()
-    if not _may_fuse(options, platform) or sizes.tp > 1 or options.weighted:
+    if not _may_fuse(options, platform) or sizes.tp > 1 or options.weighted or options.per_token_gradients:
         return unfused
 
     def attempt() -> Any:

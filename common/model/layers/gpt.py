@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from common.engine.versions import installed_engine
-from common.model.layers.loss import LinearCrossEntropy, Vocabulary
+from common.model.layers.loss import LinearCrossEntropy, RecomputedCrossEntropy, Vocabulary
 from common.model.layers.tp_mappings import enter
 from common.model.layers.weights import await_weights
 
@@ -17,12 +17,17 @@ class QwenModel(GPTModel):
 
     num_tokens: size of the vocabulary without padding.
     loss_kernels: the kernels of LinearCrossEntropy.
+    per_token_gradients: the upstream gradient of the losses differs between tokens; costs one more product of the
+    output layer.
     """
 
-    def __init__(self, *args: Any, num_tokens: int, loss_kernels: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, num_tokens: int, loss_kernels: Any, per_token_gradients: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._num_tokens = num_tokens
         self._kernels = loss_kernels
+        self._cross_entropy = RecomputedCrossEntropy if per_token_gradients else LinearCrossEntropy
 
     def forward(
         self,
@@ -35,7 +40,8 @@ class QwenModel(GPTModel):
     ) -> torch.Tensor:
         """The hidden states on a stage that is not the last; otherwise logits [b, s, v], or with labels losses [b, s].
 
-        The losses are float32, multiplied by loss_mask [b, s]. Their upstream gradient must be uniform, as of a sum.
+        The losses are float32, multiplied by loss_mask [b, s]. Their upstream gradient must be uniform, as of a sum,
+        unless the model was built with `per_token_gradients`.
         """
         if labels is None or not self.post_process:
             return super().forward(input_ids, position_ids, attention_mask, **kwargs)
@@ -66,7 +72,7 @@ class QwenModel(GPTModel):
         num_tokens = min(max(self._num_tokens - first, 0), weight.shape[0])
         vocabulary = Vocabulary(parallel_state.get_tensor_model_parallel_group(), first, num_tokens)
         needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
-        losses = LinearCrossEntropy.apply(
+        losses = self._cross_entropy.apply(
             hidden.flatten(0, 1), weight, labels.t().reshape(-1), loss_mask.t().reshape(-1).float(), vocabulary,
             self._kernels, needs_gradient,
         )  # fmt: skip

@@ -62,9 +62,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         with_gradients: bool,
     ) -> torch.Tensor:
         """The losses; `with_gradients` also saves the gradients of hidden and weight for the backward pass."""
-        local = labels - vocabulary.first
-        local = torch.where((local >= 0) & (local < vocabulary.num_tokens), local, -1)
-        inputs = LossInputs(hidden, weight, local, weights, vocabulary)
+        inputs = LossInputs(hidden, weight, local_labels(labels, vocabulary), weights, vocabulary)
         losses, *ctx.gradients = kernels.losses(inputs, with_gradients)
         ctx.save_for_backward(weight)
         return losses
@@ -80,6 +78,48 @@ class LinearCrossEntropy(torch.autograd.Function):
         if d_weight is not None:
             gradient = accumulate_main_grad(weight, lambda total: total.addcmul_(d_weight, scale))
         return d_hidden.mul_(scale.to(d_hidden.dtype)), gradient, None, None, None, None, None
+
+
+class RecomputedCrossEntropy(torch.autograd.Function):
+    """As LinearCrossEntropy, for any upstream gradient: the backward pass computes the logits once more.
+
+    What a loss over sums of log-probabilities needs, whose gradient differs between tokens and is known only after the
+    forward pass. A token's gradient is that of LinearCrossEntropy at its weight times its upstream gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        vocabulary: Vocabulary,
+        kernels: Any,
+        with_gradients: bool,
+    ) -> torch.Tensor:
+        """The losses; `with_gradients` also saves the inputs for the backward pass."""
+        inputs = LossInputs(hidden, weight, local_labels(labels, vocabulary), weights, vocabulary)
+        if with_gradients:
+            ctx.save_for_backward(*inputs[:4])
+            ctx.vocabulary, ctx.kernels = vocabulary, kernels
+        losses: torch.Tensor = kernels.losses(inputs, False)[0]
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of hidden and weight, by the same kernels at weights times the tokens' upstream gradients."""
+        hidden, weight, local, weights = ctx.saved_tensors
+        inputs = LossInputs(hidden, weight, local, weights * upstream[0], ctx.vocabulary)
+        _, d_hidden, d_weight = ctx.kernels.losses(inputs, True)
+        gradient = accumulate_main_grad(weight, lambda total: total.add_(d_weight))
+        return d_hidden, gradient, None, None, None, None, None
+
+
+def local_labels(labels: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+    """`labels` as indices of this rank's rows, -1 for those of other ranks."""
+    local = labels - vocabulary.first
+    return torch.where((local >= 0) & (local < vocabulary.num_tokens), local, -1)
 
 
 def reduce_over_ranks(

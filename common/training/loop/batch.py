@@ -18,8 +18,11 @@ def prepare_batch(plan: Plan, batch: Batch, device: torch.device) -> tuple[Batch
 
     There are arguments only if the batch has segment_ids: an attention_mask for local layers; for Transformer Engine's
     packed_seq_params, with the rows flattened to [1, b * s]. With context parallelism, this rank's part of s is left.
+    A sample of two rows, of a pair that is not packed, becomes both: [2 * b, s / 2].
     """
     segments = batch.pop("segment_ids", None)
+    if plan.settings.rows_per_sample > 1:
+        batch = {name: tensor.reshape(-1, plan.settings.seq_length) for name, tensor in batch.items()}
     if plan.sizes.cp > 1:
         rank = parallel_state.get_context_parallel_rank()
         batch = {name: context_parallel_slice(tensor, plan.sizes.cp, rank) for name, tensor in batch.items()}

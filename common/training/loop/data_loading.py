@@ -3,9 +3,9 @@
     planning/datasets.py    open_data      DATASET_PATH to `Plan.train` and `Plan.valid`, each a SampleDataset
     data_loading.py         DataLoaders    samples to this rank's micro-batches, read ahead by worker processes
     batch.py                prepare_batch  a micro-batch to tensors on the device, and the arguments of attention
-    forward_step.py         forward_step   a batch to its loss
+    forward_step.py         forward_step   a batch to its loss: of tokens, or of pairs (preference_step.py)
 
-Training and evaluation take the same path.
+Training and evaluation take the same path, and so does the reference of preferences (reference_pass.py).
 """
 
 import os

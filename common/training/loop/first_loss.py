@@ -25,7 +25,7 @@ def check_first_loss(plan: Plan, loss: float) -> None:
     if limit is not None and loss > limit:
         fail_together(f"the first loss is {loss:.4f}, above MAX_FIRST_LOSS={limit:g}: {ADVICE}")
     random_loss = math.log(plan.qwen.vocab_size)
-    if plan.start.kind == "weights" and loss > 0.9 * random_loss:
+    if plan.settings.train_mode != "dpo" and plan.start.kind == "weights" and loss > 0.9 * random_loss:
         logger.info("note: the first loss is %.2f, and random weights give %.2f: %s", loss, random_loss, ADVICE)
 
 

@@ -1,7 +1,7 @@
 """Throughput: FLOPs per token, tokens/s, TFLOP/s per GPU and the time left."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from common.model.shape.config import QwenConfig
 from common.model.shape.lora import LoraConfig, adapter_parameters
@@ -51,6 +51,7 @@ class Interval:
     supervised_tokens: float = 0.0  # in the loss
     other_seconds_per_iteration: float = 0.0  # evaluation and saving, averaged since the run started
     padding: float | None = None  # share of the positions; None for pretraining
+    of_pairs: dict[str, float] = field(default_factory=dict)  # their metrics by name; of preferences only
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Meter:
     world_size: int
     flops_per_token: float
     shows_padding: bool = False
+    shows_pairs: bool = False
 
     def rates(self, interval: Interval) -> dict[str, float]:
         """Tokens/s and supervised tokens/s over all GPUs, TFLOP/s per GPU and milliseconds per iteration."""
@@ -87,6 +89,7 @@ class Meter:
         values = {
             "loss": f"{interval.loss:.6f}",
             "grad norm": f"{interval.grad_norm:.4f}",
+            **{column: f"{interval.of_pairs[name]:.2f}" for column, (name, _) in self._pair_columns.items()},
             "lr": f"{interval.learning_rate:.2e}",
             "tokens/s": f"{rates['tokens_per_s']:,.0f}",
             "TFLOP/s": f"{rates['tflops_per_gpu']:#.3g}".removesuffix("."),
@@ -104,7 +107,18 @@ class Meter:
     def _columns(self) -> dict[str, int]:
         """The width of each column after the first, for values of usual size."""
         padding = {"pad": 5} if self.shows_padding else {}
-        return {"loss": 8, "grad norm": 9, "lr": 8, "tokens/s": 8, "TFLOP/s": 7, **padding, "left": 7}
+        pairs = {column: width for column, (_, width) in self._pair_columns.items()}
+        return {"loss": 8, "grad norm": 9, **pairs, "lr": 8, "tokens/s": 8, "TFLOP/s": 7, **padding, "left": 7}
+
+    @property
+    def _pair_columns(self) -> dict[str, tuple[str, int]]:
+        """(metric, width) of each column on preferences; + is of the chosen answers, - of the rejected."""
+        columns = {
+            "accuracy": ("accuracy", 8), "margin": ("reward_margin", 6),
+            "reward +": ("reward_chosen", 8), "reward -": ("reward_rejected", 8),
+            "log p +": ("log_prob_chosen", 8), "log p -": ("log_prob_rejected", 8),
+        }  # fmt: skip
+        return columns if self.shows_pairs else {}
 
 
 def clock(seconds: float) -> str:

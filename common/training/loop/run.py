@@ -9,9 +9,11 @@ from common.training.checkpointing.checkpointer import Checkpointer
 from common.training.checkpointing.load import load_checkpoint
 from common.training.launching.hang_detector import HangDetector, Heartbeat
 from common.training.launching.process_group import check_same_start, process_group
+from common.training.launching.rank_exit import STOPPED_AT, write_exit_reason
 from common.training.launching.signals import StopRequests
 from common.training.loop.data_loading import DataLoaders
 from common.training.loop.memory import explain_out_of_memory
+from common.training.loop.reference_pass import with_references
 from common.training.loop.trainer import Trainer
 from common.training.planning.plan import Plan
 from common.training.settings import TrainSettings
@@ -40,6 +42,11 @@ def run_plan(plan: Plan, requests: StopRequests) -> None:
         start_hang_detector(settings, training_state.heartbeat)
         checkpointer = Checkpointer(plan, training_state.heartbeat)  # locks the folder before the checkpoint is read
         with tracking(plan, dist.get_rank()) as tracker:
+            with_reference = with_references(plan, training_state, lambda: requests.received is not None)
+            if with_reference is None:
+                write_exit_reason(STOPPED_AT, "stopped before the first step, while the reference was computed")
+                return
+            training_state = with_reference
             progress = load_checkpoint(plan, training_state)
             assert progress == plan.progress, (progress, plan.progress)  # the data loaders started from the latter
             Trainer(plan, training_state, checkpointer, loaders, requests, tracker).run()

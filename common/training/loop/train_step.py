@@ -26,7 +26,7 @@ from common.training.state.training_state import TrainingState
 class StepResult:
     """The result of a step; the same on every rank, except for `reporting_loss`.
 
-    reporting_loss: this rank's [3] float64, see `forward_step.sum_loss`; zeros before the last pipeline stage.
+    reporting_loss: this rank's, float64, see `forward_step.sum_reporting_losses`; zeros before the last pipeline stage.
     grad_norm: before clipping. skipped: why the update was skipped, "" if it was not. stop: any rank requested a stop.
     """
 

@@ -12,7 +12,7 @@ from common.training.launching.rank_exit import STOPPED_AT, write_exit_reason
 from common.training.launching.signals import StopRequests
 from common.training.loop.bad_steps import BadSteps, check_weights
 from common.training.loop.data_loading import DataLoaders
-from common.training.loop.evaluation import evaluate, log_evaluation
+from common.training.loop.evaluation import evaluate, log_evaluation, validation_metrics
 from common.training.loop.first_loss import check_first_loss
 from common.training.loop.progress_bar import progress_bar
 from common.training.loop.train_step import train_step
@@ -20,7 +20,6 @@ from common.training.loop.training_log import TrainingLog
 from common.training.planning.deadline import Deadline
 from common.training.planning.plan import Plan, Progress
 from common.training.state.training_state import TrainingState
-from common.training.tracking.best_losses import metric_of
 from common.training.tracking.tracker import Tracker
 
 SAVE_RETRY_S = 10  # between attempts to save at the end of a run
@@ -97,13 +96,14 @@ class Trainer:
         self.training_log.stopwatch.pause("evaluation")
         iteration = self.progress.iteration
         data_iterators = self.loaders.valid_iterators()
-        losses = evaluate(self.plan, self.training_state, data_iterators, self._should_stop)
-        log_evaluation(self.plan, iteration, losses, self.tracker.best.update(losses or {}))
-        if losses is not None:
-            self.tracker.log(iteration, **{metric_of(name): loss for name, loss in losses.items()})
+        results = evaluate(self.plan, self.training_state, data_iterators, self._should_stop)
+        losses = {name: means.loss for name, means in (results or {}).items()}
+        log_evaluation(self.plan, iteration, results, self.tracker.best.update(losses))
+        if results is not None:
+            self.tracker.log(iteration, **validation_metrics(results))
             self.checkpointer.record(iteration, validation_loss=losses[""])
         self.training_log.stopwatch.resume()
-        return losses is None
+        return results is None
 
     def save_if_due(self, before: Progress, stop: bool) -> bool:
         """Saves if a checkpoint is due after the step that began at `before`; returns whether the run stops here."""

@@ -42,12 +42,13 @@ class TrainingLog:
     def log(self, progress: Progress, grad_norm: float, learning_rate: float, bad_steps: BadSteps) -> float:
         """Logs the interval that ends at `progress`, and begins the next; returns its mean loss. A collective call."""
         assert self.plan.train
-        loss, tokens, padding = mean_loss(self.reporting_loss)
+        means = mean_loss(self.reporting_loss)
+        loss = means.loss
         steps = self.total_steps + self.interval_steps
         pauses = dict(self.stopwatch.pauses)
         interval = Interval(
-            loss, grad_norm, learning_rate, self.interval_steps, self.stopwatch.lap(), tokens,
-            sum(pauses.values()) / steps, self._padding_share(padding),
+            loss, grad_norm, learning_rate, self.interval_steps, self.stopwatch.lap(), means.num_tokens,
+            sum(pauses.values()) / steps, self._padding_share(means.num_padding), means.of_pairs,
         )  # fmt: skip
         if self.rows % HEADER_ROWS == 0:
             logger.info("%s", self.meter.header, extra={"style": BOLD})
@@ -55,7 +56,7 @@ class TrainingLog:
         logger.info("%s", self.meter.row(progress.iteration, interval))
         self.tracker.log(
             progress.iteration,
-            **{"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate},
+            **{"loss": loss, **means.of_pairs, "grad_norm": grad_norm, "learning_rate": learning_rate},
             **self.meter.rates(interval),
             **{f"{name}_s": seconds - self.logged_pauses.get(name, 0.0) for name, seconds in pauses.items()},
             **self._memory(),
@@ -78,7 +79,8 @@ class TrainingLog:
         settings = self.plan.settings
         if settings.train_mode == "pretrain":
             return None
-        positions = self.counted_steps * settings.global_batch_size * settings.seq_length
+        rows = self.counted_steps * settings.global_batch_size * settings.rows_per_sample
+        positions = rows * settings.seq_length
         return num_padding / positions if positions else float("nan")
 
     def _memory(self) -> dict[str, float]:
@@ -97,11 +99,12 @@ def build_meter(plan: Plan) -> Meter:
         logger.info("TFLOP/s below are of one GPU; the peak of %s is %.0f (dense bf16)", device_name, peak)
     return Meter(
         train_iters=plan.train_iters,
-        global_batch_size=plan.settings.global_batch_size,
+        global_batch_size=plan.settings.global_batch_size * plan.settings.rows_per_sample,
         seq_length=plan.settings.seq_length,
         world_size=plan.sizes.world_size,
         flops_per_token=flops_per_token(
             plan.qwen, plan.settings.seq_length, plan.adapters.lora if plan.adapters else None
         ),
-        shows_padding=plan.settings.train_mode == "finetune",
+        shows_padding=plan.settings.train_mode != "pretrain",
+        shows_pairs=plan.settings.train_mode == "dpo",
     )

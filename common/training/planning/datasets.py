@@ -11,6 +11,7 @@ from common.data.dataset.id_range import check_ids
 from common.data.dataset.indexed_dataset import bin_path, idx_path, open_mask, open_tokens
 from common.data.dataset.manifest import DataFiles
 from common.data.dataset.named_datasets import NamedDatasets, read_named
+from common.data.dataset.preference_dataset import number_datasets
 from common.data.dataset.sample_dataset import SampleDataset
 from common.data.dataset.shuffle import order_name
 from common.errors import KitError
@@ -28,6 +29,14 @@ def open_data(
     None: derived from the number of samples. Raises KitError for data that is damaged, too small, in another format,
     or made with another tokenizer or vocabulary.
     """
+    train, valid = _open_data(settings, model_folder, vocab_size, check, order)
+    number_datasets([train, valid])
+    return train, valid
+
+
+def _open_data(
+    settings: TrainSettings, model_folder: Path, vocab_size: int, check: bool, order: str | None
+) -> tuple[SampleDataset, SampleDataset | None]:
     assert settings.dataset_path
     blend = read_blend(settings.dataset_path)
     named, separate_valid = read_validation(settings)
@@ -52,7 +61,8 @@ def open_data(
     train, valid = [], []
     for (weight, files), each_listed in zip(blend, listed, strict=True):
         name = files.tokens.name
-        train_range, valid_range = split_documents(len(open_tokens(files.tokens, check=False)), settings.split)
+        number = len(open_tokens(files.tokens, check=False)) // files.documents_per_row
+        train_range, valid_range = split_documents(number, settings.split)
         if settings.eval_interval and len(valid_range):
             try:
                 valid.append((weight, name, _open(settings, files, valid_range, each_listed)))

@@ -53,10 +53,11 @@ def describe(plan: Plan) -> None:
         if settings.packing:
             packed = plan.train.documents_per_sample
             logger.info(
-                "packing: a sample is a row of %.1f conversations on average, %.0f%% full; a step has about %s of them",
-                packed, 100 * plan.train.filled, f"{packed * settings.global_batch_size:,.0f}",
+                "packing: a sample is a row of %.1f %s on average, %.0f%% full; a step has about %s of them",
+                packed, "pairs" if settings.train_mode == "dpo" else "conversations", 100 * plan.train.filled,
+                f"{packed * settings.global_batch_size:,.0f}",
             )  # fmt: skip
-        if settings.train_mode == "finetune" and not settings.packing and sizes.cp == 1 and plan.train.filled < 0.5:
+        if settings.train_mode != "pretrain" and not settings.packing and sizes.cp == 1 and plan.train.filled < 0.5:
             logger.info(
                 "rows are %.0f%% full, the rest is padding: PACKING=true puts several samples into one",
                 100 * plan.train.filled,

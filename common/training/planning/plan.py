@@ -24,6 +24,7 @@ from common.training.planning.compatibility import check_fit
 from common.training.planning.datasets import content_hash, open_data, validation_hashes
 from common.training.planning.deadline import STARTED
 from common.training.planning.frozen import Frozen, check_frozen, frozen_weights
+from common.training.planning.reference import check_references, reference_hash
 from common.training.settings import TrainSettings
 
 
@@ -71,6 +72,7 @@ class Plan:
     valid_hashes: dict[str, str] = field(default_factory=dict)
     adapters: AdapterPlan | None = None  # with TUNER=lora
     frozen: Frozen = frozenset()  # weights without gradients, by TRAINABLE and FREEZE
+    reference: str = ""  # the weights that preferences are compared with, see reference_hash
 
     @property
     def train_samples(self) -> int:
@@ -102,6 +104,7 @@ class Plan:
             "seed": settings.seed,
             "order": self.train.order,
             **blend,
+            **({"reference": self.reference} if self.reference else {}),
             "content": self.data_hash,
         }
 
@@ -141,11 +144,13 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
         valid_hashes=validation_hashes(settings, data_hash) if valid and settings.eval_interval else {},
         adapters=adapters,
         frozen=frozen_weights(settings, qwen),
+        reference=reference_hash(settings, start.kind, start.checkpoint),
     )
     if start.kind == "resume":
         check_resume(plan)
     if train:
         check_warmup(plan)
+        check_references(settings, plan.reference, [train, valid], start.checkpoint)
     # Last, because it takes longest; Megatron-Core has not opened the folder yet. One rank of each node checks: the
     # others wait for it when the process group is initialized, before they read anything.
     if is_node_leader():

@@ -13,6 +13,7 @@ from common.training.settings.log import LogSettings
 from common.training.settings.lora import LoraSettings
 from common.training.settings.optimizer import OptimizerSettings
 from common.training.settings.parallel import ParallelSettings
+from common.training.settings.preference import PreferenceSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class TrainSettings(
     OptimizerSettings,
     BatchSettings,
     ParallelSettings,
+    PreferenceSettings,
     DataSettings,
 ):  # dataclass fields start with those of the last base
     """Megatron-Core's own fields."""
@@ -37,6 +39,7 @@ class TrainSettings(
 
     def __post_init__(self) -> None:
         self.check_data()
+        self.check_preference(self.train_mode, self.cp)
         self.check_batch(training=self.train_or_convert_ckpt == "train")
         self.check_optimizer()
         self.check_lora()
@@ -48,6 +51,11 @@ class TrainSettings(
         self._check_start()
         self._check_restarts()
         self._check_division()
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of SEQ_LENGTH positions that a sample has: two of a pair that is not packed, an answer in each."""
+        return 2 if self.train_mode == "dpo" and not self.packing else 1
 
     def _check_start(self) -> None:
         """Raises KitError where the input of a run or a conversion is not set."""

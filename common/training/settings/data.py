@@ -11,17 +11,18 @@ class DataSettings:
     """Data."""
 
     train_mode: str = option(
-        "pretrain", "pretrain: loss on every token; finetune: on the answers", ("pretrain", "finetune")
-    )
+        "pretrain", "pretrain: loss on every token; finetune: on the answers; dpo: chosen over rejected answers",
+        ("pretrain", "finetune", "dpo"),
+    )  # fmt: skip
     dataset_path: str | None = option(None, "OUTPUT_PREFIX of step 1, or a weighted blend: 0.7 a 0.3 b")
     valid_dataset_path: str | None = option(
         None, "used instead of SPLIT: a validation set, or several by name: law a general b"
     )
     split: str = option("98,2,0", "shares of the documents: training, validation, unused")
     seq_length: int = option(2048, "tokens in a sample")
-    packing: bool = option(False, "finetune: several samples per row, without attention between them")
+    packing: bool = option(False, "finetune, dpo: several samples or pairs per row, without attention between them")
     truncate: str = option(
-        "error", "what to do with finetune samples longer than SEQ_LENGTH", ("error", "drop", "left", "right")
+        "error", "what to do with samples or pairs longer than SEQ_LENGTH", ("error", "drop", "left", "right")
     )
     reset_attention: bool = option(False, "pretrain: no attention between the documents of a sample")
     num_workers: int = option(2, "data loader processes; 0: read in the rank itself")
@@ -32,6 +33,6 @@ class DataSettings:
         require(self, "seq_length", self.seq_length >= 1, "it must be at least 1")
         require(self, "num_workers", self.num_workers >= 0, "it must not be negative")
         if self.packing and self.train_mode == "pretrain":
-            raise KitError("PACKING=true is for TRAIN_MODE=finetune; pretraining samples are always full")
-        if self.reset_attention and self.train_mode == "finetune":
+            raise KitError("PACKING=true is for TRAIN_MODE=finetune and dpo; pretraining samples are always full")
+        if self.reset_attention and self.train_mode != "pretrain":
             raise KitError("RESET_ATTENTION=true is for TRAIN_MODE=pretrain; packed samples never attend to each other")

@@ -29,6 +29,7 @@ class TrainingState:
     scheduler: OptimizerParamScheduler
     offloaded_states: list[OffloadedState] = field(default_factory=list)  # per distributed optimizer, if offloaded
     loss_weights: LossWeights | None = None  # only for weights other than 0 and 1
+    references: torch.Tensor | None = None  # log-probabilities of all pairs' answers under the reference, on the CPU
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
 
@@ -67,6 +68,7 @@ def model_options(plan: Plan) -> ModelOptions:
         lora=plan.adapters.lora if plan.adapters else None,
         seed=settings.seed,
         packed_sequences=plan.packed_sequences,
+        per_token_gradients=settings.train_mode == "dpo",
         weighted=any(data.weighted for data in (plan.train, plan.valid) if data),
     )
 

@@ -7,9 +7,9 @@ from common.training.planning.plan import Plan
 from common.training.tracking.records import VALIDATION_LOSS, read_metrics, read_run_record
 
 
-def metric_of(name: str) -> str:
+def metric_of(name: str, metric: str = VALIDATION_LOSS) -> str:
     """The metric of the validation set `name`; "" is all of them."""
-    return f"{VALIDATION_LOSS}/{name}" if name else VALIDATION_LOSS
+    return f"{metric}/{name}" if name else metric
 
 
 class BestLosses:

@@ -8,6 +8,7 @@ from common.checkpoint.formats.model_files import RUN_FILES
 from common.errors import KitError
 
 VALIDATION_LOSS = "validation_loss"  # the metric; of a set with a name, followed by / and the name
+VALIDATION_ACCURACY = "validation_accuracy"  # of preferences, named like the loss
 LOG_FILE, METRICS_FILE, RUN_RECORD, TENSORBOARD_FOLDER = RUN_FILES
 
 

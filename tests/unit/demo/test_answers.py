@@ -38,6 +38,8 @@ def test_the_first_row_decides_the_kind_of_training(tmp_path: Path) -> None:
     assert kind_of(rows(tmp_path, TEXT)) == "pretrain"
     assert kind_of(rows(tmp_path, INSTRUCTION, TEXT)) == "sft"
     assert kind_of(rows(tmp_path, {**MESSAGES, "text": "a"})) == "sft"
+    with pytest.raises(KitError, match="holds preferences, which the quickstart does not train on"):
+        kind_of(rows(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c"}))
     with pytest.raises(KitError, match=r"rows.jsonl, line 1: its fields 'body' match no known format: .* text"):
         kind_of(rows(tmp_path, {"body": "a"}))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.model.layers.loss import LinearCrossEntropy, TorchKernels, Vocabulary
+from common.model.layers.loss import LinearCrossEntropy, RecomputedCrossEntropy, TorchKernels, Vocabulary
 from common.model.shape import chunks
 
 
@@ -38,6 +38,21 @@ def test_losses_and_gradients_are_those_of_cross_entropy_in_several_chunks(monke
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_of_any_upstream_gradient_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "MAX_LOGITS_BYTES", 256 * 52 * 4)
+    hidden, weight, labels, weights = case(num_tokens=50, rows=52)
+    upstream = torch.randn(700, generator=torch.Generator().manual_seed(4))
+    losses = RecomputedCrossEntropy.apply(
+        hidden, weight, labels, weights, Vocabulary(None, 0, 50), TorchKernels(), True
+    )
+    mine = [losses, *torch.autograd.grad(losses, [hidden, weight], upstream)]
+    theirs = torch.nn.functional.cross_entropy(hidden @ weight[:50].t(), labels, reduction="none") * weights
+    gradients = torch.autograd.grad(theirs, [hidden, weight], upstream)
+    for found, reference in zip(mine, [theirs, *gradients], strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5)
+    assert not mine[2][50:].any()
+
+
 @pytest.mark.parametrize(
     ("tokens", "chunk"), [(1, 256), (3328, 3328), (3329, 1792), (4096, 2048), (3 * 3328, 3328), (65536, 3328)]
 )
@@ -54,13 +69,14 @@ def test_rows_that_pad_the_vocabulary_have_no_part_in_the_softmax() -> None:
     assert not gradient[50:].any() and gradient[:50].any()
 
 
-def test_the_gradient_of_the_weight_goes_to_its_buffer_and_zeros_to_autograd_where_more_is_to_come() -> None:
+@pytest.mark.parametrize("cross_entropy", [LinearCrossEntropy, RecomputedCrossEntropy])
+def test_the_gradient_of_the_weight_goes_to_its_buffer_and_zeros_to_autograd_where_more_is_to_come(
+    cross_entropy: type[torch.autograd.Function],
+) -> None:
     hidden, weight, labels, weights = case()
     weight.main_grad = torch.ones_like(weight)
     weight.zero_out_wgrad = True
-    LinearCrossEntropy.apply(
-        hidden, weight, labels, weights, Vocabulary(None, 0, 50), TorchKernels(), True
-    ).sum().backward()
+    cross_entropy.apply(hidden, weight, labels, weights, Vocabulary(None, 0, 50), TorchKernels(), True).sum().backward()
     theirs = expected(hidden, weight, labels, weights)[2] / 3
     torch.testing.assert_close(weight.main_grad, 1 + theirs, rtol=1e-5, atol=1e-5)
     assert weight.grad_added_to_main_grad and weight.grad is not None and not weight.grad.any()
@@ -75,22 +91,23 @@ def test_without_gradients_only_losses_are_made() -> None:
 
 PROGRAM = """
 import json, sys, torch, torch.distributed as dist
-from common.model.layers.loss import LinearCrossEntropy, TorchKernels, Vocabulary
+from common.model.layers.loss import LinearCrossEntropy, RecomputedCrossEntropy, TorchKernels, Vocabulary
 from tests.unit.model.test_loss import case, expected
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 hidden, weight, labels, weights = case(num_tokens=51, rows=52)
 mine = weight[26 * rank : 26 * rank + 26].detach().requires_grad_()
 vocabulary = Vocabulary(dist.group.WORLD, 26 * rank, min(51 - 26 * rank, 26))
-losses = LinearCrossEntropy.apply(hidden, mine, labels, weights, vocabulary, TorchKernels(), True)
-d_hidden, d_weight = torch.autograd.grad((3 * losses).sum(), [hidden, mine])
-dist.all_reduce(d_hidden)
 theirs = expected(hidden, weight[:51], labels, weights)
-torch.testing.assert_close(losses, theirs[0], rtol=1e-5, atol=1e-5)
-torch.testing.assert_close(d_hidden, theirs[1], rtol=1e-5, atol=1e-5)
-rows = theirs[2][26 * rank : 26 * rank + 26]
-torch.testing.assert_close(d_weight[: vocabulary.num_tokens], rows, rtol=1e-5, atol=1e-5)
-assert not d_weight[vocabulary.num_tokens :].any()
+for cross_entropy in (LinearCrossEntropy, RecomputedCrossEntropy):
+    losses = cross_entropy.apply(hidden, mine, labels, weights, vocabulary, TorchKernels(), True)
+    d_hidden, d_weight = torch.autograd.grad((3 * losses).sum(), [hidden, mine])
+    dist.all_reduce(d_hidden)
+    torch.testing.assert_close(losses, theirs[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(d_hidden, theirs[1], rtol=1e-5, atol=1e-5)
+    rows = theirs[2][26 * rank : 26 * rank + 26]
+    torch.testing.assert_close(d_weight[: vocabulary.num_tokens], rows, rtol=1e-5, atol=1e-5)
+    assert not d_weight[vocabulary.num_tokens :].any()
 print(json.dumps({"ok": rank}))
 dist.barrier()  # gloo may abort when the other rank exits first
 dist.destroy_process_group()

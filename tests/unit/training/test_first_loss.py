@@ -11,10 +11,10 @@ from common.training.loop.first_loss import check_first_loss
 from common.training.planning.plan import Progress
 
 
-def plan(kind: str, most: float | None, before: float | None = None) -> Any:
+def plan(kind: str, most: float | None, before: float | None = None, mode: str = "pretrain") -> Any:
     return SimpleNamespace(
         progress=Progress(862, 27584, before),
-        settings=SimpleNamespace(max_first_loss=most),
+        settings=SimpleNamespace(max_first_loss=most, train_mode=mode),
         qwen=SimpleNamespace(vocab_size=151936),
         start=SimpleNamespace(kind=kind),
     )
@@ -35,6 +35,9 @@ def test_weights_with_the_loss_of_random_ones_are_reported(
     caplog.set_level(logging.INFO, "kit")
     check_first_loss(plan(kind, None), loss)
     assert ("random weights give 11.93" in caplog.text) == warns
+    caplog.clear()
+    check_first_loss(plan(kind, None, mode="dpo"), loss)  # IPO's begins at 25 with DPO_BETA=0.1
+    assert caplog.text == ""
 
 
 def test_an_error_of_all_ranks_is_reported_by_one_process_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:

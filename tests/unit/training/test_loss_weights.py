@@ -85,8 +85,9 @@ def test_without_a_weight_the_gradients_stay_the_zeros_that_they_are() -> None:
 
 def test_a_micro_batch_counts_its_weights_when_it_is_trained_on_and_not_when_it_is_measured() -> None:
     plan: Any = SimpleNamespace(
-        platform=SimpleNamespace(device="cpu"), sizes=SimpleNamespace(cp=1), packed_sequences=False
-    )
+        platform=SimpleNamespace(device="cpu"), sizes=SimpleNamespace(cp=1), packed_sequences=False,
+        settings=SimpleNamespace(train_mode="finetune", rows_per_sample=1),
+    )  # fmt: skip
     training_state: Any = SimpleNamespace(heartbeat=Heartbeat(), loss_weights=LossWeights(CPU))
     rows = {"tokens": torch.ones(2, 3, dtype=torch.long), "labels": torch.ones(2, 3, dtype=torch.long),
             "loss_mask": torch.tensor([[0.5, 0.25, 0], [0, 1, 0.125]]),
