@@ -1,10 +1,12 @@
 """The road of preferences through the scripts of cpu/: from rows to an exported model that prefers as they do."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
@@ -45,7 +47,10 @@ def accuracy(model: Path, data: Path) -> float:
     return float((found[:, 0] > found[:, 1]).float().mean())
 
 
-def test_the_quickstarts_model_learns_a_preference(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's random model, its checkpoint, and pairs to train on and to hold out."""
+    tmp_path = tmp_path_factory.mktemp("preference")
     write_sample(tmp_path / "sample", seed=1)
     model = tmp_path / "sample/model"
     sets = {"train": balanced(1, 640, held=False), "held_out": balanced(2, 100, held=True)}
@@ -56,19 +61,26 @@ def test_the_quickstarts_model_learns_a_preference(tmp_path: Path) -> None:
         "2_convert_between_hf_megatron", CONVERT_TYPE="huggingface-to-megatron", LOAD_CHECKPOINT_PATH=model,
         SAVE_CHECKPOINT_PATH=tmp_path / "start",
     )  # fmt: skip
+    return tmp_path
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_the_quickstarts_model_learns_a_preference(work: Path, tmp_path: Path, tuner: str) -> None:
+    more = {"TUNER": "lora", "LORA_RANK": 8, "LR": "2e-2"} if tuner == "lora" else {"LR": "2e-3"}
     log = script(
-        "3_run_mcore_qwen", TRAIN_MODE="dpo", DATASET_PATH=tmp_path / "train", LOAD_CHECKPOINT_PATH=tmp_path / "start",
-        SAVE_CHECKPOINT_PATH=tmp_path / "run", VALID_DATASET_PATH=f"held_out {tmp_path}/held_out", SEQ_LENGTH=96,
-        GLOBAL_BATCH_SIZE=32, MICRO_BATCH_SIZE=16, TRAIN_ITERS=20, LR="2e-3", MIN_LR="2e-4",
-        EVAL_INTERVAL=10, LOG_INTERVAL=5, MASTER_PORT=free_port(),
+        "3_run_mcore_qwen", TRAIN_MODE="dpo", DATASET_PATH=work / "train", LOAD_CHECKPOINT_PATH=work / "start",
+        SAVE_CHECKPOINT_PATH=tmp_path / "run", VALID_DATASET_PATH=f"held_out {work}/held_out", SEQ_LENGTH=96,
+        GLOBAL_BATCH_SIZE=32, MICRO_BATCH_SIZE=16, TRAIN_ITERS=20, MIN_LR="2e-4",
+        EVAL_INTERVAL=10, LOG_INTERVAL=1, MASTER_PORT=free_port(), **more,
     )  # fmt: skip
     script(
         "2_convert_between_hf_megatron", CONVERT_TYPE="megatron-to-huggingface",
         LOAD_CHECKPOINT_PATH=tmp_path / "run", SAVE_CHECKPOINT_PATH=tmp_path / "trained",
     )  # fmt: skip
-    before, after = accuracy(model, tmp_path / "held_out"), accuracy(tmp_path / "trained", tmp_path / "held_out")
+    before, after = (accuracy(each, work / "held_out") for each in (work / "sample/model", tmp_path / "trained"))
     assert 0.35 <= before <= 0.65 and after >= 0.9, (before, after)
-    last = read_metrics(tmp_path / "run")[-1]
+    first, last = (read_metrics(tmp_path / "run")[at] for at in (0, -1))
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-5)  # the model is its own reference
     assert last["validation_accuracy"] >= 0.9 and last["validation_loss"] < 0.4
     assert f"accuracy {last['validation_accuracy']:.1%}" in log
     assert json.loads((tmp_path / "run/run.json").read_text())["starts"][0]["settings"]["dpo_beta"] == 0.1

@@ -112,7 +112,9 @@ class RecomputedCrossEntropy(torch.autograd.Function):
         hidden, weight, local, weights = ctx.saved_tensors
         inputs = LossInputs(hidden, weight, local, weights * upstream[0], ctx.vocabulary)
         _, d_hidden, d_weight = ctx.kernels.losses(inputs, True)
-        gradient = accumulate_main_grad(weight, lambda total: total.add_(d_weight))
+        gradient = None
+        if d_weight is not None:
+            gradient = accumulate_main_grad(weight, lambda total: total.add_(d_weight))
         return d_hidden, gradient, None, None, None, None, None
 
 
