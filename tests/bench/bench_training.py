@@ -1,7 +1,7 @@
 """Step 3 beside what a user would pick instead, one GPU a program, all in one run: the table of docs/benchmarks.md.
 
     python -m tests.bench.bench_training --models FOLDER --data PREFIX --out FILE
-        [--chats PREFIX] [--megatron CHECKOUT] [--gpus N] [ROW ...]
+        [--chats PREFIX] [--megatron CHECKOUT] [--starts FOLDER] [--gpus N] [ROW ...]
 
 FOLDER holds one folder a size (0.5B, 1.5B, 3B, 7B) with config.json and the tokenizer. A ROW is size/program, as
 3B/fp8; without one all are run, on N GPUs at once. A program runs ITERATIONS steps with its own log, and the median of
@@ -25,12 +25,13 @@ from typing import Any
 
 from common.model.shape.config import QwenConfig, load_config
 from common.training.loop.metrics import flops_per_token
+from common.training.settings.lora import LoraSettings
 
 KIT = Path(__file__).parents[2]
 ITERATIONS = 5
 SEQ_LENGTH = 4096
-BATCH = {"0.5B": 64, "1.5B": 32, "3B": 48, "7B": 32}  # samples a step, the same for every program
-MICRO_BATCH = {"0.5B": 16, "1.5B": 8, "3B": 4, "7B": 1}
+BATCH = {"0.5B": 64, "1.5B": 32, "3B": 48, "7B": 32, "32B": 8}  # samples a step, the same for every program
+MICRO_BATCH = {"0.5B": 16, "1.5B": 8, "3B": 4, "7B": 1, "32B": 1}
 BF16_STATE = {"optimizer-state": "bf16"}
 # size/program -> what differs from the size's row: flags of common.train, or of the other program.
 ROWS: dict[str, dict[str, Any]] = {
@@ -58,6 +59,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "7B/fp8": {**BF16_STATE, "fp8-format": "hybrid", "fp8-recipe": "delayed"},
     "7B/megatron": {"use-precision-aware-optimizer": True, "exp-avg-dtype": "bf16", "exp-avg-sq-dtype": "bf16"},
     "7B/hf": {},
+    # Adapters, rank 16, on a checkpoint of --starts, which tests.bench.random_checkpoint wrote.
+    "7B/lora": {"tuner": "lora", "micro-batch-size": 2},
+    "7B/lora-4": {"tuner": "lora", "micro-batch-size": 4},
+    "7B/lora-fp8": {"tuner": "lora", "micro-batch-size": 2, "fp8-format": "hybrid"},
+    "7B/hf-lora": {"micro-batch-size": 2, "lora": 16},
+    "32B/lora": {"tuner": "lora", "micro-batch-size": 1},
     # Conversations of unequal length, a row each or packed: the tokens of a row count, padding too.
     "0.5B/padded": {"train-mode": "finetune", "truncate": "drop"},
     "0.5B/packed": {"train-mode": "finetune", "truncate": "drop", "packing": "true"},
@@ -83,9 +90,10 @@ def words(flags: dict[str, Any]) -> list[str]:
     return [word for name, value in flags.items() for word in ([f"--{name}"] + ([] if value is True else [str(value)]))]
 
 
-def kit(model: Path, data: str, flags: dict[str, Any], port: int) -> list[str]:
+def kit(model: Path, data: str, flags: dict[str, Any], port: int, starts: Path | None) -> list[str]:
+    start = {"load-checkpoint-path": starts / model.name} if "tuner" in flags and starts else {"hf-model-path": model}
     flags = {
-        "hf-model-path": model, "dataset-path": data, "save-checkpoint-path": f"/tmp/bench_training_{port}",
+        **start, "dataset-path": data, "save-checkpoint-path": f"/tmp/bench_training_{port}",
         "save-interval": 10**6, "eval-interval": 0, "split": "100,0,0", "train-iters": ITERATIONS, "log-interval": 1,
         "lr": 1e-4, "min-lr": 1e-5, "master-port": port, "ckpt-format": "torch", **flags,
     }  # fmt: skip
@@ -143,7 +151,7 @@ def hugging_face(model: Path, flags: dict[str, Any]) -> list[str]:
 
 def figures(program: str, printed: str, qwen: QwenConfig, flags: dict[str, Any]) -> dict[str, float]:
     """tokens/s, TFLOP/s and peak GiB of what a program printed."""
-    if program == "hf":
+    if program.startswith("hf"):
         return json.loads(printed.strip().splitlines()[-1])
     tokens = flags["global-batch-size"] * flags["seq-length"]
     if program == "megatron":
@@ -154,7 +162,8 @@ def figures(program: str, printed: str, qwen: QwenConfig, flags: dict[str, Any])
         allocated, reserved = map(float, MEMORY.findall(printed)[-1])
     assert len(rates) >= ITERATIONS - 1, f"{len(rates)} iterations"
     rate = statistics.median(rates[len(rates) // 2 :])
-    tflops = rate * flops_per_token(qwen, flags["seq-length"]) / 1e12
+    lora = LoraSettings(tuner=flags.get("tuner", "full")).lora
+    tflops = rate * flops_per_token(qwen, flags["seq-length"], lora) / 1e12
     return {"tokens_per_s": rate, "tflops": tflops, "allocated_gib": allocated, "reserved_gib": reserved}
 
 
@@ -177,10 +186,12 @@ def start(row: str, gpu: int, arguments: argparse.Namespace) -> Started:
         command = megatron(model, arguments.megatron, flags)
         environment.update(ALONE, MASTER_PORT=str(port))
         environment["PYTHONPATH"] = f"{arguments.megatron}:{os.environ.get('PYTHONPATH', '')}"
-    elif program == "hf":
+    elif program.startswith("hf"):
         command = hugging_face(model, flags)
     else:
-        command = kit(model, arguments.chats if "train-mode" in flags else arguments.data, flags, port)
+        command = kit(
+            model, arguments.chats if "train-mode" in flags else arguments.data, flags, port, arguments.starts
+        )
     process = subprocess.Popen(
         command, env=environment, text=True, cwd=KIT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -213,6 +224,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--chats", help="OUTPUT_PREFIX of step 1 for fine-tuning")
     parser.add_argument("--megatron", type=Path)
+    parser.add_argument("--starts", type=Path, help="folder of a checkpoint a size, for adapters")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--first-gpu", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=240)
@@ -221,6 +233,7 @@ def main() -> None:
     left: queue.SimpleQueue[str] = queue.SimpleQueue()
     for row in arguments.rows or ROWS:
         available = {"megatron": arguments.megatron, "padded": arguments.chats, "packed": arguments.chats}
+        available |= {"lora": arguments.starts, "lora-4": arguments.starts, "lora-fp8": arguments.starts}
         if available.get(row.split("/")[1], True):
             left.put(row)
 

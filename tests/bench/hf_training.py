@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.model.shape.config import load_config
+from common.model.shape.lora import MODULES, LoraConfig
 from common.training.loop.metrics import flops_per_token
 
 
@@ -50,6 +51,12 @@ def build(arguments: argparse.Namespace) -> torch.nn.Module:
                 AutoConfig.from_pretrained(arguments.model), attn_implementation="sdpa"
             )
     model = model.train() if arguments.master_weights else model.to(torch.bfloat16).train()
+    if arguments.lora:
+        import peft
+
+        config = peft.LoraConfig(r=arguments.lora, lora_alpha=2 * arguments.lora, target_modules="all-linear")
+        model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+        model.enable_input_require_grads()
     if arguments.checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -75,14 +82,16 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--master-weights", action="store_true")
     parser.add_argument("--checkpointing", action="store_true", help="each layer again in backward")
+    parser.add_argument("--lora", type=int, default=0, help="rank of PEFT's adapters; 0: train all weights")
     parser.add_argument("--no-compile", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")
     qwen = load_config(arguments.model)
     model = build(arguments)
+    trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=arguments.lr, weight_decay=arguments.weight_decay, betas=(0.9, 0.95), fused=True
+        trained, lr=arguments.lr, weight_decay=arguments.weight_decay, betas=(0.9, 0.95), fused=True
     )
     forward = model if arguments.no_compile else torch.compile(model)
     data = rows(arguments, qwen.vocab_size)
@@ -111,8 +120,9 @@ def main() -> None:
         print(f"iteration {number} loss {loss:.6f} {1e3 * seconds[-1]:.1f} ms", flush=True)
     middle = sorted(seconds[len(seconds) // 2 :])[len(seconds) // 4]
     rate = arguments.global_batch_size * arguments.seq_length / middle
+    lora = LoraConfig(arguments.lora, 2.0 * arguments.lora, MODULES) if arguments.lora else None
     print(json.dumps({
-        "tokens_per_s": rate, "tflops": rate * flops_per_token(qwen, arguments.seq_length) / 1e12,
+        "tokens_per_s": rate, "tflops": rate * flops_per_token(qwen, arguments.seq_length, lora) / 1e12,
         "allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
     }))  # fmt: skip
