@@ -12,6 +12,8 @@ from transformers import Qwen2ForCausalLM
 
 from common.demo.corpus import SYSTEM, TASKS, Fact, facts
 from common.demo.sample import write_sample
+from common.report.plots import panels
+from common.report.runs import read_run
 from common.training.tracking.records import read_metrics
 from tests.distributed.launch import free_port
 from tests.end_to_end.steps import write_rows
@@ -82,5 +84,6 @@ def test_the_quickstarts_model_learns_a_preference(work: Path, tmp_path: Path, t
     first, last = (read_metrics(tmp_path / "run")[at] for at in (0, -1))
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-5)  # the model is its own reference
     assert last["validation_accuracy"] >= 0.9 and last["validation_loss"] < 0.4
-    assert f"accuracy {last['validation_accuracy']:.1%}" in log
+    assert f"accuracy {last['validation_accuracy']:.1%}" in log and "reward +  reward -   log p +   log p -" in log
+    assert {"Accuracy", "Reward margin"} <= {panel.title for panel in panels([read_run(tmp_path / "run")])}
     assert json.loads((tmp_path / "run/run.json").read_text())["starts"][0]["settings"]["dpo_beta"] == 0.1

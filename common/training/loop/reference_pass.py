@@ -38,8 +38,9 @@ def with_references(plan: Plan, training_state: TrainingState, should_stop: Call
     references = references_of(plan.settings, plan.reference, [plan.train, plan.valid])
     tables = _read_on_rank_0(references)
     missing = [number for number, each in enumerate(references) if not each.is_complete(tables[number])]
-    for each in (each for number, each in enumerate(references) if number not in missing):
-        logger.info("reference: the log-probabilities in %s are of these weights and data", each.paths[0].name)
+    for number, each in enumerate(references):
+        if number not in missing:
+            logger.info("reference: the log-probabilities in %s are of these weights and data", each.paths[0].name)
     if missing:
         checkpoint = reference_checkpoint(plan.settings)
         assert checkpoint  # check_references
