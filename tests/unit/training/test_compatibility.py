@@ -48,8 +48,8 @@ def settings(**changes: Any) -> TrainSettings:
             {"fused_products": "true", "precision": "fp32"},
             "FUSED_PRODUCTS=true is not supported with PRECISION=fp32",
         ),
-        ("metax", {"optimizer_state": "bf16"}, "OPTIMIZER_STATE=bf16 needs Transformer Engine, and metax has none"),
-        ("metax", {"transformer_impl": "transformer_engine"}, "metax has no Transformer Engine: set it to local"),
+        ("cpu", {"optimizer_state": "bf16"}, "OPTIMIZER_STATE=bf16 needs Transformer Engine, and cpu has none"),
+        ("cpu", {"transformer_impl": "transformer_engine"}, "cpu has no Transformer Engine: set it to local"),
     ],
     ids=str,
 )
