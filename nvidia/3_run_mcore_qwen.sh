@@ -21,7 +21,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${VALID_DATASET_PATH:=}"   # instead of SPLIT: one set, or several by name: law a general b / 代替 SPLIT：一个，或按名称多个
 : "${SEQ_LENGTH:=2048}"       # tokens in a sample / 样本长度
 : "${TRUNCATE:=error}"        # samples over SEQ_LENGTH: error, drop, left or right / 超长样本
-: "${PACKING:=false}"         # finetune: several samples in one row / 微调：多个样本拼成一行
+: "${PACKING:=auto}"          # finetune: several samples in one row; auto: if the layers can / 微调：多个样本拼成一行；auto：支持时
 : "${RESET_ATTENTION:=false}" # pretrain: documents in a sample stay apart / 预训练：同一样本内文档互不可见
 
 # Parallelism / 并行
@@ -55,14 +55,14 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 # Optimizer / 优化器
 : "${PRECISION:=bf16}"        # bf16 or fp32; master weights are fp32 / 计算精度；主权重为 fp32
 : "${OPTIMIZER_STATE:=fp32}"  # fp32; bf16: moments halved; cpu: in host memory / 优化器状态：bf16 动量减半；cpu 放在主机内存
-: "${LR:=6.5e-5}"             # highest learning rate / 最高学习率
-: "${MIN_LR:=2.5e-6}"         # learning rate at the end / 最低学习率
-: "${LR_WARMUP_ITERS:=0}"     # steps of warm-up / 预热步数
-: "${LR_WARMUP_FRACTION:=0}"  # or as a fraction of the run / 或按训练总长的比例
+: "${LR:=}"                   # highest learning rate; empty: 1e-5 / 最高学习率；空：1e-5
+: "${MIN_LR:=}"               # learning rate at the end; empty: a tenth of LR / 最低学习率；空：LR 的十分之一
+: "${LR_WARMUP_ITERS:=}"      # steps of warm-up, instead of the fraction / 预热步数，代替下一项
+: "${LR_WARMUP_FRACTION:=}"   # fraction of the run; empty: finetune 0.03, pretrain 0.01 / 预热比例；空：微调 0.03，预训练 0.01
 : "${LR_DECAY_STYLE:=cosine}" # cosine, linear or constant / 学习率曲线
-: "${WEIGHT_DECAY:=0.01}"     # not on norms and biases / 权重衰减，不作用于 norm 和 bias
+: "${WEIGHT_DECAY:=0.1}"      # not on norms and biases / 权重衰减，不作用于 norm 和 bias
 : "${ADAM_BETA1:=0.9}"        # Adam / Adam 参数
-: "${ADAM_BETA2:=0.999}"      # Adam / Adam 参数
+: "${ADAM_BETA2:=0.95}"       # Adam / Adam 参数
 : "${ADAM_EPS:=1e-8}"         # Adam / Adam 参数
 : "${CLIP_GRAD:=1.0}"         # largest gradient norm / 梯度裁剪
 : "${MAX_BAD_STEPS:=5}"       # stop after so many steps in a row that are not finite / 连续这么多步非有限值则停止

@@ -83,7 +83,7 @@ def optimizer_bytes(settings: TrainSettings, platform: Platform, qwen: QwenConfi
     if settings.optimizer_state == "bf16":
         return 10 * part  # both moments in float32, and a bf16 copy of one
     # torch's own Adam computes the denominator of the update for all parameters at once.
-    own = 4 if platform.device == "cuda" and not platform.transformer_engine else 0
+    own = 4 if platform.device == "cuda" and platform.transformer_impl == "local" else 0
     if settings.optimizer_state == "cpu":
         return adam_bytes(part, settings.precision, "cpu") + own * part
     return own * shard

@@ -32,7 +32,7 @@ def settings_lines(one: Estimate, gpu: Gpu) -> Iterator[str]:
         yield f"{name.upper()}={getattr(settings, name)}"
     for name in OTHERS:
         value = getattr(settings, name)
-        if value is not None and value != getattr(TrainSettings, name, None):
+        if value is not None and value != (getattr(TrainSettings, name, None) or False):
             yield f"{name.upper()}={str(value).lower() if isinstance(value, bool) else value}"
     if settings.packing:
         yield f"TRAIN_MODE={settings.train_mode}"

@@ -22,7 +22,8 @@ from common.platforms import PLATFORMS, on_cpu
 from common.platforms.base import Platform
 from common.platforms.metax import METAX
 from common.training.loop.metrics import peak_tflops
-from common.training.planning.plan import Plan, describe, plan_run
+from common.training.planning.description import describe
+from common.training.planning.plan import Plan, plan_run
 from common.training.settings import TrainSettings
 from tests.tiny import tiny_qwen, write_ramps
 

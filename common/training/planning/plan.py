@@ -10,14 +10,12 @@ from common.checkpoint.formats.checkpoint_paths import Checkpoint, find_checkpoi
 from common.checkpoint.formats.common_state import check_parallel_sizes, run_metadata
 from common.checkpoint.verification.pickle_scan import check_pickles
 from common.data.dataset.blended_dataset import BlendedDataset
-from common.data.dataset.named_datasets import NamedDatasets
 from common.data.dataset.sample_dataset import SampleDataset
 from common.data.dataset.shuffle import order_name
 from common.engine.dist_checkpointing import check_optimizer_sharding
 from common.engine.installation import check_installed
-from common.engine.overrides import describe_overrides, overrides
+from common.engine.overrides import overrides
 from common.errors import KitError
-from common.log import logger
 from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes, is_node_leader
 from common.platforms.base import Platform
@@ -25,8 +23,6 @@ from common.training.planning.compatibility import check_fit
 from common.training.planning.datasets import content_hash, open_data, validation_hashes
 from common.training.planning.deadline import STARTED
 from common.training.settings import TrainSettings
-
-MANY_EPOCHS = 16  # "Scaling Data-Constrained Language Models", section 6: repeats are worth little from here on
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ class Plan:
     def packed_sequences(self) -> bool:
         """Whether a micro-batch is one long row with sequence boundaries (Transformer Engine's `thd` layout)."""
         separate = self.settings.packing or self.settings.reset_attention
-        return separate and self.transformer_impl == "transformer_engine"
+        return bool(separate) and self.transformer_impl == "transformer_engine"
 
     @property
     def data_identity(self) -> dict[str, int | str | bool]:
@@ -206,7 +202,7 @@ def check_resume(plan: Plan) -> None:
         if different:
             raise KitError(
                 f"{checkpoint.path} was trained on other samples ({', '.join(different)}), so its position in the data"
-                " does not apply: use the same settings and data, or start a new SAVE_CHECKPOINT_PATH with"
+                " does not apply: use the same settings (also PACKING) and data, or a new SAVE_CHECKPOINT_PATH with"
                 " LOAD_CHECKPOINT_PATH set to this one"
             )
     if checkpoint.format == "torch" and run["layout"]["dp"] != plan.sizes.dp:
@@ -284,56 +280,3 @@ def count_iterations(settings: TrainSettings, samples_per_epoch: int, progress: 
     epochs = Fraction(str(settings.epochs))  # from its decimal text: in floats, 100 * 1.1 > 110
     left = samples_per_epoch * epochs - progress.consumed_samples
     return progress.iteration + max(0, math.ceil(left / settings.global_batch_size))
-
-
-def describe(plan: Plan) -> None:
-    """Logs the plan, one line per subject."""
-    sizes, settings, start, done = plan.sizes, plan.settings, plan.start, plan.progress
-    logger.info(
-        "%s: %d processes = TP %d x PP %d x CP %d x DP %d, %s layers, %s",
-        plan.platform.name, sizes.world_size, sizes.tp, sizes.pp, sizes.cp, sizes.dp, plan.transformer_impl,
-        settings.precision,
-    )  # fmt: skip
-    if not plan.platform.ran_on_hardware:
-        logger.info("note: this kit was not run on %s hardware", plan.platform.name)
-    if plan.ckpt_format in plan.platform.unproven_formats:
-        logger.warning(
-            "CKPT_FORMAT=%s was not run on %s hardware: keep the initial weights; the default there is %s",
-            plan.ckpt_format, plan.platform.name, plan.platform.checkpoint_format,
-        )  # fmt: skip
-    for line in describe_overrides(settings.mcore):
-        logger.info(line)
-    source = start.checkpoint.path if start.checkpoint else start.model_folder
-    logger.info("start: %s from %s", start.kind, source)
-    if plan.train:
-        logger.info(
-            "data: %d samples of %d tokens an epoch; validation: %s",
-            plan.train.samples_per_epoch, settings.seq_length,
-            f"{plan.valid.samples_per_epoch} samples" if plan.valid else "none",
-        )  # fmt: skip
-        logger.info(
-            "length: %d steps of %d samples = %.2f epochs",
-            plan.train_iters - done.iteration, settings.global_batch_size,
-            (plan.train_samples - done.consumed_samples) / plan.train.samples_per_epoch,
-        )  # fmt: skip
-        epochs = plan.train_samples / plan.train.samples_per_epoch
-        if epochs > MANY_EPOCHS:
-            logger.info(
-                "note: the run passes over the data %s times; more than %d add little (arXiv 2305.16264): EPOCHS and"
-                " TRAIN_ITERS set the length",
-                f"{epochs:,.0f}", MANY_EPOCHS,
-            )  # fmt: skip
-        if settings.packing:
-            packed = plan.train.documents_per_sample
-            logger.info(
-                "packing: a sample is a row of %.1f conversations on average, %.0f%% full; a step has about %s of them",
-                packed, 100 * plan.train.filled, f"{packed * settings.global_batch_size:,.0f}",
-            )  # fmt: skip
-        if settings.train_mode == "finetune" and not settings.packing and sizes.cp == 1 and plan.train.filled < 0.5:
-            logger.info(
-                "rows are %.0f%% full, the rest is padding: PACKING=true puts several samples into one",
-                100 * plan.train.filled,
-            )
-    if isinstance(plan.valid, NamedDatasets):
-        for name, number in plan.valid.sizes.items():
-            logger.info("validation: %s: %d samples, each evaluation takes all of them", name, number)

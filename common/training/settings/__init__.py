@@ -10,6 +10,7 @@ from common.training.settings.data import DataSettings
 from common.training.settings.kernels import KernelSettings
 from common.training.settings.launch import LaunchSettings
 from common.training.settings.log import LogSettings
+from common.training.settings.mode_defaults import defaults_of
 from common.training.settings.optimizer import OptimizerSettings
 from common.training.settings.parallel import ParallelSettings
 
@@ -34,6 +35,9 @@ class TrainSettings(
     )
 
     def __post_init__(self) -> None:
+        for name, value in defaults_of(self).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the class is frozen
         self.check_data()
         self.check_batch(training=self.train_or_convert_ckpt == "train")
         self.check_optimizer()

@@ -19,7 +19,9 @@ class DataSettings:
     )
     split: str = option("98,2,0", "shares of the documents: training, validation, unused")
     seq_length: int = option(2048, "tokens in a sample")
-    packing: bool = option(False, "finetune: several samples per row, without attention between them")
+    packing: bool | None = option(
+        None, "finetune: several samples per row, without attention between them; auto: if the layers can"
+    )
     truncate: str = option(
         "error", "what to do with finetune samples longer than SEQ_LENGTH", ("error", "drop", "left", "right")
     )

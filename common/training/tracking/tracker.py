@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import one_line
-from common.training.planning.plan import Plan, describe
+from common.training.planning.description import describe
+from common.training.planning.plan import Plan
 from common.training.settings import TrainSettings
 from common.training.tracking.best_losses import BestLosses
 from common.training.tracking.log_file import log_file
