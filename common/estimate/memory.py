@@ -60,6 +60,7 @@ def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Wo
         thd=packed and impl == "transformer_engine",
         fused_kernels=platform.fused_kernels,
         fused_products=settings.fused_products == "true",
+        fp8_recipe=settings.fp8_recipe if settings.fp8_format != "none" else "",
     )
 
 
@@ -72,7 +73,8 @@ def rank_memory(settings: TrainSettings, platform: Platform, qwen: QwenConfig, p
     activations, kept = peak_activations(work, chunks, sizes.pp, pp_rank, num_microbatches)
     state = state_bytes(parameters, settings.precision, settings.optimizer_state, sizes.dp * sizes.cp)
     step = optimizer_bytes(settings, platform, qwen, parameters)
-    return RankMemory(pp_rank, parameters, state, activations, kept, step, workspace_bytes(work))
+    workspace = workspace_bytes(work) + sum(fp8_weight_bytes(work, chunk) for chunk in chunks)
+    return RankMemory(pp_rank, parameters, state, activations, kept, step, workspace)
 
 
 def optimizer_bytes(settings: TrainSettings, platform: Platform, qwen: QwenConfig, parameters: int) -> int:
@@ -129,3 +131,15 @@ def workspace_bytes(work: Workload) -> int:
     rows = qwen.qkv_rows + qwen.num_attention_heads * qwen.head_dim
     rows += 0 if work.fused_products else 3 * qwen.intermediate_size
     return WORKSPACE_BYTES["transformer_engine"] + ELEMENT_BYTES[work.precision] * rows * qwen.hidden_size // work.tp
+
+
+def fp8_weight_bytes(work: Workload, chunk: Chunk) -> int:
+    """Bytes of the FP8 copies of a chunk's weights, as they are and transposed, made once per step.
+
+    Transformer Engine keeps them from a step's first micro-batch on (`is_first_microbatch`); the output layer has none.
+    """
+    if not work.fp8_recipe:
+        return 0
+    qwen = work.qwen
+    rows = qwen.qkv_rows + qwen.num_attention_heads * qwen.head_dim + 3 * qwen.intermediate_size
+    return 2 * chunk.num_layers * rows * qwen.hidden_size // work.tp

@@ -11,7 +11,7 @@ from common.training.settings import TrainSettings
 LAYOUT = ("gpus", "nnodes", "tp", "pp", "micro_batch_size", "global_batch_size", "seq_length")
 OTHERS = (
     "vpp", "pipeline_layers", "cp", "recompute", "recompute_num_layers", "precision", "optimizer_state",
-    "transformer_impl", "packing",
+    "transformer_impl", "fp8_format", "fp8_recipe", "packing",
 )  # fmt: skip
 
 
