@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from common.estimate.activations import Workload, backward_bytes, final_norm_bytes, kept_by_chunk, loss_bytes
 from common.estimate.constants import WORKSPACE_BYTES
-from common.estimate.schedule import moments
+from common.estimate.schedule import distinct_moments
 from common.estimate.weights import (
     ELEMENT_BYTES,
     Chunk,
@@ -101,11 +101,11 @@ def peak_activations(
     num_distinct = min(num_microbatches, 4 * pp)  # then the schedule repeats
     # One buffer to send and one to receive; with VPP (overlap_p2p_comm) two of each.
     passed = 0 if pp == 1 else (2 if len(chunks) == 1 else 4) * work.residual_bytes
+    temporary = [{forward: pass_bytes(work, chunk, forward) for forward in (True, False)} for chunk in chunks]
     most = (0, 0)
-    for moment in moments(pp, len(chunks), pp_rank, num_distinct):
-        chunk = chunks[moment.chunk]
+    for moment in distinct_moments(pp, len(chunks), pp_rank, num_distinct):
         held = sum(number * each for number, each in zip(moment.in_flight, kept, strict=True))
-        most = max(most, (held + passed + pass_bytes(work, chunk, moment.forward), held))
+        most = max(most, (held + passed + temporary[moment.chunk][moment.forward], held))
     return most
 
 
