@@ -134,18 +134,26 @@ def _core(kind: Any) -> Any:
 
 
 def kind_name(kind: Any) -> str:
-    """What `--help` shows for a value of that type: true|false, N, X or TEXT."""
+    """What `--help` shows for a value of that type: true|false (|auto, which is None), N, X or TEXT."""
+    if _core(kind) is bool and kind is not bool:
+        return "true|false|auto"
     return {bool: "true|false", int: "N", float: "X"}.get(_core(kind), "TEXT")
 
 
 def _reader(kind: Any) -> Any:
-    return _read_bool if _core(kind) is bool else _core(kind)
+    if _core(kind) is bool:
+        return _read_bool if kind is bool else _read_bool_or_auto
+    return _core(kind)
 
 
 def _read_bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
     return text.lower() == "true"
+
+
+def _read_bool_or_auto(text: str) -> bool | None:
+    return None if text.lower() == "auto" else _read_bool(text)
 
 
 def check_environment(settings: Any, environment: Mapping[str, str] = os.environ) -> None:

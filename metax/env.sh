@@ -16,7 +16,13 @@ export KIT_PLATFORM=metax # the file of common/platforms/ that tells what this m
 : "${SET_DEVICE_NUMA_PREFERRED:=1}"  # host memory near its GPU / 主机内存靠近所属 GPU
 : "${MCCL_MAX_NCHANNELS:=16}"        # channels of a collective; unset, MCCL chooses / 集合通信通道数
 
+# Of MACA 3, both empty where the folder is missing / MACA 3 的变量；没有该目录时为空
+: "${CUDA_PATH:=/root/cu-bridge/CUDA_DIR}" # CUDA's names over MACA / MACA 上的 CUDA 目录
+: "${CUCC_CMAKE_ENTRY:=2}"                 # how its compiler is started / 其编译器的启动方式
+
 # Chosen here / 本套件的选择
 : "${CUDA_DEVICE_MAX_CONNECTIONS:=1}" # Megatron-Core relies on kernels starting in order / 保证核函数按顺序启动
 export MACA_PATH LD_LIBRARY_PATH
 export MACA_SMALL_PAGESIZE_ENABLE SET_DEVICE_NUMA_PREFERRED MCCL_MAX_NCHANNELS CUDA_DEVICE_MAX_CONNECTIONS
+[[ -d $CUDA_PATH ]] || CUDA_PATH='' CUCC_CMAKE_ENTRY=''
+[[ -z $CUDA_PATH ]] || export CUDA_PATH CUCC_CMAKE_ENTRY

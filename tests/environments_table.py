@@ -21,7 +21,7 @@ from common.platforms import PLATFORMS
 from common.platforms.base import Platform
 from common.training.planning import compatibility
 from common.training.settings import TrainSettings
-from tests.docker.images import MACA_2_27, NGC_24_03, NGC_25_06
+from tests.docker.images import MACA_2_27, MACA_3_5, MACA_3_8, NGC_24_03, NGC_25_06
 from tests.recipes import write_config
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +67,8 @@ def environments() -> list[Environment]:
         Environment(("NGC 24.03", "NGC 24.03"), nvidia, "0.14.0", NGC_24_03),
         Environment(("NGC 25.06", "NGC 25.06"), nvidia, "0.19.2", NGC_25_06),
         Environment(("maca 2.27", "maca 2.27"), metax, "0.11.0", MACA_2_27),
+        Environment(("MACA 3.5", "MACA 3.5"), metax, "0.16.1", MACA_3_5),
+        Environment(("MACA 3.8", "MACA 3.8"), metax, "0.19.2", MACA_3_8),
         Environment(("`nvidia/setup.sh`", "`nvidia/setup.sh`"), nvidia, lock["megatron-core"], lock),
         Environment(("CPU", "CPU"), PLATFORMS["cpu"], cpu["megatron-core"], cpu),
     ]
@@ -98,22 +100,33 @@ AFTER = {
     "en": """\
 - NGC 24.03 is the base of `docker/nvidia.Dockerfile`, 25.06 a newer one: `--build-arg
   BASE_IMAGE=nvcr.io/nvidia/pytorch:25.06-py3 --build-arg MEGATRON_CORE=0.19.2`. maca 2.27 is that of
-  `docker/metax.Dockerfile`, CPU the lock `requirements/cpu.txt` on Python 3.12. The versions in NVIDIA's and MetaX's
-  images are those of their documents (`tests/docker/images.py`).
+  `docker/metax.Dockerfile`, 3.5 and 3.8 are others that it names, with `requirements/metax-3.txt`. CPU is the lock
+  `requirements/cpu.txt` on Python 3.12. The versions in NVIDIA's images are those of its documents, in MetaX's those of
+  its documents and users (`tests/docker/images.py`).
+- On MetaX the image decides: `TRANSFORMER_IMPL=transformer_engine` works where Transformer Engine is installed, as in
+  some images of MACA 3.5 to 3.8 with torch 2.8 (2.8 and 2.13 exist; none for torch 2.10). Local
+  layers are the default, since the kit never ran Transformer Engine's there. Of MetaX's GPUs only the C600 is said to
+  have FP8.
 - The GPU is not part of the table: FP8 and FlashAttention 4 are for Hopper and later GPUs, QuACK's products for Hopper.
   Without `-- --fused-products` and `-- --core-attention` both are used where a probe at the start shows that they work;
   the log says why one is not.
-- Recipes of fine-tuning have `PACKING=true`: on NGC 24.03 set `TRANSFORMER_IMPL=local`, or `PACKING=false`.
+- `PACKING=auto`, the default of fine-tuning, is off where the table says no or "with"; the log says why. The recipes of
+  fine-tuning have `PACKING=true`: on NGC 24.03 set `TRANSFORMER_IMPL=local`, or `PACKING=false`.
 - torch_dist was never run on MetaX ([metax.md](../metax.md)), `OPTIMIZER_STATE=cpu` never on a GPU.
 """,
     "zh": """\
 - NGC 24.03 是 `docker/nvidia.Dockerfile` 的基础镜像，25.06 是更新的一个：`--build-arg
   BASE_IMAGE=nvcr.io/nvidia/pytorch:25.06-py3 --build-arg MEGATRON_CORE=0.19.2`。maca 2.27 是
-  `docker/metax.Dockerfile` 的基础镜像；CPU 是 Python 3.12 上的 `requirements/cpu.txt`。NVIDIA 和 MetaX
-  镜像中的版本取自它们的文档（`tests/docker/images.py`）。
+  `docker/metax.Dockerfile` 的基础镜像，3.5 和 3.8 是其中列出的另外两个，配 `requirements/metax-3.txt`；CPU 是
+  Python 3.12 上的 `requirements/cpu.txt`。NVIDIA 镜像中的版本取自其文档，MetaX 的取自其文档和用户的记录
+  （`tests/docker/images.py`）。
+- 在 MetaX 上由镜像决定：装有 Transformer Engine 时可用 `TRANSFORMER_IMPL=transformer_engine`，例如 MACA 3.5 至 3.8 中
+  带 torch 2.8 的部分镜像（有 2.8 和 2.13；torch 2.10 没有）。默认仍是 local 层：本套件没有在其上运行过
+  Transformer Engine 的层。据称 MetaX 的 GPU 中只有 C600 支持 FP8。
 - 表中不考虑 GPU 型号：FP8 和 FlashAttention 4 用于 Hopper 及更新的 GPU，QuACK 的矩阵乘用于 Hopper。不设
   `-- --fused-products` 和 `-- --core-attention` 时，启动时试运行，能工作的就使用；日志说明没有使用的原因。
-- 微调的配方含 `PACKING=true`：在 NGC 24.03 上请设 `TRANSFORMER_IMPL=local`，或 `PACKING=false`。
+- 微调的默认值 `PACKING=auto` 在表中为“不可以”或“需”时关闭，日志说明原因。
+  微调的配方含 `PACKING=true`：在 NGC 24.03 上请设 `TRANSFORMER_IMPL=local`，或 `PACKING=false`。
 - torch_dist 没有在 MetaX 上运行过（[metax.md](../metax.md)），`OPTIMIZER_STATE=cpu` 没有在 GPU 上运行过。
 """,
 }
@@ -139,6 +152,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "": {},
     "TRANSFORMER_IMPL=local": {"transformer_impl": "local"},
     "CKPT_FORMAT=torch_dist": {"ckpt_format": "torch_dist"},
+    "TRANSFORMER_IMPL=transformer_engine": {"transformer_impl": "transformer_engine"},
 }
 
 
@@ -188,7 +202,7 @@ def facts(environment: Environment) -> dict[str, str]:
     return {
         "torch": packages["torch"].split("+")[0],
         "megatron-core": environment.megatron,
-        "Transformer Engine": packages.get("transformer-engine", "—"),
+        "Transformer Engine": packages.get("transformer-engine", "—").split("+")[0],
         "`TRANSFORMER_IMPL`": f"`{platform.transformer_impl}`",
         "`CKPT_FORMAT`": f"`{platform.checkpoint_format}`",
         "`requirements/hopper.txt`": "✓" if all(name in packages for name in ADDED) else "—",

@@ -12,13 +12,14 @@
 # shellcheck disable=SC2329 # step calls the functions
 set -uo pipefail
 
-# name      Python torch  megatron-core requirements          beside them
+# name      Python torch  megatron-core requirements            beside them
 LANES='
 cpu         3.10   2.13.0 0.16.1        requirements/cpu.txt
 cpu-3.12    3.12   2.13.0 0.19.2        requirements/cpu.txt
-ngc-24.03   3.10   2.3.0  0.14.0        requirements/nvidia.txt numpy==1.24.4
+ngc-24.03   3.10   2.3.0  0.14.0        requirements/nvidia.txt  numpy==1.24.4
 ngc-2.11    3.12   2.11.0 0.19.2        requirements/cpu.txt
-metax-2.27  3.10   2.1.2  0.11.0        requirements/metax.txt  numpy==1.24.4
+metax-2.27  3.10   2.1.2  0.11.0        requirements/metax.txt   numpy==1.24.4
+metax-3.5   3.10   2.8.0  0.16.1        requirements/metax-3.txt numpy==1.26.4
 '
 
 TESTS=(

@@ -96,6 +96,8 @@ def _finish_training(draft: Draft, hf_model_path: Path | None) -> None:
         draft.set("PRECISION", "fp32", Flag("--bf16", ("false",), 0))
     if not {"--recompute-activations", "--recompute-granularity"} & step.flags.keys():
         draft.set("RECOMPUTE", "none", Flag("--recompute-granularity", ("none",), 0))
+    if draft.get("TRAIN_MODE") == "finetune" and "PACKING" not in draft.settings:
+        draft.set("PACKING", "false", Flag("--reset-attention-mask", (), 0))
     if "GPUS" not in draft.settings and not step.launcher.get("--nproc-per-node"):
         draft.say(
             CHANGED, f"GPUS={draft.defaults['GPUS']} is the script's own: the old command names no --nproc-per-node"

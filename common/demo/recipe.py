@@ -155,6 +155,7 @@ class Commands:
         }
         if kind == "finetune":
             hyperparameters["TRUNCATE"] = own.truncate
+            hyperparameters["PACKING"] = "false"  # so that few rows make several steps
         yield replace(self.preprocess(kind, rows, shown(folder)), reads=reads)
         yield self.to_megatron(shown(folder))
         yield self.train(kind, "megatron", hyperparameters)

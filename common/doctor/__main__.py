@@ -22,6 +22,7 @@ def diagnose(no_device: bool) -> list[Finding]:
     results = probes.run(["devices"] if no_device else ["devices", *OPERATIONS])
     works, result = results.pop("devices")
     found += packages.check_torch(platform, (works, result), no_device)
+    found += packages.check_version_file(platform)
     found += packages.check_megatron(probes.run(["megatron"])["megatron"], no_device)
     found.append(packages.check_transformers(platform))
     extensions = {name: probes.run([name])[name] for name in packages.extensions()}
@@ -37,7 +38,7 @@ def diagnose(no_device: bool) -> list[Finding]:
             found.append(check_all_reduce(platform, len(devices)))
     return [
         *found,
-        machine.check_shared_memory(),
+        machine.check_shared_memory(platform),
         *machine.check_disk(),
         *machine.check_cgroup(),
         *machine.check_limits(platform),

@@ -16,7 +16,6 @@ from common.platforms import available_memory, check_machine, detect, own_cgroup
 from common.platforms.base import Platform
 
 GIB = 1 << 30
-LEAST_SHARED_BYTES = GIB  # what MetaX's documents require for MCCL; NCCL and data workers use it too
 LEAST_DISK_BYTES = 20 * GIB  # one checkpoint of 1B parameters with its optimizer
 LEAST_FILES = 4096
 LEAST_CORES = 4  # of a rank, its data workers and NCCL
@@ -62,11 +61,11 @@ def check_operations(results: dict[str, tuple[bool, Any]]) -> list[Finding]:
     return [judge("operation", f"{name}: {result}", not works, remedy) for name, (works, result) in results.items()]
 
 
-def check_shared_memory() -> Finding:
+def check_shared_memory(platform: Platform) -> Finding:
     """/dev/shm, through which NCCL and the data workers communicate; Docker's default is 64 MiB."""
     total = _space(SHARED)[0]
     remedy = "start the container with --ipc=host, or --shm-size=16g"
-    return judge("shared memory", f"{total / GIB:.2f} GiB", total < LEAST_SHARED_BYTES, remedy, "warn")
+    return judge("shared memory", f"{total / GIB:.2f} GiB", total < platform.shared_gib * GIB, remedy, "warn")
 
 
 def check_disk() -> list[Finding]:

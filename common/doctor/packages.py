@@ -1,9 +1,11 @@
 """Installed packages: what is missing, whether versions are compatible, and whether imports find the right ones."""
 
+import os
 import re
 import sys
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from common.doctor.finding import Finding, judge
@@ -62,6 +64,21 @@ def check_torch(platform: Platform, probed: tuple[bool, Any], no_device: bool) -
     return findings
 
 
+def check_version_file(platform: Platform) -> list[Finding]:
+    """The version of the vendor's software on this machine, with which torch's own (+metax3.5.3.9) has to agree."""
+    if not platform.version_file:
+        return []
+    path = Path(os.path.expandvars(platform.version_file))
+    here = re.search(r"\d+\.[\d.]+", path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
+    if here is None:
+        remedy = f"set the folder in {platform.version_file} to the vendor's software, or start the vendor's image"
+        return [Finding("software", "warn", f"no version in {path}", remedy)]
+    built = re.search(r"\+[a-z]+(\d+\.[\d.]+)", version("torch"))
+    differ = built is not None and _numbers(built[1]) != _numbers(here[0])
+    remedy = f"torch {version('torch')} is of another version: start an image whose torch was built for this one"
+    return [judge("software", f"{here[0]} ({path})", differ, remedy, "warn")]
+
+
 def check_megatron(probed: tuple[bool, Any], no_device: bool) -> list[Finding]:
     """megatron-core: its version, where it is imported from, and whether the modules that training needs import."""
     try:
@@ -93,8 +110,9 @@ def check_transformers(platform: Platform) -> Finding:
 
 def check_extensions(platform: Platform, probed: dict[str, tuple[bool, Any]], no_device: bool) -> list[Finding]:
     """Transformer Engine, apex, flash_attn, flash-attn-4 and QuACK: each is optional, but must work if installed."""
+    by_default = platform.transformer_impl == "transformer_engine"
     lacking = {
-        "transformer_engine": (platform.transformer_engine, "TRANSFORMER_IMPL=local runs without it, more slowly"),
+        "transformer_engine": (by_default, "TRANSFORMER_IMPL=local runs without it, more slowly"),
         "apex": (not any(works for works, _ in probed.values()), "torch's own Adam is used, in more and smaller steps"),
         "flash_attn": ("flash_attn" in platform.core_attention, "PyTorch's attention is used"),
         "flash_attn_4": (False, "on Hopper GPUs its attention is faster than cuDNN's"),

@@ -17,7 +17,7 @@ BF16_MOMENTS_SINCE = (2, 1)  # the dtypes of FusedAdam's moments
 
 def check_installed() -> None:
     """Raises KitError unless Transformer Engine is installed, for TRANSFORMER_IMPL=transformer_engine."""
-    _need("TRANSFORMER_IMPL=transformer_engine", (1, 0), "install it (the NVIDIA image has it), or set it to local")
+    _need("TRANSFORMER_IMPL=transformer_engine", (1, 0), "start an image that has it, or set it to local")
 
 
 def check_packed_sequences(setting: str) -> None:

@@ -9,7 +9,7 @@ class MegatronCore016(Engine):
     """As Engine, with a different MLP spec."""
 
     release = "0.16.1"
-    environment = "torch 2.6 or later on Python 3.10 or 3.11 (a CPU)"
+    environment = "torch 2.6 or later on Python 3.10 or 3.11 (a CPU, MetaX's MACA 3.5)"
     oldest_torch = (2, 6)
 
     def mlp_submodules(self, layer: Any) -> Any:

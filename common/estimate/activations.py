@@ -32,6 +32,7 @@ class Workload:
     fused_kernels: bool
     fused_products: bool  # SwiGLU, and at TP 1 the loss, fused into the GEMMs
     lora: LoraConfig | None = None  # adapters on frozen weights, which have no gradients
+    fp8_recipe: str = ""  # of the layers' GEMMs, whose inputs are then saved in FP8; empty: none
 
     @property
     def transformer_engine(self) -> bool:
@@ -149,7 +150,7 @@ def layer_tensors(work: Workload) -> dict[str, int]:
     before_mlp = work.hidden_bytes if work.fused_products else work.residual_bytes  # gathered
     # unfused: silu(gate), a copy of up (in Megatron-Core 0.16) and their product
     swiglu = work.mlp_bytes if work.fused_kernels else 3 * work.mlp_bytes
-    return {
+    tensors = {
         # and their outputs, the inputs of the next GEMMs
         "norms": 2 * norm_bytes(work, rows, work.residual_bytes) + work.residual_bytes + before_mlp,
         **attention_tensors(work),
@@ -157,6 +158,11 @@ def layer_tensors(work: Workload) -> dict[str, int]:
         "swiglu": 0 if work.fused_products else swiglu,
         "adapters": adapter_bytes(work),
     }
+    if work.fp8_recipe:  # a byte an element of the GEMMs' inputs; attention keeps its output in bf16 beside
+        tensors["norms"] -= work.residual_bytes
+        tensors["attention output"] += work.query_bytes // 2
+        tensors["swiglu"] -= work.mlp_bytes // 2
+    return tensors
 
 
 def recomputed_layers(work: Workload, chunk: Chunk) -> int:

@@ -19,6 +19,10 @@ SECONDS = {
     "layers of a step": 0.000913,
 }
 
+# Fitted: what the layers' products take in FP8 of their time in bf16, quantization included, by FP8_RECIPE: 3B on one
+# H200, sequence 4096, micro-batch 4 (docs/benchmarks.md). For other sizes the same share is assumed.
+FP8_PRODUCTS = {"tensorwise": 0.64, "delayed": 0.6, "blockwise": 0.73}
+
 # Assumed: a CUDA context with its kernels; NCCL's own buffers. torch's allocator counts neither.
 CONTEXT_BYTES = 600 * MIB
 NCCL_BYTES = 1 * GIB

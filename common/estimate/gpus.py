@@ -8,6 +8,7 @@ from common.platforms.base import Platform
 from common.training.loop.metrics import peak_tflops
 
 MEASURED = ("H100", "H200")  # the types that the constants are fitted to
+WITHOUT_FP8 = ("A100", "A100 40GB", "A800", "A10", "C500", "C550")  # Ada, Hopper and later GPUs have it
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from common.errors import KitError
 from common.estimate.constants import CONTEXT_BYTES, NCCL_BYTES, RESERVED_SHARE
 from common.estimate.goodput import LLAMA_3_GPU_MTBF_HOURS
-from common.estimate.gpus import Gpu, find_gpu
+from common.estimate.gpus import WITHOUT_FP8, Gpu, find_gpu
 from common.estimate.memory import RankMemory, rank_memory
 from common.estimate.speed import Speed, speed
 from common.model.shape.config import QwenConfig
@@ -21,6 +21,7 @@ RECOMPUTE = ("none", "selective", "full")
 TENSOR_PARALLEL = (1, 2, 4, 8)
 ASSUMED = "A100"  # whose rates rank the layouts of a GPU whose own are unknown
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+VIRTUAL_CHUNKS = (1, 2, 3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class EstimateSettings:
     micro_batch_size: int | None = option(None, "samples a GPU runs at once; default: 1 to 32")
     tp: int | None = option(None, "tensor parallel size; default: every size within a node")
     pp: int | None = option(None, "pipeline parallel size; default: every size that divides the GPUs")
-    vpp: int = option(1, "virtual pipeline chunks per rank")
+    vpp: int | None = option(None, "virtual pipeline chunks per rank; default: 1 to 5, with PP above 1")
     pipeline_layers: str | None = option(None, "layers of each stage (with VPP of each chunk), such as 7,7,8,6")
     cp: int = option(1, "context parallel size")
     recompute: str | None = option(None, "activation recomputation; default: every kind", RECOMPUTE)
     recompute_num_layers: int | None = option(None, "with full: number of layers per chunk; default: all")
+    fp8_format: str = option("none", "FP8 matrix products (Transformer Engine)", ("none", "hybrid", "e4m3"))
+    fp8_recipe: str = option("tensorwise", "FP8 scaling", ("tensorwise", "delayed", "blockwise"))
     precision: str = option("bf16", "bf16 has float32 master weights and gradients", ("bf16", "fp32"))
     optimizer_state: str = option(
         "fp32",
@@ -78,7 +81,7 @@ class EstimateSettings:
     rows: int = option(12, "layouts to show; 0: all")
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "nnodes", "tp", "pp", "cp", "save_interval"):
+        for name in ("gpus", "nnodes", "tp", "pp", "vpp", "cp", "save_interval"):
             self._need(name, getattr(self, name) is None or getattr(self, name) >= 1, "it must be at least 1")
         for name in ("tokens", "memory_gib", "disk_gb_s", "gpu_mtbf_hours"):
             self._need(name, getattr(self, name) is None or getattr(self, name) > 0, "it must be above 0")
@@ -121,7 +124,7 @@ class Refusal:
 
 
 def possible_layouts(settings: EstimateSettings, num_layers: int) -> Iterator[dict[str, int | str]]:
-    """TP, PP, micro-batch size and recomputation of every layout to estimate; settings that are given are fixed."""
+    """TP, PP, VPP, micro-batch size and recomputation of every layout to estimate; given settings are fixed."""
     tensor = [n for n in TENSOR_PARALLEL if n <= settings.gpus] if settings.tp is None else [settings.tp]
     microbatches = MICRO_BATCHES if settings.micro_batch_size is None else (settings.micro_batch_size,)
     kinds = RECOMPUTE if settings.recompute is None else (settings.recompute,)
@@ -129,24 +132,25 @@ def possible_layouts(settings: EstimateSettings, num_layers: int) -> Iterator[di
         pp_times_dp = max(1, settings.gpus * settings.nnodes // (tp * settings.cp))
         stages = [n for n in range(1, min(pp_times_dp, num_layers) + 1) if pp_times_dp % n == 0]
         for pp, size, kind in itertools.product(stages if settings.pp is None else [settings.pp], microbatches, kinds):
-            yield {"tp": tp, "pp": pp, "micro_batch_size": size, "recompute": kind}
+            for vpp in possible_chunks(settings, num_layers, pp):
+                yield {"tp": tp, "pp": pp, "vpp": vpp, "micro_batch_size": size, "recompute": kind}
+
+
+def possible_chunks(settings: EstimateSettings, num_layers: int, pp: int) -> list[int]:
+    """The VPP to estimate at that PP: those that divide the layers of a stage, unless one is given."""
+    if settings.vpp is not None:
+        return [settings.vpp]
+    if pp == 1 or settings.pipeline_layers or num_layers % pp:
+        return [1]
+    return [vpp for vpp in VIRTUAL_CHUNKS if num_layers // pp % vpp == 0]
 
 
 def train_settings(settings: EstimateSettings, layout: dict[str, int | str]) -> TrainSettings:
     """The training settings of one layout; raises KitError as training does."""
-    same = ("gpus", "nnodes", "seq_length", "global_batch_size", "vpp", "pipeline_layers", "cp", "precision",
-            "fused_products")  # fmt: skip
-    names = (
-        *same,
-        "tuner",
-        "lora_rank",
-        "lora_targets",
-        "transformer_impl",
-        "sequence_parallel",
-        "packing",
-        "optimizer_state",
-        "recompute_num_layers",
-    )
+    same = ("gpus", "nnodes", "seq_length", "global_batch_size", "pipeline_layers", "cp", "precision",
+            "fp8_format", "fp8_recipe", "fused_products")  # fmt: skip
+    names = (*same, "transformer_impl", "sequence_parallel", "packing", "optimizer_state", "recompute_num_layers",
+             "tuner", "lora_rank", "lora_targets")  # fmt: skip
     return TrainSettings(
         save_checkpoint_path="-",
         dataset_path="-",
@@ -160,6 +164,10 @@ def train_settings(settings: EstimateSettings, layout: dict[str, int | str]) -> 
 def estimate(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu) -> Estimate:
     """The memory and speed of a run with these settings; raises KitError if training would refuse them."""
     check_fit(settings, gpu.platform, qwen)
+    if settings.fp8_format != "none" and gpu.name in WITHOUT_FP8:
+        raise KitError(
+            f"FP8_FORMAT={settings.fp8_format}: {gpu.name} has none, Hopper and later GPUs do: set it to none"
+        )
     ranks = tuple(rank_memory(settings, gpu.platform, qwen, pp_rank) for pp_rank in range(settings.pp))
     peak = max(rank.peak for rank in ranks)
     usable = gpu.memory_gib * 2**30 - CONTEXT_BYTES - (NCCL_BYTES if settings.sizes.world_size > 1 else 0)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from common.estimate.activations import Workload, backward_bytes, final_norm_bytes, kept_by_chunk, loss_bytes
 from common.estimate.constants import WORKSPACE_BYTES
-from common.estimate.schedule import moments
+from common.estimate.schedule import distinct_moments
 from common.estimate.weights import (
     ELEMENT_BYTES,
     Chunk,
@@ -62,6 +62,7 @@ def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Wo
         fused_kernels=platform.fused_kernels,
         fused_products=settings.fused_products == "true",
         lora=settings.lora,
+        fp8_recipe=settings.fp8_recipe if settings.fp8_format != "none" else "",
     )
 
 
@@ -77,7 +78,8 @@ def rank_memory(settings: TrainSettings, platform: Platform, qwen: QwenConfig, p
     shards = sizes.dp * sizes.cp
     state = state_bytes(parameters, settings.precision, settings.optimizer_state, shards, trained)
     step = optimizer_bytes(settings, platform, qwen, trained)
-    return RankMemory(pp_rank, parameters, state, activations, kept, step, workspace_bytes(work))
+    workspace = workspace_bytes(work) + sum(fp8_weight_bytes(work, chunk) for chunk in chunks)
+    return RankMemory(pp_rank, parameters, state, activations, kept, step, workspace)
 
 
 def trained_parameters(work: Workload, chunks: list[Chunk]) -> int:
@@ -95,7 +97,7 @@ def optimizer_bytes(settings: TrainSettings, platform: Platform, qwen: QwenConfi
     if settings.optimizer_state == "bf16":
         return 10 * part  # both moments in float32, and a bf16 copy of one
     # torch's own Adam computes the denominator of the update for all parameters at once.
-    own = 4 if platform.device == "cuda" and not platform.transformer_engine else 0
+    own = 4 if platform.device == "cuda" and platform.transformer_impl == "local" else 0
     if settings.optimizer_state == "cpu":
         return adam_bytes(part, settings.precision, "cpu") + own * part
     return own * shard
@@ -111,11 +113,11 @@ def peak_activations(
     num_distinct = min(num_microbatches, 4 * pp)  # then the schedule repeats
     # One buffer to send and one to receive; with VPP (overlap_p2p_comm) two of each.
     passed = 0 if pp == 1 else (2 if len(chunks) == 1 else 4) * work.residual_bytes
+    temporary = [{forward: pass_bytes(work, chunk, forward) for forward in (True, False)} for chunk in chunks]
     most = (0, 0)
-    for moment in moments(pp, len(chunks), pp_rank, num_distinct):
-        chunk = chunks[moment.chunk]
+    for moment in distinct_moments(pp, len(chunks), pp_rank, num_distinct):
         held = sum(number * each for number, each in zip(moment.in_flight, kept, strict=True))
-        most = max(most, (held + passed + pass_bytes(work, chunk, moment.forward), held))
+        most = max(most, (held + passed + temporary[moment.chunk][moment.forward], held))
     return most
 
 
@@ -141,3 +143,15 @@ def workspace_bytes(work: Workload) -> int:
     rows = qwen.qkv_rows + qwen.num_attention_heads * qwen.head_dim
     rows += 0 if work.fused_products else 3 * qwen.intermediate_size
     return WORKSPACE_BYTES["transformer_engine"] + ELEMENT_BYTES[work.precision] * rows * qwen.hidden_size // work.tp
+
+
+def fp8_weight_bytes(work: Workload, chunk: Chunk) -> int:
+    """Bytes of the FP8 copies of a chunk's weights, as they are and transposed, made once per step.
+
+    Transformer Engine keeps them from a step's first micro-batch on (`is_first_microbatch`); the output layer has none.
+    """
+    if not work.fp8_recipe:
+        return 0
+    qwen = work.qwen
+    rows = qwen.qkv_rows + qwen.num_attention_heads * qwen.head_dim + 3 * qwen.intermediate_size
+    return 2 * chunk.num_layers * rows * qwen.hidden_size // work.tp

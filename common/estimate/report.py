@@ -26,7 +26,8 @@ def report(
     world, first = settings.gpus * settings.nnodes, work_of(found[0].settings, gpu.platform, qwen)
     yield (
         f"{num_parameters(qwen):,} parameters on {world} x {gpu.name} ({gpu.memory_gib:g} GiB each);"
-        f" {settings.precision}, {first.transformer_impl} layers;"
+        f" {settings.precision}{f' with FP8 ({first.fp8_recipe})' if first.fp8_recipe else ''},"
+        f" {first.transformer_impl} layers;"
         f" a step: {settings.global_batch_size} samples x {settings.seq_length} ="
         f" {settings.global_batch_size * settings.seq_length:,} tokens"
     )
@@ -50,11 +51,11 @@ def report(
 
 def layout_table(settings: EstimateSettings, shown: Sequence[Estimate]) -> Iterator[str]:
     """One row per layout; the memory is that of the stage that needs the most, in GiB per GPU."""
-    names = ["TP", "PP", "DP", "micro-batch", "recompute", *MEMORY, "fits", "tokens/s", "days"]
+    names = ["TP", "PP", "VPP", "DP", "micro-batch", "recompute", *MEMORY, "fits", "tokens/s", "days"]
     rows = []
     for one in shown:
         layout = one.settings
-        sizes = [layout.tp, layout.pp, layout.sizes.dp, layout.micro_batch_size, layout.recompute]
+        sizes = [layout.tp, layout.pp, layout.vpp, layout.sizes.dp, layout.micro_batch_size, layout.recompute]
         rate = f"{one.speed.tokens_per_second:,.0f}" if one.speed else "-"
         days = f"{one.speed.days(settings.tokens):.2f}" if one.speed and settings.tokens else "-"
         rows.append([*map(str, sizes), *_memory_cells(one.largest), one.fits, rate, days])
@@ -122,6 +123,8 @@ def _notes(settings: EstimateSettings, gpu: Gpu, masked: bool) -> Iterator[str]:
         yield f"note: speed was measured on {' and '.join(MEASURED)}; here the same efficiency is assumed"
     if masked:
         yield "note: attention with a mask (PACKING) was not measured on a GPU, neither its memory nor its time"
+    if settings.fp8_format != "none":
+        yield "note: FP8 was measured at 3B on one H200; the same share of bf16's time is assumed for other sizes"
     if settings.cp > 1:
         yield "note: context parallelism was not measured, and its communication time is not counted"
     if gpu.rated and settings.gpus * settings.nnodes > 1:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 
@@ -33,6 +34,12 @@ def moments(pp: int, vpp: int, pp_rank: int, num_microbatches: int) -> Iterator[
             chunk = vpp - 1 - _chunk_of(step - warm_up, pp, vpp)
             yield Moment(False, chunk, tuple(in_flight[index] for index in range(vpp)))
             in_flight[chunk] -= 1
+
+
+@cache
+def distinct_moments(pp: int, vpp: int, pp_rank: int, num_microbatches: int) -> tuple[Moment, ...]:
+    """As `moments`, each of them once: what takes the most memory is among few, however long the step is."""
+    return tuple(dict.fromkeys(moments(pp, vpp, pp_rank, num_microbatches)))
 
 
 def _chunk_of(step: int, pp: int, vpp: int) -> int:

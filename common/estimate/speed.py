@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from common.estimate.activations import Workload, recomputed_layers
 from common.estimate.constants import (
+    FP8_PRODUCTS,
     HOST_BYTES_PER_SECOND,
     LINK_BYTES_PER_SECOND,
     NETWORK_BYTES_PER_SECOND,
@@ -56,7 +57,7 @@ def layer_cost(work: Workload, gpu: Gpu) -> Cost:
         outputs = 2 * work.mlp_bytes + work.query_bytes + 2 * work.key_bytes + 2 * work.hidden_bytes
         traffic += 2 * 2 * outputs
     return {
-        "products": (passes * products + adapters) / gpu.flops,
+        "products": (FP8_PRODUCTS.get(work.fp8_recipe, 1.0) * passes * products + adapters) / gpu.flops,
         attention_name(work): attention_passes * attention / gpu.flops,
         "traffic": traffic_passes * traffic / gpu.bandwidth,
         "layers of a micro-batch": passes / 3,
@@ -113,6 +114,17 @@ def tensor_parallel_seconds(work: Workload, num_layers: int) -> float:
     return 10 * num_layers * work.hidden_bytes * (work.tp - 1) / work.tp / LINK_BYTES_PER_SECOND
 
 
+def pipeline_seconds(settings: TrainSettings, work: Workload) -> float:
+    """Seconds of a stage's sends for a micro-batch: of each chunk, hidden states and their gradient, not overlapped.
+
+    The other direction's come at the same time. More chunks send more often, which limits what VPP gains.
+    """
+    if settings.pp == 1:
+        return 0.0
+    rate = LINK_BYTES_PER_SECOND if settings.nnodes == 1 else NETWORK_BYTES_PER_SECOND
+    return 2 * settings.vpp * work.residual_bytes / rate
+
+
 def data_parallel_seconds(settings: TrainSettings, work: Workload, parameters: int, backward: float) -> float:
     """Seconds of gradient reduction and parameter gathering that do not overlap with the last backward pass."""
     dp = settings.sizes.dp * settings.sizes.cp
@@ -149,6 +161,7 @@ def speed(settings: TrainSettings, platform: Platform, qwen: QwenConfig, gpu: Gp
         chunks = chunks_of_rank(qwen, sizes, pp_rank)
         own = seconds(add(*(chunk_cost(work, chunk, gpu) for chunk in chunks)))
         own += tensor_parallel_seconds(work, sum(chunk.num_layers for chunk in chunks))
+        own += pipeline_seconds(settings, work)
         parameters = _trained(work, chunks)
         after = seconds(step_cost(work, chunks, gpu, sizes.dp * sizes.cp))
         after += host_seconds(settings, parameters)

@@ -33,6 +33,16 @@ MACA_2_27 = {
     "torch": "2.1.2+metax2.27.0.8", "triton": "2.1.0+metax2.27.0.8", "numpy": "1.24.4", "apex": "0.1+metax2.27.0.8",
     "flash-attn": "2.5.3+metax2.27.0.8torch2.1", "transformers": "4.46.3", "packaging": "24.1",
 }  # fmt: skip
+# As users report them of MetaX's images; Transformer Engine is what some of 3.5 to 3.7 have, none with torch 2.10.
+MACA_3_5 = {
+    "torch": "2.8.0+metax3.5.3.9", "triton": "3.0.0+metax3.5.3.9", "numpy": "1.26.4", "apex": "0.1+metax3.5.3.9",
+    "transformer-engine": "2.8.0+4a002bf5.maca3.5.3.105.torch2.8", "flash-attn": "2.6.3+metax3.5.3.9torch2.8",
+    "transformers": "4.57.6", "packaging": "24.2",
+}  # fmt: skip
+MACA_3_8 = {
+    "torch": "2.10.0+metax3.8.0.7", "triton": "3.6.0+metax3.8.0.7", "numpy": "1.26.4", "apex": "0.1+metax3.8.0.7",
+    "flash-attn": "2.6.3+metax3.8.0.7torch2.10", "packaging": "24.2",
+}  # fmt: skip
 
 
 def instructions(path: Path) -> list[Any]:

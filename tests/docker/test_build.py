@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.docker.images import MACA_2_27, NGC_24_03, ROOT, pins, python, write_base, write_wheel
+from tests.docker.images import MACA_2_27, MACA_3_5, NGC_24_03, ROOT, pins, python, write_base, write_wheel
 from tests.docker.scratch import build, possible
 
 pytestmark = pytest.mark.skipif(not possible(), reason="needs root and overlay mounts")
 
-MEGATRON = {"nvidia": "0.14.0", "metax": "0.11.0"}
+MEGATRON = {"nvidia": "0.14.0", "metax": "0.11.0", "metax-3": "0.16.1"}
+NEWER = {"REQUIREMENTS": "metax-3.txt", "MEGATRON_CORE": "0.16.1", "PYTHON": "/opt/base/bin/python3"}
 LOOK = """
 id -u; pwd; touch made; stat -c '%u:%g %n' made README.md
 python3 - <<END
 from importlib.metadata import version
 print(*(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers", "apex")), sep="\\n")
 END
-getent passwd "$(id -u)"; cat "$PIP_CONSTRAINT"
+getent passwd "$(id -u)"; echo "PYTHON=${PYTHON:-}"; cat "$PIP_CONSTRAINT"
 """
 BASE = {"PATH": "/opt/base/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 
@@ -36,15 +37,22 @@ chmod o+rx /root
 
 
 @pytest.mark.skipif(python("3.10") is None, reason="no Python 3.10 on this machine")
-@pytest.mark.parametrize(("name", "packages"), [("nvidia", NGC_24_03), ("metax", MACA_2_27)])
-def test_a_vendors_image_is_built_around_its_packages(name: str, packages: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "packages", "given"),
+    [("nvidia", NGC_24_03, {}), ("metax", MACA_2_27, {}), ("metax-3", MACA_3_5, NEWER)],
+    ids=["ngc 24.03", "maca 2.27", "maca 3.5"],
+)
+def test_a_vendors_image_is_built_around_its_packages(
+    name: str, packages: dict[str, str], given: dict[str, str], tmp_path: Path
+) -> None:
     write_base(tmp_path / "base", packages)
     for each, version in [("megatron-core", MEGATRON[name]), *pins(name)]:
         write_wheel(tmp_path / "base" / "index", each, version)
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/base/index"}
     done = build(
-        ROOT / "docker" / f"{name}.Dockerfile", tmp_path, {"USER_ID": "4321", "GROUP_ID": "4322"}, {**BASE, **offline},
-        prepare(str(python("3.10"))), skip=lambda command: "doctor.sh" in command, then=LOOK,
+        ROOT / "docker" / f"{name.removesuffix('-3')}.Dockerfile", tmp_path,
+        {"USER_ID": "4321", "GROUP_ID": "4322", **given}, {**BASE, **offline}, prepare(str(python("3.10"))),
+        skip=lambda command: "doctor.sh" in command, then=LOOK,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     end = done.stdout[-3000:].splitlines()
@@ -52,6 +60,7 @@ def test_a_vendors_image_is_built_around_its_packages(name: str, packages: dict[
     assert f"torch {packages['torch']}" in end and f"torch=={packages['torch']}" in end
     assert f"apex {packages['apex']}" in end and f"apex=={packages['apex']}" in end
     assert f"megatron-core {MEGATRON[name]}" in end and f"transformers {dict(pins(name))['transformers']}" in end
+    assert f"PYTHON={given.get('PYTHON', 'python3' if name == 'metax' else '')}" in end
     assert any(line.startswith("kit:x:4321:4322:") for line in end)
 
 

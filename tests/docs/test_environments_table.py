@@ -9,7 +9,7 @@ from common.model.shape.config import QwenConfig
 from tests.environments_table import LANGUAGES, ROOT, ROWS, accepts, environments, page, pins
 from tests.recipes import write_config
 
-NGC_24_03, NGC_25_06, MACA, HOPPER, CPU = environments()
+NGC_24_03, NGC_25_06, MACA, MACA_3_5, MACA_3_8, HOPPER, CPU = environments()
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,13 @@ def test_platform_and_megatron_core_decide(qwen: QwenConfig) -> None:
     assert not accepts(CPU, ROWS["FP8_FORMAT=hybrid FP8_RECIPE=delayed"], qwen)
 
 
+def test_on_metax_the_image_decides_whether_there_is_transformer_engine(qwen: QwenConfig) -> None:
+    engine = {"transformer_impl": "transformer_engine"}
+    for row in (engine, engine | ROWS["CP=2"], engine | ROWS["PACKING=true"], ROWS["OPTIMIZER_STATE=bf16"]):
+        assert [accepts(each, row, qwen) for each in (MACA, MACA_3_5, MACA_3_8)] == [False, True, False]
+    assert all(accepts(each, ROWS["PACKING=true"], qwen) for each in (MACA, MACA_3_5, MACA_3_8))
+
+
 def test_an_added_package_decides(qwen: QwenConfig) -> None:
     row = ROWS["-- --fused-products true"]
     assert accepts(HOPPER, row, qwen) and not accepts(NGC_25_06, row, qwen)
@@ -48,6 +55,9 @@ def test_versions_are_those_of_the_dockerfiles_and_locks() -> None:
     assert f"ARG MEGATRON_CORE={NGC_24_03.megatron}\n" in nvidia
     assert f"BASE_IMAGE=nvcr.io/nvidia/pytorch:25.06-py3 MEGATRON_CORE={NGC_25_06.megatron} " in nvidia
     assert f"megatron-core=={MACA.megatron} " in (ROOT / "requirements" / "metax.txt").read_text()
+    metax = (ROOT / "docker" / "metax.Dockerfile").read_text()
+    for each, tag in ((MACA_3_5, "ai3.5.3"), (MACA_3_8, ":3.8.0")):
+        assert re.search(rf"BASE_IMAGE=\S+{re.escape(tag)}\S+\n#     MEGATRON_CORE={each.megatron} ", metax)
     assert HOPPER.transformer_engine == (2, 11) and CPU.transformer_engine is None
 
 

@@ -49,8 +49,11 @@ def test_a_step_takes_the_settings_that_are_shown(command: str) -> None:
 
 
 def test_the_commands_are_found() -> None:
-    assert len(COMMANDS) == 6 and sum(each.startswith("docker ") for each in COMMANDS) == 2
-    build, run = (each for each in COMMANDS if each.startswith("docker "))
+    assert len(COMMANDS) == 10 and sum(each.startswith("docker ") for each in COMMANDS) == 3
+    newer, build, run = (each for each in COMMANDS if each.startswith("docker "))
+    dockerfile = (ROOT / "docker" / "metax.Dockerfile").read_text()
+    for name, value in re.findall(r"--build-arg (\w+)=(\S+)", newer):
+        assert f"ARG {name}=" in dockerfile and f"{name}={value}" in dockerfile
     readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
     assert build in readme and all(flag in readme for flag in run.split() if flag.startswith("--"))
 

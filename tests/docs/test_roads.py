@@ -210,16 +210,16 @@ def test_the_table_of_one_card_is_what_the_estimates_print(models: Path) -> None
         )  # fmt: skip
         printed = estimate(command, models)
         row = next(
-            line.split() for line in printed.splitlines() if line.split()[3:5] == [micro_batch, recompute]
+            line.split() for line in printed.splitlines() if line.split()[4:6] == [micro_batch, recompute]
         )  # fmt: skip
-        assert (row[10], row[11]) == (peak, fits)
+        assert (row[11], row[12]) == (peak, fits)
         assert not host or f"keeps {host} GiB in the memory of the hosts" in printed
 
 
 def test_the_smallest_layouts_that_one_card_names_are_the_smallest(models: Path) -> None:
     command = next(each for each in commands("one-card.md") if "1.5B" in each and "--optimizer-state" not in each)
     printed = estimate(command, models).splitlines()
-    peaks = [float(line.split()[10]) for line in printed if re.match(r" *1 +1 +1 ", line)]
+    peaks = [float(line.split()[11]) for line in printed if re.match(r" *1 +1 +1 +1 ", line)]
     assert f"needs {min(peaks):.2f} GiB at least" in prose("en", "one-card.md")
 
 

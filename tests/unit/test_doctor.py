@@ -162,9 +162,8 @@ def test_devices_are_reported_with_their_memory() -> None:
 
 @pytest.mark.parametrize(("least", "status"), [(1, "ok"), (1 << 60, "warn")])
 def test_free_space_is_compared_with_what_is_needed(least: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "LEAST_SHARED_BYTES", least)
     monkeypatch.setattr(machine, "LEAST_DISK_BYTES", least)
-    shared, disk = machine.check_shared_memory(), machine.check_disk()[0]
+    shared, disk = machine.check_shared_memory(replace(CPU, shared_gib=least / GIB)), machine.check_disk()[0]
     assert (shared.status, disk.status) == (status, status)
     assert status == "ok" or ("--ipc=host" in shared.remedy and "KEEP_CHECKPOINTS" in disk.remedy)
 

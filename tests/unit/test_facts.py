@@ -144,10 +144,10 @@ def test_the_layers_are_the_platforms_unless_set_otherwise(work: Path) -> None:
 
 @fact("transformer_engine")
 def test_layers_that_the_platform_has_not_are_refused(work: Path) -> None:
+    without = replace(PLATFORM, transformer_engine=False)
     with pytest.raises(KitError, match="metax on a CPU, for tests has no Transformer Engine: set it to local"):
-        plan(work, PLATFORM, transformer_impl="transformer_engine")
-    there = replace(PLATFORM, transformer_engine=True)
-    assert plan(work, there, transformer_impl="transformer_engine").transformer_impl == "transformer_engine"
+        plan(work, without, transformer_impl="transformer_engine")
+    assert plan(work, PLATFORM, transformer_impl="transformer_engine").transformer_impl == "transformer_engine"
 
 
 @fact("checkpoint_format")
@@ -219,6 +219,29 @@ def test_a_missing_device_is_reported_with_the_platforms_flags() -> None:
     for flags in (METAX.container_flags, "--other"):
         (found,) = machine.check_devices(replace(METAX, container_flags=flags), [])
         assert f"docker run {flags}`" in found.remedy
+
+
+@fact("shared_gib")
+def test_little_shared_memory_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size_gib, status in ((7.9, "warn"), (8.0, "ok")):
+        monkeypatch.setattr(machine, "_space", lambda folder, size=size_gib: (int(size * 2**30), 0))
+        found = machine.check_shared_memory(METAX)
+        assert found.status == status and "--ipc=host" in (found.remedy or "--ipc=host")
+        assert machine.check_shared_memory(replace(METAX, shared_gib=1.0)).status == "ok"
+
+
+@fact("version_file")
+def test_the_vendors_software_is_compared_with_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MACA_PATH", str(tmp_path))
+    monkeypatch.setattr(packages, "version", lambda name: "2.8.0+metax3.5.3.9")
+    (missing,) = packages.check_version_file(METAX)
+    assert (missing.status, missing.found) == ("warn", f"no version in {tmp_path}/Version.txt")
+    for text, status in (("Version:3.5.3.20\n", "ok"), ("3.5.2\n", "ok"), ("Version:3.7.2.0\n", "warn")):
+        (tmp_path / "Version.txt").write_text(text)
+        (found,) = packages.check_version_file(METAX)
+        assert found.status == status and found.found.startswith(text.split(":")[-1].strip())
+    assert "torch 2.8.0+metax3.5.3.9 is of another version" in found.remedy
+    assert packages.check_version_file(replace(METAX, version_file="")) == []
 
 
 @fact("device_files")

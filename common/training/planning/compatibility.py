@@ -1,11 +1,13 @@
 """Checks that settings, model, platform and installed packages are compatible; reads no data and no checkpoint."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 from common.engine import transformer_engine
 from common.engine.pipeline_layers import check_pipeline_layers
 from common.engine.versions import first_version_with, installed_engine
 from common.errors import KitError
+from common.log import logger
 from common.model.shape.config import QwenConfig
 from common.platforms.base import Platform
 from common.training.planning import determinism
@@ -96,6 +98,25 @@ def check_layers(settings: TrainSettings, platform: Platform) -> None:
         raise KitError(
             f"TRANSFORMER_IMPL=transformer_engine, and {platform.name} has no Transformer Engine: set it to local"
         )
+
+
+def with_packing(settings: TrainSettings, platform: Platform) -> TrainSettings:
+    """`settings` with PACKING=auto decided: true for answers where layers and packages can; else logs why not."""
+    if settings.packing is not None:
+        return settings
+    off = replace(settings, packing=False)
+    if settings.train_mode == "pretrain" or settings.train_or_convert_ckpt != "train":
+        return off
+    packed = replace(settings, packing=True)
+    try:
+        check_layers(packed, platform)
+        check_packages(packed, platform)
+    except KitError as error:
+        check_layers(off, platform)  # what is refused without packing too is not its fault
+        check_packages(off, platform)
+        logger.info("PACKING=auto: off; %s", error)
+        return off
+    return packed
 
 
 def check_fused_products(settings: TrainSettings, platform: Platform, *, engine: bool) -> None:

@@ -128,7 +128,7 @@ def _open(settings: TrainSettings, files: DataFiles, documents: range | None, li
         seq_length=settings.seq_length,
         seed=settings.seed,
         documents=documents,
-        packing=settings.packing,
+        packing=bool(settings.packing),
         truncate=settings.truncate,
         reset_attention=settings.reset_attention,
         pad_id=0,

@@ -1,10 +1,11 @@
-"""The plan of a run for the log."""
+"""What a run's plan says in the log before it starts."""
 
 from common.checkpoint.formats.parallel_layout import model_tensors
 from common.data.dataset.named_datasets import NamedDatasets
 from common.engine.overrides import describe_overrides
 from common.log import logger
 from common.training.planning.plan import Plan
+from common.training.settings import mode_defaults
 
 MANY_EPOCHS = 16  # "Scaling Data-Constrained Language Models", section 6: repeats are worth little from here on
 
@@ -33,6 +34,7 @@ def describe(plan: Plan) -> None:
     if plan.frozen:
         logger.info("frozen: %d of %d weight tensors", len(plan.frozen), len(model_tensors(plan.qwen)))
     if plan.train:
+        _describe_defaults(plan)
         logger.info(
             "data: %d samples of %d tokens an epoch; validation: %s",
             plan.train.samples_per_epoch, settings.seq_length,
@@ -65,3 +67,16 @@ def describe(plan: Plan) -> None:
     if isinstance(plan.valid, NamedDatasets):
         for name, number in plan.valid.sizes.items():
             logger.info("validation: %s: %d samples, each evaluation takes all of them", name, number)
+
+
+def _describe_defaults(plan: Plan) -> None:
+    settings = plan.settings
+    found = mode_defaults.taken(settings)
+    if found:
+        shown = ", ".join(f"{name.upper()}={str(value).lower()}" for name, value in found.items())
+        logger.info("defaults of TRAIN_MODE=%s: %s", settings.train_mode, shown)
+    if plan.start.kind == "random" and "lr" in found:
+        logger.info(
+            "note: LR=%g is for continuing from trained weights; Qwen's own training from random ones has %g",
+            settings.lr, mode_defaults.FROM_RANDOM,
+        )  # fmt: skip

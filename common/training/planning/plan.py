@@ -89,7 +89,7 @@ class Plan:
     def packed_sequences(self) -> bool:
         """Whether a micro-batch is one long row with sequence boundaries (Transformer Engine's `thd` layout)."""
         separate = self.settings.packing or self.settings.reset_attention
-        return separate and self.transformer_impl == "transformer_engine"
+        return bool(separate) and self.transformer_impl == "transformer_engine"
 
     @property
     def data_identity(self) -> dict[str, int | str | bool]:
@@ -219,7 +219,7 @@ def check_resume(plan: Plan) -> None:
         if different:
             raise KitError(
                 f"{checkpoint.path} was trained on other samples ({', '.join(different)}), so its position in the data"
-                " does not apply: use the same settings and data, or start a new SAVE_CHECKPOINT_PATH with"
+                " does not apply: use the same settings (also PACKING) and data, or a new SAVE_CHECKPOINT_PATH with"
                 " LOAD_CHECKPOINT_PATH set to this one"
             )
     if checkpoint.format == "torch" and run["layout"]["dp"] != plan.sizes.dp:

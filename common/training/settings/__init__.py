@@ -11,6 +11,7 @@ from common.training.settings.kernels import KernelSettings
 from common.training.settings.launch import LaunchSettings
 from common.training.settings.log import LogSettings
 from common.training.settings.lora import LoraSettings
+from common.training.settings.mode_defaults import defaults_of
 from common.training.settings.optimizer import OptimizerSettings
 from common.training.settings.parallel import ParallelSettings
 from common.training.settings.preference import PreferenceSettings
@@ -38,6 +39,9 @@ class TrainSettings(
     )
 
     def __post_init__(self) -> None:
+        for name, value in defaults_of(self).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the class is frozen
         self.check_data()
         self.check_preference(self.train_mode, self.cp)
         self.check_batch(training=self.train_or_convert_ckpt == "train")

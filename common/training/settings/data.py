@@ -20,7 +20,9 @@ class DataSettings:
     )
     split: str = option("98,2,0", "shares of the documents: training, validation, unused")
     seq_length: int = option(2048, "tokens in a sample")
-    packing: bool = option(False, "finetune, dpo: several samples or pairs per row, without attention between them")
+    packing: bool | None = option(
+        None, "finetune, dpo: several samples or pairs per row, each attending to itself; auto: if the layers can"
+    )
     truncate: str = option(
         "error", "what to do with samples or pairs longer than SEQ_LENGTH", ("error", "drop", "left", "right")
     )

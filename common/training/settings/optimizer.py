@@ -9,14 +9,15 @@ from common.settings import option, require
 class OptimizerSettings:
     """Optimizer."""
 
-    lr: float = option(6.5e-5, "peak learning rate")
-    min_lr: float = option(2.5e-6, "final learning rate")
-    lr_warmup_iters: int = option(0, "steps of linear warm-up from 0")
-    lr_warmup_fraction: float = option(0.0, "the warm-up as a fraction of the run, instead of lr_warmup_iters")
+    # None: the default is TRAIN_MODE's (mode_defaults.py), taken before any check
+    lr: float = option(None, "peak learning rate; default: 1e-5")
+    min_lr: float = option(None, "final learning rate; default: a tenth of LR")
+    lr_warmup_iters: int = option(None, "steps of linear warm-up from 0, instead of the fraction")
+    lr_warmup_fraction: float = option(None, "warm-up as a fraction of the run; default: finetune 0.03, pretrain 0.01")
     lr_decay_style: str = option("cosine", "shape of the learning rate decay", ("cosine", "linear", "constant"))
-    weight_decay: float = option(0.01, "not applied to norms and biases")
+    weight_decay: float = option(0.1, "not applied to norms and biases")
     adam_beta1: float = option(0.9)
-    adam_beta2: float = option(0.999)
+    adam_beta2: float = option(0.95)
     adam_eps: float = option(1e-8)
     clip_grad: float = option(1.0, "maximum gradient norm; 0: no clipping")
     optimizer_state: str = option(

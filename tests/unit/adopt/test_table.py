@@ -87,7 +87,9 @@ def test_a_flag_becomes_a_setting(flags: str, setting: str, value: str) -> None:
 
 def test_defaults_of_megatron_are_written_only_where_the_script_has_others() -> None:
     settings = draft_of(WHOLE).settings
-    assert "ADAM_BETA2" not in settings and "LR_WARMUP_ITERS" not in settings  # the same here
+    assert "ADAM_BETA1" not in settings and "CLIP_GRAD" not in settings  # the same here
+    theirs = {"ADAM_BETA2": "0.999", "WEIGHT_DECAY": "0.01", "MIN_LR": "0.0", "LR_WARMUP_ITERS": "0"}
+    assert {name: settings[name][0] for name in theirs} == theirs
     assert settings["EVAL_ITERS"] == ("100", "--eval-iters's default in the old program")
 
 

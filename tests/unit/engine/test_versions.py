@@ -35,8 +35,9 @@ def test_a_supported_version_is_read(
 
 WORK = (
     "this kit works with 0.11.0 for torch 2.1 (MetaX's maca 2.27), 0.14.0 for torch 2.2 to 2.5 (NVIDIA's NGC 24.03),"
-    " 0.16.1 for torch 2.6 or later on Python 3.10 or 3.11 (a CPU) and 0.19.2 for torch 2.6 or later on Python 3.12 or"
-    " later (a CPU, NGC 24.12 and later): pip install --no-deps megatron-core==VERSION, the one"
+    " 0.16.1 for torch 2.6 or later on Python 3.10 or 3.11 (a CPU, MetaX's MACA 3.5) and 0.19.2 for torch 2.6 or"
+    " later on Python 3.12 or later (a CPU, NGC 24.12 and later, MACA 3.8): pip install --no-deps"
+    " megatron-core==VERSION, the one"
 )
 
 

@@ -133,7 +133,7 @@ def test_a_layout_fits_tightly_between_what_is_allocated_and_what_the_allocator_
         ({"vpp": 2, "pp": 1}, r"VPP=2 needs pipeline stages, but PP=1"),
         ({"micro_batch_size": 3}, r"GLOBAL_BATCH_SIZE=16 cannot be divided by MICRO_BATCH_SIZE=3 x 1"),
         ({"seq_length": 65536}, r"SEQ_LENGTH=65536 exceeds max_position_embeddings=32768"),
-        ({"gpu": "C500", "transformer_impl": "transformer_engine"}, r"metax has no Transformer Engine"),
+        ({"gpu": "C500", "fused_products": "true"}, r"FUSED_PRODUCTS=true needs an NVIDIA GPU, and this is metax"),
         ({"tokens": 0}, r"TOKENS=0\.0: it must be above 0"),
         ({"memory_gib": -1}, r"MEMORY_GIB=-1\.0: it must be above 0"),
         ({"tp": 4, "gpus": 2}, r"2 GPUs \(GPUS x NNODES\) cannot be divided by TP=4 x PP=1"),

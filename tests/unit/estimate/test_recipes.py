@@ -50,8 +50,7 @@ def test_step_3_accepts_each_and_it_fits(configs: dict[str, QwenConfig]) -> None
     for path, each in zip(paths, settings, strict=True):
         size, task, machine = path.stem.split("-")
         num_gpus, memory = machine.split("x")
-        assert each.sizes.world_size == int(num_gpus) and each.packing == (task == "sft") == (
-            each.train_mode == "finetune"
-        )
+        assert each.sizes.world_size == int(num_gpus) and bool(each.packing) == (task == "sft")
+        assert (task == "sft") == (each.train_mode == "finetune")
         found = estimate(each, configs[size], find_gpu(recipes.GPUS[memory]))
         assert found.fits == "yes" and f"{found.largest.peak / 2**30:.1f} GiB per GPU" in path.read_text(), path.name

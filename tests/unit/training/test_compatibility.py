@@ -1,5 +1,6 @@
 """Settings that the layers or the installed packages do not support are refused before anything starts."""
 
+import logging
 import re
 from importlib import metadata
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from common.errors import KitError
 from common.platforms import PLATFORMS
 from common.training.planning import compatibility as fit
-from common.training.planning.compatibility import check_layers, check_packages
+from common.training.planning.compatibility import check_layers, check_packages, with_packing
 from common.training.settings import TrainSettings
 
 
@@ -48,8 +49,8 @@ def settings(**changes: Any) -> TrainSettings:
             {"fused_products": "true", "precision": "fp32"},
             "FUSED_PRODUCTS=true is not supported with PRECISION=fp32",
         ),
-        ("metax", {"optimizer_state": "bf16"}, "OPTIMIZER_STATE=bf16 needs Transformer Engine, and metax has none"),
-        ("metax", {"transformer_impl": "transformer_engine"}, "metax has no Transformer Engine: set it to local"),
+        ("cpu", {"optimizer_state": "bf16"}, "OPTIMIZER_STATE=bf16 needs Transformer Engine, and cpu has none"),
+        ("cpu", {"transformer_impl": "transformer_engine"}, "cpu has no Transformer Engine: set it to local"),
     ],
     ids=str,
 )
@@ -140,3 +141,38 @@ def test_an_estimate_does_not_depend_on_what_is_installed_here(monkeypatch: pyte
     installed(monkeypatch, None, "0.16.1")
     for changes, _, _ in OF_NGC_24_03:
         check_layers(settings(**changes), PLATFORMS["nvidia"])
+
+
+def test_packing_is_automatic_where_layers_and_packages_can(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="kit")
+    tuning = settings(train_mode="finetune")
+    assert tuning.packing is None
+    installed(monkeypatch, "1.4.0", "0.14.0")
+    assert with_packing(tuning, PLATFORMS["nvidia"]).packing is False
+    assert caplog.messages == [
+        "PACKING=auto: off; PACKING=true needs Transformer Engine 1.7 or later, and 1.4 is installed:"
+        " set TRANSFORMER_IMPL=local, or PACKING=false"
+    ]
+    caplog.clear()
+    for one, platform in (
+        (settings(train_mode="finetune", transformer_impl="local"), "nvidia"), (tuning, "metax"), (tuning, "cpu"),
+    ):  # fmt: skip
+        assert with_packing(one, PLATFORMS[platform]).packing is True
+    installed(monkeypatch, "2.4.0", "0.16.1")
+    assert with_packing(tuning, PLATFORMS["nvidia"]).packing is True
+    assert with_packing(settings(), PLATFORMS["nvidia"]).packing is False, "pretraining samples are full"
+    assert with_packing(settings(train_mode="finetune", packing=False), PLATFORMS["nvidia"]).packing is False
+    assert with_packing(settings(train_mode="finetune", gpus=2, cp=2), PLATFORMS["nvidia"]).packing is False
+    (said,) = caplog.messages
+    assert said.startswith("PACKING=auto: off; CP=2 is not supported with PACKING=true")
+    with pytest.raises(KitError, match="^FP8_FORMAT=hybrid needs TRANSFORMER_IMPL"):  # whether packed or not
+        with_packing(settings(train_mode="finetune", fp8_format="hybrid"), PLATFORMS["cpu"])
+
+
+def test_packing_that_was_asked_for_is_never_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "1.4.0", "0.14.0")
+    asked = with_packing(settings(train_mode="finetune", packing=True), PLATFORMS["nvidia"])
+    with pytest.raises(KitError, match="PACKING=true needs Transformer Engine 1.7"):
+        check_packages(asked, PLATFORMS["nvidia"])

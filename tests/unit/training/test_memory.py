@@ -64,7 +64,8 @@ def test_each_setting_that_takes_less_is_named_with_what_it_is() -> None:
         (NVIDIA, {"recompute": "full", "precision": "fp32"}, "OPTIMIZER_STATE=cpu, a SEQ_LENGTH below 2048, more GPUs"),
         (NVIDIA, {"recompute": "full", "recompute_num_layers": 2, "optimizer_state": "cpu"},
          "RECOMPUTE_NUM_LAYERS empty, a SEQ_LENGTH below 2048, more GPUs"),
-        (METAX, {"recompute": "selective"}, "RECOMPUTE=full, OPTIMIZER_STATE=cpu, a SEQ_LENGTH below 2048, more GPUs"),
+        (METAX, {"recompute": "selective"},
+         "RECOMPUTE=full, OPTIMIZER_STATE=bf16, OPTIMIZER_STATE=cpu, a SEQ_LENGTH below 2048, more GPUs"),
         (NVIDIA, {"train_or_convert_ckpt": "convert", "load_checkpoint_path": "/a"}, "more GPUs"),
     ],
 )  # fmt: skip

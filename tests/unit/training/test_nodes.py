@@ -46,7 +46,7 @@ def test_settings_specific_to_a_node_are_no_difference(work: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"lr": 1e-3}, "LR is 0.001 on b, 6.5e-05 on a"),
+        ({"lr": 1e-3}, "LR is 0.001 on b, 1e-05 on a, MIN_LR is 0.0001 on b, 1e-06 on a"),
         ({"gpus": 2}, "GPUS is 2 on b, 1 on a"),
         ({"train_iters": 5, "epochs": None}, "EPOCHS is None on b, 1.0 on a, TRAIN_ITERS is 5 on b, None on a"),
     ],

@@ -28,7 +28,7 @@ def rates(settings: TrainSettings) -> list[float]:
 @pytest.mark.parametrize("batch", [2, 16])
 @pytest.mark.parametrize("style", ["cosine", "linear"])
 def test_the_first_step_has_lr_and_the_last_one_min_lr(style: str, batch: int) -> None:
-    found = rates(settings(lr_decay_style=style, global_batch_size=batch))
+    found = rates(settings(lr_decay_style=style, global_batch_size=batch, lr_warmup_iters=0))
     assert found[0] == pytest.approx(1e-3) and found[-1] == pytest.approx(1e-4)
     assert found == sorted(found, reverse=True) and found[-2] > 1.01e-4
     if style == "linear":
@@ -53,13 +53,13 @@ def test_a_run_of_one_step_has_a_schedule() -> None:
 
 
 def test_the_commands_settings_override_a_checkpoints_and_changes_are_logged() -> None:
-    saved = {"max_lr": 5e-3, "min_lr": 1e-4, "eps": 1e-8, "betas": [0.9, 0.95], "lr": 5e-3, "weight_decay": 0.0}
+    saved = {"max_lr": 5e-3, "min_lr": 1e-4, "eps": 1e-8, "betas": [0.9, 0.999], "lr": 5e-3, "weight_decay": 0.0}
     optimizer = SimpleNamespace(param_groups=[dict(saved), dict(saved)])
-    train_settings = settings()
+    train_settings = settings(lr_warmup_iters=0)
     scheduler = build_scheduler(optimizer, train_settings, 160)
     assert override_checkpoint_settings(optimizer, scheduler, train_settings) == [
-        "LR 0.005 -> 0.001", "ADAM_BETA1, ADAM_BETA2 (0.9, 0.95) -> (0.9, 0.999)",
+        "LR 0.005 -> 0.001", "ADAM_BETA1, ADAM_BETA2 (0.9, 0.999) -> (0.9, 0.95)",
     ]  # fmt: skip
     for group in optimizer.param_groups:
-        assert (group["max_lr"], group["betas"]) == (1e-3, (0.9, 0.999)) and group["lr"] == pytest.approx(1e-3)
+        assert (group["max_lr"], group["betas"]) == (1e-3, (0.9, 0.95)) and group["lr"] == pytest.approx(1e-3)
     assert override_checkpoint_settings(optimizer, scheduler, train_settings) == []

@@ -1,11 +1,13 @@
 """Step 3's settings: which are accepted, and which are refused with value, rule and remedy."""
 
+import argparse
 import re
 from typing import Any
 
 import pytest
 
 from common.errors import KitError
+from common.settings import add_options, from_namespace, to_flags
 from common.training.settings import TrainSettings
 
 
@@ -24,7 +26,7 @@ def test_the_defaults_are_a_run() -> None:
     [
         {"train_iters": 5, "epochs": None},
         {"exit_interval": 1, "eval_interval": 0, "keep_checkpoints": 0, "clip_grad": 0.0, "num_workers": 0},
-        {"min_lr": 6.5e-5},
+        {"min_lr": 1e-5},
         {"min_lr": 0.0},
         {"node_rank": 1, "nnodes": 2, "master_addr": "a"},
         {"nnodes": 2, "rdzv_endpoint": "[::1]:29400", "max_restarts": 1},
@@ -67,8 +69,8 @@ def test_what_may_be_zero_is_not_negative(name: str) -> None:
         ({"epochs": float("nan")}, "EPOCHS=nan: it must be a number above 0"),
         ({"train_iters": 5}, "EPOCHS=1.0 and TRAIN_ITERS=5: set one of them"),
         ({"epochs": None}, "EPOCHS=None and TRAIN_ITERS=None: set one of them"),
-        ({"min_lr": 1e-3}, "MIN_LR=0.001: it must lie between 0 and LR=6.5e-05"),
-        ({"min_lr": -1e-9}, "MIN_LR=-1e-09: it must lie between 0 and LR=6.5e-05"),
+        ({"min_lr": 1e-3}, "MIN_LR=0.001: it must lie between 0 and LR=1e-05"),
+        ({"min_lr": -1e-9}, "MIN_LR=-1e-09: it must lie between 0 and LR=1e-05"),
         ({"lr_warmup_fraction": 1.0}, "LR_WARMUP_FRACTION=1.0: it must be at least 0 and below 1"),
         ({"lr_warmup_fraction": 0.1, "lr_warmup_iters": 5}, "LR_WARMUP_ITERS=5 is set too: set one of them"),
         ({"weight_decay": -0.1}, "WEIGHT_DECAY=-0.1: it must not be negative"),
@@ -97,3 +99,29 @@ def test_what_may_be_zero_is_not_negative(name: str) -> None:
 def test_a_contradiction_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(KitError, match=re.escape(message)):
         settings(**changes)
+
+
+def test_what_is_not_given_is_the_modes_default() -> None:
+    tuned, pretrained = settings(train_mode="finetune"), settings()
+    names = ("lr", "min_lr", "lr_warmup_iters", "lr_warmup_fraction", "adam_beta2", "weight_decay")
+    assert [getattr(tuned, name) for name in names] == [1e-5, 1e-6, 0, 0.03, 0.95, 0.1]
+    assert [getattr(pretrained, name) for name in names] == [1e-5, 1e-6, 0, 0.01, 0.95, 0.1]
+    given = settings(lr=3e-3)
+    assert (given.min_lr, settings(lr=3e-3, min_lr=0.0).min_lr) == (3e-4, 0.0)
+    for steps in (0, 7):  # a number of steps, none included, leaves no room for the fraction
+        one = settings(lr_warmup_iters=steps)
+        assert (one.lr_warmup_iters, one.lr_warmup_fraction) == (steps, 0.0)
+    assert settings(lr_warmup_fraction=0.2).lr_warmup_iters == 0
+
+
+def test_the_ranks_get_the_values_that_were_taken() -> None:
+    tuned = settings(train_mode="finetune", packing=True)
+    flags = to_flags(tuned)
+    assert {"--lr=1e-05", "--min-lr=1e-06", "--lr-warmup-iters=0", "--lr-warmup-fraction=0.03", "--packing=true"} <= {
+        *flags
+    }
+    parser = argparse.ArgumentParser()
+    add_options(parser, TrainSettings)
+    assert from_namespace(TrainSettings, parser.parse_args(flags)) == tuned
+    automatic = parser.parse_args([each for each in flags if "packing" not in each] + ["--packing=auto"])
+    assert from_namespace(TrainSettings, automatic).packing is None
