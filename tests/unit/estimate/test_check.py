@@ -30,7 +30,9 @@ def plan(folder: Path, platform: Platform = NVIDIA, **changes: Any) -> Any:
     qwen = load_config(write_config(folder, **shape, **more, max_position_embeddings=32768))
     given = {"seq_length": 4096, "micro_batch_size": 1, "global_batch_size": 8, "save_checkpoint_path": "-"}
     settings = TrainSettings(**{**given, "dataset_path": "-", "train_iters": 1, **changes})
-    return SimpleNamespace(settings=settings, platform=platform, qwen=qwen, start=SimpleNamespace(model_folder=folder))
+    return SimpleNamespace(
+        frozen=frozenset(), settings=settings, platform=platform, qwen=qwen, start=SimpleNamespace(model_folder=folder)
+    )
 
 
 @pytest.fixture(autouse=True)
