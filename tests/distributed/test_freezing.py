@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import Qwen2ForCausalLM
 
 from common.checkpoint.formats.torch_dist_reader import TorchDistReader
+from tests.distributed.hf_loss import hf_loss
 from tests.distributed.launch import run, steps, words
-from tests.distributed.test_lora import pefts_loss
 from tests.distributed.user import step3_forked
 
 
@@ -51,11 +51,25 @@ def test_trainable_trains_these_weights_alone(work: Path, layout: str) -> None:
                        "decoder.final_layernorm.weight"}  # fmt: skip
 
 
+@pytest.mark.lane
+def test_adapters_train_alike_at_several_layouts(work: Path) -> None:
+    """Without PEFT, which the lanes lack (test_lora.py); a tied model's stages cannot all freeze there."""
+    found = {}
+    for name, layout in {"lora": {}, "lora_tp_dp": {"TP": 2, "GPUS": 4}, "lora_full": {"RECOMPUTE": "full"}}.items():
+        log = step3_forked(settings(work, name, TUNER="lora", LORA_DROPOUT=0, TRAIN_ITERS=3, **layout))
+        found[name] = np.array(steps(log))
+        keys = TorchDistReader(work / name / "iter_0000003").tensors
+        assert len(keys) == 4 * 14 and all(".adapters." in key for key in keys)
+    assert np.allclose(found["lora"], found["lora_tp_dp"], rtol=2e-5)
+    assert np.allclose(found["lora"], found["lora_full"], rtol=2e-5)
+    assert found["lora"][-1, 1] < found["lora"][0, 1] - 0.1
+
+
 def test_the_gradients_are_hugging_faces(work: Path) -> None:
     """Adam's first moment after one step."""
     step3_forked(settings(work, "first", TRAINABLE="model.layers.2.self_attn.[qkv]_proj.*", TRAIN_ITERS=1, CLIP_GRAD=0))
     model = Qwen2ForCausalLM.from_pretrained(work / "qwen").float()
-    pefts_loss(model, work, 0).backward()
+    hf_loss(model, work, 0).backward()
     attention: Any = model.model.layers[2].self_attn
     q, k, v = (getattr(attention, f"{name}_proj").weight.grad for name in "qkv")
     expected = torch.cat([q[:32], k[:16], v[:16], q[32:], k[16:], v[16:]])  # 2 groups of 2 query heads of 16

@@ -16,18 +16,16 @@ from transformers import Qwen2ForCausalLM
 
 from common.checkpoint.formats.checkpoint_size import checkpoint_bytes
 from common.checkpoint.formats.torch_dist_reader import TorchDistReader
-from common.data.dataset.builder import build_dataset, split_documents
-from common.data.dataset.manifest import resolve
 from common.model.shape.config import load_config
 from common.model.shape.lora import MODULES
 from common.model.shape.lora import LoraConfig as LoraShape
 from common.training.checkpointing.run_folder import size_of
 from common.training.tracking.records import read_metrics
 from tests.conversion import to_megatron
+from tests.distributed.hf_loss import hf_loss
 from tests.distributed.launch import run, steps, words
 from tests.distributed.user import Run, step3, step3_forked
 
-BATCH = 8
 LORA = LoraShape(16, 32.0, MODULES)  # by default
 BOUND = 1e-5  # of each gradient's largest value
 RANDOM = {"r": 4, "lora_alpha": 12, "target_modules": list(MODULES), "task_type": "CAUSAL_LM"}
@@ -57,29 +55,11 @@ def settings(work: Path, name: str, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pefts_loss(model: Any, work: Path, batch: int, **dataset: Any) -> torch.Tensor:
-    """The loss of step `batch`, from 0, each document on its own."""
-    files = resolve(str(work / "sft"))
-    documents, _ = split_documents(200, "98,2,0")
-    samples = build_dataset(files, train_mode="finetune", seq_length=96, seed=1234, documents=documents, **dataset)
-    total, number = torch.zeros(()), 0.0
-    for index in range(batch * BATCH, (batch + 1) * BATCH):
-        sample = samples[index]
-        segments = sample.get("segment_ids", np.zeros(96))
-        for segment in np.unique(segments):
-            tokens, labels, mask = (
-                torch.from_numpy(sample[key][segments == segment]) for key in ("tokens", "labels", "loss_mask")
-            )
-            losses = torch.nn.functional.cross_entropy(model(tokens[None]).logits[0], labels, reduction="none")
-            total, number = total + (losses * mask).sum(), number + float(mask.sum())
-    return total / number
-
-
-def pefts_gradients(work: Path, peft: Path, **dataset: Any) -> tuple[float, dict[str, torch.Tensor]]:
+def pefts_gradients(work: Path, peft: Path, *, packing: bool = True) -> tuple[float, dict[str, torch.Tensor]]:
     """PEFT's loss of the first batch, and the gradient of each of its matrices by their names in its files."""
     model: Any = Qwen2ForCausalLM.from_pretrained(work / "qwen").float()
     model = PeftModel.from_pretrained(model, peft, is_trainable=True).float()
-    loss = pefts_loss(model, work, 0, **dataset)
+    loss = hf_loss(model, work, 0, packing=packing)
     loss.backward()
     found = {name.replace(".default", ""): p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in found.values())
@@ -111,7 +91,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp": {"GPUS": 2},
     "tp": {"TP": 2, "GPUS": 2, "RECOMPUTE": "full"},
     "vpp": {"PP": 2, "VPP": 2, "GPUS": 2},
-    "packed": {"TP": 2, "PP": 2, "GPUS": 4, "PACKING": "true"},
+    "padded": {"TP": 2, "PP": 2, "GPUS": 4, "PACKING": "false"},
 }
 
 
@@ -120,7 +100,7 @@ def test_loss_and_gradients_are_pefts(work: Path, peft: Path, layout: str) -> No
     more = {"TRAIN_ITERS": 1, "CLIP_GRAD": 0, "LORA_ADAPTER": peft, "TRUNCATE": "error", **LAYOUTS[layout]}
     step3_forked(settings(work, layout, **more))
     loss, mine = our_gradients(work, layout)
-    their_loss, theirs = pefts_gradients(work, peft, packing="PACKING" in more)
+    their_loss, theirs = pefts_gradients(work, peft, packing="PACKING" not in more)
     assert abs(loss - their_loss) <= BOUND * their_loss
     assert difference(mine, theirs) <= BOUND
 
@@ -235,9 +215,9 @@ def test_an_exported_adapter_gives_the_next_step_its_loss(work: Path, ckpt_forma
     merged: Any = Qwen2ForCausalLM.from_pretrained(work / f"{name}_merged").float()
     adapted = PeftModel.from_pretrained(model, work / f"{name}_adapter")
     with torch.no_grad():
-        found = [pefts_loss(each, work, 2).item() for each in (adapted, merged)]
+        found = [hf_loss(each, work, 2).item() for each in (adapted, merged)]
         with adapted.disable_adapter():
-            without = pefts_loss(adapted, work, 2).item()
+            without = hf_loss(adapted, work, 2).item()
     assert np.allclose(found, log[2][1], rtol=2e-6), (found, log)
     assert abs(without - log[2][1]) > 1e-3
     assert sorted(path.name for path in (work / f"{name}_adapter").iterdir()) == [
