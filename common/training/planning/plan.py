@@ -19,7 +19,7 @@ from common.errors import KitError
 from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes, is_node_leader
 from common.platforms.base import Platform
-from common.training.planning.compatibility import check_fit
+from common.training.planning.compatibility import check_fit, with_packing
 from common.training.planning.datasets import content_hash, open_data, validation_hashes
 from common.training.planning.deadline import STARTED
 from common.training.settings import TrainSettings
@@ -108,6 +108,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     overrides(settings.mcore)
     start = find_start(settings)
     qwen = load_config(start.model_folder)
+    settings = with_packing(settings, platform)
     check_fit(settings, platform, qwen)
     if start.checkpoint:
         check_parallel_sizes(start.checkpoint, settings.sizes, qwen)
