@@ -103,7 +103,7 @@ def checked_plan(settings: TrainSettings, platform: Platform) -> "Plan":
     from common.estimate.check import check_host_memory, check_memory
     from common.training.checkpointing.run_folder import check_folder
     from common.training.launching.interfaces import check_gloo_interface
-    from common.training.planning.compatibility import check_packages, with_packing
+    from common.training.planning.compatibility import check_packages
     from common.training.planning.devices import check_devices
     from common.training.planning.plan import plan_run
     from common.training.tracking.tracker import check_tracking
@@ -111,7 +111,6 @@ def checked_plan(settings: TrainSettings, platform: Platform) -> "Plan":
     check_environment(settings)
     check_machine(platform)
     check_devices(settings, platform)
-    settings = with_packing(settings, platform)
     check_packages(settings, platform)
     plan = plan_run(settings, platform)
     check_tracking(settings)

@@ -36,12 +36,12 @@ SAMPLE = {
     "LR_WARMUP_ITERS": "20",
     "ADAM_BETA2": "0.98",
     "WEIGHT_DECAY": "0.1",
-    "SAVE_INTERVAL": "350",
-    "EVAL_INTERVAL": "350",
+    "SAVE_INTERVAL": "250",
+    "EVAL_INTERVAL": "250",
     "LOG_INTERVAL": "50",
 }
 SAMPLE_STAGE = {
-    "pretrain": {"TRAIN_ITERS": "700", "LR": "6e-3", "MIN_LR": "6e-4", "RESET_ATTENTION": "true"},
+    "pretrain": {"TRAIN_ITERS": "500", "LR": "6e-3", "MIN_LR": "6e-4", "RESET_ATTENTION": "true"},
     "finetune": {"TRAIN_ITERS": "150", "LR": "4e-3", "MIN_LR": "4e-4", "PACKING": "true"},
 }
 

@@ -36,9 +36,9 @@ def expected(work: Path, packing: bool, steps: range) -> float:
 @pytest.mark.parametrize(
     ("name", "packing", "layout"),
     [
-        ("dp2", False, {"GPUS": 2}),
-        ("tp2_pp2", False, {"TP": 2, "PP": 2, "GPUS": 4}),
-        ("packed", True, {"PACKING": "true", "GPUS": 2}),
+        ("dp2", False, {"PACKING": "false", "GPUS": 2}),
+        ("tp2_pp2", False, {"PACKING": "false", "TP": 2, "PP": 2, "GPUS": 4}),
+        ("packed", True, {"GPUS": 2}),  # by default
     ],
 )
 def test_the_share_is_that_of_the_samples_of_the_interval(

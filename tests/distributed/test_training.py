@@ -24,7 +24,8 @@ COMMON = {
 
 def settings(work: Path, mode: str, **more: Any) -> dict[str, Any]:
     data = work / ("sft" if mode == "finetune" else "pretrain")
-    length = {"seq_length": 96} if mode == "finetune" else {}
+    # One sample a row, as Hugging Face gets them; test_packing.py compares rows of several.
+    length = {"seq_length": 96, "packing": False} if mode == "finetune" else {}
     return {
         **COMMON,
         "train_mode": mode,
@@ -227,7 +228,8 @@ def test_fields_of_megatron_core_are_set_by_name(work: Path) -> None:
     log = run("-m", "common.train", *given, *flags, f"--save-checkpoint-path={work / 'mcore'}")
     assert "megatron-core's transformer config: recompute_modules = ['core_attn', 'mlp']" in log
     assert "megatron-core's ddp config: bucket_size = 1000" in log and "megatron-core's" not in plain
-    assert steps(log) == steps(plain) and len(steps(log)) == 2
+    assert len(steps(log)) == 2
+    assert_same_curve(steps(log), steps(plain))  # buckets of another size sum the norm in another order
     wrong = run("-m", "common.train", "--mcore.ddp.bucket_sise", "1", *flags, "--save-checkpoint-path=x", expect=2)
     assert "has no such field; did you mean bucket_size?" in wrong
 

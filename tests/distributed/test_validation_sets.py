@@ -39,7 +39,7 @@ def settings(work: Path, name: str, sets: str, **more: Any) -> dict[str, Any]:
     return {
         "TRAIN_MODE": "finetune", "DATASET_PATH": work / "sft", "LOAD_CHECKPOINT_PATH": work / "start",
         "VALID_DATASET_PATH": sets, "SAVE_CHECKPOINT_PATH": work / name, "SEQ_LENGTH": 96, "EVAL_INTERVAL": 1,
-        "TRAIN_ITERS": 1, **more,
+        "TRAIN_ITERS": 1, "PACKING": "false", **more,
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The main path through the scripts of cpu/, at TP=2 and PP=2: from jsonl to a model that transformers loads."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,8 @@ def test_the_scripts_lead_from_jsonl_to_a_model_that_transformers_loads(tmp_path
     )  # fmt: skip
     losses = [loss for _, loss, _ in steps(log)]
     assert len(losses) == 10 and losses[-1] < 0.9 * losses[0], losses
+    assert "defaults of TRAIN_MODE=finetune: PACKING=true, LR_WARMUP_FRACTION=0.03, MIN_LR=0.0003" in log
+    assert re.search(r"packing: a sample is a row of \d\.\d conversations on average", log)
     script(
         "2_convert_between_hf_megatron", CONVERT_TYPE="megatron-to-huggingface", LOAD_CHECKPOINT_PATH=run_folder,
         SAVE_CHECKPOINT_PATH=trained,

@@ -5,9 +5,10 @@ import signal
 import socket
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
@@ -58,6 +59,21 @@ def set_environment(plan: Plan) -> None:
     os.environ[STARTED] = str(time.time())
     # A rank exits at once on torchrun's SIGTERM (signals.py); torchrun kills one that does not after this many seconds.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    limit_shutdown(int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]))
+
+
+def limit_shutdown(seconds: int) -> None:
+    """Makes torchrun kill ranks `seconds` after its SIGTERM where a rank has failed too.
+
+    Its variable counts only when it is stopped itself (_stop_workers in elastic/agent/server/local_elastic_agent.py):
+    after a failure, or before a restart, it waits 30 s for a rank that hangs. torch 2.11 does not know the variable.
+    """
+    close = PContext.close
+
+    def close_soon(self: Any, death_sig: Any = None, timeout: int = 30) -> None:
+        close(self, death_sig, min(timeout, seconds))
+
+    PContext.close = close_soon  # type: ignore[method-assign]
 
 
 def run_agent(settings: TrainSettings, preflight: Preflight | None) -> None:

@@ -113,7 +113,6 @@ def with_packing(settings: TrainSettings, platform: Platform) -> TrainSettings:
         check_packages(packed, platform)
     except KitError as error:
         check_layers(off, platform)  # what is refused without packing too is not its fault
-        check_packages(off, platform)
         logger.info("PACKING=auto: off; %s", error)
         return off
     return packed

@@ -20,7 +20,7 @@ from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes, is_node_leader
 from common.platforms.base import Platform
 from common.training.planning.adapters import AdapterPlan, plan_adapters
-from common.training.planning.compatibility import check_fit
+from common.training.planning.compatibility import check_fit, with_packing
 from common.training.planning.datasets import content_hash, open_data, validation_hashes
 from common.training.planning.deadline import STARTED
 from common.training.planning.frozen import Frozen, check_frozen, frozen_weights
@@ -115,6 +115,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     overrides(settings.mcore)
     start = find_start(settings)
     qwen = load_config(start.model_folder)
+    settings = with_packing(settings, platform)
     check_fit(settings, platform, qwen)
     adapters = plan_adapters(settings, start.kind, start.checkpoint)
     if start.checkpoint:

@@ -1,14 +1,17 @@
 """torchrun's arguments, the port of a single node, and what is logged of a rank that fails."""
 
+import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import PContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import config_from_args, parse_args
 
-from common.training.launching.launcher import log_first_failure, torchrun_arguments, with_port
+from common.training.launching.launcher import limit_shutdown, log_first_failure, torchrun_arguments, with_port
 from common.training.launching.rank_exit import EXIT_REASONS
 from common.training.settings import TrainSettings
 
@@ -101,3 +104,12 @@ def test_of_processes_that_failed_the_first_is_named_with_its_traceback_and_its_
     failures = {4: failure(0, 1, 12), 5: failure(1, 3, 11)}
     assert log_first_failure(ChildFailedError("train", failures)) == 3
     assert caplog.messages == ["rank 5 failed first, with exit code 3", "traceback of rank 5:\nValueError: it"]
+
+
+def test_ranks_that_hang_are_killed_soon_however_long_torchrun_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+    monkeypatch.setattr(PContext, "close", lambda self, death_sig=None, timeout=30: waits.append(timeout))
+    limit_shutdown(5)
+    for given in ((), (3,), (60,)):
+        PContext.close(SimpleNamespace(), signal.SIGTERM, *given)  # type: ignore[arg-type]
+    assert waits == [5, 3, 5]
