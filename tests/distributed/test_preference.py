@@ -46,7 +46,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def computed(work: Path, model: str, name: str, *, joined: bool = False, **more: Any) -> dict[str, dict[str, Any]]:
     """The means and the gradients, in Hugging Face's names, of a step over all pairs by each of LOSSES."""
     packed = {"packing": True, "seq_length": 320, "micro_batch_size": 1}
-    apart = {"seq_length": 128, "micro_batch_size": 2}
+    apart = {"packing": False, "seq_length": 128, "micro_batch_size": 2}
     settings = {
         "train_mode": "dpo", "dataset_path": str(work / "pairs"), "split": "100,0", "precision": "fp32",
         "load_checkpoint_path": str(work / f"reference_{model}_start"), "save_checkpoint_path": str(work / "run"),

@@ -71,7 +71,7 @@ def test_the_quickstarts_model_learns_a_preference(work: Path, tmp_path: Path, t
     more = {"TUNER": "lora", "LORA_RANK": 8, "LR": "2e-2"} if tuner == "lora" else {"LR": "2e-3"}
     log = script(
         "3_run_mcore_qwen", TRAIN_MODE="dpo", DATASET_PATH=work / "train", LOAD_CHECKPOINT_PATH=work / "start",
-        SAVE_CHECKPOINT_PATH=tmp_path / "run", VALID_DATASET_PATH=f"held_out {work}/held_out", SEQ_LENGTH=96,
+        SAVE_CHECKPOINT_PATH=tmp_path / "run", VALID_DATASET_PATH=f"held_out {work}/held_out", SEQ_LENGTH=128,
         GLOBAL_BATCH_SIZE=32, MICRO_BATCH_SIZE=16, TRAIN_ITERS=20, MIN_LR="2e-4",
         EVAL_INTERVAL=10, LOG_INTERVAL=1, MASTER_PORT=free_port(), **more,
     )  # fmt: skip

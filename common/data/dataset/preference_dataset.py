@@ -109,7 +109,8 @@ def _report_too_long(
         f" {int(used.max())}"
     )
     if truncate == "error":
-        raise KitError(f"{prefix}: {text}: set TRUNCATE=drop, left or right, or a larger SEQ_LENGTH")
+        apart = "PACKING=false, a row for each answer, " if packing else ""
+        raise KitError(f"{prefix}: {text}: set {apart}TRUNCATE=drop, left or right, or a larger SEQ_LENGTH")
     done = {"drop": "dropped", "left": "truncated from the left", "right": "truncated from the right"}[truncate]
     logger.info("%s: %s: %s", prefix.name, text, done)
 
