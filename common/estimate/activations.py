@@ -32,6 +32,7 @@ class Workload:
     fused_kernels: bool
     fused_products: bool  # SwiGLU, and at TP 1 the loss, fused into the GEMMs
     lora: LoraConfig | None = None  # adapters on frozen weights, which have no gradients
+    recomputed_loss: bool = False  # preferences: the output layer runs again in the backward pass
     fp8_recipe: str = ""  # of the layers' GEMMs, whose inputs are then saved in FP8; empty: none
 
     @property

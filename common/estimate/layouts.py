@@ -57,7 +57,12 @@ class EstimateSettings:
         "true: with requirements/hopper.txt installed; auto: without",
         ("auto", "true", "false"),
     )
-    packing: bool = option(False, "finetune: several samples per row, with separate attention")
+    train_mode: str | None = option(
+        None,
+        "pretrain, finetune or dpo; default: finetune with packing, else pretrain",
+        ("pretrain", "finetune", "dpo"),
+    )
+    packing: bool = option(False, "finetune, dpo: several samples per row, with separate attention")
     tuner: str = option("full", "full: train all weights; lora: adapters alone", ("full", "lora"))
     lora_rank: int | None = option(None, "rank of the adapters; default: 16")
     lora_targets: str | None = option(None, "modules, as q_proj,v_proj; default: all-linear")
@@ -155,7 +160,7 @@ def train_settings(settings: EstimateSettings, layout: dict[str, int | str]) -> 
         save_checkpoint_path="-",
         dataset_path="-",
         train_iters=1,
-        train_mode="finetune" if settings.packing else "pretrain",
+        train_mode=settings.train_mode or ("finetune" if settings.packing else "pretrain"),
         **{name: getattr(settings, name) for name in names},
         **layout,  # type: ignore[arg-type]
     )

@@ -62,6 +62,7 @@ def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Wo
         fused_kernels=platform.fused_kernels,
         fused_products=settings.fused_products == "true",
         lora=settings.lora,
+        recomputed_loss=settings.train_mode == "dpo",
         fp8_recipe=settings.fp8_recipe if settings.fp8_format != "none" else "",
     )
 

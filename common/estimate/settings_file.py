@@ -11,7 +11,7 @@ from common.training.settings import TrainSettings
 LAYOUT = ("gpus", "nnodes", "tp", "pp", "micro_batch_size", "global_batch_size", "seq_length")
 OTHERS = (
     "vpp", "pipeline_layers", "cp", "recompute", "recompute_num_layers", "precision", "optimizer_state",
-    "transformer_impl", "fp8_format", "fp8_recipe", "packing",
+    "transformer_impl", "fp8_format", "fp8_recipe", "tuner", "lora_rank", "lora_targets",
 )  # fmt: skip
 
 
@@ -34,5 +34,6 @@ def settings_lines(one: Estimate, gpu: Gpu) -> Iterator[str]:
         value = getattr(settings, name)
         if value is not None and value != (getattr(TrainSettings, name, None) or False):
             yield f"{name.upper()}={str(value).lower() if isinstance(value, bool) else value}"
-    if settings.packing:
+    if settings.train_mode != "pretrain":
+        yield f"PACKING={str(bool(settings.packing)).lower()}"
         yield f"TRAIN_MODE={settings.train_mode}"

@@ -81,7 +81,8 @@ def chunk_cost(work: Workload, chunk: Chunk, gpu: Gpu) -> Cost:
     if chunk.last:
         rows = work.qwen.padded_vocab_size(work.tp) / work.tp
         logits = work.tokens * rows
-        total["products"] += (2 if work.lora else 3) * 2 * logits * work.qwen.hidden_size / gpu.flops
+        passes = (2 if work.lora else 3) + work.recomputed_loss
+        total["products"] += passes * 2 * logits * work.qwen.hidden_size / gpu.flops
         times = 1 if work.fused_loss else 3
         total["traffic"] += times * work.element_bytes * logits / gpu.bandwidth
     return total
@@ -170,4 +171,5 @@ def speed(settings: TrainSettings, platform: Platform, qwen: QwenConfig, gpu: Gp
     number = sizes.num_microbatches(settings.global_batch_size, settings.micro_batch_size)
     bubble = (sizes.pp - 1) / sizes.vpp  # in micro-batches: arXiv 2104.04473, section 2.2
     step = (number + bubble) * microbatch + once
-    return Speed(step, settings.global_batch_size * settings.seq_length / step, bubble * microbatch / step)
+    tokens = settings.global_batch_size * settings.rows_per_sample * settings.seq_length
+    return Speed(step, tokens / step, bubble * microbatch / step)

@@ -50,6 +50,18 @@ def test_operations_of_adapters_are_those_of_the_log(qwen: QwenConfig, impl: str
     assert found["products"] < 0.7 * cost(qwen, transformer_impl=impl)["products"]
 
 
+def test_preferences_run_the_output_layer_once_more(qwen: QwenConfig) -> None:
+    """And without packing a pair takes two rows, which are counted as tokens."""
+    before, after = cost(qwen, train_mode="finetune", packing=True), cost(qwen, train_mode="dpo", packing=True)
+    head = 2 * 512 * 32000 * 2048 / 989e12
+    assert after.pop("products") - before.pop("products") == pytest.approx(head)
+    assert after == pytest.approx(before)
+    packed = settings(train_mode="dpo", packing=True, micro_batch_size=2, global_batch_size=32)
+    apart = settings(train_mode="dpo", packing=False, micro_batch_size=1, global_batch_size=16)
+    one, other = (speed(each, H100.platform, qwen, H100).tokens_per_second for each in (packed, apart))
+    assert one == pytest.approx(other)
+
+
 def test_small_heads_make_attention_slower_and_nothing_else(qwen: QwenConfig) -> None:
     small = replace(qwen, head_dim=64, num_attention_heads=32, num_key_value_heads=16)
     before, after = cost(qwen), cost(small)
