@@ -110,8 +110,9 @@ AFTER = {
 - The GPU is not part of the table: FP8 and FlashAttention 4 are for Hopper and later GPUs, QuACK's products for Hopper.
   Without `-- --fused-products` and `-- --core-attention` both are used where a probe at the start shows that they work;
   the log says why one is not.
-- `PACKING=auto`, the default of fine-tuning, is off where the table says no or "with"; the log says why. The recipes of
-  fine-tuning have `PACKING=true`: on NGC 24.03 set `TRANSFORMER_IMPL=local`, or `PACKING=false`.
+- `PACKING=auto`, the default of fine-tuning, is off where the table says no or "with", and for local layers on
+  MetaX; the log says why. The recipes of fine-tuning have `PACKING=true`: on NGC 24.03 set `TRANSFORMER_IMPL=local`,
+  or `PACKING=false`.
 - torch_dist was never run on MetaX ([metax.md](../metax.md)), `OPTIMIZER_STATE=cpu` never on a GPU.
 """,
     "zh": """\
@@ -125,7 +126,7 @@ AFTER = {
   Transformer Engine 的层。据称 MetaX 的 GPU 中只有 C600 支持 FP8。
 - 表中不考虑 GPU 型号：FP8 和 FlashAttention 4 用于 Hopper 及更新的 GPU，QuACK 的矩阵乘用于 Hopper。不设
   `-- --fused-products` 和 `-- --core-attention` 时，启动时试运行，能工作的就使用；日志说明没有使用的原因。
-- 微调的默认值 `PACKING=auto` 在表中为“不可以”或“需”时关闭，日志说明原因。
+- 微调的默认值 `PACKING=auto` 在表中为“不可以”或“需”时关闭，沐曦上的 local 层也关闭；日志说明原因。
   微调的配方含 `PACKING=true`：在 NGC 24.03 上请设 `TRANSFORMER_IMPL=local`，或 `PACKING=false`。
 - torch_dist 没有在 MetaX 上运行过（[metax.md](../metax.md)），`OPTIMIZER_STATE=cpu` 没有在 GPU 上运行过。
 """,

@@ -108,6 +108,12 @@ def with_packing(settings: TrainSettings, platform: Platform) -> TrainSettings:
     if settings.train_mode == "pretrain" or settings.train_or_convert_ckpt != "train":
         return off
     packed = replace(settings, packing=True)
+    if (settings.transformer_impl or platform.transformer_impl) == "local" and not platform.ran_on_hardware:
+        logger.info(
+            "PACKING=auto: off; local layers mask attention over whole rows, which takes memory of SEQ_LENGTH squared,"
+            " and was not run on %s hardware: PACKING=true does so", platform.name,
+        )  # fmt: skip
+        return off
     try:
         check_layers(packed, platform)
         check_packages(packed, platform)

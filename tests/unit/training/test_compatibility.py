@@ -157,9 +157,13 @@ def test_packing_is_automatic_where_layers_and_packages_can(
     ]
     caplog.clear()
     for one, platform in (
-        (settings(train_mode="finetune", transformer_impl="local"), "nvidia"), (tuning, "metax"), (tuning, "cpu"),
+        (settings(train_mode="finetune", transformer_impl="local"), "nvidia"), (tuning, "cpu"),
     ):  # fmt: skip
         assert with_packing(one, PLATFORMS[platform]).packing is True
+    assert with_packing(tuning, PLATFORMS["metax"]).packing is False
+    (said,) = caplog.messages
+    assert said.startswith("PACKING=auto: off; local layers mask attention") and "metax hardware" in said
+    caplog.clear()
     installed(monkeypatch, "2.4.0", "0.16.1")
     assert with_packing(tuning, PLATFORMS["nvidia"]).packing is True
     assert with_packing(settings(), PLATFORMS["nvidia"]).packing is False, "pretraining samples are full"
