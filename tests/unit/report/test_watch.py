@@ -35,7 +35,8 @@ def test_it_follows_a_run_until_that_ends(tmp_path: Path) -> None:
     time.sleep(1.5)
     assert watch.poll() is None
     MetricsFile(run, 0).log(40, {"loss": 1.5})
-    (run / "run.json").write_text(record)
+    (run / "new.json").write_text(record)
+    (run / "new.json").replace(run / "run.json")  # at once, as a run does
     output, _ = watch.communicate(timeout=60)
     assert watch.returncode == 0 and "iteration 40 of 4,000" in output and " complete " in output
 
