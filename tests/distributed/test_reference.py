@@ -49,7 +49,9 @@ def work(pairs: Path, tmp_path: Path) -> Path:
 def settings(work: Path, name: str = "run", **more: Any) -> dict[str, Any]:
     return {
         "TRAIN_MODE": "dpo", "DATASET_PATH": work / "a", "LOAD_CHECKPOINT_PATH": work / "qwen_start",
-        "SAVE_CHECKPOINT_PATH": work / name, "SEQ_LENGTH": 128, "TRAIN_ITERS": 1, "SPLIT": "100,0", **more,
+        "SAVE_CHECKPOINT_PATH": work / name, "SEQ_LENGTH": 128, "TRAIN_ITERS": 1, "SPLIT": "100,0",
+        "PACKING": "false",  # a row for each answer, and packed where a test says so
+        **more,
     }  # fmt: skip
 
 
@@ -229,6 +231,7 @@ def test_a_stop_on_any_rank_ends_the_computation_of_the_reference_with_nothing_s
     given = {
         "train_mode": "dpo", "dataset_path": str(work / "a"), "load_checkpoint_path": str(work / "qwen_start"),
         "save_checkpoint_path": str(work / "run"), "seq_length": 128, "train_iters": 1, "precision": "fp32",
+        "packing": False,
         "global_batch_size": 8, "micro_batch_size": 1, "tp": 2, "gpus": 2, "num_workers": 0,
     }  # fmt: skip
     worker(2, {"settings": given, "joined": False, "stopped": True}, "preference_worker")
