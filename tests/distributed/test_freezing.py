@@ -12,7 +12,7 @@ from transformers import Qwen2ForCausalLM
 
 from common.checkpoint.formats.torch_dist_reader import TorchDistReader
 from tests.distributed.hf_loss import hf_loss
-from tests.distributed.launch import run, steps, words
+from tests.distributed.launch import forked, steps, words
 from tests.distributed.user import step3_forked
 
 
@@ -26,7 +26,7 @@ def settings(work: Path, name: str, **more: Any) -> dict[str, Any]:
 def changed(work: Path, name: str) -> set[str]:
     """The Hugging Face tensors that the run changed, after its export."""
     flags = {"load_checkpoint_path": work / name, "save_checkpoint_path": work / f"{name}_hf"}
-    run("-m", "common.convert", "megatron-to-hf", *words(flags))
+    forked(0, "common.convert", ["megatron-to-hf", *words(flags)])
     before, after = (load_file(work / folder / "model.safetensors") for folder in ("qwen", f"{name}_hf"))
     return {key for key in before if not torch.equal(before[key], after[key])}
 

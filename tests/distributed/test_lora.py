@@ -23,8 +23,8 @@ from common.training.checkpointing.run_folder import size_of
 from common.training.tracking.records import read_metrics
 from tests.conversion import to_megatron
 from tests.distributed.hf_loss import hf_loss
-from tests.distributed.launch import run, steps, words
-from tests.distributed.user import Run, step3, step3_forked
+from tests.distributed.launch import forked, steps, train_forked, words
+from tests.distributed.user import step3, step3_forked
 
 LORA = LoraShape(16, 32.0, MODULES)  # by default
 BOUND = 1e-5  # of each gradient's largest value
@@ -107,8 +107,13 @@ def test_loss_and_gradients_are_pefts(work: Path, peft: Path, layout: str) -> No
 
 def test_without_sequence_parallelism_too(work: Path, peft: Path) -> None:
     """Not a setting of the scripts, but of Python."""
-    more = {"TRAIN_ITERS": 1, "CLIP_GRAD": 0, "LORA_ADAPTER": peft, "TP": 2, "GPUS": 2}
-    Run(settings(work, "no_sp", **more), work / "no_sp.log", ("--sequence-parallel", "false")).end(0)
+    log = train_forked(
+        train_mode="finetune", dataset_path=work / "sft", load_checkpoint_path=work / "start", seq_length=96,
+        save_checkpoint_path=work / "no_sp", eval_interval=0, tuner="lora", lora_adapter=peft, precision="fp32",
+        train_iters=1, clip_grad=0, tp=2, gpus=2, global_batch_size=8, sequence_parallel="false", log_interval=1,
+        ckpt_format="torch_dist",
+    )  # fmt: skip
+    assert "TP 2" in log
     assert difference(our_gradients(work, "no_sp")[1], pefts_gradients(work, peft)[1]) <= BOUND
 
 
@@ -210,7 +215,7 @@ def test_an_exported_adapter_gives_the_next_step_its_loss(work: Path, ckpt_forma
     log = steps(step3_forked({**given, **(load if ckpt_format == "torch" else {})}))
     for kind in ("adapter", "merged"):
         flags = {"load_checkpoint_path": work / name / "iter_0000002", "save_checkpoint_path": work / f"{name}_{kind}"}
-        run("-m", "common.convert", "megatron-to-hf", *words({**flags, "export": kind}))
+        convert("megatron-to-hf", **flags, export=kind)
     model: Any = Qwen2ForCausalLM.from_pretrained(work / "qwen").float()
     merged: Any = Qwen2ForCausalLM.from_pretrained(work / f"{name}_merged").float()
     adapted = PeftModel.from_pretrained(model, work / f"{name}_adapter")
@@ -226,21 +231,17 @@ def test_an_exported_adapter_gives_the_next_step_its_loss(work: Path, ckpt_forma
 
 
 def test_every_command_says_what_an_adapter_is(work: Path, peft: Path, run_of_six: Path) -> None:
-    shown = run("-m", "common.convert", "inspect", str(run_of_six))
+    shown = forked(0, "common.convert", ["inspect", str(run_of_six)])
     assert f"LoRA adapter: rank 16, alpha 32, {', '.join(MODULES)}; of {work / 'start' / 'release'}" in shown
-    given = {"hf_model_path": work / "qwen", "load_checkpoint_path": run_of_six}
-    assert "holds a LoRA adapter of" in run("-m", "common.convert", "verify", *words(given), expect=2)
-    given = {"load_checkpoint_path": run_of_six, "save_checkpoint_path": work / "mean", "average": 2}
-    log = run("-m", "common.convert", "megatron-to-hf", *words(given), expect=2)
+    log = convert("verify", 2, hf_model_path=work / "qwen", load_checkpoint_path=run_of_six)
+    assert "holds a LoRA adapter of" in log
+    log = convert("megatron-to-hf", 2, load_checkpoint_path=run_of_six, save_checkpoint_path=work / "none", average=2)
     assert "the mean of adapters is not the adapter of the mean" in log
-    given = {"load_checkpoint_path": work / "start", "save_checkpoint_path": work / "none", "export": "adapter"}
-    assert "holds whole weights: set EXPORT=merged" in run(
-        "-m", "common.convert", "megatron-to-hf", *words(given), expect=2
-    )
-    given = {"load_checkpoint_path": peft, "save_checkpoint_path": work / "none"}
-    assert "LORA_ADAPTER" in run("-m", "common.convert", "hf-to-megatron", *words(given), expect=2)
-    assert "EXPORT=merged" in run("-m", "common.chat", f"--hf-model-path={peft}", expect=2)
-    assert not (work / "none").exists() and not (work / "mean").exists()
+    whole = {"load_checkpoint_path": work / "start", "save_checkpoint_path": work / "none"}
+    assert "holds whole weights: set EXPORT=merged" in convert("megatron-to-hf", 2, **whole, export="adapter")
+    assert "LORA_ADAPTER" in convert("hf-to-megatron", 2, load_checkpoint_path=peft, save_checkpoint_path=work / "none")
+    assert "EXPORT=merged" in forked(0, "common.chat", [f"--hf-model-path={peft}"], 2)
+    assert not (work / "none").exists()
 
 
 def test_export_hf_writes_the_adapter_beside_training(work: Path) -> None:
@@ -253,10 +254,15 @@ def test_export_hf_writes_the_adapter_beside_training(work: Path) -> None:
 def test_some_targets_leave_the_others_alone(work: Path) -> None:
     step3_forked(settings(work, "some", LORA_TARGETS="v_proj,up_proj", LORA_RANK=2, TP=2, GPUS=2, TRAIN_ITERS=2))
     flags = {"load_checkpoint_path": work / "some", "save_checkpoint_path": work / "some_merged"}
-    run("-m", "common.convert", "megatron-to-hf", *words(flags))
+    convert("megatron-to-hf", **flags)
     before, after = (load_file(work / name / "model.safetensors") for name in ("qwen", "some_merged"))
     changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"v_proj", "up_proj"}
+
+
+def convert(command: str, code: int = 0, **flags: Any) -> str:
+    """The log of `python -m common.convert`."""
+    return forked(0, "common.convert", [command, *words(flags)], code)
 
 
 def refuse(work: Path, words: str, **more: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.checkpoint.formats.checkpoint_paths import require_checkpoint
 from common.checkpoint.verification.verify import verify
+from common.errors import KitError
 from common.model.shape.config import load_config
+from tests.conversion import to_megatron
 from tests.distributed.launch import ROOT
 from tests.tiny import tiny_qwen
 
@@ -92,9 +95,8 @@ def test_the_tokens_reach_the_exported_model(model: Path, tmp_path: Path, ckpt_f
 
 
 def test_a_wrong_row_would_be_seen(model: Path, tmp_path: Path) -> None:
-    path, start = write(tmp_path / "tokens.jsonl", TOKENS), tmp_path / "start"
-    step("2", CONVERT_TYPE="huggingface-to-megatron", LOAD_CHECKPOINT_PATH=model, SAVE_CHECKPOINT_PATH=start,
-         NEW_TOKENS=path, CKPT_FORMAT="torch_dist")  # fmt: skip
+    path = write(tmp_path / "tokens.jsonl", TOKENS)
+    start = to_megatron(model, tmp_path / "start", new_tokens=str(path), ckpt_format="torch_dist")
     qwen, tokenizer = load_config(start), AutoTokenizer.from_pretrained(model)
     first = len(tokenizer)
     sources = {first + i: tokenizer(row.get("description", row["token"])).input_ids for i, row in enumerate(TOKENS)}
@@ -119,8 +121,14 @@ def test_a_wrong_row_would_be_seen(model: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, rows: list[Any], message: str) -> None:
-    model = tiny_qwen(tmp_path / "qwen")
-    given = {"CONVERT_TYPE": "huggingface-to-megatron", "LOAD_CHECKPOINT_PATH": model}
-    path = write(tmp_path / "tokens.jsonl", rows)
-    log = step("2", 2, SAVE_CHECKPOINT_PATH=tmp_path / "out", NEW_TOKENS=path, **given)
-    assert message in log and "Traceback" not in log and not (tmp_path / "out").exists()
+    model, path = tiny_qwen(tmp_path / "qwen"), write(tmp_path / "tokens.jsonl", rows)
+    with pytest.raises(KitError, match=re.escape(message)):
+        to_megatron(model, tmp_path / "out", new_tokens=str(path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_line_ends_the_script(tmp_path: Path) -> None:
+    path = write(tmp_path / "tokens.jsonl", [{"token": "<|im_end|>"}])
+    log = step("2", 2, CONVERT_TYPE="huggingface-to-megatron", LOAD_CHECKPOINT_PATH=tiny_qwen(tmp_path / "qwen"),
+               SAVE_CHECKPOINT_PATH=tmp_path / "out", NEW_TOKENS=path)  # fmt: skip
+    assert "is token" in log and "Traceback" not in log
