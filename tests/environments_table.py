@@ -83,8 +83,8 @@ BEFORE = {
 
 Written from the kit's own checks of a run's settings by `python -m tests.environments_table`: a cell says whether they
 accept the setting with the versions of that environment. **None of the images was run on hardware**; the versions of
-`nvidia/setup.sh` are those of [benchmarks.md](../benchmarks.md), the script itself was not run. "with" names what else
-must be set.
+`nvidia/setup.sh` are those of [benchmarks.md](../benchmarks.md), the script was run without a GPU only. "with" names what
+else must be set.
 """,
     "zh": """\
 # 各镜像和环境能做什么
@@ -93,7 +93,7 @@ must be set.
 
 由 `python -m tests.environments_table` 根据本套件自己对设置的检查生成：每格说明在该环境的版本下，检查是否接受这项设置。
 **这些镜像都没有在硬件上运行过**；`nvidia/setup.sh` 的版本就是 [benchmarks.md](../benchmarks.md) 的版本，
-脚本本身没有运行过。“需”表示还要设置的内容。
+脚本只在没有 GPU 的机器上运行过。“需”表示还要设置的内容。
 """,
 }
 AFTER = {
