@@ -83,8 +83,8 @@ BEFORE = {
 
 Written from the kit's own checks of a run's settings by `python -m tests.environments_table`: a cell says whether they
 accept the setting with the versions of that environment. **None of the images was run on hardware**; the versions of
-`nvidia/setup.sh` are those of [benchmarks.md](../benchmarks.md), the script was run without a GPU only. "with" names what
-else must be set.
+`nvidia/setup.sh` are those of [benchmarks.md](../benchmarks.md), the script was run without a GPU only. "with" names
+what else must be set.
 """,
     "zh": """\
 # 各镜像和环境能做什么
