@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from common.errors import KitError
 from common.json_file import read_json
 from common.model.shape.config import QwenConfig
-from common.model.shape.lora import MATRICES, MODULES, LoraConfig, adapter_shapes, peft_name
+from common.model.shape.lora import MODULES, LoraConfig, adapter_shapes, peft_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What changes the adapter's function, and the values without an effect.
@@ -120,9 +119,3 @@ def write_peft_folder(folder: Path, adapter: Adapter, lora: LoraConfig, base: st
         "inference_mode": True,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def delta(adapter: Adapter, lora: LoraConfig, layer: int, module: str) -> Tensor:
-    """float32 [o, i]: what the adapter adds to the module's weight, (alpha / r) B A."""
-    a, b = (adapter[layer, module, matrix].to(torch.float32) for matrix in MATRICES)
-    return (b @ a).mul_(lora.scale)

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.data.dataset.indexed_dataset import IndexedDataset
 from common.data.dataset.packing import pack
-from common.data.dataset.shuffle import ShuffleIndex, is_listed, keyed_shuffle, order_name
+from common.data.dataset.shuffle import epoch_order, is_listed, order_name
 from common.errors import KitError
 from common.log import logger
 
@@ -179,11 +179,7 @@ class SFTDataset:
     def _set_epoch(self, epoch: int) -> None:
         """Builds the order of the rows of `epoch`; that of the last epoch is kept."""
         if epoch != self._epoch:
-            number = self.samples_per_epoch
-            random = [self.seed, epoch]
-            self._shuffle_index: ShuffleIndex = (
-                np.random.default_rng(random).permutation(number) if self.listed else keyed_shuffle(number, *random)
-            )
+            self._shuffle_index = epoch_order(self.samples_per_epoch, self.seed, epoch, listed=self.listed)
             self._epoch = epoch
 
     def _members_of(self, row: int) -> list[int]:

@@ -139,3 +139,8 @@ def order_name(listed: bool) -> str:
 def keyed_shuffle(size: int, seed: int, epoch: int) -> KeyedPermutation:
     """The order of the `size` samples of an epoch that are too many to be listed."""
     return KeyedPermutation(size, np.random.SeedSequence(seed, spawn_key=(epoch, WINDOWS)))
+
+
+def epoch_order(size: int, seed: int, epoch: int, *, listed: bool) -> ShuffleIndex:
+    """The order of the `size` samples of an epoch, listed in memory or computed from their number."""
+    return np.random.default_rng([seed, epoch]).permutation(size) if listed else keyed_shuffle(size, seed, epoch)
