@@ -1,7 +1,7 @@
 """Step 3 beside what a user would pick instead, one GPU a program, all in one run: the table of docs/benchmarks.md.
 
     python -m tests.bench.bench_training --models FOLDER --data PREFIX --out FILE
-        [--chats PREFIX] [--megatron CHECKOUT] [--starts FOLDER] [--gpus N] [ROW ...]
+        [--chats PREFIX] [--pairs PREFIX] [--megatron CHECKOUT] [--starts FOLDER] [--gpus N] [ROW ...]
 
 FOLDER holds one folder a size (0.5B, 1.5B, 3B, 7B) with config.json and the tokenizer. A ROW is size/program, as
 3B/fp8; without one all are run, on N GPUs at once. A program runs ITERATIONS steps with its own log, and the median of
@@ -65,6 +65,19 @@ ROWS: dict[str, dict[str, Any]] = {
     "7B/lora-fp8": {"tuner": "lora", "micro-batch-size": 2, "fp8-format": "hybrid"},
     "7B/hf-lora": {"micro-batch-size": 2, "lora": 16},
     "32B/lora": {"tuner": "lora", "micro-batch-size": 1},
+    # The chosen answers of --pairs as conversations, and the pairs, from a checkpoint of --starts.
+    "3B/sft": {"train-mode": "finetune", "truncate": "drop", "packing": "true"},
+    "3B/dpo": {"train-mode": "dpo", "truncate": "drop", "packing": "true"},
+    "7B/lora-dpo": {"train-mode": "dpo", "truncate": "drop", "packing": "true", "tuner": "lora", "micro-batch-size": 2},
+    # FP8 at the length of LLM.Q's table.
+    "7B/fp8-1024": {
+        **BF16_STATE,
+        "fp8-format": "hybrid",
+        "fp8-recipe": "delayed",
+        "seq-length": 1024,
+        "micro-batch-size": 4,
+        "global-batch-size": 128,
+    },  # fmt: skip
     # Conversations of unequal length, a row each or packed: the tokens of a row count, padding too.
     "0.5B/padded": {"train-mode": "finetune", "truncate": "drop"},
     "0.5B/packed": {"train-mode": "finetune", "truncate": "drop", "packing": "true"},
@@ -90,8 +103,13 @@ def words(flags: dict[str, Any]) -> list[str]:
     return [word for name, value in flags.items() for word in ([f"--{name}"] + ([] if value is True else [str(value)]))]
 
 
+def needs_start(flags: dict[str, Any]) -> bool:
+    """Whether a row trains adapters or preferences, which start from a checkpoint."""
+    return "tuner" in flags or flags.get("train-mode") == "dpo"
+
+
 def kit(model: Path, data: str, flags: dict[str, Any], port: int, starts: Path | None) -> list[str]:
-    start = {"load-checkpoint-path": starts / model.name} if "tuner" in flags and starts else {"hf-model-path": model}
+    start = {"load-checkpoint-path": starts / model.name} if needs_start(flags) and starts else {"hf-model-path": model}
     flags = {
         **start, "dataset-path": data, "save-checkpoint-path": f"/tmp/bench_training_{port}",
         "save-interval": 10**6, "eval-interval": 0, "split": "100,0,0", "train-iters": ITERATIONS, "log-interval": 1,
@@ -119,7 +137,8 @@ def without_saving() -> None:
         train.main()
 
 
-def megatron(model: Path, checkout: Path, flags: dict[str, Any]) -> list[str]:
+def megatron_flags(model: Path) -> dict[str, Any]:
+    """Flags of Megatron-LM's pretrain_gpt.py for a model's shape, its best ones, without layout, batch and length."""
     qwen = load_config(model)
     shape = {
         "num-layers": qwen.num_hidden_layers, "hidden-size": qwen.hidden_size,
@@ -140,8 +159,12 @@ def megatron(model: Path, checkout: Path, flags: dict[str, Any]) -> list[str]:
         "lr": 1e-4, "min-lr": 1e-5, "lr-decay-style": "cosine", "weight-decay": 0.1, "clip-grad": 1.0,
         "overlap-grad-reduce": True, "overlap-param-gather": True,
     }  # fmt: skip
+    return {**shape, **run}
+
+
+def megatron(model: Path, checkout: Path, flags: dict[str, Any]) -> list[str]:
     script = str(checkout / "pretrain_gpt.py")
-    return ahead("torch,transformer_engine.pytorch,megatron.core", script, {**shape, **run, **flags})
+    return ahead("torch,transformer_engine.pytorch,megatron.core", script, {**megatron_flags(model), **flags})
 
 
 def hugging_face(model: Path, flags: dict[str, Any]) -> list[str]:
@@ -167,6 +190,13 @@ def figures(program: str, printed: str, qwen: QwenConfig, flags: dict[str, Any])
     return {"tokens_per_s": rate, "tflops": tflops, "allocated_gib": allocated, "reserved_gib": reserved}
 
 
+def data_of(flags: dict[str, Any], arguments: argparse.Namespace) -> str:
+    """The OUTPUT_PREFIX that a row trains on."""
+    if flags.get("train-mode") == "dpo":
+        return arguments.pairs
+    return arguments.chats if "train-mode" in flags else arguments.data
+
+
 @dataclass
 class Started:
     """A program that is started ahead and waits for its turn."""
@@ -189,9 +219,7 @@ def start(row: str, gpu: int, arguments: argparse.Namespace) -> Started:
     elif program.startswith("hf"):
         command = hugging_face(model, flags)
     else:
-        command = kit(
-            model, arguments.chats if "train-mode" in flags else arguments.data, flags, port, arguments.starts
-        )
+        command = kit(model, data_of(flags, arguments), flags, port, arguments.starts)
     process = subprocess.Popen(
         command, env=environment, text=True, cwd=KIT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -223,6 +251,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--chats", help="OUTPUT_PREFIX of step 1 for fine-tuning")
+    parser.add_argument("--pairs", help="OUTPUT_PREFIX of step 1 for preferences")
     parser.add_argument("--megatron", type=Path)
     parser.add_argument("--starts", type=Path, help="folder of a checkpoint a size, for adapters")
     parser.add_argument("--gpus", type=int, default=1)
@@ -233,6 +262,7 @@ def main() -> None:
     left: queue.SimpleQueue[str] = queue.SimpleQueue()
     for row in arguments.rows or ROWS:
         available = {"megatron": arguments.megatron, "padded": arguments.chats, "packed": arguments.chats}
+        available |= {"sft": arguments.chats, "dpo": arguments.pairs, "lora-dpo": arguments.pairs}
         available |= {"lora": arguments.starts, "lora-4": arguments.starts, "lora-fp8": arguments.starts}
         if available.get(row.split("/")[1], True):
             left.put(row)
