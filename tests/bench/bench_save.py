@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from common.platforms import detect
+from tests.bench.bench_training import LOG
 
 KIT = Path(__file__).parents[2]
 MICRO_BATCH = {"0.5B": 8, "1.5B": 4, "3B": 2, "7B": 1}
@@ -32,7 +33,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "sync": {}, "async": {"async-save": "true"}, "weights": {"save-optimizer": "false"},
 }  # fmt: skip
 SAVED = re.compile(r"saved (\S+): ([\d.]+) MB in ([\d.]+) s .*?(?:training paused ([\d.]+) s)?$")
-STEP = re.compile(r"iteration (\d+)/\d+ +\S+ +\S+ +\S+ +([\d,]+)")  # tokens/s, after loss, grad norm and lr
 DD_BYTES = 4 << 30
 
 
@@ -103,7 +103,7 @@ def measure(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     assert process.stderr
     for line in process.stderr:
         lines.append(line)
-        if found := STEP.search(line):
+        if found := LOG.search(line):
             steps[int(found[1])] = 1e3 * tokens / float(found[2].replace(",", ""))
             if not saves and int(found[1]) < arguments.every:
                 before = {"gpu_mib": watch.gpu_mib, "host_gib": round(watch.host_gib, 2)}

@@ -92,7 +92,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "7B/kit-full": {**BF16_STATE, "recompute": "full", "micro-batch-size": 2},
 }
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-LOG = re.compile(r"iteration (\d+)/\d+ +\S+ +\S+ +\S+ +([\d,]+)")  # tokens/s, after loss, grad norm and lr
+LOG = re.compile(r"iteration (\d+)/\d+ .*? \d\.\d\de[+-]\d\d +([\d,]+)")  # tokens/s, which follow the learning rate
 MEMORY = re.compile(r"GiB allocated / reserved / total: ([\d.]+) / ([\d.]+)")
 MEGATRON_LOG = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 MEGATRON_MEMORY = re.compile(r"max allocated: ([\d.]+) \|.*max reserved: ([\d.]+)")
