@@ -113,7 +113,7 @@ AFTER = {
 - `PACKING=auto`, the default of fine-tuning, is off where the table says no or "with", and for local layers on
   MetaX; the log says why. The recipes of fine-tuning have `PACKING=true`: on NGC 24.03 set `TRANSFORMER_IMPL=local`,
   or `PACKING=false`.
-- torch_dist was never run on MetaX ([metax.md](../metax.md)), `OPTIMIZER_STATE=cpu` never on a GPU.
+- torch_dist was never run on MetaX ([metax.md](../metax.md)), `OPTIMIZER_STATE=cpu` on a GPU only for a few steps.
 """,
     "zh": """\
 - NGC 24.03 是 `docker/nvidia.Dockerfile` 的基础镜像，25.06 是更新的一个：`--build-arg
@@ -128,7 +128,7 @@ AFTER = {
   `-- --fused-products` 和 `-- --core-attention` 时，启动时试运行，能工作的就使用；日志说明没有使用的原因。
 - 微调的默认值 `PACKING=auto` 在表中为“不可以”或“需”时关闭，沐曦上的 local 层也关闭；日志说明原因。
   微调的配方含 `PACKING=true`：在 NGC 24.03 上请设 `TRANSFORMER_IMPL=local`，或 `PACKING=false`。
-- torch_dist 没有在 MetaX 上运行过（[metax.md](../metax.md)），`OPTIMIZER_STATE=cpu` 没有在 GPU 上运行过。
+- torch_dist 没有在 MetaX 上运行过（[metax.md](../metax.md)），`OPTIMIZER_STATE=cpu` 在 GPU 上只运行过几步。
 """,
 }
 # Setting, and the fields that select it in a run of two processes.
