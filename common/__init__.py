@@ -5,6 +5,7 @@ jsonl --preprocess--> .bin/.idx --train--> checkpoint --convert--> safetensors -
 Imports point down (tests/unit/test_layers.py); docs/architecture.md shows the rooms within the parts:
 
     commands     preprocess  convert  logits  train  watch  chat  evaluate  doctor  adopt  demo
+    tune         layouts tried on the GPUs at hand
     estimate     memory, layouts that fit, tokens/s
     report       a page on runs
     training     plan, ranks, loop, state

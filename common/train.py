@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import errors, log
@@ -36,15 +37,34 @@ def main() -> None:
     )
     add_options(parser, TrainSettings)
     parser.add_argument("--check", action="store_true", help="check the settings, the model and the data, and stop")
+    parser.add_argument(
+        "--tune", type=Path, metavar="FILE",
+        help="try the estimate's best layouts on this machine's GPUs, write the fastest to FILE, and stop",
+    )  # fmt: skip
     arguments = parser.parse_args(join_words(sys.argv[1:]))
     log.setup()
     settings = from_namespace(TrainSettings, arguments)
     installation.check_origin()
+    if arguments.tune:
+        tune_layout(settings, arguments.tune)
+        return
     signals.block_stop_signals()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         train(settings)
     else:
         launch(settings, check_only=arguments.check)
+
+
+def tune_layout(settings: TrainSettings, output: Path) -> None:
+    """Tries layouts and writes the fastest to `output`."""
+    from common.training.planning.devices import check_devices
+    from common.tune.tuning import tune  # reads the settings of a run, and starts this module for each trial
+
+    platform = current()
+    check_environment(settings)
+    check_machine(platform)
+    check_devices(settings, platform)
+    tune(settings, platform, output)
 
 
 def train(settings: TrainSettings) -> None:
@@ -104,7 +124,7 @@ def checked_plan(settings: TrainSettings, platform: Platform) -> "Plan":
     from common.training.checkpointing.run_folder import check_folder
     from common.training.launching.interfaces import check_gloo_interface
     from common.training.planning.compatibility import check_packages
-    from common.training.planning.devices import check_devices
+    from common.training.planning.devices import check_devices, check_temporary_folder
     from common.training.planning.plan import plan_run
     from common.training.tracking.tracker import check_tracking
 
@@ -112,6 +132,7 @@ def checked_plan(settings: TrainSettings, platform: Platform) -> "Plan":
     check_machine(platform)
     check_devices(settings, platform)
     check_packages(settings, platform)
+    check_temporary_folder(settings.num_workers)
     plan = plan_run(settings, platform)
     check_tracking(settings)
     if plan.train:

@@ -24,7 +24,7 @@ declare -A AREAS=(
     tests/distributed/test_tracking.py'
   [engine]='tests/unit/engine tests/unit/test_platforms.py
     tests/unit/test_facts.py tests/unit/test_doctor.py tests/unit/test_machine.py tests/distributed/test_packing.py'
-  [estimate]='tests/unit/estimate'
+  [estimate]='tests/unit/estimate tests/distributed/test_tune.py'
   [demo]='tests/unit/demo'
   [report]='tests/unit/report tests/unit/test_trigram.py'
   [adopt]='tests/unit/adopt tests/end_to_end/test_adopt.py'

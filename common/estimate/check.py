@@ -85,14 +85,19 @@ def compare_memory(plan: Plan, name: str, total_bytes: int) -> None:
 
 def needed(plan: Plan) -> Need:
     """The memory that the run needs, with QuACK's fused GEMMs if they are installed and allowed."""
-    settings = plan.settings
-    if settings.fused_products == "auto" and find_spec("quack") and _may_fuse(settings, plan.platform):
-        settings = replace(settings, fused_products="true")
+    settings = as_installed(plan.settings, plan.platform)
     error = activation_error(settings, plan.platform)
     ranks = [rank_memory(settings, plan.platform, plan.qwen, stage) for stage in range(settings.pp)]
     # The estimate counts every weight as trained.
     least = 0 if plan.frozen else max(_least(rank, error) for rank in ranks)
     return Need(max(rank.peak for rank in ranks), least)
+
+
+def as_installed(settings: TrainSettings, platform: Platform) -> TrainSettings:
+    """`settings` with FUSED_PRODUCTS=auto decided as a run on this machine would."""
+    if settings.fused_products == "auto" and find_spec("quack") and _may_fuse(settings, platform):
+        return replace(settings, fused_products="true")
+    return settings
 
 
 def activation_error(settings: TrainSettings, platform: Platform) -> float:

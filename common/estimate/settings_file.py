@@ -28,6 +28,11 @@ def settings_lines(one: Estimate, gpu: Gpu) -> Iterator[str]:
     measured = gpu.name in MEASURED and settings.sizes.world_size == 1 and settings.optimizer_state != "cpu"
     basis = "fitted to measurements of one GPU" if measured else "estimated, not measured"
     yield f"# {one.largest.peak / 2**30:.1f} GiB per GPU{' (tight)' * (one.fits == 'tight')}{rate} ({basis})."
+    yield from layout_lines(settings)
+
+
+def layout_lines(settings: TrainSettings) -> Iterator[str]:
+    """NAME=VALUE of what makes a layout, and of what its memory and speed depend on."""
     for name in LAYOUT:
         yield f"{name.upper()}={getattr(settings, name)}"
     for name in OTHERS:

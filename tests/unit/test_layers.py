@@ -31,6 +31,7 @@ LAYERS = [
     {"inference"},
     {"training", "demo"},
     {"estimate", "report"},
+    {"tune"},
     {"preprocess", "convert", "logits", "train", "doctor", "watch", "chat", "evaluate", "adopt"},
 ]
 # The rooms of a part, lowest first; a file beside them is a room of its own.

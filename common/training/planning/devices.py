@@ -1,9 +1,10 @@
-"""Queries this node's devices without creating a CUDA context in the launcher: their memory belongs to the ranks."""
+"""Checks of this node: its devices, without a CUDA context in the launcher, and the folder of temporary files."""
 
 import json
 import os
 import subprocess
 import sys
+import tempfile
 
 from common.errors import KitError
 from common.platforms.base import Platform
@@ -17,6 +18,8 @@ of = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.devi
 print(json.dumps([[each.name, each.total_memory] for each in of]))
 """
 TIMEOUT_S = 120
+SOCKET_PATH_BYTES = 107  # the longest path of a Unix socket (unix(7): sun_path, without its final 0)
+SOCKET_NAME = "/pymp-xxxxxxxx/listener-xxxxxxxx"  # as Python's multiprocessing names them in the temporary folder
 
 
 def check_devices(settings: ParallelSettings, platform: Platform) -> None:
@@ -33,6 +36,17 @@ def check_devices(settings: ParallelSettings, platform: Platform) -> None:
         if not found:
             remedy = f"start the container with `docker run {platform.container_flags}`, on a machine with the driver"
         raise KitError(f"GPUS={settings.gpus}, but torch sees {found} devices{visible}: {remedy}")
+
+
+def check_temporary_folder(num_workers: int) -> None:
+    """Raises KitError where the data workers' sockets would have too long a path: the ranks would wait for them."""
+    folder = tempfile.gettempdir()
+    most, length = SOCKET_PATH_BYTES - len(SOCKET_NAME), len(os.fsencode(folder))
+    if num_workers and length > most:
+        raise KitError(
+            f"TMPDIR={folder}: data workers send rows through sockets there, so its path may have {most} bytes, and has"
+            f" {length}: set TMPDIR to a shorter folder, such as /tmp, or NUM_WORKERS=0"
+        )
 
 
 def smallest_device(num_devices: int) -> tuple[str, int] | None:

@@ -1,5 +1,8 @@
 """Checks for as many devices as a run requests, and for their memory, without initializing one."""
 
+import socket
+import tempfile
+from multiprocessing import connection, process
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +76,23 @@ def test_a_process_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(devices, "TIMEOUT_S", 1)
     assert devices.smallest_device(1) is None
+
+
+def test_a_temporary_folder_too_long_for_the_workers_sockets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is as long as Python's own, and Linux takes a socket at the longest folder that is allowed."""
+    longest = "/tmp/" + "x" * 70
+    monkeypatch.setattr(tempfile, "tempdir", longest)
+    devices.check_temporary_folder(2)
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        made = tempfile.mkdtemp(prefix="pymp-")  # as multiprocessing.util.get_temp_dir makes it, and removes it at exit
+        monkeypatch.setitem(process.current_process()._config, "tempdir", made)  # type: ignore[attr-defined]
+        assert len(connection.arbitrary_address("AF_UNIX")) == len(short) + len(devices.SOCKET_NAME)
+        folder = Path(short) / ("x" * (len(longest) - len(short) - 1))
+        folder.mkdir()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folder}{devices.SOCKET_NAME.replace('/pymp-xxxxxxxx/', '/pymp-xxxxxxxx-')}")
+    monkeypatch.setattr(tempfile, "tempdir", f"{longest}x")
+    devices.check_temporary_folder(0)
+    with pytest.raises(KitError, match=r"^TMPDIR=/tmp/x+: .* may have 75 bytes, and has 76: set TMPDIR to a shorter"):
+        devices.check_temporary_folder(2)

@@ -1,0 +1,51 @@
+"""Tunes a run: its best layouts by the estimate are tried one after the other, and the fastest is written to a file."""
+
+from pathlib import Path
+
+from common.errors import KitError, writing
+from common.log import logger
+from common.model.shape.config import load_config
+from common.platforms.base import Platform
+from common.training.planning.compatibility import with_packing
+from common.training.planning.plan import find_start
+from common.training.settings import TrainSettings
+from common.tune.candidates import candidates, check_tunable, find_device, with_layout
+from common.tune.results import settings_lines, table
+from common.tune.trial import run_trial
+
+TRIALS, ITERATIONS, LIMIT_MIN = 5, 8, 10.0
+
+
+def tune(
+    settings: TrainSettings,
+    platform: Platform,
+    output: Path,
+    *,
+    trials: int = TRIALS,
+    iterations: int = ITERATIONS,
+    limit_min: float = LIMIT_MIN,
+) -> None:
+    """Prints what each of `trials` layouts reached in `iterations` steps, and writes the fastest to `output`.
+
+    Layout, checkpoints, evaluation and the length of the run are not taken from `settings`, everything else is. Raises
+    KitError if no layout fits, or none ran.
+    """
+    check_tunable(settings)
+    model_folder = find_start(settings).model_folder
+    qwen, gpu = load_config(model_folder), find_device(settings, platform)
+    settings = with_packing(settings, platform)
+    tried = []
+    for number, one in enumerate(chosen := candidates(settings, qwen, gpu, trials), 1):
+        layout = one.settings
+        sizes = f"TP={layout.tp} PP={layout.pp} VPP={layout.vpp} MICRO_BATCH_SIZE={layout.micro_batch_size}"
+        logger.info("trial %d of %d: %s RECOMPUTE=%s", number, len(chosen), sizes, layout.recompute)
+        trial = run_trial(with_layout(settings, one), model_folder, iterations, 60 * limit_min)
+        logger.info("%s", trial.reason or f"{trial.tokens_per_s:,.0f} tokens/s, {trial.memory_gib:.1f} GiB")
+        tried.append((one, trial))
+    best, trial = max(tried, key=lambda each: each[1].tokens_per_s)
+    if not trial.tokens_per_s:
+        raise KitError(f"no layout ran: {trial.reason}")
+    print(*table(tried), sep="\n")
+    with writing(output):
+        output.write_text("".join(f"{line}\n" for line in settings_lines(best, trial, gpu, iterations)))
+    print(f"ok: SETTINGS={output} is the fastest layout")

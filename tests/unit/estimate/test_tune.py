@@ -1,0 +1,84 @@
+"""Which layouts are worth a trial, which runs cannot be tuned, and why a trial failed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import KitError
+from common.estimate.gpus import Gpu, find_gpu
+from common.model.shape.config import load_config
+from common.training.settings import TrainSettings
+from common.tune.candidates import candidates, check_tunable
+from common.tune.trial import reason_of, trial_settings
+from tests.unit.estimate.ranks import write_config
+
+SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def settings(**more: Any) -> TrainSettings:
+    same = {"save_checkpoint_path": "/run", "dataset_path": "/data", "epochs": 1.0, "train_mode": "pretrain"}
+    return TrainSettings(**{**same, "gpus": 4, "seq_length": 1024, "global_batch_size": 32, "packing": False, **more})
+
+
+def found(tmp_path: Path, gpu: Gpu, number: int = 1000, **more: Any) -> list[tuple[str, str, int]]:
+    """(fits, recompute, layout) of each candidate."""
+    given = candidates(settings(**more), load_config(write_config(tmp_path, **SHAPE)), gpu, number)
+    layouts = [(one.settings.tp, one.settings.pp, one.settings.vpp, one.settings.micro_batch_size) for one in given]
+    return [(one.fits, one.settings.recompute, hash(each)) for one, each in zip(given, layouts, strict=True)]
+
+
+def test_a_layout_that_fits_is_not_tried_with_recomputation(tmp_path: Path) -> None:
+    roomy = found(tmp_path, find_gpu("H200"))
+    assert len(roomy) > 10 and {recompute for _, recompute, _ in roomy} == {"none"}
+    narrow = found(tmp_path, find_gpu("H200", 20.0))
+    assert {"none", "full"} <= {recompute for _, recompute, _ in narrow}
+    fitting = [layout for fits, recompute, layout in narrow if (fits, recompute) == ("yes", "none")]
+    assert len(set(fitting)) == len(fitting) and not {
+        layout for _, recompute, layout in narrow if recompute != "none"
+    } & set(fitting)
+
+
+def test_the_fastest_by_the_estimate_come_first_and_no_more_than_asked(tmp_path: Path) -> None:
+    assert found(tmp_path, find_gpu("H200"), 3) == found(tmp_path, find_gpu("H200"))[:3]
+
+
+def test_where_nothing_fits_the_error_says_what_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(KitError, match=r"no layout fits: the best needs [\d.]+ GiB per GPU .* H200 has 2.0: use more"):
+        found(tmp_path, find_gpu("H200", 2.0))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"nnodes": 2, "global_batch_size": 64}, "NNODES=2: .* set NNODES=1 and GLOBAL_BATCH_SIZE to .* share, 32"),
+        ({"train_mode": "dpo"}, "TRAIN_MODE=dpo: .* tune TRAIN_MODE=finetune"),
+        ({"train_or_convert_ckpt": "convert", "load_checkpoint_path": "/ckpt"}, "convert has no layout"),
+    ],
+)
+def test_runs_that_cannot_be_tuned_are_refused_with_the_remedy(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(KitError, match=words):
+        check_tunable(settings(**more))
+
+
+def test_a_trial_neither_saves_nor_evaluates_nor_loads_what_it_does_not_need(tmp_path: Path) -> None:
+    whole = settings(
+        load_checkpoint_path="/start", export_hf="each", eval_interval=5, wandb_project="mine", keep_best=2
+    )
+    trial = trial_settings(whole, tmp_path / "model", tmp_path / "run")
+    assert (trial.load_checkpoint_path, trial.hf_model_path) == (None, str(tmp_path / "model"))
+    assert (trial.save_checkpoint_path, trial.export_hf, trial.eval_interval) == (str(tmp_path / "run"), "none", 0)
+    assert trial.wandb_project is None and trial.save_interval > 10**6 and trial.lr == whole.lr
+    adapters = settings(load_checkpoint_path="/start", tuner="lora", train_mode="finetune")
+    assert trial_settings(adapters, tmp_path / "model", tmp_path / "run").load_checkpoint_path == "/start"
+
+
+def test_the_reason_of_a_failed_trial_is_its_last_error(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("one\nerror: rank 0 is out of memory (2 GiB): use less\ntraceback\n\n")
+    assert reason_of(log) == "error: rank 0 is out of memory (2 GiB): use less"
+    log.write_text("a\nSegmentation fault\n")
+    assert reason_of(log) == "Segmentation fault"
