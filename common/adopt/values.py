@@ -294,9 +294,9 @@ RULES: dict[str, Rule] = {
     "equal": equal, "refuse": refuse,
     **{rule.__name__: rule for rule in (
         port, split, blend, dataset, reset, eod_mask, vpp_layers, lengths.iters, lengths.per_batch, lengths.per_token,
-        lengths.decay_style, lengths.decay_iters, lengths.decay_samples, lengths.warmup_fraction, optimizer,
-        moments, fp16, fp8_format, transformer_impl, recompute_method, recompute_layers, save, no_save_optim,
-        weights_only, convert_format, convert_save, tensorboard, one_key,
+        lengths.decay_style, lengths.wsd_iters, lengths.wsd_samples, lengths.decay_iters, lengths.decay_samples,
+        lengths.warmup_fraction, optimizer, moments, fp16, fp8_format, transformer_impl, recompute_method,
+        recompute_layers, save, no_save_optim, weights_only, convert_format, convert_save, tensorboard, one_key,
         append_eod, partitions, sample_length,
     )},
 }  # fmt: skip

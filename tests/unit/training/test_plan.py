@@ -303,17 +303,17 @@ def test_a_run_that_cannot_be_resumed_is_refused(
 
 
 def test_the_plan_is_logged_one_line_per_subject(data: Path, qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
-    parallel: dict[str, Any] = {"gpus": 8, "tp": 2, "pp": 2, "global_batch_size": 16}
+    changes: dict[str, Any] = {"gpus": 8, "tp": 2, "pp": 2, "global_batch_size": 16, "train_iters": 12, "epochs": None}
     with caplog.at_level(logging.INFO, logger="kit"):
-        parallel |= {"train_iters": 12, "epochs": None, "lr": 1e-3}
-        describe(plan(data, qwen, PLATFORMS["metax"], split="90,10,0", **parallel))
-        assert caplog.messages[-6:] == [
+        describe(plan(data, qwen, PLATFORMS["metax"], split="90,10,0", lr=1e-3, **changes))
+        assert caplog.messages[-7:] == [
             "metax: 8 processes = TP 2 x PP 2 x CP 1 x DP 2, local layers, bf16",
             "note: this kit was not run on metax hardware",
             f"start: random from {qwen}",
             "defaults of TRAIN_MODE=pretrain: LR_WARMUP_FRACTION=0.01, MIN_LR=0.0001",
             "data: 95 samples of 16 tokens an epoch; validation: 10 samples",
             "length: 12 steps of 16 samples = 2.02 epochs",
+            "learning rate: warm-up of 0.0625 steps to 0.001, then cosine to 0.0001 in step 12",
         ]
         describe(plan(data, qwen, epochs=50_757.0))
     assert "note: LR=1e-05 is for continuing from trained weights" in caplog.text

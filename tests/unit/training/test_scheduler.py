@@ -46,6 +46,21 @@ def test_a_warm_up_may_be_a_fraction_of_the_run() -> None:
     assert rates(settings(lr_warmup_fraction=0.05))[:2] == pytest.approx([0, 1e-3], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("shape", "left"),
+    [
+        ("linear", [0.75, 0.5, 0.25, 0.0]),
+        ("cosine", [0.853553, 0.5, 0.146447, 0.0]),
+        ("exponential", [0.681793, 0.414214, 0.189207, 0.0]),
+        ("minus_sqrt", [0.5, 0.292893, 0.133975, 0.0]),
+    ],
+)
+def test_wsd_stays_at_lr_up_to_its_last_steps(shape: str, left: list[float]) -> None:
+    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "lr_wsd_decay_style": shape, "lr_warmup_iters": 2}
+    falls = [1e-4 + share * 9e-4 for share in left]
+    assert rates(settings(**wsd)) == pytest.approx([0, 5e-4, *[1e-3] * 4, *falls], rel=1e-5)
+
+
 def test_a_run_of_one_step_has_a_schedule() -> None:
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
     build_scheduler(optimizer, settings(), 16)
