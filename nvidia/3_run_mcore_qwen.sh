@@ -112,6 +112,11 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${OVERLAP_PARAM_GATHER:=true}"           # gather weights during the forward pass (DP x CP above 1) / 前向计算时收集权重
 : "${DETERMINISTIC:=false}"                 # the same bits on the same GPUs, slower / 同样的 GPU 得到逐位相同的结果，较慢
 
+# Looking inside a step / 查看一步的内部 (docs/log.md)
+: "${PROFILE:=}"              # steps to trace with torch.profiler, as 10-12 / 用 torch.profiler 记录这些步，如 10-12
+: "${PROFILE_RANKS:=0}"       # ranks that are traced, as 0,8, or all / 记录哪些 rank，如 0,8 或 all
+: "${MEMORY_SNAPSHOT:=false}" # what holds the GPU's memory, after these steps or the first 3, and when it runs out / 显存快照：上述步或前 3 步之后，以及显存不足时
+
 # TensorBoard; Weights & Biases and SwanLab, off without a project / 未设 PROJECT 时后两者关闭
 : "${TENSORBOARD:=auto}"    # event files in SAVE_CHECKPOINT_PATH/tensorboard: true, false or auto / 事件文件
 : "${WANDB_PROJECT:=}"      # project / 项目

@@ -1,5 +1,8 @@
 """What a run's plan says in the log before it starts."""
 
+from pathlib import Path
+
+from common.checkpoint.formats.model_files import PROFILE_FOLDER
 from common.checkpoint.formats.parallel_layout import model_tensors
 from common.data.dataset.named_datasets import NamedDatasets
 from common.engine.overrides import describe_overrides
@@ -67,6 +70,8 @@ def _describe_length(plan: Plan, samples_per_epoch: int) -> None:
         (plan.train_samples - done.consumed_samples) / samples_per_epoch,
     )  # fmt: skip
     logger.info("learning rate: %s", describe_schedule(settings, plan.train_iters, plan.train_samples))
+    if settings.profile_steps:
+        _describe_profile(plan, *settings.profile_steps)
     epochs = plan.train_samples / samples_per_epoch
     if epochs > MANY_EPOCHS:
         logger.info(
@@ -74,6 +79,21 @@ def _describe_length(plan: Plan, samples_per_epoch: int) -> None:
             " TRAIN_ITERS set the length",
             f"{epochs:,.0f}", MANY_EPOCHS,
         )  # fmt: skip
+
+
+def _describe_profile(plan: Plan, first: int, last: int) -> None:
+    settings, done = plan.settings, plan.progress.iteration
+    if last <= done or first > plan.train_iters:
+        logger.warning(
+            "PROFILE=%s: no step is traced, since the run goes from step %d to %d",
+            settings.profile, done + 1, plan.train_iters,
+        )  # fmt: skip
+        return
+    ranks = "all ranks" if settings.profile_ranks == "all" else f"rank {settings.profile_ranks}"
+    logger.info(
+        "profile: steps %d to %d of %s, to %s",
+        max(first, done + 1), last, ranks, Path(settings.save_checkpoint_path) / PROFILE_FOLDER,
+    )  # fmt: skip
 
 
 def _describe_defaults(plan: Plan) -> None:

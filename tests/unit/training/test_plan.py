@@ -216,18 +216,15 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
     [
         ("cpu", {"gpus": 4, "tp": 4}, "TP=4 does not divide num_key_value_heads=2 of this model: use TP in [1, 2]"),
         ("cpu", {"gpus": 3, "pp": 3, "global_batch_size": 2}, "4 layers cannot be divided by PP=3 x VPP=1 = 3"),
+        ("cpu", {"seq_length": 1024}, "SEQ_LENGTH=1024 exceeds max_position_embeddings=512 in config.json: use a"),
         (
             "cpu",
-            {"seq_length": 1024},
-            "SEQ_LENGTH=1024 exceeds max_position_embeddings=512 in config.json: use a",
+            {"memory_snapshot": True},
+            "MEMORY_SNAPSHOT=true needs a GPU, and the platform is cpu: set it to false",
         ),
         ("metax", {"async_save": True}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false"),
         ("cpu", {"async_save": True, "ckpt_format": "torch"}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only"),
-        (
-            "cpu",
-            {"train_mode": "finetune"},
-            'TRAIN_MODE=finetune needs "sft" data: change TRAIN_MODE',
-        ),
+        ("cpu", {"train_mode": "finetune"}, 'TRAIN_MODE=finetune needs "sft" data: change TRAIN_MODE'),
         # 104 samples by 4 are 26 steps, the last at MIN_LR
         ("cpu", {"lr_warmup_iters": 25, "seq_length": 16}, "LR_WARMUP_ITERS=25: the run has 26 steps, the last"),
         ("cpu", {"dataset_path": "/nowhere/a"}, "DATASET_PATH=/nowhere/a is not a dataset"),
