@@ -19,6 +19,7 @@ from common.log import listed
 from common.training.loop.forward_step import forward_backward, sum_reporting_losses
 from common.training.planning.plan import Plan
 from common.training.state.optimizer import distributed_optimizers
+from common.training.state.step_times import FORWARD_BACKWARD, OPTIMIZER
 from common.training.state.training_state import TrainingState
 
 
@@ -46,7 +47,9 @@ def train_step(
     for chunk in training_state.model:
         chunk.zero_grad_buffer()
     training_state.optimizer.zero_grad()
+    training_state.times.begin(FORWARD_BACKWARD)
     reporting_losses = forward_backward(plan, training_state, data_iterators, forward_only=False)
+    training_state.times.begin(OPTIMIZER)
     reporting_loss = sum_reporting_losses(plan, reporting_losses)
     training_state.heartbeat.beat("optimizer step")
     training_state.optimizer.prepare_grads()
@@ -62,6 +65,7 @@ def train_step(
             clip_gradients(part, grad_norm)
         training_state.optimizer.step_with_ready_grads()
     training_state.scheduler.step(increment=plan.settings.global_batch_size)
+    training_state.times.end()
     return StepResult(reporting_loss, grad_norm, skipped, stop)
 
 

@@ -43,7 +43,8 @@ class Trainer:
         self.plan, self.training_state, self.progress = plan, training_state, plan.progress
         self.checkpointer, self.loaders, self.requests = checkpointer, loaders, requests
         self.deadline = Deadline(plan.settings.exit_duration_min)
-        self.tracker, self.training_log, self.bad_steps = tracker, TrainingLog(plan, tracker), BadSteps(plan)
+        self.training_log = TrainingLog(plan, tracker, training_state.times)
+        self.tracker, self.bad_steps = tracker, BadSteps(plan)
         self.loss_is_checked = False
         self.save_is_postponed = False  # a save was due at a bad step
         self.profiler = Profiler(plan, dist.get_rank())
