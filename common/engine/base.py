@@ -65,6 +65,11 @@ class Engine:
         found: dict[str, Any] = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=metadata)
         return found
 
+    def grads_for_norm(self, optimizer: Any) -> list[Any]:
+        """The gradients of this rank's shard that the global norm counts, each on one rank of all."""
+        found: list[Any] = optimizer.get_grads_for_grad_norm()
+        return found
+
     def uses_decoupled_grad(self, optimizer_config: Any) -> bool:
         """Whether the optimizer reads gradients from `decoupled_grad` instead of `grad`."""
         return bool(optimizer_config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)

@@ -1,10 +1,16 @@
-"""PROFILE writes traces that Chrome's viewer reads, of the steps and ranks that it names, and never ends a run."""
+"""PROFILE writes traces that Chrome's viewer reads, of the steps and ranks that it names, and never ends a run.
+
+They count a step's collectives.
+"""
 
 import gzip
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.distributed.launch import steps
 from tests.distributed.user import step3_forked
@@ -49,3 +55,30 @@ def test_a_trace_that_cannot_be_written_is_one_warning(work: Path) -> None:
     log = train(work, "untraced", GPUS=1, TRAIN_ITERS=3, PROFILE="1-2")
     assert log.count("steps_1-2_rank_0.json.gz cannot be written, training goes on: ") == 1
     assert [number for number, _, _ in steps(log)] == [1, 2, 3] and "saved" in log
+
+
+def collectives(path: Path) -> dict[str, int]:
+    """How often each of torch.distributed's collectives is called in a trace of one step."""
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    return dict(Counter(name.removeprefix("c10d::") for name in names if name.startswith("c10d::")))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, {"allreduce_": 2, "broadcast_": 1}),  # the number of tokens, which the last stage knows; the gradient norm
+        ({"PP": 2}, {"allreduce_": 3, "broadcast_": 1, "send": 4, "recv_": 4}),  # and the tied embedding's gradient
+    ],
+    ids=["dp4", "pp2"],
+)
+def test_a_stop_and_a_bad_loss_are_agreed_on_with_the_gradient_norm(
+    work: Path, sizes: dict[str, int], expected: dict[str, int]
+) -> None:
+    name = "counted_" + "_".join(sizes)
+    more = {"GPUS": 4, "TRAIN_ITERS": 4, "LOG_INTERVAL": 100, "PROFILE": "3", "GLOBAL_BATCH_SIZE": 16}
+    train(work, name, **more, **sizes)
+    found = collectives(work / name / "profile" / "steps_3-3_rank_0.json.gz")
+    buckets = 1 + bool(sizes)  # of weights and gradients on rank 0
+    coalesced = {"allgather_into_tensor_coalesced_": buckets, "reduce_scatter_tensor_coalesced_": buckets}
+    assert found == expected | coalesced
