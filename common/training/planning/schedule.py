@@ -28,7 +28,7 @@ def schedule_lengths(settings: TrainSettings, train_samples: int) -> ScheduleLen
 
 
 def check_schedule(settings: TrainSettings, train_iters: int, train_samples: int) -> None:
-    """Raises KitError where warm-up and decay do not fit into the run, or the engine lacks the shape of a decay."""
+    """Raises KitError where warm-up and decay do not fit into the run, or the engine lacks the decay's shape."""
     lengths = schedule_lengths(settings, train_samples)
     batch, run = settings.global_batch_size, f"the run has {train_iters} steps, the last at MIN_LR"
     if settings.lr_warmup_iters and lengths.warmup >= train_samples - batch:
@@ -46,7 +46,11 @@ def check_schedule(settings: TrainSettings, train_iters: int, train_samples: int
             f"LR_WSD_DECAY_ITERS={settings.lr_wsd_decay_iters} after a warm-up of {lengths.warmup / batch:.4g} steps:"
             f" {run}: use at most {max(0, most)} decay steps, or a longer run"
         )
-    style = settings.lr_wsd_decay_style
+    check_decay_style(settings.lr_wsd_decay_style)
+
+
+def check_decay_style(style: str) -> None:
+    """Raises KitError if the installed engine lacks the shape of a decay; in a conversion it is the checkpoint's."""
     if style == "minus_sqrt" and not installed_engine().minus_sqrt_decay:
         since = first_version_with(lambda megatron: megatron.minus_sqrt_decay)
         raise KitError(

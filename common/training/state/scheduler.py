@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from common.training.planning.schedule import WSD, schedule_lengths
+from common.training.planning.schedule import WSD, check_decay_style, schedule_lengths
 from common.training.settings import TrainSettings
 
 
@@ -45,6 +45,7 @@ def restore_schedule(scheduler: OptimizerParamScheduler, state: dict[str, Any]) 
     if scheduler.use_checkpoint_opt_param_scheduler:
         scheduler.wsd_decay_steps = state.get("wsd_decay_steps")
         scheduler.lr_wsd_decay_style = state.get("lr_wsd_decay_style")
+        check_decay_style(scheduler.lr_wsd_decay_style or "")
     scheduler.load_state_dict(dict(state))
 
 
