@@ -69,20 +69,22 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${SEED:=1234}"            # random weights and the order of samples / 随机种子
 
 # Optimizer / 优化器
-: "${PRECISION:=fp32}"        # bf16 or fp32; master weights are fp32 / 计算精度；主权重为 fp32
-: "${OPTIMIZER_STATE:=fp32}"  # fp32; bf16: moments halved; cpu: in host memory / 优化器状态：bf16 动量减半；cpu 放在主机内存
-: "${LR:=}"                   # highest learning rate; empty: 1e-5, dpo 1e-6, with LoRA ten times that / 最高学习率；空：1e-5，dpo 1e-6，LoRA 为十倍
-: "${MIN_LR:=}"               # learning rate at the end; empty: a tenth of LR / 最低学习率；空：LR 的十分之一
-: "${LR_WARMUP_ITERS:=}"      # steps of warm-up, instead of the fraction / 预热步数，代替下一项
-: "${LR_WARMUP_FRACTION:=}"   # fraction of the run; empty: finetune 0.03, pretrain 0.01, dpo 0.1 / 预热比例；空：微调 0.03，预训练 0.01，dpo 0.1
-: "${LR_DECAY_STYLE:=cosine}" # cosine, linear or constant / 学习率曲线
-: "${WEIGHT_DECAY:=0.1}"      # not on norms and biases / 权重衰减，不作用于 norm 和 bias
-: "${ADAM_BETA1:=0.9}"        # Adam / Adam 参数
-: "${ADAM_BETA2:=0.95}"       # Adam / Adam 参数
-: "${ADAM_EPS:=1e-8}"         # Adam / Adam 参数
-: "${CLIP_GRAD:=1.0}"         # largest gradient norm / 梯度裁剪
-: "${MAX_BAD_STEPS:=5}"       # stop after so many steps in a row that are not finite / 连续这么多步非有限值则停止
-: "${SKIP_GRAD_NORM:=}"       # skip a step whose gradient norm is above it / 梯度范数超过此值则跳过该步
+: "${PRECISION:=fp32}"                 # bf16 or fp32; master weights are fp32 / 计算精度；主权重为 fp32
+: "${OPTIMIZER_STATE:=fp32}"           # fp32; bf16: moments halved; cpu: in host memory / 优化器状态：bf16 动量减半；cpu 放在主机内存
+: "${LR:=}"                            # highest learning rate; empty: 1e-5, dpo 1e-6, with LoRA ten times that / 最高学习率；空：1e-5，dpo 1e-6，LoRA 为十倍
+: "${MIN_LR:=}"                        # learning rate at the end; empty: a tenth of LR / 最低学习率；空：LR 的十分之一
+: "${LR_WARMUP_ITERS:=}"               # steps of warm-up, instead of the fraction / 预热步数，代替下一项
+: "${LR_WARMUP_FRACTION:=}"            # fraction of the run; empty: finetune 0.03, pretrain 0.01, dpo 0.1 / 预热比例；空：微调 0.03，预训练 0.01，dpo 0.1
+: "${LR_DECAY_STYLE:=cosine}"          # cosine, linear, constant, inverse-square-root or WSD / 学习率曲线
+: "${LR_WSD_DECAY_ITERS:=}"            # WSD: the last so many steps, in which LR falls to MIN_LR / WSD：最后这么多步降到 MIN_LR
+: "${LR_WSD_DECAY_STYLE:=exponential}" # WSD: exponential, linear, cosine or minus_sqrt / WSD 下降的曲线
+: "${WEIGHT_DECAY:=0.1}"               # not on norms and biases / 权重衰减，不作用于 norm 和 bias
+: "${ADAM_BETA1:=0.9}"                 # Adam / Adam 参数
+: "${ADAM_BETA2:=0.95}"                # Adam / Adam 参数
+: "${ADAM_EPS:=1e-8}"                  # Adam / Adam 参数
+: "${CLIP_GRAD:=1.0}"                  # largest gradient norm / 梯度裁剪
+: "${MAX_BAD_STEPS:=5}"                # stop after so many steps in a row that are not finite / 连续这么多步非有限值则停止
+: "${SKIP_GRAD_NORM:=}"                # skip a step whose gradient norm is above it / 梯度范数超过此值则跳过该步
 
 # Checkpoints, evaluation, log / 保存、验证、日志
 : "${SAVE_INTERVAL:=100}"      # steps between checkpoints / 保存间隔（步）
@@ -109,6 +111,11 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${OVERLAP_GRAD_REDUCE:=true}"  # reduce gradients during the backward pass (DP x CP above 1) / 反向计算时归约梯度
 : "${OVERLAP_PARAM_GATHER:=true}" # gather weights during the forward pass (DP x CP above 1) / 前向计算时收集权重
 : "${DETERMINISTIC:=false}"       # the same bits on the same GPUs, slower / 同样的 GPU 得到逐位相同的结果，较慢
+
+# Looking inside a step / 查看一步的内部 (docs/log.md)
+: "${PROFILE:=}"              # steps to trace with torch.profiler, as 10-12 / 用 torch.profiler 记录这些步，如 10-12
+: "${PROFILE_RANKS:=0}"       # ranks that are traced, as 0,8, or all / 记录哪些 rank，如 0,8 或 all
+: "${MEMORY_SNAPSHOT:=false}" # what holds the GPU's memory, after these steps or the first 3, and when it runs out / 显存快照：上述步或前 3 步之后，以及显存不足时
 
 # TensorBoard; Weights & Biases and SwanLab, off without a project / 未设 PROJECT 时后两者关闭
 : "${TENSORBOARD:=auto}"    # event files in SAVE_CHECKPOINT_PATH/tensorboard: true, false or auto / 事件文件

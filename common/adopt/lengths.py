@@ -7,7 +7,7 @@ from common.adopt.command_line import Flag
 from common.adopt.draft import CHANGED, HERE, PROBLEM, Draft
 from common.adopt.table import Row
 
-DECAY_STYLES = ("cosine", "linear", "constant")
+OTHER_ENDS = ("constant", "inverse-square-root")  # styles that do not end at MIN_LR
 
 
 def as_number(text: str) -> float | None:
@@ -70,13 +70,29 @@ def _steps(draft: Draft, row: Row, flag: Flag, units: tuple[str, ...]) -> None:
 
 
 def decay_style(draft: Draft, row: Row, flag: Flag) -> None:
-    """LR_DECAY_STYLE, of which there are three."""
-    if flag.value not in DECAY_STYLES:
-        draft.note(PROBLEM, flag, f"LR_DECAY_STYLE is {', '.join(DECAY_STYLES[:-1])} or {DECAY_STYLES[-1]} here")
-        return
+    """LR_DECAY_STYLE, whose names are Megatron's."""
     draft.set(row.setting, flag.value, flag)
-    if flag.value != "constant":
+    if flag.value not in OTHER_ENDS:
         draft.note(CHANGED, flag, "the last step has MIN_LR; the old program would reach it one step later")
+
+
+def wsd_iters(draft: Draft, row: Row, flag: Flag) -> None:
+    """LR_WSD_DECAY_ITERS, which only WSD has."""
+    if _has_wsd(draft, flag):
+        copy_int(draft, row, flag)
+
+
+def wsd_samples(draft: Draft, row: Row, flag: Flag) -> None:
+    """LR_WSD_DECAY_ITERS from a number of samples."""
+    if _has_wsd(draft, flag):
+        per_batch(draft, row, flag)
+
+
+def _has_wsd(draft: Draft, flag: Flag) -> bool:
+    if draft.get("LR_DECAY_STYLE") == "WSD":
+        return True
+    draft.note(HERE, flag, "it had no effect without --lr-decay-style WSD")
+    return False
 
 
 def decay_iters(draft: Draft, row: Row, flag: Flag) -> None:

@@ -12,6 +12,7 @@ from common.adopt.table import Row
 
 Rule = Callable[[Draft, Row, Flag], None]
 DOCUMENT = "_text_document"
+PROFILE_STEPS = {"--profile-step-start": "10", "--profile-step-end": "12"}  # and Megatron's defaults
 
 
 def copy_number(draft: Draft, row: Row, flag: Flag) -> None:
@@ -248,6 +249,22 @@ def tensorboard(draft: Draft, row: Row, flag: Flag) -> None:
     draft.note(CHANGED, flag, "event files are in SAVE_CHECKPOINT_PATH/tensorboard")
 
 
+def profile(draft: Draft, row: Row, flag: Flag) -> None:
+    """PROFILE: Megatron's first step is the one after --profile-step-start."""
+    flags = draft.step.flags
+    first, last = (flags[name].value if name in flags else usual for name, usual in PROFILE_STEPS.items())
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        draft.note(PROBLEM, flag, f"its steps are {first} to {last}: set PROFILE yourself, as 10-12")
+        return
+    draft.set(row.setting, f"{int(first) + 1}-{last}", flag)
+    draft.note(CHANGED, flag, "a trace of torch.profiler in SAVE_CHECKPOINT_PATH/profile; nsys is not started")
+
+
+def profile_ranks(draft: Draft, row: Row, flag: Flag) -> None:
+    """PROFILE_RANKS."""
+    draft.set(row.setting, ",".join(flag.words), flag)
+
+
 def one_key(draft: Draft, row: Row, flag: Flag) -> None:
     """JSON_KEY, one for each run of step 1."""
     if draft.step.kind == "preprocess_sft":
@@ -294,9 +311,9 @@ RULES: dict[str, Rule] = {
     "equal": equal, "refuse": refuse,
     **{rule.__name__: rule for rule in (
         port, split, blend, dataset, reset, eod_mask, vpp_layers, lengths.iters, lengths.per_batch, lengths.per_token,
-        lengths.decay_style, lengths.decay_iters, lengths.decay_samples, lengths.warmup_fraction, optimizer,
-        moments, fp16, fp8_format, transformer_impl, recompute_method, recompute_layers, save, no_save_optim,
-        weights_only, convert_format, convert_save, tensorboard, one_key,
-        append_eod, partitions, sample_length,
+        lengths.decay_style, lengths.wsd_iters, lengths.wsd_samples, lengths.decay_iters, lengths.decay_samples,
+        lengths.warmup_fraction, optimizer, moments, fp16, fp8_format, transformer_impl, recompute_method,
+        recompute_layers, save, no_save_optim, weights_only, convert_format, convert_save, tensorboard, profile,
+        profile_ranks, one_key, append_eod, partitions, sample_length,
     )},
 }  # fmt: skip

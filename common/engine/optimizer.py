@@ -5,6 +5,29 @@ from typing import Any
 from common.engine.versions import installed_engine
 
 
+def reduce_grad_norm(optimizer: Any, flags: Any) -> tuple[float, list[float]]:
+    """(global gradient norm of one distributed optimizer, the sum of `flags` over all ranks), by one all-reduce.
+
+    flags: float32 [n] on the device. As get_grad_norm_fp32 in megatron/core/optimizer/clip_grads.py, which has no room
+    for them. A collective call; the host waits for it.
+    """
+    import torch
+    import torch.distributed as dist
+    from megatron.core.optimizer.clip_grads import l2_norm_impl, multi_tensor_applier
+
+    grads, square = installed_engine().grads_for_norm(optimizer), torch.zeros(1, device=flags.device)
+    if grads:
+        overflow = torch.zeros(1, dtype=torch.int32, device=flags.device)
+        norm, _ = multi_tensor_applier(l2_norm_impl, overflow, [grads], False)
+        square = norm.view(1).float() ** 2
+    group = optimizer.get_grad_stats_parallel_group()
+    assert dist.get_world_size(group) == dist.get_world_size()
+    sums = torch.cat([square, flags])
+    dist.all_reduce(sums, group=group)
+    total, *summed = sums.tolist()
+    return total**0.5, summed
+
+
 def clip_gradients(optimizer: Any, grad_norm: float) -> None:
     """Clips the gradients of one distributed optimizer to its clip_grad; `grad_norm` is the global norm."""
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32

@@ -8,7 +8,7 @@ from common.engine.base import Engine
 
 
 class MegatronCore011(Engine):
-    """Without FP8 recipes, bf16 moments, uneven stages and `vp_stage`."""
+    """Without FP8 recipes, bf16 moments, uneven stages, `vp_stage` and a shape of decay."""
 
     release = "0.11.0"
     environment = "torch 2.1 (MetaX's maca 2.27)"
@@ -21,6 +21,7 @@ class MegatronCore011(Engine):
     bf16_moments = False
     separate_postprocess = False
     frozen_shared_embeddings = False
+    minus_sqrt_decay = False
     uneven_pipeline_layers = False  # it has fully_sharded_model_space, too, but not with torch's Adam
 
     def chunk_place(self, index: int, vpp: int) -> tuple[bool, bool, dict[str, Any]]:
@@ -57,3 +58,8 @@ class MegatronCore011(Engine):
     def mlp_submodules(self, layer: Any) -> Any:
         """As in Engine; before 0.19 a dense MLP is a ModuleSpec."""
         return layer.mlp.submodules
+
+    def grads_for_norm(self, optimizer: Any) -> list[Any]:
+        """As in Engine; before 0.19 under another name."""
+        found: list[Any] = optimizer.get_main_grads_for_grad_norm()
+        return found

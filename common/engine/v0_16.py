@@ -15,3 +15,8 @@ class MegatronCore016(Engine):
     def mlp_submodules(self, layer: Any) -> Any:
         """As in Engine; before 0.19 a dense MLP is a ModuleSpec."""
         return layer.mlp.submodules
+
+    def grads_for_norm(self, optimizer: Any) -> list[Any]:
+        """As in Engine; before 0.19 under another name."""
+        found: list[Any] = optimizer.get_main_grads_for_grad_norm()
+        return found

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from common.training.state.step_times import FORWARD_BACKWARD, OPTIMIZER, READING, REDUCTION
 from common.training.tracking.records import read_metrics, read_run_record
 from tests.distributed.launch import ROOT, forked, run, steps, train_forked, words
 from tests.tiny import TEXTS, tiny_qwen
@@ -86,6 +87,11 @@ def test_a_run_describes_itself_in_its_folder_over_all_its_starts(work: Path) ->
     assert [line["iteration"] for line in lines if "validation_loss" in line] == [2, 4, 6]
     trained = [line for line in lines if "loss" in line]
     assert all(line["supervised_tokens_per_s"] == pytest.approx(line["tokens_per_s"]) for line in trained)
+    for line in trained[1:4] + trained[5:]:  # steps without the first's allocations
+        parts = [line[f"{part}_ms"] for part in (FORWARD_BACKWARD, REDUCTION, OPTIMIZER)]
+        assert min(parts) > 0 and 0.5 < sum(parts) / line["ms_per_iteration"] <= 1
+        assert 0 < line[f"{READING}_ms"] < line[f"{FORWARD_BACKWARD}_ms"]
+    assert log.count("ms a step, rank 0: forward-backward ") == 1 == again.count("ms a step, rank 0: ")
     assert trained[-1]["consumed_samples"] == 24 and trained[4]["saving_s"] > 0 and trained[4]["evaluation_s"] > 0
     assert [line["start"] for line in trained] == [0, 0, 1, 1, 1, 1]
 

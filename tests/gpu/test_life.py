@@ -3,8 +3,10 @@
 DETERMINISTIC=true is set where bits are compared: the kernels used otherwise may differ from run to run.
 """
 
+import gzip
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -16,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.training.state.step_times import FORWARD_BACKWARD, OPTIMIZER, REDUCTION
+from common.training.tracking.records import read_metrics
 from tests.conversion import to_hf, to_megatron
 from tests.distributed.launch import run, words
 from tests.distributed.user import ENDLESS, Run, wait_for
@@ -111,3 +115,21 @@ def test_a_killed_rank_gives_the_gpu_back_at_once(work: Path, asynchronous: str)
     print(f"GPU given back {time.monotonic() - began:.1f} s after SIGKILL")
     assert time.monotonic() - began < 5
     run.end(1, 30)
+
+
+def test_a_run_is_looked_into(work: Path) -> None:
+    """Its trace has kernels, its snapshot allocations with stacks, and the parts of a step fill it."""
+    more = {"TRAIN_ITERS": 8, "LOG_INTERVAL": 1, "EVAL_INTERVAL": 0, "PROFILE": "4-5", "MEMORY_SNAPSHOT": "true"}
+    log = GpuRun(settings(work, "inside", {"GPUS": 1}, **more), work / "inside.log").end(0, 200)
+    assert "cannot be written" not in log
+    folder = work / "inside" / "profile"
+    events = json.loads(gzip.decompress((folder / "steps_4-5_rank_0.json.gz").read_bytes()))["traceEvents"]
+    assert len([event for event in events if event.get("cat") == "kernel"]) > 100
+    snapshot = pickle.loads((folder / "memory_step_5_rank_0.pickle").read_bytes())
+    frames = [
+        frame["filename"] for block in snapshot["segments"] for each in block["blocks"] for frame in each["frames"]
+    ]
+    assert any(name.endswith("training_state.py") for name in frames)  # what the model was built by
+    for line in read_metrics(work / "inside")[5:]:
+        parts = [line[f"{part}_ms"] for part in (FORWARD_BACKWARD, REDUCTION, OPTIMIZER)]
+        assert min(parts) > 0 and 0.8 < sum(parts) / line["ms_per_iteration"] < 1.02

@@ -11,7 +11,9 @@ from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, RELEASE, TRAC
 from common.log import logger
 
 REPORT = "conversion_report.json"
-RUN_FILES = ("log.txt", "metrics.jsonl", "run.json", "tensorboard")  # what training writes beside its checkpoints
+PROFILE_FOLDER = "profile"
+# What training writes beside its checkpoints.
+RUN_FILES = ("log.txt", "metrics.jsonl", "run.json", "tensorboard", PROFILE_FOLDER)
 KEPT = "kept_checkpoints.json"  # beside them too
 MAX_FILE_BYTES = 64 << 20  # the largest tokenizers have 20 MB
 MAX_FOLDER_FILES = 1000

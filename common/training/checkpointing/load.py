@@ -1,6 +1,7 @@
 """Loading of a checkpoint of either format into the training state: only its weights, or everything, to resume."""
 
 import itertools
+import math
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -86,11 +87,17 @@ def resume(plan: Plan, training_state: TrainingState, checkpoint: Checkpoint) ->
         load_model_state_dict(training_state.model, state_dict, saved_names(plan))
         load_param_groups(training_state, state_dict["optimizer"]["optimizer"]["param_groups"])
         training_state.optimizer.load_parameter_state(str(rank_dir(checkpoint.path) / OPTIMIZER_FILE))
+    saved_rate = training_state.optimizer.param_groups[0]["lr"]
     restore_scheduler_and_rng(plan, training_state, state_dict)
     if plan.settings.train_or_convert_ckpt == "train":
         changes = override_checkpoint_settings(training_state.optimizer, training_state.scheduler, plan.settings)
         if changes:
             logger.info("resumed with changed settings: %s", ", ".join(changes))
+        rate = training_state.optimizer.param_groups[0]["lr"]
+        if not math.isclose(saved_rate, rate, rel_tol=1e-6):
+            logger.info(
+                "the next step's learning rate was %.3g by the checkpoint's schedule, and is %.3g", saved_rate, rate
+            )
     return Progress(**state_dict["run"]["progress"])
 
 

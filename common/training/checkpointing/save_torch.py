@@ -16,6 +16,7 @@ from common.training.checkpointing.state_dict import describe_run, model_keys, s
 from common.training.launching.process_group import random_state
 from common.training.planning.plan import Plan, Progress
 from common.training.state.fp8_state import fp8_state, has_fp8_state
+from common.training.state.scheduler import schedule_state
 from common.training.state.training_state import TrainingState
 
 
@@ -61,7 +62,7 @@ def save_torch(
         ensure_optimizer_state(training_state)
         state |= {
             "optimizer": {"optimizer": {"param_groups": param_groups_to_save(training_state)}},
-            "opt_param_scheduler": training_state.scheduler.state_dict(),
+            "opt_param_scheduler": schedule_state(training_state.scheduler),
             "rng_state": [random_state()],
         }
         if has_fp8_state(plan.settings):

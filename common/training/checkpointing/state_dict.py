@@ -28,6 +28,7 @@ from common.training.launching.process_group import random_state, restore_random
 from common.training.planning.frozen import describe_frozen
 from common.training.planning.plan import Plan, Progress
 from common.training.state.fp8_state import fp8_state, has_fp8_state, restore_fp8_state
+from common.training.state.scheduler import restore_schedule, schedule_state
 from common.training.state.training_state import TrainingState
 
 LAYOUT = ("tp", "pp", "vpp", "cp", "dp")
@@ -53,7 +54,7 @@ def generate_state_dict(plan: Plan, training_state: TrainingState, progress: Pro
     if plan.settings.save_optimizer:
         groups = {"param_groups": param_groups_to_save(training_state)}
         common["optimizer"] = {"optimizer": groups, "param_state_sharding_type": OPTIMIZER_SHARDING}
-        common["opt_param_scheduler"] = training_state.scheduler.state_dict()
+        common["opt_param_scheduler"] = schedule_state(training_state.scheduler)
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
             objects = {each.unique_key: each.data for each in sharded_objects(plan, training_state)}
     return RankStateDict(shards, objects, common)
@@ -170,7 +171,7 @@ def load_model_state_dict(model: list[Any], state_dict: dict[str, Any], names: N
 
 def restore_scheduler_and_rng(plan: Plan, training_state: TrainingState, state_dict: dict[str, Any]) -> None:
     """Restores schedule, random state and FP8 scales; the last two only at the same parallel sizes."""
-    training_state.scheduler.load_state_dict(dict(state_dict["opt_param_scheduler"]))
+    restore_schedule(training_state.scheduler, state_dict["opt_param_scheduler"])
     rng = state_dict.get("rng_state")
     if rng is None:
         logger.info("random state not restored: the checkpoint was written at other parallel sizes")

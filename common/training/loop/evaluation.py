@@ -15,7 +15,7 @@ from common.data.dataset.data_loader import Batch
 from common.data.dataset.named_datasets import ALL, NamedDatasets
 from common.log import GREEN, PLAIN, logger
 from common.training.loop.forward_step import Means, forward_backward, mean_losses, sum_reporting_losses
-from common.training.loop.train_step import reduce_flags
+from common.training.loop.train_step import any_rank
 from common.training.planning.plan import Plan
 from common.training.state.training_state import TrainingState
 from common.training.tracking.best_losses import metric_of
@@ -67,7 +67,7 @@ def evaluate(
                 plan, training_state, data_iterators, forward_only=True, num_microbatches=number
             )  # fmt: skip
             totals[name] = totals.get(name, 0) + sum_reporting_losses(plan, reports)
-            stop, _ = reduce_flags(totals[name], should_stop())
+            stop = any_rank(should_stop(), totals[name].device)
             if stop:
                 break
     return None if stop else _means(totals)

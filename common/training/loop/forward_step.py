@@ -3,6 +3,7 @@
 Letters: b micro-batch, s sequence.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -30,7 +31,9 @@ def forward_step(
 
     def forward_step_func(data_iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
         training_state.heartbeat.beat("reading data")
+        began = time.perf_counter()
         rows = next(data_iterator)
+        training_state.times.add_reading(time.perf_counter() - began)
         training_state.heartbeat.beat("computing")
         loss_func = objective(rows)
         batch, attention = prepare_batch(plan, rows, device)

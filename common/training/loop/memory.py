@@ -9,6 +9,7 @@ import torch.distributed as dist
 from common.engine import transformer_engine
 from common.errors import KitError, out_of_memory
 from common.platforms.base import Platform
+from common.training.loop.profiling import profile_folder, write_snapshot
 from common.training.planning.plan import Plan
 
 
@@ -28,6 +29,8 @@ def explain_out_of_memory(plan: Plan) -> Iterator[None]:
     except RuntimeError as error:
         if (text := out_of_memory(error)) is None:
             raise
+        if plan.settings.memory_snapshot:
+            write_snapshot(profile_folder(plan), f"out_of_memory_rank_{dist.get_rank()}")
         raise KitError(f"rank {dist.get_rank()} is out of memory ({text}): {memory_remedy(plan)}") from error
 
 

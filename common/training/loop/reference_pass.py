@@ -19,7 +19,7 @@ from common.training.launching.process_group import fail_together
 from common.training.loop.evaluation import evaluation_mode
 from common.training.loop.forward_step import forward_backward
 from common.training.loop.preference_step import log_prob_objective
-from common.training.loop.train_step import reduce_flags
+from common.training.loop.train_step import any_rank
 from common.training.planning.datasets import samples_at_once
 from common.training.planning.plan import Plan
 from common.training.planning.reference import UNKNOWN, Reference, reference_checkpoint, references_of
@@ -121,7 +121,7 @@ def reference_pass(
             ):  # fmt: skip
                 table[pairs - dataset.first_pair] = log_probs
             left -= number
-            if reduce_flags(torch.zeros(1, device=device), should_stop())[0]:
+            if any_rank(should_stop(), device):
                 return None
             if (now := time.monotonic()) - logged >= LOG_INTERVAL_S:
                 logged, rest = now, timedelta(seconds=round((now - began) * left / (total - left)))

@@ -13,6 +13,7 @@ from common.training.launching.rank_exit import STOPPED_AT, write_exit_reason
 from common.training.launching.signals import StopRequests
 from common.training.loop.data_loading import DataLoaders
 from common.training.loop.memory import explain_out_of_memory
+from common.training.loop.profiling import record_memory
 from common.training.loop.reference_pass import with_references
 from common.training.loop.trainer import Trainer
 from common.training.planning.plan import Plan
@@ -33,6 +34,8 @@ def run_plan(plan: Plan, requests: StopRequests) -> None:
     with group, explain_out_of_memory(plan):
         if settings.nnodes > 1:
             check_same_start(plan.start)
+        if settings.memory_snapshot:
+            record_memory()
         training_state = build_training_state(plan)
         if settings.train_or_convert_ckpt == "convert":
             checkpointer = Checkpointer(plan, training_state.heartbeat)

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from common.data.dataset.data_loader import Batch
-from common.engine.optimizer import clip_gradients
+from common.engine.optimizer import clip_gradients, reduce_grad_norm
 from common.log import listed
 from common.training.loop.forward_step import forward_backward, sum_reporting_losses
 from common.training.planning.plan import Plan
 from common.training.state.optimizer import distributed_optimizers
+from common.training.state.step_times import FORWARD_BACKWARD, OPTIMIZER
 from common.training.state.training_state import TrainingState
 
 
@@ -46,12 +47,13 @@ def train_step(
     for chunk in training_state.model:
         chunk.zero_grad_buffer()
     training_state.optimizer.zero_grad()
+    training_state.times.begin(FORWARD_BACKWARD)
     reporting_losses = forward_backward(plan, training_state, data_iterators, forward_only=False)
+    training_state.times.begin(OPTIMIZER)
     reporting_loss = sum_reporting_losses(plan, reporting_losses)
     training_state.heartbeat.beat("optimizer step")
     training_state.optimizer.prepare_grads()
-    grad_norm = get_grad_norm(training_state)
-    stop, loss_is_finite = reduce_flags(reporting_loss, stop)
+    grad_norm, stop, loss_is_finite = agree(training_state, reporting_loss, stop)
     skipped = ""
     if not (loss_is_finite and math.isfinite(grad_norm)):
         skipped = describe_non_finite(plan, training_state, reporting_losses, grad_norm, consumed_samples)
@@ -62,22 +64,27 @@ def train_step(
             clip_gradients(part, grad_norm)
         training_state.optimizer.step_with_ready_grads()
     training_state.scheduler.step(increment=plan.settings.global_batch_size)
+    training_state.times.end()
     return StepResult(reporting_loss, grad_norm, skipped, stop)
 
 
-def get_grad_norm(training_state: TrainingState) -> float:
-    """The gradient norm over all parameters of the model, as in Megatron-Core's ChainedOptimizer.step."""
-    norms = [float(part.get_grad_norm()) for part in distributed_optimizers(training_state.optimizer)]
-    return norms[0] if len(norms) == 1 else math.hypot(*norms)
+def agree(training_state: TrainingState, reporting_loss: torch.Tensor, stop: bool) -> tuple[float, bool, bool]:
+    """(gradient norm of the model, whether any rank requests a stop, whether the loss is finite on every rank).
+
+    A collective call. The norm is over all parameters, as in Megatron-Core's ChainedOptimizer.step.
+    """
+    bad = ~torch.isfinite(reporting_loss[:1])
+    flags = torch.cat([torch.full_like(reporting_loss[:1], float(stop)), bad]).float()
+    reduced = [reduce_grad_norm(part, flags) for part in distributed_optimizers(training_state.optimizer)]
+    norms, (any_stop, any_bad) = [norm for norm, _ in reduced], reduced[0][1]
+    return norms[0] if len(norms) == 1 else math.hypot(*norms), any_stop > 0, not any_bad
 
 
-def reduce_flags(reporting_loss: torch.Tensor, stop: bool) -> tuple[bool, bool]:
-    """(whether any rank requests a stop, whether the loss is finite on every rank); a collective call."""
-    bad = ~torch.isfinite(reporting_loss[0])
-    flags = torch.stack([torch.tensor(stop, device=reporting_loss.device), bad]).to(torch.int32)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    any_stop, any_bad = flags.tolist()
-    return bool(any_stop), not any_bad
+def any_rank(stop: bool, device: torch.device) -> bool:
+    """Whether `stop` on any rank; a collective call."""
+    flag = torch.full((1,), int(stop), dtype=torch.int32, device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def describe_non_finite(

@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch.distributed as dist
+
 from common.data.dataset.data_loader import Batch
 from common.log import logger
 from common.training.checkpointing.checkpointer import Checkpointer
@@ -14,6 +16,7 @@ from common.training.loop.bad_steps import BadSteps, check_weights
 from common.training.loop.data_loading import DataLoaders
 from common.training.loop.evaluation import evaluate, log_evaluation, validation_metrics
 from common.training.loop.first_loss import check_first_loss
+from common.training.loop.profiling import Profiler
 from common.training.loop.progress_bar import progress_bar
 from common.training.loop.train_step import train_step
 from common.training.loop.training_log import TrainingLog
@@ -40,9 +43,11 @@ class Trainer:
         self.plan, self.training_state, self.progress = plan, training_state, plan.progress
         self.checkpointer, self.loaders, self.requests = checkpointer, loaders, requests
         self.deadline = Deadline(plan.settings.exit_duration_min)
-        self.tracker, self.training_log, self.bad_steps = tracker, TrainingLog(plan, tracker), BadSteps(plan)
+        self.training_log = TrainingLog(plan, tracker, training_state.times)
+        self.tracker, self.bad_steps = tracker, BadSteps(plan)
         self.loss_is_checked = False
         self.save_is_postponed = False  # a save was due at a bad step
+        self.profiler = Profiler(plan, dist.get_rank())
 
     def run(self) -> None:
         """Trains to the last step, or until a stop is requested; the last completed step is saved."""
@@ -54,6 +59,7 @@ class Trainer:
             stopped = self.step(data_iterators)
             bar.update()
         bar.close()
+        self.profiler.close()
         iteration = self.progress.iteration
         interrupted = stopped and iteration < self.plan.train_iters and not self._exits_here()
         self.checkpointer.close(lambda: interrupted or self._should_stop())
@@ -66,6 +72,7 @@ class Trainer:
         settings, before = self.plan.settings, self.progress
         learning_rate = self.training_state.optimizer.param_groups[0]["lr"]
         self.training_state.heartbeat.beat("training", before.iteration)
+        self.profiler.before(before.iteration + 1)
         result = train_step(
             self.plan, self.training_state, data_iterators, before.consumed_samples, self._should_stop()
         )
@@ -73,6 +80,7 @@ class Trainer:
             before.iteration + 1, before.consumed_samples + settings.global_batch_size, before.loss
         )
         iteration = self.tracker.iteration = self.progress.iteration
+        self.profile()
         self.training_log.add(result)
         self.bad_steps.count(iteration, result)
         if self.training_log.is_due(iteration):
@@ -90,6 +98,16 @@ class Trainer:
         if not stop and self.loaders.valid and (iteration % settings.eval_interval == 0 or self._is_last()):
             stop = self.evaluate()
         return self.save_if_due(before, stop)
+
+    def profile(self) -> None:
+        """Ends the step for the profiler; the time in which it writes is not the step's."""
+        writes = self.profiler.is_due(self.progress.iteration)
+        if writes:
+            self.training_log.stopwatch.pause("profiling")
+            self.training_state.heartbeat.beat("writing the profile")
+        self.profiler.after(self.progress.iteration)
+        if writes:
+            self.training_log.stopwatch.resume()
 
     def evaluate(self) -> bool:
         """Evaluates and logs the losses on the validation samples; returns whether a stop request interrupted it."""

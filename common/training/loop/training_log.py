@@ -10,6 +10,7 @@ from common.training.loop.memory import memory_line
 from common.training.loop.metrics import Interval, Meter, Stopwatch, flops_per_token, peak_tflops
 from common.training.loop.train_step import StepResult
 from common.training.planning.plan import Plan, Progress
+from common.training.state.step_times import PARTS, StepTimes
 from common.training.tracking.tracker import Tracker
 
 HEADER_ROWS = 20  # between repetitions of the table's heading
@@ -18,8 +19,8 @@ HEADER_ROWS = 20  # between repetitions of the table's heading
 class TrainingLog:
     """Sums up steps, and logs them to the console and to the tracker."""
 
-    def __init__(self, plan: Plan, tracker: Tracker) -> None:
-        self.plan, self.meter, self.tracker = plan, build_meter(plan), tracker
+    def __init__(self, plan: Plan, tracker: Tracker, times: StepTimes) -> None:
+        self.plan, self.meter, self.tracker, self.times = plan, build_meter(plan), tracker, times
         self.stopwatch = Stopwatch()
         self.logged_pauses: dict[str, float] = {}
         self.reporting_loss = sum_reporting_losses(plan, [])
@@ -54,10 +55,14 @@ class TrainingLog:
             logger.info("%s", self.meter.header, extra={"style": BOLD})
         self.rows += 1
         logger.info("%s", self.meter.row(progress.iteration, interval))
+        parts = self.times.take()  # mean_loss has waited for the last step
+        if self.rows % HEADER_ROWS == 2:  # the first row of a run is that of a slow step
+            logger.info("%s", describe_parts(parts))
         self.tracker.log(
             progress.iteration,
             **{"loss": loss, **means.of_pairs, "grad_norm": grad_norm, "learning_rate": learning_rate},
             **self.meter.rates(interval),
+            **{f"{part}_ms": 1e3 * seconds for part, seconds in parts.items()},
             **{f"{name}_s": seconds - self.logged_pauses.get(name, 0.0) for name, seconds in pauses.items()},
             **self._memory(),
             **({} if interval.padding is None else {"padding": interval.padding}),
@@ -90,6 +95,13 @@ class TrainingLog:
         peak = torch.tensor(torch.cuda.max_memory_allocated(), dtype=torch.float64, device="cuda")
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         return {"memory_gib": float(peak) / 2**30}
+
+
+def describe_parts(parts: dict[str, float]) -> str:
+    """The mean times of a step's parts, as a line of the log."""
+    shown = {PARTS[part]: 1e3 * seconds for part, seconds in parts.items()}
+    figures = ", ".join(f"{name} {ms:.{0 if ms >= 100 else 1}f}" for name, ms in shown.items())
+    return f"ms a step, rank 0: {figures}"
 
 
 def build_meter(plan: Plan) -> Meter:

@@ -29,6 +29,8 @@ def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> 
             f"SEQ_LENGTH={settings.seq_length} exceeds max_position_embeddings={qwen.longest_sequence}"
             " in config.json: use a shorter SEQ_LENGTH, or add YaRN (rope_scaling) as the model card describes"
         )
+    if settings.memory_snapshot and platform.device != "cuda":
+        raise KitError(f"MEMORY_SNAPSHOT=true needs a GPU, and the platform is {platform.name}: set it to false")
     if settings.tuner == "lora":
         check_lora(settings)
     freezes = settings.tuner == "lora" or settings.trainable or settings.freeze

@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from common.checkpoint.formats.checkpoint_paths import Checkpoint, find_checkpoint
-from common.checkpoint.formats.common_state import check_parallel_sizes, run_metadata
+from common.checkpoint.formats.common_state import check_parallel_sizes, common_state, run_metadata
 from common.checkpoint.verification.pickle_scan import check_pickles
 from common.data.dataset.blended_dataset import BlendedDataset
 from common.data.dataset.sample_dataset import SampleDataset
@@ -25,6 +25,7 @@ from common.training.planning.datasets import content_hash, open_data, validatio
 from common.training.planning.deadline import STARTED
 from common.training.planning.frozen import Frozen, check_frozen, frozen_weights
 from common.training.planning.reference import check_references, reference_hash
+from common.training.planning.schedule import WSD, check_resumed_decay, check_schedule
 from common.training.settings import TrainSettings
 
 
@@ -150,7 +151,7 @@ def plan_run(settings: TrainSettings, platform: Platform) -> Plan:
     if start.kind == "resume":
         check_resume(plan)
     if train:
-        check_warmup(plan)
+        check_schedule(settings, plan.train_iters, plan.train_samples)
         check_references(settings, plan.reference, [train, valid], start.checkpoint)
     # Last, because it takes longest; Megatron-Core has not opened the folder yet. One rank of each node checks: the
     # others wait for it when the process group is initialized, before they read anything.
@@ -183,16 +184,6 @@ def order_of(start: Start) -> str | None:
     return str((run_metadata(start.checkpoint).get("data") or {}).get("order", order_name(True)))
 
 
-def check_warmup(plan: Plan) -> None:
-    """Raises KitError if the learning rate warm-up takes the whole run."""
-    settings, batch = plan.settings, plan.settings.global_batch_size
-    if settings.lr_warmup_iters and settings.lr_warmup_iters * batch >= plan.train_samples - batch:
-        raise KitError(
-            f"LR_WARMUP_ITERS={settings.lr_warmup_iters}: the run has {plan.train_iters} steps, the last at"
-            " MIN_LR: use fewer warm-up steps, or a longer run"
-        )
-
-
 def check_resume(plan: Plan) -> None:
     """Raises KitError unless the run can resume from its checkpoint."""
     checkpoint = plan.start.checkpoint
@@ -213,6 +204,9 @@ def check_resume(plan: Plan) -> None:
             " LOAD_CHECKPOINT_PATH to it, and SAVE_CHECKPOINT_PATH to a new folder"
         )
     if plan.train:
+        if plan.settings.lr_decay_style == WSD:
+            schedule = common_state(checkpoint).get("opt_param_scheduler") or {}
+            check_resumed_decay(plan.settings, plan.train_samples, plan.progress.consumed_samples, schedule)
         saved, now = run.get("data") or {}, plan.data_identity
         # Checkpoints of older versions of the kit do not record every field; only recorded ones can be compared.
         both = [name for name in now if name in saved]

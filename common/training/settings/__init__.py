@@ -50,7 +50,7 @@ class TrainSettings(
         self.check_parallel()
         self.check_launch(self.nnodes)
         self.check_checkpoints()
-        self.check_log()
+        self.check_log(self.sizes.world_size)
         self.check_kernels(self.optimizer_state)
         self._check_start()
         self._check_restarts()

@@ -17,6 +17,7 @@ from common.training.state.loss_weights import LossWeights
 from common.training.state.optimizer import build_optimizer
 from common.training.state.optimizer_offload import OffloadedState
 from common.training.state.scheduler import build_scheduler
+from common.training.state.step_times import REDUCTION, StepTimes
 from common.training.state.tp_comm_overlap import initialize_tp_communicators
 
 
@@ -31,6 +32,7 @@ class TrainingState:
     loss_weights: LossWeights | None = None  # only for weights other than 0 and 1
     references: torch.Tensor | None = None  # log-probabilities of all pairs' answers under the reference, on the CPU
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    times: StepTimes = field(default_factory=StepTimes)
 
 
 def build_training_state(plan: Plan) -> TrainingState:
@@ -45,8 +47,9 @@ def build_training_state(plan: Plan) -> TrainingState:
     optimizer, offloaded_states = build_optimizer(settings, model)
     scheduler = build_scheduler(optimizer, settings, plan.train_samples)
     weights = LossWeights(torch.device(plan.platform.device)) if plan.train and plan.train.weighted else None
-    set_schedule_functions(model, optimizer, weights)
-    return TrainingState(model, optimizer, scheduler, offloaded_states, weights)
+    times = StepTimes(plan.platform.device)
+    set_schedule_functions(model, optimizer, weights, times)
+    return TrainingState(model, optimizer, scheduler, offloaded_states, weights, times=times)
 
 
 def model_options(plan: Plan) -> ModelOptions:
@@ -73,14 +76,22 @@ def model_options(plan: Plan) -> ModelOptions:
     )
 
 
-def set_schedule_functions(model: list[Any], optimizer: Any, loss_weights: LossWeights | None) -> None:
+def set_schedule_functions(
+    model: list[Any], optimizer: Any, loss_weights: LossWeights | None, times: StepTimes
+) -> None:
     """Sets the functions of the model's config with which Megatron-Core's schedules scale losses and reduce gradients.
 
     As `train` does in Megatron-LM's training/training.py.
     """
     config = model[0].config
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = loss_weights.finalize if loss_weights else finalize_model_grads
+    finalize = loss_weights.finalize if loss_weights else finalize_model_grads
+
+    def timed_finalize(*args: Any, **kwargs: Any) -> None:
+        times.begin(REDUCTION)
+        finalize(*args, **kwargs)
+
+    config.finalize_model_grads_func = timed_finalize
     if model[0].ddp_config.overlap_grad_reduce:
         no_sync_funcs = [chunk.no_sync for chunk in model]
         config.no_sync_func = no_sync_funcs if len(no_sync_funcs) > 1 else no_sync_funcs[0]

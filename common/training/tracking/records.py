@@ -9,7 +9,7 @@ from common.errors import KitError
 
 VALIDATION_LOSS = "validation_loss"  # the metric; of a set with a name, followed by / and the name
 VALIDATION_ACCURACY = "validation_accuracy"  # of preferences, named like the loss
-LOG_FILE, METRICS_FILE, RUN_RECORD, TENSORBOARD_FOLDER = RUN_FILES
+LOG_FILE, METRICS_FILE, RUN_RECORD, TENSORBOARD_FOLDER, _ = RUN_FILES
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

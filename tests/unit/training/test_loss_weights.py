@@ -10,6 +10,7 @@ from common.training.launching.hang_detector import Heartbeat
 from common.training.loop.forward_step import forward_step
 from common.training.state import loss_weights
 from common.training.state.loss_weights import LossWeights
+from common.training.state.step_times import StepTimes
 
 CPU = torch.device("cpu")
 GROUPS = {"pipeline": 1.0, "data": 2.0}  # what each adds up to, in parts of this rank's: the other stages have nothing
@@ -88,7 +89,7 @@ def test_a_micro_batch_counts_its_weights_when_it_is_trained_on_and_not_when_it_
         platform=SimpleNamespace(device="cpu"), sizes=SimpleNamespace(cp=1), packed_sequences=False,
         settings=SimpleNamespace(train_mode="finetune", rows_per_sample=1),
     )  # fmt: skip
-    training_state: Any = SimpleNamespace(heartbeat=Heartbeat(), loss_weights=LossWeights(CPU))
+    training_state: Any = SimpleNamespace(heartbeat=Heartbeat(), times=StepTimes(), loss_weights=LossWeights(CPU))
     rows = {"tokens": torch.ones(2, 3, dtype=torch.long), "labels": torch.ones(2, 3, dtype=torch.long),
             "loss_mask": torch.tensor([[0.5, 0.25, 0], [0, 1, 0.125]]),
             "num_padding": torch.tensor([1, 2])}  # fmt: skip

@@ -216,18 +216,15 @@ def test_a_run_may_have_no_validation(changes: dict[str, Any], data: Path, qwen:
     [
         ("cpu", {"gpus": 4, "tp": 4}, "TP=4 does not divide num_key_value_heads=2 of this model: use TP in [1, 2]"),
         ("cpu", {"gpus": 3, "pp": 3, "global_batch_size": 2}, "4 layers cannot be divided by PP=3 x VPP=1 = 3"),
+        ("cpu", {"seq_length": 1024}, "SEQ_LENGTH=1024 exceeds max_position_embeddings=512 in config.json: use a"),
         (
             "cpu",
-            {"seq_length": 1024},
-            "SEQ_LENGTH=1024 exceeds max_position_embeddings=512 in config.json: use a",
+            {"memory_snapshot": True},
+            "MEMORY_SNAPSHOT=true needs a GPU, and the platform is cpu: set it to false",
         ),
         ("metax", {"async_save": True}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only: set ASYNC_SAVE=false"),
         ("cpu", {"async_save": True, "ckpt_format": "torch"}, "ASYNC_SAVE=true works with CKPT_FORMAT=torch_dist only"),
-        (
-            "cpu",
-            {"train_mode": "finetune"},
-            'TRAIN_MODE=finetune needs "sft" data: change TRAIN_MODE',
-        ),
+        ("cpu", {"train_mode": "finetune"}, 'TRAIN_MODE=finetune needs "sft" data: change TRAIN_MODE'),
         # 104 samples by 4 are 26 steps, the last at MIN_LR
         ("cpu", {"lr_warmup_iters": 25, "seq_length": 16}, "LR_WARMUP_ITERS=25: the run has 26 steps, the last"),
         ("cpu", {"dataset_path": "/nowhere/a"}, "DATASET_PATH=/nowhere/a is not a dataset"),
@@ -303,17 +300,17 @@ def test_a_run_that_cannot_be_resumed_is_refused(
 
 
 def test_the_plan_is_logged_one_line_per_subject(data: Path, qwen: Path, caplog: pytest.LogCaptureFixture) -> None:
-    parallel: dict[str, Any] = {"gpus": 8, "tp": 2, "pp": 2, "global_batch_size": 16}
+    changes: dict[str, Any] = {"gpus": 8, "tp": 2, "pp": 2, "global_batch_size": 16, "train_iters": 12, "epochs": None}
     with caplog.at_level(logging.INFO, logger="kit"):
-        parallel |= {"train_iters": 12, "epochs": None, "lr": 1e-3}
-        describe(plan(data, qwen, PLATFORMS["metax"], split="90,10,0", **parallel))
-        assert caplog.messages[-6:] == [
+        describe(plan(data, qwen, PLATFORMS["metax"], split="90,10,0", lr=1e-3, **changes))
+        assert caplog.messages[-7:] == [
             "metax: 8 processes = TP 2 x PP 2 x CP 1 x DP 2, local layers, bf16",
             "note: this kit was not run on metax hardware",
             f"start: random from {qwen}",
             "defaults of TRAIN_MODE=pretrain: LR_WARMUP_FRACTION=0.01, MIN_LR=0.0001",
             "data: 95 samples of 16 tokens an epoch; validation: 10 samples",
             "length: 12 steps of 16 samples = 2.02 epochs",
+            "learning rate: warm-up of 0.0625 steps to 0.001, then cosine to 0.0001 in step 12",
         ]
         describe(plan(data, qwen, epochs=50_757.0))
     assert "note: LR=1e-05 is for continuing from trained weights" in caplog.text

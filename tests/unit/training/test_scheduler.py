@@ -5,8 +5,15 @@ from typing import Any
 
 import pytest
 
+from common.engine.versions import ENGINES
+from common.errors import KitError
 from common.training.settings import TrainSettings
-from common.training.state.scheduler import build_scheduler, override_checkpoint_settings
+from common.training.state.scheduler import (
+    build_scheduler,
+    override_checkpoint_settings,
+    restore_schedule,
+    schedule_state,
+)
 
 
 def settings(**changes: Any) -> TrainSettings:
@@ -44,6 +51,35 @@ def test_a_warm_up_begins_at_0_and_reaches_lr_after_its_steps() -> None:
 def test_a_warm_up_may_be_a_fraction_of_the_run() -> None:
     assert rates(settings(lr_warmup_fraction=4 / 9)) == rates(settings(lr_warmup_iters=4))
     assert rates(settings(lr_warmup_fraction=0.05))[:2] == pytest.approx([0, 1e-3], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "left"),
+    [
+        ("linear", [0.75, 0.5, 0.25, 0.0]),
+        ("cosine", [0.853553, 0.5, 0.146447, 0.0]),
+        ("exponential", [0.681793, 0.414214, 0.189207, 0.0]),
+        ("minus_sqrt", [0.5, 0.292893, 0.133975, 0.0]),
+    ],
+)
+def test_wsd_stays_at_lr_up_to_its_last_steps(shape: str, left: list[float]) -> None:
+    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "lr_wsd_decay_style": shape, "lr_warmup_iters": 2}
+    falls = [1e-4 + share * 9e-4 for share in left]
+    assert rates(settings(**wsd)) == pytest.approx([0, 5e-4, *[1e-3] * 4, *falls], rel=1e-5)
+
+
+def test_a_conversion_takes_the_checkpoints_decay_unless_the_engine_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
+    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 4, "lr_wsd_decay_style": "minus_sqrt"}
+    scheduler = build_scheduler(optimizer, settings(**wsd), 160)
+    scheduler.step(16 * 6)
+    saved, rate = schedule_state(scheduler), optimizer.param_groups[0]["lr"]
+    convert = settings(train_or_convert_ckpt="convert", load_checkpoint_path="-", lr=1e-3)
+    restore_schedule(build_scheduler(optimizer, convert, 0), saved)
+    assert optimizer.param_groups[0]["lr"] == rate == pytest.approx(1e-4 + 9e-4 * 0.5)
+    monkeypatch.setattr("common.training.planning.schedule.installed_engine", lambda: ENGINES[0])
+    with pytest.raises(KitError, match="minus_sqrt needs megatron-core 0.14"):
+        restore_schedule(build_scheduler(optimizer, convert, 0), saved)
 
 
 def test_a_run_of_one_step_has_a_schedule() -> None:
