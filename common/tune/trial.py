@@ -39,6 +39,7 @@ def trial_settings(settings: TrainSettings, model_folder: Path, folder: Path) ->
         exit_interval=None, exit_duration_min=None, save_interval=NEVER, keep_epochs=False, keep_best=0,
         export_hf="none", async_save=False, eval_interval=0, log_interval=1, max_first_loss=None, tensorboard="false",
         wandb_project=None, swanlab_project=None, max_restarts=0, master_port=None, rdzv_endpoint=None,
+        profile=None, memory_snapshot=False,
     )  # fmt: skip
 
 
