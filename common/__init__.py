@@ -32,3 +32,4 @@ from common import start
 sys.excepthook = start.report_missing_package
 start.use_utf8()
 start.enter_working_dir()
+start.pause_collection()

@@ -5,6 +5,7 @@ write(2) and fsync(2) report none, and handles an OSError itself only where it g
 """
 
 import errno
+import gc
 import io
 import os
 import select
@@ -58,6 +59,8 @@ def run(main: Callable[[], None]) -> None:
     Any other exception passes through.
     """
     escape_unencodable()
+    gc.enable()  # common/__init__.py has turned it off
+    gc.freeze()
     try:
         main()
         sys.stdout.flush()

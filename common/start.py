@@ -1,5 +1,6 @@
 """What runs before a command: UTF-8 file names, the working directory, and one line for a missing package."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,23 @@ def enter_working_dir() -> None:
         os.chdir(folder)
     except OSError as error:
         fail(f"{folder} cannot be entered ({error.strerror}): start in another folder")
+
+
+def pause_collection() -> None:
+    """No garbage collection while a `python -m common...` is imported; `errors.run` turns it on again."""
+    if sys.argv[0] == "-m":
+        gc.disable()
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """No garbage collection in a block of imports, nor of their objects after it: torch's alone take it a second."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @contextmanager

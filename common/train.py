@@ -18,6 +18,7 @@ from common.log import logger
 from common.platforms import check_machine, current
 from common.platforms.base import Platform
 from common.settings import add_options, check_environment, from_namespace
+from common.start import importing
 from common.training.launching import signals
 from common.training.launching.parent_death import set_parent_death_signal
 from common.training.launching.rank_exit import exit_now, exit_on_error
@@ -73,16 +74,15 @@ def train(settings: TrainSettings) -> None:
     stop_requests = signals.listen_in_rank()
     platform = current()
     log.quiet_libraries()
-    installation.prepare(platform)
-    if settings.deterministic:
-        determinism.apply()
+    with importing():
+        installation.prepare(platform)
+        if settings.deterministic:
+            determinism.apply()
+        from common.training.loop.run import run_plan  # imports Megatron-Core, which the check does not need
+        from common.training.planning.plan import plan_run
     logger.setLevel(logging.WARNING)  # the launcher has logged the plan
-    from common.training.planning.plan import plan_run
-
     plan = plan_run(settings, platform)
     log.setup()
-    from common.training.loop.run import run_plan  # imports Megatron-Core, which the check does not need
-
     with exit_on_error():
         run_plan(plan, stop_requests)
     exit_now(0)
@@ -98,7 +98,8 @@ def launch(settings: TrainSettings, *, check_only: bool) -> None:
     if check_only:
         print("ok: the run can start")
         return
-    from common.training.launching import launcher  # imports torchrun
+    with importing():
+        from common.training.launching import launcher  # imports torchrun
 
     launcher.launch(plan)
 
@@ -120,13 +121,14 @@ def check(settings: TrainSettings, *, report: bool) -> "Plan":
 
 def checked_plan(settings: TrainSettings, platform: Platform) -> "Plan":
     """The plan of a run, once settings, machine, packages, data, folders and memory are checked."""
-    from common.estimate.check import check_host_memory, check_memory
-    from common.training.checkpointing.run_folder import check_folder
-    from common.training.launching.interfaces import check_gloo_interface
-    from common.training.planning.compatibility import check_packages
-    from common.training.planning.devices import check_devices, check_temporary_folder
-    from common.training.planning.plan import plan_run
-    from common.training.tracking.tracker import check_tracking
+    with importing():
+        from common.estimate.check import check_host_memory, check_memory
+        from common.training.checkpointing.run_folder import check_folder
+        from common.training.launching.interfaces import check_gloo_interface
+        from common.training.planning.compatibility import check_packages
+        from common.training.planning.devices import check_devices, check_temporary_folder
+        from common.training.planning.plan import plan_run
+        from common.training.tracking.tracker import check_tracking
 
     check_environment(settings)
     check_machine(platform)

@@ -4,9 +4,9 @@ from common.platforms.base import Platform
 
 
 def _prepare() -> None:
-    from common.platforms import cuda_shim as cuda_shim  # imports torch, which reading the facts must not
-    from common.platforms import gloo_shim as gloo_shim
+    from common.platforms import compile_shim, cuda_shim, gloo_shim  # import torch, which reading the facts must not
 
+    compile_shim.import_megatron()
     gloo_shim.install()
     cuda_shim.install()
 

@@ -1,5 +1,6 @@
 """What a command prints and how it exits when something is wrong."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common import errors
+from common import errors, start
 from common.errors import KitError
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,15 @@ def test_internal_errors_pass_through(error: BaseException) -> None:
 def test_success_exits_silently(capsys: pytest.CaptureFixture[str]) -> None:
     errors.run(lambda: None)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_command_collects_garbage_once_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["-m"])  # what Python sets while it imports the module of `python -m`
+    start.pause_collection()
+    assert not gc.isenabled()
+    enabled: list[bool] = []
+    errors.run(lambda: enabled.append(gc.isenabled()))
+    assert enabled == [True]
 
 
 def test_a_command_refuses_without_a_traceback() -> None:

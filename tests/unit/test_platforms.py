@@ -12,6 +12,7 @@ from common import platforms
 from common.errors import KitError
 from common.platforms import PLATFORMS, available_memory, check_machine, current, detect
 from common.platforms.cpu import CPU
+from common.platforms.cuda_shim import TORCH
 from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
 
@@ -69,6 +70,28 @@ state = torch.cuda.get_rng_state()
 first = torch.rand(4)
 torch.cuda.set_rng_state(state)
 assert torch.equal(torch.rand(4), first)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "KIT_PLATFORM": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(TORCH < (2, 4), reason="Megatron-Core then gives its functions to torch.jit, or torch imports more")
+def test_a_rank_on_a_cpu_imports_no_compiler_and_collects_garbage_again() -> None:
+    program = """
+import gc, sys
+from common.start import importing
+import torch
+compile = torch.compile
+with importing():
+    assert not gc.isenabled()
+    from common.platforms import current
+    current().prepare()
+    import common.training.loop.run
+    from megatron.core.fusions.fused_bias_swiglu import swiglu
+assert torch.compile is compile and gc.isenabled() and gc.get_freeze_count() > 10_000
+assert "torch._inductor" not in sys.modules and "torch._dynamo" not in sys.modules
+assert swiglu(torch.ones(2, 4)).shape == (2, 2)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "KIT_PLATFORM": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
