@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from common.platforms import detect
 from common.settings import add_options, from_namespace
 from common.training.loop.metrics import flops_per_token
 from common.training.settings import TrainSettings
+from common.tune.trial import end, steps_of
 from tests.bench.bench_training import MEGATRON_LOG, MEGATRON_MEMORY, megatron_flags, words
 
 KIT = Path(__file__).parents[2]
@@ -166,24 +166,12 @@ def command(row: Row, arguments: argparse.Namespace, folder: Path) -> list[str]:
     return [sys.executable, "-m", "common.train", *words(flags)]
 
 
-def steps_of_kit(folder: Path, row: Row) -> list[dict[str, float]]:
-    """Tokens/s over all GPUs and the fullest GPU's GiB of each step so far."""
-    if not (folder / "metrics.jsonl").exists():
-        return []
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {"tokens_per_s": line["tokens_per_s"], "gib": line.get("memory_gib", 0.0)}
-        for line in lines
-        if "tokens_per_s" in line
-    ]
-
-
 def steps_of_megatron(log: Path, row: Row) -> list[dict[str, float]]:
-    """The same of Megatron-LM's log; it tells memory once, rank 0's."""
+    """Tokens/s over all GPUs of each step so far, and GiB, which Megatron-LM's log tells once, of rank 0."""
     printed = log.read_text(errors="replace")
     tokens = row.flags["global-batch-size"] * row.flags["seq-length"]
     gib = max((float(found[0]) / 2**10 for found in MEGATRON_MEMORY.findall(printed)), default=0.0)
-    return [{"tokens_per_s": 1e3 * tokens / float(ms), "gib": gib} for ms in MEGATRON_LOG.findall(printed)]
+    return [{"tokens_per_s": 1e3 * tokens / float(ms), "memory_gib": gib} for ms in MEGATRON_LOG.findall(printed)]
 
 
 def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -195,8 +183,7 @@ def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     environment = {**os.environ, "KIT_PLATFORM": os.environ.get("KIT_PLATFORM") or detect()}
     paths = [str(KIT), *([str(arguments.megatron)] if row.is_megatron else []), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = ":".join(paths)
-    if row.is_megatron:
-        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as nvidia/env.sh has it
     began = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -206,29 +193,17 @@ def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
         steps: list[dict[str, float]] = []
         while len(steps) < ITERATIONS and process.poll() is None and time.monotonic() - began < arguments.timeout:
             time.sleep(0.5)
-            steps = steps_of_megatron(log, row) if row.is_megatron else steps_of_kit(folder, row)
-        kill(process)
+            steps = steps_of_megatron(log, row) if row.is_megatron else steps_of(folder)
+        end(process)
     line: dict[str, Any] = {"row": row.name, "gpus": row.gpus, "seconds": round(time.monotonic() - began, 1)}
     shutil.rmtree(folder, ignore_errors=True)
     if len(steps) < ITERATIONS:
         return {**line, "failed": f"{len(steps)} steps", "printed": log.read_text(errors="replace")[-3000:]}
     rate = statistics.median(step["tokens_per_s"] for step in steps[ITERATIONS // 2 :]) / row.gpus
-    line |= {"tokens_per_s_gpu": round(rate), "gib": round(max(step["gib"] for step in steps), 1)}
+    line |= {"tokens_per_s_gpu": round(rate), "gib": round(max(step.get("memory_gib", 0.0) for step in steps), 1)}
     qwen, flags = load_config(arguments.models / row.size), row.flags
     line["tflops"] = round(rate * flops_per_token(qwen, flags["seq-length"]) / 1e12, 1)
     return line if row.is_megatron else {**line, **estimated(row, arguments)}
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends the command and every process of its session; their GPUs are free when this returns."""
-    try:
-        os.killpg(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
-        process.wait(5)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        pass
-    subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
-    process.wait()
-    time.sleep(2)
 
 
 def estimated(row: Row, arguments: argparse.Namespace) -> dict[str, float]:
