@@ -8,7 +8,8 @@ OPTIONS after plus signs: 7B/tp2dp4, 7B/dp8+fp8+1024+mb4, 7B/dp8+megatron; witho
 Each is the whole command of a user, killed as soon as its log holds ITERATIONS steps; the median of the second half
 counts. FILE gets a JSON line a row, with what `common.estimate` says of it. Rows whose figures FILE holds are left out,
 and none is begun that would end after `--minutes`: the same command goes on, and says what is left. Adapters start from
---starts, a folder of a checkpoint a size as tests.bench.random_checkpoint writes them.
+--starts, a folder of a checkpoint a size as tests.bench.random_checkpoint writes them. With +sync or +async a row is
+two saves and a resume in DIR, with +kills ten kills and resumes (tests/bench/node_saves.py).
 """
 
 import argparse
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from common.training.loop.metrics import flops_per_token
 from common.training.settings import TrainSettings
 from common.tune.trial import end, steps_of
 from tests.bench.bench_training import MEGATRON_LOG, MEGATRON_MEMORY, megatron_flags, words
+from tests.bench.node_saves import measure_kills, measure_saves
 
 KIT = Path(__file__).parents[2]
 ITERATIONS = 6
@@ -54,16 +57,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "1024": {"seq-length": 1024},
     "32k": {"seq-length": 32768},
 }
+SAVES = ("sync", "async")  # two saves and a resume, in place of steps
 COUNTED = {"mb": "micro-batch-size", "samples": "global-batch-size"}  # +mb2, +samples64
 ROWS: dict[int, tuple[str, ...]] = {
     1: ("3B/dp1", "7B/dp1+bf16"),
-    2: ("3B/dp2", "3B/tp2+mb8", "3B/pp2vpp2", "7B/tp2+bf16+mb2", "7B/pp2vpp2+bf16"),
+    2: ("3B/dp2", "3B/tp2+mb8", "3B/pp2vpp2", "7B/tp2+bf16+mb2", "7B/pp2vpp2+bf16", "0.5B/dp2+kills"),
     4: ("7B/dp4", "7B/tp2dp2", "7B/tp2pp2vpp2", "7B/dp4+fp8+1024+mb4", "7B/dp4+cpu", "14B/tp4", "14B/tp2pp2",
-        "32B/tp4+bf16", "72B/tp4+lora"),
+        "32B/tp4+bf16", "72B/tp4+lora", "7B/tp2dp2+sync", "7B/tp2dp2+async", "7B/tp2dp2+kills"),
     8: ("7B/dp8", "7B/tp2dp4", "7B/pp2vpp2dp4", "7B/dp8+fp8", "7B/dp8+fp8+1024+mb4", "7B/dp8+cpu", "14B/tp4dp2",
-        "14B/tp2pp2dp2", "32B/tp8", "32B/tp4pp2", "72B/tp8+lora", "72B/tp8+cpu"),
+        "14B/tp2pp2dp2", "32B/tp8", "32B/tp4pp2", "72B/tp8+lora", "72B/tp8+cpu", "7B/dp8+sync", "7B/dp8+async",
+        "32B/tp4pp2+sync", "32B/tp4pp2+async", "7B/dp8+kills"),
 }  # fmt: skip
-ALONE = {"cpu", "lora", "local", "unfused", "fp8"}  # options of which Megatron-LM has no row
+ALONE = {"cpu", "lora", "local", "unfused", "fp8", "sync", "async", "kills"}  # options of which Megatron-LM has no row
 MEGATRON_NAMES = ("seq-length", "micro-batch-size", "global-batch-size")
 MEGATRON_SIZES = {
     "tp": "tensor-model-parallel-size", "pp": "pipeline-model-parallel-size", "cp": "context-parallel-size",
@@ -73,6 +78,8 @@ MEGATRON_OPTIONS: dict[str, dict[str, Any]] = {
     "overlap": {"tp-comm-overlap": True},
     "full": {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1},
 }  # fmt: skip
+
+Process = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,10 @@ class Row:
                 flags[COUNTED[counted[1]]] = int(counted[2])
             elif option in OPTIONS:
                 flags |= OPTIONS[option]
-            elif option != "megatron":
-                raise ValueError(f"{self.name}: {option!r} is none of {', '.join([*OPTIONS, *COUNTED, 'megatron'])}")
+            elif option not in ("megatron", "kills", *SAVES):
+                raise ValueError(
+                    f"{self.name}: {option!r} is none of {', '.join([*OPTIONS, *COUNTED, *SAVES, 'kills', 'megatron'])}"
+                )
         return flags
 
 
@@ -174,33 +183,58 @@ def steps_of_megatron(log: Path, row: Row) -> list[dict[str, float]]:
     return [{"tokens_per_s": 1e3 * tokens / float(ms), "memory_gib": gib} for ms in MEGATRON_LOG.findall(printed)]
 
 
-def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The row's line: its figures per GPU, or the end of what it printed."""
-    folder = arguments.work_dir / "bench_node"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    log = folder.with_suffix(".log")
+def launch(row: Row, arguments: argparse.Namespace, folder: Path, more: list[str], log: Path) -> Process:
+    """Starts a row's command with `more` flags."""
     environment = {**os.environ, "KIT_PLATFORM": os.environ.get("KIT_PLATFORM") or detect()}
     paths = [str(KIT), *([str(arguments.megatron)] if row.is_megatron else []), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = ":".join(paths)
     environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as nvidia/env.sh has it
-    began = time.monotonic()
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command(row, arguments, folder), env=environment, cwd=KIT, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
+        return subprocess.Popen(
+            [*command(row, arguments, folder), *more], env=environment, cwd=KIT, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        steps: list[dict[str, float]] = []
-        while len(steps) < ITERATIONS and process.poll() is None and time.monotonic() - began < arguments.timeout:
-            time.sleep(0.5)
-            steps = steps_of_megatron(log, row) if row.is_megatron else steps_of(folder)
-        end(process)
-    line: dict[str, Any] = {"row": row.name, "gpus": row.gpus, "seconds": round(time.monotonic() - began, 1)}
+
+
+def measure(row: Row, arguments: argparse.Namespace, until: float) -> dict[str, Any] | None:
+    """The row's line, or None if it must go on in a later call."""
+    folder = arguments.work_dir / f"bench_node_{row.name.replace('/', '_')}"
+    line: dict[str, Any] = {"row": row.name, "gpus": row.gpus}
+    began = time.monotonic()
+    start = partial(launch, row, arguments, folder)
+    try:
+        if "kills" in row.options:
+            found = measure_kills(start, folder, until=until, limit_s=arguments.timeout)
+            if found is None:
+                return None
+        elif set(SAVES) & set(row.options):
+            asynchronous = "async" in row.options
+            found = measure_saves(start, folder, row.gpus, asynchronous=asynchronous, limit_s=arguments.timeout)
+        else:
+            found = measure_steps(row, arguments, folder)
+    except RuntimeError as error:
+        found = {"failed": str(error)}
     shutil.rmtree(folder, ignore_errors=True)
+    return {**line, "seconds": round(time.monotonic() - began, 1), **found}
+
+
+def measure_steps(row: Row, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Tokens/s, memory and model FLOP/s of a GPU; raises RuntimeError with the end of the log of a run that failed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    log, deadline = folder.with_suffix(".log"), time.monotonic() + arguments.timeout
+    process, steps = launch(row, arguments, folder, [], log), list[dict[str, float]]()
+    while len(steps) < ITERATIONS and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+        steps = steps_of_megatron(log, row) if row.is_megatron else steps_of(folder)
+    end(process)
     if len(steps) < ITERATIONS:
-        return {**line, "failed": f"{len(steps)} steps", "printed": log.read_text(errors="replace")[-3000:]}
+        raise RuntimeError(f"{len(steps)} steps: {log.read_text(errors='replace')[-3000:]}")
     rate = statistics.median(step["tokens_per_s"] for step in steps[ITERATIONS // 2 :]) / row.gpus
-    line |= {"tokens_per_s_gpu": round(rate), "gib": round(max(step.get("memory_gib", 0.0) for step in steps), 1)}
+    line: dict[str, Any] = {
+        "tokens_per_s_gpu": round(rate),
+        "gib": round(max(step.get("memory_gib", 0.0) for step in steps), 1),
+    }
     qwen, flags = load_config(arguments.models / row.size), row.flags
     line["tflops"] = round(rate * flops_per_token(qwen, flags["seq-length"]) / 1e12, 1)
     return line if row.is_megatron else {**line, **estimated(row, arguments)}
@@ -237,14 +271,17 @@ def main() -> None:
     parser.add_argument("--starts", type=Path, help="folder of a checkpoint a size, for adapters")
     parser.add_argument("--work-dir", type=Path, default=Path("/tmp"))
     arguments = parser.parse_args()
-    end = time.monotonic() + 60 * arguments.minutes
+    until = time.monotonic() + 60 * arguments.minutes
     known = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     asked = [Row(name, arguments.gpus) for name in arguments.rows] or rows_for(arguments.gpus, bool(arguments.megatron))
     left = [row for row in asked if row.name not in {line["row"] for line in known if "failed" not in line}]
     left = [row for row in left if arguments.starts or "lora" not in row.options]
     longest = max([SECONDS_PER_ROW, *(line["seconds"] for line in known)])
-    while left and time.monotonic() + longest < end:
-        line = measure(left.pop(0), arguments)
+    while left and time.monotonic() + longest < until:
+        line = measure(left[0], arguments, until)
+        if line is None:
+            break
+        del left[0]
         longest = max(longest, line["seconds"])
         with arguments.out.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
