@@ -86,10 +86,18 @@ class Plan:
         return self.sizes.num_microbatches(self.settings.global_batch_size, self.settings.micro_batch_size)
 
     @property
+    def separate_documents(self) -> bool:
+        """Whether rows hold several documents, each attending to itself."""
+        return bool(self.settings.packing or self.settings.reset_attention)
+
+    @property
     def packed_sequences(self) -> bool:
-        """Whether a micro-batch is one long row with sequence boundaries (Transformer Engine's `thd` layout)."""
-        separate = self.settings.packing or self.settings.reset_attention
-        return bool(separate) and self.transformer_impl == "transformer_engine"
+        """Whether a micro-batch is one long row with sequence boundaries (Transformer Engine's `thd` layout).
+
+        Not with context parallelism, where each document would have to be padded to a multiple of 2 * CP: rows would
+        depend on the layout. The kit's own attention takes such rows.
+        """
+        return self.separate_documents and self.transformer_impl == "transformer_engine" and self.sizes.cp == 1
 
     @property
     def data_identity(self) -> dict[str, int | str | bool]:

@@ -67,6 +67,7 @@ def model_options(plan: Plan) -> ModelOptions:
         mcore=settings.mcore,
         lora=plan.adapters.lora if plan.adapters else None,
         seed=settings.seed,
+        separate_documents=plan.separate_documents,
         packed_sequences=plan.packed_sequences,
         per_token_gradients=settings.train_mode == "dpo",
         weighted=any(data.weighted for data in (plan.train, plan.valid) if data),
