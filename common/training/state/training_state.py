@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from common.engine.patches import patch_training
+from common.engine.versions import installed_engine
 from common.model.build import ModelOptions, build_model
 from common.training.launching.hang_detector import Heartbeat
 from common.training.planning.plan import Plan
@@ -81,7 +81,9 @@ def set_schedule_functions(model: list[Any], optimizer: Any, loss_weights: LossW
     """
     config = model[0].config
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = loss_weights.finalize if loss_weights else finalize_model_grads
+    config.finalize_model_grads_func = (
+        loss_weights.finalize if loss_weights else installed_engine().finalize_model_grads
+    )
     if model[0].ddp_config.overlap_grad_reduce:
         no_sync_funcs = [chunk.no_sync for chunk in model]
         config.no_sync_func = no_sync_funcs if len(no_sync_funcs) > 1 else no_sync_funcs[0]
