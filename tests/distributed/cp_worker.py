@@ -2,8 +2,8 @@
 
     python -m tests.distributed.cp_worker long --cp=2 ...
 
-`long`: what rows of more than 8192 positions take, no mask but calls by document, and blocks where one is needed. The
-others are mistakes, each of which must be far outside of the tests' bound.
+`blocks`: a document's last queries attend to it in several blocks, as in chunks of more than 8192 positions. The others
+are mistakes, each of which must be far outside of the tests' bound.
 """
 
 import sys
@@ -15,7 +15,6 @@ import torch
 
 from common import errors, train
 from common.model.layers import attention, context_parallel, documents
-from common.training.loop import batch
 
 
 def own_gradients_alone(ctx: Any, *upstream: torch.Tensor) -> Any:
@@ -30,9 +29,9 @@ def in_rank_order(ranks: torch.Tensor) -> torch.Tensor:
     return ranks.transpose(0, 1).flatten(1, 2)
 
 
-def as_first_rank(segments: torch.Tensor, device: torch.device, cp_size: int, _: int) -> torch.Tensor:
-    """Every rank masks as if its queries were rank 0's."""
-    return documents.separation(segments, device, cp_size, 0)
+def as_first_rank(cp_size: int, _: int) -> tuple[int, int]:
+    """Every rank takes its queries for rank 0's."""
+    return context_parallel.chunk_numbers(cp_size, 0)
 
 
 def as_one_document(offsets: list[int], start: int, end: int) -> Any:
@@ -41,11 +40,11 @@ def as_one_document(offsets: list[int], start: int, end: int) -> Any:
 
 
 CHANGES: dict[str, list[tuple[Any, str, Any]]] = {
-    "long": [(documents, "MASK_ELEMENTS", 0), (attention, "MASK_ELEMENTS", 400)],
+    "blocks": [(attention, "MASK_ELEMENTS", 400)],
     "own gradients alone": [(context_parallel._GatherRows, "backward", staticmethod(own_gradients_alone))],
     "keys in rank order": [(context_parallel, "rows_of_ranks", in_rank_order)],
-    "as the first rank": [(batch, "separation", as_first_rank)],
-    "one document": [(documents, "MASK_ELEMENTS", 0), (attention, "documents_of_chunk", as_one_document)],
+    "as the first rank": [(attention, "chunk_numbers", as_first_rank)],
+    "one document": [(attention, "documents_of_chunk", as_one_document)],
 }
 
 

@@ -23,8 +23,9 @@ from torch.utils.checkpoint import checkpoint
 from common.errors import KitError
 from common.log import logger
 from common.model.layers.context_parallel import chunk_numbers, gather_rows
-from common.model.layers.documents import MASK_ELEMENTS, documents_of_chunk, offsets_of_rows
+from common.model.layers.documents import documents_of_chunk, offsets_of_rows
 from common.model.probe import PROBED, find_fault, need, try_on_all_ranks
+from common.model.shape.masks import MASK_ELEMENTS
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
@@ -54,23 +55,17 @@ class SdpaAttention(torch.nn.Module):
         Without attention_mask a row is one document.
         """
         assert attention_bias is None and packed_seq_params is None
-        if self.cp_size > 1:
-            key, value = gather_rows(key, value)
         if attention_mask is not None and attention_mask.dtype is torch.bool:
             return self.masked(query, key, value, attention_mask)
-        if attention_mask is None and self.cp_size == 1:
-            return self.causal(query, key, value)
-        length, offsets = key.shape[0], None
+        offsets = None
         if attention_mask is not None:
-            offsets = offsets_of_rows(attention_mask.tolist(), length, query.shape[1])
-        chunks = query.split(length if self.cp_size == 1 else length // (2 * self.cp_size))
-        starts = (0,) if self.cp_size == 1 else self._starts(chunks[0].shape[0])
-        parts = [self.chunk(one, key, value, start, offsets) for one, start in zip(chunks, starts, strict=True)]
-        return torch.cat(parts)
-
-    def _starts(self, chunk: int) -> tuple[int, int]:
-        one, other = chunk_numbers(self.cp_size, parallel_state.get_context_parallel_rank())
-        return one * chunk, other * chunk
+            offsets = offsets_of_rows(attention_mask.tolist(), self.cp_size * query.shape[0], query.shape[1])
+        if self.cp_size == 1:
+            return self.chunk(query, key, value, 0, offsets)
+        key, value = gather_rows(key, value)
+        numbers = chunk_numbers(self.cp_size, parallel_state.get_context_parallel_rank())
+        chunks = zip(query.chunk(2), numbers, strict=True)
+        return torch.cat([self.chunk(one, key, value, number * one.shape[0], offsets) for one, number in chunks])
 
     def chunk(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, offsets: list[list[int]] | None
@@ -98,7 +93,7 @@ class SdpaAttention(torch.nn.Module):
             return _of_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True, **options))
 
     def masked(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """As forward of gathered keys and values; mask bool [b, 1, s / cp, s], True = masked out."""
+        """As forward without context parallelism; mask bool [b, 1, s, s], True = masked out."""
         query, key, value, options = self._arguments(query, key, value)
         return _of_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=~mask, **options))
 

@@ -9,10 +9,7 @@ from itertools import pairwise
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from common.model.layers.context_parallel import context_parallel_slice
-
-# Of a mask; attention saves it as a bias in its tensors' dtype. One row of 8192, or four of 4096.
-MASK_ELEMENTS = 1 << 26
+from common.model.shape.masks import takes_mask
 
 
 def packed_seq_params(segment_ids: torch.Tensor) -> PackedSeqParams:
@@ -36,22 +33,21 @@ def packed_seq_params(segment_ids: torch.Tensor) -> PackedSeqParams:
     )
 
 
-def separation(segment_ids: torch.Tensor, device: torch.device, cp_size: int = 1, cp_rank: int = 0) -> torch.Tensor:
+def separation(segment_ids: torch.Tensor, device: torch.device, cp_size: int = 1) -> torch.Tensor:
     """What keeps attention within the documents of a row: the attention_mask of SdpaAttention.
 
     `segment_ids` int [b, s], on the CPU, numbers the documents of whole rows; RoPE is relative, so positions need no
-    restart. A mask bool [b, 1, s / cp, s] on `device`, True where position i must not attend to j: another segment, or
-    j after i. Where that would have more than MASK_ELEMENTS, the cu_seqlens of `packed_seq_params`, on the CPU.
+    restart. A mask bool [b, 1, s, s] on `device`, True where position i must not attend to j: another segment, or j
+    after i. Where `takes_mask` says no, the cu_seqlens of `packed_seq_params`, on the CPU.
     """
     rows, length = segment_ids.shape
-    if rows * length * length // cp_size > MASK_ELEMENTS:
+    if not takes_mask(rows, length, cp_size):
         offsets: torch.Tensor = packed_seq_params(segment_ids).cu_seqlens_q
         return offsets
     segment_ids = segment_ids.to(device, non_blocking=True)
-    positions = torch.arange(length, device=device)
-    mine = positions if cp_size == 1 else context_parallel_slice(positions[None], cp_size, cp_rank)[0]
-    same = segment_ids[:, mine, None] == segment_ids[:, None, :]
-    return ~(same & (mine[:, None] >= positions))[:, None]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return ~(same & causal)[:, None]
 
 
 def offsets_of_rows(cu_seqlens: list[int], length: int, num_rows: int) -> list[list[int]]:

@@ -25,8 +25,8 @@ def prepare_batch(plan: Plan, batch: Batch, device: torch.device) -> tuple[Batch
     segments = batch.pop("segment_ids", None)
     if plan.settings.rows_per_sample > 1:
         batch = {name: tensor.reshape(-1, plan.settings.seq_length) for name, tensor in batch.items()}
-    rank = parallel_state.get_context_parallel_rank() if plan.sizes.cp > 1 else 0
     if plan.sizes.cp > 1:
+        rank = parallel_state.get_context_parallel_rank()
         batch = {name: context_parallel_slice(tensor, plan.sizes.cp, rank) for name, tensor in batch.items()}
     attention: dict[str, Any] = {}
     if segments is not None and plan.packed_sequences:
@@ -35,7 +35,7 @@ def prepare_batch(plan: Plan, batch: Batch, device: torch.device) -> tuple[Batch
         packed.cu_seqlens_q = packed.cu_seqlens_kv = packed.cu_seqlens_q.to(device, non_blocking=True)
         attention["packed_seq_params"] = packed
     elif segments is not None:
-        attention["attention_mask"] = separation(segments, device, plan.sizes.cp, rank)
+        attention["attention_mask"] = separation(segments, device, plan.sizes.cp)
     if device.type == "cuda":  # not in the loader, which would initialize CUDA before its workers are forked
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}, attention

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.errors import KitError
-from common.model.layers import attention, documents
+from common.model.layers import attention
 from common.model.layers.attention import (
     FlashAttention,
     FlashAttention4,
@@ -22,6 +22,7 @@ from common.model.layers.attention import (
 from common.model.layers.context_parallel import chunk_numbers, context_parallel_slice
 from common.model.layers.documents import documents_of_chunk, separation
 from common.model.probe import PROBED
+from common.model.shape import masks
 
 CPU, HEADS = torch.device("cpu"), (8, 2, 16)
 STUBS = Path(__file__).parents[2] / "stubs"
@@ -216,7 +217,7 @@ def outputs_and_gradients(
     monkeypatch: pytest.MonkeyPatch, segments: torch.Tensor | None, cp_size: int, mask_elements: int
 ) -> list[torch.Tensor]:
     """The output for ROWS' 3 x 32 positions and the gradients, by cp_size ranks one after the other."""
-    monkeypatch.setattr(documents, "MASK_ELEMENTS", mask_elements)
+    monkeypatch.setattr(masks, "MASK_ELEMENTS", mask_elements)
     monkeypatch.setattr(attention, "MASK_ELEMENTS", mask_elements)
     monkeypatch.setattr(attention, "gather_rows", lambda key, value: (key, value))
     generator = torch.Generator().manual_seed(1)
@@ -228,7 +229,7 @@ def outputs_and_gradients(
     )
     for rank in range(cp_size):
         monkeypatch.setattr(attention.parallel_state, "get_context_parallel_rank", lambda rank=rank: rank)
-        given = None if segments is None else separation(segments, CPU, cp_size, rank)
+        given = None if segments is None else separation(segments, CPU, cp_size)
         query = context_parallel_slice(leaves[0].transpose(0, 1), cp_size, rank).transpose(0, 1)
         whole += zip(chunk_numbers(cp_size, rank), module(query, *leaves[1:], given).chunk(2), strict=True)
     out = torch.cat([part for _, part in sorted(whole, key=lambda pair: pair[0])])
@@ -249,7 +250,9 @@ def test_chunks_of_a_row_give_what_the_row_gives(
 
 def test_masks_of_long_rows_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     assert separation(ROWS, CPU).shape == (3, 1, 32, 32)
-    assert separation(ROWS, CPU, 4, 1).shape == (3, 1, 8, 32)
-    monkeypatch.setattr(documents, "MASK_ELEMENTS", 3 * 32 * 32 // 4)
-    assert separation(ROWS, CPU, 4, 1).dtype is torch.bool
-    assert separation(ROWS, CPU, 2, 1).tolist() == [0, 5, 16, 17, 32, 64, 72, 80, 96]
+    monkeypatch.setattr(masks, "MASK_ELEMENTS", 3 * 32 * 32)
+    assert separation(ROWS, CPU).dtype is torch.bool
+    offsets = [0, 5, 16, 17, 32, 64, 72, 80, 96]
+    assert separation(ROWS, CPU, cp_size=2).tolist() == offsets
+    monkeypatch.setattr(masks, "MASK_ELEMENTS", 3 * 32 * 32 - 1)
+    assert separation(ROWS, CPU).tolist() == offsets
