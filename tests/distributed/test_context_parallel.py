@@ -8,6 +8,7 @@ import torch
 
 from common.checkpoint.formats.torch_dist_reader import TorchDistReader
 from common.training.tracking.records import read_metrics
+from tests.conversion import to_megatron
 from tests.distributed.launch import forked, steps
 from tests.distributed.user import step3_forked, step3_words
 
@@ -118,3 +119,16 @@ def test_adapters_train_as_with_one_rank(work: Path) -> None:
         step3_forked(settings(work, "packed", name, **lora, **layout))
     one, other = ([row["loss"] for row in read_metrics(work / f"packed_{name}")] for name in ("lora", "lora_cp"))
     assert len(one) == 3 and other == pytest.approx(one, rel=2e-6) and abs(one[2] - one[0]) > 1e-3
+
+
+def test_torch_format_goes_on_with_as_many_replicas(work: Path) -> None:
+    """Its optimizer is divided over DP x CP ranks, so two replicas may share rows or not."""
+    start = to_megatron(work / "qwen", work / "start_torch", transformer_impl="local")
+    more = {"TRAIN_ITERS": 4, "CKPT_FORMAT": "torch", "LOAD_CHECKPOINT_PATH": start}
+    step3_forked(settings(work, "plain", "whole", **more))
+    moved = settings(work, "plain", "moved", **more)
+    step3_forked({**moved, **LAYOUTS["cp"], "EXIT_INTERVAL": 2})
+    assert "of 2 data-parallel replicas, this run has 1 (DP x CP)" in step3_forked(moved, code=2)
+    step3_forked({**moved, "GPUS": 2})
+    one, other = ([row["loss"] for row in read_metrics(work / f"plain_{name}")] for name in ("whole", "moved"))
+    assert len(one) == 4 and other == pytest.approx(one, rel=1e-5)

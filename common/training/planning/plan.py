@@ -231,10 +231,12 @@ def check_resume(plan: Plan) -> None:
                 " does not apply: use the same settings (also PACKING) and data, or a new SAVE_CHECKPOINT_PATH with"
                 " LOAD_CHECKPOINT_PATH set to this one"
             )
-    if checkpoint.format == "torch" and run["layout"]["dp"] != plan.sizes.dp:
+    replicas = run["layout"]["dp"] * run["layout"]["cp"]
+    if checkpoint.format == "torch" and replicas != plan.sizes.replicas:
         raise KitError(
-            f"{checkpoint.path} is in torch format with the optimizer of {run['layout']['dp']} data-parallel replicas,"
-            f" this run has {plan.sizes.dp}: use as many GPUs as before, or CKPT_FORMAT=torch_dist from the start"
+            f"{checkpoint.path} is in torch format with the optimizer of {replicas} data-parallel replicas, this run"
+            f" has {plan.sizes.replicas} (DP x CP): use as many GPUs as before, or CKPT_FORMAT=torch_dist from the"
+            " start"
         )
 
 
