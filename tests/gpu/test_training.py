@@ -198,9 +198,9 @@ def test_fp8_is_less_than_a_quarter_of_a_step_off(work: Path) -> None:
 
 # The last takes the kit's attention under Transformer Engine's layers too, instead of the ring.
 LONG: dict[str, dict[str, Any]] = {
-    "packing": {**PACKED["packing"], "seq-length": 1024},
-    "reset_attention": {**PACKED["reset_attention"], "seq-length": 1024},
-    "one_document": {"seq-length": 1024, "core-attention": "sdpa"},
+    "packing": {**PACKED["packing"], "seq-length": 512},
+    "reset_attention": {**PACKED["reset_attention"], "seq-length": 512},
+    "one_document": {"seq-length": 512, "core-attention": "sdpa"},
 }
 
 
@@ -217,6 +217,8 @@ def test_two_gpus_share_a_row_as_one_takes_it(work: Path, name: str) -> None:
         shared = {**flags, "gpus": 2, "cp": 2, "save-checkpoint-path": work / f"cp2_{name}_{impl}"}
         two = train(work, impl, **shared)
         assert len(one) == len(two) == 4
+        # Documents that are not separated change this first loss by 0.4%.
+        assert abs(two[0][1] - one[0][1]) < 1.5e-3 * one[0][1], (impl, two, one)
         assert all(abs(a[1] - b[1]) < 5e-3 * b[1] for a, b in zip(two, one, strict=True)), (impl, two, one)
         assert all(abs(a[2] - b[2]) < 5e-2 * b[2] for a, b in zip(two, one, strict=True)), (impl, two, one)
 
