@@ -57,6 +57,8 @@ class SdpaAttention(torch.nn.Module):
         assert attention_bias is None and packed_seq_params is None
         if attention_mask is not None and attention_mask.dtype is torch.bool:
             return self.masked(query, key, value, attention_mask)
+        if attention_mask is None and self.cp_size == 1:
+            return self.causal(query, key, value)
         offsets = None
         if attention_mask is not None:
             offsets = offsets_of_rows(attention_mask.tolist(), self.cp_size * query.shape[0], query.shape[1])
