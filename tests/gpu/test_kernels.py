@@ -188,6 +188,32 @@ def test_attention_of_a_rows_last_queries_is_right_and_makes_no_mask(kind: str, 
     torch.autograd.grad(out.sum(), leaves)
 
 
+@pytest.mark.parametrize("kind", ["sdpa", "flash_attn_4"])
+def test_documents_one_by_one_are_what_a_mask_gives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As local layers take rows of more than 8192 positions."""
+    from common.model.layers.attention import KINDS
+    from common.model.layers.documents import separation
+    from common.model.shape import masks
+
+    if kind == "flash_attn_4":
+        needs("flash_attn_4")
+    device, segments = torch.device("cuda"), (torch.rand(2, 2048) < 0.01).cumsum(1)
+    config = SimpleNamespace(softmax_scale=None, context_parallel_size=1)
+    leaves = [torch.randn(2048, 2, n, 128, device="cuda").bfloat16().requires_grad_() for n in (28, 4, 4)]
+    weight = torch.randn(2048, 2, 28 * 128, device="cuda").bfloat16()
+
+    def results(mask: torch.Tensor) -> list[torch.Tensor]:
+        out = KINDS[kind](config, 1, None, "self")(*leaves, mask)
+        return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
+
+    expected = results(separation(segments, device))
+    monkeypatch.setattr(masks, "MASK_ELEMENTS", 0)
+    bounds = separation(segments, device)
+    assert bounds.device.type == "cpu" and bounds.numel() > 10
+    for mine, theirs in zip(results(bounds), expected, strict=True):
+        assert (mine - theirs).abs().max() <= 0.02 * theirs.abs().max()
+
+
 @pytest.mark.parametrize(("hidden_size", "width"), [(896, 4864), (1536, 8960), (2048, 11008), (3584, 18944 // 4)])
 def test_quacks_products_are_right_where_they_are_installed(hidden_size: int, width: int) -> None:
     from common.model.kernels.quack_products import QuackProducts

@@ -83,15 +83,20 @@ class SdpaAttention(torch.nn.Module):
         for row, (q, k, v) in zip(offsets, zip(*(x.unbind(1) for x in (query, key, value)), strict=True), strict=True):
             first, queries, keys = documents_of_chunk(row, start, end)
             parts = zip(q.split(queries), k[first:end].split(keys), v[first:end].split(keys), strict=True)
-            rows.append(torch.cat([self.causal(*(x[:, None] for x in part)) for part in parts]))
+            rows.append(torch.cat([self.causal(*(x[:, None] for x in part), varying=True) for part in parts]))
         return torch.cat(rows, dim=1)
 
-    def causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[q, b, n*d]: the queries [q, b, n, d] are the last q positions of the keys [k, b, g, d]."""
+    def causal(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, varying: bool = False
+    ) -> torch.Tensor:
+        """[q, b, n*d]: the queries [q, b, n, d] are the last q positions of the keys [k, b, g, d].
+
+        varying: the lengths differ from call to call.
+        """
         query, key, value, options = self._arguments(query, key, value)
         if query.shape[2] < key.shape[2]:
             return _of_heads(lower_right(query, key, value, options))
-        with preferred_kernels(query.device.type):
+        with preferred_kernels(query.device.type, varying):
             return _of_heads(F.scaled_dot_product_attention(query, key, value, is_causal=True, **options))
 
     def masked(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -137,23 +142,28 @@ def lower_right(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, opt
     return torch.cat(parts, dim=2)
 
 
-def preferred_kernels(device: str) -> AbstractContextManager[None]:
-    """On CUDA, cuDNN's attention before PyTorch's own FlashAttention 2, which is slower on Hopper (torch 2.6 on)."""
+def preferred_kernels(device: str, varying: bool = False) -> AbstractContextManager[None]:
+    """On CUDA, cuDNN's attention before PyTorch's own FlashAttention 2, which is slower on Hopper (torch 2.6 on).
+
+    Not for `varying` lengths: cuDNN builds a new plan for each.
+    """
     if device != "cuda" or TORCH < (2, 6):
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+    return sdpa_kernel(order[1:] if varying else order, set_priority=True)
 
 
 class FlashAttention(SdpaAttention):
     """Causal attention with flash_attn, which has GQA without copies; with a mask or in float32 as SdpaAttention."""
 
-    def causal(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def causal(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, varying: bool = False
+    ) -> torch.Tensor:
         """As in SdpaAttention; fewer queries than keys are the last positions from flash_attn 2.1 on."""
         if query.dtype == torch.float32:
-            return super().causal(query, key, value)
+            return super().causal(query, key, value, varying=varying)
         return self.flash(query, key, value).flatten(2)
 
     def flash(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

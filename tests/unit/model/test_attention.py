@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,3 +257,17 @@ def test_masks_of_long_rows_never_exist(monkeypatch: pytest.MonkeyPatch) -> None
     assert separation(ROWS, CPU, cp_size=2).tolist() == offsets
     monkeypatch.setattr(masks, "MASK_ELEMENTS", 3 * 32 * 32 - 1)
     assert separation(ROWS, CPU).tolist() == offsets
+
+
+def test_cudnn_is_not_preferred_for_documents_whose_lengths_vary(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def preferred(device: str, varying: bool = False) -> Any:
+        asked.append(varying)
+        return nullcontext()
+
+    monkeypatch.setattr(attention, "preferred_kernels", preferred)
+    outputs_and_gradients(monkeypatch, None, 1, 0)
+    assert asked == [False]
+    outputs_and_gradients(monkeypatch, ROWS, 1, 0)
+    assert asked == [False, *[True] * 8]
