@@ -46,7 +46,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 : "${PP:=2}"             # pipeline parallel size / 流水线并行
 : "${VPP:=1}"            # virtual pipeline chunks per rank / 每个 rank 的虚拟流水线块数
 : "${PIPELINE_LAYERS:=}" # layers of each stage, as 7,7,8,6; empty: even / 各阶段的层数，如 7,7,8,6；空：均分
-: "${CP:=1}"             # context parallel size / 上下文并行
+: "${CP:=1}"             # context parallel size: GPUs that share a row / 上下文并行：分担一行的 GPU 数
 : "${GPUS:=8}"           # GPUs of this node / 本节点 GPU 数
 
 # Nodes: run this script on each / 多节点：在每个节点上运行本脚本 (docs/multi-node.md)

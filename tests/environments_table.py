@@ -114,6 +114,8 @@ AFTER = {
   MetaX; the log says why. The recipes of fine-tuning have `PACKING=true`: on NGC 24.03 set `TRANSFORMER_IMPL=local`,
   or `PACKING=false`.
 - torch_dist was never run on MetaX ([metax.md](../metax.md)), `OPTIMIZER_STATE=cpu` on a GPU only for a few steps.
+  `CP` was run on two H200 with Transformer Engine's layers and one document a row; packed rows and local layers
+  with `CP` on CPUs alone ([long-rows.md](long-rows.md)).
 """,
     "zh": """\
 - NGC 24.03 是 `docker/nvidia.Dockerfile` 的基础镜像，25.06 是更新的一个：`--build-arg
@@ -129,6 +131,8 @@ AFTER = {
 - 微调的默认值 `PACKING=auto` 在表中为“不可以”或“需”时关闭，沐曦上的 local 层也关闭；日志说明原因。
   微调的配方含 `PACKING=true`：在 NGC 24.03 上请设 `TRANSFORMER_IMPL=local`，或 `PACKING=false`。
 - torch_dist 没有在 MetaX 上运行过（[metax.md](../metax.md)），`OPTIMIZER_STATE=cpu` 在 GPU 上只运行过几步。
+  `CP` 在两块 H200 上以 Transformer Engine 的层、每行一个文档运行过；拼接的行和 local 层的 `CP` 只在 CPU 上运行过
+  （[long-rows.md](long-rows.md)）。
 """,
 }
 # Setting, and the fields that select it in a run of two processes.
@@ -136,6 +140,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "PACKING=true": {"train_mode": "finetune", "packing": True},
     "RESET_ATTENTION=true": {"reset_attention": True},
     "CP=2": {"cp": 2},
+    "CP=2 PACKING=true": {"cp": 2, "train_mode": "finetune", "packing": True},
     "FP8_FORMAT=hybrid FP8_RECIPE=delayed": {"fp8_format": "hybrid", "fp8_recipe": "delayed"},
     "FP8_FORMAT=hybrid FP8_RECIPE=tensorwise": {"fp8_format": "hybrid", "fp8_recipe": "tensorwise"},
     "FP8_FORMAT=hybrid FP8_RECIPE=blockwise": {"fp8_format": "hybrid", "fp8_recipe": "blockwise"},

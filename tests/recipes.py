@@ -33,6 +33,9 @@ NAMES = (
 GPUS = {"80GB": "H100", "141GB": "H200"}
 NODES = {1: (1, 1), 8: (8, 1), 16: (8, 2), 32: (8, 4)}  # GPUs of a node, nodes
 SEQ_LENGTH = 4096
+# Long rows of 7B on 8 GPUs: their length, and YaRN's factor where config.json must have it (docs/en/long-rows.md).
+LONG: dict[str, tuple[int, float | None]] = {"32K": (32768, None), "128K": (131072, 4.0)}
+CONTEXT_PARALLEL = (1, 2, 4, 8)
 TASKS = {
     "sft": (
         128,
@@ -67,30 +70,51 @@ SPLIT=99.5,0.5,0
 }
 
 
-def write_config(folder: Path, size: str) -> QwenConfig:
-    """The config of Qwen2.5 of that size, written to `folder`."""
+def write_config(folder: Path, size: str, yarn: float | None = None) -> QwenConfig:
+    """The config of Qwen2.5 of that size, extended by YaRN's factor `yarn`, written to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(zip(NAMES, SIZES[size], strict=True)) | {
         "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0, "max_position_embeddings": 32768,
     }  # fmt: skip
+    if yarn:
+        config["rope_scaling"] = {"factor": yarn, "original_max_position_embeddings": 32768, "type": "yarn"}
     (folder / "config.json").write_text(json.dumps(config))
     return load_config(folder)
 
 
-def recipe(qwen: QwenConfig, task: str, memory: str, num_gpus: int) -> str | None:
-    """The text of a recipe; None if the model does not fit."""
+def recipe(
+    qwen: QwenConfig, task: str, memory: str, num_gpus: int, seq_length: int = SEQ_LENGTH, cps: tuple[int, ...] = (1,)
+) -> str | None:
+    """The text of a recipe, with the fastest of the sizes `cps`; None if the model does not fit.
+
+    A step has as many tokens at any `seq_length`.
+    """
     batch, task_lines = TASKS[task]
     gpu, (gpus, nnodes) = find_gpu(GPUS[memory]), NODES[num_gpus]
     base = EstimateSettings(
-        hf_model_path="-", gpu=gpu.name, gpus=gpus, nnodes=nnodes, seq_length=SEQ_LENGTH, global_batch_size=batch,
-        packing=task == "sft",
+        hf_model_path="-", gpu=gpu.name, gpus=gpus, nnodes=nnodes, seq_length=seq_length, packing=task == "sft",
+        global_batch_size=batch * SEQ_LENGTH // seq_length,
     )  # fmt: skip
     for state in ("fp32", "bf16", "cpu"):
-        best = estimate_all(replace(base, optimizer_state=state), qwen, gpu)[0][0]
-        if best.fits == "yes":
+        found = (estimate_all(replace(base, optimizer_state=state, cp=cp), qwen, gpu)[0][0] for cp in cps)
+        fitting = [one for one in found if one.fits == "yes"]
+        if fitting:
+            best = min(fitting, key=lambda one: one.rank_seconds)
             return "".join(f"{line}\n" for line in settings_lines(best, gpu)) + task_lines
     return None
+
+
+def long_recipes(folder: Path) -> Iterator[tuple[str, str]]:
+    """(file name, text) of each recipe for long rows; configs are written to `folder`."""
+    for length, (seq_length, yarn) in LONG.items():
+        qwen = write_config(folder / length, "7B", yarn)
+        needs = f"# config.json must have YaRN's factor {yarn:g}: docs/en/long-rows.md.\n" if yarn else ""
+        for task in TASKS:
+            for memory in GPUS:
+                text = recipe(qwen, task, memory, 8, seq_length, CONTEXT_PARALLEL)
+                assert text
+                yield f"7B-{task}-{length}-8x{memory}.env", needs + text
 
 
 def recipes() -> Iterator[tuple[str, str]]:
@@ -104,6 +128,7 @@ def recipes() -> Iterator[tuple[str, str]]:
                         text = recipe(qwen, task, memory, num_gpus)
                         if text:
                             yield f"{size}-{task}-{num_gpus}x{memory}.env", text
+        yield from long_recipes(Path(scratch))
 
 
 if __name__ == "__main__":

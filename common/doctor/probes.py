@@ -50,13 +50,13 @@ def masked_attention() -> str:
     """Attention with a block-causal mask, as for packed sequences: no sample attends to another."""
     import torch
 
-    from common.model.layers.attention import block_causal_mask
+    from common.model.layers.documents import separation
 
-    segments = torch.tensor([[0] * 24 + [1] * 40], device=_device())
+    segments = torch.tensor([[0] * 24 + [1] * 40])
     query = torch.randn(64, 1, 4, 64, device=_device()).bfloat16()
     changed = query.clone()
     changed[:24] += 1
-    mask = block_causal_mask(segments)
+    mask = separation(segments, _device())
     before, after = (_sdpa(x, mask) for x in (query, changed))
     assert torch.equal(before[24:], after[24:]), "a sample attends to another one of its row"
     assert not torch.equal(before[:24], after[:24]), "the output does not depend on the input"

@@ -73,3 +73,9 @@ class Engine:
     def uses_decoupled_grad(self, optimizer_config: Any) -> bool:
         """Whether the optimizer reads gradients from `decoupled_grad` instead of `grad`."""
         return bool(optimizer_config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)
+
+    def finalize_model_grads(self, model: list[Any], num_tokens: Any = None, **more: Any) -> None:
+        """Megatron-Core's finalize_model_grads, which divides gradients by the sum of all ranks' `num_tokens`."""
+        from megatron.core.distributed import finalize_model_grads
+
+        finalize_model_grads(model, num_tokens, **more)

@@ -63,3 +63,12 @@ class MegatronCore011(Engine):
         """As in Engine; before 0.19 under another name."""
         found: list[Any] = optimizer.get_main_grads_for_grad_norm()
         return found
+
+    def finalize_model_grads(self, model: list[Any], num_tokens: Any = None, **more: Any) -> None:
+        """As in Engine; 0.11 sums `num_tokens` over data-parallel ranks alone, and a CP rank has a part of a row."""
+        import torch.distributed as dist
+        from megatron.core import parallel_state
+
+        if num_tokens is not None:
+            dist.all_reduce(num_tokens, group=parallel_state.get_context_parallel_group())
+        super().finalize_model_grads(model, num_tokens, **more)

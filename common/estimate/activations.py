@@ -11,6 +11,7 @@ from common.estimate.weights import ELEMENT_BYTES, Chunk, vocabulary_parameters
 from common.model.shape.chunks import chunk_size, fused_chunk_size
 from common.model.shape.config import QwenConfig
 from common.model.shape.lora import ROW_PARALLEL, LoraConfig
+from common.model.shape.masks import takes_mask
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,44 @@ class Workload:
     transformer_impl: str
     recompute: str
     recompute_num_layers: int | None  # with full: the first of each chunk; None: all
-    masked: bool  # PACKING or RESET_ATTENTION with local layers: attention with a mask [b, 1, s, s]
-    thd: bool  # the same with Transformer Engine's layers: packed sequences in the "thd" format, with cu_seqlens
+    separate: bool  # PACKING or RESET_ATTENTION: rows of several documents, each attending to itself
     fused_kernels: bool
     fused_products: bool  # SwiGLU, and at TP 1 the loss, fused into the GEMMs
     lora: LoraConfig | None = None  # adapters on frozen weights, which have no gradients
     recomputed_loss: bool = False  # preferences: the output layer runs again in the backward pass
+    core_attention: str = "auto"
     fp8_recipe: str = ""  # of the layers' GEMMs, whose inputs are then saved in FP8; empty: none
 
     @property
     def transformer_engine(self) -> bool:
         """Whether the layers are Transformer Engine's."""
         return self.transformer_impl == "transformer_engine"
+
+    @property
+    def thd(self) -> bool:
+        """Whether rows of several documents are packed sequences in Transformer Engine's "thd" format."""
+        return self.separate and self.transformer_engine and self.cp == 1
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention has a mask [b, 1, s, s]."""
+        return self.separate and not self.thd and takes_mask(self.micro_batch_size, self.seq_length, self.cp)
+
+    @property
+    def mask_elements(self) -> int:
+        """Elements of that mask."""
+        return self.micro_batch_size * self.seq_length**2
+
+    @property
+    def gathered(self) -> bool:
+        """Whether attention gathers the keys and values of whole rows, instead of Transformer Engine's ring."""
+        ring = self.transformer_engine and not self.separate and self.core_attention == "auto"
+        return self.cp > 1 and not ring
+
+    @property
+    def by_parts(self) -> bool:
+        """Whether attention's output is put together from those of documents, or of a row's two chunks."""
+        return not self.masked and (self.gathered or (self.separate and not self.thd))
 
     @property
     def fused_loss(self) -> bool:
@@ -121,25 +148,28 @@ def attention_tensors(work: Workload) -> dict[str, int]:
 
     Query, key and value are separate tensors where kernels/qkv_rope.py computes them (megatron-core 0.15 and later),
     and in Transformer Engine's attention. Otherwise value is a view of the QKV output in local layers, which keeps all
-    of it alive; so are the inputs of a recomputed attention (selective).
+    of it alive; so are the inputs of a recomputed attention (selective). Where they are gathered, keys and values of
+    whole rows are saved.
     """
     qkv = work.query_bytes + 2 * work.key_bytes
     heads = work.qwen.num_attention_heads // work.tp
     fused_qkv_rope = work.fused_kernels and not work.qwen.qk_norm and not work.thd
     value_is_view = not fused_qkv_rope and (not work.transformer_engine or work.recompute == "selective")
+    gathered = work.cp if work.gathered and work.recompute != "selective" else 1
     kept = {
-        "query and key": work.query_bytes + work.key_bytes,
-        "value": qkv if value_is_view else work.key_bytes,
+        "query and key": work.query_bytes + gathered * work.key_bytes,
+        "value": qkv if value_is_view and gathered == 1 else gathered * work.key_bytes,
         "attention output": work.query_bytes,
     }
+    if work.by_parts and work.recompute != "selective":
+        kept["parts of the output"] = work.query_bytes
     if work.recompute != "selective":
         kept["softmax statistics"] = 4 * work.tokens * heads
     if not work.transformer_engine and not fused_qkv_rope:
         # cosine and sine [s, d], computed for query and for key
         kept["rope"] = 4 * work.element_bytes * work.seq_length // work.cp * work.qwen.head_dim
     if work.masked and work.recompute != "selective":
-        # the mask as a bias [b, 1, s, s] in the layer's dtype
-        kept["attention mask"] = work.element_bytes * work.micro_batch_size * work.seq_length**2
+        kept["attention mask"] = work.element_bytes * work.mask_elements  # as a bias in the layer's dtype
     if work.qwen.qk_norm:
         kept["query and key norm"] = query_key_norm_bytes(work)
     return kept
@@ -183,7 +213,7 @@ def kept_by_chunk(work: Workload, chunk: Chunk) -> int:
     """Bytes that autograd saves for one micro-batch in a chunk, without the loss, which `loss_bytes` counts."""
     kept = kept_by_layers(work, chunk)
     if work.masked and work.recompute != "none":
-        kept += work.micro_batch_size * work.seq_length**2  # the mask, bool, one for all layers
+        kept += work.mask_elements  # the mask, bool, one for all layers
     if chunk.first:
         kept += 8 * work.tokens  # token ids, int64
         if work.tp > 1:

@@ -39,7 +39,7 @@ class EstimateSettings:
     pp: int | None = option(None, "pipeline parallel size; default: every size that divides the GPUs")
     vpp: int | None = option(None, "virtual pipeline chunks per rank; default: 1 to 5, with PP above 1")
     pipeline_layers: str | None = option(None, "layers of each stage (with VPP of each chunk), such as 7,7,8,6")
-    cp: int = option(1, "context parallel size")
+    cp: int = option(1, "context parallel size: GPUs that share a row")
     recompute: str | None = option(None, "activation recomputation; default: every kind", RECOMPUTE)
     recompute_num_layers: int | None = option(None, "with full: number of layers per chunk; default: all")
     fp8_format: str = option("none", "FP8 matrix products (Transformer Engine)", ("none", "hybrid", "e4m3"))

@@ -45,7 +45,6 @@ class RankMemory:
 def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Workload:
     """What the activations of a run depend on."""
     impl = settings.transformer_impl or platform.transformer_impl
-    packed = settings.packing or settings.reset_attention
     return Workload(
         qwen=qwen,
         seq_length=settings.seq_length,
@@ -57,12 +56,12 @@ def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Wo
         transformer_impl=impl,
         recompute=settings.recompute,
         recompute_num_layers=settings.recompute_num_layers,
-        masked=packed and impl == "local",
-        thd=packed and impl == "transformer_engine",
+        separate=bool(settings.packing or settings.reset_attention),
         fused_kernels=platform.fused_kernels,
         fused_products=settings.fused_products == "true",
         lora=settings.lora,
         recomputed_loss=settings.train_mode == "dpo",
+        core_attention=settings.core_attention,
         fp8_recipe=settings.fp8_recipe if settings.fp8_format != "none" else "",
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from common.estimate.activations import Workload
 from common.estimate.gpus import MEASURED, Gpu
 from common.estimate.layouts import ASSUMED, Estimate, EstimateSettings, Refusal
 from common.estimate.memory import RankMemory, work_of
@@ -40,7 +41,7 @@ def report(
     yield ""
     yield from _left_out(found, shown, refused)
     yield from upkeep_lines(upkeep(settings, qwen), _step_seconds(found[0]) if found[0].fits != "no" else None)
-    yield from _notes(settings, gpu, first.masked)
+    yield from _notes(settings, gpu, first)
     if settings.optimizer_state == "cpu":
         kept = adam_bytes(num_parameters(qwen), settings.precision, "cpu") / GIB
         yield (
@@ -111,7 +112,7 @@ def _step_seconds(one: Estimate) -> float | None:
     return one.speed.step_seconds if one.speed else None
 
 
-def _notes(settings: EstimateSettings, gpu: Gpu, masked: bool) -> Iterator[str]:
+def _notes(settings: EstimateSettings, gpu: Gpu, work: Workload) -> Iterator[str]:
     if not gpu.platform.ran_on_hardware:
         yield f"note: this kit was not run on {gpu.platform.name} hardware"
     if not gpu.rated:
@@ -121,12 +122,13 @@ def _notes(settings: EstimateSettings, gpu: Gpu, masked: bool) -> Iterator[str]:
         )
     elif gpu.name not in MEASURED:
         yield f"note: speed was measured on {' and '.join(MEASURED)}; here the same efficiency is assumed"
-    if masked:
-        yield "note: attention with a mask (PACKING) was not measured on a GPU, neither its memory nor its time"
+    if work.separate and not work.thd:
+        yield "note: the kit's own attention within samples (PACKING) was not measured on a GPU: memory nor time"
     if settings.fp8_format != "none":
         yield "note: FP8 was measured at 3B on one H200; the same share of bf16's time is assumed for other sizes"
     if settings.cp > 1:
-        yield "note: context parallelism was not measured, and its communication time is not counted"
+        time = "counted as if nothing overlapped it" if work.gathered else "not counted, as if all of it overlapped"
+        yield f"note: context parallelism was not measured; the time of its communication is {time}"
     if gpu.rated and settings.gpus * settings.nnodes > 1:
         yield "note: speed on more than one GPU was not measured; the bandwidth of links between GPUs is assumed"
 

@@ -66,7 +66,7 @@ def layer_cost(work: Workload, gpu: Gpu) -> Cost:
 
 def attention_name(work: Workload) -> str:
     """The name of attention in the costs: FlashAttention 4 with the fused products, but not for packed sequences."""
-    return "FlashAttention 4" if work.fused_products and not (work.thd or work.masked) else "attention"
+    return "FlashAttention 4" if work.fused_products and not work.separate else "attention"
 
 
 def chunk_cost(work: Workload, chunk: Chunk, gpu: Gpu) -> Cost:
@@ -113,6 +113,19 @@ def tensor_parallel_seconds(work: Workload, num_layers: int) -> float:
     Source: arXiv 2205.05198, section 4.2.2, and the all-gathers repeated for the weight gradients.
     """
     return 10 * num_layers * work.hidden_bytes * (work.tp - 1) / work.tp / LINK_BYTES_PER_SECOND
+
+
+def context_parallel_seconds(settings: TrainSettings, work: Workload, num_layers: int) -> float:
+    """Seconds of gathering keys and values, again where attention is computed again, and of reducing their gradients.
+
+    Not overlapped; Transformer Engine's ring is assumed to be.
+    """
+    if not work.gathered:
+        return 0.0
+    within_node = settings.tp * settings.cp <= settings.gpus
+    rate = LINK_BYTES_PER_SECOND if within_node else NETWORK_BYTES_PER_SECOND
+    passes = 2 if work.recompute == "none" else 3
+    return passes * num_layers * 2 * work.key_bytes * (work.cp - 1) / rate
 
 
 def pipeline_seconds(settings: TrainSettings, work: Workload) -> float:
@@ -162,6 +175,7 @@ def speed(settings: TrainSettings, platform: Platform, qwen: QwenConfig, gpu: Gp
         chunks = chunks_of_rank(qwen, sizes, pp_rank)
         own = seconds(add(*(chunk_cost(work, chunk, gpu) for chunk in chunks)))
         own += tensor_parallel_seconds(work, sum(chunk.num_layers for chunk in chunks))
+        own += context_parallel_seconds(settings, work, sum(chunk.num_layers for chunk in chunks))
         own += pipeline_seconds(settings, work)
         parameters = _trained(work, chunks)
         after = seconds(step_cost(work, chunks, gpu, sizes.dp * sizes.cp))

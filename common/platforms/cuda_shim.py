@@ -34,6 +34,8 @@ class CudaMeansCpu(TorchFunctionMode):
         """The result of `func`, with "cpu" in place of the device "cuda"."""
         if kwargs and _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
+        if kwargs and kwargs.get("pin_memory"):  # without a device there is no pinned memory
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to:
             args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
         result = func(*args, **(kwargs or {}))

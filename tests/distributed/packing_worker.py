@@ -80,7 +80,7 @@ def logits(plan: Plan, batch: Batch) -> torch.Tensor | None:
     """This rank's part of the logits [rows, s, v / tp]; None but on the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from common.model.layers.attention import block_causal_mask
+    from common.model.layers.documents import separation
     from common.training.checkpointing.load import load_weights
     from common.training.state.training_state import build_training_state
 
@@ -92,7 +92,7 @@ def logits(plan: Plan, batch: Batch) -> torch.Tensor | None:
 
     def forward_step(_: Any, model: Any) -> Any:
         part = next(parts)
-        mask = block_causal_mask(part["segment_ids"]) if "segment_ids" in part else None
+        mask = separation(part["segment_ids"], torch.device("cpu")) if "segment_ids" in part else None
         output = model(part["tokens"], torch.arange(size)[None], mask)
         return output, lambda output, non_loss_data: output
 

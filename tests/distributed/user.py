@@ -101,16 +101,21 @@ def step3(settings: Mapping[str, Any], log: Path, code: int = 0, **more: Any) ->
     return Run({**settings, **more}, log).end(code)
 
 
-def step3_forked(settings: Mapping[str, Any], code: int = 0) -> str:
-    """`step3`'s log without torchrun: the command that the script prints is run in forked ranks (ranks.py).
-
-    With `code` other than 0 the command's check must exit with it, and no rank is started.
-    """
+def step3_words(settings: Mapping[str, Any]) -> list[str]:
+    """The flags that the script gives to `python -m common.train` with these settings."""
     script = ROOT / "cpu" / "3_run_mcore_qwen.sh"
     printed = subprocess.run(
         ["bash", script, "--dry-run"], env=environment(settings), capture_output=True, text=True, check=True
     )
     given = shlex.split(printed.stdout)
-    flags = given[given.index("common.train") + 1 :]
+    return given[given.index("common.train") + 1 :]
+
+
+def step3_forked(settings: Mapping[str, Any], code: int = 0) -> str:
+    """`step3`'s log without torchrun: the command that the script prints is run in forked ranks (ranks.py).
+
+    With `code` other than 0 the command's check must exit with it, and no rank is started.
+    """
+    flags = step3_words(settings)
     log = forked(0, "common.train", [*flags, "--check"], code)
     return log if code else log + forked(int(flags[flags.index("--gpus") + 1]), "common.train", flags)

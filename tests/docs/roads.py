@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LANGUAGES = ("en", "zh")
-ROADS = ("sft-8-gpus.md", "one-card.md", "lora.md", "cpt-72b.md", "preferences.md")
+ROADS = ("sft-8-gpus.md", "one-card.md", "lora.md", "cpt-72b.md", "preferences.md", "long-rows.md")
 PAGES = (*ROADS, "troubleshooting.md")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 ASSIGNMENT = re.compile(r"^([A-Z][A-Z0-9_]*)=")

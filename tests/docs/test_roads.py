@@ -26,7 +26,7 @@ from tests.docs.roads import (
     split,
     text,
 )  # fmt: skip
-from tests.recipes import write_config
+from tests.recipes import LONG, write_config
 
 STEP = re.compile(r"bash (nvidia|metax|cpu)/\d_\S+\.sh")
 ALL = sorted({command for page in PAGES for command in commands(page)})
@@ -55,6 +55,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("models")
     for size in ("0.5B", "1.5B", "3B", "7B", "32B", "72B"):
         write_config(folder / f"Qwen2.5-{size}", size)
+    write_config(folder / "Qwen2.5-7B-Instruct", "7B")
+    write_config(folder / "Qwen2.5-7B-128K", "7B", LONG["128K"][1])
     yield folder
 
 

@@ -1,6 +1,7 @@
 """The Triton kernels against the same steps by PyTorch, in float32 and bfloat16."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,6 +165,53 @@ def test_flash_attention_4_is_right_where_it_is_installed(heads: tuple[int, int,
 
     needs("flash_attn_4")
     assert unusable_reason(KINDS["flash_attn_4"], heads, torch.device("cuda")) == ""
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "flash_attn_4"])
+@pytest.mark.parametrize("heads", [(14, 2, 64), (28, 4, 128), (5, 1, 128)])
+def test_attention_of_a_rows_last_queries_is_right_and_makes_no_mask(kind: str, heads: tuple[int, int, int]) -> None:
+    """As context parallelism takes it: 1024 queries of 65,536 keys, whose mask in bf16 would be 128 MiB."""
+    from common.model.layers.attention import KINDS, unusable_reason
+    from common.model.probe import PROBED
+
+    if kind == "flash_attn_4":
+        needs("flash_attn_4")
+    device = torch.device("cuda")
+    assert unusable_reason(KINDS[kind], heads, device, PROBED // 4) == ""
+    config = SimpleNamespace(softmax_scale=None, context_parallel_size=1)
+    lengths = zip((1024, 65536, 65536), heads[:2] + heads[1:2], strict=True)
+    leaves = [torch.randn(s, 1, n, heads[2], device="cuda").bfloat16().requires_grad_() for s, n in lengths]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = KINDS[kind](config, 1, None, "self").causal(*leaves)
+    assert torch.cuda.max_memory_allocated() - before < 64 << 20
+    torch.autograd.grad(out.sum(), leaves)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "flash_attn_4"])
+def test_documents_one_by_one_are_what_a_mask_gives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As local layers take rows of more than 8192 positions."""
+    from common.model.layers.attention import KINDS
+    from common.model.layers.documents import separation
+    from common.model.shape import masks
+
+    if kind == "flash_attn_4":
+        needs("flash_attn_4")
+    device, segments = torch.device("cuda"), (torch.rand(2, 2048) < 0.01).cumsum(1)
+    config = SimpleNamespace(softmax_scale=None, context_parallel_size=1)
+    leaves = [torch.randn(2048, 2, n, 128, device="cuda").bfloat16().requires_grad_() for n in (28, 4, 4)]
+    weight = torch.randn(2048, 2, 28 * 128, device="cuda").bfloat16()
+
+    def results(mask: torch.Tensor) -> list[torch.Tensor]:
+        out = KINDS[kind](config, 1, None, "self")(*leaves, mask)
+        return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
+
+    expected = results(separation(segments, device))
+    monkeypatch.setattr(masks, "MASK_ELEMENTS", 0)
+    bounds = separation(segments, device)
+    assert bounds.device.type == "cpu" and bounds.numel() > 10
+    for mine, theirs in zip(results(bounds), expected, strict=True):
+        assert (mine - theirs).abs().max() <= 0.02 * theirs.abs().max()
 
 
 @pytest.mark.parametrize(("hidden_size", "width"), [(896, 4864), (1536, 8960), (2048, 11008), (3584, 18944 // 4)])

@@ -196,6 +196,33 @@ def test_fp8_is_less_than_a_quarter_of_a_step_off(work: Path) -> None:
     assert sum(between) < 0.25 * (plain[0][1] - plain[-1][1]), (found, plain)
 
 
+# The last takes the kit's attention under Transformer Engine's layers too, instead of the ring.
+LONG: dict[str, dict[str, Any]] = {
+    "packing": {**PACKED["packing"], "seq-length": 512},
+    "reset_attention": {**PACKED["reset_attention"], "seq-length": 512},
+    "one_document": {"seq-length": 512, "core-attention": "sdpa"},
+}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", LONG)
+def test_two_gpus_share_a_row_as_one_takes_it(work: Path, name: str) -> None:
+    """Rows of several documents and those of one, in Transformer Engine's layers and local ones, at CP=2 and CP=1."""
+    needs_transformer_engine()
+    data = {"dataset-path": work / "chats"} if name == "packing" else {}
+    flags: dict[str, Any] = {**LONG[name], **data, "train-iters": 4, "micro-batch-size": 1, "global-batch-size": 4}
+    alone = {key: value for key, value in flags.items() if key != "core-attention"}
+    one = train(work, "transformer_engine", **alone, **{"save-checkpoint-path": work / f"cp1_{name}"})
+    for impl in ("transformer_engine", "local"):
+        shared = {**flags, "gpus": 2, "cp": 2, "save-checkpoint-path": work / f"cp2_{name}_{impl}"}
+        two = train(work, impl, **shared)
+        assert len(one) == len(two) == 4
+        # Documents that are not separated change this first loss by 0.4%.
+        assert abs(two[0][1] - one[0][1]) < 1.5e-3 * one[0][1], (impl, two, one)
+        assert all(abs(a[1] - b[1]) < 5e-3 * b[1] for a, b in zip(two, one, strict=True)), (impl, two, one)
+        assert all(abs(a[2] - b[2]) < 5e-2 * b[2] for a, b in zip(two, one, strict=True)), (impl, two, one)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(
     ("name", "flags"),

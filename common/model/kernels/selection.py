@@ -124,18 +124,23 @@ def deterministic_replacements(attention: type[SdpaAttention] | None, platform: 
 def core_attention(
     qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform
 ) -> type[SdpaAttention] | None:
-    """The core attention of each layer; None: Transformer Engine's own."""
-    engine = options.transformer_impl == "transformer_engine"
-    if options.precision == "fp32" or options.packed_sequences or sizes.cp > 1:
-        return None if engine else SdpaAttention  # flash_attn has no float32, mask or CP
-    auto = options.core_attention == "auto"
+    """The core attention of each layer; None: Transformer Engine's own.
+
+    That exchanges keys and values in a ring under context parallelism, but not those of rows of several documents.
+    """
+    auto, chunked = options.core_attention == "auto", sizes.cp > 1
+    engine = options.transformer_impl == "transformer_engine" and not (chunked and options.separate_documents)
+    if options.packed_sequences or (engine and auto and chunked):
+        return None
+    if options.precision == "fp32":
+        return None if engine and not chunked else SdpaAttention  # flash_attn has no float32
     preferred = platform.core_attention if auto else (options.core_attention,)
     if engine and auto:
         preferred = tuple(kind for kind in preferred if KINDS[kind].faster_than_engine)
         if not preferred:
             return None
     heads = (qwen.num_attention_heads // sizes.tp, qwen.num_key_value_heads // sizes.tp, qwen.head_dim)
-    return select_core_attention(preferred, heads, _device(platform), engine=engine and auto)
+    return select_core_attention(preferred, heads, _device(platform), engine=engine and auto, chunked=chunked)
 
 
 def fused_residual_norms(options: ModelOptions, platform: Platform) -> Norms | None:

@@ -21,7 +21,8 @@ class ModelOptions:
     fused_products: str = "auto"  # SwiGLU and the loss fused into GEMMs: auto (if that works), true or false
     weighted: bool = False  # the loss has weights other than 0 and 1
     per_token_gradients: bool = False  # the loss is no weighted sum over tokens, as that of preferences
-    packed_sequences: bool = False  # packed sequences in the "thd" format, with cu_seqlens
+    separate_documents: bool = False  # rows of several documents, each attending to itself
+    packed_sequences: bool = False  # them in Transformer Engine's "thd" format, with cu_seqlens
     mcore: tuple[str, ...] = ()  # fields of TransformerConfig by name (common.engine.overrides)
     lora: LoraConfig | None = None  # train adapters, and nothing else
     seed: int = 0  # of the adapters

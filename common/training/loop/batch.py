@@ -9,15 +9,17 @@ import torch
 from megatron.core import parallel_state
 
 from common.data.dataset.data_loader import Batch
-from common.model.layers.attention import block_causal_mask, packed_seq_params
+from common.model.layers.context_parallel import context_parallel_slice
+from common.model.layers.documents import packed_seq_params, separation
 from common.training.planning.plan import Plan
 
 
 def prepare_batch(plan: Plan, batch: Batch, device: torch.device) -> tuple[Batch, dict[str, Any]]:
     """(tokens, labels and loss_mask on `device`, the attention's keyword arguments) of a micro-batch [b, s].
 
-    There are arguments only if the batch has segment_ids: an attention_mask for local layers; for Transformer Engine's
-    packed_seq_params, with the rows flattened to [1, b * s]. With context parallelism, this rank's part of s is left.
+    There are arguments only if the batch has segment_ids: for Transformer Engine's attention packed_seq_params, with
+    the rows flattened to [1, b * s]; for the kit's an attention_mask. With context parallelism, this rank's part of s
+    is left.
     A sample of two rows, of a pair that is not packed, becomes both: [2 * b, s / 2].
     """
     segments = batch.pop("segment_ids", None)
@@ -33,17 +35,7 @@ def prepare_batch(plan: Plan, batch: Batch, device: torch.device) -> tuple[Batch
         packed.cu_seqlens_q = packed.cu_seqlens_kv = packed.cu_seqlens_q.to(device, non_blocking=True)
         attention["packed_seq_params"] = packed
     elif segments is not None:
-        attention["attention_mask"] = block_causal_mask(segments.to(device, non_blocking=True))
+        attention["attention_mask"] = separation(segments, device, plan.sizes.cp)
     if device.type == "cuda":  # not in the loader, which would initialize CUDA before its workers are forked
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}, attention
-
-
-def context_parallel_slice(tensor: torch.Tensor, cp_size: int, cp_rank: int) -> torch.Tensor:
-    """[b, s / cp_size] of [b, s]: of 2 * cp_size equal chunks of s, number `cp_rank` and its mirror from the end.
-
-    This balances causal attention over the ranks, and is the order that Transformer Engine's attention expects
-    (get_batch_on_this_cp_rank in Megatron-Core's utils.py).
-    """
-    chunks = tensor.unflatten(1, (2 * cp_size, -1))
-    return torch.cat([chunks[:, cp_rank], chunks[:, 2 * cp_size - 1 - cp_rank]], dim=1)

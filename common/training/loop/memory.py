@@ -12,6 +12,8 @@ from common.platforms.base import Platform
 from common.training.loop.profiling import profile_folder, write_snapshot
 from common.training.planning.plan import Plan
 
+LONG = 8192  # tokens of a row, from which on context parallelism is worth its communication
+
 
 def memory_line() -> str:
     """The log line of this rank's peak device memory; Adam creates its moments in the first step."""
@@ -37,6 +39,7 @@ def explain_out_of_memory(plan: Plan) -> Iterator[None]:
 def memory_remedy(plan: Plan) -> str:
     """The settings that would reduce the memory of `plan`, as the remedy of an error message."""
     settings, training = plan.settings, plan.settings.train_or_convert_ckpt == "train"
+    long = training and settings.train_mode != "dpo" and settings.seq_length >= LONG
     on_gpu = plan.platform.device == "cuda"
     fp32_moments = settings.precision == "bf16" and settings.optimizer_state == "fp32"
     options = {
@@ -48,6 +51,7 @@ def memory_remedy(plan: Plan) -> str:
         "TUNER=lora": settings.train_mode == "finetune" and settings.tuner == "full" and bool(plan.start.checkpoint),
         f"a SEQ_LENGTH below {settings.seq_length}": training,
         f"more GPUs, with TP over {settings.tp} or PP over {settings.pp}": True,
+        f"with CP over {settings.cp}": long,
     }
     remedy = "to use less memory: " + ", ".join(option for option, applies in options.items() if applies)
     if settings.optimizer_state == "cpu":

@@ -58,12 +58,6 @@ def check_layers(settings: TrainSettings, platform: Platform) -> None:
     determinism.check(settings)
     engine = (settings.transformer_impl or platform.transformer_impl) == "transformer_engine"
     isolating = isolating_settings(settings)
-    if settings.cp > 1 and not engine:
-        raise KitError(
-            f"CP={settings.cp} needs the attention of TRANSFORMER_IMPL=transformer_engine: set it, or set CP=1"
-        )
-    if settings.cp > 1 and isolating:
-        raise KitError(f"CP={settings.cp} is not supported with {isolating[0]}=true: set CP=1 or {isolating[0]}=false")
     if settings.cp > 1 and settings.seq_length % (2 * settings.cp * settings.tp):
         raise KitError(
             f"SEQ_LENGTH={settings.seq_length} cannot be divided by 2 x CP x TP = {2 * settings.cp * settings.tp}:"
@@ -81,10 +75,9 @@ def check_layers(settings: TrainSettings, platform: Platform) -> None:
             f"TP_COMM_OVERLAP=true with TP={settings.tp} and SEQUENCE_PARALLEL={settings.sequence_parallel}: it needs"
             " TP above 1 and sequence parallelism, whose communication it overlaps"
         )
-    if settings.core_attention != "auto" and engine and (settings.cp > 1 or isolating):
-        cause = f"{isolating[0]}=true" if isolating else f"CP={settings.cp}"
+    if settings.core_attention != "auto" and engine and isolating and settings.cp == 1:
         raise KitError(
-            f"CORE_ATTENTION={settings.core_attention} does not support {cause}, which"
+            f"CORE_ATTENTION={settings.core_attention} does not support {isolating[0]}=true with CP=1, which"
             " Transformer Engine's own attention does: set it to auto"
         )
     if settings.fused_products == "true":
@@ -112,8 +105,8 @@ def with_packing(settings: TrainSettings, platform: Platform) -> TrainSettings:
     packed = replace(settings, packing=True)
     if (settings.transformer_impl or platform.transformer_impl) == "local" and not platform.ran_on_hardware:
         logger.info(
-            "PACKING=auto: off; local layers mask attention over whole rows, which takes memory of SEQ_LENGTH squared,"
-            " and was not run on %s hardware: PACKING=true does so", platform.name,
+            "PACKING=auto: off; the attention of local layers within samples was not run on %s hardware: PACKING=true"
+            " does so", platform.name,
         )  # fmt: skip
         return off
     try:
@@ -155,7 +148,7 @@ def check_packages(settings: TrainSettings, platform: Platform) -> None:
     """
     if (settings.transformer_impl or platform.transformer_impl) == "transformer_engine":
         transformer_engine.check_installed()
-        for setting in isolating_settings(settings):
+        for setting in isolating_settings(settings) if settings.cp == 1 else ():
             transformer_engine.check_packed_sequences(setting)
     if settings.tp_comm_overlap:
         transformer_engine.check_tp_comm_overlap()

@@ -52,7 +52,7 @@ def describe(plan: Plan) -> None:
                 packed, "pairs" if settings.train_mode == "dpo" else "conversations", 100 * plan.train.filled,
                 f"{packed * settings.global_batch_size:,.0f}",
             )  # fmt: skip
-        if settings.train_mode != "pretrain" and not settings.packing and sizes.cp == 1 and plan.train.filled < 0.5:
+        if settings.train_mode != "pretrain" and not settings.packing and plan.train.filled < 0.5:
             logger.info(
                 "rows are %.0f%% full, the rest is padding: PACKING=true puts several samples into one",
                 100 * plan.train.filled,

@@ -87,10 +87,18 @@ class Plan:
         return self.sizes.num_microbatches(self.settings.global_batch_size, self.settings.micro_batch_size)
 
     @property
+    def separate_documents(self) -> bool:
+        """Whether rows hold several documents, each attending to itself."""
+        return bool(self.settings.packing or self.settings.reset_attention)
+
+    @property
     def packed_sequences(self) -> bool:
-        """Whether a micro-batch is one long row with sequence boundaries (Transformer Engine's `thd` layout)."""
-        separate = self.settings.packing or self.settings.reset_attention
-        return bool(separate) and self.transformer_impl == "transformer_engine"
+        """Whether a micro-batch is one long row with sequence boundaries (Transformer Engine's `thd` layout).
+
+        Not with context parallelism, where each document would have to be padded to a multiple of 2 * CP: rows would
+        depend on the layout. The kit's own attention takes such rows.
+        """
+        return self.separate_documents and self.transformer_impl == "transformer_engine" and self.sizes.cp == 1
 
     @property
     def data_identity(self) -> dict[str, int | str | bool]:
@@ -217,10 +225,12 @@ def check_resume(plan: Plan) -> None:
                 " does not apply: use the same settings (also PACKING) and data, or a new SAVE_CHECKPOINT_PATH with"
                 " LOAD_CHECKPOINT_PATH set to this one"
             )
-    if checkpoint.format == "torch" and run["layout"]["dp"] != plan.sizes.dp:
+    replicas = run["layout"]["dp"] * run["layout"]["cp"]
+    if checkpoint.format == "torch" and replicas != plan.sizes.replicas:
         raise KitError(
-            f"{checkpoint.path} is in torch format with the optimizer of {run['layout']['dp']} data-parallel replicas,"
-            f" this run has {plan.sizes.dp}: use as many GPUs as before, or CKPT_FORMAT=torch_dist from the start"
+            f"{checkpoint.path} is in torch format with the optimizer of {replicas} data-parallel replicas, this run"
+            f" has {plan.sizes.replicas} (DP x CP): use as many GPUs as before, or CKPT_FORMAT=torch_dist from the"
+            " start"
         )
 
 

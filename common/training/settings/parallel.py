@@ -17,7 +17,7 @@ class ParallelSettings:
     pp: int = option(1, "pipeline parallel size")
     vpp: int = option(1, "virtual pipeline chunks per rank")
     pipeline_layers: str | None = option(None, "layers of each stage (of each chunk with VPP), such as 7,7,8,6")
-    cp: int = option(1, "context parallel size")
+    cp: int = option(1, "context parallel size: GPUs that share a row")
     sequence_parallel: bool = option(True, "with TP above 1: also split activations along the sequence")
     overlap_grad_reduce: bool = option(True, "with DP x CP above 1: reduce gradients during the backward pass")
     overlap_param_gather: bool = option(True, "with DP x CP above 1: gather weights during the forward pass")

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from common.engine.patches import patch_training
+from common.engine.versions import installed_engine
 from common.model.build import ModelOptions, build_model
 from common.training.launching.hang_detector import Heartbeat
 from common.training.planning.plan import Plan
@@ -70,6 +70,7 @@ def model_options(plan: Plan) -> ModelOptions:
         mcore=settings.mcore,
         lora=plan.adapters.lora if plan.adapters else None,
         seed=settings.seed,
+        separate_documents=plan.separate_documents,
         packed_sequences=plan.packed_sequences,
         per_token_gradients=settings.train_mode == "dpo",
         weighted=any(data.weighted for data in (plan.train, plan.valid) if data),
@@ -85,7 +86,7 @@ def set_schedule_functions(
     """
     config = model[0].config
     config.grad_scale_func = optimizer.scale_loss
-    finalize = loss_weights.finalize if loss_weights else finalize_model_grads
+    finalize = loss_weights.finalize if loss_weights else installed_engine().finalize_model_grads
 
     def timed_finalize(*args: Any, **kwargs: Any) -> None:
         times.begin(REDUCTION)

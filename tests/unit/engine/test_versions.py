@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from common.engine import versions
+from common.engine.base import Engine
 from common.errors import KitError
 from tests.unit.engine.installed import install
 
@@ -137,3 +140,20 @@ def test_reading_the_version_loads_no_heavy_library() -> None:
 def found(pattern: str, *paths: Path) -> list[str]:
     """All that `pattern` finds in the files."""
     return [text for path in paths for text in re.findall(pattern, path.read_text())]
+
+
+@pytest.mark.parametrize("engine", versions.ENGINES, ids=lambda engine: engine.name)
+def test_gradients_are_divided_by_the_tokens_of_all_ranks_that_share_rows(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron-Core 0.11 sums them over the others alone."""
+    from megatron.core import distributed, parallel_state
+
+    done: list[Any] = []
+    monkeypatch.setattr(parallel_state, "get_context_parallel_group", lambda: "CP")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: done.append((int(tensor), group)))
+    monkeypatch.setattr(distributed, "finalize_model_grads", lambda *given, **more: done.append((*given, more)))
+    engine.finalize_model_grads(["chunk"], torch.tensor(7), pg_collection=None)
+    engine.finalize_model_grads(["chunk"], None)
+    summed = [(7, "CP")] if engine.name == "0.11" else []
+    assert done == [*summed, (["chunk"], torch.tensor(7), {"pg_collection": None}), (["chunk"], None, {})]

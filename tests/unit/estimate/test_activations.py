@@ -5,10 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from common.estimate.activations import Workload, final_norm_bytes, kept_by_chunk, layer_tensors, recomputed_layers
 from common.estimate.memory import work_of
 from common.estimate.schedule import moments
 from common.estimate.weights import Chunk, chunks_of_rank
+from common.model.shape import masks
 from common.model.shape.config import load_config
 from common.platforms.cpu import CPU
 from common.training.settings import TrainSettings
@@ -31,8 +34,10 @@ def peak_saved_bytes(task: dict[str, Any]) -> int:
         if not moment.forward and recomputed_layers(work, chunk) == chunk.num_layers:
             held += recomputed_layer_bytes(work, chunk)
         most = max(most, held)
+    # Recomputation saves where documents begin, in int32, here a document for each chunk: on the host, not a GPU.
+    most += 4 * (2 * work.cp + 1) if work.separate and work.cp > 1 and settings.recompute != "none" else 0
     # Full recomputation saves the table of angles, float32 [s, d], shared by all layers.
-    return most + (4 * work.seq_length * qwen.head_dim if settings.recompute == "full" else 0)
+    return most + (4 * work.seq_length // work.cp * qwen.head_dim if settings.recompute == "full" else 0)
 
 
 def recomputed_layer_bytes(work: Workload, chunk: Chunk) -> int:
@@ -57,6 +62,9 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"pp": 2, "pipeline_layers": "3,1", "recompute": "full"}),
     (4, {"pp": 4, "global_batch_size": 2}),
     (2, {"pp": 2, "vpp": 2}),
+    (2, {"cp": 2, "reset_attention": True}),
+    (2, {"cp": 2, "reset_attention": True, "recompute": "selective"}),
+    (4, {"cp": 2, "tp": 2, "reset_attention": True, "recompute": "full"}),
     (4, {"pp": 2, "tp": 2, "vpp": 2, "recompute": "selective", "precision": "fp32"}),
 ]
 
@@ -67,6 +75,12 @@ FUSED: list[tuple[int, dict[str, Any]]] = [
     (2, {"tp": 2}),
     (2, {"tp": 2, "sequence_parallel": False}),
     (2, {"pp": 2, "vpp": 2}),
+]
+
+
+LONG: list[tuple[int, dict[str, Any]]] = [
+    (1, {"reset_attention": True, "micro_batch_size": 2}),
+    (1, {"reset_attention": True, "recompute": "selective"}),
 ]
 
 
@@ -97,6 +111,15 @@ def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None
     found = [one["kept"] for one in count(tasks)]
     assert len({*named}) == len(tasks) > 30
     assert dict(zip(named, found, strict=True)) == dict(zip(named, formulas, strict=True))
+
+
+def test_long_rows_keep_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [{**task, "long": True} for task in tasks_of(write_config(tmp_path / "qwen2"), False, LONG)]
+    with_masks = [peak_saved_bytes(task) for task in tasks]
+    monkeypatch.setattr(masks, "MASK_ELEMENTS", 0)
+    formulas = [peak_saved_bytes(task) for task in tasks]
+    assert [one["kept"] for one in count(tasks)] == formulas
+    assert all(long != masked for long, masked in zip(formulas, with_masks, strict=True))
 
 
 def test_rows_that_are_joined_go_without_the_kernel_of_qkv(tmp_path: Path) -> None:

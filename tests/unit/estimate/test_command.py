@@ -103,13 +103,19 @@ def test_context_parallelism_divides_the_tokens_and_is_noted_as_not_measured(mod
     one, two = (json.loads(run(**options, json=True, cp=cp))["layouts"][0] for cp in (1, 2))
     assert one["stages"][0]["kept"] == 2 * two["stages"][0]["kept"]
     assert one["stages"][0]["state"] == two["stages"][0]["state"]  # spread over DP x CP
-    note = "note: context parallelism was not measured"
-    assert note in run(**options, cp=2) and note not in run(**options)
+    note = "note: context parallelism was not measured; the time of its communication is "
+    assert f"{note}not counted" in run(**options, cp=2) and note not in run(**options)
+    packed = {**options, "packing": "true", "cp": 2}
+    assert f"{note}counted as if" in run(**packed)
+    ring, gathered = (json.loads(run(**each, json=True))["layouts"][0] for each in ({**options, "cp": 2}, packed))
+    # Keys and values of the whole row, and the output of each part.
+    more = 28 * 2 * (2 * 16384 * 512 // 2 + 16384 * 3584 // 2)
+    assert gathered["stages"][0]["kept"] - ring["stages"][0]["kept"] == pytest.approx(more, rel=0.01)
 
 
 def test_packing_is_noted_as_not_measured(model: Path) -> None:
     options = {"hf_model_path": model, "gpu": "H200", "gpus": 8, "transformer_impl": "local"}
-    assert "note: attention with a mask (PACKING) was not measured" in run(**options, packing="true")
+    assert "note: the kit's own attention within samples (PACKING) was not measured" in run(**options, packing="true")
     assert "PACKING" not in run(**options)
 
 

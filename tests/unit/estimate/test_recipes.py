@@ -22,7 +22,11 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, QwenConfig]:
-    return {size: recipes.write_config(tmp_path_factory.mktemp(size), size) for size in recipes.SIZES}
+    """By the size, and of long rows the length."""
+    found = {size: recipes.write_config(tmp_path_factory.mktemp(size), size) for size in recipes.SIZES}
+    for length, (_, yarn) in recipes.LONG.items():
+        found[length] = recipes.write_config(tmp_path_factory.mktemp(length), "7B", yarn)
+    return found
 
 
 def test_the_files_are_what_the_estimate_gives() -> None:
@@ -48,9 +52,9 @@ def test_step_3_accepts_each_and_it_fits(configs: dict[str, QwenConfig]) -> None
     with ThreadPoolExecutor(2) as pool:
         settings = list(pool.map(settings_of, paths))
     for path, each in zip(paths, settings, strict=True):
-        size, task, machine = path.stem.split("-")
+        size, task, *length, machine = path.stem.split("-")
         num_gpus, memory = machine.split("x")
         assert each.sizes.world_size == int(num_gpus) and bool(each.packing) == (task == "sft")
         assert (task == "sft") == (each.train_mode == "finetune")
-        found = estimate(each, configs[size], find_gpu(recipes.GPUS[memory]))
+        found = estimate(each, configs[length[0] if length else size], find_gpu(recipes.GPUS[memory]))
         assert found.fits == "yes" and f"{found.largest.peak / 2**30:.1f} GiB per GPU" in path.read_text(), path.name

@@ -101,6 +101,23 @@ def test_links_cost_time_and_a_network_more(qwen: QwenConfig, monkeypatch: pytes
     assert rate(gpus=2, tp=2) < one
 
 
+def test_gathered_keys_and_values_cost_time(qwen: QwenConfig) -> None:
+    """Those of the other three quarters of a row, and their gradients; between nodes at the network's rate."""
+    received = 8 * 2 * 2 * (512 * 8 * 128) * 3 // 4  # bytes: layers, keys and values, bf16
+    local = {"transformer_impl": "local", "gpus": 4, "cp": 4}
+
+    def found(**changes: Any) -> float:
+        given = settings(**{**local, **changes})
+        return module.context_parallel_seconds(given, work_of(given, H100.platform, qwen), 8)
+
+    assert found() == pytest.approx(2 * received / module.LINK_BYTES_PER_SECOND)
+    assert found(recompute="selective") == pytest.approx(3 * received / module.LINK_BYTES_PER_SECOND)
+    assert found(gpus=2, nnodes=2) == pytest.approx(2 * received / module.NETWORK_BYTES_PER_SECOND)
+    assert found(transformer_impl="transformer_engine") == 0
+    assert found(transformer_impl="transformer_engine", reset_attention=True) == found()
+    assert found(gpus=1, cp=1) == 0
+
+
 def test_a_faster_gpu_is_faster(qwen: QwenConfig) -> None:
     rates = [speed(settings(), gpu.platform, qwen, gpu).tokens_per_second for gpu in map(find_gpu, ("A100", "H100"))]
     assert rates[0] < rates[1] < 989 / 312 * rates[0]

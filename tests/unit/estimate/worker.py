@@ -22,11 +22,13 @@ from torch.utils._pytree import tree_leaves
 
 from common import log
 from common.model.layers.gated_mlp import TorchProducts
+from common.model.shape import masks
 from common.model.shape.config import load_config
 from common.platforms.cpu import CPU
 from common.training.planning.plan import Plan, Start
 from common.training.settings import TrainSettings
 
+MASK_ELEMENTS = masks.MASK_ELEMENTS
 SCALAR_BYTES = 8  # left out: the loss's scale
 
 
@@ -164,7 +166,9 @@ def batch_of(plan: Plan) -> dict[str, torch.Tensor]:
     batch = {"tokens": torch.zeros(size, dtype=torch.long), "labels": torch.zeros(size, dtype=torch.long)}
     batch["loss_mask"] = torch.ones(size)
     if plan.settings.packing or plan.settings.reset_attention:
-        batch["segment_ids"] = torch.zeros(size, dtype=torch.long)
+        # With CP each chunk is a document: those that begin in another take masks on a CPU, and none on a GPU.
+        chunk = size[1] // (2 * plan.sizes.cp if plan.sizes.cp > 1 else 1)
+        batch["segment_ids"] = torch.arange(size[1]).expand(size) // chunk
     return batch
 
 
@@ -242,11 +246,13 @@ def main() -> None:
         fused = task["settings"].get("fused_products") == "true"
         kernels.mlp_products = lambda *_, fused=fused: InPlace() if fused else None
         torch.nn.functional.rms_norm = fused_rms_norm if task.get("fused") else composite
+        masks.MASK_ELEMENTS = 0 if task.get("long") else MASK_ELEMENTS
         plan = plan_of(task)
         sizes = plan.sizes
         dist.init_process_group("fake", rank=task["rank"], world_size=sizes.world_size, store=FakeStore())
         parallel_state.initialize_model_parallel(
             sizes.tp, sizes.pp, virtual_pipeline_model_parallel_size=sizes.vpp if sizes.vpp > 1 else None,
+            context_parallel_size=sizes.cp,
         )  # fmt: skip
         seed_everything(1)
         found = peak(plan) if task.get("peak") else count(plan, task.get("activations", False))

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +12,18 @@ import pytest
 import torch
 
 from common.errors import KitError
+from common.model.layers import attention
 from common.model.layers.attention import (
     FlashAttention,
     FlashAttention4,
     SdpaAttention,
-    block_causal_mask,
     select_core_attention,
     unusable_reason,
 )
+from common.model.layers.context_parallel import chunk_numbers, context_parallel_slice
+from common.model.layers.documents import documents_of_chunk, separation
+from common.model.probe import PROBED
+from common.model.shape import masks
 
 CPU, HEADS = torch.device("cpu"), (8, 2, 16)
 STUBS = Path(__file__).parents[2] / "stubs"
@@ -70,7 +75,7 @@ def test_transformer_engines_own_is_used_where_none_works(
 
 
 def test_with_a_mask_or_in_float32_it_is_sdpa(flash: Any) -> None:
-    mask = block_causal_mask(torch.tensor([[0] * 10 + [1] * 22]).expand(3, -1))
+    mask = separation(torch.tensor([[0] * 10 + [1] * 22]).expand(3, -1), CPU)
     assert torch.equal(attend(FlashAttention, mask), attend(SdpaAttention, mask))
     assert torch.equal(attend(FlashAttention, dtype=torch.float32), attend(SdpaAttention, dtype=torch.float32))
     assert flash.GROUPS == []
@@ -177,3 +182,92 @@ def test_probing_draws_nothing_from_the_runs_own_random_numbers() -> None:
     before = torch.get_rng_state()
     assert unusable_reason(SdpaAttention, HEADS, CPU) == ""
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_kernels_are_tested_on_the_last_queries_of_a_row_where_those_are_needed(
+    flash: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """flash_attn before 2.1 takes the first queries of the row for its last."""
+    right = flash.flash_attn_func
+    assert select_core_attention(("flash_attn", "sdpa"), HEADS, CPU, chunked=True) is FlashAttention
+
+    def older(q: Any, k: Any, v: Any, **more: Any) -> Any:
+        return right(q, k[:, : q.shape[1]], v[:, : q.shape[1]], **more) + 0 * v.sum()
+
+    monkeypatch.setattr(flash, "flash_attn_func", older)
+    assert select_core_attention(("flash_attn", "sdpa"), HEADS, CPU) is FlashAttention
+    assert select_core_attention(("flash_attn", "sdpa"), HEADS, CPU, chunked=True) is SdpaAttention
+
+
+def test_flash_attention_4_takes_the_last_queries_of_a_row(flash_4: Any) -> None:
+    assert unusable_reason(FlashAttention4, HEADS, CPU, PROBED // 4) == ""
+
+
+def test_the_documents_of_a_chunk_of_queries_and_their_keys() -> None:
+    offsets = [0, 3, 10, 16]
+    assert documents_of_chunk(offsets, 4, 12) == (3, [6, 2], [7, 2])
+    assert documents_of_chunk(offsets, 0, 4) == (0, [3, 1], [3, 1])
+    assert documents_of_chunk(offsets, 3, 10) == (3, [7], [7])  # bounds that fall together
+    assert documents_of_chunk(offsets, 12, 14) == (10, [2], [4])
+
+
+ROWS = torch.tensor([[0] * 5 + [1] * 11 + [2] * 1 + [3] * 15, [0] * 32, [0] * 8 + [1] * 8 + [2] * 16])
+
+
+def outputs_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, segments: torch.Tensor | None, cp_size: int, mask_elements: int
+) -> list[torch.Tensor]:
+    """The output for ROWS' 3 x 32 positions and the gradients, by cp_size ranks one after the other."""
+    monkeypatch.setattr(masks, "MASK_ELEMENTS", mask_elements)
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", mask_elements)
+    monkeypatch.setattr(attention, "gather_rows", lambda key, value: (key, value))
+    generator = torch.Generator().manual_seed(1)
+    leaves = [torch.randn(32, 3, count, 16, generator=generator).requires_grad_() for count in (8, 2, 2)]
+    weight = torch.randn(32, 3, 8 * 16, generator=generator)
+    module, whole = (
+        SdpaAttention(SimpleNamespace(softmax_scale=0.3, context_parallel_size=cp_size), 1, None, "self"),
+        [],
+    )
+    for rank in range(cp_size):
+        monkeypatch.setattr(attention.parallel_state, "get_context_parallel_rank", lambda rank=rank: rank)
+        given = None if segments is None else separation(segments, CPU, cp_size)
+        query = context_parallel_slice(leaves[0].transpose(0, 1), cp_size, rank).transpose(0, 1)
+        whole += zip(chunk_numbers(cp_size, rank), module(query, *leaves[1:], given).chunk(2), strict=True)
+    out = torch.cat([part for _, part in sorted(whole, key=lambda pair: pair[0])])
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+@pytest.mark.parametrize("mask_elements", [1 << 26, 40, 0], ids=["masks", "blocks", "rows"])
+@pytest.mark.parametrize("segments", [None, ROWS], ids=["plain", "documents"])
+def test_chunks_of_a_row_give_what_the_row_gives(
+    monkeypatch: pytest.MonkeyPatch, segments: torch.Tensor | None, mask_elements: int, cp_size: int
+) -> None:
+    mine = outputs_and_gradients(monkeypatch, segments, cp_size, mask_elements)
+    theirs = outputs_and_gradients(monkeypatch, segments, 1, 1 << 26)
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one - other).abs().max() <= 2e-6 * other.abs().max()
+
+
+def test_masks_of_long_rows_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert separation(ROWS, CPU).shape == (3, 1, 32, 32)
+    monkeypatch.setattr(masks, "MASK_ELEMENTS", 3 * 32 * 32)
+    assert separation(ROWS, CPU).dtype is torch.bool
+    offsets = [0, 5, 16, 17, 32, 64, 72, 80, 96]
+    assert separation(ROWS, CPU, cp_size=2).tolist() == offsets
+    monkeypatch.setattr(masks, "MASK_ELEMENTS", 3 * 32 * 32 - 1)
+    assert separation(ROWS, CPU).tolist() == offsets
+
+
+def test_cudnn_is_not_preferred_for_documents_whose_lengths_vary(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def preferred(device: str, varying: bool = False) -> Any:
+        asked.append(varying)
+        return nullcontext()
+
+    monkeypatch.setattr(attention, "preferred_kernels", preferred)
+    outputs_and_gradients(monkeypatch, None, 1, 0)
+    assert asked == [False]
+    outputs_and_gradients(monkeypatch, ROWS, 1, 0)
+    assert asked == [False, *[True] * 8]

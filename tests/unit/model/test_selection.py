@@ -125,6 +125,25 @@ def test_fused_products_without_norms_under_transformer_engine_are_refused(tmp_p
         products(tmp_path, transformer_impl="transformer_engine", fused_products="true")
 
 
+def attention(folder: Path, cp: int, **changes: Any) -> Any:
+    """The core attention of a run at that CP, with Transformer Engine's layers where nothing else is said."""
+    options = replace(OPTIONS, **{"transformer_impl": "transformer_engine", **changes})
+    return kernels.core_attention(load_config(tiny_qwen(folder)), ParallelSizes(cp, cp=cp), options, CPU)
+
+
+def test_transformer_engines_attention_takes_rows_of_several_documents_only_without_context_parallelism(
+    tmp_path: Path,
+) -> None:
+    sdpa = KINDS["sdpa"]
+    several: dict[str, Any] = {"separate_documents": True}
+    assert attention(tmp_path, 1, **several, packed_sequences=True) is None
+    assert attention(tmp_path, 2) is None
+    assert attention(tmp_path, 2, **several) is sdpa
+    assert attention(tmp_path, 2, **several, precision="fp32") is sdpa
+    assert attention(tmp_path, 2, core_attention="sdpa") is sdpa
+    assert attention(tmp_path, 2, transformer_impl="local") is sdpa
+
+
 def test_a_deterministic_run_logs_what_it_replaces(
     tmp_path: Path, log: pytest.LogCaptureFixture, deterministic: None
 ) -> None:

@@ -77,6 +77,11 @@ def test_settings_that_already_take_less_are_not_named(platform: Platform, setti
     assert ("12 bytes of host memory a parameter" in text) == (settings.get("optimizer_state") == "cpu")
 
 
+def test_context_parallelism_is_named_for_long_rows() -> None:
+    texts = [explanation(plan(NVIDIA, seq_length=n), torch.cuda.OutOfMemoryError(OF_TORCH)) for n in (4096, 8192)]
+    assert "CP over" not in texts[0] and "TP over 1 or PP over 1, with CP over 1; `python -m" in texts[1]
+
+
 def test_moments_in_bf16_are_not_named_where_transformer_engine_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ((1, 4), None):
         monkeypatch.setattr(transformer_engine, "transformer_engine_version", lambda version=version: version)

@@ -281,7 +281,7 @@ def test_a_run_resumes_with_the_same_samples_and_sizes(data: Path, qwen: Path, t
         ({"run": RUN}, {"seq_length": 8}, "(samples_per_epoch 104 -> 208, seq_length 16 -> 8)"),
         ({"run": RUN}, {"seed": 1}, "(seed 1234 -> 1), so its position in the data does not apply: use the same"),
         ({"run": {**RUN, "data": {**RUN["data"], "content": "0" * 16}}}, {}, f"(content {'0' * 16} -> "),
-        ({"run": RUN}, {"gpus": 2}, "the optimizer of 1 data-parallel replicas, this run has 2: use as many GPUs"),
+        ({"run": RUN}, {"gpus": 2}, "the optimizer of 1 data-parallel replicas, this run has 2 (DP x CP): use"),
         (
             {"run": RUN},
             {"gpus": 2, "tp": 2},

@@ -9,7 +9,7 @@ DETERMINISTIC: list[bool] = []  # of each call backward
 
 def _weights(q: torch.Tensor, k: torch.Tensor, scale: float | None) -> torch.Tensor:
     scores = torch.einsum("bsnd,btnd->bnst", q.float(), k.float()) * (scale or q.shape[-1] ** -0.5)
-    hidden = ~torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
+    hidden = ~torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
     return scores.masked_fill(hidden, float("-inf"))
 
 
