@@ -24,6 +24,7 @@ from common.log import listed, logger
 
 PREFIX = "kit/heartbeat"
 EXIT_CODE = 1
+WAITING_FOR_DATA = "waiting for the rank that reads its data"  # of a rank that may wait for one with as many beats
 
 
 class Heartbeat:
@@ -120,6 +121,7 @@ def who_hangs(before: dict[int, Beat], now: dict[int, Beat], world_size: int, ti
     else:
         fewest = min(beat.count for beat in now.values())
         late = [rank for rank, beat in now.items() if beat.count == fewest]
+        late = [rank for rank in late if now[rank].activity != WAITING_FOR_DATA] or late
         text = f"rank {listed(late)} hangs {now[late[0]]}"
         if len(late) == world_size:
             text = f"all ranks hang {now[0]}"
