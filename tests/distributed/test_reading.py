@@ -1,12 +1,14 @@
 """One rank of a tensor-parallel group reads for all, and a pipeline stage gets only what it uses of a micro-batch."""
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.training.launching.hang_detector import WAITING_FOR_DATA
 from tests.distributed.launch import steps, train_forked
 from tests.distributed.test_training import assert_same_curve, settings
 from tests.distributed.user import ENDLESS, Run
@@ -44,3 +46,15 @@ def test_a_group_has_one_reader_whose_dead_worker_ends_the_run(work: Path) -> No
         f"DataLoader worker (pid {workers[0][0].pid}) is killed by signal: Killed"
         in log.split("traceback of rank 0")[1]
     )
+
+
+def test_a_rank_that_waits_for_another_ones_reading_is_not_the_one_that_hangs(work: Path) -> None:
+    paths = {"DATASET_PATH": work / "pretrain", "LOAD_CHECKPOINT_PATH": work / "start"}
+    sizes = {"GPUS": 2, "TP": 2, "EVAL_INTERVAL": 0, "TRAIN_ITERS": ENDLESS, "HANG_TIMEOUT_MIN": 0.1}
+    run = Run({**paths, **sizes, "SAVE_CHECKPOINT_PATH": work / "stalled"}, work / "stalled.log")
+    run.wait_for("iteration 3/")
+    for each in run.ranks()[0].children():
+        each.suspend()
+    log = run.end(1, 60)
+    assert re.search(r"error: HANG_TIMEOUT_MIN=0.1: rank 0 hangs after iteration \d+, reading data;", log)
+    assert re.search(rf"rank 1: no progress for \d+ s after iteration \d+, {WAITING_FOR_DATA}; its stack:", log)

@@ -95,8 +95,9 @@ class HangDetector:
         dump_collectives(self.rank)
         is_reporter = self.store.add(f"{PREFIX}/reporter", 1) == 1
         before = self._read_all() if is_reporter else {}
-        time.sleep(3 * self.interval_s)  # the other ranks' threads publish meanwhile
-        self._publish()
+        for _ in range(3):  # the others' threads publish meanwhile, also where they report at the same time
+            self._publish()
+            time.sleep(self.interval_s)
         if is_reporter:
             text = who_hangs(before, self._read_all(), self.world_size, self.timeout_s)
             print(f"error: {text}", file=sys.stderr, flush=True)
