@@ -60,6 +60,15 @@ class ParallelSizes:
         """The data-parallel rank of global rank `rank`, in Megatron-Core's order (tp-cp-ep-dp-pp)."""
         return rank // (self.tp * self.cp) % self.dp
 
+    def pp_rank(self, rank: int) -> int:
+        """The pipeline stage of global rank `rank`."""
+        return rank // (self.tp * self.cp * self.dp)
+
+    def tp_group(self, rank: int) -> range:
+        """The global ranks of the tensor-parallel group of global rank `rank`."""
+        first = rank - rank % self.tp
+        return range(first, first + self.tp)
+
     def num_microbatches(self, global_batch_size: int, micro_batch_size: int) -> int:
         """The number of micro-batches per replica and step; raises KitError if the batch sizes do not divide."""
         if global_batch_size % (micro_batch_size * self.dp):

@@ -32,7 +32,7 @@ def rows(arguments: argparse.Namespace, vocab_size: int) -> Iterator[tuple[torch
     samples = build_dataset(
         resolve(arguments.data), train_mode="pretrain", seq_length=arguments.seq_length, seed=arguments.seed
     )
-    (read,) = MicroBatchLoader(
+    read = MicroBatchLoader(
         samples, start_sample=0, global_batch_size=arguments.global_batch_size, dp_rank=0, dp_size=1,
         micro_batch_size=arguments.micro_batch_size,
     ).read_from(0)  # fmt: skip

@@ -50,7 +50,7 @@ def main() -> None:
     prepare(platform)
     from common.training.checkpointing.load import load_checkpoint
     from common.training.launching.process_group import process_group
-    from common.training.loop.data_loading import build_data_loader
+    from common.training.loop.data_loading import RankData
     from common.training.loop.metrics import attention_flops_per_token, flops_per_token
     from common.training.loop.train_step import train_step
     from common.training.planning.plan import plan_run
@@ -61,7 +61,7 @@ def main() -> None:
     with process_group(platform, plan.sizes, settings.seed, settings.distributed_timeout_min):
         training_state = build_training_state(plan)
         load_checkpoint(plan, training_state)
-        data = build_data_loader(plan, plan.train, 0).read_from(0, plan.sizes.vpp)
+        data = RankData(plan, plan.train).read_from(0, training_state)
         for _ in range(WARM_UP):
             train_step(plan, training_state, data, 0, False)
         torch.cuda.synchronize()

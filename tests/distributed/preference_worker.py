@@ -36,7 +36,7 @@ def compute(plan: Plan, training_state: Any, loaders: Any, out: Path) -> None:
 
     for chunk in training_state.model:
         chunk.zero_grad_buffer()
-    reports = forward_backward(plan, training_state, loaders.train.read_from(0, plan.sizes.vpp), forward_only=False)
+    reports = forward_backward(plan, training_state, loaders.train.read_from(0, training_state), forward_only=False)
     means = mean_loss(sum_reporting_losses(plan, reports))
     params = [param for chunk in training_state.model for param in chunk.parameters()]
     weights = [param.detach().clone() for param in params]

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from common.training.launching.hang_detector import Beat, who_hangs
+from common.training.launching.hang_detector import WAITING_FOR_DATA, Beat, who_hangs
 from common.training.tracking.records import read_metrics
 from tests.distributed.launch import steps
 from tests.distributed.user import ENDLESS, Run
@@ -45,6 +45,8 @@ def test_the_rank_with_the_least_progress_is_the_one_that_hangs() -> None:
     before = {0: ahead, 1: ahead, 2: late}
     now = {rank: Beat(beat.iteration, beat.count, beat.activity, 12) for rank, beat in before.items()}
     assert "rank 2 hangs after iteration 57, reading data;" in who_hangs(before, now, 3, 480)
+    waiting = {rank: Beat(57, 396, WAITING_FOR_DATA if rank else "reading data", 12) for rank in range(3)}
+    assert "rank 0 hangs after iteration 57, reading data;" in who_hangs(before, waiting, 3, 480)
     silent = {**now, 0: ahead}
     assert "rank 0 does not respond" in who_hangs(before, silent, 3, 480)
     assert "rank 3 does not respond" in who_hangs(before, now, 4, 480)

@@ -4,8 +4,8 @@ Global batch k holds global samples [k x gbs, (k + 1) x gbs). Its micro-batch m 
 m x mbs x dp + r x mbs, as in Megatron's MegatronPretrainingSampler.
 """
 
-from collections.abc import Iterator
-from itertools import tee
+from collections.abc import Collection, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ Batch = dict[str, torch.Tensor]
 class MicroBatchLoader:
     """Endless micro-batches of rank `dp_rank` from a global sample on; each tensor is [b, s].
 
+    fields: the entries of samples that micro-batches have; None: all.
     `num_workers` processes read ahead; with 0 the calling process reads. They are forked in the constructor and stay:
     created before CUDA is initialized, they hold no GPU resources, however their parent ends.
     """
@@ -33,6 +34,7 @@ class MicroBatchLoader:
         dp_rank: int,
         dp_size: int,
         num_workers: int = 0,
+        fields: Collection[str] | None = None,
     ) -> None:
         assert global_batch_size % (micro_batch_size * dp_size) == 0
         self.samples = samples
@@ -40,22 +42,20 @@ class MicroBatchLoader:
         self._loader: DataLoader[Batch] = DataLoader(
             samples,  # type: ignore[arg-type]  # has __getitem__, all that a batch sampler needs
             batch_sampler=self._sampler,
-            collate_fn=collate,
+            collate_fn=partial(collate, fields=fields),
             num_workers=num_workers,
             multiprocessing_context="fork" if num_workers else None,
             persistent_workers=num_workers > 0,
         )
         self._first: Iterator[Batch] | None = iter(self._loader)  # starts the workers
 
-    def read_from(self, start_sample: int, num_readers: int = 1) -> list[Iterator[Batch]]:
-        """The micro-batches from `start_sample` on, once for each of `num_readers`; ends the previous iterators."""
+    def read_from(self, start_sample: int) -> Iterator[Batch]:
+        """The micro-batches from `start_sample` on; ends the previous iterator."""
         reads, self._first = self._first, None
         if reads is None or start_sample != self._sampler.start_sample:
             self._sampler.start_sample = start_sample
             reads = iter(self._loader)
-        if num_readers == 1:
-            return [reads]
-        return [map(dict, reader) for reader in tee(reads, num_readers)]  # a reader may remove entries
+        return reads
 
 
 class _MicroBatchSampler:
@@ -79,6 +79,7 @@ def micro_batch_indices(
         first += global_batch_size
 
 
-def collate(rows: list[dict[str, np.ndarray]]) -> Batch:
-    """The samples' arrays [s] stacked to tensors [b, s]."""
-    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+def collate(rows: list[dict[str, np.ndarray]], fields: Collection[str] | None = None) -> Batch:
+    """The samples' arrays [s] stacked to tensors [b, s]; of entries outside `fields`, unless it is None, nothing."""
+    names = [name for name in rows[0] if fields is None or name in fields]
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in names}

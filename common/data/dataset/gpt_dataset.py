@@ -52,7 +52,7 @@ class GPTDataset:
         self.order = order_name(self.listed)
         if self.listed and not short:
             logger.info(
-                "%s: its shuffle index takes %d MiB in each process, as when the run began; a new run needs none",
+                "%s: its shuffle index takes %d MiB in each reader, as when the run began; a new run needs none",
                 tokens.prefix.name, (16 * len(documents) + 8 * self.samples_per_epoch) >> 20,
             )  # fmt: skip
         logger.info(

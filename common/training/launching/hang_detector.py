@@ -24,6 +24,7 @@ from common.log import listed, logger
 
 PREFIX = "kit/heartbeat"
 EXIT_CODE = 1
+WAITING_FOR_DATA = "waiting for the rank that reads its data"  # of a rank that may wait for one with as many beats
 
 
 class Heartbeat:
@@ -94,8 +95,9 @@ class HangDetector:
         dump_collectives(self.rank)
         is_reporter = self.store.add(f"{PREFIX}/reporter", 1) == 1
         before = self._read_all() if is_reporter else {}
-        time.sleep(3 * self.interval_s)  # the other ranks' threads publish meanwhile
-        self._publish()
+        for _ in range(3):  # the others' threads publish meanwhile, also where they report at the same time
+            self._publish()
+            time.sleep(self.interval_s)
         if is_reporter:
             text = who_hangs(before, self._read_all(), self.world_size, self.timeout_s)
             print(f"error: {text}", file=sys.stderr, flush=True)
@@ -120,6 +122,7 @@ def who_hangs(before: dict[int, Beat], now: dict[int, Beat], world_size: int, ti
     else:
         fewest = min(beat.count for beat in now.values())
         late = [rank for rank, beat in now.items() if beat.count == fewest]
+        late = [rank for rank in late if now[rank].activity != WAITING_FOR_DATA] or late
         text = f"rank {listed(late)} hangs {now[late[0]]}"
         if len(late) == world_size:
             text = f"all ranks hang {now[0]}"

@@ -104,6 +104,15 @@ def errors_of_ranks(error: BaseException | None) -> list[str]:
     return [f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None]
 
 
+def new_data_group(sizes: ParallelSizes, timeout_min: int) -> Any:
+    """A gloo group of this rank's tensor-parallel group, None if the rank is alone in it; a collective call."""
+    if sizes.tp == 1:
+        return None
+    groups = [list(sizes.tp_group(first)) for first in range(0, sizes.world_size, sizes.tp)]
+    own, _ = dist.new_subgroups_by_enumeration(groups, datetime.timedelta(minutes=timeout_min), "gloo")
+    return own
+
+
 class HostGroup:
     """A gloo group of all ranks for waits of any length: NCCL's collectives fail after the timeout.
 

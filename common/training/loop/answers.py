@@ -31,7 +31,7 @@ def take_answers(rows: Batch) -> Answers:
     pairs = rows.pop("pairs")
     numbers = pairs[pairs != NO_PAIR]
     if "segment_ids" not in rows:
-        half = rows["tokens"].shape[1] // 2
+        half = rows["labels"].shape[1] // 2
         return Answers([half] * 2 * len(pairs), [True] * 2 * len(pairs), numbers)
     lengths, is_answer = list[int](), list[bool]()
     for segments, own in zip(rows["segment_ids"], pairs, strict=True):

@@ -35,16 +35,20 @@ def forward_step(
         rows = next(data_iterator)
         training_state.times.add_reading(time.perf_counter() - began)
         training_state.heartbeat.beat("computing")
-        loss_func = objective(rows)
+        loss_func = objective(rows) if "labels" in rows else no_loss
         batch, attention = prepare_batch(plan, rows, device)
-        positions = torch.arange(batch["tokens"].shape[1], device=device).expand_as(batch["tokens"])
+        tokens, labels, loss_mask = (batch.get(name) for name in ("tokens", "labels", "loss_mask"))
+        positions = None if tokens is None else torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         mask = attention.pop("attention_mask", None)
-        output = model(
-            batch["tokens"], positions, mask, labels=batch["labels"], loss_mask=batch["loss_mask"], **attention
-        )
+        output = model(tokens, positions, mask, labels=labels, loss_mask=loss_mask, **attention)
         return output, lambda losses: loss_func(losses, batch["loss_mask"])
 
     return forward_step_func
+
+
+def no_loss(losses: torch.Tensor, loss_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss_func before the last stage, where the schedule calls none."""
+    raise AssertionError("a micro-batch without labels has no loss")
 
 
 def objective_of(plan: Plan, training_state: TrainingState) -> Objective:

@@ -1,6 +1,5 @@
 """The reference's log-probabilities of all pairs, computed once, before training, in the run's own layout."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,12 +9,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.data.dataset.data_loader import MicroBatchLoader
 from common.data.dataset.preference_dataset import PreferenceDataset
 from common.log import logger
 from common.training.checkpointing.load import load_weights
 from common.training.checkpointing.state_dict import base_names
 from common.training.launching.process_group import fail_together
+from common.training.loop.data_loading import RankData
 from common.training.loop.evaluation import evaluation_mode
 from common.training.loop.forward_step import forward_backward
 from common.training.loop.preference_step import log_prob_objective
@@ -101,11 +100,7 @@ def reference_pass(
     """
     settings, name = plan.settings, dataset.tokens.prefix.name
     at_once = samples_at_once(settings)
-    loader = MicroBatchLoader(
-        dataset, start_sample=0, global_batch_size=at_once, micro_batch_size=settings.micro_batch_size,
-        dp_rank=plan.sizes.dp_rank(int(os.environ["RANK"])), dp_size=plan.sizes.dp,
-    )  # fmt: skip
-    data_iterators = loader.read_from(0, plan.sizes.vpp)
+    data_iterators = RankData(plan, dataset, global_batch_size=at_once).read_from(0, training_state)
     per_call = settings.pp if settings.vpp > 1 else 1  # micro-batches of a rank for `at_once` samples
     left = total = -(-dataset.samples_per_epoch // at_once)
     device = torch.device(plan.platform.device)

@@ -51,7 +51,7 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the last step, or until a stop is requested; the last completed step is saved."""
-        data_iterators = self.loaders.train_iterators(self.progress.consumed_samples)
+        data_iterators = self.loaders.train_iterators(self.progress.consumed_samples, self.training_state)
         bar = progress_bar(self.plan, self.progress)
         self.training_log.stopwatch.lap()
         stopped = False
@@ -113,7 +113,7 @@ class Trainer:
         """Evaluates and logs the losses on the validation samples; returns whether a stop request interrupted it."""
         self.training_log.stopwatch.pause("evaluation")
         iteration = self.progress.iteration
-        data_iterators = self.loaders.valid_iterators()
+        data_iterators = self.loaders.valid_iterators(self.training_state)
         results = evaluate(self.plan, self.training_state, data_iterators, self._should_stop)
         losses = {name: means.loss for name, means in (results or {}).items()}
         log_evaluation(self.plan, iteration, results, self.tracker.best.update(losses))

@@ -27,7 +27,9 @@ class DataSettings:
         "error", "what to do with samples or pairs longer than SEQ_LENGTH", ("error", "drop", "left", "right")
     )
     reset_attention: bool = option(False, "pretrain: no attention between the documents of a sample")
-    num_workers: int = option(2, "data loader processes; 0: read in the rank itself")
+    num_workers: int = option(
+        2, "data loader processes of each rank that reads, the first of a TP group; 0: read in the rank itself"
+    )
     seed: int = option(1234, "random seed of initial weights and of the sample order")
 
     def check_data(self) -> None:

@@ -10,6 +10,7 @@ from common.engine.patches import patch_training
 from common.engine.versions import installed_engine
 from common.model.build import ModelOptions, build_model
 from common.training.launching.hang_detector import Heartbeat
+from common.training.launching.process_group import new_data_group
 from common.training.planning.plan import Plan
 from common.training.state.data_parallel import wrap_model
 from common.training.state.freezing import freeze
@@ -32,6 +33,7 @@ class TrainingState:
     loss_weights: LossWeights | None = None  # only for weights other than 0 and 1
     references: torch.Tensor | None = None  # log-probabilities of all pairs' answers under the reference, on the CPU
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    data_group: Any = None  # gloo, of the tensor-parallel group, over which its first rank sends micro-batches
     times: StepTimes = field(default_factory=StepTimes)
 
 
@@ -49,7 +51,8 @@ def build_training_state(plan: Plan) -> TrainingState:
     weights = LossWeights(torch.device(plan.platform.device)) if plan.train and plan.train.weighted else None
     times = StepTimes(plan.platform.device)
     set_schedule_functions(model, optimizer, weights, times)
-    return TrainingState(model, optimizer, scheduler, offloaded_states, weights, times=times)
+    group = new_data_group(plan.sizes, settings.distributed_timeout_min) if plan.train else None
+    return TrainingState(model, optimizer, scheduler, offloaded_states, weights, times=times, data_group=group)
 
 
 def model_options(plan: Plan) -> ModelOptions:

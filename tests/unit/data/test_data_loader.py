@@ -24,7 +24,7 @@ def samples(tmp_path: Path) -> SampleDataset:
 
 
 def taken(samples: SampleDataset, count: int, **more: int) -> list[dict[str, torch.Tensor]]:
-    (reader,) = MicroBatchLoader(samples, **more).read_from(more["start_sample"])
+    reader = MicroBatchLoader(samples, **more).read_from(more["start_sample"])
     return list(itertools.islice(reader, count))
 
 
@@ -83,20 +83,21 @@ def workers(others: list[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_readers_restart_with_the_same_processes_and_share_what_is_read(
-    samples: SampleDataset, num_workers: int
-) -> None:
+def test_a_reader_restarts_with_the_same_processes(samples: SampleDataset, num_workers: int) -> None:
     sizes = {"global_batch_size": 2, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1, "num_workers": num_workers}
     others = psutil.Process().children()  # of tests before
     batches = MicroBatchLoader(samples, start_sample=0, **sizes)
     before = workers(others)
     assert len(before) == num_workers
-    (first,) = batches.read_from(0)
+    first = batches.read_from(0)
     expected = [next(first)["tokens"].tolist() for _ in range(3)]
     for start in (0, 2):
-        one, other = batches.read_from(start, num_readers=2)
-        taken = [next(one) for _ in range(3 - start // 2)]
-        assert [batch["tokens"].tolist() for batch in taken] == expected[start // 2 :]
-        taken[0].pop("tokens")  # the other reader has its own batch
-        assert [next(other)["tokens"].tolist() for _ in range(2)] == expected[start // 2 :][:2]
+        again = batches.read_from(start)
+        assert [next(again)["tokens"].tolist() for _ in range(3 - start // 2)] == expected[start // 2 :]
     assert workers(others) == before
+
+
+def test_a_batch_has_only_the_fields_that_are_asked_for(samples: SampleDataset) -> None:
+    sizes = {"global_batch_size": 2, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1}
+    batch = next(MicroBatchLoader(samples, start_sample=0, **sizes, fields={"labels", "pairs"}).read_from(0))
+    assert list(batch) == ["labels"]
