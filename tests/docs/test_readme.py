@@ -68,7 +68,8 @@ def test_a_command_of_a_step_becomes_one_python_command(command: str) -> None:
     declared = text(script) + text("common/shell/lib.sh")  # lib.sh: for every step
     known = set(re.findall(r'^: "\$\{([A-Z0-9_]+):=', declared, re.M))
     assert settings.keys() <= known
-    done = subprocess.run(f"{command} -n", shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    dry = command.replace(" -- ", " -n -- ", 1) if " -- " in command else f"{command} -n"
+    done = subprocess.run(dry, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1 and " -m common." in done.stdout
     for name, value in settings.items():
