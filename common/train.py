@@ -123,6 +123,7 @@ def checked_plan(settings: TrainSettings, platform: Platform) -> "Plan":
     """The plan of a run, once settings, machine, packages, data, folders and memory are checked."""
     with importing():
         from common.estimate.check import check_host_memory, check_memory
+        from common.training.checkpointing.folder_lock import check_lock
         from common.training.checkpointing.run_folder import check_folder
         from common.training.launching.interfaces import check_gloo_interface
         from common.training.planning.compatibility import check_packages
@@ -135,6 +136,8 @@ def checked_plan(settings: TrainSettings, platform: Platform) -> "Plan":
     check_devices(settings, platform)
     check_packages(settings, platform)
     check_temporary_folder(settings.num_workers)
+    if settings.train_or_convert_ckpt == "train" and settings.nnodes == 1:  # a node that rejoins meets its own run's
+        check_lock(Path(settings.save_checkpoint_path))  # first: the run that is waited for may save
     plan = plan_run(settings, platform)
     check_tracking(settings)
     if plan.train:

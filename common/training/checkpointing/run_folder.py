@@ -12,7 +12,7 @@ from common.errors import KitError
 from common.files import PARTIAL, sync, write_atomically
 from common.folders import check_writable, existing_part, free_bytes, write_test
 from common.log import logger
-from common.training.checkpointing.folder_lock import LOCK_FILE, check_lock, take_lock
+from common.training.checkpointing.folder_lock import LOCK_FILE, take_lock
 from common.training.planning.plan import Plan
 
 REMOVING = ".removing"  # suffix of folders that are being removed, as PARTIAL is of those that are being written
@@ -33,14 +33,12 @@ def bytes_of_checkpoint(plan: Plan) -> int:
 
 
 def check_folder(plan: Plan) -> None:
-    """Raises KitError unless the run can save: the folder is unlocked, writable, and has room for a checkpoint.
+    """Raises KitError unless the run can save: the folder is writable, and has room for a checkpoint.
 
     Creates nothing there. Warns if KEEP_CHECKPOINTS checkpoints will not fit.
     """
     folder, keep = Path(plan.settings.save_checkpoint_path), plan.settings.keep_checkpoints
     size_bytes = bytes_of_checkpoint(plan)
-    if plan.settings.nnodes == 1:  # with several, a node that rejoins would meet its own run's lock
-        check_lock(folder)
     check_writable(folder, f"SAVE_CHECKPOINT_PATH={folder}")
     free = free_bytes(folder)
     size = f"a checkpoint of this run takes {size_bytes / 1e9:.2f} GB"
