@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The kit's checks. Usage: bash tests/run.sh [STAGE|AREA ...]
 #
-#   without names   every stage, in about 30 minutes on 2 cores; it must pass before a commit
+#   without names   every stage, in about 25 minutes on 2 cores; it must pass before a commit
 #   STAGE           lint unit shell docker distributed nodes end_to_end docs
 #   AREA            data model checkpoint inference training engine estimate demo report adopt base shell: lint and what
 #                   a change there can break first, in under 2 minutes on 2 cores
@@ -81,8 +81,8 @@ run_one() {
   case $1 in
     lint) lint ;;
     shell) check shell bats tests/shell ;;
-    unit | docker | distributed | end_to_end) check "$1" "${pytest[@]}" "${two[@]}" "tests/$1" ;;
-    nodes | docs) check "$1" "${pytest[@]}" "tests/$1" ;;
+    unit | docker | distributed | end_to_end | docs) check "$1" "${pytest[@]}" "${two[@]}" "tests/$1" ;;
+    nodes) check "$1" "${pytest[@]}" "tests/$1" ;;
     *)
       read -ra paths -d '' <<<"${AREAS[$1]}"
       check "$1" "${pytest[@]}" "${two[@]}" tests/unit/test_layers.py "${paths[@]}"

@@ -47,6 +47,7 @@ class Terminal:
     def __init__(self, **settings: object) -> None:
         self.pid, self._handle = pty.fork()
         if not self.pid:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and so would the script
             os.execvpe("bash", ["bash", str(SCRIPT)], environment(TERM="dumb", **settings))
         self.shown = ""
 
