@@ -6,9 +6,9 @@ from common.platforms.base import Platform
 def _prepare() -> None:
     from common.platforms import compile_shim, cuda_shim, gloo_shim  # import torch, which reading the facts must not
 
-    compile_shim.import_megatron()
     gloo_shim.install()
     cuda_shim.install()
+    compile_shim.import_megatron()  # last: it takes what the shims replace by name
 
 
 CPU = Platform(
