@@ -6,9 +6,9 @@ from common.platforms.base import Platform
 def _prepare() -> None:
     from common.platforms import compile_shim, cuda_shim, gloo_shim  # import torch, which reading the facts must not
 
-    gloo_shim.install()
-    cuda_shim.install()
-    compile_shim.import_megatron()  # last: it takes what the shims replace by name
+    gloo_shim.install()  # first: Megatron-Core takes torch's collectives by name
+    compile_shim.import_megatron()
+    cuda_shim.install()  # last: its mode makes torch import the compiler
 
 
 CPU = Platform(

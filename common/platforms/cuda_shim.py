@@ -86,7 +86,7 @@ def _set_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def install() -> None:
-    """Installs the shim in this process; to be called before Megatron-Core is imported."""
+    """Installs the shim in this process; to be called before Megatron-Core is used."""
     cuda: Any = torch.cuda
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
