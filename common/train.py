@@ -58,14 +58,9 @@ def main() -> None:
 
 def tune_layout(settings: TrainSettings, output: Path) -> None:
     """Tries layouts and writes the fastest to `output`."""
-    from common.training.planning.devices import check_devices
     from common.tune.tuning import tune  # reads the settings of a run, and starts this module for each trial
 
-    platform = current()
-    check_environment(settings)
-    check_machine(platform)
-    check_devices(settings, platform)
-    tune(settings, platform, output)
+    tune(settings, current(), output)
 
 
 def train(settings: TrainSettings) -> None:

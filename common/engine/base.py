@@ -22,6 +22,7 @@ class Engine:
     separate_postprocess: bool = True  # GPTModel has a method for output layer and loss, _postprocess
     frozen_shared_embeddings: bool = True  # tied embeddings without gradients on two pipeline stages
     uneven_pipeline_layers: bool = True  # any number of layers per chunk: pipeline_model_parallel_layout
+    norm_grads_method: str = "get_grads_for_grad_norm"  # of a distributed optimizer; renamed in 0.19
     minus_sqrt_decay: bool = True  # OptimizerParamScheduler knows lr_wsd_decay_style "minus_sqrt"
     quiet_loggers: tuple[str, ...] = ()  # loggers whose warnings at every start do not concern users
     # Layouts of the distributed optimizer in older torch_dist checkpoints that its dist_checkpointing loads.
@@ -67,7 +68,7 @@ class Engine:
 
     def grads_for_norm(self, optimizer: Any) -> list[Any]:
         """The gradients of this rank's shard that the global norm counts, each on one rank of all."""
-        found: list[Any] = optimizer.get_grads_for_grad_norm()
+        found: list[Any] = getattr(optimizer, self.norm_grads_method)()
         return found
 
     def uses_decoupled_grad(self, optimizer_config: Any) -> bool:

@@ -22,6 +22,7 @@ class MegatronCore011(Engine):
     separate_postprocess = False
     frozen_shared_embeddings = False
     minus_sqrt_decay = False
+    norm_grads_method = "get_main_grads_for_grad_norm"
     uneven_pipeline_layers = False  # it has fully_sharded_model_space, too, but not with torch's Adam
 
     def chunk_place(self, index: int, vpp: int) -> tuple[bool, bool, dict[str, Any]]:
@@ -58,11 +59,6 @@ class MegatronCore011(Engine):
     def mlp_submodules(self, layer: Any) -> Any:
         """As in Engine; before 0.19 a dense MLP is a ModuleSpec."""
         return layer.mlp.submodules
-
-    def grads_for_norm(self, optimizer: Any) -> list[Any]:
-        """As in Engine; before 0.19 under another name."""
-        found: list[Any] = optimizer.get_main_grads_for_grad_norm()
-        return found
 
     def finalize_model_grads(self, model: list[Any], num_tokens: Any = None, **more: Any) -> None:
         """As in Engine; 0.11 sums `num_tokens` over data-parallel ranks alone, and a CP rank has a part of a row."""

@@ -14,13 +14,9 @@ class MegatronCore014(Engine):
     numpy_2 = False
     fused_single_qkv_rope = False
     fused_residual_norms = False
+    norm_grads_method = "get_main_grads_for_grad_norm"
     legacy_optimizer_shardings = ("dp_zero_gather_scatter", "fully_sharded_model_space")
 
     def mlp_submodules(self, layer: Any) -> Any:
         """As in Engine; before 0.19 a dense MLP is a ModuleSpec."""
         return layer.mlp.submodules
-
-    def grads_for_norm(self, optimizer: Any) -> list[Any]:
-        """As in Engine; before 0.19 under another name."""
-        found: list[Any] = optimizer.get_main_grads_for_grad_norm()
-        return found

@@ -11,12 +11,8 @@ class MegatronCore016(Engine):
     release = "0.16.1"
     environment = "torch 2.6 or later on Python 3.10 or 3.11 (a CPU, MetaX's MACA 3.5)"
     oldest_torch = (2, 6)
+    norm_grads_method = "get_main_grads_for_grad_norm"
 
     def mlp_submodules(self, layer: Any) -> Any:
         """As in Engine; before 0.19 a dense MLP is a ModuleSpec."""
         return layer.mlp.submodules
-
-    def grads_for_norm(self, optimizer: Any) -> list[Any]:
-        """As in Engine; before 0.19 under another name."""
-        found: list[Any] = optimizer.get_main_grads_for_grad_norm()
-        return found

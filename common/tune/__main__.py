@@ -10,9 +10,8 @@ from pathlib import Path
 from common import errors, log
 from common.engine.overrides import join_words
 from common.errors import KitError
-from common.platforms import check_machine, current
+from common.platforms import current
 from common.settings import add_options, from_namespace
-from common.training.planning.devices import check_devices
 from common.training.settings import TrainSettings
 from common.tune.tuning import ITERATIONS, LIMIT_MIN, TRIALS, tune
 
@@ -37,11 +36,8 @@ def main() -> None:
         if getattr(arguments, name) < least:
             raise KitError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: it must be at least {least}")
     log.setup()
-    settings, platform = from_namespace(TrainSettings, arguments), current()
-    check_machine(platform)
-    check_devices(settings, platform)
     tune(
-        settings, platform, arguments.output,
+        from_namespace(TrainSettings, arguments), current(), arguments.output,
         trials=arguments.trials, iterations=arguments.trial_iterations, limit_min=arguments.trial_limit_min,
     )  # fmt: skip
 

@@ -5,8 +5,11 @@ from pathlib import Path
 from common.errors import KitError, writing
 from common.log import logger
 from common.model.shape.config import load_config
+from common.platforms import check_machine
 from common.platforms.base import Platform
+from common.settings import check_environment
 from common.training.planning.compatibility import with_packing
+from common.training.planning.devices import check_devices
 from common.training.planning.plan import find_start
 from common.training.settings import TrainSettings
 from common.tune.candidates import candidates, check_tunable, find_device, with_layout
@@ -30,6 +33,9 @@ def tune(
     Layout, checkpoints, evaluation and the length of the run are not taken from `settings`, everything else is. Raises
     KitError if no layout fits, or none ran.
     """
+    check_environment(settings)
+    check_machine(platform)
+    check_devices(settings, platform)
     check_tunable(settings)
     model_folder = find_start(settings).model_folder
     qwen, gpu = load_config(model_folder), find_device(settings, platform)
