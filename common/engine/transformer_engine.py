@@ -62,9 +62,8 @@ def check_optimizer_state(kind: str) -> None:
 def optimizer_state_options(kind: str) -> dict[str, Any]:
     """OptimizerConfig's fields for bf16 moments (Megatron-Core's precision-aware optimizer), none for others.
 
-    Raises KitError if Transformer Engine or Megatron-Core is too old. Master weights are full float32: Transformer
-    Engine's Adam could store only the 16 bits that the bf16 parameters lack (store_param_remainders), but
-    fully_reshardable would write those to a checkpoint as weights.
+    Of the float32 master weights Transformer Engine's Adam stores the 16 bits that the bf16 weights lack. Raises
+    KitError if Transformer Engine or Megatron-Core is too old.
     """
     if kind != "bf16":
         return {}
@@ -72,7 +71,7 @@ def optimizer_state_options(kind: str) -> dict[str, Any]:
     import torch  # the estimate imports this module without torch
 
     moments = dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), torch.bfloat16)
-    return {"use_precision_aware_optimizer": True, "store_param_remainders": False, **moments}
+    return {"use_precision_aware_optimizer": True, "store_param_remainders": True, **moments}
 
 
 def transformer_engine_version() -> tuple[int, int] | None:

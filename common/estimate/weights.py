@@ -12,6 +12,7 @@ from common.parallel import ParallelSizes
 GRADIENT_BYTES = 4  # float32 buffers (grad_reduce_in_fp32)
 MOMENT_BYTES = {"fp32": 8, "bf16": 4, "cpu": 8}  # Adam's two, by OPTIMIZER_STATE
 MASTER_BYTES = {"bf16": 4, "fp32": 0}  # the float32 copy of the parameters; in fp32 there is none
+REMAINDER_BYTES = 2  # of a master weight beside its bf16 weight, with bf16 moments
 
 
 @dataclass(frozen=True)
@@ -72,4 +73,5 @@ def state_bytes(
 
 def adam_bytes(parameters: int, precision: str, optimizer_state: str) -> int:
     """The bytes of master weights and moments, on the GPU or on the host."""
-    return (MASTER_BYTES[precision] + MOMENT_BYTES[optimizer_state]) * parameters
+    master = REMAINDER_BYTES if optimizer_state == "bf16" else MASTER_BYTES[precision]
+    return (master + MOMENT_BYTES[optimizer_state]) * parameters

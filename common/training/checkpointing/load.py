@@ -1,6 +1,5 @@
 """Loading of a checkpoint of either format into the training state: only its weights, or everything, to resume."""
 
-import itertools
 import math
 import time
 from collections.abc import Iterable
@@ -117,8 +116,8 @@ def _resume_torch_dist(plan: Plan, training_state: TrainingState, checkpoint: Ch
     load_param_groups(training_state, common["optimizer"]["optimizer"]["param_groups"])
     reader = TorchDistReader(checkpoint.path)
     sharded_state_dict = sharded_model_state_dict(training_state.model, saved_names(plan))
-    weights = weight_shards(training_state, sharded_state_dict, own=False)
-    load_shards(itertools.chain(weights, optimizer_shards(training_state, sharded_state_dict)), reader)
+    load_shards(weight_shards(training_state, sharded_state_dict, own=False), reader)
+    load_shards(optimizer_shards(training_state, sharded_state_dict), reader)  # may need the weights
     objects = sharded_objects(plan, training_state) if same_layout else []
     return {
         **common,

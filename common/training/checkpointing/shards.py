@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from common.checkpoint.io.chunks import Chunk, chunks_of_range
+from common.training.state.master_weights import MasterWeights
 from common.training.state.optimizer import distributed_optimizers
 from common.training.state.training_state import TrainingState
 
@@ -31,7 +32,7 @@ class StateShard:
     key: str
     global_shape: tuple[int, ...]
     place: Chunk
-    tensor: Tensor  # of the place's sizes
+    tensor: Tensor | MasterWeights  # of the place's sizes
     is_main_replica: bool  # else another tensor- or pipeline-parallel rank saves the same data
     allow_shape_mismatch: bool  # the checkpoint's tensor may be smaller: a vocabulary padded for another TP
 
@@ -66,16 +67,17 @@ def optimizer_shards(training_state: TrainingState, sharded_state_dict: dict[str
             yield from _shards(sharded_tensors[param], states[name].detach().view(-1), start, key)
 
 
-def optimizer_state_of(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
+def optimizer_state_of(optimizer: Any, param: Tensor) -> dict[str, Tensor | MasterWeights]:
     """This rank's master weights and moments of `param` in a DistributedOptimizer, not copied: {"param": [n], ...}.
 
     Moments in bf16 stay bf16; Megatron-Core's own function copies them to float32.
     """
     if getattr(optimizer.config, "use_precision_aware_optimizer", False):
         group, order = optimizer.model_param_group_index_map[param]
-        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
-        return {MASTER: state["master_param"], **{name: state[name] for name in STATES[1:]}}
-    tensors: dict[str, Tensor] = optimizer._get_main_param_and_optimizer_states(param)
+        weight = optimizer.optimizer.param_groups[group]["params"][order]
+        state = optimizer.optimizer.state[weight]
+        return {MASTER: MasterWeights(weight, state["master_param"]), **{name: state[name] for name in STATES[1:]}}
+    tensors: dict[str, Tensor | MasterWeights] = optimizer._get_main_param_and_optimizer_states(param)
     return tensors
 
 
@@ -94,7 +96,7 @@ def _sharded_tensors(sharded_state_dict: dict[str, Any]) -> list[Any]:
     return [each for chunk in sharded_state_dict.values() for each in nested_values(chunk) if isinstance(each, kinds)]
 
 
-def _shards(sharded: Any, flat: Tensor, start: int, key: str) -> Iterator[StateShard]:
+def _shards(sharded: Any, flat: Tensor | MasterWeights, start: int, key: str) -> Iterator[StateShard]:
     """`flat`, elements [start, start + n) of the parameter of `sharded`, in the tensors that it is saved as."""
     end = start + flat.numel()
     for stored, first in _stored_tensors(replace(sharded, key=key)):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.training.state.host_memory import staging_buffer
+from common.training.state.master_weights import MasterWeights
 
 BLOCK_BYTES = 16 << 20
 NUM_PINNED_BLOCKS = 4
@@ -19,6 +20,7 @@ BLOCK_STRIDE = 509  # every 509th byte of a block is compared; prime, so that ea
 COPY_STRIDE = 65521  # of a full copy, which training waits for
 ALIGNMENT = 64
 
+State = Tensor | MasterWeights
 Copy = Callable[[Sequence[tuple[Tensor, Tensor]]], Callable[[], None]]
 Pending = deque[tuple[Tensor, Tensor, Callable[[], None]]]
 
@@ -32,7 +34,7 @@ def copy_to_host(pairs: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
     return event.synchronize
 
 
-def iter_blocks(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+def iter_blocks(tensors: Iterable[State]) -> Iterator[memoryview]:
     """The bytes of contiguous `tensors` in blocks; a device's come through pinned buffers, copied ahead of the reader.
 
     A block is valid until the next one is requested. Raises OSError if a block is not what the device holds.
@@ -97,9 +99,15 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def _chunks(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+def _chunks(tensors: Iterable[State]) -> Iterator[Tensor]:
     for tensor in tensors:
-        yield from _bytes(tensor).split(BLOCK_BYTES)
+        for part in _parts(tensor):
+            yield from _bytes(part).split(BLOCK_BYTES)
+
+
+def _parts(tensor: State) -> Iterator[Tensor]:
+    """`tensor`, or its masters block by block."""
+    return iter([tensor]) if isinstance(tensor, Tensor) else tensor.blocks(BLOCK_BYTES)
 
 
 class StagingBuffer:
@@ -108,7 +116,7 @@ class StagingBuffer:
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
 
-    def allocate(self, tensors: Sequence[Tensor]) -> Tensor:
+    def allocate(self, tensors: Sequence[State]) -> Tensor:
         """The buffer, [n] uint8, with room for `tensors`; raises KitError if the host lacks the memory."""
         size = max(1, sum(_aligned(tensor.nbytes) for tensor in tensors))
         if self._buffer is None or self._buffer.numel() < size:
@@ -116,22 +124,26 @@ class StagingBuffer:
             self._buffer = staging_buffer(size, pinned=any(tensor.is_cuda for tensor in tensors))
         return self._buffer
 
-    def stage(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def stage(self, tensors: Sequence[State]) -> list[Tensor]:
         """Copies of `tensors` in the buffer, valid until the next call; returns when they are complete.
 
         Raises OSError if a copy is not what the device holds.
         """
-        buffer, start, copies = self.allocate(tensors), 0, []
+        buffer, start, copies, samples = self.allocate(tensors), 0, [], []
         for tensor in tensors:
-            copy = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            copy.copy_(tensor.detach(), non_blocking=True)
-            copies.append(copy)
+            copy, at = buffer[start : start + tensor.nbytes], 0
+            for part in map(_bytes, _parts(tensor)):
+                target = copy[at : at + part.nbytes]
+                target.copy_(part, non_blocking=True)
+                if part.is_cuda:
+                    samples.append((target[::COPY_STRIDE], part[::COPY_STRIDE].clone()))
+                at += part.nbytes
+            copies.append(copy.view(tensor.dtype).view(tensor.shape))
             start += _aligned(tensor.nbytes)
-        if any(tensor.is_cuda for tensor in tensors):
+        if samples:
             torch.cuda.current_stream().synchronize()
-        for copy, tensor in zip(copies, tensors, strict=True):
-            if tensor.is_cuda:
-                check_copy(_bytes(copy)[::COPY_STRIDE], _bytes(tensor)[::COPY_STRIDE].cpu())
+        for copied, sample in samples:
+            check_copy(copied, sample.cpu())
         return copies
 
 

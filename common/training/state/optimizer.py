@@ -11,6 +11,7 @@ from common.engine.overrides import named_refusals, overrides
 from common.engine.transformer_engine import optimizer_state_options
 from common.log import logger
 from common.training.settings import TrainSettings
+from common.training.state.master_weights import keep_remainders
 from common.training.state.optimizer_offload import OffloadedState, check_host_memory, released_gradients
 
 
@@ -28,6 +29,7 @@ def build_optimizer(settings: TrainSettings, model: list[Any]) -> tuple[Any, lis
     if settings.optimizer_state == "bf16":
         for part in parts:
             step_in_parts(part.optimizer)
+            keep_remainders(part)
     # Megatron-Core takes the first that imports: Transformer Engine's, apex's, torch's.
     kind = type(parts[0].optimizer)
     where = ", its state in host memory" if offload else ""

@@ -56,11 +56,11 @@ def test_fp8_that_is_not_there(
             ask("hybrid", recipe)
 
 
-def test_moments_in_bf16_keep_full_master_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_in_bf16_keep_the_bits_that_weights_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "2.11.0")
     given = transformer_engine.optimizer_state_options("bf16")
     assert given["exp_avg_dtype"] is given["exp_avg_sq_dtype"] is torch.bfloat16
-    assert given["use_precision_aware_optimizer"] and given["store_param_remainders"] is False
+    assert given["use_precision_aware_optimizer"] and given["store_param_remainders"] is True
     assert transformer_engine.optimizer_state_options("fp32") == {}
 
 
