@@ -33,6 +33,8 @@ SEQ_LENGTH = 4096
 BATCH = {"0.5B": 64, "1.5B": 32, "3B": 48, "7B": 32, "32B": 8}  # samples a step, the same for every program
 MICRO_BATCH = {"0.5B": 16, "1.5B": 8, "3B": 4, "7B": 1, "32B": 1}
 BF16_STATE = {"optimizer-state": "bf16"}
+FP8_DELAYED = {"fp8-format": "hybrid", "fp8-recipe": "delayed"}
+SHORT = {"seq-length": 1024, "global-batch-size": 128}
 # size/program -> what differs from the size's row: flags of common.train, or of the other program.
 ROWS: dict[str, dict[str, Any]] = {
     "0.5B/kit": {},
@@ -56,7 +58,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "7B/kit": {**BF16_STATE, "micro-batch-size": 2},
     "7B/kit-1": BF16_STATE,
     "7B/unfused": {**BF16_STATE, "fused-products": "false"},
-    "7B/fp8": {**BF16_STATE, "fp8-format": "hybrid", "fp8-recipe": "delayed"},
+    "7B/fp8": {**BF16_STATE, **FP8_DELAYED, "micro-batch-size": 2},
+    "7B/fp8-1": {**BF16_STATE, **FP8_DELAYED},
     "7B/megatron": {"use-precision-aware-optimizer": True, "exp-avg-dtype": "bf16", "exp-avg-sq-dtype": "bf16"},
     "7B/hf": {},
     # Adapters, rank 16, on a checkpoint of --starts, which tests.bench.random_checkpoint wrote.
@@ -70,14 +73,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "3B/dpo": {"train-mode": "dpo", "truncate": "drop", "packing": "true"},
     "7B/lora-dpo": {"train-mode": "dpo", "truncate": "drop", "packing": "true", "tuner": "lora", "micro-batch-size": 2},
     # FP8 at the length of LLM.Q's table.
-    "7B/fp8-1024": {
-        **BF16_STATE,
-        "fp8-format": "hybrid",
-        "fp8-recipe": "delayed",
-        "seq-length": 1024,
-        "micro-batch-size": 4,
-        "global-batch-size": 128,
-    },  # fmt: skip
+    "7B/fp8-1024": {**BF16_STATE, **FP8_DELAYED, **SHORT, "micro-batch-size": 8},
+    "7B/fp8-1024-4": {**BF16_STATE, **FP8_DELAYED, **SHORT, "micro-batch-size": 4},
     # Conversations of unequal length, a row each or packed: the tokens of a row count, padding too.
     "0.5B/padded": {"train-mode": "finetune", "truncate": "drop"},
     "0.5B/packed": {"train-mode": "finetune", "truncate": "drop", "packing": "true"},
