@@ -144,9 +144,11 @@ def core_attention(
 
 
 def fused_residual_norms(options: ModelOptions, platform: Platform) -> Norms | None:
-    """The fused residual norms; None with FP8 or TP overlap, where Transformer Engine fuses the norm with the GEMM."""
-    te_fuses_norms = options.fp8_format != "none" or options.tp_comm_overlap
-    if te_fuses_norms or not (platform.fused_kernels and installed_engine().fused_residual_norms):
+    """The fused residual norms; None with TP_COMM_OVERLAP, whose norms are Transformer Engine's.
+
+    With FP8 too: at Qwen's widths its norm that writes FP8 takes longer than these and a cast (docs/benchmarks.md).
+    """
+    if options.tp_comm_overlap or not (platform.fused_kernels and installed_engine().fused_residual_norms):
         return None
     norms, failure = try_on_all_ranks(_triton_norms)
     if failure:
@@ -168,7 +170,9 @@ def mlp_products(
     norms: None if Transformer Engine's linear layer normalizes its input itself, and therefore has to be called.
     """
     engine = options.transformer_impl == "transformer_engine"
-    if not _may_fuse(options, platform) or (options.lora and options.lora.adapts_mlp):
+    if not _may_fuse(options, platform) or options.fp8_format != "none":
+        return None
+    if options.lora and options.lora.adapts_mlp:
         return None  # an adapter adds to what is between the two
     if engine and norms is None:
         if options.fused_products == "true":
