@@ -170,13 +170,17 @@ def mlp_products(
     norms: None if Transformer Engine's linear layer normalizes its input itself, and therefore has to be called.
     """
     engine = options.transformer_impl == "transformer_engine"
-    if not _may_fuse(options, platform) or options.fp8_format != "none":
+    if not _may_fuse(options, platform):
         return None
-    if options.lora and options.lora.adapts_mlp:
-        return None  # an adapter adds to what is between the two
-    if engine and norms is None:
+    reasons = {
+        "FP8's are Transformer Engine's": options.fp8_format != "none",
+        "an adapter adds to what is between the two": options.lora is not None and options.lora.adapts_mlp,
+        "with Transformer Engine's layers it needs the fused residual norms": engine and norms is None,
+    }
+    if reason := _first(reasons):
         if options.fused_products == "true":
-            raise _no_fused_products("SwiGLU", "with Transformer Engine's layers it needs the fused residual norms")
+            raise _no_fused_products("SwiGLU", reason)
+        logger.info("SwiGLU: not fused into matrix products (%s)", reason)
         return None
     sizes_here = qwen.hidden_size, qwen.intermediate_size // sizes.tp, _device(platform)
 
@@ -197,7 +201,15 @@ def loss_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, 
     if failure:
         logger.info("loss: PyTorch (Triton: %s)", failure)
     unfused = triton or TorchKernels()
-    if not _may_fuse(options, platform) or sizes.tp > 1 or options.weighted or options.per_token_gradients:
+    if not _may_fuse(options, platform):
+        return unfused
+    reasons = {
+        f"TP={sizes.tp} divides the softmax": sizes.tp > 1,
+        "loss weights other than 0 and 1": options.weighted,
+        "preferences need the gradient of each token": options.per_token_gradients,
+    }
+    if reason := _first(reasons):
+        logger.info("loss: not fused into matrix products (%s)", reason)
         return unfused
 
     def attempt() -> Any:
@@ -211,6 +223,11 @@ def loss_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, 
     device = _device(platform)
     is_last = parallel_state.get_pipeline_model_parallel_rank() == sizes.pp - 1  # other stages have no loss
     return _fused("loss", attempt if is_last else lambda: unfused, options) or unfused
+
+
+def _first(reasons: dict[str, bool]) -> str:
+    """The first of `reasons` that holds; empty if none does."""
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _triton_loss() -> Any:

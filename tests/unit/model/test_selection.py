@@ -184,3 +184,29 @@ if __name__ == "__main__":
         model: Any = built.module
         flags = model.config.deterministic_mode, model.embedding.word_embeddings.deterministic_mode
         print(json.dumps(dict(zip(("config", "embedding"), flags, strict=True))))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "reason"),
+    [
+        (ParallelSizes(2, tp=2), {}, "TP=2 divides the softmax"),
+        (ONE, {"weighted": True}, "loss weights other than 0 and 1"),
+        (ONE, {"per_token_gradients": True}, "preferences need the gradient of each token"),
+    ],
+)
+def test_the_log_says_why_the_loss_is_not_fused(
+    sizes: ParallelSizes, changes: dict[str, Any], reason: str, quack: Any, hopper: None, tmp_path: Path,
+    log: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    qwen = load_config(tiny_qwen(tmp_path))
+    kernels.loss_kernels(qwen, sizes, replace(OPTIONS, **changes), FUSED)
+    assert log.messages[-1] == f"loss: not fused into matrix products ({reason})"
+
+
+def test_the_log_says_why_the_mlp_is_not_fused(hopper: None, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    assert products(tmp_path, fp8_format="hybrid") is None
+    assert products(tmp_path, transformer_impl="transformer_engine") is None
+    assert log.messages == [
+        "SwiGLU: not fused into matrix products (FP8's are Transformer Engine's)",
+        "SwiGLU: not fused into matrix products (with Transformer Engine's layers it needs the fused residual norms)",
+    ]
