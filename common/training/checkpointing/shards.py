@@ -77,7 +77,9 @@ def optimizer_state_of(optimizer: Any, param: Tensor) -> dict[str, Tensor | Mast
         weight = optimizer.optimizer.param_groups[group]["params"][order]
         state = optimizer.optimizer.state[weight]
         return {MASTER: MasterWeights(weight, state["master_param"]), **{name: state[name] for name in STATES[1:]}}
-    tensors: dict[str, Tensor | MasterWeights] = optimizer._get_main_param_and_optimizer_states(param)
+    offloaded = getattr(optimizer, "offloaded_state", None)
+    read = offloaded.state_of if offloaded else optimizer._get_main_param_and_optimizer_states
+    tensors: dict[str, Tensor | MasterWeights] = read(param)
     return tensors
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from common.training.state.host_memory import staging_buffer
+from common.training.state.host_memory import ASYNC_SAVE, host_buffer
 from common.training.state.master_weights import MasterWeights
 
 BLOCK_BYTES = 16 << 20
@@ -121,7 +121,7 @@ class StagingBuffer:
         size = max(1, sum(_aligned(tensor.nbytes) for tensor in tensors))
         if self._buffer is None or self._buffer.numel() < size:
             self._buffer = None
-            self._buffer = staging_buffer(size, pinned=any(tensor.is_cuda for tensor in tensors))
+            self._buffer = host_buffer(size, *ASYNC_SAVE, pinned=any(tensor.is_cuda for tensor in tensors))
         return self._buffer
 
     def stage(self, tensors: Sequence[State]) -> list[Tensor]:

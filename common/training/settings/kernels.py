@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from common.errors import KitError
 from common.settings import option, require
+from common.training.settings.optimizer import BF16_MOMENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class KernelSettings:
         require(self, "recompute_num_layers", layers is None or layers >= 1, "it must be at least 1")
         if layers and self.recompute != "full":
             raise KitError(f"RECOMPUTE_NUM_LAYERS={layers} needs RECOMPUTE=full, not {self.recompute}")
-        if self.precision != "bf16" and (self.fp8_format != "none" or optimizer_state == "bf16"):
+        if self.precision != "bf16" and (self.fp8_format != "none" or optimizer_state in BF16_MOMENTS):
             raise KitError(
                 f"FP8_FORMAT={self.fp8_format} and OPTIMIZER_STATE={optimizer_state} need PRECISION=bf16, not"
                 f" {self.precision}"

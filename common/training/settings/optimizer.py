@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from common.errors import KitError
 from common.settings import option, require
 
+OFFLOADED = ("cpu", "cpu_bf16")  # OPTIMIZER_STATE in host memory
+BF16_MOMENTS = ("bf16", "cpu_bf16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
@@ -31,8 +34,9 @@ class OptimizerSettings:
     clip_grad: float = option(1.0, "maximum gradient norm; 0: no clipping")
     optimizer_state: str = option(
         "fp32",
-        "bf16: Adam's moments in bf16, 14 bytes per parameter, not 18; cpu: with master weights in host memory, 6",
-        ("fp32", "bf16", "cpu"),
+        "bf16: Adam's moments in bf16, 12 bytes per parameter, not 18; cpu: in host memory, 6, and 12 there; cpu_bf16:"
+        " both, 6 and 6",
+        ("fp32", "bf16", *OFFLOADED),
     )
     max_bad_steps: int = option(
         5, "stop after this many consecutive steps with a non-finite loss or gradient; 0: never"

@@ -1,50 +1,71 @@
 """Large buffers of host memory, pinned where a device copies to or from them."""
 
 import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from common.errors import KitError
+from common.log import logger
 
 CUDA_HOST_REGISTER_PORTABLE = 1  # of cuda_runtime_api.h: pinned for every context
+PAGE = 4096
+BLOCK_BYTES = 64 << 20  # that a thread faults in at once: torch writes fewer than 32,768 elements in one thread
+MAX_THREADS = 16
+ASYNC_SAVE = ("ASYNC_SAVE=true", "use more nodes, or ASYNC_SAVE=false")
 
 
-def offload_buffer(size: int, *, pinned: bool) -> mmap.mmap:
-    """`size` bytes of zeros for OPTIMIZER_STATE=cpu; raises KitError if the host does not have them.
+def host_buffer(size: int, setting: str, remedy: str, *, pinned: bool) -> torch.Tensor:
+    """[size] uint8, zeros, for `setting`; raises KitError, with `remedy`, if the host does not have them.
 
     Exactly `size`: torch's pin_memory rounds each tensor up to a power of two (ATen/core/CachingHostAllocator.h).
-    Shared with forked processes: a fork would copy private pinned memory or, in older kernels, leave the device writing
-    to pages that no longer belong to this process.
     """
-    remedy = "use more nodes, or set OPTIMIZER_STATE to bf16 or fp32"
     try:
-        buffer = mmap.mmap(-1, size)
-    except OSError as error:
-        raise _no_memory("OPTIMIZER_STATE=cpu", size, error, remedy) from error
-    if pinned:
-        pin_memory(torch.frombuffer(buffer, dtype=torch.uint8), "OPTIMIZER_STATE=cpu", remedy)
-    return buffer
-
-
-def staging_buffer(size: int, *, pinned: bool) -> torch.Tensor:
-    """[size] uint8 for ASYNC_SAVE, in huge pages; raises KitError if the host does not have them."""
-    remedy = "use more nodes, or ASYNC_SAVE=false"
-    try:
-        # Huge pages: a page fault for every 4 KiB of a copy takes longer than the copy.
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError as error:
-        raise _no_memory("ASYNC_SAVE=true", size, error, remedy) from error
+        raise KitError(f"{setting}: no {size / 2**30:.1f} GiB of memory ({error.strerror}): {remedy}") from error
+    # Huge pages: a page fault for every 4 KiB takes longer than a copy of them, and so does pinning page by page.
+    _advise(memory, "MADV_HUGEPAGE")
+    # Not in forked processes: a fork would copy pinned pages or, in older kernels, share them until one side writes,
+    # and leave the device writing to pages that no longer belong to this process.
+    _advise(memory, "MADV_DONTFORK")
     buffer = torch.frombuffer(memory, dtype=torch.uint8)
-    for chunk in buffer.split(1 << 30):
-        chunk.zero_()  # faults the pages in before they are pinned, which blocks the device
+    _fault_in(buffer)
     if pinned:
-        pin_memory(buffer, "ASYNC_SAVE=true", remedy)
+        _pin(buffer, setting, remedy)
     return buffer
 
 
-def pin_memory(buffer: torch.Tensor, setting: str, remedy: str) -> None:
-    """Pins `buffer` for every device until this process ends; raises KitError if CUDA refuses."""
+def _advise(memory: mmap.mmap, advice: str) -> None:
+    """Gives the kernel `advice`, which a kernel or Python that does not know it does without."""
+    try:
+        memory.madvise(getattr(mmap, advice))
+    except (AttributeError, OSError) as error:
+        logger.debug("%s: %s", advice, error)
+
+
+def _fault_in(buffer: torch.Tensor) -> None:
+    """Writes to every page of `buffer`, by several threads: pinning would fault them in by one, and block the device.
+
+    A page is zeroed by the kernel; one byte of it is written.
+    """
+    with ThreadPoolExecutor(num_threads()) as threads:
+        for _ in threads.map(lambda block: block[::PAGE].zero_(), buffer.split(BLOCK_BYTES)):
+            pass
+
+
+def num_threads() -> int:
+    """This rank's share of the processors that it may run on."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    return max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // ranks))
+
+
+def _pin(buffer: torch.Tensor, setting: str, remedy: str) -> None:
+    """Pins `buffer` for every device until this process ends; raises KitError if CUDA refuses.
+
+    In one call: a copy that crosses from one registered range to the next is an invalid argument.
+    """
     cudart = torch.cuda.cudart()
     code = cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, CUDA_HOST_REGISTER_PORTABLE)
     if int(code):
@@ -52,7 +73,3 @@ def pin_memory(buffer: torch.Tensor, setting: str, remedy: str) -> None:
             f"{setting}: CUDA does not pin {buffer.nbytes / 2**30:.1f} GiB of the host's memory"
             f" ({cudart.cudaGetErrorString(code)}): start the container with --ulimit memlock=-1, {remedy}"
         )
-
-
-def _no_memory(setting: str, size: int, error: OSError, remedy: str) -> KitError:
-    return KitError(f"{setting}: no {size / 2**30:.1f} GiB of memory ({error.strerror}): {remedy}")

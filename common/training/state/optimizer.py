@@ -11,24 +11,26 @@ from common.engine.overrides import named_refusals, overrides
 from common.engine.transformer_engine import optimizer_state_options
 from common.log import logger
 from common.training.settings import TrainSettings
+from common.training.settings.optimizer import OFFLOADED
 from common.training.state.master_weights import keep_remainders
-from common.training.state.optimizer_offload import OffloadedState, check_host_memory, released_gradients
+from common.training.state.offload_memory import check_host_memory
+from common.training.state.optimizer_offload import OffloadedState, released_gradients
 
 
 def build_optimizer(settings: TrainSettings, model: list[Any]) -> tuple[Any, list[OffloadedState]]:
-    """Megatron-Core's optimizer, and the offloaded state of each distributed one with OPTIMIZER_STATE=cpu."""
-    offload = settings.optimizer_state == "cpu"
+    """Megatron-Core's optimizer, and with OPTIMIZER_STATE=cpu or cpu_bf16 the state of each distributed one."""
+    offload = settings.optimizer_state in OFFLOADED
     with released_gradients(model) if offload else nullcontext():
         optimizer = get_megatron_optimizer(optimizer_config(settings), model)
         parts = distributed_optimizers(optimizer)
         if offload:
-            check_host_memory(parts)
-        offloaded_states = [OffloadedState(part, PART) for part in parts] if offload else []
+            check_host_memory(parts, settings.optimizer_state)
+        offloaded_states = [OffloadedState(part, settings.optimizer_state) for part in parts] if offload else []
     for state in offloaded_states:
-        step_in_parts(state.adam, PART // 2, state.on_device)  # two parts are on the device together
+        step_in_parts(state.adam, state.on_device)
     if settings.optimizer_state == "bf16":
         for part in parts:
-            step_in_parts(part.optimizer)
+            step_in_parts(part.optimizer, parts_of)
             keep_remainders(part)
     # Megatron-Core takes the first that imports: Transformer Engine's, apex's, torch's.
     kind = type(parts[0].optimizer)
@@ -63,13 +65,11 @@ def distributed_optimizers(optimizer: Any) -> list[Any]:
 
 
 PART = 1 << 28  # parameters: 2 GiB of float32 moments
-InTurn = Callable[[list[list[torch.Tensor]]], Iterable[list[torch.Tensor]]]
+Params = list[torch.Tensor]
 
 
-def step_in_parts(adam: torch.optim.Optimizer, part: int = PART, in_turn: InTurn = iter) -> None:
-    """Has `adam` step through each parameter group in parts of `part` parameters, or of one tensor that has more.
-
-    `in_turn` iterates over the parts, for example to move their state.
+def step_in_parts(adam: torch.optim.Optimizer, parts: Callable[[Params], Iterable[Params]]) -> None:
+    """Has `adam` step through each parameter group in parts, those that `parts` yields of the group's parameters.
 
     Transformer Engine's FusedAdam turns the bf16 moments of a whole group into float32 at once (get_unscaled_state in
     its optimizers/fused_adam.py, 2.11): 61 GB for Qwen2.5-7B, more than bf16 saves.
@@ -81,7 +81,7 @@ def step_in_parts(adam: torch.optim.Optimizer, part: int = PART, in_turn: InTurn
         try:
             for group in groups:
                 taken = group
-                for params in in_turn(_parts(group["params"], part)):
+                for params in parts(group["params"]):
                     taken = {**group, "params": params}  # a group counts its own steps
                     adam.param_groups = [taken]
                     step(*args, **kwargs)
@@ -92,8 +92,9 @@ def step_in_parts(adam: torch.optim.Optimizer, part: int = PART, in_turn: InTurn
     adam.step = stepped  # type: ignore[method-assign, assignment]
 
 
-def _parts(params: list[torch.Tensor], part: int) -> list[list[torch.Tensor]]:
-    parts: list[list[torch.Tensor]] = []
+def parts_of(params: Params, part: int = PART) -> list[Params]:
+    """`params` in parts of at most `part` parameters, or of one tensor that has more."""
+    parts: list[Params] = []
     filled = part
     for param in params:
         if filled + param.numel() > part:

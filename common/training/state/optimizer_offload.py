@@ -1,142 +1,193 @@
-"""OPTIMIZER_STATE=cpu: optimizer CPU offload. The float32 state is in host memory, and on the device during its update.
+"""OPTIMIZER_STATE=cpu, cpu_bf16: optimizer CPU offload. The state is in host memory, and on the device for its update.
 
-Of 18 bytes a parameter, 6 remain on the device: bf16 weights and float32 gradients. Adam still runs on the device, on
-as many parameters at a time as PART in optimizer.py. Megatron-Core's own offload (HybridDeviceOptimizer) runs Adam on
-the CPU, and saves class names, which a checkpoint that loads without running code cannot hold.
+Of 18 bytes a parameter, 6 remain on the device: bf16 weights and float32 gradients. On the host are 12, float32 master
+weights and moments, or, with cpu_bf16, 6: moments in bf16, and of the master weights what the weights lack
+(master_weights.py). Adam still runs on the device in float32, on one part of the parameters at a time. Megatron-Core's
+own offload (HybridDeviceOptimizer) runs Adam on the CPU, and saves class names, which a checkpoint that loads without
+running code cannot hold.
 
-Between steps a master weight keeps its tensor but frees its storage, as the flat parameters of torch's FSDP do
-(torch/distributed/fsdp/_flat_param.py). Megatron-Core then uses only its shape and device; OffloadedState reads, writes
-and copies its values.
+The master weights' own tensors free their storage, as the flat parameters of torch's FSDP do
+(torch/distributed/fsdp/_flat_param.py). Megatron-Core then uses only their shapes, device and gradients.
 """
 
-import mmap
-import os
+import itertools
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from common.platforms import available_memory
-from common.training.launching.process_group import fail_together
 from common.training.state.async_copy import AsyncCopies, copy_async
-from common.training.state.host_memory import offload_buffer
+from common.training.state.master_weights import MasterWeights, merge, split
+from common.training.state.offload_memory import MOMENTS, Kinds, allocate, offloaded_params, offloaded_types
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-FLOAT_BYTES = 4
+OFFLOADED_PART = 1 << 26  # parameters: a copy of it takes milliseconds, and starting one microseconds
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The elements [start, stop) of a parameter, the first of them at `at` in its part."""
+
+    param: torch.Tensor
+    start: int
+    stop: int
+    at: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The piece of what belongs to the parameter, such as its gradient."""
+        return tensor[self.start : self.stop]
+
+    def within(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The piece of what belongs to its part."""
+        return tensor[self.at : self.at + self.stop - self.start]
 
 
 class OffloadedState:
     """Master weights and moments of one DistributedOptimizer, moved to host memory by the constructor.
 
-    max_params: how many parameters' state is on the device at once; a single larger tensor's is too.
+    kind: the OPTIMIZER_STATE. part: how many parameters are updated at once; the state of three such parts is on the
+    device: the next one comes, one is updated, and the last one goes.
     """
 
-    def __init__(self, optimizer: Any, max_params: int) -> None:
+    def __init__(self, optimizer: Any, kind: str, part: int = OFFLOADED_PART) -> None:
         self.adam, self.group_index_map = optimizer.optimizer, optimizer.model_param_group_index_map
         pairs = zip(optimizer.shard_fp32_from_float16_groups, optimizer.shard_float16_groups, strict=True)
         # Each master weight with its shard of the model's weights; empty in float32.
         self.model_shards = {master: shard for group in pairs for master, shard in zip(*group, strict=True)}
-        self.max_params = max_params
-        params = offloaded_params(optimizer)
-        on_gpu = any(param.is_cuda for param in params["exp_avg"])
-        sizes = offloaded_bytes(optimizer).items()
-        self.buffers = {kind: offload_buffer(size, pinned=on_gpu) for kind, size in sizes if size}
-        self.host = {kind: _host_tensors(self.buffers.get(kind), each) for kind, each in params.items()}
+        self.part, params = part, offloaded_params(optimizer)
+        assert not self.model_shards or len(self.model_shards) == len(params), "some parameters have no master weights"
+        self.flat, self.host = allocate(optimizer, kind)
+        self.keeps_remainders = offloaded_types(optimizer, kind).get("param") == torch.int16
+        ends = itertools.accumulate((param.numel() for param in params), initial=0)
+        self.place = dict(zip(params, ends, strict=False))  # of a parameter in `flat`
+        on_gpu = any(param.is_cuda for param in params)
         self.h2d_stream, self.d2h_stream = (torch.cuda.Stream() if on_gpu else None for _ in range(2))
-        self._set_masters({master: master for master in self.model_shards})
+        self.reload()
         for master in self.model_shards:
-            _free(master)
+            master.untyped_storage().resize_(0)
+        optimizer.offloaded_state = self
         optimizer._copy_main_params_to_model_params = lambda: None  # done after the update of each part
         optimizer._copy_model_params_to_main_params = self.reload
         optimizer._get_main_param_and_optimizer_states = self.read
         optimizer._set_main_param_and_optimizer_states = self.write
         self.adam.load_state_dict = self._load_param_groups
 
-    def on_device(self, parts: list[list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
-        """Each of `parts` with its state on the device. Exhaust it: all state is back on the host only at its end.
+    def on_device(self, params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """A part of `params` at a time, cut into float32 tensors with gradients and Adam's state, on the device.
 
-        The next part is prefetched during the update and write-back of the current one, unless both exceed
-        `max_params`. The model has a part's new weights when the next part is yielded.
+        Exhaust it: the state is back on the host only at its end. The next part is fetched and the last one is written
+        back during an update; the model has a part's new weights when the next one is yielded.
         """
-        prefetched: AsyncCopies | None = None
-        pending: tuple[list[torch.Tensor], AsyncCopies] | None = None
-        for part, following in zip_longest(parts, parts[1:]):
-            if pending:
-                self._finish_write_back(*pending)
-            current = prefetched or self._fetch(part)
-            prefetched = None
-            if following and _numel(part + following) <= self.max_params:
-                prefetched = self._fetch(following)
-            current.wait()
-            yield part
-            pending = part, self._write_back(part)
-        if pending:
-            self._finish_write_back(*pending)
+        self.initialize_moments()
+        parts = cut(params, self.part)
+        fetched: tuple[Kinds, AsyncCopies] | None = None
+        written: deque[AsyncCopies] = deque()
+        for part, following in itertools.zip_longest(parts, parts[1:]):
+            if len(written) == 2:
+                written.popleft().wait()  # and frees what was copied
+            state, copies = fetched or self._fetch(part)
+            fetched = self._fetch(following) if following else None
+            copies.wait()
+            state = self._in_float32(part, state)
+            pieces = self._pieces(part, state)
+            yield pieces
+            self._keep_steps(part, pieces)
+            written.append(self._write_back(part, pieces, state))
+            del state, pieces, copies
+        for copies in written:
+            copies.synchronize()
 
-    def _fetch(self, part: list[torch.Tensor]) -> AsyncCopies:
-        pairs = []
-        for param in part:
-            state = self.adam.state[param]
-            if param in self.model_shards:
-                param.untyped_storage().resize_(FLOAT_BYTES * param.numel())
-                pairs.append((param.data, self.host["param"][param]))
-            for name in MOMENTS:
-                if name in state:
-                    state[name] = torch.empty_like(state[name], device=param.device)
-                    pairs.append((state[name], self.host[name][param]))
-        return copy_async(self.h2d_stream, pairs)
+    def _flat_part(self, part: list[Piece]) -> Kinds:
+        """The part of each kind on the host."""
+        first, last = part[0], part[-1]
+        begin = self.place[first.param] + first.start
+        return {kind: tensor[begin : begin + last.at + last.stop - last.start] for kind, tensor in self.flat.items()}
 
-    def _write_back(self, part: list[torch.Tensor]) -> AsyncCopies:
-        pairs = []
-        for param in part:
-            state = self.adam.state[param]
-            for name in MOMENTS:
-                if name in state:  # not for a parameter without a gradient
-                    pairs.append((self.host[name][param], state[name]))
-                    state[name] = self.host[name][param]
-            if param in self.model_shards:
-                self.model_shards[param].copy_(param.data)
-                pairs.append((self.host["param"][param], param.data))
-        return copy_async(self.d2h_stream, pairs)
+    def _fetch(self, part: list[Piece]) -> tuple[Kinds, AsyncCopies]:
+        source, device = self._flat_part(part), part[0].param.device
+        state = {kind: torch.empty_like(tensor, device=device) for kind, tensor in source.items()}
+        return state, copy_async(self.h2d_stream, [(state[kind], source[kind]) for kind in source])
 
-    def _finish_write_back(self, part: list[torch.Tensor], copies: AsyncCopies) -> None:
-        """Frees the device memory of `part` when its copies are done."""
-        copies.synchronize()
-        for param in part:
-            if param in self.model_shards:
-                _free(param)
+    def _in_float32(self, part: list[Piece], state: Kinds) -> Kinds:
+        if not self.keeps_remainders:
+            return state
+        masters = [merge(piece.of(self.model_shards[piece.param]), piece.within(state["param"])) for piece in part]
+        return {"param": torch.cat(masters), **{name: state[name].float() for name in MOMENTS}}
+
+    def _pieces(self, part: list[Piece], state: Kinds) -> list[torch.Tensor]:
+        pieces = []
+        for piece in part:
+            tensor = piece.within(state["param"]) if "param" in state else piece.of(piece.param.detach())
+            if piece.param.grad is not None:
+                tensor.grad = piece.of(piece.param.grad)
+            own = self.adam.state[tensor] = {name: piece.within(state[name]) for name in MOMENTS}
+            if "step" in self.adam.state[piece.param]:
+                own["step"] = self.adam.state[piece.param]["step"].clone()
+            pieces.append(tensor)
+        return pieces
+
+    def _keep_steps(self, part: list[Piece], pieces: list[torch.Tensor]) -> None:
+        """Takes Adam's state of `pieces` from it; a parameter has made a step when its last piece has."""
+        for piece, tensor in zip(part, pieces, strict=True):
+            own = self.adam.state.pop(tensor)
+            if "step" in own and piece.stop == piece.param.numel():
+                self.adam.state[piece.param]["step"] = own["step"]
+
+    def _write_back(self, part: list[Piece], pieces: list[torch.Tensor], state: Kinds) -> AsyncCopies:
+        """Starts to copy the state of a part to the host, and copies its weights to the model's."""
+        target = self._flat_part(part)
+        if self.keeps_remainders:
+            rounded = {name: state[name].to(target[name].dtype) for name in MOMENTS}
+            state = {"param": torch.empty_like(target["param"], device=state["param"].device), **rounded}
+        for piece, master in zip(part, pieces, strict=True):
+            if self.keeps_remainders:
+                weight, remainder = split(master)
+                piece.of(self.model_shards[piece.param]).copy_(weight)
+                piece.within(state["param"]).copy_(remainder)
+            elif "param" in state:
+                piece.of(self.model_shards[piece.param]).copy_(master)
+        return copy_async(self.d2h_stream, [(target[kind], state[kind]) for kind in target])
 
     def initialize_moments(self) -> None:
-        """Adds zeros where Adam has no moments yet, so that a checkpoint's can be loaded into them."""
+        """Gives Adam zeros where it has no moments yet, as it would itself, or a checkpoint to load into."""
         for param in self.host["exp_avg"]:
             state = self.adam.state[param]
             for name in MOMENTS:
-                if name not in state:
-                    state[name] = self.host[name][param].zero_()
+                state.setdefault(name, self.host[name][param])
             if isinstance(self.adam, (torch.optim.Adam, torch.optim.AdamW)):  # others count steps in their groups
                 state.setdefault("step", torch.tensor(0.0))
 
     def reload(self, state_dict: Any = None) -> None:
-        """Copies the model's weights to the master weights, for a run that starts from weights only."""
+        """Makes the model's weights the master weights, for a run that starts from weights only."""
         assert state_dict is None
-        self._set_masters(self.model_shards)
-
-    def _set_masters(self, sources: dict[torch.Tensor, torch.Tensor]) -> None:
-        pairs = [(self.host["param"][master], source.detach()) for master, source in sources.items()]
+        if self.keeps_remainders:
+            self.flat["param"].zero_()
+            return
+        pairs = [(self.host["param"][master], shard) for master, shard in self.model_shards.items()]
         copy_async(self.d2h_stream, pairs).synchronize()
 
-    def read(self, model_param: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{"param": master weights, "exp_avg": ..., "exp_avg_sq": ...} of this rank's shard, on the host."""
+    def state_of(self, model_param: torch.Tensor) -> dict[str, torch.Tensor | MasterWeights]:
+        """{"param": master weights, "exp_avg": ..., "exp_avg_sq": ...} of this rank's shard, to read and to set."""
         group, order = self.group_index_map[model_param]
         param = self.adam.param_groups[group]["params"][order]
-        return {"param": self.host["param"].get(param, param), **self.adam.state[param]}
+        masters: torch.Tensor | MasterWeights = self.host["param"][param] if "param" in self.host else param
+        if self.keeps_remainders:
+            masters = MasterWeights(self.model_shards[param], self.host["param"][param])
+        return {"param": masters, **self.adam.state[param]}
+
+    def read(self, model_param: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`state_of` as tensors, the master weights in float32."""
+        states = self.state_of(model_param).items()
+        return {
+            name: merge(each.weight, each.remainder) if isinstance(each, MasterWeights) else each
+            for name, each in states
+        }
 
     def write(self, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies `tensors` into what `read` returns."""
-        for name, tensor in self.read(model_param).items():
+        """Copies `tensors` into `state_of`; raises KitError if master weights are not those of the weights."""
+        for name, tensor in self.state_of(model_param).items():
             if name in tensors:
                 tensor.copy_(tensors[name])
 
@@ -146,39 +197,21 @@ class OffloadedState:
             group.update({name: value for name, value in saved.items() if name != "params"})
 
 
-def offloaded_params(optimizer: Any) -> dict[str, list[torch.Tensor]]:
-    """The parameters with each kind of offloaded state: {"param": master weights, "exp_avg": all, ...}, in order.
-
-    The kinds have Megatron-Core's names. In float32 the model's weights are the master weights.
-    """
-    masters = {master for group in optimizer.shard_fp32_from_float16_groups for master in group}
-    params = [param for group in optimizer.optimizer.param_groups for param in group["params"]]
-    return {"param": [param for param in params if param in masters], **dict.fromkeys(MOMENTS, params)}
-
-
-def offloaded_bytes(optimizer: Any) -> dict[str, int]:
-    """The host memory that OffloadedState allocates for each kind of state of this DistributedOptimizer."""
-    return {kind: FLOAT_BYTES * _numel(params) for kind, params in offloaded_params(optimizer).items()}
-
-
-def check_host_memory(optimizers: list[Any]) -> None:
-    """Raises KitError where a node has too little memory for the offloaded state of its processes.
-
-    A collective call, before anything is allocated. optimizers: this process's DistributedOptimizers.
-    """
-    node = int(os.environ.get("GROUP_RANK", "0"))  # set by torchrun
-    size = sum(sum(offloaded_bytes(optimizer).values()) for optimizer in optimizers)
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (node, size, available_memory()))
-    for node in sorted({number for number, _, _ in ranks}):
-        needed = [size for number, size, _ in ranks if number == node]
-        available = min(free for number, _, free in ranks if number == node)
-        if sum(needed) > available:
-            fail_together(
-                f"OPTIMIZER_STATE=cpu keeps {sum(needed) / 2**30:.1f} GiB in the memory of node {node}, for"
-                f" {len(needed)} processes, and {available / 2**30:.1f} GiB are available there: use more nodes, give"
-                " the container or job more memory, or set OPTIMIZER_STATE to bf16 or fp32"
-            )
+def cut(params: list[torch.Tensor], size: int) -> list[list[Piece]]:
+    """`params` in parts of `size` elements, the last one of the rest."""
+    parts: list[list[Piece]] = []
+    left = 0
+    for param in params:
+        start = 0
+        while start < param.numel():
+            if not left:
+                parts.append([])
+                left = size
+            stop = min(param.numel(), start + left)
+            parts[-1].append(Piece(param, start, stop, size - left))
+            left -= stop - start
+            start = stop
+    return parts
 
 
 @contextmanager
@@ -193,25 +226,3 @@ def released_gradients(model: list[Any]) -> Iterator[None]:
         storage.resize_(size)
     for chunk in model:
         chunk.zero_grad_buffer()
-
-
-def _free(param: torch.Tensor) -> None:
-    param.untyped_storage().resize_(0)
-
-
-def _numel(params: list[torch.Tensor]) -> int:
-    return sum(param.numel() for param in params)
-
-
-def _host_tensors(buffer: mmap.mmap | None, params: list[torch.Tensor]) -> dict[torch.Tensor, torch.Tensor]:
-    """A float32 tensor in `buffer` for each of `params`, of its shape, one after the other."""
-    tensors, offset = {}, 0
-    for param in params:
-        count = param.numel()
-        if buffer is None or not count:
-            tensors[param] = torch.empty(param.shape, dtype=torch.float32)
-        else:
-            flat = torch.frombuffer(buffer, dtype=torch.float32, count=count, offset=offset)
-            tensors[param] = flat.view(param.shape)
-        offset += FLOAT_BYTES * count
-    return tensors

@@ -1,10 +1,8 @@
 """Adam that steps through its groups in parts gives the same weights as Adam that steps through full groups."""
 
-import copy
-
 import torch
 
-from common.training.state.optimizer import _parts, step_in_parts
+from common.training.state.optimizer import parts_of, step_in_parts
 
 
 class CountingAdam(torch.optim.Optimizer):
@@ -32,7 +30,7 @@ def test_steps_and_values_are_those_of_whole_groups_and_parts_are_bounded() -> N
         params = [torch.nn.Parameter(t.clone()) for t in tensors]
         optimizers.append(CountingAdam([{"params": params[:4]}, {"params": params[4:], "lr": 0.5}, {"params": []}]))
     full, parts = optimizers
-    step_in_parts(parts, 7)
+    step_in_parts(parts, lambda params: parts_of(params, 7))
     for number in range(3):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -49,5 +47,5 @@ def test_steps_and_values_are_those_of_whole_groups_and_parts_are_bounded() -> N
 
 def test_no_parameter_is_left_out_of_the_parts() -> None:
     params = [torch.zeros(size) for size in (1, 8, 8, 1, 1)]
-    assert [[p.numel() for p in part] for part in _parts(copy.copy(params), 8)] == [[1], [8], [8], [1, 1]]
-    assert _parts([], 8) == []
+    assert [[p.numel() for p in part] for part in parts_of(params, 8)] == [[1], [8], [8], [1, 1]]
+    assert parts_of([], 8) == []

@@ -1,6 +1,5 @@
 """The optimizer's state on the host: the same steps, and nothing of it on the device between them."""
 
-import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,19 +9,18 @@ import torch
 import torch.distributed as dist
 
 from common.errors import KitError
-from common.training.state import optimizer_offload
+from common.training.state import host_memory, offload_memory, optimizer_offload
+from common.training.state.master_weights import MasterWeights, split
+from common.training.state.offload_memory import check_host_memory, offloaded_bytes
 from common.training.state.optimizer import step_in_parts
-from common.training.state.optimizer_offload import (
-    OffloadedState,
-    check_host_memory,
-    offloaded_bytes,
-    released_gradients,
-)
+from common.training.state.optimizer_offload import OffloadedState, released_gradients
 
 SIZES = (3, 4, 9, 2, 5, 1)
-PARTS, AT_ONCE = [3, 4, 9, 2, 5, 1], 8  # of 4 parameters, or of a tensor that has more
-HELD = [3 + 4, 4, 9, 2 + 5, 5 + 1, 1]  # each part and the next, but for 4 and 9: together they are over AT_ONCE
+PART = 4
+PIECES = [[3, 1], [3, 1], [4], [4], [2, 2], [3, 1]]  # two groups of three parameters, of 16 and 8 elements
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KINDS = [("bf16", "cpu"), ("fp32", "cpu"), ("bf16", "cpu_bf16")]  # precision and OPTIMIZER_STATE
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def distributed_optimizer(precision: str) -> Any:
@@ -42,10 +40,10 @@ def distributed_optimizer(precision: str) -> Any:
     )  # fmt: skip
 
 
-def moved_to_the_host(precision: str) -> tuple[Any, OffloadedState]:
+def moved_to_the_host(precision: str = "bf16", kind: str = "cpu") -> tuple[Any, OffloadedState]:
     moved = distributed_optimizer(precision)
-    host = OffloadedState(moved, AT_ONCE)
-    step_in_parts(moved.optimizer, AT_ONCE // 2, host.on_device)
+    host = OffloadedState(moved, kind, PART)
+    step_in_parts(moved.optimizer, host.on_device)
     return moved, host
 
 
@@ -57,13 +55,22 @@ def master(of: Any, param: torch.Tensor) -> torch.Tensor:
 class LateCopies:
     """Copies made only when something waits for them: as late as those of a GPU may be."""
 
+    pending, most = 0, 0
+
     def __init__(self, stream: None, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         self.pairs = pairs
+        self.count(len(pairs) > 0)
+
+    @classmethod
+    def count(cls, more: int) -> None:
+        cls.pending += more
+        cls.most = max(cls.most, cls.pending)
 
     def synchronize(self) -> None:
         for target, source in self.pairs:
             assert source.untyped_storage().nbytes() and target.untyped_storage().nbytes()  # freed too soon
             target.copy_(source)
+        self.count(-(len(self.pairs) > 0))
         self.pairs = []
 
     wait = synchronize
@@ -76,83 +83,130 @@ def step(of: Any, number: int) -> None:
     of.optimizer.step()
 
 
+def round_state(of: Any, kind: str) -> None:
+    """What a step leaves of its float32 state; the weights are set, as Megatron-Core does after it."""
+    for shard, param in zip(of.shards, of.model, strict=True):
+        weights = master(of, param)
+        shard.copy_(split(weights)[0] if kind == "cpu_bf16" else weights)
+        state = of.optimizer.state.get(weights, {})
+        for name in MOMENTS if kind == "cpu_bf16" and state else ():
+            state[name] = state[name].bfloat16().float()
+
+
+def assert_same_state(moved: Any, plain: Any) -> None:
+    for param, other in zip(moved.model, plain.model, strict=True):
+        theirs, found = master(plain, other), moved._get_main_param_and_optimizer_states(param)
+        assert found["param"].dtype == torch.float32 and torch.equal(found["param"], theirs)
+        # A parameter without a gradient has moments of zero here, and none there.
+        expected = plain.optimizer.state[theirs] or dict.fromkeys(MOMENTS, torch.zeros_like(theirs))
+        assert all(torch.equal(found[name].float(), value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("copies", [optimizer_offload.copy_async, LateCopies], ids=["at once", "late"])
-@pytest.mark.parametrize("precision", TYPES)
+@pytest.mark.parametrize(("precision", "kind"), KINDS)
 def test_steps_are_the_same_and_nothing_is_left_on_the_device(
-    precision: str, copies: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    precision: str, kind: str, copies: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optimizer_offload, "copy_async", copies)
     plain, moved = distributed_optimizer(precision), distributed_optimizer(precision)
-    host = OffloadedState(moved, AT_ONCE)
+    host = OffloadedState(moved, kind, PART)
     masters = [param for group in moved.optimizer.param_groups for param in group["params"]]
-    brought, held = [], []
+    brought = []
 
-    def watched(parts: list[list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
-        for params in host.on_device(parts):
-            brought.append(sum(param.numel() for param in params))
-            held.append(sum(param.untyped_storage().nbytes() for param in masters) // 4)
-            yield params
+    def watched(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        for pieces in host.on_device(params):
+            assert all(piece.dtype == torch.float32 for piece in pieces)
+            brought.append([piece.numel() for piece in pieces])
+            yield pieces
 
-    step_in_parts(moved.optimizer, AT_ONCE // 2, watched)
+    step_in_parts(moved.optimizer, watched)
+    LateCopies.most = 0
     for number in range(3):
         step(plain, number)
         step(moved, number)
-        if precision == "bf16":
-            for shard, param in zip(plain.shards, plain.model, strict=True):
-                shard.copy_(master(plain, param))  # as Megatron-Core does after a step
-            assert all(param.untyped_storage().nbytes() == 0 for param in masters)
+        round_state(plain, kind)
         assert all(torch.equal(a, b) for a, b in zip(plain.shards, moved.shards, strict=True))
-    assert brought == 3 * PARTS and held == 3 * (HELD if precision == "bf16" else [sum(SIZES)] * len(SIZES))
-    for param, other in zip(moved.model, plain.model, strict=True):
-        theirs, found = master(plain, other), moved._get_main_param_and_optimizer_states(param)
-        assert torch.equal(found["param"], theirs)
-        assert found.keys() - {"param"} == plain.optimizer.state[theirs].keys()
-        assert all(torch.equal(found[name], value) for name, value in plain.optimizer.state[theirs].items())
+        assert set(moved.optimizer.state) == set(masters)
+    assert brought == 3 * PIECES
+    assert copies is not LateCopies or (LateCopies.most, LateCopies.pending) == (3, 0)  # one comes, one goes
+    if precision == "bf16":
+        assert all(param.untyped_storage().nbytes() == 0 for param in masters)
+    assert_same_state(moved, plain)
 
 
-def test_what_is_loaded_is_what_the_next_step_begins_from() -> None:
+@pytest.mark.parametrize("kind", ["cpu", "cpu_bf16"])
+def test_what_is_loaded_is_what_the_next_step_begins_from(kind: str) -> None:
     plain = distributed_optimizer("bf16")
-    moved, host = moved_to_the_host("bf16")
+    moved, host = moved_to_the_host("bf16", kind)
     host.initialize_moments()
     for number in range(2):
         step(plain, number)
-    states = [host.read(param) for param in moved.model]
+        round_state(plain, kind)
+    states = [host.state_of(param) for param in moved.model]
     assert all(set(state) == {"param", "exp_avg", "exp_avg_sq", "step"} for state in states)
-    for param, other in zip(moved.model, plain.model, strict=True):
+    for param, other, shard, source in zip(moved.model, plain.model, moved.shards, plain.shards, strict=True):
         theirs = master(plain, other)
+        shard.copy_(source)  # weights first
         moved._set_main_param_and_optimizer_states(param, {"param": theirs, **plain.optimizer.state[theirs]})
-    assert [state["param"].data_ptr() for state in states] == [host.read(p)["param"].data_ptr() for p in moved.model]
+    assert [state["exp_avg"].data_ptr() for state in states] == [
+        host.state_of(param)["exp_avg"].data_ptr() for param in moved.model
+    ]
+    assert all(isinstance(state["param"], MasterWeights) == (kind == "cpu_bf16") for state in states)
     given = moved.optimizer.state_dict()
     given["param_groups"][1]["lr"] = 0.02
     moved.optimizer.load_state_dict(given)
     plain.optimizer.param_groups[1]["lr"] = 0.02
     step(plain, 2)
     step(moved, 2)
-    for param, other in zip(moved.model, plain.model, strict=True):
-        assert torch.equal(host.read(param)["param"], master(plain, other))
+    round_state(plain, kind)
+    assert_same_state(moved, plain)
 
 
-def test_master_weights_are_made_again_from_the_models() -> None:
-    moved, host = moved_to_the_host("bf16")
+def test_master_weights_of_other_weights_are_refused() -> None:
+    moved, _ = moved_to_the_host("bf16", "cpu_bf16")
+    with pytest.raises(KitError, match="3 of 3 master weights are not those of the weights"):
+        moved._set_main_param_and_optimizer_states(moved.model[0], {"param": torch.full((3,), 9.0)})
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cpu_bf16"])
+def test_master_weights_are_made_again_from_the_models(kind: str) -> None:
+    moved, host = moved_to_the_host("bf16", kind)
+    step(moved, 0)
+    pairs = zip(moved.model, moved.shards, strict=True)
+    assert not all(host.read(param)["param"].equal(shard.float()) for param, shard in pairs)
     for shard in moved.shards:
         shard.fill_(3.0)
     moved._copy_model_params_to_main_params()
     assert all(host.read(param)["param"].eq(3.0).all() for param in moved.model)
 
 
-@pytest.mark.parametrize(("precision", "kinds"), [("bf16", 3), ("fp32", 2)])
-def test_the_memory_that_is_taken_is_that_which_is_counted(precision: str, kinds: int) -> None:
+@pytest.mark.parametrize(
+    ("precision", "kind", "sizes"), [(*KINDS[0], [4] * 3), (*KINDS[1], [4] * 2), (*KINDS[2], [2] * 3)]
+)
+def test_the_memory_that_is_taken_is_that_which_is_counted(
+    precision: str, kind: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[torch.Tensor] = []
+
+    def host_buffer(*given: Any, **more: Any) -> torch.Tensor:
+        taken.append(host_memory.host_buffer(*given, **more))
+        return taken[-1]
+
+    monkeypatch.setattr(offload_memory, "host_buffer", host_buffer)
     optimizer = distributed_optimizer(precision)
-    counted = offloaded_bytes(optimizer)
-    host = OffloadedState(optimizer, AT_ONCE)
-    assert sum(counted.values()) == sum(map(len, host.buffers.values())) == kinds * 4 * sum(SIZES)
-    for kind, buffer in host.buffers.items():
-        tensors = list(host.host[kind].values())
-        # All of a buffer is used, and each tensor's storage ends with it: a writer copies what is part of a larger one.
-        assert [tensor.untyped_storage().nbytes() for tensor in tensors] == [4 * size for size in SIZES]
-        start = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
-        places = [start + 4 * sum(SIZES[:index]) for index in range(len(SIZES))]
-        assert [tensor.data_ptr() for tensor in tensors] == places
+    counted = offloaded_bytes(optimizer, kind)
+    host = OffloadedState(optimizer, kind, PART)
+    (buffer,) = taken
+    assert counted == buffer.nbytes == sum(sizes) * sum(SIZES)
+    place = buffer.data_ptr()
+    for flat, tensors in zip(host.flat.values(), host.host.values(), strict=True):
+        assert flat.data_ptr() == place
+        for tensor, count in zip(tensors.values(), SIZES, strict=True):
+            size = flat.itemsize * count
+            # Each tensor's storage ends with it: a writer copies what is part of a larger one.
+            assert (tensor.data_ptr(), tensor.untyped_storage().nbytes()) == (place, size)
+            place += size
+    assert place == buffer.data_ptr() + buffer.nbytes  # all of it is used
 
 
 def test_a_rank_without_a_shard_needs_nothing() -> None:
@@ -160,18 +214,10 @@ def test_a_rank_without_a_shard_needs_nothing() -> None:
     optimizer = SimpleNamespace(
         optimizer=empty, shard_fp32_from_float16_groups=[[]], shard_float16_groups=[[]], model_param_group_index_map={}
     )
-    host = OffloadedState(optimizer, AT_ONCE)
-    assert host.buffers == {} and list(host.on_device([])) == []
-
-
-def test_a_forked_process_shares_the_memory_of_its_rank() -> None:
-    moved, host = moved_to_the_host("bf16")
-    place = host.read(moved.model[0])["param"]
-    child = os.fork()
-    if not child:
-        place.fill_(7.0)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0 and place.eq(7.0).all()
+    for kind in ("cpu", "cpu_bf16"):
+        host = OffloadedState(optimizer, kind, PART)
+        host.reload()
+        assert host.flat == {} and list(host.on_device([])) == []
 
 
 def test_gradients_are_freed_while_master_weights_are_made_and_zero_afterwards() -> None:
@@ -183,10 +229,15 @@ def test_gradients_are_freed_while_master_weights_are_made_and_zero_afterwards()
     assert view.tolist() == [0.0, 0.0] and buffer.grad_data.untyped_storage().nbytes() == 24
 
 
-def test_a_node_without_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "size", "remedy"), [("cpu", 12, "cpu_bf16, which needs half of it,"), ("cpu_bf16", 6, "bf16")]
+)
+def test_a_node_without_the_memory_is_refused(
+    kind: str, size: int, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two nodes of two ranks each; on the second another rank holds ten bytes, or finds less memory."""
     optimizer = distributed_optimizer("bf16")
-    own = 12 * sum(SIZES)
+    own = size * sum(SIZES)
     others = [(0, own, 2 * own), (1, own, 9 * own), (1, 10, own + 10)]
 
     def gather(found: list[Any], given: Any) -> None:
@@ -195,13 +246,14 @@ def test_a_node_without_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(dist, "all_gather_object", gather)
     monkeypatch.setenv("GROUP_RANK", "0")
-    monkeypatch.setattr(optimizer_offload, "available_memory", lambda: 2 * own)
-    check_host_memory([optimizer])
-    check_host_memory([])
-    monkeypatch.setattr(optimizer_offload, "available_memory", lambda: 2 * own - 1)
-    with pytest.raises(KitError, match=r"keeps 0\.0 GiB in the memory of node 0, for 2 processes, and 0\.0 GiB are"):
-        check_host_memory([optimizer])
+    monkeypatch.setattr(offload_memory, "available_memory", lambda: 2 * own)
+    check_host_memory([optimizer], kind)
+    check_host_memory([], kind)
+    monkeypatch.setattr(offload_memory, "available_memory", lambda: 2 * own - 1)
+    text = rf"^OPTIMIZER_STATE={kind} keeps 0\.0 GiB in the memory of node 0, for 2 processes, .* to {remedy}"
+    with pytest.raises(KitError, match=text):
+        check_host_memory([optimizer], kind)
     others[2] = (1, 10, own + 9)
-    monkeypatch.setattr(optimizer_offload, "available_memory", lambda: 2 * own)
+    monkeypatch.setattr(offload_memory, "available_memory", lambda: 2 * own)
     with pytest.raises(KitError, match="in the memory of node 1"):
-        check_host_memory([optimizer])
+        check_host_memory([optimizer], kind)
