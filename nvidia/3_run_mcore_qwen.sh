@@ -70,7 +70,7 @@ VENDOR=$(dirname -- "$(realpath -- "${BASH_SOURCE[0]}")")
 
 # Optimizer / 优化器
 : "${PRECISION:=bf16}"                 # bf16 or fp32; master weights are fp32 / 计算精度；主权重为 fp32
-: "${OPTIMIZER_STATE:=fp32}"           # fp32; bf16: moments halved; cpu: in host memory / 优化器状态：bf16 动量减半；cpu 放在主机内存
+: "${OPTIMIZER_STATE:=fp32}"           # fp32; bf16: half; cpu: in host memory; cpu_bf16: both / 优化器状态：bf16 减半；cpu 在主机内存；cpu_bf16 两者
 : "${LR:=}"                            # highest learning rate; empty: 1e-5, dpo 1e-6, with LoRA ten times that / 最高学习率；空：1e-5，dpo 1e-6，LoRA 为十倍
 : "${MIN_LR:=}"                        # learning rate at the end; empty: a tenth of LR / 最低学习率；空：LR 的十分之一
 : "${LR_WARMUP_ITERS:=}"               # steps of warm-up, instead of the fraction / 预热步数，代替下一项

@@ -146,6 +146,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "FP8_FORMAT=hybrid FP8_RECIPE=blockwise": {"fp8_format": "hybrid", "fp8_recipe": "blockwise"},
     "OPTIMIZER_STATE=bf16": {"optimizer_state": "bf16"},
     "OPTIMIZER_STATE=cpu": {"optimizer_state": "cpu"},
+    "OPTIMIZER_STATE=cpu_bf16": {"optimizer_state": "cpu_bf16"},
     "TP_COMM_OVERLAP=true": {"tp": 2, "tp_comm_overlap": True},
     "ASYNC_SAVE=true": {"async_save": True},
     "DETERMINISTIC=true": {"deterministic": True},

@@ -1,7 +1,7 @@
 """Writes nvidia/recipes: `python -m tests.recipes`; tests/unit/estimate/test_recipes.py compares.
 
 A recipe is a settings file of step 3 for one size, task and set of GPUs: the fastest layout that fits by
-`common.estimate`, and the task's own settings. OPTIMIZER_STATE is fp32 where that fits, else bf16, else cpu.
+`common.estimate`, and the task's own settings. OPTIMIZER_STATE is fp32 where that fits, else bf16, else cpu_bf16.
 """
 
 import json
@@ -96,7 +96,7 @@ def recipe(
         hf_model_path="-", gpu=gpu.name, gpus=gpus, nnodes=nnodes, seq_length=seq_length, packing=task == "sft",
         global_batch_size=batch * SEQ_LENGTH // seq_length,
     )  # fmt: skip
-    for state in ("fp32", "bf16", "cpu"):
+    for state in ("fp32", "bf16", "cpu_bf16"):
         found = (estimate_all(replace(base, optimizer_state=state, cp=cp), qwen, gpu)[0][0] for cp in cps)
         fitting = [one for one in found if one.fits == "yes"]
         if fitting:

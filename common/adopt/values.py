@@ -139,15 +139,27 @@ def vpp_layers(draft: Draft, row: Row, flag: Flag) -> None:
 def optimizer(draft: Draft, row: Row, flag: Flag) -> None:
     """Adam, or Adam with its state in host memory."""
     if flag.value == "hybridadam":
-        draft.set("OPTIMIZER_STATE", "cpu", flag)
+        offload(draft, row, flag)
     else:
         draft.note(HERE if flag.value == "adam" else PROBLEM, flag, row.text(flag.value))
+
+
+def offload(draft: Draft, row: Row, flag: Flag) -> None:
+    """Adam's state in host memory."""
+    _add_optimizer_state(draft, flag, "cpu")
+
+
+def _add_optimizer_state(draft: Draft, flag: Flag, value: str) -> None:
+    """Sets OPTIMIZER_STATE to what `value` is with the flags before it: bf16 moments in host memory are cpu_bf16."""
+    before = draft.settings["OPTIMIZER_STATE"][0] if "OPTIMIZER_STATE" in draft.settings else "fp32"
+    kinds = {*before.split("_"), value} - {"fp32"}
+    draft.set("OPTIMIZER_STATE", "_".join(sorted(kinds, reverse=True)) or "fp32", flag)
 
 
 def moments(draft: Draft, row: Row, flag: Flag) -> None:
     """The precision of Adam's moments."""
     if flag.value in ("fp32", "bf16"):
-        draft.set(row.setting, flag.value, flag)
+        _add_optimizer_state(draft, flag, flag.value)
     else:
         draft.note(PROBLEM, flag, "Adam's moments are fp32 or bf16 here (OPTIMIZER_STATE)")
 
@@ -312,7 +324,7 @@ RULES: dict[str, Rule] = {
     **{rule.__name__: rule for rule in (
         port, split, blend, dataset, reset, eod_mask, vpp_layers, lengths.iters, lengths.per_batch, lengths.per_token,
         lengths.decay_style, lengths.wsd_iters, lengths.wsd_samples, lengths.decay_iters, lengths.decay_samples,
-        lengths.warmup_fraction, optimizer, moments, fp16, fp8_format, transformer_impl, recompute_method,
+        lengths.warmup_fraction, optimizer, offload, moments, fp16, fp8_format, transformer_impl, recompute_method,
         recompute_layers, save, no_save_optim, weights_only, convert_format, convert_save, tensorboard, profile,
         profile_ranks, one_key, append_eod, partitions, sample_length,
     )},

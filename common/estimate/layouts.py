@@ -16,6 +16,7 @@ from common.settings import option
 from common.training.planning.compatibility import check_fit
 from common.training.settings import TrainSettings
 from common.training.settings.lora import LoraSettings
+from common.training.settings.optimizer import OFFLOADED
 
 RECOMPUTE = ("none", "selective", "full")
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -47,8 +48,8 @@ class EstimateSettings:
     precision: str = option("bf16", "bf16 has float32 master weights and gradients", ("bf16", "fp32"))
     optimizer_state: str = option(
         "fp32",
-        "bf16: Adam's moments in bf16; cpu: moments and master weights on the host",
-        ("fp32", "bf16", "cpu"),
+        "bf16: Adam's moments in bf16; cpu: moments and master weights on the host; cpu_bf16: both",
+        ("fp32", "bf16", *OFFLOADED),
     )
     transformer_impl: str | None = option(None, "layers; default: the platform's", ("transformer_engine", "local"))
     sequence_parallel: bool = option(True, "with TP above 1: split activations over the sequence too")

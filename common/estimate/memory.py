@@ -19,9 +19,12 @@ from common.model.shape.config import QwenConfig
 from common.model.shape.lora import adapter_parameters
 from common.platforms.base import Platform
 from common.training.settings import TrainSettings
+from common.training.settings.optimizer import OFFLOADED
 
-# PART in common/training/state/optimizer.py, which imports torch; a test compares the two.
+# PART in common/training/state/optimizer.py and that of optimizer_offload.py, which import torch; a test compares them.
 OPTIMIZER_PART = 1 << 28
+OFFLOADED_PART = 1 << 26
+CPU_BF16_STEP_BYTES = 6 + 6 + 12 + 6 + 14
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,13 @@ def optimizer_bytes(settings: TrainSettings, platform: Platform, qwen: QwenConfi
         return 10 * part  # both moments in float32, and a bf16 copy of one
     # torch's own Adam computes the denominator of the update for all parameters at once.
     own = 4 if platform.device == "cuda" and platform.transformer_impl == "local" else 0
-    if settings.optimizer_state == "cpu":
-        return adam_bytes(part, settings.precision, "cpu") + own * part
-    return own * shard
+    if settings.optimizer_state not in OFFLOADED:
+        return own * shard
+    part = min(shard, OFFLOADED_PART)
+    if settings.optimizer_state == "cpu":  # one part comes, one is updated, one goes
+        return adam_bytes(min(shard, 3 * part), settings.precision, "cpu") + own * part
+    # The next part and the last one; this one in float32 and as it goes; of a tensor's new bits four copies.
+    return CPU_BF16_STEP_BYTES * part
 
 
 def peak_activations(

@@ -13,6 +13,7 @@ from common.estimate.upkeep import Upkeep, checkpoint_values, upkeep, upkeep_lin
 from common.estimate.weights import adam_bytes
 from common.model.shape.config import QwenConfig
 from common.model.shape.parameters import num_parameters
+from common.training.settings.optimizer import OFFLOADED
 
 GIB = 2**30
 LAYOUT = ("tp", "pp", "vpp", "cp", "micro_batch_size", "recompute")
@@ -42,11 +43,11 @@ def report(
     yield from _left_out(found, shown, refused)
     yield from upkeep_lines(upkeep(settings, qwen), _step_seconds(found[0]) if found[0].fits != "no" else None)
     yield from _notes(settings, gpu, first)
-    if settings.optimizer_state == "cpu":
-        kept = adam_bytes(num_parameters(qwen), settings.precision, "cpu") / GIB
+    if settings.optimizer_state in OFFLOADED:
+        kept = adam_bytes(num_parameters(qwen), settings.precision, settings.optimizer_state) / GIB
         yield (
-            f"note: OPTIMIZER_STATE=cpu keeps {kept:,.1f} GiB in the memory of the hosts, over all nodes; it was not"
-            " run on a GPU, and the bandwidth to the host is assumed"
+            f"note: OPTIMIZER_STATE={settings.optimizer_state} keeps {kept:,.1f} GiB in the memory of the hosts, over"
+            " all nodes; the bandwidth to the host is assumed"
         )
 
 

@@ -6,6 +6,7 @@ from common.errors import KitError
 from common.estimate.gpus import MEASURED, Gpu
 from common.estimate.layouts import Estimate
 from common.training.settings import TrainSettings
+from common.training.settings.optimizer import OFFLOADED
 
 # Written always, as they make the layout; the others where they differ from the scripts' defaults.
 LAYOUT = ("gpus", "nnodes", "tp", "pp", "micro_batch_size", "global_batch_size", "seq_length")
@@ -20,12 +21,12 @@ def settings_lines(one: Estimate, gpu: Gpu) -> Iterator[str]:
     if one.fits == "no":
         raise KitError(
             f"no layout fits: the best of them needs {one.largest.peak / 2**30:.1f} GiB per GPU, and {gpu.name} has"
-            f" {gpu.memory_gib:g}: use more GPUs, OPTIMIZER_STATE=bf16 or cpu, or a smaller SEQ_LENGTH"
+            f" {gpu.memory_gib:g}: use more GPUs, OPTIMIZER_STATE=bf16 or cpu_bf16, or a smaller SEQ_LENGTH"
         )
     settings = one.settings
     yield f"# By `python -m common.estimate` for {settings.sizes.world_size} x {gpu.name}, {gpu.memory_gib:g} GiB each:"
     rate = f", {one.speed.tokens_per_second:,.0f} tokens/s" if one.speed else ""
-    measured = gpu.name in MEASURED and settings.sizes.world_size == 1 and settings.optimizer_state != "cpu"
+    measured = gpu.name in MEASURED and settings.sizes.world_size == 1 and settings.optimizer_state not in OFFLOADED
     basis = "fitted to measurements of one GPU" if measured else "estimated, not measured"
     yield f"# {one.largest.peak / 2**30:.1f} GiB per GPU{' (tight)' * (one.fits == 'tight')}{rate} ({basis})."
     yield from layout_lines(settings)

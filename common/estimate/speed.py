@@ -20,6 +20,7 @@ from common.model.shape.config import QwenConfig
 from common.model.shape.lora import adapter_parameters
 from common.platforms.base import Platform
 from common.training.settings import TrainSettings
+from common.training.settings.optimizer import OFFLOADED
 
 Cost = dict[str, float]
 
@@ -147,11 +148,11 @@ def data_parallel_seconds(settings: TrainSettings, work: Workload, parameters: i
 
 
 def host_seconds(settings: TrainSettings, parameters: int) -> float:
-    """Seconds to copy the optimizer state from the host and back, once per step, not overlapped."""
-    if settings.optimizer_state != "cpu":
+    """Seconds to copy the optimizer state from the host and back, both at once, during its update."""
+    if settings.optimizer_state not in OFFLOADED:
         return 0.0
     shards = settings.sizes.dp * settings.sizes.cp
-    return 2 * adam_bytes(parameters, settings.precision, "cpu") / shards / HOST_BYTES_PER_SECOND
+    return adam_bytes(parameters, settings.precision, settings.optimizer_state) / shards / HOST_BYTES_PER_SECOND
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from common.model.shape.config import QwenConfig
 from common.model.shape.parameters import ELEMENT_BYTES, layer_parameters, vocabulary_parameters
 from common.parallel import ParallelSizes
+from common.training.settings.optimizer import BF16_MOMENTS, OFFLOADED
 
 GRADIENT_BYTES = 4  # float32 buffers (grad_reduce_in_fp32)
-MOMENT_BYTES = {"fp32": 8, "bf16": 4, "cpu": 8}  # Adam's two, by OPTIMIZER_STATE
+MOMENT_BYTES = {"fp32": 8, "bf16": 4, "cpu": 8, "cpu_bf16": 4}  # Adam's two, by OPTIMIZER_STATE
 MASTER_BYTES = {"bf16": 4, "fp32": 0}  # the float32 copy of the parameters; in fp32 there is none
 REMAINDER_BYTES = 2  # of a master weight beside its bf16 weight, with bf16 moments
 
@@ -60,18 +61,18 @@ class StateBytes:
 def state_bytes(
     parameters: int, precision: str, optimizer_state: str, shards: int, trained: int | None = None
 ) -> StateBytes:
-    """The bytes of `parameters` on the GPU; with OPTIMIZER_STATE=cpu the optimizer's are on the host.
+    """The bytes of `parameters` on the GPU; the optimizer's may be on the host (OPTIMIZER_STATE=cpu, cpu_bf16).
 
     trained: those of them that have gradients; None: all.
     The optimizer's are divided over `shards` = DP x CP ranks (P_os of arXiv 1910.02054).
     Megatron-Core pads its buffers: a parameter to 64 elements, a bucket to 128 x DP; that is not counted.
     """
     trained = parameters if trained is None else trained
-    optimizer = 0 if optimizer_state == "cpu" else adam_bytes(trained, precision, optimizer_state)
+    optimizer = 0 if optimizer_state in OFFLOADED else adam_bytes(trained, precision, optimizer_state)
     return StateBytes(ELEMENT_BYTES[precision] * parameters, GRADIENT_BYTES * trained, -(-optimizer // shards))
 
 
 def adam_bytes(parameters: int, precision: str, optimizer_state: str) -> int:
     """The bytes of master weights and moments, on the GPU or on the host."""
-    master = REMAINDER_BYTES if optimizer_state == "bf16" else MASTER_BYTES[precision]
+    master = REMAINDER_BYTES if optimizer_state in BF16_MOMENTS else MASTER_BYTES[precision]
     return (master + MOMENT_BYTES[optimizer_state]) * parameters

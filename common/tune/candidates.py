@@ -67,7 +67,8 @@ def candidates(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu, number: int)
     if not fitting:
         raise KitError(
             f"no layout fits: the best needs {found[0].largest.peak / GIB:.1f} GiB per GPU by the estimate, and"
-            f" {gpu.name} has {gpu.memory_gib:.1f}: use more GPUs, OPTIMIZER_STATE=bf16 or cpu, or a smaller SEQ_LENGTH"
+            f" {gpu.name} has {gpu.memory_gib:.1f}: use more GPUs, OPTIMIZER_STATE=bf16 or cpu_bf16, or a smaller"
+            " SEQ_LENGTH"
         )
     return [one for one in fitting if not _recomputes_needlessly(one, fitting)][:number]
 

@@ -3,10 +3,11 @@
     python -m tests.bench.bench_training --models FOLDER --data PREFIX --out FILE
         [--chats PREFIX] [--pairs PREFIX] [--megatron CHECKOUT] [--starts FOLDER] [--gpus N] [ROW ...]
 
-FOLDER holds one folder a size (0.5B, 1.5B, 3B, 7B) with config.json and the tokenizer. A ROW is size/program, as
+FOLDER holds one folder a size (0.5B, 1.5B, 3B, 7B, 14B) with config.json and the tokenizer. A ROW is size/program, as
 3B/fp8; without one all are run, on N GPUs at once. A program runs ITERATIONS steps with its own log, and the median of
-the second half counts: for step 3 that is the whole loop, `common.train`. Its packages are imported while the program
-before it is measured. FILE gets a JSON line a row; a program that fails is a line too, with the end of what it printed.
+the second half counts: for step 3 that is the whole loop, `common.train`, and first_step_s the seconds from its first
+line to that of its first step. Its packages are imported while the program before it is measured. FILE gets a JSON line
+a row; a program that fails is a line too, with the end of what it printed.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ from common.training.settings.lora import LoraSettings
 KIT = Path(__file__).parents[2]
 ITERATIONS = 5
 SEQ_LENGTH = 4096
-BATCH = {"0.5B": 64, "1.5B": 32, "3B": 48, "7B": 32, "32B": 8}  # samples a step, the same for every program
-MICRO_BATCH = {"0.5B": 16, "1.5B": 8, "3B": 4, "7B": 1, "32B": 1}
+BATCH = {"0.5B": 64, "1.5B": 32, "3B": 48, "7B": 32, "14B": 16, "32B": 8}  # samples a step, the same for every program
+MICRO_BATCH = {"0.5B": 16, "1.5B": 8, "3B": 4, "7B": 1, "14B": 1, "32B": 1}
 BF16_STATE = {"optimizer-state": "bf16"}
 FP8_DELAYED = {"fp8-format": "hybrid", "fp8-recipe": "delayed"}
 SHORT = {"seq-length": 1024, "global-batch-size": 128}
@@ -62,6 +64,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "7B/fp8-1": {**BF16_STATE, **FP8_DELAYED},
     "7B/megatron": {"use-precision-aware-optimizer": True, "exp-avg-dtype": "bf16", "exp-avg-sq-dtype": "bf16"},
     "7B/hf": {},
+    # The optimizer's state in host memory.
+    "7B/cpu": {"optimizer-state": "cpu"},
+    "7B/cpu-bf16": {"optimizer-state": "cpu_bf16"},
+    "14B/cpu-bf16": {"optimizer-state": "cpu_bf16"},
     # Adapters, rank 16, on a checkpoint of --starts, which tests.bench.random_checkpoint wrote.
     "7B/lora": {"tuner": "lora", "micro-batch-size": 2},
     "7B/lora-4": {"tuner": "lora", "micro-batch-size": 4},
@@ -90,6 +96,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
 LOG = re.compile(r"iteration (\d+)/\d+ .*? \d\.\d\de[+-]\d\d +([\d,]+)")  # tokens/s, which follow the learning rate
+LINE = re.compile(r"^(\d\d-\d\d \d\d:\d\d:\d\d) (.*)$", re.MULTILINE)  # of the kit's log
 MEMORY = re.compile(r"GiB allocated / reserved / total: ([\d.]+) / ([\d.]+)")
 MEGATRON_LOG = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 MEGATRON_MEMORY = re.compile(r"max allocated: ([\d.]+) \|.*max reserved: ([\d.]+)")
@@ -170,7 +177,7 @@ def hugging_face(model: Path, flags: dict[str, Any]) -> list[str]:
 
 
 def figures(program: str, printed: str, qwen: QwenConfig, flags: dict[str, Any]) -> dict[str, float]:
-    """tokens/s, TFLOP/s and peak GiB of what a program printed."""
+    """tokens/s, TFLOP/s and peak GiB of what a program printed, and the seconds to the end of the kit's first step."""
     if program.startswith("hf"):
         return json.loads(printed.strip().splitlines()[-1])
     tokens = flags["global-batch-size"] * flags["seq-length"]
@@ -184,7 +191,16 @@ def figures(program: str, printed: str, qwen: QwenConfig, flags: dict[str, Any])
     rate = statistics.median(rates[len(rates) // 2 :])
     lora = LoraSettings(tuner=flags.get("tuner", "full")).lora
     tflops = rate * flops_per_token(qwen, flags["seq-length"], lora) / 1e12
-    return {"tokens_per_s": rate, "tflops": tflops, "allocated_gib": allocated, "reserved_gib": reserved}
+    first = {} if program == "megatron" else {"first_step_s": first_step_seconds(printed)}
+    return {"tokens_per_s": rate, "tflops": tflops, "allocated_gib": allocated, "reserved_gib": reserved, **first}
+
+
+def first_step_seconds(printed: str) -> float:
+    """Seconds from the first line of the kit's log to that of its first step, whole ones: so it dates its lines."""
+    lines = LINE.findall(printed)
+    ends = [next(time for time, text in lines if text.startswith(start)) for start in ("", "iteration 1/")]
+    began, ended = (datetime.strptime(f"2000-{time}", "%Y-%m-%d %H:%M:%S") for time in ends)
+    return (ended - began).total_seconds()
 
 
 def data_of(flags: dict[str, Any], arguments: argparse.Namespace) -> str:

@@ -207,6 +207,34 @@ def test_state_on_the_host_changes_no_bit_and_is_saved_like_any_other(
 
 
 @pytest.mark.lane
+@pytest.mark.parametrize(
+    ("ckpt_format", "more"),
+    [("torch_dist", {"gpus": 2, "async_save": True}), ("torch", {})],
+    ids=["torch_dist", "torch"],
+)
+def test_half_of_the_state_on_the_host_trains_as_well_and_resumes_to_the_bit(
+    work: Path, ckpt_format: str, more: dict[str, Any]
+) -> None:
+    name = f"half_{ckpt_format}"
+    same = {**settings(work, "pretrain"), "train_iters": 12, "ckpt_format": ckpt_format, "precision": "bf16", **more}
+    full = steps(train_forked(**same, save_checkpoint_path=work / f"{name}_fp32"))
+    half = {**same, "optimizer_state": "cpu_bf16"}
+    whole = steps(train_forked(**half, save_checkpoint_path=work / f"{name}_whole"))
+    assert len(whole) == 12 and whole != full
+    assert whole[0] == full[0] and all(abs(a[1] - b[1]) <= 2e-3 for a, b in zip(whole, full, strict=True))
+    halves = [steps(train_forked(**half, save_checkpoint_path=work / name, exit_interval=6)) for _ in range(2)]
+    assert [i for i, _, _ in halves[1]] == list(range(7, 13)) and halves[0] + halves[1] == whole
+    ours, theirs = (weights(work, work / folder) for folder in (name, f"{name}_whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    changed = []
+    for kind in ("fp32", "cpu_bf16", "cpu", "cpu_bf16"):
+        flags = {**same, "save_checkpoint_path": work / f"{name}_changed", "exit_interval": 3, "optimizer_state": kind}
+        changed += steps(train_forked(**flags))
+    assert [i for i, _, _ in changed] == list(range(1, 13)) and changed[:3] == full[:3] and changed != whole
+    assert all(abs(a[1] - b[1]) <= 2e-3 for a, b in zip(changed, full, strict=True))
+
+
+@pytest.mark.lane
 def test_bf16_recompute_evaluation_and_asynchronous_saving_work_together(work: Path) -> None:
     flags = settings(work, "pretrain", train_iters=4, tp=2, gpus=2, precision="bf16")
     flags |= {"split": "80,20,0", "eval_interval": 2, "eval_iters": 2}

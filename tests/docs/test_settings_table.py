@@ -39,7 +39,7 @@ def test_the_default_of_each_vendor_is_the_one_that_its_help_prints() -> None:
 
 def test_values_are_choices_or_the_kind_that_help_shows() -> None:
     (settings,) = STEPS["3_run_mcore_qwen.sh"]
-    assert values("OPTIMIZER_STATE", (settings,)) == "fp32, bf16, cpu"
+    assert values("OPTIMIZER_STATE", (settings,)) == "fp32, bf16, cpu, cpu_bf16"
     assert values("LR", (settings,)) == "X" and values("PACKING", (settings,)) == "true|false|auto"
     with pytest.raises(KeyError):
         values("LEARNING_RATE", (settings,))

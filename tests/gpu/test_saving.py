@@ -56,7 +56,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
-@pytest.mark.parametrize("state", ["fp32", "bf16", "cpu"])
+@pytest.mark.parametrize("state", ["fp32", "bf16", "cpu", "cpu_bf16"])
 def test_the_exported_model_has_the_validation_loss_that_training_logged(
     work: Path, asynchronous: str, state: str
 ) -> None:

@@ -4,9 +4,9 @@ from common.model.shape.config import QwenConfig
 from common.model.shape.lora import LoraConfig, adapter_parameters
 from common.model.shape.parameters import ELEMENT_BYTES, num_parameters, vocabulary_parameters
 
-# Master weights and Adam's two moments. In fp32 the weights are written twice; torch format casts the moments of
-# OPTIMIZER_STATE=bf16 to fp32 (get_parameter_state_dp_zero in Megatron-Core's optimizer/distrib_optimizer.py, 0.16).
-OPTIMIZER_BYTES = {"fp32": 12, "cpu": 12, "bf16": 8}
+# Master weights and Adam's two moments. In fp32 the weights are written twice; torch format casts bf16 moments to fp32
+# (get_parameter_state_dp_zero in Megatron-Core's optimizer/distrib_optimizer.py, 0.16).
+OPTIMIZER_BYTES = {"fp32": 12, "cpu": 12, "bf16": 8, "cpu_bf16": 8}
 
 
 def checkpoint_bytes(

@@ -11,6 +11,7 @@ from common.errors import KitError, out_of_memory
 from common.platforms.base import Platform
 from common.training.loop.profiling import profile_folder, write_snapshot
 from common.training.planning.plan import Plan
+from common.training.settings.optimizer import OFFLOADED
 
 LONG = 8192  # tokens of a row, from which on context parallelism is worth its communication
 
@@ -42,20 +43,23 @@ def memory_remedy(plan: Plan) -> str:
     long = training and settings.train_mode != "dpo" and settings.seq_length >= LONG
     on_gpu = plan.platform.device == "cuda"
     fp32_moments = settings.precision == "bf16" and settings.optimizer_state == "fp32"
+    offloaded = settings.optimizer_state in OFFLOADED
+    offloads = OFFLOADED if settings.precision == "bf16" else ("cpu",)
     options = {
         f"a MICRO_BATCH_SIZE below {settings.micro_batch_size}": training and settings.micro_batch_size > 1,
         "RECOMPUTE=full": training and settings.recompute != "full",
         "RECOMPUTE_NUM_LAYERS empty": training and settings.recompute_num_layers is not None,
         "OPTIMIZER_STATE=bf16": training and fp32_moments and supports_bf16_moments(plan.platform),
-        "OPTIMIZER_STATE=cpu": training and on_gpu and settings.optimizer_state != "cpu" and settings.tuner == "full",
+        f"OPTIMIZER_STATE={' or '.join(offloads)}": training and on_gpu and not offloaded and settings.tuner == "full",
         "TUNER=lora": settings.train_mode == "finetune" and settings.tuner == "full" and bool(plan.start.checkpoint),
         f"a SEQ_LENGTH below {settings.seq_length}": training,
         f"more GPUs, with TP over {settings.tp} or PP over {settings.pp}": True,
         f"with CP over {settings.cp}": long,
     }
     remedy = "to use less memory: " + ", ".join(option for option, applies in options.items() if applies)
-    if settings.optimizer_state == "cpu":
-        remedy += "; OPTIMIZER_STATE=cpu needs 12 bytes of host memory a parameter"
+    if offloaded:
+        size = {"cpu": 12, "cpu_bf16": 6}[settings.optimizer_state]
+        remedy += f"; OPTIMIZER_STATE={settings.optimizer_state} needs {size} bytes of host memory a parameter"
     if not on_gpu:
         return remedy
     return (

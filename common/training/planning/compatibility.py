@@ -12,6 +12,7 @@ from common.model.shape.config import QwenConfig
 from common.platforms.base import Platform
 from common.training.planning import determinism
 from common.training.settings import TrainSettings
+from common.training.settings.optimizer import OFFLOADED
 
 
 def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> None:
@@ -45,8 +46,11 @@ def check_fit(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> 
 
 def check_lora(settings: TrainSettings) -> None:
     """Raises KitError where adapters do not go with the settings."""
-    if settings.optimizer_state == "cpu":
-        raise KitError("OPTIMIZER_STATE=cpu with TUNER=lora: adapters have a state of megabytes: set it to fp32")
+    if settings.optimizer_state in OFFLOADED:
+        raise KitError(
+            f"OPTIMIZER_STATE={settings.optimizer_state} with TUNER=lora: adapters have a state of megabytes: set it to"
+            " fp32"
+        )
     if settings.fused_products == "true" and settings.lora_config().adapts_mlp:
         raise KitError(
             "FUSED_PRODUCTS=true with TUNER=lora: adapters of the MLP add to what it does not write: set it to auto"

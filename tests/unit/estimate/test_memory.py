@@ -18,7 +18,7 @@ from common.platforms.cpu import CPU
 from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
 from common.training.settings import TrainSettings
-from common.training.state import optimizer
+from common.training.state import optimizer, optimizer_offload
 from tests.unit.estimate.ranks import count, write_config
 
 WHOLE = Chunk(4, first=True, last=True)
@@ -98,11 +98,13 @@ def test_the_optimizers_step_needs_copies_of_what_it_holds_small(tmp_path: Path)
     assert step(METAX) == 4 * chunk_parameters(qwen, 1, WHOLE)
     assert vocabulary > memory.OPTIMIZER_PART and step(NVIDIA, optimizer_state="bf16") == 10 * vocabulary
     assert step(NVIDIA, two, optimizer_state="bf16") == 10 * memory.OPTIMIZER_PART
-    assert step(NVIDIA, two, optimizer_state="cpu") == 12 * memory.OPTIMIZER_PART
-    assert step(NVIDIA, two, optimizer_state="cpu", precision="fp32") == 8 * memory.OPTIMIZER_PART
-    assert step(METAX, two, optimizer_state="cpu") == 16 * memory.OPTIMIZER_PART
+    assert step(NVIDIA, two, optimizer_state="cpu") == 3 * 12 * memory.OFFLOADED_PART
+    assert step(NVIDIA, two, optimizer_state="cpu", precision="fp32") == 3 * 8 * memory.OFFLOADED_PART
+    assert step(METAX, two, optimizer_state="cpu") == (3 * 12 + 4) * memory.OFFLOADED_PART
+    assert step(METAX, two, optimizer_state="cpu_bf16") == 44 * memory.OFFLOADED_PART
     assert step(NVIDIA, optimizer_state="bf16", gpus=4) == 10 * -(-chunk_parameters(qwen, 1, WHOLE) // 4)
 
 
 def test_the_optimizers_part_is_that_of_training() -> None:
     assert memory.OPTIMIZER_PART == optimizer.PART
+    assert memory.OFFLOADED_PART == optimizer_offload.OFFLOADED_PART
