@@ -275,7 +275,7 @@ def test_what_contradicts_an_adapter_is_refused_by_name(work: Path, peft: Path, 
     refuse(work, "LORA_TARGETS=q_proj,lm_head: give all-linear", LORA_TARGETS="q_proj,lm_head")
     refuse(work, "LORA_RANK=8: the adapter that the run continues has 4", LORA_ADAPTER=peft, LORA_RANK=8)
     refuse(work, "set LOAD_CHECKPOINT_PATH", LOAD_CHECKPOINT_PATH="", HF_MODEL_PATH=work / "qwen")
-    refuse(work, "OPTIMIZER_STATE=cpu with TUNER=lora", OPTIMIZER_STATE="cpu")
+    refuse(work, "OPTIMIZER_STATE=cpu_bf16 with TUNER=lora", OPTIMIZER_STATE="cpu_bf16", PRECISION="bf16")
     refuse(work, "set TUNER=lora to resume", name="six", TUNER="full", GPUS=2)
     refuse(work, "holds a LoRA adapter of", LOAD_CHECKPOINT_PATH=run_of_six)
     refuse(work, "export it with EXPORT=merged", LOAD_CHECKPOINT_PATH=run_of_six, TUNER="full")

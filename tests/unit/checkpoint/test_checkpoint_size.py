@@ -35,6 +35,6 @@ def test_parameters_are_those_of_the_table(name: str) -> None:
 @pytest.mark.parametrize(("name", "gigabytes"), [("0.5B", 6.9), ("1.5B", 21.6), ("7B", 107)])
 def test_it_is_what_checkpoints_of_full_models_took_on_the_disk(name: str, gigabytes: float) -> None:
     assert checkpoint_bytes(config(name), "bf16") / 1e9 == pytest.approx(gigabytes, rel=0.005)
-    halved = checkpoint_bytes(config(name), "bf16", optimizer_state="bf16")
-    assert halved == 10 * elements(config(name))  # 76.157 GB of Qwen2.5-7B were seen
+    halved, same = (checkpoint_bytes(config(name), "bf16", optimizer_state=kind) for kind in ("bf16", "cpu_bf16"))
+    assert halved == same == 10 * elements(config(name))  # 76.157 GB of Qwen2.5-7B were seen
     assert checkpoint_bytes(config(name), "bf16", save_optimizer=False) == 2 * elements(config(name))

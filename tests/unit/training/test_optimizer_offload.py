@@ -162,6 +162,21 @@ def test_what_is_loaded_is_what_the_next_step_begins_from(kind: str) -> None:
     assert_same_state(moved, plain)
 
 
+def test_a_step_at_a_rate_of_zero_changes_no_bit() -> None:
+    """Of a tie either, which to the nearest even number would be another weight, without room for what it lacks."""
+    moved, host = moved_to_the_host("bf16", "cpu_bf16")
+    masters = [torch.arange(size, dtype=torch.int32) * 0x8000 + 0x3F808000 for size in SIZES]
+    for param, shard, bits in zip(moved.model, moved.shards, masters, strict=True):
+        shard.copy_(split(bits.view(torch.float32))[0])
+        host.write(param, {"param": bits.view(torch.float32)})
+    weights = [shard.clone() for shard in moved.shards]
+    for group in moved.optimizer.param_groups:
+        group["lr"] = 0.0
+    step(moved, 1)
+    for param, shard, weight, bits in zip(moved.model, moved.shards, weights, masters, strict=True):
+        assert torch.equal(shard, weight) and torch.equal(host.read(param)["param"].view(torch.int32), bits)
+
+
 def test_master_weights_of_other_weights_are_refused() -> None:
     moved, _ = moved_to_the_host("bf16", "cpu_bf16")
     with pytest.raises(KitError, match="3 of 3 master weights are not those of the weights"):

@@ -100,6 +100,10 @@ def test_what_may_be_zero_is_not_negative(name: str) -> None:
         ({"recompute_num_layers": 2}, "RECOMPUTE_NUM_LAYERS=2 needs RECOMPUTE=full, not none"),
         ({"recompute_num_layers": 0, "recompute": "full"}, "RECOMPUTE_NUM_LAYERS=0: it must be at least 1"),
         ({"precision": "fp32", "fp8_format": "e4m3"}, "FP8_FORMAT=e4m3 and OPTIMIZER_STATE=fp32 need PRECISION=bf16"),
+        (
+            {"precision": "fp32", "optimizer_state": "cpu_bf16"},
+            "OPTIMIZER_STATE=cpu_bf16 need PRECISION=bf16, not fp32",
+        ),
         ({"train_mode": "finetune", "reset_attention": True}, "RESET_ATTENTION=true is for TRAIN_MODE=pretrain"),
     ],
 )
