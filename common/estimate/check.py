@@ -6,7 +6,9 @@ from importlib.util import find_spec
 from common.errors import KitError
 from common.estimate.constants import GIB
 from common.estimate.memory import RankMemory, rank_memory
+from common.estimate.weights import adam_bytes
 from common.log import logger
+from common.model.shape.parameters import num_parameters
 from common.platforms import available_memory
 from common.platforms.base import Platform
 from common.training.checkpointing.run_folder import bytes_of_checkpoint
@@ -15,6 +17,7 @@ from common.training.planning.compatibility import check_fused_products
 from common.training.planning.devices import smallest_device
 from common.training.planning.plan import Plan
 from common.training.settings import TrainSettings
+from common.training.settings.optimizer import OFFLOADED
 
 NEAR = 0.95  # of the device's memory; the estimate leaves out CUDA's and NCCL's own and the allocator's fragmentation
 STAGES_ERR = 0.07  # of the activations, with several stages (tests/unit/estimate/test_memory.py)
@@ -46,20 +49,30 @@ def check_memory(plan: Plan) -> None:
 
 
 def check_host_memory(plan: Plan) -> None:
-    """Raises KitError if ASYNC_SAVE's copies of a checkpoint do not fit into this machine's memory.
+    """Raises KitError if what the run keeps in this machine's memory does not fit there; else logs both figures.
 
-    Each rank keeps a copy of what it writes, about the same size on every rank.
+    That is ASYNC_SAVE's copies of a checkpoint, and an optimizer in host memory. Every rank has about the same of both.
     """
     settings = plan.settings
-    if not settings.async_save or settings.train_or_convert_ckpt != "train":
+    if settings.train_or_convert_ckpt != "train":
         return
-    needed_bytes = bytes_of_checkpoint(plan) * settings.gpus // plan.sizes.world_size
+    needs, remedies = {}, ["use more nodes"]
+    if settings.optimizer_state in OFFLOADED:
+        of_model = adam_bytes(num_parameters(plan.qwen), settings.precision, settings.optimizer_state)
+        needs[f"OPTIMIZER_STATE={settings.optimizer_state}"] = of_model
+        if settings.optimizer_state == "cpu" and settings.precision == "bf16":
+            remedies.append("OPTIMIZER_STATE=cpu_bf16, which keeps half of it")
+    if settings.async_save:
+        needs["the copies of ASYNC_SAVE=true"] = bytes_of_checkpoint(plan)
+        remedies += ["SAVE_OPTIMIZER=false", "ASYNC_SAVE=false, which copies nothing"]
+    if not needs:
+        return
+    here = {name: size * settings.gpus // plan.sizes.world_size for name, size in needs.items()}
     free = available_memory()
-    message = (
-        f"ASYNC_SAVE=true copies {needed_bytes / GIB:.1f} GiB to this machine's memory, where {free / GIB:.1f} are free"
-    )
-    if needed_bytes > free:
-        raise KitError(f"{message}: use more nodes, SAVE_OPTIMIZER=false, or ASYNC_SAVE=false, which copies nothing")
+    parts = " and ".join(f"{size / GIB:.1f} GiB for {name}" for name, size in here.items())
+    message = f"host memory: {parts}, and {free / GIB:.1f} GiB are free on this machine"
+    if sum(here.values()) > free:
+        raise KitError(f"{message}: {', or '.join(filter(None, (', '.join(remedies[:-1]), remedies[-1])))}")
     logger.info(message)
 
 

@@ -64,7 +64,8 @@ class OffloadedState:
         self.place = dict(zip(params, ends, strict=False))  # of a parameter in `flat`
         on_gpu = any(param.is_cuda for param in params)
         self.h2d_stream, self.d2h_stream = (torch.cuda.Stream() if on_gpu else None for _ in range(2))
-        self.reload()
+        if not self.keeps_remainders:  # which are zeros already
+            self.reload()
         for master in self.model_shards:
             master.untyped_storage().resize_(0)
         optimizer.offloaded_state = self

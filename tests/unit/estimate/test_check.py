@@ -130,3 +130,43 @@ def test_devices_are_queried_only_where_the_estimate_was_measured(
     monkeypatch.setattr(check, "smallest_device", lambda num_devices: ("A10", num_devices * 24 * GIB))
     with pytest.raises(KitError, match=r"A10 has 24\.0"):
         check.check_memory(plan(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "gib", "parts", "remedy"),
+    [
+        ({"optimizer_state": "cpu"}, 12, "12 GiB for OPTIMIZER_STATE=cpu",
+         "use more nodes, or OPTIMIZER_STATE=cpu_bf16, which keeps half of it"),
+        ({"optimizer_state": "cpu", "precision": "fp32"}, 8, "8 GiB for OPTIMIZER_STATE=cpu", "use more nodes"),
+        ({"optimizer_state": "cpu_bf16", "async_save": True}, 16,
+         "6 GiB for OPTIMIZER_STATE=cpu_bf16 and 10 GiB for the copies of ASYNC_SAVE=true",
+         "use more nodes, SAVE_OPTIMIZER=false, or ASYNC_SAVE=false, which copies nothing"),
+        ({"async_save": True, "nnodes": 2, "gpus": 2, "global_batch_size": 8}, 7,
+         "7 GiB for the copies of ASYNC_SAVE=true",
+         "use more nodes, SAVE_OPTIMIZER=false, or ASYNC_SAVE=false, which copies nothing"),
+    ],
+)  # fmt: skip
+def test_what_this_machines_memory_cannot_hold_is_refused_with_all_that_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, changes: dict[str, Any],
+    gib: int, parts: str, remedy: str,
+) -> None:  # fmt: skip
+    of = plan(tmp_path, **changes)
+    of.sizes, of.ckpt_format, of.adapters = of.settings.sizes, "torch_dist", None
+    monkeypatch.setattr(check, "num_parameters", lambda qwen: 2**30)
+    num_bytes = 14 if of.settings.optimizer_state == "fp32" else 10
+    monkeypatch.setattr(check, "bytes_of_checkpoint", lambda of: num_bytes * 2**30)
+    parts = re.sub(r"(\d+) GiB", r"\1.0 GiB", parts)
+    monkeypatch.setattr(check, "available_memory", lambda: gib * 2**30)
+    check.check_host_memory(of)
+    assert caplog.records[-1].message == f"host memory: {parts}, and {gib}.0 GiB are free on this machine"
+    monkeypatch.setattr(check, "available_memory", lambda: gib * 2**30 - 1)
+    with pytest.raises(KitError) as raised:
+        check.check_host_memory(of)
+    assert str(raised.value) == f"{caplog.records[-1].message}: {remedy}"
+
+
+def test_a_run_that_keeps_nothing_in_host_memory_does_not_look_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "available_memory", lambda: pytest.fail("looked"))
+    check.check_host_memory(plan(tmp_path))
