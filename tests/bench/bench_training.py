@@ -98,6 +98,7 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "loca
 LOG = re.compile(r"iteration (\d+)/\d+ .*? \d\.\d\de[+-]\d\d +([\d,]+)")  # tokens/s, which follow the learning rate
 LINE = re.compile(r"^(\d\d-\d\d \d\d:\d\d:\d\d) (.*)$", re.MULTILINE)  # of the kit's log
 MEMORY = re.compile(r"GiB allocated / reserved / total: ([\d.]+) / ([\d.]+)")
+HOST = re.compile(r"host memory for the optimizer: [\d.]+ GiB in ([\d.]+) s")
 MEGATRON_LOG = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 MEGATRON_MEMORY = re.compile(r"max allocated: ([\d.]+) \|.*max reserved: ([\d.]+)")
 
@@ -192,6 +193,7 @@ def figures(program: str, printed: str, qwen: QwenConfig, flags: dict[str, Any])
     lora = LoraSettings(tuner=flags.get("tuner", "full")).lora
     tflops = rate * flops_per_token(qwen, flags["seq-length"], lora) / 1e12
     first = {} if program == "megatron" else {"first_step_s": first_step_seconds(printed)}
+    first |= {"host_memory_s": float(seconds) for seconds in HOST.findall(printed)}
     return {"tokens_per_s": rate, "tflops": tflops, "allocated_gib": allocated, "reserved_gib": reserved, **first}
 
 
