@@ -113,8 +113,8 @@ AFTER = {
 - `PACKING=auto`, the default of fine-tuning, is off where the table says no or "with", and for local layers on
   MetaX; the log says why. The recipes of fine-tuning have `PACKING=true`: on NGC 24.03 set `TRANSFORMER_IMPL=local`,
   or `PACKING=false`.
-- torch_dist was never run on MetaX ([metax.md](../metax.md)), `OPTIMIZER_STATE=cpu` on a GPU only for a few steps,
-  `cpu_bf16` never.
+- torch_dist was never run on MetaX ([metax.md](../metax.md)), `OPTIMIZER_STATE=cpu` and `cpu_bf16` on a GPU
+  only for a few steps.
   `CP` was run on two H200 with Transformer Engine's layers and one document a row; packed rows and local layers
   with `CP` on CPUs alone ([long-rows.md](long-rows.md)).
 """,
@@ -131,8 +131,8 @@ AFTER = {
   `-- --fused-products` 和 `-- --core-attention` 时，启动时试运行，能工作的就使用；日志说明没有使用的原因。
 - 微调的默认值 `PACKING=auto` 在表中为“不可以”或“需”时关闭，沐曦上的 local 层也关闭；日志说明原因。
   微调的配方含 `PACKING=true`：在 NGC 24.03 上请设 `TRANSFORMER_IMPL=local`，或 `PACKING=false`。
-- torch_dist 没有在 MetaX 上运行过（[metax.md](../metax.md)），`OPTIMIZER_STATE=cpu` 在 GPU 上只运行过几步，
-  `cpu_bf16` 没有运行过。
+- torch_dist 没有在 MetaX 上运行过（[metax.md](../metax.md)），`OPTIMIZER_STATE=cpu` 和 `cpu_bf16`
+  在 GPU 上只运行过几步。
   `CP` 在两块 H200 上以 Transformer Engine 的层、每行一个文档运行过；拼接的行和 local 层的 `CP` 只在 CPU 上运行过
   （[long-rows.md](long-rows.md)）。
 """,
