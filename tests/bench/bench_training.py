@@ -193,7 +193,8 @@ def figures(program: str, printed: str, qwen: QwenConfig, flags: dict[str, Any])
     lora = LoraSettings(tuner=flags.get("tuner", "full")).lora
     tflops = rate * flops_per_token(qwen, flags["seq-length"], lora) / 1e12
     first = {} if program == "megatron" else {"first_step_s": first_step_seconds(printed)}
-    first |= {"host_memory_s": float(seconds) for seconds in HOST.findall(printed)}
+    if host := HOST.search(printed):
+        first["host_memory_s"] = float(host[1])
     return {"tokens_per_s": rate, "tflops": tflops, "allocated_gib": allocated, "reserved_gib": reserved, **first}
 
 
