@@ -132,7 +132,6 @@ def check_fused_products(settings: TrainSettings, platform: Platform, *, engine:
         f"PRECISION={settings.precision}": settings.precision != "bf16",
         f"FP8_FORMAT={settings.fp8_format}": settings.fp8_format != "none",
         "TP_COMM_OVERLAP=true": settings.tp_comm_overlap,
-        "TUNER=lora on the MLP's layers": settings.lora is not None and settings.lora.adapts_mlp,
         f"a megatron-core before {norms_since} under Transformer Engine's layers": engine
         and not installed_engine().fused_residual_norms,
     }

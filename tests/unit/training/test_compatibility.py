@@ -42,11 +42,6 @@ def settings(**changes: Any) -> TrainSettings:
             {"fused_products": "true", "precision": "fp32"},
             "FUSED_PRODUCTS=true is not supported with PRECISION=fp32",
         ),
-        (
-            "nvidia",
-            {"fused_products": "true", "tuner": "lora", "load_checkpoint_path": "-"},
-            "FUSED_PRODUCTS=true is not supported with TUNER=lora on the MLP's layers",
-        ),
         ("cpu", {"optimizer_state": "bf16"}, "OPTIMIZER_STATE=bf16 needs Transformer Engine, and cpu has none"),
         ("cpu", {"transformer_impl": "transformer_engine"}, "cpu has no Transformer Engine: set it to local"),
     ],
