@@ -48,6 +48,7 @@ MICRO_BATCH = {"0.5B": 16, "1.5B": 8, "3B": 4, "7B": 1, "14B": 1, "32B": 1, "72B
 OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"optimizer-state": "bf16"},
     "cpu": {"optimizer-state": "cpu"},
+    "cpu-bf16": {"optimizer-state": "cpu_bf16"},
     "fp8": {"fp8-format": "hybrid", "fp8-recipe": "delayed"},
     "full": {"recompute": "full"},
     "local": {"transformer-impl": "local"},
@@ -62,13 +63,23 @@ COUNTED = {"mb": "micro-batch-size", "samples": "global-batch-size"}  # +mb2, +s
 ROWS: dict[int, tuple[str, ...]] = {
     1: ("3B/dp1", "7B/dp1+bf16"),
     2: ("3B/dp2", "3B/tp2+mb8", "3B/pp2vpp2", "7B/tp2+bf16+mb2", "7B/pp2vpp2+bf16", "0.5B/dp2+kills"),
-    4: ("7B/dp4", "7B/tp2dp2", "7B/tp2pp2vpp2", "7B/dp4+fp8+1024+mb4", "7B/dp4+cpu", "14B/tp4", "14B/tp2pp2",
+    4: ("7B/dp4", "7B/tp2dp2", "7B/tp2pp2vpp2", "7B/dp4+fp8+1024+mb4", "7B/dp4+cpu-bf16", "14B/tp4", "14B/tp2pp2",
         "32B/tp4+bf16", "72B/tp4+lora", "7B/tp2dp2+sync", "7B/tp2dp2+async", "7B/tp2dp2+kills"),
-    8: ("7B/dp8", "7B/tp2dp4", "7B/pp2vpp2dp4", "7B/dp8+fp8", "7B/dp8+fp8+1024+mb4", "7B/dp8+cpu", "14B/tp4dp2",
-        "14B/tp2pp2dp2", "32B/tp8", "32B/tp4pp2", "72B/tp8+lora", "72B/tp8+cpu", "7B/dp8+sync", "7B/dp8+async",
+    8: ("7B/dp8", "7B/tp2dp4", "7B/pp2vpp2dp4", "7B/dp8+fp8", "7B/dp8+fp8+1024+mb4", "7B/dp8+cpu-bf16", "14B/tp4dp2",
+        "14B/tp2pp2dp2", "32B/tp8", "32B/tp4pp2", "72B/tp8+lora", "72B/tp8+cpu-bf16", "7B/dp8+sync", "7B/dp8+async",
         "32B/tp4pp2+sync", "32B/tp4pp2+async", "7B/dp8+kills"),
 }  # fmt: skip
-ALONE = {"cpu", "lora", "local", "unfused", "fp8", "sync", "async", "kills"}  # options of which Megatron-LM has no row
+ALONE = {
+    "cpu",
+    "cpu-bf16",
+    "lora",
+    "local",
+    "unfused",
+    "fp8",
+    "sync",
+    "async",
+    "kills",
+}  # options of which Megatron-LM has no row
 MEGATRON_NAMES = ("seq-length", "micro-batch-size", "global-batch-size")
 MEGATRON_SIZES = {
     "tp": "tensor-model-parallel-size", "pp": "pipeline-model-parallel-size", "cp": "context-parallel-size",
