@@ -9,6 +9,7 @@ from common.estimate.settings_file import layout_lines
 from common.tune.trial import Trial
 
 GIB = 2**30
+SEARCHED = ("vpp", "cp", "recompute")  # the script's own values may not be the defaults
 NAMES = ("micro-batch", "recompute", "estimated: tokens/s", "GiB", "measured: tokens/s", "GiB", "")
 
 
@@ -35,4 +36,4 @@ def settings_lines(one: Estimate, trial: Trial, gpu: Gpu, iterations: int) -> It
     yield f"# Tried on {number} x {gpu.name} on {time.strftime('%Y-%m-%d')}, {iterations} steps: the fastest layout,"
     memory = f", {trial.memory_gib:.1f} GiB on the fullest GPU" if trial.memory_gib else ""
     yield f"# {trial.tokens_per_s:,.0f} tokens/s{memory}."
-    yield from layout_lines(one.settings)
+    yield from layout_lines(one.settings, SEARCHED)
