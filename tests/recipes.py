@@ -35,7 +35,6 @@ NODES = {1: (1, 1), 8: (8, 1), 16: (8, 2), 32: (8, 4)}  # GPUs of a node, nodes
 SEQ_LENGTH = 4096
 # Long rows of 7B on 8 GPUs: their length, and YaRN's factor where config.json must have it (docs/en/long-rows.md).
 LONG: dict[str, tuple[int, float | None]] = {"32K": (32768, None), "128K": (131072, 4.0)}
-CONTEXT_PARALLEL = (1, 2, 4, 8)
 TASKS = {
     "sft": (
         128,
@@ -83,13 +82,8 @@ def write_config(folder: Path, size: str, yarn: float | None = None) -> QwenConf
     return load_config(folder)
 
 
-def recipe(
-    qwen: QwenConfig, task: str, memory: str, num_gpus: int, seq_length: int = SEQ_LENGTH, cps: tuple[int, ...] = (1,)
-) -> str | None:
-    """The text of a recipe, with the fastest of the sizes `cps`; None if the model does not fit.
-
-    A step has as many tokens at any `seq_length`.
-    """
+def recipe(qwen: QwenConfig, task: str, memory: str, num_gpus: int, seq_length: int = SEQ_LENGTH) -> str | None:
+    """The text of a recipe; None if the model does not fit. A step has as many tokens at any `seq_length`."""
     batch, task_lines = TASKS[task]
     gpu, (gpus, nnodes) = find_gpu(GPUS[memory]), NODES[num_gpus]
     base = EstimateSettings(
@@ -97,10 +91,8 @@ def recipe(
         global_batch_size=batch * SEQ_LENGTH // seq_length,
     )  # fmt: skip
     for state in ("fp32", "bf16", "cpu_bf16"):
-        found = (estimate_all(replace(base, optimizer_state=state, cp=cp), qwen, gpu)[0][0] for cp in cps)
-        fitting = [one for one in found if one.fits == "yes"]
-        if fitting:
-            best = min(fitting, key=lambda one: one.rank_seconds)
+        best = estimate_all(replace(base, optimizer_state=state), qwen, gpu)[0][0]
+        if best.fits == "yes":
             return "".join(f"{line}\n" for line in settings_lines(best, gpu)) + task_lines
     return None
 
@@ -112,7 +104,7 @@ def long_recipes(folder: Path) -> Iterator[tuple[str, str]]:
         needs = f"# config.json must have YaRN's factor {yarn:g}: docs/en/long-rows.md.\n" if yarn else ""
         for task in TASKS:
             for memory in GPUS:
-                text = recipe(qwen, task, memory, 8, seq_length, CONTEXT_PARALLEL)
+                text = recipe(qwen, task, memory, 8, seq_length)
                 assert text
                 yield f"7B-{task}-{length}-8x{memory}.env", needs + text
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.estimate.activations import Workload
 from common.estimate.gpus import MEASURED, Gpu
-from common.estimate.layouts import ASSUMED, Estimate, EstimateSettings, Refusal
+from common.estimate.layouts import ASSUMED, Estimate, EstimateSettings, Refusal, without_needless_context
 from common.estimate.memory import RankMemory, work_of
 from common.estimate.upkeep import Upkeep, checkpoint_values, upkeep, upkeep_lines, upkeep_values
 from common.estimate.weights import adam_bytes
@@ -25,7 +25,10 @@ def report(
     settings: EstimateSettings, qwen: QwenConfig, gpu: Gpu, found: Sequence[Estimate], refused: Sequence[Refusal]
 ) -> Iterator[str]:
     """The lines: the settings, one row per layout, a summary of the others, checkpoints, and notes."""
-    world, first = settings.gpus * settings.nnodes, work_of(found[0].settings, gpu.platform, qwen)
+    world = settings.gpus * settings.nnodes
+    shown = without_needless_context(found)[: settings.rows] if settings.rows else found
+    works = [work_of(one.settings, gpu.platform, qwen) for one in shown]
+    first = works[0]
     yield (
         f"{num_parameters(qwen):,} parameters on {world} x {gpu.name} ({gpu.memory_gib:g} GiB each);"
         f" {settings.precision}{f' with FP8 ({first.fp8_recipe})' if first.fp8_recipe else ''},"
@@ -34,15 +37,14 @@ def report(
         f" {settings.global_batch_size * settings.seq_length:,} tokens"
     )
     yield ""
-    shown = found[: settings.rows or None]
-    yield from layout_table(settings, shown)
+    yield from layout_table(settings, shown, context=any(one.settings.cp > 1 for one in found))
     if len(found) == 1 and len(found[0].ranks) > 1:
         yield ""
         yield from stage_table(found[0])
     yield ""
     yield from _left_out(found, shown, refused)
     yield from upkeep_lines(upkeep(settings, qwen), _step_seconds(found[0]) if found[0].fits != "no" else None)
-    yield from _notes(settings, gpu, first)
+    yield from _notes(settings, gpu, works)
     if settings.optimizer_state in OFFLOADED:
         kept = adam_bytes(num_parameters(qwen), settings.precision, settings.optimizer_state) / GIB
         yield (
@@ -51,16 +53,17 @@ def report(
         )
 
 
-def layout_table(settings: EstimateSettings, shown: Sequence[Estimate]) -> Iterator[str]:
-    """One row per layout; the memory is that of the stage that needs the most, in GiB per GPU."""
-    names = ["TP", "PP", "VPP", "DP", "micro-batch", "recompute", *MEMORY, "fits", "tokens/s", "days"]
+def layout_table(settings: EstimateSettings, shown: Sequence[Estimate], *, context: bool) -> Iterator[str]:
+    """One row per layout, with CP if `context`; the memory is that of the stage that needs the most, in GiB per GPU."""
+    names = ["TP", "PP", "VPP", *["CP"] * context, "DP", "micro-batch", "recompute"]
+    names += [*MEMORY, "fits", "tokens/s", "days"]
     rows = []
     for one in shown:
         layout = one.settings
-        sizes = [layout.tp, layout.pp, layout.vpp, layout.sizes.dp, layout.micro_batch_size, layout.recompute]
+        sizes = [layout.tp, layout.pp, layout.vpp, *[layout.cp] * context, layout.sizes.dp, layout.micro_batch_size]
         rate = f"{one.speed.tokens_per_second:,.0f}" if one.speed else "-"
         days = f"{one.speed.days(settings.tokens):.2f}" if one.speed and settings.tokens else "-"
-        rows.append([*map(str, sizes), *_memory_cells(one.largest), one.fits, rate, days])
+        rows.append([*map(str, sizes), layout.recompute, *_memory_cells(one.largest), one.fits, rate, days])
     yield from _aligned([names, *rows])
 
 
@@ -97,6 +100,12 @@ def _left_out(found: Sequence[Estimate], shown: Sequence[Estimate], refused: Seq
         f" {number['no']} need more memory;"
         f" {len(shown)} shown (--rows). The least memory: {_named(least)}, {least.largest.peak / GIB:.1f} GiB"
     )
+    needless = len(found) - len(without_needless_context(found))
+    if needless and len(shown) < len(found):
+        yield (
+            f"{needless} of them are left out of the table: half of their CP and of their micro-batch is as many tokens"
+            " on a GPU, and less to exchange"
+        )
     reasons = Counter(refusal.reason for refusal in refused)
     if reasons:
         more = f", {REASONS_SHOWN} of them shown; --json has all" if len(reasons) > REASONS_SHOWN else ""
@@ -113,7 +122,7 @@ def _step_seconds(one: Estimate) -> float | None:
     return one.speed.step_seconds if one.speed else None
 
 
-def _notes(settings: EstimateSettings, gpu: Gpu, work: Workload) -> Iterator[str]:
+def _notes(settings: EstimateSettings, gpu: Gpu, works: Sequence[Workload]) -> Iterator[str]:
     if not gpu.platform.ran_on_hardware:
         yield f"note: this kit was not run on {gpu.platform.name} hardware"
     if not gpu.rated:
@@ -123,12 +132,14 @@ def _notes(settings: EstimateSettings, gpu: Gpu, work: Workload) -> Iterator[str
         )
     elif gpu.name not in MEASURED:
         yield f"note: speed was measured on {' and '.join(MEASURED)}; here the same efficiency is assumed"
-    if work.separate and not work.thd:
+    if any(work.separate and not work.thd for work in works):
         yield "note: the kit's own attention within samples (PACKING) was not measured on a GPU: memory nor time"
     if settings.fp8_format != "none":
         yield "note: FP8 was measured at 3B on one H200; the same share of bf16's time is assumed for other sizes"
-    if settings.cp > 1:
-        time = "counted as if nothing overlapped it" if work.gathered else "not counted, as if all of it overlapped"
+    divided = [work for work in works if work.cp > 1]
+    if divided:
+        ring, gathered = "not counted, as if all of it overlapped", "counted as if nothing overlapped it"
+        time = gathered if divided[0].gathered else ring
         yield f"note: context parallelism was not measured; the time of its communication is {time}"
     if gpu.rated and settings.nnodes > 1:
         yield "note: speed on several nodes was not measured; the bandwidth of links between GPUs and nodes is assumed"

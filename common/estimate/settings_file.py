@@ -32,13 +32,14 @@ def settings_lines(one: Estimate, gpu: Gpu) -> Iterator[str]:
     yield from layout_lines(settings)
 
 
-def layout_lines(settings: TrainSettings) -> Iterator[str]:
-    """NAME=VALUE of what makes a layout, and of what its memory and speed depend on."""
+def layout_lines(settings: TrainSettings, always: tuple[str, ...] = ()) -> Iterator[str]:
+    """NAME=VALUE of what makes a layout, and of what its memory and speed depend on; defaults too of those `always`."""
     for name in LAYOUT:
         yield f"{name.upper()}={getattr(settings, name)}"
     for name in OTHERS:
         value = getattr(settings, name)
-        if value is not None and value != (getattr(TrainSettings, name, None) or False):
+        default = getattr(TrainSettings, name, None) or False
+        if value is not None and (name in always or value != default):
             yield f"{name.upper()}={str(value).lower() if isinstance(value, bool) else value}"
     if settings.train_mode != "pretrain":
         yield f"PACKING={str(bool(settings.packing)).lower()}"

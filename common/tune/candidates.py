@@ -5,7 +5,14 @@ from dataclasses import replace
 from common.errors import KitError
 from common.estimate.check import as_installed
 from common.estimate.gpus import Gpu, find_gpu
-from common.estimate.layouts import RECOMPUTE, Estimate, EstimateSettings, estimate_all
+from common.estimate.layouts import (
+    LONG_ROW,
+    RECOMPUTE,
+    Estimate,
+    EstimateSettings,
+    estimate_all,
+    without_needless_context,
+)
 from common.model.shape.config import QwenConfig
 from common.platforms import available_memory
 from common.platforms.base import Platform
@@ -14,7 +21,7 @@ from common.training.settings import TrainSettings
 
 # What a layout does not change; the rest of the estimate's settings takes every value.
 FIXED = (
-    "gpus", "nnodes", "seq_length", "global_batch_size", "pipeline_layers", "cp", "fp8_format", "fp8_recipe",
+    "gpus", "nnodes", "seq_length", "global_batch_size", "pipeline_layers", "fp8_format", "fp8_recipe",
     "precision", "optimizer_state", "transformer_impl", "sequence_parallel", "fused_products", "train_mode", "packing",
     "tuner", "lora_rank", "lora_targets",
 )  # fmt: skip
@@ -55,15 +62,17 @@ def find_device(settings: TrainSettings, platform: Platform) -> Gpu:
 
 
 def candidates(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu, number: int) -> list[Estimate]:
-    """At most `number` layouts of TP, PP, VPP, micro-batch and recomputation that fit, the fastest first.
+    """At most `number` layouts of TP, PP, VPP, CP, micro-batch and recomputation that fit, the fastest first.
 
-    Recomputation only saves memory, so a layout that fits without it is not tried with it. Raises KitError if none
-    fits, or training would refuse them all.
+    CP is that of `settings` with short rows. Recomputation only saves memory, so a layout that fits without it is not
+    tried with it. Raises KitError if none fits, or training would refuse them all.
     """
     settings = as_installed(settings, gpu.platform)
-    wanted = EstimateSettings(hf_model_path="-", gpu=gpu.name, **{name: getattr(settings, name) for name in FIXED})
+    fixed = {name: getattr(settings, name) for name in FIXED}
+    fixed["cp"] = None if settings.seq_length >= LONG_ROW else settings.cp
+    wanted = EstimateSettings(hf_model_path="-", gpu=gpu.name, **fixed)
     found, _ = estimate_all(wanted, qwen, gpu)
-    fitting = [each for each in found if each.fits != "no"]
+    fitting = [each for each in without_needless_context(found) if each.fits != "no"]
     if not fitting:
         raise KitError(
             f"no layout fits: the best needs {found[0].largest.peak / GIB:.1f} GiB per GPU by the estimate, and"
@@ -82,10 +91,10 @@ def _recomputes_needlessly(one: Estimate, fitting: list[Estimate]) -> bool:
 
 
 def _sizes(one: Estimate) -> tuple[int, ...]:
-    return one.settings.tp, one.settings.pp, one.settings.vpp, one.settings.micro_batch_size
+    return one.settings.tp, one.settings.pp, one.settings.vpp, one.settings.cp, one.settings.micro_batch_size
 
 
 def with_layout(settings: TrainSettings, one: Estimate) -> TrainSettings:
     """`settings` at the layout of `one`."""
-    names = ("tp", "pp", "vpp", "micro_batch_size", "recompute", "recompute_num_layers")
+    names = ("tp", "pp", "vpp", "cp", "micro_batch_size", "recompute", "recompute_num_layers")
     return replace(settings, **{name: getattr(one.settings, name) for name in names})

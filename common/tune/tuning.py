@@ -43,8 +43,9 @@ def tune(
     tried = []
     for number, one in enumerate(chosen := candidates(settings, qwen, gpu, trials), 1):
         layout = one.settings
-        sizes = f"TP={layout.tp} PP={layout.pp} VPP={layout.vpp} MICRO_BATCH_SIZE={layout.micro_batch_size}"
-        logger.info("trial %d of %d: %s RECOMPUTE=%s", number, len(chosen), sizes, layout.recompute)
+        sizes = f"TP={layout.tp} PP={layout.pp} VPP={layout.vpp} CP={layout.cp}"
+        own = f"MICRO_BATCH_SIZE={layout.micro_batch_size} RECOMPUTE={layout.recompute}"
+        logger.info("trial %d of %d: %s %s", number, len(chosen), sizes, own)
         trial = run_trial(with_layout(settings, one), model_folder, iterations, 60 * limit_min)
         logger.info("%s", trial.reason or f"{trial.tokens_per_s:,.0f} tokens/s, {trial.memory_gib:.1f} GiB")
         tried.append((one, trial))

@@ -109,13 +109,43 @@ def test_context_parallelism_divides_the_tokens_and_is_noted_as_not_measured(mod
     assert one["stages"][0]["kept"] == 2 * two["stages"][0]["kept"]
     assert one["stages"][0]["state"] == two["stages"][0]["state"]  # spread over DP x CP
     note = "note: context parallelism was not measured; the time of its communication is "
-    assert f"{note}not counted" in run(**options, cp=2) and note not in run(**options)
+    assert f"{note}not counted" in run(**options, cp=2) and note not in run(**options, cp=1)
     packed = {**options, "packing": "true", "cp": 2}
     assert f"{note}counted as if" in run(**packed)
+    text = run(**{**options, "packing": "true", "gpus": 4, "tp": 2})  # CP=1 first, with Transformer Engine's attention
+    assert text.split("\n\n")[1].splitlines()[1].split()[3] == "1"
+    assert f"{note}counted as if" in text and "attention within samples (PACKING) was not measured" in text
     ring, gathered = (json.loads(run(**each, json=True))["layouts"][0] for each in ({**options, "cp": 2}, packed))
     # Keys and values of the whole row, and the output of each part.
     more = 28 * 2 * (2 * 16384 * 512 // 2 + 16384 * 3584 // 2)
     assert gathered["stages"][0]["kept"] - ring["stages"][0]["kept"] == pytest.approx(more, rel=0.01)
+
+
+def test_long_rows_get_their_context_parallelism_and_short_ones_none(tmp_path: Path, model: Path) -> None:
+    """7B on 8 GPUs at 128K tokens: 4 GPUs to a row. The table has CP where it is searched or given."""
+    options = {"hf_model_path": model, "gpu": "H100", "gpus": 8, "global_batch_size": 16, "seq_length": 131072}
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 131072}))
+    result = json.loads(run(**options, json=True))
+    layouts = [(one["tp"], one["pp"], one["vpp"], one["recompute"], one["cp"], one["micro_batch_size"])
+               for one in result["layouts"]]  # fmt: skip
+    assert result["settings"]["cp"] is None and {one["cp"] for one in result["layouts"]} == {1, 2, 4, 8}
+    assert layouts[0] == (1, 1, 1, "full", 4, 1)
+    written = tmp_path / "best.env"
+    text = run(**options, write_settings=written)
+    header, first = (line.split() for line in text.split("\n\n")[1].splitlines()[:2])
+    assert (header[:5], first[:5]) == (["TP", "PP", "VPP", "CP", "DP"], ["1", "1", "1", "4", "2"])
+    assert "CP=4\n" in written.read_text() and "note: context parallelism was not measured" in text
+    place = {layout: number for number, layout in enumerate(layouts)}
+    needless = [one for one in layouts if place.get((*one[:4], one[4] / 2, one[5] / 2), len(place)) < place[one]]
+    assert f"\n{len(needless)} of them are left out of the table: half of their CP" in text and needless
+    shown = [tuple(line.split()[:4]) for line in text.split("\n\n")[1].splitlines()[1:]]
+    assert len(shown) == 12 and shown.count(("1", "1", "1", "8")) == 1  # with one row at a time, not with two too
+    everything = run(**options, rows=0)
+    assert len(everything.split("\n\n")[1].splitlines()) == 1 + len(layouts) and "are left out" not in everything
+    short = run(**{**options, "seq_length": 8192}, write_settings=written)
+    assert " CP " not in short.split("\n\n")[1] and "CP=" not in written.read_text() and "context" not in short
+    assert " CP " in run(**{**options, "seq_length": 8192, "cp": 2}).split("\n\n")[1]
 
 
 def test_packing_is_noted_as_not_measured(model: Path) -> None:
@@ -148,6 +178,7 @@ def test_a_layout_fits_tightly_between_what_is_allocated_and_what_the_allocator_
         ({"tokens": 0}, r"TOKENS=0\.0: it must be above 0"),
         ({"memory_gib": -1}, r"MEMORY_GIB=-1\.0: it must be above 0"),
         ({"tp": 4, "gpus": 2}, r"2 GPUs \(GPUS x NNODES\) cannot be divided by TP=4 x PP=1"),
+        ({"cp": 3, "gpus": 8}, r"8 GPUs \(GPUS x NNODES\) cannot be divided by TP=1 x PP=1 x CP=3"),
         ({"tp": 0}, r"TP=0: it must be at least 1"),
         ({"gpus": 0}, r"GPUS=0: it must be at least 1"),
         ({"rows": -1}, r"ROWS=-1: it must not be negative"),

@@ -1,5 +1,6 @@
-"""The layouts that are estimated: virtual pipeline chunks where they divide, and what they cost and gain."""
+"""The layouts that are estimated: virtual pipeline chunks where they divide, context parallelism of long rows."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,14 @@ import pytest
 
 from common.estimate import speed as module
 from common.estimate.gpus import find_gpu
-from common.estimate.layouts import Estimate, EstimateSettings, estimate_all, possible_layouts
+from common.estimate.layouts import (
+    LONG_ROW,
+    Estimate,
+    EstimateSettings,
+    estimate_all,
+    possible_layouts,
+    without_needless_context,
+)
 from common.model.shape.config import QwenConfig, load_config
 from tests.unit.estimate.ranks import write_config
 
@@ -62,3 +70,63 @@ def test_micro_batches_that_chunks_cannot_share_are_refused_with_the_reason(qwen
     found, refused = estimate_all(settings(pp=4, global_batch_size=12), qwen, H100)
     assert {one.settings.vpp for one in found} == {1} and len(refused) == 2
     assert all("needs a number of micro-batches divisible by PP=4" in each.reason for each in refused)
+
+
+def contexts(**changes: Any) -> dict[int, dict[int, set[int]]]:
+    """The PP that are searched, by CP and TP."""
+    found: dict[int, dict[int, set[int]]] = {}
+    for layout in possible_layouts(settings(**{"seq_length": LONG_ROW, "tp": None, "vpp": 1, **changes}), 24):
+        found.setdefault(int(layout["cp"]), {}).setdefault(int(layout["tp"]), set()).add(int(layout["pp"]))
+    return found
+
+
+def test_context_parallelism_is_searched_for_long_rows_where_it_divides_the_gpus() -> None:
+    whole = {1: {1, 2, 4, 8}, 2: {1, 2, 4}, 4: {1, 2}, 8: {1}}
+    assert contexts(seq_length=LONG_ROW - 1) == {1: whole}
+    assert contexts() == {
+        1: whole,
+        2: {1: {1, 2, 4}, 2: {1, 2}, 4: {1}},
+        4: {1: {1, 2}, 2: {1}},
+        8: {1: {1}},
+    }
+    assert {cp: {*sizes} for cp, sizes in contexts(gpus=12).items()} == {1: {1, 2, 4, 8}, 2: {1, 2}, 4: {1}}
+    assert {cp: {*sizes} for cp, sizes in contexts(nnodes=4, tp=2).items()} == {cp: {2} for cp in (1, 2, 4, 8, 16)}
+    assert {*contexts(cp=4)} == {4} and {*contexts(cp=2, seq_length=512)} == {2}
+
+
+def test_long_rows_begin_where_context_parallelism_first_gains(tmp_path: Path) -> None:
+    """14B on 8 H100 is the smallest of Qwen2.5 that gains at LONG_ROW."""
+    shape = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40}
+    more = {"num_key_value_heads": 8, "vocab_size": 152064, "tie_word_embeddings": False}
+    qwen = load_config(write_config(tmp_path, **shape, **more, max_position_embeddings=LONG_ROW))
+    wanted = settings(seq_length=LONG_ROW, global_batch_size=64, tp=None, micro_batch_size=None, recompute=None)
+    best = estimate_all(wanted, qwen, H100)[0][0]
+    assert (best.settings.cp, best.fits) == (2, "yes")
+    short = replace(wanted, seq_length=LONG_ROW // 2, global_batch_size=128)
+    whole, divided = (estimate_all(replace(short, cp=cp), qwen, H100)[0][0] for cp in (1, 2))
+    assert whole.fits == "yes" and whole.rank_seconds <= divided.rank_seconds
+
+
+@pytest.fixture
+def divided(tmp_path: Path) -> list[Estimate]:
+    """Every CP and micro-batch of four long rows on two GPUs, the best first."""
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 16}
+    qwen = load_config(write_config(tmp_path, **shape, num_key_value_heads=8, max_position_embeddings=LONG_ROW))
+    wanted = settings(gpus=2, pp=1, micro_batch_size=None, seq_length=LONG_ROW, global_batch_size=4)
+    return estimate_all(wanted, qwen, H100)[0]
+
+
+def sizes(found: list[Estimate]) -> list[tuple[int, int]]:
+    return [(one.settings.cp, one.settings.micro_batch_size) for one in found]
+
+
+def test_context_parallelism_that_half_of_it_replaces_is_left_out(divided: list[Estimate]) -> None:
+    assert sizes(divided) == [(1, 2), (2, 4), (1, 1), (2, 2), (2, 1)]
+    assert sizes(without_needless_context(divided)) == [(1, 2), (1, 1), (2, 1)]
+
+
+def test_it_stays_where_the_half_is_slower_needs_more_memory_or_is_not_estimated(divided: list[Estimate]) -> None:
+    half = divided[0]
+    for worse in (replace(half, fits="tight"), replace(half, rank_seconds=2 * half.rank_seconds)):
+        assert (2, 4) in sizes(without_needless_context([worse, *divided[1:]]))
+    assert sizes(without_needless_context(divided[1:])) == [(2, 4), (1, 1), (2, 1)]

@@ -9,13 +9,14 @@ from common.errors import KitError
 from common.estimate.gpus import Gpu, find_gpu
 from common.model.shape.config import load_config
 from common.training.settings import TrainSettings
-from common.tune.candidates import candidates, check_tunable
-from common.tune.trial import reason_of, trial_settings
+from common.tune.candidates import candidates, check_tunable, with_layout
+from common.tune.results import settings_lines, table
+from common.tune.trial import Trial, reason_of, trial_settings
 from tests.unit.estimate.ranks import write_config
 
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096,
+    "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 16384,
 }  # fmt: skip
 
 
@@ -44,6 +45,34 @@ def test_a_layout_that_fits_is_not_tried_with_recomputation(tmp_path: Path) -> N
 
 def test_the_fastest_by_the_estimate_come_first_and_no_more_than_asked(tmp_path: Path) -> None:
     assert found(tmp_path, find_gpu("H200"), 3) == found(tmp_path, find_gpu("H200"))[:3]
+
+
+def layout(settings: TrainSettings) -> tuple[int | str, ...]:
+    return settings.tp, settings.pp, settings.vpp, settings.cp, settings.micro_batch_size, settings.recompute
+
+
+@pytest.mark.parametrize("given", [1, 2])
+def test_context_parallelism_is_tried_for_long_rows_whatever_the_settings_have(tmp_path: Path, given: int) -> None:
+    """CP=4 needs no recomputation, which CP=1 does; CP=2 with two rows is CP=1 with one, and more to exchange."""
+    whole, qwen = settings(seq_length=16384, cp=given), load_config(write_config(tmp_path, **SHAPE))
+    best = candidates(whole, qwen, find_gpu("H200", 24.0), 4)
+    assert [layout(with_layout(whole, one)) for one in best] == [
+        (1, 1, 1, 4, 1, "none"), (2, 1, 1, 2, 1, "none"), (1, 1, 1, 1, 2, "full"), (1, 1, 1, 1, 1, "full")
+    ]  # fmt: skip
+    trial = Trial(tokens_per_s=1000.0, memory_gib=20.0)
+    for one, sizes in ((best[0], {"VPP=1", "CP=4", "RECOMPUTE=none"}), (best[2], {"VPP=1", "CP=1", "RECOMPUTE=full"})):
+        assert sizes <= {*settings_lines(one, trial, find_gpu("H200"), 8)}
+    header, first, _ = (line.split() for line in table([(one, trial) for one in (best[0], best[2])]))
+    assert header[:5] == ["TP", "PP", "VPP", "CP", "micro-batch"] and first[:6] == ["1", "1", "1", "4", "1", "none"]
+    header, first = (line.split() for line in table([(best[2], trial)]))
+    assert header[:4] == ["TP", "PP", "VPP", "micro-batch"] and first[:5] == ["1", "1", "1", "2", "full"]
+
+
+@pytest.mark.parametrize("given", [1, 2])
+def test_short_rows_keep_the_context_parallelism_of_the_settings(tmp_path: Path, given: int) -> None:
+    short = settings(seq_length=8192, cp=given)
+    best = candidates(short, load_config(write_config(tmp_path, **SHAPE)), find_gpu("H200"), 1000)
+    assert {one.settings.cp for one in best} == {given}
 
 
 def test_where_nothing_fits_the_error_says_what_is_needed(tmp_path: Path) -> None:
