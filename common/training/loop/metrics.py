@@ -92,7 +92,7 @@ class Meter:
             **{column: f"{interval.of_pairs[name]:.2f}" for column, (name, _) in self._pair_columns.items()},
             "lr": f"{interval.learning_rate:.2e}",
             "tokens/s": f"{rates['tokens_per_s']:,.0f}",
-            "TFLOP/s": f"{rates['tflops_per_gpu']:#.3g}".removesuffix("."),
+            "TFLOP/s": short(rates["tflops_per_gpu"]),
             "pad": "" if interval.padding is None else f"{interval.padding:.1%}",
             "left": clock((self.train_iters - iteration) * seconds),
         }
@@ -119,6 +119,13 @@ class Meter:
             "log p +": ("log_prob_chosen", 8), "log p -": ("log_prob_rejected", 8),
         }  # fmt: skip
         return columns if self.shows_pairs else {}
+
+
+def short(rate: float) -> str:
+    """`rate` in three digits or more, two below 0.001, in at most seven characters: "590", "0.00177", "2.1e-04"."""
+    if rate >= 999.5:
+        return f"{rate:,.0f}"
+    return f"{rate:.1e}" if 0 < rate < 0.000995 else f"{rate:#.3g}".removesuffix(".")
 
 
 def clock(seconds: float) -> str:

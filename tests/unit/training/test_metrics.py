@@ -16,7 +16,7 @@ from common.model.shape.config import load_config
 from common.model.shape.lora import MODULES, LoraConfig, adapter_parameters
 from common.platforms.cpu import CPU
 from common.platforms.nvidia import NVIDIA
-from common.training.loop.metrics import Interval, Meter, Stopwatch, clock, flops_per_token, peak_tflops
+from common.training.loop.metrics import Interval, Meter, Stopwatch, clock, flops_per_token, peak_tflops, short
 from tests.tiny import tiny_qwen
 
 
@@ -118,6 +118,15 @@ def test_a_line_with_its_date_fits_a_terminal() -> None:
     meter = replace(METER, train_iters=9999, global_batch_size=256, seq_length=4096, shows_padding=True)
     row = meter.row(1000, replace(INTERVAL, seconds=30.0, **usual))
     assert len("11-30 12:00:00 " + row) == len("11-30 12:00:00 " + meter.header) == 100
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(0.0, "0.00"), (0.000211, "2.1e-04"), (0.00099, "9.9e-04"), (0.001, "0.00100"), (0.00177, "0.00177"), (5.0, "5.00"),
+     (590.4, "590"), (999.7, "1,000"), (2345.6, "2,346")],
+)  # fmt: skip
+def test_a_rate_keeps_its_column(rate: float, text: str) -> None:
+    assert short(rate) == text and len(text) <= 7
 
 
 def test_the_time_left_counts_evaluation_and_saving() -> None:
