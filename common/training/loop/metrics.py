@@ -123,9 +123,8 @@ class Meter:
 
 def short(rate: float) -> str:
     """`rate` in three digits or more, two below 0.001, in at most seven characters: "590", "0.00177", "2.1e-04"."""
-    if rate >= 999.5:
-        return f"{rate:,.0f}"
-    return f"{rate:.1e}" if 0 < rate < 0.000995 else f"{rate:#.3g}".removesuffix(".")
+    text = f"{rate:,.0f}" if rate >= 999.5 else f"{rate:#.3g}".removesuffix(".")
+    return text if len(text) <= 7 else f"{rate:.1e}"
 
 
 def clock(seconds: float) -> str:
