@@ -44,11 +44,11 @@ def main() -> None:
     )  # fmt: skip
     arguments = parser.parse_args(join_words(sys.argv[1:]))
     log.setup()
+    if arguments.tune:
+        tune_layout(arguments)
+        return
     settings = from_namespace(TrainSettings, arguments)
     installation.check_origin()
-    if arguments.tune:
-        tune_layout(settings, arguments.tune)
-        return
     signals.block_stop_signals()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         train(settings)
@@ -56,11 +56,14 @@ def main() -> None:
         launch(settings, check_only=arguments.check)
 
 
-def tune_layout(settings: TrainSettings, output: Path) -> None:
-    """Tries layouts and writes the fastest to `output`."""
+def tune_layout(arguments: argparse.Namespace) -> None:
+    """Tries layouts of a run and writes the fastest to the file of --tune."""
+    from common.tune.candidates import with_open_layout
     from common.tune.tuning import tune  # reads the settings of a run, and starts this module for each trial
 
-    tune(settings, current(), output)
+    settings = from_namespace(TrainSettings, with_open_layout(arguments))
+    installation.check_origin()
+    tune(settings, current(), arguments.tune)
 
 
 def train(settings: TrainSettings) -> None:

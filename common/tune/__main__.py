@@ -13,6 +13,7 @@ from common.errors import KitError
 from common.platforms import current
 from common.settings import add_options, from_namespace
 from common.training.settings import TrainSettings
+from common.tune.candidates import with_open_layout
 from common.tune.tuning import ITERATIONS, LIMIT_MIN, TRIALS, tune
 
 
@@ -37,7 +38,7 @@ def main() -> None:
             raise KitError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: it must be at least {least}")
     log.setup()
     tune(
-        from_namespace(TrainSettings, arguments), current(), arguments.output,
+        from_namespace(TrainSettings, with_open_layout(arguments)), current(), arguments.output,
         trials=arguments.trials, iterations=arguments.trial_iterations, limit_min=arguments.trial_limit_min,
     )  # fmt: skip
 

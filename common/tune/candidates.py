@@ -1,5 +1,6 @@
 """The layouts worth a trial: those that fit by the estimate, its fastest first."""
 
+from argparse import Namespace
 from dataclasses import replace
 
 from common.errors import KitError
@@ -26,6 +27,17 @@ FIXED = (
     "tuner", "lora_rank", "lora_targets",
 )  # fmt: skip
 GIB = 2**30
+
+
+def with_open_layout(arguments: Namespace) -> Namespace:
+    """`arguments` of common.train at a layout that divides every batch, a single replica: a run's own is not tried.
+
+    TP and CP stay, since settings that need them are checked with them.
+    """
+    world_size, share = arguments.gpus * arguments.nnodes, arguments.tp * arguments.cp
+    if share < 1 or world_size % share:
+        return arguments  # refused with the settings
+    return Namespace(**{**vars(arguments), "pp": world_size // share, "vpp": 1, "micro_batch_size": 1})
 
 
 def check_tunable(settings: TrainSettings) -> None:

@@ -1,5 +1,7 @@
 """Which layouts are worth a trial, which runs cannot be tuned, and why a trial failed."""
 
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from common.errors import KitError
 from common.estimate.gpus import Gpu, find_gpu
 from common.model.shape.config import load_config
 from common.training.settings import TrainSettings
-from common.tune.candidates import candidates, check_tunable, with_layout
+from common.tune.candidates import candidates, check_tunable, with_layout, with_open_layout
 from common.tune.results import settings_lines, table
 from common.tune.trial import Trial, reason_of, trial_settings
 from tests.unit.estimate.ranks import write_config
@@ -45,6 +47,19 @@ def test_a_layout_that_fits_is_not_tried_with_recomputation(tmp_path: Path) -> N
 
 def test_the_fastest_by_the_estimate_come_first_and_no_more_than_asked(tmp_path: Path) -> None:
     assert found(tmp_path, find_gpu("H200"), 3) == found(tmp_path, find_gpu("H200"))[:3]
+
+
+def test_the_runs_own_layout_need_not_divide_its_batch() -> None:
+    """Four long rows on eight GPUs need CP, which is to be found."""
+    given = Namespace(
+        **{**asdict(settings()), "gpus": 8, "tp": 2, "pp": 2, "vpp": 2, "global_batch_size": 3, "micro_batch_size": 4}
+    )
+    with pytest.raises(KitError, match="GLOBAL_BATCH_SIZE=3 cannot be divided"):
+        TrainSettings(**vars(given))
+    own = TrainSettings(**vars(with_open_layout(given)))
+    assert (own.tp, own.cp, own.sizes.dp, own.micro_batch_size, own.global_batch_size) == (2, 1, 1, 1, 3)
+    odd = Namespace(**{**vars(given), "tp": 3})
+    assert with_open_layout(odd) is odd
 
 
 def layout(settings: TrainSettings) -> tuple[int | str, ...]:
