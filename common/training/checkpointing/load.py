@@ -65,7 +65,7 @@ def load_weights(
     """Loads the parameters `names` of `checkpoint` into the model and the master weights."""
     if checkpoint.format == "torch_dist":
         sharded_state_dict = sharded_model_state_dict(training_state.model, names)
-        load_shards(weight_shards(training_state, sharded_state_dict, own=False), TorchDistReader(checkpoint.path))
+        load_shards(TorchDistReader(checkpoint.path), weight_shards(training_state, sharded_state_dict, own=False))
     else:
         load_model_state_dict(training_state.model, _load_rank_file(plan, checkpoint), names)
     training_state.optimizer.reload_model_params()  # the float32 master weights are copies
@@ -116,8 +116,8 @@ def _resume_torch_dist(plan: Plan, training_state: TrainingState, checkpoint: Ch
     load_param_groups(training_state, common["optimizer"]["optimizer"]["param_groups"])
     reader = TorchDistReader(checkpoint.path)
     sharded_state_dict = sharded_model_state_dict(training_state.model, saved_names(plan))
-    load_shards(weight_shards(training_state, sharded_state_dict, own=False), reader)
-    load_shards(optimizer_shards(training_state, sharded_state_dict), reader)  # may need the weights
+    weights = weight_shards(training_state, sharded_state_dict, own=False)
+    load_shards(reader, weights, optimizer_shards(training_state, sharded_state_dict))
     objects = sharded_objects(plan, training_state) if same_layout else []
     return {
         **common,
@@ -125,19 +125,22 @@ def _resume_torch_dist(plan: Plan, training_state: TrainingState, checkpoint: Ch
     }
 
 
-def load_shards(shards: Iterable[StateShard], reader: TorchDistReader) -> None:
-    """Fills the tensors of `shards`; raises KitError if the checkpoint does not fit them, or is damaged.
+def load_shards(reader: TorchDistReader, *groups: Iterable[StateShard]) -> None:
+    """Fills the tensors of `groups` of shards; raises KitError if the checkpoint does not fit them, or is damaged.
 
-    Rows of a padded vocabulary that the checkpoint lacks are not changed.
+    A group is complete before the next one begins: master weights may be set by what their weights lack of them. Rows
+    of a padded vocabulary that the checkpoint lacks are not changed.
     """
     began = time.monotonic()
+    num_bytes = 0
     with ThreadPoolExecutor(NUM_READERS) as readers:
-        tasks = [readers.submit(_load_shard, shard, reader) for shard in shards]
-        try:
-            num_bytes = sum(task.result() for task in tasks)
-        except BaseException:
-            readers.shutdown(cancel_futures=True)
-            raise
+        for shards in groups:
+            tasks = [readers.submit(_load_shard, shard, reader) for shard in shards]
+            try:
+                num_bytes += sum(task.result() for task in tasks)
+            except BaseException:
+                readers.shutdown(cancel_futures=True)
+                raise
     if dist.get_rank() == 0:
         seconds = time.monotonic() - began
         logger.info("read %.1f MB of %s in %.1f s on rank 0", num_bytes / 1e6, reader.path, seconds)
