@@ -5,6 +5,12 @@ from typing import Any
 from common.engine.versions import installed_engine
 
 
+def adam_param(optimizer: Any, model_param: Any) -> Any:
+    """The tensor, this rank's shard of `model_param`, by which one distributed optimizer's Adam keeps its state."""
+    group, order = optimizer.model_param_group_index_map[model_param]
+    return optimizer.optimizer.param_groups[group]["params"][order]
+
+
 def reduce_grad_norm(optimizer: Any, flags: Any) -> tuple[float, list[float]]:
     """(global gradient norm of one distributed optimizer, the sum of `flags` over all ranks), by one all-reduce.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from common.engine.optimizer import adam_param
 from common.engine.versions import installed_engine
 
 NEWEST = (0, 19)  # the newest version that the patches were written for
@@ -177,8 +178,7 @@ def patch_torch_adam_step() -> None:
         return
 
     def set_states_and_keep_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group_index, group_order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state.get(self.optimizer.param_groups[group_index]["params"][group_order], {})
+        state = self.optimizer.state.get(adam_param(self, model_param), {})
         own = {"step": state["step"]} if "step" in state else {}
         set_states(self, model_param, {**own, **tensors})
 

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from common.checkpoint.io.chunks import Chunk, chunks_of_range
+from common.engine.optimizer import adam_param
 from common.training.state.master_weights import MasterWeights
 from common.training.state.optimizer import distributed_optimizers
 from common.training.state.training_state import TrainingState
@@ -73,8 +74,7 @@ def optimizer_state_of(optimizer: Any, param: Tensor) -> dict[str, Tensor | Mast
     Moments in bf16 stay bf16; Megatron-Core's own function copies them to float32.
     """
     if getattr(optimizer.config, "use_precision_aware_optimizer", False):
-        group, order = optimizer.model_param_group_index_map[param]
-        weight = optimizer.optimizer.param_groups[group]["params"][order]
+        weight = adam_param(optimizer, param)
         state = optimizer.optimizer.state[weight]
         return {MASTER: MasterWeights(weight, state["master_param"]), **{name: state[name] for name in STATES[1:]}}
     offloaded = getattr(optimizer, "offloaded_state", None)

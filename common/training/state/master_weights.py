@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.engine.optimizer import adam_param
 from common.errors import KitError
 
 INT16_MIN, INT16_MAX = -(1 << 15), (1 << 15) - 1
@@ -111,17 +112,12 @@ def keep_remainders(optimizer: Any) -> None:
     read = optimizer._get_main_param_and_optimizer_states
     write = optimizer._set_main_param_and_optimizer_states
 
-    def shard_of(model_param: Tensor) -> Tensor:
-        group, order = optimizer.model_param_group_index_map[model_param]
-        shard: Tensor = optimizer.optimizer.param_groups[group]["params"][order]
-        return shard
-
     def read_masters(model_param: Tensor) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = read(model_param)
-        return {**tensors, "param": merge(shard_of(model_param), tensors["param"])}
+        return {**tensors, "param": merge(adam_param(optimizer, model_param), tensors["param"])}
 
     def write_masters(model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        write(model_param, {**tensors, "param": remainders(tensors["param"], shard_of(model_param))})
+        write(model_param, {**tensors, "param": remainders(tensors["param"], adam_param(optimizer, model_param))})
 
     optimizer._get_main_param_and_optimizer_states = read_masters
     optimizer._set_main_param_and_optimizer_states = write_masters

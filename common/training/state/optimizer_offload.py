@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from common.engine.optimizer import adam_param
 from common.training.state.async_copy import AsyncCopies, copy_async
 from common.training.state.master_weights import MasterWeights, merge, split
 from common.training.state.offload_memory import MOMENTS, Kinds, allocate, offloaded_params, offloaded_types
@@ -52,7 +53,7 @@ class OffloadedState:
     """
 
     def __init__(self, optimizer: Any, kind: str, part: int = OFFLOADED_PART) -> None:
-        self.adam, self.group_index_map = optimizer.optimizer, optimizer.model_param_group_index_map
+        self.optimizer, self.adam = optimizer, optimizer.optimizer
         pairs = zip(optimizer.shard_fp32_from_float16_groups, optimizer.shard_float16_groups, strict=True)
         # Each master weight with its shard of the model's weights; empty in float32.
         self.model_shards = {master: shard for group in pairs for master, shard in zip(*group, strict=True)}
@@ -171,8 +172,7 @@ class OffloadedState:
 
     def state_of(self, model_param: torch.Tensor) -> dict[str, torch.Tensor | MasterWeights]:
         """{"param": master weights, "exp_avg": ..., "exp_avg_sq": ...} of this rank's shard, to read and to set."""
-        group, order = self.group_index_map[model_param]
-        param = self.adam.param_groups[group]["params"][order]
+        param = adam_param(self.optimizer, model_param)
         masters: torch.Tensor | MasterWeights = self.host["param"][param] if "param" in self.host else param
         if self.keeps_remainders:
             masters = MasterWeights(self.model_shards[param], self.host["param"][param])
