@@ -27,7 +27,7 @@ FP8_PRODUCTS = {"tensorwise": 0.64, "delayed": 0.6, "blockwise": 0.73}
 CONTEXT_BYTES = 600 * MIB
 NCCL_BYTES = 1 * GIB
 
-# Assumed: three quarters of PCIe 5 x16's 63 GB/s, in both directions at once.
+# Three quarters of PCIe 5 x16's 63 GB/s, in both directions at once; an H200 reached 46 to 47 (docs/benchmarks.md).
 HOST_BYTES_PER_SECOND = 0.75 * 63e9
 
 # Assumed: three quarters of NVLink 4's 450 GB/s per direction, and of one 400 Gbit/s network card per GPU.

@@ -49,7 +49,7 @@ def report(
         kept = adam_bytes(num_parameters(qwen), settings.precision, settings.optimizer_state) / GIB
         yield (
             f"note: OPTIMIZER_STATE={settings.optimizer_state} keeps {kept:,.1f} GiB in the memory of the hosts, over"
-            " all nodes; the bandwidth to the host is assumed"
+            " all nodes; copies are timed at the bandwidth that one H200 reached"
         )
 
 
@@ -135,7 +135,9 @@ def _notes(settings: EstimateSettings, gpu: Gpu, works: Sequence[Workload]) -> I
     if any(work.separate and not work.thd for work in works):
         yield "note: the kit's own attention within samples (PACKING) was not measured on a GPU: memory nor time"
     if settings.fp8_format != "none":
-        yield "note: FP8 was measured at 3B on one H200; the same share of bf16's time is assumed for other sizes"
+        yield (
+            "note: FP8 was measured at 3B and 7B on one H200; the same share of bf16's time is assumed for other sizes"
+        )
     divided = [work for work in works if work.cp > 1]
     if divided:
         ring, gathered = "not counted, as if all of it overlapped", "counted as if nothing overlapped it"

@@ -13,7 +13,7 @@ from common.training.loop.profiling import profile_folder, write_snapshot
 from common.training.planning.plan import Plan
 from common.training.settings.optimizer import OFFLOADED
 
-LONG = 8192  # tokens of a row, from which on context parallelism is worth its communication
+LONG = 8192  # tokens of a row, from which on dividing its activations helps most; for speed see estimate's LONG_ROW
 
 
 def memory_line() -> str:
