@@ -15,6 +15,7 @@ from common.engine.pipeline_layers import first_and_last_differ
 from common.engine.transformer_engine import fp8_options
 from common.engine.versions import installed_engine
 from common.model.kernels.selection import Kernels, select_kernels, with_working_kernels
+from common.model.layers.exchange import set_exchange
 from common.model.layers.gpt import QwenModel
 from common.model.layers.layer_spec import block_spec
 from common.model.layers.lora import add_adapters
@@ -77,7 +78,7 @@ def transformer_config(
         apply_rope_fusion=engine,
         gradient_accumulation_fusion=engine,
         **pipeline_options(qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers), sizes.vpp),
-        tp_comm_overlap=options.tp_comm_overlap,
+        tp_comm_overlap=options.tp_comm_overlap == "true",
         deterministic_mode=options.deterministic,
         # The fused kernel supports neither packed sequences nor a norm between split and rotation.
         **single_qkv_rope(fused and not options.packed_sequences and not qwen.qk_norm),
@@ -162,6 +163,7 @@ def _chunk(
             kernels.core_attention,
             fused_residual_norms=kernels.norms is not None,
             products=kernels.products,
+            exchanging=kernels.exchange is not None,
             lora=options.lora,
         ),
         vocab_size=qwen.padded_vocab_size(sizes.tp),
@@ -178,6 +180,7 @@ def _chunk(
         # gradients in bf16 (indexing_backward_kernel in ATen's Indexing.cu), where 256 + 1 is 256. F.embedding sorts
         # them and accumulates in float32, in a fixed order in deterministic mode (embedding_backward_cuda_kernel).
         model.embedding.word_embeddings.deterministic_mode = False
+    set_exchange(model.decoder, kernels.exchange)
     set_norms(model.decoder, kernels.norms or TorchNorms())
     if kernels.norms:
         connect_norms(model.decoder, across_layers=options.recompute != "full")

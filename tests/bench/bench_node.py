@@ -54,12 +54,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "local": {"transformer-impl": "local"},
     "lora": {"tuner": "lora"},
     "overlap": {"tp-comm-overlap": "true"},
+    "plain": {"tp-comm-overlap": "false"},
     "unfused": {"fused-products": "false"},
     "1024": {"seq-length": 1024},
     "32k": {"seq-length": 32768},
 }
 SAVES = ("sync", "async")  # two saves and a resume, in place of steps
 COUNTED = {"mb": "micro-batch-size", "samples": "global-batch-size"}  # +mb2, +samples64
+LAYERS = re.compile(r"layers(\d+(-\d+)+)")  # +layers10-8-10-8: PIPELINE_LAYERS
 ROWS: dict[int, tuple[str, ...]] = {
     1: ("3B/dp1", "7B/dp1+bf16"),
     2: ("3B/dp2", "3B/tp2+mb8", "3B/pp2vpp2", "7B/tp2+bf16+mb2", "7B/pp2vpp2+bf16", "0.5B/dp2+kills"),
@@ -74,6 +76,7 @@ ALONE = {
     "cpu-bf16",
     "lora",
     "local",
+    "plain",
     "unfused",
     "fp8",
     "sync",
@@ -145,6 +148,8 @@ class Row:
                 flags[COUNTED[counted[1]]] = int(counted[2])
             elif option in OPTIONS:
                 flags |= OPTIONS[option]
+            elif layers := LAYERS.fullmatch(option):
+                flags["pipeline-layers"] = layers[1].replace("-", ",")
             elif option not in ("megatron", "kills", *SAVES):
                 raise ValueError(
                     f"{self.name}: {option!r} is none of {', '.join([*OPTIONS, *COUNTED, *SAVES, 'kills', 'megatron'])}"
@@ -199,7 +204,7 @@ def launch(row: Row, arguments: argparse.Namespace, folder: Path, more: list[str
     environment = {**os.environ, "KIT_PLATFORM": os.environ.get("KIT_PLATFORM") or detect()}
     paths = [str(KIT), *([str(arguments.megatron)] if row.is_megatron else []), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = ":".join(paths)
-    environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as nvidia/env.sh has it
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as nvidia/env.sh has it
     with log.open("w") as output:
         return subprocess.Popen(
             [*command(row, arguments, folder), *more], env=environment, cwd=KIT, stdout=output,

@@ -26,27 +26,25 @@ class QuackProducts:
         self._down = GemmConfig(tile_m=128, tile_n=128, pingpong=True, cluster_m=1, cluster_n=2, **hopper)
         self._input = GemmConfig(tile_m=256, tile_n=192, pingpong=False, cluster_m=2, cluster_n=1, **hopper)
 
-    def up(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def up(self, x: torch.Tensor, weight: torch.Tensor, both: torch.Tensor, activated: torch.Tensor) -> None:
         """As GatedProducts."""
-        both, activated = self._quack.gemm_gated(
-            x, weight.t(), activation="swiglu", concat_layout=("B",), config=self._up, dynamic_scheduler=True
-        )
-        return both, activated
+        self._quack.gemm_gated(
+            x, weight.t(), activation="swiglu", preact_out=both, postact_out=activated, concat_layout=("B",),
+            config=self._up, dynamic_scheduler=True,
+        )  # fmt: skip
 
     def down_gradient(
-        self, d_out: torch.Tensor, weight: torch.Tensor, both: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, d_out: torch.Tensor, weight: torch.Tensor, both: torch.Tensor, activated: torch.Tensor
+    ) -> None:
         """As GatedProducts."""
-        d_both, activated = self._quack.gemm_dgated(
-            d_out, weight, both, activation="swiglu", dx_out=both, config=self._down, dynamic_scheduler=True
-        )
-        return d_both, activated
+        self._quack.gemm_dgated(
+            d_out, weight, both, activation="swiglu", dx_out=both, postact_out=activated, config=self._down,
+            dynamic_scheduler=True,
+        )  # fmt: skip
 
-    def input_gradient(self, d_both: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def input_gradient(self, d_both: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         """As GatedProducts."""
-        out = d_both.new_empty(len(d_both), weight.shape[1])
         self._quack.gemm_tuned.fn(d_both, weight, out, config=self._input, concat_layout=("B",))
-        return out
 
     def add_weight_gradient(self, total: torch.Tensor, d_both: torch.Tensor, x: torch.Tensor) -> None:
         """As GatedProducts."""

@@ -11,6 +11,7 @@ chunk of the loss is accumulated once (gemm_sm90.py, lce_glue in linear_cross_en
 runs give the same bits.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from common.log import logger
 from common.model.kernels.quack_products import QuackProducts
 from common.model.layers import gated_mlp
 from common.model.layers.attention import KINDS, SdpaAttention, select_core_attention
+from common.model.layers.exchange import Exchange
 from common.model.layers.gated_mlp import GatedProducts
 from common.model.layers.loss import TorchKernels
 from common.model.layers.residual_norm import Norms
@@ -46,6 +48,7 @@ class Kernels:
     products: GatedProducts | None  # the MLP's GEMMs with fused SwiGLU; None: unfused
     norms: Norms | None  # RMSNorm fused with the residual add before it; None: unfused
     loss: Any  # the kernels of LinearCrossEntropy
+    exchange: Exchange | None = None  # overlaps tensor parallel communication with GEMMs; None: Megatron-Core's
 
 
 def with_working_kernels(platform: Platform, options: ModelOptions) -> Platform:
@@ -100,6 +103,7 @@ def select_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions
         products=mlp_products(qwen, sizes, options, platform, norms),
         norms=norms,
         loss=loss_kernels(qwen, sizes, options, platform),
+        exchange=tp_exchange(qwen, sizes, options, platform, norms),
     )
     if options.deterministic:
         assert torch.are_deterministic_algorithms_enabled(), "set deterministic mode before kernels are selected"
@@ -144,11 +148,11 @@ def core_attention(
 
 
 def fused_residual_norms(options: ModelOptions, platform: Platform) -> Norms | None:
-    """The fused residual norms; None with TP_COMM_OVERLAP, whose norms are Transformer Engine's.
+    """The fused residual norms; None with TP_COMM_OVERLAP=true, whose norms are Transformer Engine's.
 
     With FP8 too: at Qwen's widths its norm that writes FP8 takes longer than these and a cast (docs/benchmarks.md).
     """
-    if options.tp_comm_overlap or not (platform.fused_kernels and installed_engine().fused_residual_norms):
+    if options.tp_comm_overlap == "true" or not (platform.fused_kernels and installed_engine().fused_residual_norms):
         return None
     norms, failure = try_on_all_ranks(_triton_norms)
     if failure:
@@ -191,6 +195,39 @@ def mlp_products(
         return products
 
     return _fused("SwiGLU", attempt, options)
+
+
+def tp_exchange(
+    qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform, norms: Norms | None
+) -> Exchange | None:
+    """The communication of the layers beside their GEMMs; None: before and after them, or Transformer Engine's."""
+    if sizes.tp == 1 or options.tp_comm_overlap != "auto":
+        return None
+    reasons = {
+        "SEQUENCE_PARALLEL=false": not options.sequence_parallel,
+        f"PRECISION={options.precision}": options.precision != "bf16",
+        "FP8's products are Transformer Engine's: TP_COMM_OVERLAP=true": options.fp8_format != "none",
+        "TUNER=lora": options.lora is not None,
+        f"not on {platform.name}": not platform.fused_kernels,
+        "Transformer Engine's layers need the fused residual norms for it": options.transformer_impl != "local"
+        and norms is None,
+        f"TP={sizes.tp} spans nodes": sizes.tp > int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    }
+    if reason := _first(reasons):
+        logger.info("TP communication: not overlapped with matrix products (%s)", reason)
+        return None
+    from common.model.kernels import peer_copies
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    failure = (
+        try_on_all_ranks(peer_copies.need_peers)[1]
+        or try_on_all_ranks(lambda: need(peer_copies.unusable_reason(group, qwen.hidden_size)))[1]
+    )
+    if failure:
+        logger.info("TP communication: not overlapped with matrix products (%s)", failure)
+        return None
+    logger.info("TP communication: overlapped with matrix products, by the GPUs' copy engines")
+    return peer_copies.PeerCopies(group)
 
 
 def loss_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform) -> Any:

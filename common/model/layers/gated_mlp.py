@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import silu
 
+from common.model.layers.exchange import Alone, Exchange, Pieces, add_products
 from common.model.layers.gradients import accumulate_main_grad, matmul_into
 from common.model.probe import PROBED, find_fault
 
@@ -19,16 +20,16 @@ from common.model.probe import PROBED, find_fault
 class GatedProducts(Protocol):
     """The GEMMs around SwiGLU; `both` [n, 2f] is gate and up, in a layout of the implementation."""
 
-    def up(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [n, h], weight [2f, h], the gate's rows first -> (both, silu(gate) * up [n, f])."""
+    def up(self, x: torch.Tensor, weight: torch.Tensor, both: torch.Tensor, activated: torch.Tensor) -> None:
+        """x [n, h], weight [2f, h], the gate's rows first; writes `both` and silu(gate) * up to `activated` [n, f]."""
 
     def down_gradient(
-        self, d_out: torch.Tensor, weight: torch.Tensor, both: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """d_out [n, h], weight [h, f] -> (the gradient of both, possibly in place, silu(gate) * up [n, f])."""
+        self, d_out: torch.Tensor, weight: torch.Tensor, both: torch.Tensor, activated: torch.Tensor
+    ) -> None:
+        """d_out [n, h], weight [h, f]; writes the gradient of `both` over it, and silu(gate) * up to `activated`."""
 
-    def input_gradient(self, d_both: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """weight [2f, h] -> the gradient of x [n, h]."""
+    def input_gradient(self, d_both: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        """weight [2f, h]; writes the gradient of x [n, h] to `out`."""
 
     def add_weight_gradient(self, total: torch.Tensor, d_both: torch.Tensor, x: torch.Tensor) -> None:
         """Adds the gradient of the weight [2f, h] to `total`, float32."""
@@ -38,27 +39,26 @@ class TorchProducts:
     """The reference in plain PyTorch; both: the gate's f columns, then those of up."""
 
     @staticmethod
-    def up(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def up(x: torch.Tensor, weight: torch.Tensor, both: torch.Tensor, activated: torch.Tensor) -> None:
         """As GatedProducts."""
-        both = x @ weight.t()
+        torch.mm(x, weight.t(), out=both)
         gate, up = both.chunk(2, dim=1)
-        return both, silu(gate) * up
+        torch.mul(silu(gate), up, out=activated)
 
     @staticmethod
-    def down_gradient(
-        d_out: torch.Tensor, weight: torch.Tensor, both: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def down_gradient(d_out: torch.Tensor, weight: torch.Tensor, both: torch.Tensor, activated: torch.Tensor) -> None:
         """As GatedProducts."""
         d_activated = d_out @ weight
         gate, up = both.chunk(2, dim=1)
         sigmoid = gate.sigmoid()
+        torch.mul(gate * sigmoid, up, out=activated)
         d_gate = d_activated * up * sigmoid * (1 + gate * (1 - sigmoid))
-        return torch.cat([d_gate, d_activated * gate * sigmoid], dim=1), gate * sigmoid * up
+        both.copy_(torch.cat([d_gate, d_activated * gate * sigmoid], dim=1))
 
     @staticmethod
-    def input_gradient(d_both: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def input_gradient(d_both: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         """As GatedProducts."""
-        return d_both @ weight
+        torch.mm(d_both, weight, out=out)
 
     @staticmethod
     def add_weight_gradient(total: torch.Tensor, d_both: torch.Tensor, x: torch.Tensor) -> None:
@@ -67,32 +67,60 @@ class TorchProducts:
 
 
 class GatedProduct(torch.autograd.Function):
-    """x [n, h], up_weight [2f, h], down_weight [h, f] -> (silu(gate) * up) down_weight^T [n, h]; no biases."""
+    """x, up_weight [2f, h], down_weight [h, f] -> (silu(gate) * up) down_weight^T; no biases.
+
+    x and the result are this rank's tokens of what `exchange` gathers and scatters, with Alone all: [n, h]. Saves them
+    and gate and up; the backward pass gathers x again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, up_weight: torch.Tensor, down_weight: torch.Tensor, products: GatedProducts
+        ctx: Any,
+        x: torch.Tensor,
+        up_weight: torch.Tensor,
+        down_weight: torch.Tensor,
+        products: GatedProducts,
+        ranks: int,
+        exchange: Exchange,
     ) -> torch.Tensor:
-        """The result; saves x, gate and up."""
-        both, activated = products.up(x, up_weight)
+        """The result."""
+        rows, width = len(x) * ranks, down_weight.shape[1]
+        both, activated = x.new_empty(rows, 2 * width), x.new_empty(rows, width)
+        for part, values in exchange.gather(x.contiguous()).pieces():
+            products.up(values, up_weight, both[part], activated[part])
+        scattering = exchange.scatter(rows, len(down_weight), x)
+        for part, out in scattering.pieces():
+            torch.mm(activated[part], down_weight.t(), out=out)
         ctx.save_for_backward(x, up_weight, down_weight, both)
-        ctx.products = products
-        return activated @ down_weight.t()
+        ctx.products, ctx.exchange = products, exchange
+        return scattering.total()
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients of x and of the weights."""
         x, up_weight, down_weight, both = ctx.saved_tensors
         products: GatedProducts = ctx.products
-        d_out = upstream[0].contiguous()
-        d_both, activated = products.down_gradient(d_out, down_weight, both)
+        activated = both.new_empty(len(both), down_weight.shape[1])
+        upstream_rows = ctx.exchange.gather(upstream[0].contiguous())
+        for part, values in upstream_rows.pieces():
+            products.down_gradient(values, down_weight, both[part], activated[part])
+        input_rows = ctx.exchange.gather(x.contiguous()) if ctx.needs_input_grad[1] else None
+        scattering = ctx.exchange.scatter(len(both), x.shape[1], x)
+        for part, out in scattering.pieces():
+            products.input_gradient(both[part], up_weight, out)
         d_down = d_up = None
         if ctx.needs_input_grad[2]:
-            d_down = accumulate_main_grad(down_weight, lambda total: matmul_into(total, d_out, activated, add=True))
-        d_x = products.input_gradient(d_both, up_weight)
-        if ctx.needs_input_grad[1]:
-            d_up = accumulate_main_grad(up_weight, lambda total: products.add_weight_gradient(total, d_both, x))
-        return d_x, d_up, d_down, None
+            d_down = accumulate_main_grad(
+                down_weight, lambda total: add_products(total, upstream_rows.blocks(), activated, gathered="left")
+            )
+        if input_rows is not None:
+            d_up = accumulate_main_grad(up_weight, lambda total: _add_up(products, total, both, input_rows.blocks()))
+        return scattering.total(), d_up, d_down, None, None, None
+
+
+def _add_up(products: GatedProducts, total: torch.Tensor, d_both: torch.Tensor, blocks: Pieces) -> None:
+    for rows, values in blocks:
+        products.add_weight_gradient(total, d_both[rows], values)
 
 
 def unusable_reason(products: GatedProducts, hidden_size: int, width: int, device: torch.device) -> str:
@@ -111,5 +139,5 @@ def unusable_reason(products: GatedProducts, hidden_size: int, width: int, devic
 def _results(products: GatedProducts, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The output, and the gradients of (output * last tensor).sum() with respect to the three others."""
     leaves = [x.detach().requires_grad_() for x in tensors[:3]]
-    out = GatedProduct.apply(*leaves, products)
+    out = GatedProduct.apply(*leaves, products, 1, Alone())
     return [out.detach(), *torch.autograd.grad((out * tensors[3]).sum(), leaves)]

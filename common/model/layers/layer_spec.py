@@ -10,12 +10,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from common.engine.versions import installed_engine
 from common.model.layers.attention import SdpaAttention
+from common.model.layers.exchange import gathered_linear, scattered_linear
 from common.model.layers.gated_mlp import GatedProducts
 from common.model.layers.lora import adapted
 from common.model.layers.mlp import gated_mlp
 from common.model.layers.norm import RMSNorm
 from common.model.layers.residual_norm import FusedResidualRMSNorm, ResidualSum, column_parallel_linear, normed_linear
 from common.model.shape.lora import LINEARS, LoraConfig
+
+COLUMN_PARALLEL = ("linear_qkv", "linear_fc1")
 
 
 def block_spec(
@@ -27,6 +30,7 @@ def block_spec(
     fused_residual_norms: bool = False,
     products: GatedProducts | None = None,
     lora: LoraConfig | None = None,
+    exchanging: bool = False,
 ) -> Any:
     """The spec of a pipeline stage with `num_layers` layers; `transformer_impl` is transformer_engine or local.
 
@@ -34,6 +38,7 @@ def block_spec(
     fused_residual_norms: norms and residual adds to be connected by `residual_norm.connect_norms` afterwards.
     products: the MLPs' GEMMs with fused SwiGLU.
     lora: its linear layers are to be given adapters by `lora.add_adapters` afterwards.
+    exchanging: its linear layers are to be given an Exchange by `exchange.set_exchange` afterwards; not with `lora`.
     """
     engine = transformer_impl == "transformer_engine"
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm) if engine else _local_layer(qk_norm)
@@ -45,7 +50,7 @@ def block_spec(
         parts.self_attn_bda = parts.mlp_bda = ResidualSum
     # An adapter needs the normalized input, which Transformer Engine's own layer with a norm does not return.
     separate_norms = engine and (fused_residual_norms or lora is not None)
-    _replace_linears({"self_attention": parts.self_attention.submodules, "mlp": mlp}, separate_norms, lora)
+    _replace_linears({"self_attention": parts.self_attention.submodules, "mlp": mlp}, separate_norms, lora, exchanging)
     if fused_residual_norms and not engine:
         parts.input_layernorm = parts.pre_mlp_layernorm = FusedResidualRMSNorm
     if products:
@@ -57,14 +62,16 @@ def block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def _replace_linears(owners: dict[str, Any], separate_norms: bool, lora: LoraConfig | None) -> None:
+def _replace_linears(owners: dict[str, Any], separate_norms: bool, lora: LoraConfig | None, exchanging: bool) -> None:
     """Sets the classes of the linear layers in `owners`, the submodules of attention and MLP, where they change."""
     for linear in LINEARS:
         owner, name = owners[linear.split(".")[0]], linear.split(".")[1]
-        has_norm = separate_norms and name in ("linear_qkv", "linear_fc1")
+        has_norm = separate_norms and name in COLUMN_PARALLEL
         kind: Any = column_parallel_linear() if has_norm else getattr(owner, name)
         if lora and linear in lora.linears:
             kind = adapted(kind)
+        elif exchanging:
+            kind = gathered_linear(kind) if name in COLUMN_PARALLEL else scattered_linear(kind)
         setattr(owner, name, normed_linear(kind) if has_norm else kind)
 
 

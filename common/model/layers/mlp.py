@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
+from common.model.layers.exchange import Alone, ExchangingLinear
 from common.model.layers.gated_mlp import GatedProduct, GatedProducts
 from common.model.layers.residual_norm import FusedResidualNorm
 from common.model.layers.tp_mappings import enter, leave
@@ -30,8 +31,14 @@ def gated_mlp(submodules: MLPSubmodules, products: GatedProducts) -> type[MLP]:
             await_weights(first)
             await_weights(second)
             x = first.normed(hidden_states) if isinstance(first, FusedResidualNorm) else hidden_states
-            x = enter(x, self.config)
-            part: torch.Tensor = GatedProduct.apply(x.flatten(0, 1), first.weight, second.weight, products)
-            return leave(part.view(x.shape), self.config), None
+            exchange = second.exchange if isinstance(second, ExchangingLinear) else None
+            if exchange is None:
+                x = enter(x, self.config)
+            ranks = self.config.tensor_model_parallel_size if exchange else 1
+            part: torch.Tensor = GatedProduct.apply(
+                x.flatten(0, 1), first.weight, second.weight, products, ranks, exchange or Alone()
+            )
+            out = part.view(x.shape)
+            return (out if exchange else leave(out, self.config)), None
 
     return GatedMLP

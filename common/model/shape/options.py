@@ -14,7 +14,7 @@ class ModelOptions:
     recompute: str  # none, selective or full
     recompute_num_layers: int | None = None  # with full: layers per chunk; None: all
     sequence_parallel: bool = True  # only with TP > 1
-    tp_comm_overlap: bool = False
+    tp_comm_overlap: str = "auto"  # true: by Transformer Engine's buffers; auto: by the copy engines, if that works
     fp8_format: str = "none"  # none, hybrid or e4m3
     fp8_recipe: str = "tensorwise"
     core_attention: str = "auto"  # a key of KINDS in common.model.layers.attention, or auto

@@ -69,12 +69,12 @@ def check_layers(settings: TrainSettings, platform: Platform) -> None:
         )
     requires_engine = {
         f"FP8_FORMAT={settings.fp8_format}": settings.fp8_format != "none",
-        "TP_COMM_OVERLAP=true": settings.tp_comm_overlap,
+        "TP_COMM_OVERLAP=true": settings.tp_comm_overlap == "true",
     }
     for setting, enabled in requires_engine.items():
         if enabled and not engine:
             raise KitError(f"{setting} needs TRANSFORMER_IMPL=transformer_engine: change one of them")
-    if settings.tp_comm_overlap and not (settings.tp > 1 and settings.sequence_parallel):
+    if settings.tp_comm_overlap == "true" and not (settings.tp > 1 and settings.sequence_parallel):
         raise KitError(
             f"TP_COMM_OVERLAP=true with TP={settings.tp} and SEQUENCE_PARALLEL={settings.sequence_parallel}: it needs"
             " TP above 1 and sequence parallelism, whose communication it overlaps"
@@ -131,7 +131,7 @@ def check_fused_products(settings: TrainSettings, platform: Platform, *, engine:
     conflicts = {
         f"PRECISION={settings.precision}": settings.precision != "bf16",
         f"FP8_FORMAT={settings.fp8_format}": settings.fp8_format != "none",
-        "TP_COMM_OVERLAP=true": settings.tp_comm_overlap,
+        "TP_COMM_OVERLAP=true": settings.tp_comm_overlap == "true",
         f"a megatron-core before {norms_since} under Transformer Engine's layers": engine
         and not installed_engine().fused_residual_norms,
     }
@@ -154,7 +154,7 @@ def check_packages(settings: TrainSettings, platform: Platform) -> None:
         transformer_engine.check_installed()
         for setting in isolating_settings(settings) if settings.cp == 1 else ():
             transformer_engine.check_packed_sequences(setting)
-    if settings.tp_comm_overlap:
+    if settings.tp_comm_overlap == "true":
         transformer_engine.check_tp_comm_overlap()
     transformer_engine.check_fp8(settings.fp8_format, settings.fp8_recipe)
     transformer_engine.check_optimizer_state(settings.optimizer_state)

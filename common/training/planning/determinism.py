@@ -55,7 +55,7 @@ def check(settings: TrainSettings) -> None:
     if not settings.deterministic:
         return
     environment()
-    if settings.tp_comm_overlap:
+    if settings.tp_comm_overlap == "true":
         raise KitError(
             "DETERMINISTIC=true and TP_COMM_OVERLAP=true, whose reductions are not deterministic: set one to false"
         )

@@ -21,7 +21,10 @@ class ParallelSettings:
     sequence_parallel: bool = option(True, "with TP above 1: also split activations along the sequence")
     overlap_grad_reduce: bool = option(True, "with DP x CP above 1: reduce gradients during the backward pass")
     overlap_param_gather: bool = option(True, "with DP x CP above 1: gather weights during the forward pass")
-    tp_comm_overlap: bool = option(False, "Transformer Engine, TP above 1: overlap communication with matrix products")
+    tp_comm_overlap: str = option(
+        "auto", "TP above 1: communicate beside matrix products; auto: by copies of GPUs, true: Transformer Engine's",
+        choices=("auto", "true", "false"),
+    )  # fmt: skip
 
     def check_parallel(self) -> None:
         """Raises KitError for values out of range or in conflict."""

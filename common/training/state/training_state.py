@@ -40,7 +40,7 @@ class TrainingState:
 def build_training_state(plan: Plan) -> TrainingState:
     """Model with random weights, optimizer and schedule of `plan` on this rank."""
     settings = plan.settings
-    if settings.tp_comm_overlap:
+    if settings.tp_comm_overlap == "true":
         initialize_tp_communicators(settings, plan.qwen.hidden_size)
     chunks = build_model(plan.qwen, plan.sizes, model_options(plan), plan.platform, settings.seq_length)
     freeze(chunks, plan.frozen)

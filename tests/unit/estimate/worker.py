@@ -71,10 +71,9 @@ class InPlace(TorchProducts):
     """Writes gradients of both halves over them, as QuACK's."""
 
     @staticmethod
-    def down_gradient(d_out: torch.Tensor, weight: torch.Tensor, both: torch.Tensor) -> Any:
-        activated = d_out @ weight
+    def down_gradient(d_out: torch.Tensor, weight: torch.Tensor, both: torch.Tensor, activated: torch.Tensor) -> None:
+        torch.mm(d_out, weight, out=activated)
         both.zero_()
-        return both, activated
 
 
 class SplitAndRotate(torch.autograd.Function):

@@ -41,7 +41,13 @@ ERRORS: dict[str, BaseException] = {
     "SystemExit": SystemExit(1),
     "ImportError": ImportError("libcute.so: cannot open shared object file"),
 }
-BOTH = {"core_attention": "SdpaAttention", "products": "QuackProducts", "norms": "TritonNorms", "loss": "QuackLoss"}
+BOTH = {
+    "core_attention": "SdpaAttention",
+    "products": "QuackProducts",
+    "norms": "TritonNorms",
+    "loss": "QuackLoss",
+    "exchange": "NoneType",
+}
 SWIGLU, LOSS = "SwiGLU: fused into matrix products (QuACK)", "loss: fused into matrix products (QuACK)"
 # What fails on rank 1 alone: the module and how, settings, the kernels of both ranks, and a line of both.
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {

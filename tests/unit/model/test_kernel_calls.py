@@ -144,15 +144,15 @@ def compare(qwen: QwenConfig, sizes: ParallelSizes) -> None:
             return super().losses(given, with_gradients)
 
     class Products(TorchProducts):
-        def up(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        def up(self, x: torch.Tensor, weight: torch.Tensor, *out: torch.Tensor) -> None:  # type: ignore[override]
             CALLS["gate and up"] += 1
             is_there(weight)
             assert x.shape == (S * B, qwen.hidden_size)
-            return super().up(x, weight)
+            super().up(x, weight, *out)
 
-        def down_gradient(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        def down_gradient(self, *tensors: torch.Tensor) -> None:  # type: ignore[override]
             CALLS["down, backward"] += 1
-            return super().down_gradient(*tensors)
+            super().down_gradient(*tensors)
 
     config = build.TransformerConfig
     fused = {"bias_activation_fusion": True, **patches.single_qkv_rope(True)}

@@ -10,27 +10,27 @@ from quack.gemm_config import GemmConfig
 
 
 def gemm_gated(
-    A: torch.Tensor, B: torch.Tensor, *, activation: str, concat_layout: tuple[str, ...], config: GemmConfig,
-    dynamic_scheduler: bool,
+    A: torch.Tensor, B: torch.Tensor, *, activation: str, preact_out: torch.Tensor, postact_out: torch.Tensor,
+    concat_layout: tuple[str, ...], config: GemmConfig, dynamic_scheduler: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """A [n, h], B [h, 2f], the gate's columns first -> (A B, its columns in pairs, silu(gate) * up)."""
+    """A [n, h], B [h, 2f], the gate's columns first -> A B, its columns in pairs, and silu(gate) * up, both written."""
     assert activation == "swiglu" and concat_layout == ("B",) and config.tile_n % 32 == 0
     gate, up = (A.float() @ B.float()).chunk(2, 1)
-    return torch.stack([gate, up], 2).flatten(1).to(A.dtype), (silu(gate) * up).to(A.dtype)
+    return preact_out.copy_(torch.stack([gate, up], 2).flatten(1)), postact_out.copy_(silu(gate) * up)
 
 
 def gemm_dgated(
     A: torch.Tensor, B: torch.Tensor, PreAct: torch.Tensor, *, activation: str, dx_out: torch.Tensor,
-    config: GemmConfig, dynamic_scheduler: bool,
+    postact_out: torch.Tensor, config: GemmConfig, dynamic_scheduler: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """A [n, h], B [h, f], PreAct [n, 2f] in pairs -> (its gradient, into dx_out, silu(gate) * up)."""
+    """A [n, h], B [h, f], PreAct [n, 2f] in pairs -> dx_out: its gradient; postact_out: silu(gate) * up."""
     assert activation == "swiglu" and config.tile_n % 32 == 0
     above = A.float() @ B.float()
     gate, up = PreAct.float()[:, ::2], PreAct.float()[:, 1::2]
     share = gate.sigmoid()
-    activated = (gate * share * up).to(A.dtype)
+    postact_out.copy_(gate * share * up)
     dx_out.copy_(torch.stack([above * up * share * (1 + gate * (1 - share)), above * gate * share], 2).flatten(1))
-    return dx_out, activated
+    return dx_out, postact_out
 
 
 def _gemm(

@@ -1,0 +1,259 @@
+"""Exchange of hidden states between the GPUs of a tensor-parallel group by their copy engines.
+
+A collective's kernel takes multiprocessors from a GEMM that runs beside it, and a GEMM whose blocks stay on theirs then
+takes up to twice as long (docs/benchmarks.md, "Several GPUs"). Here each GPU copies to memory of its peers that it has
+mapped (PyTorch's symmetric memory). Streams wait for numbers in that memory (cuStreamWaitValue32 of CUDA's driver API),
+so neither copies nor waiting take a multiprocessor.
+
+A rank's slots are used in turn. A writer sets its number `ready` at the owner of a slot once it has written its part;
+an owner sets its number `free` at the writers once it has read what the slot held, for which they wait before they
+write the next. All ranks of a group make the same calls in the same order, so both sides know the number.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from common.model.layers.exchange import Pieces
+from common.model.probe import PROBED, need
+
+SLOTS = 2  # of each kind: one can be read while the next is written
+FLAGS = 4096  # bytes for the numbers, before the slots
+ALIGNED = 512  # bytes of which a slot is a multiple
+KINDS = {"gather": 0, "scatter": 1}
+READY, FREE = 0, 1
+
+
+class PeerMemory:
+    """The slots of a group, on every rank. A collective call; raises whatever CUDA or PyTorch does without them."""
+
+    def __init__(self, group: Any, slot_bytes: int, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self.slot_bytes = slot_bytes
+        self._buffer = symmetric_memory.empty(FLAGS + 2 * SLOTS * slot_bytes, dtype=torch.uint8, device=device)
+        self._buffer[:FLAGS].zero_()
+        torch.cuda.synchronize(device)
+        self._handle = symmetric_memory.rendezvous(self._buffer, group)
+        dist.barrier(group)  # all flags are zero before the first is written
+        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+
+    def slot(self, owner: int, kind: str, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Slot `number` of `kind` of rank `owner`, as a tensor of `shape`."""
+        start = FLAGS + (KINDS[kind] * SLOTS + number) * self.slot_bytes
+        found: torch.Tensor = self._handle.get_buffer(owner, shape, dtype, start // dtype.itemsize)
+        return found
+
+    def _flag(self, owner: int, kind: str, number: int, what: int, writer: int) -> int:
+        """The address of the number that `writer` sets at `owner`."""
+        index = ((KINDS[kind] * SLOTS + number) * 2 + what) * self._size + writer
+        return int(self._handle.buffer_ptrs[owner]) + 4 * index
+
+    def tell(self, peer: int, kind: str, number: int, what: int, use: int) -> None:
+        """Sets the number of this rank at `peer`, once the current stream got here."""
+        from cuda.bindings import driver
+
+        _check(driver.cuStreamWriteValue32(_stream(), self._flag(peer, kind, number, what, self._rank), use, 0))
+
+    def wait(self, peer: int, kind: str, number: int, what: int, use: int) -> None:
+        """Has the current stream wait until `peer` has set its number here to `use` or more."""
+        from cuda.bindings import driver
+
+        address = self._flag(self._rank, kind, number, what, peer)
+        at_least = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+        _check(driver.cuStreamWaitValue32(_stream(), address, use, int(at_least)))
+
+    @staticmethod
+    def copy(values: torch.Tensor, place: torch.Tensor) -> None:
+        """Copies `values` to `place`, in a slot of any rank, once the current stream got here."""
+        place.copy_(values, non_blocking=True)
+
+
+def _stream() -> int:
+    return int(torch.cuda.current_stream().cuda_stream)
+
+
+def _check(result: tuple[Any, ...]) -> None:
+    if int(result[0]):
+        raise RuntimeError(f"CUDA's driver: {result[0]}")
+
+
+class PeerCopies:
+    """An Exchange (layers/exchange.py) between the GPUs of a tensor-parallel group on one host.
+
+    The first call, and one that needs larger slots, is a collective one and waits for the GPU.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.copies = torch.cuda.Stream(priority=-1)
+        self._memory: PeerMemory | None = None
+        self._uses = dict.fromkeys(KINDS, 0)
+
+    def memory(self, num_bytes: int) -> PeerMemory:
+        """Slots of at least `num_bytes` each."""
+        if self._memory is None or self._memory.slot_bytes < num_bytes:
+            torch.cuda.synchronize()
+            if self._memory is not None:
+                dist.barrier(self.group)  # no peer reads the slots that are given up
+            self._memory = PeerMemory(self.group, -(-num_bytes // ALIGNED) * ALIGNED, _device())
+            self._uses = dict.fromkeys(KINDS, 0)
+        return self._memory
+
+    def begin(self, kind: str, num_bytes: int) -> "Turn":
+        """The next slot of `kind`, of at least `num_bytes`; peers write over what it held once the stream got here."""
+        memory = self.memory(num_bytes)
+        use, number = divmod(self._uses[kind], SLOTS)
+        self._uses[kind] += 1
+        turn = Turn(self, memory, kind, number, use + 1)
+        for peer in self.peers if use else ():
+            turn.tell(peer, FREE)
+        return turn
+
+    @property
+    def peers(self) -> list[int]:
+        """The other ranks of the group, each rank's own next one first."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def gather(self, part: torch.Tensor) -> "Gathering":
+        """Begins to gather `part` [m, h] of each rank."""
+        return Gathering(self, part)
+
+    def scatter(self, rows: int, width: int, like: torch.Tensor) -> "Scattering":
+        """Begins a sum of [rows, width] over the ranks, in dtype and on the device of `like`."""
+        return Scattering(self, rows, width, like)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The use of a slot by all ranks."""
+
+    exchange: PeerCopies
+    memory: PeerMemory
+    kind: str
+    number: int
+    use: int
+
+    def slot(self, owner: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The slot of rank `owner`."""
+        return self.memory.slot(owner, self.kind, self.number, shape, dtype)
+
+    def tell(self, peer: int, what: int) -> None:
+        """Tells `peer` that the current stream got here: its slot is READY, or this rank's FREE for this use."""
+        self.memory.tell(peer, self.kind, self.number, what, self.use)
+
+    def await_(self, peer: int, what: int) -> None:
+        """Has the current stream wait until `peer` told that."""
+        self.memory.wait(peer, self.kind, self.number, what, self.use)
+
+    def send(self, peer: int, values: torch.Tensor, place: torch.Tensor) -> torch.cuda.Event:
+        """Copies `values`, once the current stream has them, to `place` in the slot of `peer`; the end of the copy."""
+        copies = self.exchange.copies
+        copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(copies):
+            if self.use > 1:
+                self.await_(peer, FREE)
+            self.memory.copy(values, place)
+            self.tell(peer, READY)
+            return copies.record_event()
+
+
+class Gathering:
+    """`part` of all ranks."""
+
+    def __init__(self, exchange: PeerCopies, part: torch.Tensor) -> None:
+        self._exchange, self._part, shape = exchange, part, (len(part) * exchange.size, part.shape[1])
+        self._turn = exchange.begin("gather", part.nbytes * exchange.size)
+        self._whole = self._turn.slot(exchange.rank, shape, part.dtype)
+        mine = self._rows(exchange.rank)
+        self._sent = [
+            self._turn.send(peer, part, self._turn.slot(peer, shape, part.dtype)[mine]) for peer in exchange.peers
+        ]
+
+    def _rows(self, rank: int) -> slice:
+        return slice(rank * len(self._part), (rank + 1) * len(self._part))
+
+    def pieces(self) -> Pieces:
+        """(rows of the whole, their values): this rank's own first, each other's once the current stream has it."""
+        yield self._rows(self._exchange.rank), self._part
+        for sent in self._sent:  # the memory of `part` may be used again afterwards
+            torch.cuda.current_stream().wait_event(sent)
+        for peer in reversed(self._exchange.peers):  # the first to send to this rank is the one before it
+            self._turn.await_(peer, READY)
+            yield self._rows(peer), self._whole[self._rows(peer)]
+
+    def blocks(self) -> Pieces:
+        """As `pieces`, in few blocks: of two ranks each by itself, of more all together."""
+        if self._exchange.size == 2:
+            yield from self.pieces()
+            return
+        for rows, values in self.pieces():
+            if values is self._part:
+                self._whole[rows] = values
+        yield slice(None), self._whole
+
+
+class Scattering:
+    """The sum over ranks of [rows, width], computed piece by piece."""
+
+    def __init__(self, exchange: PeerCopies, rows: int, width: int, like: torch.Tensor) -> None:
+        self._exchange, self._shape = exchange, (exchange.size, rows // exchange.size, width)
+        self._turn = exchange.begin("scatter", rows * width * like.element_size())
+        self._parts = [like.new_empty(self._shape[1:]) for _ in range(exchange.size)]
+        self._sent: list[torch.cuda.Event] = []
+
+    def pieces(self) -> Pieces:
+        """(rows of the whole, where to write them): other ranks' first, each sent while the next is computed."""
+        rank, rows = self._exchange.rank, self._shape[1]
+        for peer in self._exchange.peers:
+            yield slice(peer * rows, (peer + 1) * rows), self._parts[peer]
+            place = self._turn.slot(peer, self._shape, self._parts[peer].dtype)[rank]
+            self._sent.append(self._turn.send(peer, self._parts[peer], place))
+        yield slice(rank * rows, (rank + 1) * rows), self._parts[rank]
+
+    def total(self) -> torch.Tensor:
+        """This rank's part of the sum, [rows / ranks, width]."""
+        own = self._parts[self._exchange.rank]
+        for sent in self._sent:  # the memory of what was sent may be used again afterwards
+            torch.cuda.current_stream().wait_event(sent)
+        received = self._turn.slot(self._exchange.rank, self._shape, own.dtype)
+        for peer in reversed(self._exchange.peers):
+            self._turn.await_(peer, READY)
+            own += received[peer]
+        return own
+
+
+def need_peers() -> None:
+    """Raises whatever the packages do on a rank that lacks one; before any rank waits for another."""
+    import torch.distributed._symmetric_memory
+    from cuda.bindings import driver  # noqa: F401
+
+    here = torch.cuda.current_device()
+    peers = [each for each in range(torch.cuda.device_count()) if each != here]
+    need("" if all(torch.cuda.can_device_access_peer(here, each) for each in peers) else "the GPUs are not linked")
+
+
+def unusable_reason(group: Any, width: int) -> str:
+    """Why PeerCopies cannot be used in `group`; empty if it gathers and sums as torch.distributed does."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    exchange = PeerCopies(group)
+    whole = torch.randn(size * PROBED, width, generator=torch.Generator().manual_seed(0)).to(_device(), torch.bfloat16)
+    part = whole.chunk(size)[rank].contiguous()
+    for _ in range(2 * SLOTS):  # each slot twice
+        gathering = exchange.gather(part)
+        for rows, values in [*gathering.pieces(), *gathering.blocks()]:
+            if not torch.equal(values, whole[rows]):
+                return "gathered values are wrong"
+        scattering = exchange.scatter(len(whole), width, whole)
+        for rows, out in scattering.pieces():
+            out.copy_(whole[rows] * 2.0**-rank)
+        factor = sum(2.0**-each for each in range(size))
+        if not torch.allclose(scattering.total().float(), part.float() * factor, rtol=2**-6):
+            return "sums are wrong"
+    return ""
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,50 @@
+"""Tensor parallel layers that communicate piece by piece: loss and every gradient are those of Megatron-Core's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import forked
+from tests.distributed.test_context_parallel import BOUND, Gradients, difference, result, settings
+from tests.distributed.user import step3_forked, step3_words
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp": {"TP": 2, "GPUS": 2},
+    "tp_pp": {"TP": 2, "PP": 2, "GPUS": 4},
+    "tp_cp": {"TP": 2, "CP": 2, "GPUS": 4, "RECOMPUTE": "full"},
+    "tp_dp": {"TP": 2, "GPUS": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(work: Path) -> dict[str, tuple[float, Gradients]]:
+    """The loss and gradients of Megatron-Core's communication, by layout."""
+    for name, layout in LAYOUTS.items():
+        step3_forked(settings(work, "plain", name, **layout))
+    return {name: result(work, "plain", name) for name in LAYOUTS}
+
+
+def changed(work: Path, layout: str, change: str) -> tuple[float, Gradients]:
+    """The result of a run with a change of exchange_worker.py."""
+    flags = step3_words(settings(work, "plain", f"{layout} {change}", **LAYOUTS[layout]))
+    forked(LAYOUTS[layout]["GPUS"], "tests.distributed.exchange_worker", [change, *flags])
+    return result(work, "plain", f"{layout} {change}")
+
+
+@pytest.mark.parametrize("change", ["linears", "products"])
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.lane] * (name == "tp")) for name in LAYOUTS])
+def test_loss_and_gradients_are_the_same(
+    work: Path, alone: dict[str, tuple[float, Gradients]], layout: str, change: str
+) -> None:
+    (loss, gradients), (found, mine) = alone[layout], changed(work, layout, change)
+    assert abs(found - loss) <= BOUND * loss
+    assert difference(mine, gradients) <= BOUND
+
+
+@pytest.mark.parametrize("mutant", ["without the sum", "in its own order"])
+def test_each_mutant_is_far_outside_the_bound(
+    work: Path, alone: dict[str, tuple[float, Gradients]], mutant: str
+) -> None:
+    _, mine = changed(work, "tp", mutant)
+    assert difference(mine, alone["tp"][1]) > 1000 * BOUND
