@@ -1,7 +1,7 @@
 """Step 3 on the GPUs of one host, beside Megatron-LM on the same: the tables of docs/benchmarks.md, "Several GPUs".
 
     python -m tests.bench.bench_node --models FOLDER --data PREFIX --out FILE [--gpus N] [--minutes 10]
-        [--megatron CHECKOUT] [--starts FOLDER] [--work-dir DIR] [ROW ...]
+        [--megatron CHECKOUT] [--starts FOLDER] [--work-dir DIR] [--port PORT] [ROW ...]
 
 FOLDER holds one folder a size with config.json and the tokenizer, PREFIX is step 1's. A ROW is SIZE/LAYOUT, with
 OPTIONS after plus signs: 7B/tp2dp4, 7B/dp8+fp8+1024+mb4, 7B/dp8+megatron; without one those of ROWS for N GPUs are run.
@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"optimizer-state": "cpu"},
     "cpu-bf16": {"optimizer-state": "cpu_bf16"},
     "fp8": {"fp8-format": "hybrid", "fp8-recipe": "delayed"},
+    "fa4": {"core-attention": "flash_attn_4"},
     "full": {"recompute": "full"},
     "local": {"transformer-impl": "local"},
     "lora": {"tuner": "lora"},
@@ -180,12 +181,13 @@ def command(row: Row, arguments: argparse.Namespace, folder: Path) -> list[str]:
             sizes["sequence-parallel"] = True
         more = {name: value for option in row.options for name, value in MEGATRON_OPTIONS.get(option, {}).items()}
         script = words({**megatron_flags(model), **flags, **sizes, **more, "train-iters": 10**6})
-        return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={row.gpus}", "--master-port=29711",
-                str(arguments.megatron / "pretrain_gpt.py"), *script]  # fmt: skip
+        return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={row.gpus}",
+                f"--master-port={arguments.port}", str(arguments.megatron / "pretrain_gpt.py"), *script]  # fmt: skip
     start = {"load-checkpoint-path": arguments.starts / row.size} if "lora" in row.options else {"hf-model-path": model}
     flags = {
         **start, "dataset-path": arguments.data, "save-checkpoint-path": folder, "save-interval": 10**6,
         "eval-interval": 0, "split": "100,0,0", "train-iters": 10**6, "log-interval": 1, "lr": 1e-4, "min-lr": 1e-5,
+        "master-port": arguments.port,
         **row.flags,
     }  # fmt: skip
     return [sys.executable, "-m", "common.train", *words(flags)]
@@ -285,6 +287,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a row has failed")
     parser.add_argument("--megatron", type=Path, help="a checkout of Megatron-LM")
     parser.add_argument("--starts", type=Path, help="folder of a checkpoint a size, for adapters")
+    parser.add_argument("--port", type=int, default=29500, help="of the rendezvous; one for each of several at a time")
     parser.add_argument("--work-dir", type=Path, default=Path("/tmp"))
     arguments = parser.parse_args()
     until = time.monotonic() + 60 * arguments.minutes
