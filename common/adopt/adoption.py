@@ -113,9 +113,6 @@ def _finish_training(draft: Draft, hf_model_path: Path | None) -> None:
     if draft.get("ASYNC_SAVE") == "true" and draft.get("CKPT_FORMAT") != "torch_dist":
         draft.settings.pop("ASYNC_SAVE")
         draft.say(PROBLEM, "--async-save: it needs CKPT_FORMAT=torch_dist: ASYNC_SAVE stays false")
-    if draft.get("TP_COMM_OVERLAP") == "true" and draft.get("TRANSFORMER_IMPL") != "transformer_engine":
-        draft.settings.pop("TP_COMM_OVERLAP")
-        draft.say(PROBLEM, "--tp-comm-overlap: it needs Transformer Engine: TP_COMM_OVERLAP stays false")
     if (error := refusal(draft)) is not None:
         draft.say(PROBLEM, f"step 3 refuses these settings together: {error}")
 

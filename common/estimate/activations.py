@@ -35,6 +35,7 @@ class Workload:
     recomputed_loss: bool = False  # preferences: the output layer runs again in the backward pass
     core_attention: str = "auto"
     fp8_recipe: str = ""  # of the layers' GEMMs, whose inputs are then saved in FP8; empty: none
+    tp_copies: bool = False  # the run may overlap TP's communication with its GEMMs by the GPUs' copy engines
 
     @property
     def transformer_engine(self) -> bool:
@@ -60,12 +61,19 @@ class Workload:
     def gathered(self) -> bool:
         """Whether attention gathers the keys and values of whole rows, instead of Transformer Engine's ring."""
         ring = self.transformer_engine and not self.separate and self.core_attention == "auto"
+        ring = ring and not self.fused_products  # for whose requirements FlashAttention 4 comes too
         return self.cp > 1 and not ring
 
     @property
     def by_parts(self) -> bool:
         """Whether attention's output is put together from those of documents, or of a row's two chunks."""
         return not self.masked and (self.gathered or (self.separate and not self.thd))
+
+    @property
+    def exchanging(self) -> bool:
+        """Whether TP's communication is overlapped with GEMMs by the GPUs' copy engines."""
+        supported = self.sequence_parallel and self.precision == "bf16" and not self.fp8_recipe and not self.lora
+        return self.tp_copies and self.tp > 1 and supported
 
     @property
     def fused_loss(self) -> bool:
@@ -178,7 +186,8 @@ def attention_tensors(work: Workload) -> dict[str, int]:
 def layer_tensors(work: Workload) -> dict[str, int]:
     """Bytes of the tensors that one layer saves; with full recomputation, those that exist while it is recomputed."""
     rows = work.residual_bytes // (work.element_bytes * work.qwen.hidden_size)
-    before_mlp = work.hidden_bytes if work.fused_products else work.residual_bytes  # gathered
+    gathers_before = work.fused_products and not work.exchanging
+    before_mlp = work.hidden_bytes if gathers_before else work.residual_bytes
     # unfused: silu(gate), a copy of up (in Megatron-Core 0.16) and their product
     swiglu = work.mlp_bytes if work.fused_kernels else 3 * work.mlp_bytes
     tensors = {

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from common.errors import KitError
-from common.estimate.constants import CONTEXT_BYTES, NCCL_BYTES, RESERVED_SHARE
+from common.estimate.constants import RESERVED_SHARE
 from common.estimate.goodput import LLAMA_3_GPU_MTBF_HOURS
 from common.estimate.gpus import WITHOUT_FP8, Gpu, find_gpu
-from common.estimate.memory import RankMemory, rank_memory
+from common.estimate.memory import RankMemory, bytes_beside_torch, rank_memory
 from common.estimate.speed import Speed, speed
 from common.model.shape.config import QwenConfig
 from common.model.shape.lora import LoraConfig
@@ -194,7 +194,7 @@ def estimate(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu) -> Estimate:
         )
     ranks = tuple(rank_memory(settings, gpu.platform, qwen, pp_rank) for pp_rank in range(settings.pp))
     peak = max(rank.peak for rank in ranks)
-    usable = gpu.memory_gib * 2**30 - CONTEXT_BYTES - (NCCL_BYTES if settings.sizes.world_size > 1 else 0)
+    usable = gpu.memory_gib * 2**30 - bytes_beside_torch(settings, gpu.platform, qwen)
     fits = "yes" if peak * RESERVED_SHARE <= usable else "tight" if peak <= usable else "no"
     rated = gpu if gpu.rated else replace(find_gpu(ASSUMED), platform=gpu.platform)
     found = speed(settings, gpu.platform, qwen, rated)

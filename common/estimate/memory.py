@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common.estimate.activations import Workload, backward_bytes, final_norm_bytes, kept_by_chunk, loss_bytes
-from common.estimate.constants import WORKSPACE_BYTES
+from common.estimate.constants import CONTEXT_BYTES, NCCL_BYTES, WORKSPACE_BYTES
 from common.estimate.schedule import distinct_moments
 from common.estimate.weights import (
     ELEMENT_BYTES,
@@ -25,6 +25,7 @@ from common.training.settings.optimizer import OFFLOADED
 OPTIMIZER_PART = 1 << 28
 OFFLOADED_PART = 1 << 26
 CPU_BF16_STEP_BYTES = 6 + 6 + 12 + 6 + 14
+EXCHANGE_SLOTS = 4  # of the hidden states of all tokens: len(KINDS) * SLOTS in common/model/kernels/peer_copies.py
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Wo
         recomputed_loss=settings.train_mode == "dpo",
         core_attention=settings.core_attention,
         fp8_recipe=settings.fp8_recipe if settings.fp8_format != "none" else "",
+        tp_copies=platform.fused_kernels and settings.tp_comm_overlap == "auto" and settings.tp <= settings.gpus,
     )
 
 
@@ -83,6 +85,13 @@ def rank_memory(settings: TrainSettings, platform: Platform, qwen: QwenConfig, p
     step = optimizer_bytes(settings, platform, qwen, trained)
     workspace = workspace_bytes(work) + sum(fp8_weight_bytes(work, chunk) for chunk in chunks)
     return RankMemory(pp_rank, parameters, state, activations, kept, step, workspace)
+
+
+def bytes_beside_torch(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> int:
+    """Bytes on a GPU that torch's allocator does not count: CUDA's, NCCL's and the slots of exchanging ranks."""
+    work = work_of(settings, platform, qwen)
+    slots = EXCHANGE_SLOTS * work.hidden_bytes if work.exchanging else 0
+    return CONTEXT_BYTES + (NCCL_BYTES if settings.sizes.world_size > 1 else 0) + slots
 
 
 def trained_parameters(work: Workload, chunks: list[Chunk]) -> int:

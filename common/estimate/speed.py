@@ -1,12 +1,13 @@
 """Seconds per step: the work of a stage at the data sheet's rates, times fitted factors.
 
-Letters as in activations.py. Nothing here was measured on more than one GPU: link bandwidths are assumed.
+Letters as in activations.py. Nothing here was measured on more than four GPUs: link bandwidths are assumed.
 """
 
 from dataclasses import dataclass, replace
 
 from common.estimate.activations import Workload, recomputed_layers
 from common.estimate.constants import (
+    EXCHANGE_SHARE,
     FP8_PRODUCTS,
     HOST_BYTES_PER_SECOND,
     LINK_BYTES_PER_SECOND,
@@ -109,11 +110,12 @@ def step_cost(work: Workload, chunks: list[Chunk], gpu: Gpu, shards: int) -> Cos
 
 
 def tensor_parallel_seconds(work: Workload, num_layers: int) -> float:
-    """Seconds of tensor-parallel collectives, not overlapped: four forward, six backward of e n h bytes per layer.
+    """Seconds of tensor-parallel collectives: four forward, six backward of e n h bytes per layer.
 
     Source: arXiv 2205.05198, section 4.2.2, and the all-gathers repeated for the weight gradients.
     """
-    return 10 * num_layers * work.hidden_bytes * (work.tp - 1) / work.tp / LINK_BYTES_PER_SECOND
+    share = EXCHANGE_SHARE if work.exchanging else 1.0
+    return share * 10 * num_layers * work.hidden_bytes * (work.tp - 1) / work.tp / LINK_BYTES_PER_SECOND
 
 
 def context_parallel_seconds(settings: TrainSettings, work: Workload, num_layers: int) -> float:

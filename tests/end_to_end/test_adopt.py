@@ -89,7 +89,7 @@ def test_the_old_kits_script_trains_here_with_the_same_values(tmp_path: Path) ->
         "DATASET_PATH=/data/sft_imported LOAD_CHECKPOINT_PATH=/ckpt/start SAVE_CHECKPOINT_PATH=/ckpt/run"
         " TRAIN_MODE=finetune IS_INITIAL_RUN=auto SPLIT=98,2,0 SEQ_LENGTH=2048 TP=2 PP=2 CP=1 GPUS=8 MASTER_PORT=22222"
         " MICRO_BATCH_SIZE=2 GLOBAL_BATCH_SIZE=16 TRAIN_ITERS=29002 LR=6.5e-5 MIN_LR=2.5e-6 LR_WARMUP_ITERS=0"
-        " WEIGHT_DECAY=0.01 PRECISION=bf16 RECOMPUTE=selective TP_COMM_OVERLAP=true ASYNC_SAVE=true SAVE_INTERVAL=100"
+        " WEIGHT_DECAY=0.01 PRECISION=bf16 RECOMPUTE=selective ASYNC_SAVE=true SAVE_INTERVAL=100"
         " EVAL_ITERS=50 LOG_INTERVAL=100 WANDB_PROJECT=sft WANDB_EXP_NAME=first WANDB_SAVE_PATH=/home/wandb_logs",
     )
     assert "import-legacy --input /data/sft --output-prefix /data/sft_imported --tokenizer-path MODEL" in said

@@ -11,6 +11,7 @@ write the next. All ranks of a group make the same calls in the same order, so b
 """
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -185,14 +186,14 @@ class Gathering:
             yield self._rows(peer), self._whole[self._rows(peer)]
 
     def blocks(self) -> Pieces:
-        """As `pieces`, in few blocks: of two ranks each by itself, of more all together."""
-        if self._exchange.size == 2:
-            yield from self.pieces()
-            return
-        for rows, values in self.pieces():
-            if values is self._part:
-                self._whole[rows] = values
-        yield slice(None), self._whole
+        """As `pieces`, but others' rows before this rank's own are one, and those after them."""
+        yield from islice(arriving := self.pieces(), 1)
+        for _ in arriving:
+            pass
+        own = self._rows(self._exchange.rank)
+        for rows in (slice(0, own.start), slice(own.stop, len(self._whole))):
+            if rows.start < rows.stop:
+                yield rows, self._whole[rows]
 
 
 class Scattering:

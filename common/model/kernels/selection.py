@@ -131,10 +131,11 @@ def core_attention(
     """The core attention of each layer; None: Transformer Engine's own.
 
     That exchanges keys and values in a ring under context parallelism, but not those of rows of several documents.
+    Gathered for a faster kernel, they are faster than its ring too (docs/benchmarks.md, "Several GPUs").
     """
     auto, chunked = options.core_attention == "auto", sizes.cp > 1
     engine = options.transformer_impl == "transformer_engine" and not (chunked and options.separate_documents)
-    if options.packed_sequences or (engine and auto and chunked):
+    if options.packed_sequences:
         return None
     if options.precision == "fp32":
         return None if engine and not chunked else SdpaAttention  # flash_attn has no float32

@@ -10,6 +10,7 @@ computed before this rank's own.
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +27,7 @@ class Gathering(Protocol):
         """(rows of the whole, their values), this rank's own first."""
 
     def blocks(self) -> Pieces:
-        """As `pieces`, of which one or two are all; the memory is used again by the second gathering after this one."""
+        """As `pieces`, the others' in one or two; the memory is used again by the second gathering after this one."""
 
 
 class Scattering(Protocol):
@@ -131,14 +132,21 @@ class ScatteredProduct(torch.autograd.Function):
         """The gradients of x and weight."""
         x, weight = ctx.saved_tensors
         gathering = ctx.exchange.gather(upstream[0].contiguous())
+        blocks = gathering.blocks()
         d_x = torch.empty_like(x)
-        for rows, part in gathering.pieces():
-            torch.mm(part, weight, out=d_x[rows])
-        d_weight = None
+
+        def multiply(total: torch.Tensor | None) -> None:
+            for number, (rows, part) in enumerate(gathering.pieces()):
+                torch.mm(part, weight, out=d_x[rows])
+                if total is not None and not number:  # more to do while the others' are on their way
+                    add_products(total, islice(blocks, 1), x, gathered="left")
+            if total is not None:
+                add_products(total, blocks, x, gathered="left")
+
         if ctx.needs_input_grad[1]:
-            blocks = gathering.blocks()
-            d_weight = accumulate_main_grad(weight, lambda total: add_products(total, blocks, x, gathered="left"))
-        return d_x, d_weight, None
+            return d_x, accumulate_main_grad(weight, multiply), None
+        multiply(None)
+        return d_x, None, None
 
 
 def add_products(total: torch.Tensor, blocks: Pieces, other: torch.Tensor, *, gathered: str) -> None:

@@ -146,8 +146,8 @@ def test_a_flag_is_named_with_its_value_and_what_happens(flags: str, kind: str, 
 
 
 def test_metax_gets_what_its_scripts_can_do() -> None:
-    draft = draft_of(f"{WHOLE} --transformer-impl transformer_engine --async-save --tp-comm-overlap", vendor="metax")
-    assert not {"TRANSFORMER_IMPL", "ASYNC_SAVE", "TP_COMM_OVERLAP"} & draft.settings.keys()
+    draft = draft_of(f"{WHOLE} --transformer-impl transformer_engine --async-save", vendor="metax")
+    assert not {"TRANSFORMER_IMPL", "ASYNC_SAVE"} & draft.settings.keys()
     assert remarks(draft, CHANGED, "no Transformer Engine in metax/")
     assert remarks(draft, PROBLEM, "CKPT_FORMAT=torch_dist: ASYNC_SAVE stays false")
     assert draft.settings["RECOMPUTE"][0] == "none"  # the script's default is selective

@@ -73,6 +73,7 @@ FUSED: list[tuple[int, dict[str, Any]]] = [
     (1, {}),
     (1, {"recompute": "full"}),
     (2, {"tp": 2}),
+    (2, {"tp": 2, "tp_comm_overlap": "false"}),
     (2, {"tp": 2, "sequence_parallel": False}),
     (2, {"pp": 2, "vpp": 2}),
 ]

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common import log
+from common.estimate.memory import work_of
 from common.model.layers.gated_mlp import TorchProducts
 from common.model.shape import masks
 from common.model.shape.config import load_config
@@ -229,6 +230,7 @@ def main() -> None:
     from common.model.kernels import selection as kernels
     from common.model.layers.loss import TorchKernels
     from common.training.launching.process_group import seed_everything
+    from tests.distributed.gloo_exchange import GlooExchange
 
     composite = torch.nn.functional.rms_norm
     kernels.loss_kernels = lambda *_: TorchKernels()
@@ -247,6 +249,8 @@ def main() -> None:
         torch.nn.functional.rms_norm = fused_rms_norm if task.get("fused") else composite
         masks.MASK_ELEMENTS = 0 if task.get("long") else MASK_ELEMENTS
         plan = plan_of(task)
+        exchanging = work_of(plan.settings, plan.platform, plan.qwen).exchanging
+        kernels.tp_exchange = lambda *_, exchanging=exchanging: GlooExchange() if exchanging else None
         sizes = plan.sizes
         dist.init_process_group("fake", rank=task["rank"], world_size=sizes.world_size, store=FakeStore())
         parallel_state.initialize_model_parallel(

@@ -24,8 +24,8 @@ def settings(**changes: Any) -> TrainSettings:
     [
         ("nvidia", {"gpus": 2, "cp": 2, "seq_length": 30}, "SEQ_LENGTH=30 cannot be divided by 2 x CP x TP = 4"),
         ("cpu", {"fp8_format": "hybrid"}, "FP8_FORMAT=hybrid needs TRANSFORMER_IMPL="),
-        ("cpu", {"tp_comm_overlap": True, "gpus": 2, "tp": 2}, "TP_COMM_OVERLAP=true needs TRANSFORMER_IMPL="),
-        ("nvidia", {"tp_comm_overlap": True}, "TP_COMM_OVERLAP=true with TP=1 and SEQUENCE_PARALLEL=True: it needs TP"),
+        ("cpu", {"tp_comm_overlap": "true", "gpus": 2, "tp": 2}, "TP_COMM_OVERLAP=true needs TRANSFORMER_IMPL="),
+        ("nvidia", {"tp_comm_overlap": "true"}, "TP_COMM_OVERLAP=true with TP=1 and SEQUENCE_PARALLEL=True: it needs TP"),
         (
             "nvidia",
             {"core_attention": "sdpa", "packing": True, "train_mode": "finetune"},
@@ -63,7 +63,7 @@ def test_refusals(platform: str, changes: dict[str, Any], message: str) -> None:
         ("metax", {"gpus": 2, "cp": 2, "packing": True, "train_mode": "finetune"}),
         ("nvidia", {"fp8_format": "hybrid", "optimizer_state": "bf16"}),
         ("nvidia", {"fused_products": "true", "packing": True, "train_mode": "finetune"}),
-        ("nvidia", {"tp_comm_overlap": True, "gpus": 2, "tp": 2}),
+        ("nvidia", {"tp_comm_overlap": "true", "gpus": 2, "tp": 2}),
         ("cpu", {"reset_attention": True}),
     ],
     ids=str,
@@ -97,7 +97,7 @@ OF_NGC_24_03 = [
      "use FP8_RECIPE=delayed"),
     ({"fp8_format": "e4m3", "fp8_recipe": "blockwise"}, "FP8_RECIPE=blockwise needs Transformer Engine 2.3 or later",
      "use FP8_RECIPE=delayed"),
-    ({"tp_comm_overlap": True, "gpus": 2, "tp": 2}, "TP_COMM_OVERLAP=true needs Transformer Engine 1.9 or later",
+    ({"tp_comm_overlap": "true", "gpus": 2, "tp": 2}, "TP_COMM_OVERLAP=true needs Transformer Engine 1.9 or later",
      "set it to false"),
     ({"fused_products": "true"}, "FUSED_PRODUCTS=true needs quack, which is not installed",
      "requirements/hopper.txt, or set"),
