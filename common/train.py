@@ -121,6 +121,7 @@ def checked_plan(settings: TrainSettings, platform: Platform) -> "Plan":
     """The plan of a run, once settings, machine, packages, data, folders and memory are checked."""
     with importing():
         from common.estimate.check import check_host_memory, check_memory
+        from common.estimate.suggestion import suggest_layers
         from common.training.checkpointing.folder_lock import check_lock
         from common.training.checkpointing.run_folder import check_folder
         from common.training.launching.interfaces import check_gloo_interface
@@ -142,6 +143,7 @@ def checked_plan(settings: TrainSettings, platform: Platform) -> "Plan":
         check_folder(plan)
         check_memory(plan)
         check_host_memory(plan)
+        suggest_layers(plan)
     if settings.nnodes > 1:
         check_gloo_interface()
     return plan

@@ -11,6 +11,15 @@ def first_and_last_differ(chunk_layers: Sequence[int], vpp: int) -> bool:
     return vpp == 1 and len(set(chunk_layers[1:-1])) <= 1
 
 
+def supports(chunk_layers: Sequence[int], vpp: int) -> bool:
+    """Whether the installed version supports chunks with these numbers of layers; if none is, whether all do."""
+    try:
+        check_pipeline_layers(chunk_layers, vpp)
+    except KitError:
+        return False
+    return True
+
+
 def check_pipeline_layers(chunk_layers: Sequence[int], vpp: int) -> None:
     """Raises KitError unless the installed version supports chunks with these numbers of layers."""
     if len(set(chunk_layers)) == 1 or first_and_last_differ(chunk_layers, vpp):

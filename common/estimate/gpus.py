@@ -1,6 +1,6 @@
 """The supported GPU types, from the platforms' tables."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.errors import KitError
 from common.platforms import PLATFORMS
@@ -8,6 +8,7 @@ from common.platforms.base import Platform
 from common.training.loop.metrics import peak_tflops
 
 MEASURED = ("H100", "H200")  # the types that the constants are fitted to
+ASSUMED = "A100"  # whose rates compare the layouts of a GPU whose own are unknown
 WITHOUT_FP8 = ("A100", "A100 40GB", "A800", "A10", "C500", "C550")  # Ada, Hopper and later GPUs have it
 
 
@@ -25,6 +26,19 @@ class Gpu:
     def rated(self) -> bool:
         """Whether both rates are known."""
         return self.flops > 0 and self.bandwidth > 0
+
+
+def with_rates(gpu: Gpu) -> Gpu:
+    """`gpu`, with the rates of ASSUMED where its own are unknown."""
+    return gpu if gpu.rated else replace(find_gpu(ASSUMED), platform=gpu.platform)
+
+
+def gpu_of_device(name: str, total_bytes: int, platform: Platform) -> Gpu:
+    """The GPU type of a device by torch's name of it, with its own memory; without rates where the type is unknown."""
+    known = [each for each in platform.memory_gib if each in name]
+    if not known:
+        return Gpu(name, platform, total_bytes / 2**30, 0, 0)
+    return find_gpu(max(known, key=len), total_bytes / 2**30)
 
 
 def find_gpu(name: str, memory_gib: float | None = None) -> Gpu:

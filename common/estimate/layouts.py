@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from common.errors import KitError
+from common.estimate.balance import faster_split
 from common.estimate.constants import RESERVED_SHARE
 from common.estimate.goodput import LLAMA_3_GPU_MTBF_HOURS
-from common.estimate.gpus import WITHOUT_FP8, Gpu, find_gpu
+from common.estimate.gpus import WITHOUT_FP8, Gpu, with_rates
 from common.estimate.memory import RankMemory, bytes_beside_torch, rank_memory
 from common.estimate.speed import Speed, speed
 from common.model.shape.config import QwenConfig
@@ -24,7 +25,6 @@ CONTEXT_PARALLEL = (1, 2, 4, 8, 16)
 # Tokens of a row from which CP is searched. By the estimate, for 1.5B to 72B on 8 and 32 H100 and H200 with a million
 # tokens a step, no CP is faster than 1 at 8192; at 16384 it gains up to 9% from 14B on, at 32768 in most cases.
 LONG_ROW = 16384
-ASSUMED = "A100"  # whose rates rank the layouts of a GPU whose own are unknown
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 VIRTUAL_CHUNKS = (1, 2, 3, 4, 5)
 
@@ -43,7 +43,11 @@ class EstimateSettings:
     tp: int | None = option(None, "tensor parallel size; default: every size within a node")
     pp: int | None = option(None, "pipeline parallel size; default: every size that divides the GPUs")
     vpp: int | None = option(None, "virtual pipeline chunks per rank; default: 1 to 5, with PP above 1")
-    pipeline_layers: str | None = option(None, "layers of each stage (with VPP of each chunk), such as 7,7,8,6")
+    pipeline_layers: str | None = option(
+        None,
+        "layers of each stage (with VPP of each chunk), such as 7,7,8,6; default: those of the shortest step, or with"
+        " --pp the same number each",
+    )
     cp: int | None = option(
         None,
         "context parallel size: GPUs that share a row; default: 1, and for rows of"
@@ -196,20 +200,36 @@ def estimate(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu) -> Estimate:
     peak = max(rank.peak for rank in ranks)
     usable = gpu.memory_gib * 2**30 - bytes_beside_torch(settings, gpu.platform, qwen)
     fits = "yes" if peak * RESERVED_SHARE <= usable else "tight" if peak <= usable else "no"
-    rated = gpu if gpu.rated else replace(find_gpu(ASSUMED), platform=gpu.platform)
-    found = speed(settings, gpu.platform, qwen, rated)
+    found = speed(settings, gpu.platform, qwen, with_rates(gpu))
     return Estimate(settings, ranks, fits, found if gpu.rated else None, found.step_seconds)
 
 
-def estimate_all(settings: EstimateSettings, qwen: QwenConfig, gpu: Gpu) -> tuple[list[Estimate], list[Refusal]]:
+def balanced(one: Estimate, qwen: QwenConfig, gpu: Gpu) -> Estimate | None:
+    """The layout with the PIPELINE_LAYERS of the shortest step.
+
+    None if it has PIPELINE_LAYERS of its own, if even stages are as fast, or if they fit where these do not.
+    """
+    split = None if one.settings.pipeline_layers else faster_split(one.settings, qwen, gpu)
+    if split is None:
+        return None
+    other = estimate(replace(one.settings, pipeline_layers=split.layers), qwen, gpu)
+    return other if _rank(other) < _rank(one) else None
+
+
+def estimate_all(
+    settings: EstimateSettings, qwen: QwenConfig, gpu: Gpu, *, even: bool = False
+) -> tuple[list[Estimate], list[Refusal]]:
     """The estimate of each layout, those that fit first and the fastest of them first, and the refused layouts.
 
+    Where PP is searched too, a layout has the PIPELINE_LAYERS that make it faster, unless its stages are to be `even`.
     Raises KitError if every layout is refused, with the reason of the first.
     """
     found, refused = [], []
     for layout in possible_layouts(settings, qwen.num_hidden_layers):
         try:
-            found.append(estimate(train_settings(settings, layout), qwen, gpu))
+            one = estimate(train_settings(settings, layout), qwen, gpu)
+            faster = balanced(one, qwen, gpu) if settings.pp is None and not even else None
+            found.append(faster or one)
         except KitError as error:
             refused.append(Refusal(layout, str(error)))
     if not found:

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from common.estimate.activations import Workload
-from common.estimate.gpus import MEASURED, Gpu
-from common.estimate.layouts import ASSUMED, Estimate, EstimateSettings, Refusal, without_needless_context
+from common.estimate.balance import REASON
+from common.estimate.gpus import ASSUMED, MEASURED, Gpu
+from common.estimate.layouts import Estimate, EstimateSettings, Refusal, balanced, without_needless_context
 from common.estimate.memory import RankMemory, work_of
 from common.estimate.upkeep import Upkeep, checkpoint_values, upkeep, upkeep_lines, upkeep_values
 from common.estimate.weights import adam_bytes
@@ -43,6 +44,7 @@ def report(
         yield from stage_table(found[0])
     yield ""
     yield from _left_out(found, shown, refused)
+    yield from _layers(found[0], qwen, gpu)
     yield from upkeep_lines(upkeep(settings, qwen), _step_seconds(found[0]) if found[0].fits != "no" else None)
     yield from _notes(settings, gpu, works)
     if settings.optimizer_state in OFFLOADED:
@@ -64,7 +66,10 @@ def layout_table(settings: EstimateSettings, shown: Sequence[Estimate], *, conte
         rate = f"{one.speed.tokens_per_second:,.0f}" if one.speed else "-"
         days = f"{one.speed.days(settings.tokens):.2f}" if one.speed and settings.tokens else "-"
         rows.append([*map(str, sizes), layout.recompute, *_memory_cells(one.largest), one.fits, rate, days])
-    yield from _aligned([names, *rows])
+    layers = [one.settings.pipeline_layers or "" for one in shown]  # last, since they may be long
+    named = ["PIPELINE_LAYERS" if any(layers) else "", *layers]
+    for line, each in zip(_aligned([names, *rows]), named, strict=True):
+        yield f"{line}  {each}".rstrip()
 
 
 def stage_table(one: Estimate) -> Iterator[str]:
@@ -114,8 +119,22 @@ def _left_out(found: Sequence[Estimate], shown: Sequence[Estimate], refused: Seq
         yield f"  {count} x {reason}"
 
 
+def _layers(first: Estimate, qwen: QwenConfig, gpu: Gpu) -> Iterator[str]:
+    """PIPELINE_LAYERS with which the first layout is faster, and by how much; nothing if it has some or none are."""
+    if first.settings.pipeline_layers:
+        return
+    faster = balanced(first, qwen, gpu)
+    if faster:
+        gain = first.rank_seconds / faster.rank_seconds - 1
+        yield (
+            f"PIPELINE_LAYERS={faster.settings.pipeline_layers}: {gain:.0%} faster, {REASON};"
+            f" {faster.largest.peak / GIB:.2f} GiB per GPU"
+        )
+
+
 def _named(one: Estimate) -> str:
-    return " ".join(f"{name.upper()}={getattr(one.settings, name)}" for name in LAYOUT)
+    names = (*LAYOUT, "pipeline_layers") if one.settings.pipeline_layers else LAYOUT
+    return " ".join(f"{name.upper()}={getattr(one.settings, name)}" for name in names)
 
 
 def _step_seconds(one: Estimate) -> float | None:
@@ -168,6 +187,7 @@ def _values(settings: EstimateSettings, kept: Upkeep, one: Estimate) -> dict[str
     speed = one.speed
     return {
         **{name: getattr(one.settings, name) for name in LAYOUT},
+        "pipeline_layers": one.settings.pipeline_layers,
         "dp": one.settings.sizes.dp,
         "fits": one.fits,
         "peak_bytes": one.largest.peak,

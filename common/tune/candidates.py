@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from common.errors import KitError
 from common.estimate.check import as_installed
-from common.estimate.gpus import Gpu, find_gpu
+from common.estimate.gpus import Gpu, gpu_of_device
 from common.estimate.layouts import (
     LONG_ROW,
     RECOMPUTE,
@@ -66,24 +66,23 @@ def find_device(settings: TrainSettings, platform: Platform) -> Gpu:
     device = smallest_device(settings.gpus)
     if device is None:
         raise KitError("torch cannot query the devices: `python -m common.doctor` says why")
-    name, total = device
-    known = [each for each in platform.memory_gib if each in name]
-    if not known:
-        return Gpu(name, platform, total / GIB, 0, 0)
-    return find_gpu(max(known, key=len), total / GIB)
+    return gpu_of_device(*device, platform)
 
 
-def candidates(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu, number: int) -> list[Estimate]:
+def candidates(
+    settings: TrainSettings, qwen: QwenConfig, gpu: Gpu, number: int, *, even: bool = False
+) -> list[Estimate]:
     """At most `number` layouts of TP, PP, VPP, CP, micro-batch and recomputation that fit, the fastest first.
 
-    CP is that of `settings` with short rows. Recomputation only saves memory, so a layout that fits without it is not
-    tried with it. Raises KitError if none fits, or training would refuse them all.
+    CP is that of `settings` with short rows. PIPELINE_LAYERS are theirs, or those that make the layout faster, unless
+    its stages are to be `even`. Recomputation only saves memory, so a layout that fits without it is not tried with it.
+    Raises KitError if none fits, or training would refuse them all.
     """
     settings = as_installed(settings, gpu.platform)
     fixed = {name: getattr(settings, name) for name in FIXED}
     fixed["cp"] = None if settings.seq_length >= LONG_ROW else settings.cp
     wanted = EstimateSettings(hf_model_path="-", gpu=gpu.name, **fixed)
-    found, _ = estimate_all(wanted, qwen, gpu)
+    found, _ = estimate_all(wanted, qwen, gpu, even=even)
     fitting = [each for each in without_needless_context(found) if each.fits != "no"]
     if not fitting:
         raise KitError(
@@ -108,5 +107,5 @@ def _sizes(one: Estimate) -> tuple[int, ...]:
 
 def with_layout(settings: TrainSettings, one: Estimate) -> TrainSettings:
     """`settings` at the layout of `one`."""
-    names = ("tp", "pp", "vpp", "cp", "micro_batch_size", "recompute", "recompute_num_layers")
+    names = ("tp", "pp", "vpp", "pipeline_layers", "cp", "micro_batch_size", "recompute", "recompute_num_layers")
     return replace(settings, **{name: getattr(one.settings, name) for name in names})

@@ -14,12 +14,17 @@ NAMES = ("micro-batch", "recompute", "estimated: tokens/s", "GiB", "measured: to
 
 
 def table(tried: Sequence[tuple[Estimate, Trial]]) -> Iterator[str]:
-    """A line per layout, the fastest first; those that failed last, with the reason. With CP where one is above 1."""
+    """A line per layout, the fastest first; those that failed last, with the reason.
+
+    With CP where one is above 1, with PIPELINE_LAYERS where one has them.
+    """
     context = any(one.settings.cp > 1 for one, _ in tried)
-    rows = [["TP", "PP", "VPP", *["CP"] * context, *NAMES]]
+    uneven = any(one.settings.pipeline_layers for one, _ in tried)
+    rows = [["TP", "PP", "VPP", *["PIPELINE_LAYERS"] * uneven, *["CP"] * context, *NAMES]]
     for one, trial in sorted(tried, key=lambda each: -each[1].tokens_per_s):
         layout = one.settings
-        sizes = [layout.tp, layout.pp, layout.vpp, *[layout.cp] * context, layout.micro_batch_size, layout.recompute]
+        sizes = [layout.tp, layout.pp, layout.vpp, *[layout.pipeline_layers or "even"] * uneven]
+        sizes += [*[layout.cp] * context, layout.micro_batch_size, layout.recompute]
         said = [f"{one.speed.tokens_per_second:,.0f}" if one.speed else "-", f"{one.largest.peak / GIB:.1f}"]
         found = [f"{trial.tokens_per_s:,.0f}" if trial.tokens_per_s else "-"]
         found += [f"{trial.memory_gib:.1f}" if trial.memory_gib else "-"]

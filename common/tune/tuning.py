@@ -37,13 +37,15 @@ def tune(
     check_machine(platform)
     check_devices(settings, platform)
     check_tunable(settings)
-    model_folder = find_start(settings).model_folder
+    start = find_start(settings)
+    model_folder, even = start.model_folder, start.in_torch_format
     qwen, gpu = load_config(model_folder), find_device(settings, platform)
     settings = with_packing(settings, platform)
     tried = []
-    for number, one in enumerate(chosen := candidates(settings, qwen, gpu, trials), 1):
+    for number, one in enumerate(chosen := candidates(settings, qwen, gpu, trials, even=even), 1):
         layout = one.settings
         sizes = f"TP={layout.tp} PP={layout.pp} VPP={layout.vpp} CP={layout.cp}"
+        sizes += f" PIPELINE_LAYERS={layout.pipeline_layers}" if layout.pipeline_layers else ""
         own = f"MICRO_BATCH_SIZE={layout.micro_batch_size} RECOMPUTE={layout.recompute}"
         logger.info("trial %d of %d: %s %s", number, len(chosen), sizes, own)
         trial = run_trial(with_layout(settings, one), model_folder, iterations, 60 * limit_min)

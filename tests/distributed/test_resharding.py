@@ -20,9 +20,10 @@ FLAGS = {
     "split": "100,0,0", "train_iters": 6, "eval_interval": 0, "precision": "bf16",
 }  # fmt: skip
 WIDE = {"tp": 2, "pp": 2, "gpus": 8}  # DP 2
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "dp4": {"gpus": 4}, "tp4": {"tp": 4, "gpus": 4}, "pp4": {"pp": 4, "gpus": 4}, "one": {"gpus": 1},
     "vpp2": {"pp": 2, "vpp": 2, "gpus": 2}, "dp3_tp2": {"tp": 2, "gpus": 4},
+    "uneven": {"pp": 2, "gpus": 2, "pipeline_layers": "3,1"},
 }  # fmt: skip
 
 

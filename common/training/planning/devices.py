@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import cache
 
 from common.errors import KitError
 from common.platforms.base import Platform
@@ -49,6 +50,7 @@ def check_temporary_folder(num_workers: int) -> None:
         )
 
 
+@cache  # it takes seconds
 def smallest_device(num_devices: int) -> tuple[str, int] | None:
     """(name, bytes of memory) of the smallest of the first `num_devices`; None if the query fails."""
     try:

@@ -49,6 +49,11 @@ class Start:
     model_folder: Path
     checkpoint: Checkpoint | None
 
+    @property
+    def in_torch_format(self) -> bool:
+        """Whether its checkpoint loads only at the TP, PP, VPP and PIPELINE_LAYERS that it was written with."""
+        return self.checkpoint is not None and self.checkpoint.format == "torch"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -80,6 +85,11 @@ class Plan:
         """Samples consumed by the end of the run; the learning rate schedule spans them."""
         left = self.train_iters - self.progress.iteration
         return self.progress.consumed_samples + max(0, left) * self.settings.global_batch_size
+
+    @property
+    def in_torch_format(self) -> bool:
+        """Whether a checkpoint that it loads is in torch format: that of its start, or that its adapters add to."""
+        return self.start.in_torch_format or (self.adapters is not None and self.adapters.base.format == "torch")
 
     @property
     def num_microbatches(self) -> int:

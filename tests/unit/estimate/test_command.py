@@ -75,7 +75,9 @@ def test_a_gpu_without_known_rates_has_no_speed(model: Path) -> None:
     text = run(hf_model_path=model, gpu="C500", gpus=8, global_batch_size=64, tokens=1e9)
     assert "note: the rates of C500 are not known here" in text and "not run on metax hardware" in text
     assert "local layers" in text and "tokens/s" in text
-    assert all(row.split()[-2:] == ["-", "-"] for row in text.split("\n\n")[1].splitlines()[1:])
+    rows = text.split("\n\n")[1].splitlines()
+    assert rows[0].endswith("tokens/s  days  PIPELINE_LAYERS")
+    assert all(re.search(r"  -     -(  [\d,]+)?$", row) for row in rows[1:])
 
 
 def test_the_optimizers_state_can_be_smaller(model: Path) -> None:
@@ -91,6 +93,29 @@ def test_the_optimizers_state_can_be_smaller(model: Path) -> None:
         kept = size * parameters / 2**30
         text = f"note: OPTIMIZER_STATE={kind} keeps {kept:,.1f} GiB in the memory of the hosts"
         assert text in run(**one, optimizer_state=kind)
+
+
+def test_it_says_which_layers_of_each_stage_are_faster_and_by_how_much(model: Path, tmp_path: Path) -> None:
+    """Even with PP given, where a line has them; in the layout where PP is searched."""
+    given = {"hf_model_path": model, "gpu": "H200", "gpus": 4, "seq_length": 4096, "global_batch_size": 32}
+    given |= {"tp": 1, "micro_batch_size": 1, "recompute": "none", "vpp": 1}
+    text = run(**given, pp=4)
+    line = re.search(r"^PIPELINE_LAYERS=([\d,]+): (\d+)% faster, as the last .*; ([\d.]+) GiB per GPU$", text, re.M)
+    assert line and line[1] == "7,8,8,5" and "  PIPELINE_LAYERS" not in text
+    even, split = (
+        json.loads(run(**given, pp=4, json=True, **more))["layouts"][0] for more in ({}, {"pipeline_layers": line[1]})
+    )
+    assert float(line[2]) == round(100 * (split["tokens_per_s"] / even["tokens_per_s"] - 1)) > 5
+    assert float(line[3]) == round(split["peak_bytes"] / GIB, 2)
+    assert split["stages"][1]["peak"] > even["stages"][1]["peak"]
+    assert (even["pipeline_layers"], split["pipeline_layers"]) == (None, line[1])
+    assert "faster" not in run(**given, pp=4, pipeline_layers=line[1]) and "faster" not in run(**given, pp=1)
+    written = tmp_path / "four.env"
+    searched = run(**{**given, "global_batch_size": 4, "micro_batch_size": 4}, write_settings=written)
+    header, first = searched.split("\n\n")[1].splitlines()[:2]
+    assert header.endswith("  days  PIPELINE_LAYERS") and first.endswith("     -  7,8,8,5") and "faster" not in searched
+    assert "PIPELINE_LAYERS=7,8,8,5\n" in written.read_text()
+    assert re.search(r"The least memory: TP=1 PP=4 .* PIPELINE_LAYERS=7,8,8,5, ", searched)
 
 
 def test_layers_that_are_not_recomputed_keep_more_and_are_faster(model: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from common.estimate import speed as module
-from common.estimate.gpus import find_gpu
+from common.estimate.constants import CONTEXT_BYTES, NCCL_BYTES, RESERVED_SHARE
+from common.estimate.gpus import Gpu, find_gpu
 from common.estimate.layouts import (
     LONG_ROW,
     Estimate,
@@ -16,6 +17,7 @@ from common.estimate.layouts import (
     possible_layouts,
     without_needless_context,
 )
+from common.estimate.memory import rank_memory
 from common.model.shape.config import QwenConfig, load_config
 from tests.unit.estimate.ranks import write_config
 
@@ -70,6 +72,47 @@ def test_micro_batches_that_chunks_cannot_share_are_refused_with_the_reason(qwen
     found, refused = estimate_all(settings(pp=4, global_batch_size=12), qwen, H100)
     assert {one.settings.vpp for one in found} == {1} and len(refused) == 2
     assert all("needs a number of micro-batches divisible by PP=4" in each.reason for each in refused)
+
+
+@pytest.fixture
+def wordy(tmp_path: Path) -> QwenConfig:
+    """A model whose output layer is worth three to four of its layers."""
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 16}
+    more = {"num_key_value_heads": 8, "vocab_size": 128000, "max_position_embeddings": 2048}
+    return load_config(write_config(tmp_path, **shape, **more))
+
+
+def splits(qwen: QwenConfig, gpu: Gpu = H100, even: bool = False, **changes: Any) -> dict[tuple[int, int], Estimate]:
+    """By PP and VPP."""
+    found = estimate_all(settings(**{"seq_length": 2048, "global_batch_size": 64, **changes}), qwen, gpu, even=even)[0]
+    return {(one.settings.pp, one.settings.vpp): one for one in found}
+
+
+def test_searched_layouts_have_the_layers_that_balance_their_stages(wordy: QwenConfig) -> None:
+    found, given, even = splits(wordy), splits(wordy, pp=4), splits(wordy, even=True)
+    layers = {sizes: one.settings.pipeline_layers for sizes, one in found.items()}
+    assert layers[1, 1] is None and (layers[2, 1], layers[2, 2]) == ("13,11", "6,7,7,4")
+    assert layers[4, 1] == "6,7,7,4" and layers[8, 3] is None, "each of its chunks has one layer already"
+    assert {one.settings.pipeline_layers for one in (*given.values(), *even.values())} == {None}
+    for sizes in ((2, 1), (4, 1)):
+        one, other = found[sizes], even[sizes]
+        assert other.rank_seconds > 1.01 * one.rank_seconds and one.speed and one.speed.step_seconds == one.rank_seconds
+        assert one.ranks == tuple(rank_memory(one.settings, H100.platform, wordy, stage) for stage in range(sizes[0]))
+        assert one.ranks[-1].parameters < other.ranks[-1].parameters
+
+
+def test_even_stages_stay_where_others_would_not_fit(wordy: QwenConfig) -> None:
+    """With memory between that of the two, and where that is scarce for both the one that needs less."""
+    even, split = (splits(wordy, even=each)[2, 1] for each in (True, False))
+    assert even.largest.peak < split.largest.peak
+    needs = [(one.largest.peak * RESERVED_SHARE + CONTEXT_BYTES + NCCL_BYTES) / 2**30 for one in (even, split)]
+    for memory, layers in ((needs[1] + 0.01, "13,11"), (needs[1] - 0.01, None), (1.0, None)):
+        assert splits(wordy, replace(H100, memory_gib=memory))[2, 1].settings.pipeline_layers == layers
+
+
+def test_layers_of_ones_own_are_kept(wordy: QwenConfig) -> None:
+    found = splits(wordy, pipeline_layers="7,7,7,3")
+    assert {sizes: one.settings.pipeline_layers for sizes, one in found.items()} == {(4, 1): "7,7,7,3"}
 
 
 def contexts(**changes: Any) -> dict[int, dict[int, set[int]]]:

@@ -7,13 +7,19 @@ from typing import Any
 
 import pytest
 
+from common.checkpoint.formats.checkpoint_paths import Checkpoint
 from common.errors import KitError
 from common.estimate.gpus import Gpu, find_gpu
 from common.model.shape.config import load_config
+from common.platforms.cpu import CPU
+from common.settings import to_flags
+from common.training.planning.plan import Start
 from common.training.settings import TrainSettings
+from common.tune import tuning
 from common.tune.candidates import candidates, check_tunable, with_layout, with_open_layout
 from common.tune.results import settings_lines, table
 from common.tune.trial import Trial, reason_of, trial_settings
+from tests.recipes import write_config as recipe_config
 from tests.unit.estimate.ranks import write_config
 
 SHAPE = {
@@ -81,6 +87,41 @@ def test_context_parallelism_is_tried_for_long_rows_whatever_the_settings_have(t
     assert header[:5] == ["TP", "PP", "VPP", "CP", "micro-batch"] and first[:6] == ["1", "1", "1", "4", "1", "none"]
     header, first = (line.split() for line in table([(best[2], trial)]))
     assert header[:4] == ["TP", "PP", "VPP", "micro-batch"] and first[:5] == ["1", "1", "1", "2", "full"]
+
+
+def test_stages_are_balanced_where_that_is_faster_and_the_trial_and_the_file_have_it(tmp_path: Path) -> None:
+    """3B in 2 GPUs' memory as at PP=2 and one sample at a time."""
+    wide, qwen = settings(gpus=2, seq_length=4096, global_batch_size=8), recipe_config(tmp_path, "3B")
+    best = candidates(wide, qwen, find_gpu("H200"), 1000)
+    (one,) = (each for each in best if layout(each.settings) == (1, 2, 1, 1, 1, "none"))
+    assert one.settings.pipeline_layers == "19,17"
+    assert "--pipeline-layers=19,17" in to_flags(trial_settings(with_layout(wide, one), tmp_path, tmp_path))
+    trial, plain = Trial(tokens_per_s=1000.0, memory_gib=20.0), next(each for each in best if each.settings.pp == 1)
+    assert "PIPELINE_LAYERS=19,17" in [*settings_lines(one, trial, find_gpu("H200"), 8)]
+    rows = [line.split() for line in table([(one, trial), (plain, trial)])]
+    assert rows[0][3] == "PIPELINE_LAYERS" and {row[3] for row in rows[1:]} == {"19,17", "even"}
+    assert "PIPELINE_LAYERS" not in next(table([(plain, trial)]))
+    even = candidates(wide, qwen, find_gpu("H200"), 1000, even=True)
+    assert {each.settings.pipeline_layers for each in even} == {None} and len({each.settings.pp for each in even}) == 2
+
+
+@pytest.mark.parametrize("format", ["torch", "torch_dist"])
+def test_a_start_in_torch_format_keeps_even_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    write_config(tmp_path / "model", **SHAPE)
+    checkpoint = Checkpoint(tmp_path / "model", tmp_path / "release", "release", format)  # type: ignore[arg-type]
+    monkeypatch.setattr(tuning, "find_start", lambda settings: Start("weights", tmp_path / "model", checkpoint))
+    asked: list[bool] = []
+
+    def stop(*given: Any, even: bool) -> list[Any]:
+        asked.append(even)
+        raise KitError("enough")
+
+    monkeypatch.setattr(tuning, "candidates", stop)
+    with pytest.raises(KitError, match="enough"):
+        tuning.tune(settings(load_checkpoint_path="/start"), CPU, tmp_path / "tuned.env")
+    assert asked == [format == "torch"]
 
 
 @pytest.mark.parametrize("given", [1, 2])

@@ -25,7 +25,7 @@ def settings(**changes: Any) -> TrainSettings:
         ("nvidia", {"gpus": 2, "cp": 2, "seq_length": 30}, "SEQ_LENGTH=30 cannot be divided by 2 x CP x TP = 4"),
         ("cpu", {"fp8_format": "hybrid"}, "FP8_FORMAT=hybrid needs TRANSFORMER_IMPL="),
         ("cpu", {"tp_comm_overlap": "true", "gpus": 2, "tp": 2}, "TP_COMM_OVERLAP=true needs TRANSFORMER_IMPL="),
-        ("nvidia", {"tp_comm_overlap": "true"}, "TP_COMM_OVERLAP=true with TP=1 and SEQUENCE_PARALLEL=True: it needs TP"),
+        ("nvidia", {"tp_comm_overlap": "true"}, "TP_COMM_OVERLAP=true with TP=1 and SEQUENCE_PARALLEL=True: it needs"),
         (
             "nvidia",
             {"core_attention": "sdpa", "packing": True, "train_mode": "finetune"},
