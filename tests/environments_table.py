@@ -117,6 +117,8 @@ AFTER = {
   only for a few steps.
   `CP` was run on two H200 with Transformer Engine's layers and one document a row; packed rows and local layers
   with `CP` on CPUs alone ([long-rows.md](long-rows.md)).
+- `TP_COMM_OVERLAP=auto`, the default, needs no Transformer Engine, but NVIDIA GPUs of one host, bf16 and PyTorch's symmetric memory
+  (torch 2.6 or later, with its package cuda-bindings); the log says where it is not used.
 """,
     "zh": """\
 - NGC 24.03 是 `docker/nvidia.Dockerfile` 的基础镜像，25.06 是更新的一个：`--build-arg
@@ -135,6 +137,8 @@ AFTER = {
   在 GPU 上只运行过几步。
   `CP` 在两块 H200 上以 Transformer Engine 的层、每行一个文档运行过；拼接的行和 local 层的 `CP` 只在 CPU 上运行过
   （[long-rows.md](long-rows.md)）。
+- 默认的 `TP_COMM_OVERLAP=auto` 不需要 Transformer Engine，但需要同一主机的 NVIDIA GPU、bf16 和 PyTorch 的对称内存
+  （torch 2.6 或更新，以及其 cuda-bindings 包）；不使用时日志会说明原因。
 """,
 }
 # Setting, and the fields that select it in a run of two processes.

@@ -161,7 +161,10 @@ def _notes(settings: EstimateSettings, gpu: Gpu, works: Sequence[Workload]) -> I
     if divided:
         ring, gathered = "not counted, as if all of it overlapped", "counted as if nothing overlapped it"
         time = gathered if divided[0].gathered else ring
-        yield f"note: context parallelism was not measured; the time of its communication is {time}"
+        measured = "measured at CP=2, one document a row"
+        yield f"note: context parallelism was {measured}; the time of its communication is {time}"
+    if any(work.exchanging and work.tp > 2 for work in works):
+        yield "note: what tensor parallelism hides of its communication was measured at TP=2"
     if gpu.rated and settings.nnodes > 1:
         yield "note: speed on several nodes was not measured; the bandwidth of links between GPUs and nodes is assumed"
     elif gpu.rated and settings.gpus > 1:

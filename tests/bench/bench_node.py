@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from common.errors import KitError
+from common.estimate.check import as_installed
 from common.estimate.gpus import find_gpu
 from common.estimate.layouts import estimate
 from common.model.shape.config import load_config
@@ -268,7 +269,8 @@ def estimated(row: Row, arguments: argparse.Namespace) -> dict[str, float]:
     settings = from_namespace(TrainSettings, parser.parse_args(words(flags)))
     name = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0]
     try:
-        found = estimate(settings, load_config(arguments.models / row.size), find_gpu(name))
+        gpu = find_gpu(name)
+        found = estimate(as_installed(settings, gpu.platform), load_config(arguments.models / row.size), gpu)
     except KitError:
         return {}
     speed = {"estimated_tokens_per_s_gpu": round(found.speed.tokens_per_second / row.gpus)} if found.speed else {}

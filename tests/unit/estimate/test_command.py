@@ -127,13 +127,13 @@ def test_layers_that_are_not_recomputed_keep_more_and_are_faster(model: Path) ->
     assert layouts[0]["peak_bytes"] == json.loads(run(**one, json=True))["layouts"][0]["peak_bytes"]
 
 
-def test_context_parallelism_divides_the_tokens_and_is_noted_as_not_measured(model: Path) -> None:
+def test_context_parallelism_divides_the_tokens_and_is_noted_as_measured_at_2(model: Path) -> None:
     options = {"hf_model_path": model, "gpu": "H200", "gpus": 2, "tp": 1, "pp": 1, "recompute": "none"}
     options |= {"micro_batch_size": 1, "seq_length": 16384}
     one, two = (json.loads(run(**options, json=True, cp=cp))["layouts"][0] for cp in (1, 2))
     assert one["stages"][0]["kept"] == 2 * two["stages"][0]["kept"]
     assert one["stages"][0]["state"] == two["stages"][0]["state"]  # spread over DP x CP
-    note = "note: context parallelism was not measured; the time of its communication is "
+    note = "note: context parallelism was measured at CP=2, one document a row; the time of its communication is "
     assert f"{note}not counted" in run(**options, cp=2) and note not in run(**options, cp=1)
     packed = {**options, "packing": "true", "cp": 2}
     assert f"{note}counted as if" in run(**packed)
@@ -160,7 +160,7 @@ def test_long_rows_get_their_context_parallelism_and_short_ones_none(tmp_path: P
     text = run(**options, write_settings=written)
     header, first = (line.split() for line in text.split("\n\n")[1].splitlines()[:2])
     assert (header[:5], first[:5]) == (["TP", "PP", "VPP", "CP", "DP"], ["1", "1", "1", "4", "2"])
-    assert "CP=4\n" in written.read_text() and "note: context parallelism was not measured" in text
+    assert "CP=4\n" in written.read_text() and "note: context parallelism was measured at CP=2" in text
     place = {layout: number for number, layout in enumerate(layouts)}
     needless = [one for one in layouts if place.get((*one[:4], one[4] / 2, one[5] / 2), len(place)) < place[one]]
     assert f"\n{len(needless)} of them are left out of the table: half of their CP" in text and needless
@@ -173,7 +173,7 @@ def test_long_rows_get_their_context_parallelism_and_short_ones_none(tmp_path: P
     assert " CP " in run(**{**options, "seq_length": 8192, "cp": 2}).split("\n\n")[1]
 
 
-def test_packing_is_noted_as_not_measured(model: Path) -> None:
+def test_packing_is_noted_as_measured_at_2(model: Path) -> None:
     options = {"hf_model_path": model, "gpu": "H200", "gpus": 8, "transformer_impl": "local"}
     assert "note: the kit's own attention within samples (PACKING) was not measured" in run(**options, packing="true")
     assert "PACKING" not in run(**options)
