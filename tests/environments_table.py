@@ -117,8 +117,8 @@ AFTER = {
   only for a few steps.
   `CP` was run on two H200 with Transformer Engine's layers and one document a row; packed rows and local layers
   with `CP` on CPUs alone ([long-rows.md](long-rows.md)).
-- `TP_COMM_OVERLAP=auto`, the default, needs no Transformer Engine, but NVIDIA GPUs of one host, bf16 and PyTorch's symmetric memory
-  (torch 2.6 or later, with its package cuda-bindings); the log says where it is not used.
+- `TP_COMM_OVERLAP=auto`, the default, needs no Transformer Engine, but NVIDIA GPUs of one host, bf16 and PyTorch's
+  symmetric memory (torch 2.6 or later, with its package cuda-bindings); the log says where it is not used.
 """,
     "zh": """\
 - NGC 24.03 是 `docker/nvidia.Dockerfile` 的基础镜像，25.06 是更新的一个：`--build-arg

@@ -28,17 +28,12 @@ from typing import Any
 
 import torch
 
-from common.errors import KitError
-from common.estimate.check import as_installed
-from common.estimate.gpus import find_gpu
-from common.estimate.layouts import estimate
 from common.model.shape.config import load_config
 from common.platforms import detect
-from common.settings import add_options, from_namespace
 from common.training.loop.metrics import flops_per_token
-from common.training.settings import TrainSettings
 from common.tune.trial import end, steps_of
 from tests.bench.bench_training import MEGATRON_LOG, MEGATRON_MEMORY, megatron_flags, words
+from tests.bench.node_estimate import balanced_layers, estimated
 from tests.bench.node_saves import measure_kills, measure_saves
 
 KIT = Path(__file__).parents[2]
@@ -51,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cpu": {"optimizer-state": "cpu"},
     "cpu-bf16": {"optimizer-state": "cpu_bf16"},
     "fp8": {"fp8-format": "hybrid", "fp8-recipe": "delayed"},
+    "even": {},
     "fa4": {"core-attention": "flash_attn_4"},
     "full": {"recompute": "full"},
     "local": {"transformer-impl": "local"},
@@ -60,6 +56,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "unfused": {"fused-products": "false"},
     "1024": {"seq-length": 1024},
     "32k": {"seq-length": 32768},
+    "128k": {"seq-length": 131072},
+    "reset": {"reset-attention": "true"},
 }
 SAVES = ("sync", "async")  # two saves and a resume, in place of steps
 COUNTED = {"mb": "micro-batch-size", "samples": "global-batch-size"}  # +mb2, +samples64
@@ -73,18 +71,8 @@ ROWS: dict[int, tuple[str, ...]] = {
         "14B/tp2pp2dp2", "32B/tp8", "32B/tp4pp2", "72B/tp8+lora", "72B/tp8+cpu-bf16", "7B/dp8+sync", "7B/dp8+async",
         "32B/tp4pp2+sync", "32B/tp4pp2+async", "7B/dp8+kills"),
 }  # fmt: skip
-ALONE = {
-    "cpu",
-    "cpu-bf16",
-    "lora",
-    "local",
-    "plain",
-    "unfused",
-    "fp8",
-    "sync",
-    "async",
-    "kills",
-}  # options of which Megatron-LM has no row
+# Options of which Megatron-LM has no row.
+ALONE = {"cpu", "cpu-bf16", "even", "fa4", "fp8", "kills", "local", "lora", "plain", "reset", "unfused", *SAVES}
 MEGATRON_NAMES = ("seq-length", "micro-batch-size", "global-batch-size")
 MEGATRON_SIZES = {
     "tp": "tensor-model-parallel-size", "pp": "pipeline-model-parallel-size", "cp": "context-parallel-size",
@@ -120,6 +108,11 @@ class Row:
 
     @property
     def size(self) -> str:
+        """Without what tells one folder of a size from another, as in 7B-128K."""
+        return self.folder.split("-")[0]
+
+    @property
+    def folder(self) -> str:
         return self.name.split("/")[0]
 
     @property
@@ -171,7 +164,7 @@ def rows_for(gpus: int, with_megatron: bool) -> list[Row]:
 
 def command(row: Row, arguments: argparse.Namespace, folder: Path) -> list[str]:
     """The command of a row, which writes to `folder`."""
-    model = arguments.models / row.size
+    model = arguments.models / row.folder
     if row.is_megatron:
         flags = {name: value for name, value in row.flags.items() if name in MEGATRON_NAMES}
         sizes = {MEGATRON_SIZES[name]: number for name, number in row.sizes.items() if name in MEGATRON_SIZES}
@@ -184,14 +177,23 @@ def command(row: Row, arguments: argparse.Namespace, folder: Path) -> list[str]:
         script = words({**megatron_flags(model), **flags, **sizes, **more, "train-iters": 10**6})
         return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={row.gpus}",
                 f"--master-port={arguments.port}", str(arguments.megatron / "pretrain_gpt.py"), *script]  # fmt: skip
-    start = {"load-checkpoint-path": arguments.starts / row.size} if "lora" in row.options else {"hf-model-path": model}
+    start = (
+        {"load-checkpoint-path": arguments.starts / row.folder} if "lora" in row.options else {"hf-model-path": model}
+    )
     flags = {
         **start, "dataset-path": arguments.data, "save-checkpoint-path": folder, "save-interval": 10**6,
         "eval-interval": 0, "split": "100,0,0", "train-iters": 10**6, "log-interval": 1, "lr": 1e-4, "min-lr": 1e-5,
         "master-port": arguments.port,
-        **row.flags,
+        **row.flags, **balanced(row, arguments),
     }  # fmt: skip
     return [sys.executable, "-m", "common.train", *words(flags)]
+
+
+def balanced(row: Row, arguments: argparse.Namespace) -> dict[str, str]:
+    """PIPELINE_LAYERS as the launcher proposes them, where the row has none; with +even none."""
+    if "pipeline-layers" in row.flags or "even" in row.options:
+        return {}
+    return balanced_layers(load_config(arguments.models / row.folder), row.flags)
 
 
 def steps_of_megatron(log: Path, row: Row) -> list[dict[str, float]]:
@@ -254,27 +256,9 @@ def measure_steps(row: Row, arguments: argparse.Namespace, folder: Path) -> dict
         "tokens_per_s_gpu": round(rate),
         "gib": round(max(step.get("memory_gib", 0.0) for step in steps), 1),
     }
-    qwen, flags = load_config(arguments.models / row.size), row.flags
+    qwen, flags = load_config(arguments.models / row.folder), row.flags
     line["tflops"] = round(rate * flops_per_token(qwen, flags["seq-length"]) / 1e12, 1)
-    return line if row.is_megatron else {**line, **estimated(row, arguments)}
-
-
-def estimated(row: Row, arguments: argparse.Namespace) -> dict[str, float]:
-    """What `common.estimate` says of the row on these GPUs: tokens/s a GPU and GiB; nothing on a CPU."""
-    if not torch.cuda.is_available():
-        return {}
-    parser = argparse.ArgumentParser()
-    add_options(parser, TrainSettings)
-    flags = {**row.flags, "dataset-path": "-", "save-checkpoint-path": "-", "train-iters": 1}
-    settings = from_namespace(TrainSettings, parser.parse_args(words(flags)))
-    name = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0]
-    try:
-        gpu = find_gpu(name)
-        found = estimate(as_installed(settings, gpu.platform), load_config(arguments.models / row.size), gpu)
-    except KitError:
-        return {}
-    speed = {"estimated_tokens_per_s_gpu": round(found.speed.tokens_per_second / row.gpus)} if found.speed else {}
-    return {**speed, "estimated_gib": round(found.largest.peak / 2**30, 1)}
+    return line if row.is_megatron else {**line, **estimated(qwen, {**flags, **balanced(row, arguments)}, row.gpus)}
 
 
 def main() -> None:

@@ -1,0 +1,51 @@
+"""What `common.estimate` says of a row of bench_node: its rate and memory, and the stages that it proposes."""
+
+import argparse
+from typing import Any
+
+import torch
+
+from common.errors import KitError
+from common.estimate.balance import faster_split
+from common.estimate.check import as_installed
+from common.estimate.gpus import Gpu, find_gpu
+from common.estimate.layouts import estimate
+from common.model.shape.config import QwenConfig
+from common.settings import add_options, from_namespace
+from common.training.settings import TrainSettings
+from tests.bench.bench_training import words
+
+
+def gpu_here() -> Gpu | None:
+    """This machine's type of GPU; None on a CPU, or where the estimate does not know it."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return find_gpu(torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0])
+    except KitError:
+        return None
+
+
+def settings_of(flags: dict[str, Any], gpu: Gpu) -> TrainSettings:
+    """The settings of flags of `common.train` without paths, with the packages that are installed here."""
+    parser = argparse.ArgumentParser()
+    add_options(parser, TrainSettings)
+    given = {**flags, "dataset-path": "-", "save-checkpoint-path": "-", "train-iters": 1}
+    return as_installed(from_namespace(TrainSettings, parser.parse_args(words(given))), gpu.platform)
+
+
+def balanced_layers(qwen: QwenConfig, flags: dict[str, Any]) -> dict[str, str]:
+    """The flag of the PIPELINE_LAYERS that the launcher would propose for `flags`; none if even stages are as fast."""
+    gpu = gpu_here()
+    split = faster_split(settings_of(flags, gpu), qwen, gpu) if gpu else None
+    return {"pipeline-layers": split.layers} if split else {}
+
+
+def estimated(qwen: QwenConfig, flags: dict[str, Any], gpus: int) -> dict[str, float]:
+    """What the estimate says of `flags`: tokens/s a GPU and GiB; nothing on a CPU."""
+    gpu = gpu_here()
+    if gpu is None:
+        return {}
+    found = estimate(settings_of(flags, gpu), qwen, gpu)
+    speed = {"estimated_tokens_per_s_gpu": round(found.speed.tokens_per_second / gpus)} if found.speed else {}
+    return {**speed, "estimated_gib": round(found.largest.peak / 2**30, 1)}
