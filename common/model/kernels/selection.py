@@ -209,10 +209,10 @@ def tp_exchange(
         f"PRECISION={options.precision}": options.precision != "bf16",
         "FP8's products are Transformer Engine's: TP_COMM_OVERLAP=true": options.fp8_format != "none",
         "TUNER=lora": options.lora is not None,
-        f"not on {platform.name}": not platform.fused_kernels,
+        "without the kit's own kernels": not platform.fused_kernels,
         "Transformer Engine's layers need the fused residual norms for it": options.transformer_impl != "local"
         and norms is None,
-        f"TP={sizes.tp} spans nodes": sizes.tp > int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        f"TP={sizes.tp} spans nodes": int(os.environ.get("LOCAL_WORLD_SIZE", "1")) % sizes.tp > 0,
     }
     if reason := _first(reasons):
         logger.info("TP communication: not overlapped with matrix products (%s)", reason)

@@ -78,6 +78,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
         "common.model.kernels.loss_kernels", "TypeError", {}, {**BOTH, "loss": "TorchKernels"},
         f"loss: PyTorch (Triton: {MESSAGE} (rank 1 of 2))",
     ),
+    "copies between the GPUs": (
+        "torch.distributed._symmetric_memory", "TypeError", {"tp": 2}, {**BOTH, "loss": "TritonKernels"},
+        "TP communication: not overlapped with matrix products (AssertionError: Torch not compiled with CUDA enabled"
+        f" (rank 0 of 2); {MESSAGE} (rank 1 of 2))",
+    ),
     "flash_attn": (
         "flash_attn", "TypeError", {"attention": ["flash_attn", "sdpa"]}, BOTH,
         f"core attention: sdpa (flash_attn: {MESSAGE} (rank 1 of 2))",
@@ -94,7 +99,7 @@ def two_ranks(qwen: Path, **task: Any) -> list[dict[str, Any]]:
     """The output of both, rank 0 first."""
     stubs = [ROOT / "tests" / "stubs" / name for name in ("quack", "flash_attn")]
     path = ":".join(map(str, [ROOT, *stubs]))
-    printed = forked(2, __name__, [json.dumps({"qwen": str(qwen), **task})], more={"PYTHONPATH": path})
+    printed = forked(2, __name__, [json.dumps({"qwen": str(qwen), **task})], more={"PYTHONPATH": path, "LOCAL_WORLD_SIZE": "2"})
     results = [json.loads(line) for line in printed.splitlines() if line.startswith('{"rank": ')]
     return sorted(results, key=lambda each: each.pop("rank"))
 
@@ -150,7 +155,7 @@ def main() -> None:
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("kit").addHandler(handler)
     logging.getLogger("kit").setLevel(logging.INFO)
-    sizes = ParallelSizes(2, pp=task.get("pp", 1))
+    sizes = ParallelSizes(2, tp=task.get("tp", 1), pp=task.get("pp", 1))
     with process_group(PLATFORMS["cpu"], sizes, 1234, 1):
         result = found(load_config(Path(task["qwen"])), sizes, task)
         line = json.dumps({"rank": int(os.environ["RANK"]), **result, "log": lines})

@@ -18,8 +18,10 @@ from common.model.layers import gated_mlp
 from common.model.layers.attention import KINDS
 from common.model.layers.loss import TorchKernels
 from common.model.shape.config import load_config
+from common.model.shape.lora import LoraConfig
 from common.model.shape.options import ModelOptions
 from common.parallel import ParallelSizes
+from common.platforms.base import Platform
 from common.platforms.cpu import CPU
 from tests.distributed.launch import forked
 from tests.tiny import tiny_qwen
@@ -125,6 +127,38 @@ def test_fused_products_without_norms_under_transformer_engine_are_refused(tmp_p
         products(tmp_path, transformer_impl="transformer_engine", fused_products="true")
 
 
+@pytest.mark.parametrize(
+    ("changes", "platform", "local", "reason"),
+    [
+        ({"sequence_parallel": False}, FUSED, 2, "SEQUENCE_PARALLEL=false"),
+        ({"precision": "fp32"}, FUSED, 2, "PRECISION=fp32"),
+        ({"fp8_format": "hybrid"}, FUSED, 2, "FP8's products are Transformer Engine's: TP_COMM_OVERLAP=true"),
+        ({"lora": LoraConfig(8, 16.0, ("q_proj",))}, FUSED, 2, "TUNER=lora"),
+        ({}, CPU, 2, "without the kit's own kernels"),
+        ({"transformer_impl": "transformer_engine"}, FUSED, 2, "Transformer Engine's layers need the fused residual"),
+        ({}, FUSED, 1, "TP=2 spans nodes"),
+    ],
+)
+def test_why_tensor_parallel_communication_is_not_overlapped_is_said(
+    changes: dict[str, Any], platform: Platform, local: int, reason: str, tmp_path: Path,
+    log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    sizes, options = ParallelSizes(2, tp=2), replace(OPTIONS, **changes)
+    assert kernels.tp_exchange(load_config(tiny_qwen(tmp_path)), sizes, options, platform, None) is None
+    assert log.messages[0].startswith(f"TP communication: not overlapped with matrix products ({reason}")
+
+
+@pytest.mark.parametrize(("overlap", "tp"), [("false", 2), ("true", 2), ("auto", 1)])
+def test_where_no_copies_are_asked_for_nothing_is_said(
+    overlap: str, tp: int, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    options = replace(OPTIONS, tp_comm_overlap=overlap)
+    qwen = load_config(tiny_qwen(tmp_path))
+    assert kernels.tp_exchange(qwen, ParallelSizes(tp, tp=tp), options, FUSED, None) is None
+    assert not log.messages
+
+
 def attention(folder: Path, cp: int, **changes: Any) -> Any:
     """The core attention of a run at that CP, with Transformer Engine's layers where nothing else is said."""
     options = replace(OPTIONS, **{"transformer_impl": "transformer_engine", **changes})
@@ -142,6 +176,16 @@ def test_transformer_engines_attention_takes_rows_of_several_documents_only_with
     assert attention(tmp_path, 2, **several, precision="fp32") is sdpa
     assert attention(tmp_path, 2, core_attention="sdpa") is sdpa
     assert attention(tmp_path, 2, transformer_impl="local") is sdpa
+
+
+def test_a_kernel_faster_than_transformer_engines_is_used_with_context_parallelism_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cp in (1, 2):
+        assert attention(tmp_path, cp) is None
+    monkeypatch.setattr(KINDS["sdpa"], "faster_than_engine", True)
+    for cp in (1, 2):
+        assert attention(tmp_path, cp) is KINDS["sdpa"]
 
 
 def test_a_deterministic_run_logs_what_it_replaces(
