@@ -80,7 +80,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
     ),
     "copies between the GPUs": (
         "torch.distributed._symmetric_memory", "TypeError", {"tp": 2}, {**BOTH, "loss": "TritonKernels"},
-        f"TP communication: not overlapped with matrix products (no module cuda (rank 0 of 2); {MESSAGE} (rank 1 of 2))",
+        "TP communication: not overlapped with matrix products (no module cuda (rank 0 of 2);"
+        f" {MESSAGE} (rank 1 of 2))",
     ),
     "flash_attn": (
         "flash_attn", "TypeError", {"attention": ["flash_attn", "sdpa"]}, BOTH,
