@@ -92,6 +92,7 @@ def test_without_gradients_only_losses_are_made() -> None:
 PROGRAM = """
 import json, sys, torch, torch.distributed as dist
 from common.model.layers.loss import LinearCrossEntropy, RecomputedCrossEntropy, TorchKernels, Vocabulary
+from common.training.launching.rank_exit import exit_now
 from tests.unit.model.test_loss import case, expected
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -111,6 +112,7 @@ for cross_entropy in (LinearCrossEntropy, RecomputedCrossEntropy):
 print(json.dumps({"ok": rank}))
 dist.barrier()  # gloo may abort when the other rank exits first
 dist.destroy_process_group()
+exit_now(0)
 """
 
 
