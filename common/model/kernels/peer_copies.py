@@ -54,17 +54,11 @@ class PeerMemory:
 
     def tell(self, peer: int, kind: str, number: int, what: int, use: int) -> None:
         """Sets the number of this rank at `peer`, once the current stream got here."""
-        from cuda.bindings import driver
-
-        _check(driver.cuStreamWriteValue32(_stream(), self._flag(peer, kind, number, what, self._rank), use, 0))
+        write_number(self._flag(peer, kind, number, what, self._rank), use)
 
     def wait(self, peer: int, kind: str, number: int, what: int, use: int) -> None:
         """Has the current stream wait until `peer` has set its number here to `use` or more."""
-        from cuda.bindings import driver
-
-        address = self._flag(self._rank, kind, number, what, peer)
-        at_least = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
-        _check(driver.cuStreamWaitValue32(_stream(), address, use, int(at_least)))
+        await_number(self._flag(self._rank, kind, number, what, peer), use)
 
     @staticmethod
     def copy(values: torch.Tensor, place: torch.Tensor) -> None:
@@ -72,8 +66,21 @@ class PeerMemory:
         place.copy_(values, non_blocking=True)
 
 
-def _stream() -> int:
-    return int(torch.cuda.current_stream().cuda_stream)
+def write_number(address: int, number: int) -> None:
+    """Has the current stream write `number`, 32 bits, after what it wrote before is visible to other GPUs."""
+    from cuda.bindings import driver
+
+    stream = torch.cuda.current_stream().cuda_stream
+    _check(driver.cuStreamWriteValue32(stream, address, number, 0))
+
+
+def await_number(address: int, number: int) -> None:
+    """Has the current stream wait until the 32 bits there are `number` or more."""
+    from cuda.bindings import driver
+
+    stream = torch.cuda.current_stream().cuda_stream
+    at_least = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+    _check(driver.cuStreamWaitValue32(stream, address, number, int(at_least)))
 
 
 def _check(result: tuple[Any, ...]) -> None:
@@ -227,33 +234,40 @@ class Scattering:
 
 
 def need_peers() -> None:
-    """Raises whatever the packages do on a rank that lacks one; before any rank waits for another."""
+    """Raises whatever the packages or CUDA do on a rank that cannot; before any rank waits for another."""
     import torch.distributed._symmetric_memory
     from cuda.bindings import driver  # noqa: F401
 
     here = torch.cuda.current_device()
     peers = [each for each in range(torch.cuda.device_count()) if each != here]
     need("" if all(torch.cuda.can_device_access_peer(here, each) for each in peers) else "the GPUs are not linked")
+    number = torch.zeros(1, dtype=torch.int32, device=_device())
+    write_number(number.data_ptr(), 2)
+    await_number(number.data_ptr(), 1)
+    need("" if number.item() == 2 else "streams do not write numbers")
 
 
 def unusable_reason(group: Any, width: int) -> str:
-    """Why PeerCopies cannot be used in `group`; empty if it gathers and sums as torch.distributed does."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    """Why PeerCopies cannot be used in `group`; empty if it gathers and sums as torch.distributed does.
+
+    A rank whose values are wrong goes on: the others wait for what it sends.
+    """
+    rank, size, wrong = dist.get_rank(group), dist.get_world_size(group), set[str]()
     exchange = PeerCopies(group)
     whole = torch.randn(size * PROBED, width, generator=torch.Generator().manual_seed(0)).to(_device(), torch.bfloat16)
     part = whole.chunk(size)[rank].contiguous()
+    factor = sum(2.0**-each for each in range(size))
     for _ in range(2 * SLOTS):  # each slot twice
         gathering = exchange.gather(part)
         for rows, values in [*gathering.pieces(), *gathering.blocks()]:
             if not torch.equal(values, whole[rows]):
-                return "gathered values are wrong"
+                wrong.add("gathered values are wrong")
         scattering = exchange.scatter(len(whole), width, whole)
         for rows, out in scattering.pieces():
             out.copy_(whole[rows] * 2.0**-rank)
-        factor = sum(2.0**-each for each in range(size))
         if not torch.allclose(scattering.total().float(), part.float() * factor, rtol=2**-6):
-            return "sums are wrong"
-    return ""
+            wrong.add("sums are wrong")
+    return ", ".join(sorted(wrong))
 
 
 def _device() -> torch.device:
