@@ -72,7 +72,7 @@ class Workload:
     @property
     def exchanging(self) -> bool:
         """Whether TP's communication is overlapped with GEMMs by the GPUs' copy engines."""
-        supported = self.sequence_parallel and self.precision == "bf16" and not self.fp8_recipe and not self.lora
+        supported = self.sequence_parallel and self.precision == "bf16" and not self.fp8_recipe
         return self.tp_copies and self.tp > 1 and supported
 
     @property

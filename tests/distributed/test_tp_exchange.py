@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from common.training.tracking.records import read_metrics
 from tests.distributed.launch import forked
 from tests.distributed.test_context_parallel import BOUND, Gradients, difference, result, settings
 from tests.distributed.user import step3_forked, step3_words
@@ -48,3 +49,15 @@ def test_each_mutant_is_far_outside_the_bound(
 ) -> None:
     _, mine = changed(work, "tp", mutant)
     assert difference(mine, alone["tp"][1]) > 1000 * BOUND
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_adapters_train_the_same(work: Path, recompute: str) -> None:
+    """The products' weights are frozen, and the adapters communicate by themselves."""
+    lora = {"TUNER": "lora", "TRAIN_ITERS": 3, "LR": 1e-2, "RECOMPUTE": recompute}
+    names = [f"lora {recompute} {change}" for change in ("megatron", "linears")]
+    step3_forked(settings(work, "plain", names[0], **lora, **LAYOUTS["tp"]))
+    flags = step3_words(settings(work, "plain", names[1], **lora, **LAYOUTS["tp"]))
+    forked(2, "tests.distributed.exchange_worker", ["linears", *flags])
+    one, other = ([row["loss"] for row in read_metrics(work / f"plain_{name}")] for name in names)
+    assert len(one) == 3 and other == pytest.approx(one, rel=2e-6) and abs(one[2] - one[0]) > 1e-3

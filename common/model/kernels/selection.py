@@ -208,7 +208,6 @@ def tp_exchange(
         "SEQUENCE_PARALLEL=false": not options.sequence_parallel,
         f"PRECISION={options.precision}": options.precision != "bf16",
         "FP8's products are Transformer Engine's: TP_COMM_OVERLAP=true": options.fp8_format != "none",
-        "TUNER=lora": options.lora is not None,
         "without the kit's own kernels": not platform.fused_kernels,
         "Transformer Engine's layers need the fused residual norms for it": options.transformer_impl != "local"
         and norms is None,

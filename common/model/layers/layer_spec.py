@@ -38,7 +38,7 @@ def block_spec(
     fused_residual_norms: norms and residual adds to be connected by `residual_norm.connect_norms` afterwards.
     products: the MLPs' GEMMs with fused SwiGLU.
     lora: its linear layers are to be given adapters by `lora.add_adapters` afterwards.
-    exchanging: its linear layers are to be given an Exchange by `exchange.set_exchange` afterwards; not with `lora`.
+    exchanging: its linear layers are to be given an Exchange by `exchange.set_exchange` afterwards.
     """
     engine = transformer_impl == "transformer_engine"
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm) if engine else _local_layer(qk_norm)
@@ -68,10 +68,10 @@ def _replace_linears(owners: dict[str, Any], separate_norms: bool, lora: LoraCon
         owner, name = owners[linear.split(".")[0]], linear.split(".")[1]
         has_norm = separate_norms and name in COLUMN_PARALLEL
         kind: Any = column_parallel_linear() if has_norm else getattr(owner, name)
+        if exchanging:
+            kind = gathered_linear(kind) if name in COLUMN_PARALLEL else scattered_linear(kind)
         if lora and linear in lora.linears:
             kind = adapted(kind)
-        elif exchanging:
-            kind = gathered_linear(kind) if name in COLUMN_PARALLEL else scattered_linear(kind)
         setattr(owner, name, normed_linear(kind) if has_norm else kind)
 
 

@@ -18,7 +18,6 @@ from common.model.layers import gated_mlp
 from common.model.layers.attention import KINDS
 from common.model.layers.loss import TorchKernels
 from common.model.shape.config import load_config
-from common.model.shape.lora import LoraConfig
 from common.model.shape.options import ModelOptions
 from common.parallel import ParallelSizes
 from common.platforms.base import Platform
@@ -133,7 +132,6 @@ def test_fused_products_without_norms_under_transformer_engine_are_refused(tmp_p
         ({"sequence_parallel": False}, FUSED, 2, "SEQUENCE_PARALLEL=false"),
         ({"precision": "fp32"}, FUSED, 2, "PRECISION=fp32"),
         ({"fp8_format": "hybrid"}, FUSED, 2, "FP8's products are Transformer Engine's: TP_COMM_OVERLAP=true"),
-        ({"lora": LoraConfig(8, 16.0, ("q_proj",))}, FUSED, 2, "TUNER=lora"),
         ({}, CPU, 2, "without the kit's own kernels"),
         ({"transformer_impl": "transformer_engine"}, FUSED, 2, "Transformer Engine's layers need the fused residual"),
         ({}, FUSED, 1, "TP=2 spans nodes"),
