@@ -11,7 +11,6 @@ write the next. All ranks of a group make the same calls in the same order, so b
 """
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from common.model.probe import PROBED, need
 SLOTS = 2  # of each kind: one can be read while the next is written
 FLAGS = 4096  # bytes for the numbers, before the slots
 ALIGNED = 512  # bytes of which a slot is a multiple
+LEAST_ROWS = 4096  # of a rank, for a GEMM of their own: fewer leave multiprocessors idle in its last round
 KINDS = {"gather": 0, "scatter": 1}
 READY, FREE = 0, 1
 
@@ -125,6 +125,11 @@ class PeerCopies:
         """The other ranks of the group, each rank's own next one first."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The other ranks as (first, end): those before this one, and those after it."""
+        return [span for span in ((0, self.rank), (self.rank + 1, self.size)) if span[0] < span[1]]
+
     def gather(self, part: torch.Tensor) -> "Gathering":
         """Begins to gather `part` [m, h] of each rank."""
         return Gathering(self, part)
@@ -175,6 +180,7 @@ class Gathering:
         self._exchange, self._part, shape = exchange, part, (len(part) * exchange.size, part.shape[1])
         self._turn = exchange.begin("gather", part.nbytes * exchange.size)
         self._whole = self._turn.slot(exchange.rank, shape, part.dtype)
+        self._single = len(part) >= LEAST_ROWS
         mine = self._rows(exchange.rank)
         self._sent = [
             self._turn.send(peer, part, self._turn.slot(peer, shape, part.dtype)[mine]) for peer in exchange.peers
@@ -184,23 +190,24 @@ class Gathering:
         return slice(rank * len(self._part), (rank + 1) * len(self._part))
 
     def pieces(self) -> Pieces:
-        """(rows of the whole, their values): this rank's own first, each other's once the current stream has it."""
-        yield self._rows(self._exchange.rank), self._part
-        for sent in self._sent:  # the memory of `part` may be used again afterwards
-            torch.cuda.current_stream().wait_event(sent)
-        for peer in reversed(self._exchange.peers):  # the first to send to this rank is the one before it
-            self._turn.await_(peer, READY)
-            yield self._rows(peer), self._whole[self._rows(peer)]
+        """(rows of the whole, their values): this rank's own first, others' once the current stream has them."""
+        peers = reversed(self._exchange.peers)  # the first to send to this rank is the one before it
+        yield from self._arriving([(peer, peer + 1) for peer in peers] if self._single else self._exchange.spans)
 
     def blocks(self) -> Pieces:
         """As `pieces`, but others' rows before this rank's own are one, and those after them."""
-        yield from islice(arriving := self.pieces(), 1)
-        for _ in arriving:
-            pass
-        own = self._rows(self._exchange.rank)
-        for rows in (slice(0, own.start), slice(own.stop, len(self._whole))):
-            if rows.start < rows.stop:
-                yield rows, self._whole[rows]
+        yield from self._arriving(self._exchange.spans)
+
+    def _arriving(self, spans: list[tuple[int, int]]) -> Pieces:
+        """This rank's own rows, and those of each span of ranks."""
+        yield self._rows(self._exchange.rank), self._part
+        for sent in self._sent:  # the memory of `part` may be used again afterwards
+            torch.cuda.current_stream().wait_event(sent)
+        for first, end in spans:
+            for peer in range(first, end):
+                self._turn.await_(peer, READY)
+            rows = slice(first * len(self._part), end * len(self._part))
+            yield rows, self._whole[rows]
 
 
 class Scattering:
@@ -209,28 +216,43 @@ class Scattering:
     def __init__(self, exchange: PeerCopies, rows: int, width: int, like: torch.Tensor) -> None:
         self._exchange, self._shape = exchange, (exchange.size, rows // exchange.size, width)
         self._turn = exchange.begin("scatter", rows * width * like.element_size())
-        self._parts = [like.new_empty(self._shape[1:]) for _ in range(exchange.size)]
+        self._own = like.new_empty(self._shape[1:])
+        self._parts = {span: like.new_empty((span[1] - span[0]) * self._shape[1], width) for span in exchange.spans}
         self._sent: list[torch.cuda.Event] = []
 
     def pieces(self) -> Pieces:
         """(rows of the whole, where to write them): other ranks' first, each sent while the next is computed."""
         rank, rows = self._exchange.rank, self._shape[1]
-        for peer in self._exchange.peers:
-            yield slice(peer * rows, (peer + 1) * rows), self._parts[peer]
-            place = self._turn.slot(peer, self._shape, self._parts[peer].dtype)[rank]
-            self._sent.append(self._turn.send(peer, self._parts[peer], place))
-        yield slice(rank * rows, (rank + 1) * rows), self._parts[rank]
+        if rows >= LEAST_ROWS:
+            for peer in self._exchange.peers:
+                yield slice(peer * rows, (peer + 1) * rows), self._part(peer)
+                self._send(peer)
+        else:
+            for (first, end), part in self._parts.items():
+                yield slice(first * rows, end * rows), part
+                for peer in self._exchange.peers:
+                    if first <= peer < end:
+                        self._send(peer)
+        yield slice(rank * rows, (rank + 1) * rows), self._own
+
+    def _part(self, peer: int) -> torch.Tensor:
+        """What is computed here for `peer`."""
+        first, part = next((first, part) for (first, end), part in self._parts.items() if first <= peer < end)
+        return part[(peer - first) * self._shape[1] : (peer - first + 1) * self._shape[1]]
+
+    def _send(self, peer: int) -> None:
+        place = self._turn.slot(peer, self._shape, self._own.dtype)[self._exchange.rank]
+        self._sent.append(self._turn.send(peer, self._part(peer), place))
 
     def total(self) -> torch.Tensor:
         """This rank's part of the sum, [rows / ranks, width]."""
-        own = self._parts[self._exchange.rank]
         for sent in self._sent:  # the memory of what was sent may be used again afterwards
             torch.cuda.current_stream().wait_event(sent)
-        received = self._turn.slot(self._exchange.rank, self._shape, own.dtype)
+        received = self._turn.slot(self._exchange.rank, self._shape, self._own.dtype)
         for peer in reversed(self._exchange.peers):
             self._turn.await_(peer, READY)
-            own += received[peer]
-        return own
+            self._own += received[peer]
+        return self._own
 
 
 def need_peers() -> None:

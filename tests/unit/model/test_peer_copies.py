@@ -141,7 +141,9 @@ def use(exchange: PeerCopies, steps: int, size: int) -> None:
         part = everyone[exchange.rank].clone()
         gathering = exchange.gather(part)
         for found, expected in [(gathering, everyone), before or (gathering, everyone)]:
-            for rows, piece in [*found.pieces(), *found.blocks()]:
+            pieces = [*found.pieces(), *found.blocks()]
+            assert sum(len(piece) for _, piece in pieces) == 2 * len(torch.cat(expected))
+            for rows, piece in pieces:
                 time.sleep(random.choice([0, 0, 0, 8e-3]))
                 torch.testing.assert_close(piece, torch.cat(expected)[rows], rtol=0, atol=0)
         before = (gathering, everyone) if step != steps // 2 else None
@@ -153,7 +155,7 @@ def use(exchange: PeerCopies, steps: int, size: int) -> None:
             place.copy_(whole[exchange.rank][rows])
         total = scattering.total()
         torch.testing.assert_close(total, sum(whole).chunk(size)[exchange.rank])  # type: ignore[union-attr]
-        for sent in scattering._parts:
+        for sent in scattering._parts.values():
             sent.fill_(float("nan"))  # as if their memory was used again
 
 
@@ -189,8 +191,11 @@ def run(size: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return wrong
 
 
+@pytest.mark.parametrize("least", [0, 4096])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_each_rank_gets_what_the_others_sent(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_rank_gets_what_the_others_sent(size: int, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank's rows by themselves, or those of the ranks before and after a rank together."""
+    monkeypatch.setattr(peer_copies, "LEAST_ROWS", least)
     assert run(size, 24, monkeypatch) == []
 
 
