@@ -5,6 +5,7 @@ sizes. RESAVER=theirs_load: by dist_checkpointing.load, as Megatron-Core's `full
 theirs_save: by dist_checkpointing.save, as this kit wrote before.
 """
 
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -32,6 +33,8 @@ def save_theirs(trainer: Any, folder: Path) -> None:
     state |= {"opt_param_scheduler": training_state.scheduler.state_dict(), "iteration": trainer.progress.iteration}
     state |= {"run": describe_run(trainer.plan, trainer.progress), "checkpoint_version": 3.0} | save_options()
     dist_checkpointing.save(state, str(folder))
+    for child in multiprocessing.active_children():  # its writers, which a rank's exit leaves behind
+        child.terminate()
 
 
 def resave(trainer: Any) -> None:
