@@ -30,7 +30,7 @@ def check_packed_sequences(setting: str) -> None:
 
 def check_tp_comm_overlap() -> None:
     """Raises KitError for Transformer Engine before 1.9, which creates its buffers with MPI only."""
-    _need("TP_COMM_OVERLAP=true", TP_COMM_OVERLAP_SINCE, "set it to false")
+    _need("TP_COMM_OVERLAP=true", TP_COMM_OVERLAP_SINCE, "set it to auto")
 
 
 def check_fp8(fp8_format: str, fp8_recipe: str) -> None:

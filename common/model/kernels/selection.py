@@ -202,13 +202,12 @@ def tp_exchange(
     qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform, norms: Norms | None
 ) -> Exchange | None:
     """The communication of the layers beside their GEMMs; None: before and after them, or Transformer Engine's."""
-    if sizes.tp == 1 or options.tp_comm_overlap != "auto":
+    if sizes.tp == 1 or options.tp_comm_overlap != "auto" or not platform.fused_kernels:
         return None
     reasons = {
         "SEQUENCE_PARALLEL=false": not options.sequence_parallel,
         f"PRECISION={options.precision}": options.precision != "bf16",
         "FP8's products are Transformer Engine's: TP_COMM_OVERLAP=true": options.fp8_format != "none",
-        "without the kit's own kernels": not platform.fused_kernels,
         "Transformer Engine's layers need the fused residual norms for it": options.transformer_impl != "local"
         and norms is None,
         f"TP={sizes.tp} spans nodes": int(os.environ.get("LOCAL_WORLD_SIZE", "1")) % sizes.tp > 0,

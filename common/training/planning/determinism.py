@@ -57,7 +57,7 @@ def check(settings: TrainSettings) -> None:
     environment()
     if settings.tp_comm_overlap == "true":
         raise KitError(
-            "DETERMINISTIC=true and TP_COMM_OVERLAP=true, whose reductions are not deterministic: set one to false"
+            "DETERMINISTIC=true and TP_COMM_OVERLAP=true, whose reductions are not deterministic: set it to auto"
         )
 
 

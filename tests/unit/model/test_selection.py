@@ -127,33 +127,34 @@ def test_fused_products_without_norms_under_transformer_engine_are_refused(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("changes", "platform", "local", "reason"),
+    ("changes", "local", "reason"),
     [
-        ({"sequence_parallel": False}, FUSED, 2, "SEQUENCE_PARALLEL=false"),
-        ({"precision": "fp32"}, FUSED, 2, "PRECISION=fp32"),
-        ({"fp8_format": "hybrid"}, FUSED, 2, "FP8's products are Transformer Engine's: TP_COMM_OVERLAP=true"),
-        ({}, CPU, 2, "without the kit's own kernels"),
-        ({"transformer_impl": "transformer_engine"}, FUSED, 2, "Transformer Engine's layers need the fused residual"),
-        ({}, FUSED, 1, "TP=2 spans nodes"),
+        ({"sequence_parallel": False}, 2, "SEQUENCE_PARALLEL=false"),
+        ({"precision": "fp32"}, 2, "PRECISION=fp32"),
+        ({"fp8_format": "hybrid"}, 2, "FP8's products are Transformer Engine's: TP_COMM_OVERLAP=true"),
+        ({"transformer_impl": "transformer_engine"}, 2, "Transformer Engine's layers need the fused residual"),
+        ({}, 1, "TP=2 spans nodes"),
     ],
 )
 def test_why_tensor_parallel_communication_is_not_overlapped_is_said(
-    changes: dict[str, Any], platform: Platform, local: int, reason: str, tmp_path: Path,
-    log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any], local: int, reason: str, tmp_path: Path, log: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     sizes, options = ParallelSizes(2, tp=2), replace(OPTIONS, **changes)
-    assert kernels.tp_exchange(load_config(tiny_qwen(tmp_path)), sizes, options, platform, None) is None
+    assert kernels.tp_exchange(load_config(tiny_qwen(tmp_path)), sizes, options, FUSED, None) is None
     assert log.messages[0].startswith(f"TP communication: not overlapped with matrix products ({reason}")
 
 
-@pytest.mark.parametrize(("overlap", "tp"), [("false", 2), ("true", 2), ("auto", 1)])
+@pytest.mark.parametrize(
+    ("overlap", "tp", "platform"), [("false", 2, FUSED), ("true", 2, FUSED), ("auto", 1, FUSED), ("auto", 2, CPU)]
+)
 def test_where_no_copies_are_asked_for_nothing_is_said(
-    overlap: str, tp: int, tmp_path: Path, log: pytest.LogCaptureFixture
+    overlap: str, tp: int, platform: Platform, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     options = replace(OPTIONS, tp_comm_overlap=overlap)
     qwen = load_config(tiny_qwen(tmp_path))
-    assert kernels.tp_exchange(qwen, ParallelSizes(tp, tp=tp), options, FUSED, None) is None
+    assert kernels.tp_exchange(qwen, ParallelSizes(tp, tp=tp), options, platform, None) is None
     assert not log.messages
 
 

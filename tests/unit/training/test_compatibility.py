@@ -98,7 +98,7 @@ OF_NGC_24_03 = [
     ({"fp8_format": "e4m3", "fp8_recipe": "blockwise"}, "FP8_RECIPE=blockwise needs Transformer Engine 2.3 or later",
      "use FP8_RECIPE=delayed"),
     ({"tp_comm_overlap": "true", "gpus": 2, "tp": 2}, "TP_COMM_OVERLAP=true needs Transformer Engine 1.9 or later",
-     "set it to false"),
+     "set it to auto"),
     ({"fused_products": "true"}, "FUSED_PRODUCTS=true needs quack, which is not installed",
      "requirements/hopper.txt, or set"),
     ({"core_attention": "flash_attn_4"}, "CORE_ATTENTION=flash_attn_4 needs flash_attn, which is not",
