@@ -12,8 +12,7 @@ from tests.distributed.user import step3_forked, step3_words
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp": {"TP": 2, "GPUS": 2},
-    "tp_pp": {"TP": 2, "PP": 2, "GPUS": 4},
-    "tp_cp": {"TP": 2, "CP": 2, "GPUS": 4, "RECOMPUTE": "full"},
+    "tp_pp": {"TP": 2, "PP": 2, "GPUS": 4, "RECOMPUTE": "full"},
     "tp_dp": {"TP": 2, "GPUS": 4},
 }
 
@@ -39,7 +38,6 @@ def changed(work: Path, layout: str, change: str) -> tuple[float, Gradients]:
         pytest.param("tp", "linears", marks=pytest.mark.lane),
         pytest.param("tp", "products", marks=pytest.mark.lane),
         ("tp_pp", "products"),
-        ("tp_cp", "linears"),
         ("tp_dp", "products"),  # whose weights are gathered beside the forward pass
     ],
 )
