@@ -60,9 +60,9 @@ class Workload:
     @property
     def gathered(self) -> bool:
         """Whether attention gathers the keys and values of whole rows, instead of Transformer Engine's ring."""
-        ring = self.transformer_engine and not self.separate and self.core_attention == "auto"
-        ring = ring and not self.fused_products  # for whose requirements FlashAttention 4 comes too
-        return self.cp > 1 and not ring
+        # FlashAttention 4 comes with the requirements of the fused products, and gathers.
+        engine = self.transformer_engine and self.core_attention == "auto" and not self.fused_products
+        return self.cp > 1 and not (engine and not self.separate)
 
     @property
     def by_parts(self) -> bool:

@@ -1,29 +1,28 @@
 """What `common.estimate` says of a row of bench_node: its rate and memory, and the stages that it proposes."""
 
 import argparse
+import os
 from typing import Any
 
 import torch
 
-from common.errors import KitError
 from common.estimate.balance import faster_split
 from common.estimate.check import as_installed
-from common.estimate.gpus import Gpu, find_gpu
+from common.estimate.gpus import Gpu, gpu_of_device
 from common.estimate.layouts import estimate
 from common.model.shape.config import QwenConfig
+from common.platforms import PLATFORMS, detect
 from common.settings import add_options, from_namespace
 from common.training.settings import TrainSettings
 from tests.bench.bench_training import words
 
 
 def gpu_here() -> Gpu | None:
-    """This machine's type of GPU; None on a CPU, or where the estimate does not know it."""
+    """This machine's type of GPU; None on a CPU."""
     if not torch.cuda.is_available():
         return None
-    try:
-        return find_gpu(torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0])
-    except KitError:
-        return None
+    platform = PLATFORMS[os.environ.get("KIT_PLATFORM") or detect()]
+    return gpu_of_device(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1], platform)
 
 
 def settings_of(flags: dict[str, Any], gpu: Gpu) -> TrainSettings:

@@ -96,6 +96,9 @@ class PeerCopies:
 
     def __init__(self, group: Any) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        # The other ranks, each rank's own next one first; and as (first, end), those before this one and after it.
+        self.peers = [(self.rank + step) % self.size for step in range(1, self.size)]
+        self.spans = [(first, end) for first, end in ((0, self.rank), (self.rank + 1, self.size)) if first < end]
         self.copies = torch.cuda.Stream(priority=-1)
         self._memory: PeerMemory | None = None
         self._uses = dict.fromkeys(KINDS, 0)
@@ -119,16 +122,6 @@ class PeerCopies:
         for peer in self.peers if use else ():
             turn.tell(peer, FREE)
         return turn
-
-    @property
-    def peers(self) -> list[int]:
-        """The other ranks of the group, each rank's own next one first."""
-        return [(self.rank + step) % self.size for step in range(1, self.size)]
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """The other ranks as (first, end): those before this one, and those after it."""
-        return [span for span in ((0, self.rank), (self.rank + 1, self.size)) if span[0] < span[1]]
 
     def gather(self, part: torch.Tensor) -> "Gathering":
         """Begins to gather `part` [m, h] of each rank."""
@@ -217,7 +210,8 @@ class Scattering:
         self._exchange, self._shape = exchange, (exchange.size, rows // exchange.size, width)
         self._turn = exchange.begin("scatter", rows * width * like.element_size())
         self._own = like.new_empty(self._shape[1:])
-        self._parts = {span: like.new_empty((span[1] - span[0]) * self._shape[1], width) for span in exchange.spans}
+        self._spans = [(span, like.new_empty(span[1] - span[0], *self._shape[1:])) for span in exchange.spans]
+        self._parts = {peer: parts[peer - span[0]] for span, parts in self._spans for peer in range(*span)}
         self._sent: list[torch.cuda.Event] = []
 
     def pieces(self) -> Pieces:
@@ -225,24 +219,19 @@ class Scattering:
         rank, rows = self._exchange.rank, self._shape[1]
         if rows >= LEAST_ROWS:
             for peer in self._exchange.peers:
-                yield slice(peer * rows, (peer + 1) * rows), self._part(peer)
+                yield slice(peer * rows, (peer + 1) * rows), self._parts[peer]
                 self._send(peer)
         else:
-            for (first, end), part in self._parts.items():
-                yield slice(first * rows, end * rows), part
+            for (first, end), parts in self._spans:
+                yield slice(first * rows, end * rows), parts.flatten(0, 1)
                 for peer in self._exchange.peers:
                     if first <= peer < end:
                         self._send(peer)
         yield slice(rank * rows, (rank + 1) * rows), self._own
 
-    def _part(self, peer: int) -> torch.Tensor:
-        """What is computed here for `peer`."""
-        first, part = next((first, part) for (first, end), part in self._parts.items() if first <= peer < end)
-        return part[(peer - first) * self._shape[1] : (peer - first + 1) * self._shape[1]]
-
     def _send(self, peer: int) -> None:
         place = self._turn.slot(peer, self._shape, self._own.dtype)[self._exchange.rank]
-        self._sent.append(self._turn.send(peer, self._part(peer), place))
+        self._sent.append(self._turn.send(peer, self._parts[peer], place))
 
     def total(self) -> torch.Tensor:
         """This rank's part of the sum, [rows / ranks, width]."""

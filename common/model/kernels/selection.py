@@ -24,6 +24,7 @@ from common.engine.patches import fuse_rotary_embedding, use_kernels
 from common.engine.versions import installed_engine
 from common.errors import KitError
 from common.log import logger
+from common.model.kernels import peer_copies
 from common.model.kernels.quack_products import QuackProducts
 from common.model.layers import gated_mlp
 from common.model.layers.attention import KINDS, SdpaAttention, select_core_attention
@@ -212,21 +213,17 @@ def tp_exchange(
         and norms is None,
         f"TP={sizes.tp} spans nodes": int(os.environ.get("LOCAL_WORLD_SIZE", "1")) % sizes.tp > 0,
     }
-    if reason := _first(reasons):
+    group = parallel_state.get_tensor_model_parallel_group
+    reason = (
+        _first(reasons)
+        or try_on_all_ranks(peer_copies.need_peers)[1]
+        or try_on_all_ranks(lambda: need(peer_copies.unusable_reason(group(), qwen.hidden_size)))[1]
+    )
+    if reason:
         logger.info("TP communication: not overlapped with matrix products (%s)", reason)
         return None
-    from common.model.kernels import peer_copies
-
-    group = parallel_state.get_tensor_model_parallel_group()
-    failure = (
-        try_on_all_ranks(peer_copies.need_peers)[1]
-        or try_on_all_ranks(lambda: need(peer_copies.unusable_reason(group, qwen.hidden_size)))[1]
-    )
-    if failure:
-        logger.info("TP communication: not overlapped with matrix products (%s)", failure)
-        return None
     logger.info("TP communication: overlapped with matrix products, by the GPUs' copy engines")
-    return peer_copies.PeerCopies(group)
+    return peer_copies.PeerCopies(group())
 
 
 def loss_kernels(qwen: QwenConfig, sizes: ParallelSizes, options: ModelOptions, platform: Platform) -> Any:

@@ -43,6 +43,8 @@ class Scattering(Protocol):
 class Exchange(Protocol):
     """What all ranks of a group call in the same order."""
 
+    size: int  # the number of ranks
+
     def gather(self, part: torch.Tensor) -> Gathering:
         """Begins to gather `part` [m, h] of each rank."""
 
@@ -52,6 +54,8 @@ class Exchange(Protocol):
 
 class Alone:
     """The Exchange of a single rank, or of one whose caller gathers and scatters; an instance is a single exchange."""
+
+    size = 1
 
     def __init__(self, tensor: torch.Tensor | None = None) -> None:
         self.tensor = tensor
@@ -84,12 +88,12 @@ class GatheredProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ranks: int, exchange: Exchange
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, exchange: Exchange
     ) -> torch.Tensor:
         """The product."""
         ctx.save_for_backward(x, weight)
         ctx.exchange, ctx.has_bias = exchange, bias is not None
-        out = x.new_empty(len(x) * ranks, len(weight))
+        out = x.new_empty(len(x) * exchange.size, len(weight))
         for rows, part in exchange.gather(x.contiguous()).pieces():
             if bias is None:
                 torch.mm(part, weight.t(), out=out[rows])
@@ -111,7 +115,7 @@ class GatheredProduct(torch.autograd.Function):
             blocks = gathering.blocks()
             d_weight = accumulate_main_grad(weight, lambda total: add_products(total, blocks, d_out, gathered="right"))
         d_bias = d_out.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return scattering.total(), d_weight, d_bias, None, None
+        return scattering.total(), d_weight, d_bias, None
 
 
 class ScatteredProduct(torch.autograd.Function):
@@ -160,7 +164,6 @@ class ExchangingLinear:
     """Mixin of a parallel linear layer; with an `exchange` it communicates piece by piece beside its GEMMs."""
 
     exchange: Exchange | None = None
-    config: Any
     weight: torch.Tensor
     bias: torch.Tensor | None
 
@@ -173,10 +176,9 @@ def gathered_linear(base: Any) -> type[torch.nn.Module]:
             """The output [s, b, o] for x [s / ranks, b, h], and no bias to be added later."""
             if self.exchange is None:
                 return super().forward(x, *arguments, **options)
-            ranks = self.config.tensor_model_parallel_size
             bias = self.bias if self.bias is not None and self.bias.numel() else None  # Transformer Engine's is empty
-            out = GatheredProduct.apply(x.flatten(0, 1), self.weight, bias, ranks, self.exchange)
-            return out.view(len(x) * ranks, x.shape[1], -1), None
+            out = GatheredProduct.apply(x.flatten(0, 1), self.weight, bias, self.exchange)
+            return out.view(-1, x.shape[1], len(self.weight)), None
 
     return GatheredLinear
 

@@ -80,11 +80,10 @@ class GatedProduct(torch.autograd.Function):
         up_weight: torch.Tensor,
         down_weight: torch.Tensor,
         products: GatedProducts,
-        ranks: int,
         exchange: Exchange,
     ) -> torch.Tensor:
         """The result."""
-        rows, width = len(x) * ranks, down_weight.shape[1]
+        rows, width = len(x) * exchange.size, down_weight.shape[1]
         both, activated = x.new_empty(rows, 2 * width), x.new_empty(rows, width)
         for part, values in exchange.gather(x.contiguous()).pieces():
             products.up(values, up_weight, both[part], activated[part])
@@ -115,7 +114,7 @@ class GatedProduct(torch.autograd.Function):
             )
         if input_rows is not None:
             d_up = accumulate_main_grad(up_weight, lambda total: _add_up(products, total, both, input_rows.blocks()))
-        return scattering.total(), d_up, d_down, None, None, None
+        return scattering.total(), d_up, d_down, None, None
 
 
 def _add_up(products: GatedProducts, total: torch.Tensor, d_both: torch.Tensor, blocks: Pieces) -> None:
@@ -139,5 +138,5 @@ def unusable_reason(products: GatedProducts, hidden_size: int, width: int, devic
 def _results(products: GatedProducts, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The output, and the gradients of (output * last tensor).sum() with respect to the three others."""
     leaves = [x.detach().requires_grad_() for x in tensors[:3]]
-    out = GatedProduct.apply(*leaves, products, 1, Alone())
+    out = GatedProduct.apply(*leaves, products, Alone())
     return [out.detach(), *torch.autograd.grad((out * tensors[3]).sum(), leaves)]

@@ -32,11 +32,9 @@ def gated_mlp(submodules: MLPSubmodules, products: GatedProducts) -> type[MLP]:
             await_weights(second)
             x = first.normed(hidden_states) if isinstance(first, FusedResidualNorm) else hidden_states
             exchange = second.exchange if isinstance(second, ExchangingLinear) else None
-            if exchange is None:
-                x = enter(x, self.config)
-            ranks = self.config.tensor_model_parallel_size if exchange else 1
+            x = x if exchange else enter(x, self.config)
             part: torch.Tensor = GatedProduct.apply(
-                x.flatten(0, 1), first.weight, second.weight, products, ranks, exchange or Alone()
+                x.flatten(0, 1), first.weight, second.weight, products, exchange or Alone()
             )
             out = part.view(x.shape)
             return (out if exchange else leave(out, self.config)), None

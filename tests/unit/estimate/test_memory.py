@@ -9,6 +9,7 @@ import torch
 from common.estimate import activations, memory
 from common.estimate.memory import rank_memory, work_of
 from common.estimate.weights import Chunk, chunk_parameters
+from common.model.kernels import peer_copies
 from common.model.layers import loss
 from common.model.layers.loss import TorchKernels
 from common.model.shape import chunks
@@ -105,6 +106,7 @@ def test_the_optimizers_step_needs_copies_of_what_it_holds_small(tmp_path: Path)
     assert step(NVIDIA, optimizer_state="bf16", gpus=4) == 10 * -(-chunk_parameters(qwen, 1, WHOLE) // 4)
 
 
-def test_the_optimizers_part_is_that_of_training() -> None:
+def test_the_optimizers_part_and_the_slots_are_those_of_training() -> None:
     assert memory.OPTIMIZER_PART == optimizer.PART
+    assert len(peer_copies.KINDS) * peer_copies.SLOTS == memory.EXCHANGE_SLOTS
     assert memory.OFFLOADED_PART == optimizer_offload.OFFLOADED_PART

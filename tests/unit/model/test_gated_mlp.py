@@ -28,7 +28,7 @@ def expected(x: torch.Tensor, up_weight: torch.Tensor, down_weight: torch.Tensor
 
 def test_its_gradients_are_those_of_autograd() -> None:
     given = tensors(torch.float64)
-    out = GatedProduct.apply(*given, TorchProducts(), 1, Alone())
+    out = GatedProduct.apply(*given, TorchProducts(), Alone())
     found = [out, *torch.autograd.grad(out.square().sum(), given)]
     for mine, theirs in zip(found, expected(*given), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)  # weights' gradients are summed in float32
@@ -39,7 +39,7 @@ def test_weights_gradients_are_added_to_main_grad() -> None:
     for weight in given[1:]:
         weight.main_grad = torch.ones_like(weight)  # type: ignore[attr-defined]
     for _ in range(2):
-        GatedProduct.apply(*given, TorchProducts(), 1, Alone()).square().sum().backward()
+        GatedProduct.apply(*given, TorchProducts(), Alone()).square().sum().backward()
     for weight, gradient in zip(given[1:], expected(*given)[2:], strict=True):
         assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
         torch.testing.assert_close(weight.main_grad, 1 + 2 * gradient, rtol=1e-4, atol=1e-3)  # type: ignore[attr-defined]
