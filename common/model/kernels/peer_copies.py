@@ -209,7 +209,7 @@ class Scattering:
     def __init__(self, exchange: PeerCopies, rows: int, width: int, like: torch.Tensor) -> None:
         self._exchange, self._shape = exchange, (exchange.size, rows // exchange.size, width)
         self._turn = exchange.begin("scatter", rows * width * like.element_size())
-        self._own = like.new_empty(self._shape[1:])
+        self._addends = self._turn.slot(exchange.rank, self._shape, like.dtype)  # of all ranks, here
         self._spans = [(span, like.new_empty(span[1] - span[0], *self._shape[1:])) for span in exchange.spans]
         self._parts = {peer: parts[peer - span[0]] for span, parts in self._spans for peer in range(*span)}
         self._sent: list[torch.cuda.Event] = []
@@ -227,21 +227,21 @@ class Scattering:
                 for peer in self._exchange.peers:
                     if first <= peer < end:
                         self._send(peer)
-        yield slice(rank * rows, (rank + 1) * rows), self._own
+        yield slice(rank * rows, (rank + 1) * rows), self._addends[rank]
 
     def _send(self, peer: int) -> None:
-        place = self._turn.slot(peer, self._shape, self._own.dtype)[self._exchange.rank]
+        place = self._turn.slot(peer, self._shape, self._addends.dtype)[self._exchange.rank]
         self._sent.append(self._turn.send(peer, self._parts[peer], place))
 
     def total(self) -> torch.Tensor:
         """This rank's part of the sum, [rows / ranks, width]."""
         for sent in self._sent:  # the memory of what was sent may be used again afterwards
             torch.cuda.current_stream().wait_event(sent)
-        received = self._turn.slot(self._exchange.rank, self._shape, self._own.dtype)
-        for peer in reversed(self._exchange.peers):
+        for peer in self._exchange.peers:
             self._turn.await_(peer, READY)
-            self._own += received[peer]
-        return self._own
+        if self._exchange.size == 2:
+            return self._addends[0] + self._addends[1]
+        return self._addends.sum(0)  # read once, and added in float32
 
 
 def need_peers() -> None:
