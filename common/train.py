@@ -24,6 +24,7 @@ from common.training.launching.parent_death import set_parent_death_signal
 from common.training.launching.rank_exit import exit_now, exit_on_error
 from common.training.planning import determinism
 from common.training.settings import TrainSettings
+from common.tune.options import add_trial_options, check_no_trials, trials_of
 
 if TYPE_CHECKING:
     from common.training.planning.plan import Plan
@@ -42,11 +43,13 @@ def main() -> None:
         "--tune", type=Path, metavar="FILE",
         help="try the estimate's best layouts on this machine's GPUs, write the fastest to FILE, and stop",
     )  # fmt: skip
+    add_trial_options(parser)
     arguments = parser.parse_args(join_words(sys.argv[1:]))
     log.setup()
     if arguments.tune:
         tune_layout(arguments)
         return
+    check_no_trials(arguments)
     settings = from_namespace(TrainSettings, arguments)
     installation.check_origin()
     signals.block_stop_signals()
@@ -63,7 +66,7 @@ def tune_layout(arguments: argparse.Namespace) -> None:
 
     settings = from_namespace(TrainSettings, with_open_layout(arguments))
     installation.check_origin()
-    tune(settings, current(), arguments.tune)
+    tune(settings, current(), arguments.tune, trials_of(arguments))
 
 
 def train(settings: TrainSettings) -> None:

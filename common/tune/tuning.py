@@ -13,22 +13,13 @@ from common.training.planning.devices import check_devices
 from common.training.planning.plan import find_start
 from common.training.settings import TrainSettings
 from common.tune.candidates import candidates, check_tunable, find_device, with_layout
+from common.tune.options import Trials
 from common.tune.results import settings_lines, table
 from common.tune.trial import run_trial
 
-TRIALS, ITERATIONS, LIMIT_MIN = 5, 8, 10.0
 
-
-def tune(
-    settings: TrainSettings,
-    platform: Platform,
-    output: Path,
-    *,
-    trials: int = TRIALS,
-    iterations: int = ITERATIONS,
-    limit_min: float = LIMIT_MIN,
-) -> None:
-    """Prints what each of `trials` layouts reached in `iterations` steps, and writes the fastest to `output`.
+def tune(settings: TrainSettings, platform: Platform, output: Path, trials: Trials) -> None:
+    """Prints what each of the best layouts reached in `trials`, and writes the fastest to `output`.
 
     Layout, checkpoints, evaluation and the length of the run are not taken from `settings`, everything else is. Raises
     KitError if no layout fits, or none ran.
@@ -42,13 +33,13 @@ def tune(
     qwen, gpu = load_config(model_folder), find_device(settings, platform)
     settings = with_packing(settings, platform)
     tried = []
-    for number, one in enumerate(chosen := candidates(settings, qwen, gpu, trials, even=even), 1):
+    for number, one in enumerate(chosen := candidates(settings, qwen, gpu, trials.number, even=even), 1):
         layout = one.settings
         sizes = f"TP={layout.tp} PP={layout.pp} VPP={layout.vpp} CP={layout.cp}"
         sizes += f" PIPELINE_LAYERS={layout.pipeline_layers}" if layout.pipeline_layers else ""
         own = f"MICRO_BATCH_SIZE={layout.micro_batch_size} RECOMPUTE={layout.recompute}"
         logger.info("trial %d of %d: %s %s", number, len(chosen), sizes, own)
-        trial = run_trial(with_layout(settings, one), model_folder, iterations, 60 * limit_min)
+        trial = run_trial(with_layout(settings, one), model_folder, trials.iterations, 60 * trials.limit_min)
         logger.info("%s", trial.reason or f"{trial.tokens_per_s:,.0f} tokens/s, {trial.memory_gib:.1f} GiB")
         tried.append((one, trial))
     best, trial = max(tried, key=lambda each: each[1].tokens_per_s)
@@ -56,5 +47,5 @@ def tune(
         raise KitError(f"no layout ran: {trial.reason}")
     print(*table(tried), sep="\n")
     with writing(output):
-        output.write_text("".join(f"{line}\n" for line in settings_lines(best, trial, gpu, iterations)))
+        output.write_text("".join(f"{line}\n" for line in settings_lines(best, trial, gpu, trials.iterations)))
     print(f"ok: SETTINGS={output} is the fastest layout")

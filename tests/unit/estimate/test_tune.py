@@ -1,6 +1,6 @@
 """Which layouts are worth a trial, which runs cannot be tuned, and why a trial failed."""
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from common.training.planning.plan import Start
 from common.training.settings import TrainSettings
 from common.tune import tuning
 from common.tune.candidates import candidates, check_tunable, with_layout, with_open_layout
+from common.tune.options import Trials, add_trial_options, check_no_trials, trials_of
 from common.tune.results import settings_lines, table
 from common.tune.trial import Trial, reason_of, trial_settings
 from tests.recipes import write_config as recipe_config
@@ -120,7 +121,7 @@ def test_a_start_in_torch_format_keeps_even_stages(
 
     monkeypatch.setattr(tuning, "candidates", stop)
     with pytest.raises(KitError, match="enough"):
-        tuning.tune(settings(load_checkpoint_path="/start"), CPU, tmp_path / "tuned.env")
+        tuning.tune(settings(load_checkpoint_path="/start"), CPU, tmp_path / "tuned.env", Trials())
     assert asked == [format == "torch"]
 
 
@@ -167,3 +168,29 @@ def test_the_reason_of_a_failed_trial_is_its_last_error(tmp_path: Path) -> None:
     assert reason_of(log) == "error: rank 0 is out of memory (2 GiB): use less"
     log.write_text("a\nSegmentation fault\n")
     assert reason_of(log) == "Segmentation fault"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [([], Trials(5, 8, 10.0)), (["--trials=2", "--trial-iterations=4", "--trial-limit-min=1"], Trials(2, 4, 1))],
+)
+def test_how_much_is_tried_is_given_by_flags(given: list[str], expected: Trials) -> None:
+    assert trials_of(parsed(given)) == expected
+
+
+@pytest.mark.parametrize("given", ["--trials=0", "--trial-iterations=1", "--trial-limit-min=nan"])
+def test_trials_that_measure_nothing_are_refused(given: str) -> None:
+    with pytest.raises(KitError, match=rf"^{given}(\.0)?: it must be at least"):
+        trials_of(parsed([given]))
+
+
+def test_trials_without_a_file_to_tune_to_are_refused() -> None:
+    check_no_trials(parsed([]))
+    with pytest.raises(KitError, match="--trial-iterations is for --tune FILE, which is not given"):
+        check_no_trials(parsed(["--trial-iterations", "4"]))
+
+
+def parsed(words: list[str]) -> Namespace:
+    parser = ArgumentParser()
+    add_trial_options(parser)
+    return parser.parse_args(words)
