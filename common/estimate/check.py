@@ -83,7 +83,7 @@ def compare_memory(plan: Plan, name: str, total_bytes: int) -> None:
     settings = plan.settings
     layout = ", ".join(
         f"{field.upper()}={getattr(settings, field)}"
-        for field in ("micro_batch_size", "seq_length", "tp", "pp", "recompute", "optimizer_state")
+        for field in ("micro_batch_size", "seq_length", "tp", "pp", "cp", "recompute", "optimizer_state")
     )
     if need.least > total_bytes:
         raise KitError(f"{layout} need {figures}: {memory_remedy(plan)}")

@@ -49,7 +49,7 @@ def test_what_was_measured_to_fit_is_logged_with_both_figures(tmp_path: Path, ca
 
 def test_what_cannot_go_in_is_refused_with_what_takes_less(tmp_path: Path) -> None:
     message = (
-        r"^MICRO_BATCH_SIZE=2, SEQ_LENGTH=4096, TP=1, PP=1, RECOMPUTE=none, OPTIMIZER_STATE=fp32 need about"
+        r"^MICRO_BATCH_SIZE=2, SEQ_LENGTH=4096, TP=1, PP=1, CP=1, RECOMPUTE=none, OPTIMIZER_STATE=fp32 need about"
         r" 8\d\.\d GiB per GPU, and H100 has 79\.1: to use less memory: a MICRO_BATCH_SIZE below 2, RECOMPUTE=full,"
         r" .*--gpu"
     )
