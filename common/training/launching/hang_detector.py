@@ -21,6 +21,7 @@ import torch
 from torch.distributed import TCPStore
 
 from common.log import listed, logger
+from common.training.launching.store_keys import announce, is_set
 
 PREFIX = "kit/heartbeat"
 EXIT_CODE = 1
@@ -82,7 +83,9 @@ class HangDetector:
         self.num_published += 1
         now = self.heartbeat
         beat = asdict(Beat(now.iteration, now.count, now.activity, self.num_published))
-        self.store.set(f"{PREFIX}/{self.rank}", json.dumps(beat))
+        self.store.set(key := f"{PREFIX}/{self.rank}", json.dumps(beat))
+        if self.num_published == 1:
+            announce(self.store, key)
 
     def _report_and_exit(self) -> None:
         beat = self.heartbeat
@@ -107,7 +110,7 @@ class HangDetector:
 
     def _read_all(self) -> dict[int, Beat]:
         keys = {rank: f"{PREFIX}/{rank}" for rank in range(self.world_size)}
-        return {rank: Beat(**json.loads(self.store.get(key))) for rank, key in keys.items() if self.store.check([key])}
+        return {rank: Beat(**json.loads(self.store.get(key))) for rank, key in keys.items() if is_set(self.store, key)}
 
 
 def who_hangs(before: dict[int, Beat], now: dict[int, Beat], world_size: int, timeout_s: float) -> str:

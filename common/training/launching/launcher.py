@@ -5,10 +5,9 @@ import signal
 import socket
 import time
 from dataclasses import replace
-from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
@@ -21,6 +20,7 @@ from common.errors import STOPPED, KitError
 from common.log import logger
 from common.settings import to_flags
 from common.start import from_kit
+from common.training.launching.agent_patches import keep_rendezvous, limit_shutdown
 from common.training.launching.interfaces import address_towards, select_gloo_interface
 from common.training.launching.nodes import facts_of
 from common.training.launching.preflight import Preflight, preflight_check
@@ -60,20 +60,7 @@ def set_environment(plan: Plan) -> None:
     # A rank exits at once on torchrun's SIGTERM (signals.py); torchrun kills one that does not after this many seconds.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
     limit_shutdown(int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]))
-
-
-def limit_shutdown(seconds: int) -> None:
-    """Makes torchrun kill ranks `seconds` after its SIGTERM where a rank has failed too.
-
-    Its variable counts only when it is stopped itself (_stop_workers in elastic/agent/server/local_elastic_agent.py):
-    after a failure, or before a restart, it waits 30 s for a rank that hangs. torch 2.11 does not know the variable.
-    """
-    close = PContext.close
-
-    def close_soon(self: Any, death_sig: Any = None, timeout: int = 30) -> None:
-        close(self, death_sig, min(timeout, seconds))
-
-    PContext.close = close_soon  # type: ignore[method-assign]
+    keep_rendezvous()
 
 
 def run_agent(settings: TrainSettings, preflight: Preflight | None) -> None:
@@ -81,7 +68,7 @@ def run_agent(settings: TrainSettings, preflight: Preflight | None) -> None:
     address = address_towards(*settings.meeting_place)
     if preflight:
         select_gloo_interface(address)
-    arguments = torchrun_arguments(settings, address, preflight is not None and preflight.is_store_host)
+    arguments = torchrun_arguments(settings, address)
     try:
         with from_kit():
             run(parse_args([*arguments, "-m", "common.train", *to_flags(settings)]))
@@ -119,8 +106,8 @@ def log_first_failure(error: ChildFailedError) -> int:
     return failure.exitcode if failure.exitcode > 0 else 1
 
 
-def torchrun_arguments(settings: TrainSettings, address: str | None, is_store_host: bool) -> list[str]:
-    """torchrun's flags for this node, whose address is `address` and which hosts the c10d store or not.
+def torchrun_arguments(settings: TrainSettings, address: str | None) -> list[str]:
+    """torchrun's flags for this node, whose address is `address`.
 
     Every flag is given, so that torchrun takes none from its variables (PET_...) in the environment.
     """
@@ -137,8 +124,9 @@ def torchrun_arguments(settings: TrainSettings, address: str | None, is_store_ho
     # Since torch 2.5 the ranks would share the rendezvous store, where a restart finds the addresses of the ranks
     # before it, and a node that comes back finds none: each round gets a store of its own instead.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    is_host = settings.nnodes == 1 or is_store_host
-    configuration = {"join_timeout": timeout_s, "read_timeout": timeout_s, "is_host": str(is_host).lower()}
+    # The preflight check's store is the rendezvous's: torch 2.1 opens no second one on its port, even in its process.
+    is_host = str(settings.nnodes == 1).lower()
+    configuration = {"join_timeout": timeout_s, "read_timeout": timeout_s, "is_host": is_host}
     return [
         *common,
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", settings.rdzv_endpoint or "localhost:0"),

@@ -21,6 +21,7 @@ from common.errors import KitError
 from common.log import logger
 from common.training.launching.interfaces import is_own_host, wait_for_port
 from common.training.launching.nodes import Facts, differences, node_name
+from common.training.launching.store_keys import announce, is_set
 from common.training.settings import TrainSettings
 
 TOKEN_FILE = ".nodes"  # in SAVE_CHECKPOINT_PATH: the reference writes it, every other node looks for it
@@ -169,6 +170,7 @@ class Preflight:
             self._add_problem(text)
             self.store.add(ACKNOWLEDGED, 1)
             raise KitError(text)
+        announce(self.store, key)
 
     def _publish(self, content: dict[str, Any]) -> None:
         self._set_once(REFERENCE, {"name": self.name, **content})
@@ -198,7 +200,7 @@ class Preflight:
         while pending and not self.problems():
             if time.monotonic() > self.deadline:
                 self._add_problem(self._missing_nodes())
-            for rank in [rank for rank, key in pending.items() if self.store.check([key])]:
+            for rank in [rank for rank, key in pending.items() if is_set(self.store, key)]:
                 names.append(self._get(pending.pop(rank))["name"])
             time.sleep(POLL_S)
         text = "; ".join(dict.fromkeys(self.problems()))
@@ -240,10 +242,10 @@ class Preflight:
 
     def _missing_nodes(self) -> str:
         """Which nodes have not joined in time."""
-        if not self.store.check([REFERENCE]):
+        if not is_set(self.store, REFERENCE):
             return f"{self.name} heard nothing from the first node within {self._timeout()}"
         ranks = range(1, self.settings.nnodes)
-        missing = [str(rank) for rank in ranks if not self.store.check([f"{NODE}/{rank}"])]
+        missing = [str(rank) for rank in ranks if not is_set(self.store, f"{NODE}/{rank}")]
         return (
             f"no word from NODE_RANK={', '.join(missing)} of NNODES={self.settings.nnodes} within {self._timeout()}:"
             f" start the same command there, with MASTER_ADDR={self.host} MASTER_PORT={self.port}"

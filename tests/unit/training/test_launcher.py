@@ -7,22 +7,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import PContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import config_from_args, parse_args
 
-from common.training.launching.launcher import limit_shutdown, log_first_failure, torchrun_arguments, with_port
+from common.training.launching.agent_patches import keep_rendezvous, limit_shutdown
+from common.training.launching.launcher import log_first_failure, torchrun_arguments, with_port
 from common.training.launching.rank_exit import EXIT_REASONS
 from common.training.settings import TrainSettings
 
 
-def config(monkeypatch: pytest.MonkeyPatch, serves: bool = False, **changes: Any) -> Any:
+def config(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
     """torchrun's own reading of the arguments, with environment variables that contradict them."""
     for name, value in {"NNODES": "9", "NODE_RANK": "0", "RDZV_BACKEND": "etcd", "RDZV_ENDPOINT": "x:1"}.items():
         monkeypatch.setenv(f"PET_{name}", value)
     monkeypatch.setenv("PET_MAX_RESTARTS", "7")
     monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
-    words = torchrun_arguments(settings(**changes), "10.0.0.3", serves)
+    words = torchrun_arguments(settings(**changes), "10.0.0.3")
     return config_from_args(parse_args([*words, "-m", "common.train"]))[0]
 
 
@@ -35,15 +37,14 @@ def test_numbered_nodes_meet_at_the_master_for_as_long_as_is_set(monkeypatch: py
     assert found.rdzv_configs["rank"] == 3 and int(found.rdzv_configs["timeout"]) == 180
 
 
-@pytest.mark.parametrize("serves", [True, False])
-def test_a_rendezvous_has_the_timeout_and_one_host(monkeypatch: pytest.MonkeyPatch, serves: bool) -> None:
+def test_a_rendezvous_has_the_timeout_and_the_preflight_checks_store(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     given = {"nnodes": 2, "rdzv_endpoint": "a:7", "rdzv_id": "run", "max_restarts": 3, "distributed_timeout_min": 2}
-    found = config(monkeypatch, serves, **given)
+    found = config(monkeypatch, **given)
     assert (found.rdzv_backend, found.rdzv_endpoint, found.run_id) == ("c10d", "a:7", "run")
     assert (found.max_restarts, found.local_addr) == (3, "10.0.0.3")
-    configuration = {"join_timeout": "120", "read_timeout": "120", "is_host": str(serves).lower()}
+    configuration = {"join_timeout": "120", "read_timeout": "120", "is_host": "false"}
     assert {name: str(value) for name, value in found.rdzv_configs.items() if name != "timeout"} == configuration
     assert os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 
@@ -113,3 +114,15 @@ def test_ranks_that_hang_are_killed_soon_however_long_torchrun_would_wait(monkey
     for given in ((), (3,), (60,)):
         PContext.close(SimpleNamespace(), signal.SIGTERM, *given)  # type: ignore[arg-type]
     assert waits == [5, 3, 5]
+
+
+def test_ranks_are_stopped_without_closing_the_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Any, group: str, is_restart: bool = False) -> None:  # as in torch 2.3.0
+        stopped.append((group, is_restart, self._rdzv_handler))
+
+    stopped: list[tuple[str, bool, Any]] = []
+    monkeypatch.setattr(LocalElasticAgent, "_stop_workers", stop)
+    keep_rendezvous()
+    agent: Any = SimpleNamespace(_rdzv_handler="open")
+    LocalElasticAgent._stop_workers(agent, "ranks", is_restart=True)  # type: ignore[arg-type]
+    assert stopped == [("ranks", True, None)] and agent._rdzv_handler == "open"
