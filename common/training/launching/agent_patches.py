@@ -23,8 +23,8 @@ def limit_shutdown(seconds: int) -> None:
 def keep_rendezvous() -> None:
     """Lets ranks restart with torch 2.3.0, whose agent closes the rendezvous whenever it stops ranks.
 
-    Its restart then ends in a RendezvousClosedError (pytorch/pytorch issue 123678). The agent still closes it at its own
-    end (`run` in elastic/agent/server/api.py).
+    A restart then ends in a RendezvousClosedError (pytorch/pytorch issue 123678). At its own end the agent still closes
+    it (`run` in elastic/agent/server/api.py).
     """
     stop = LocalElasticAgent._stop_workers
 
