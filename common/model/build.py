@@ -101,10 +101,9 @@ def pipeline_options(chunk_layers: tuple[int, ...], vpp: int) -> dict[str, Any]:
     if len(set(chunk_layers)) == 1:
         return {}
     if first_and_last_differ(chunk_layers, vpp):
-        return {
-            "num_layers_in_first_pipeline_stage": chunk_layers[0],
-            "num_layers_in_last_pipeline_stage": chunk_layers[-1],
-        }
+        # 0.11 divides by the number of stages that have no field of their own.
+        last = {"num_layers_in_last_pipeline_stage": chunk_layers[-1]} if len(chunk_layers) > 2 else {}
+        return {"num_layers_in_first_pipeline_stage": chunk_layers[0], **last}
     stages = [["decoder"] * num_layers for num_layers in chunk_layers]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")

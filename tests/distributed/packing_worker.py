@@ -146,8 +146,9 @@ class SegmentAttention(torch.nn.Module):
         assert bounds.qkv_format == "thd" and bounds.cu_seqlens_q.dtype == torch.int32
         sizes = bounds.cu_seqlens_q.diff().tolist()
         assert max(sizes) <= bounds.max_seqlen_q and sum(sizes) == query.shape[0]
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))  # torch 2.1
         parts = zip(*(x.transpose(0, 1).split(sizes, dim=1) for x in (query, key, value)), strict=True)
-        outs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+        outs = [F.scaled_dot_product_attention(*part, is_causal=True) for part in parts]
         return torch.cat(outs, dim=1).transpose(0, 1)
 
 
