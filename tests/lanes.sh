@@ -24,7 +24,8 @@ metax-3.5   3.10   2.8.0  0.16.1        requirements/metax-3.txt numpy==1.26.4
 
 TESTS=(
   tests/unit/model/test_kernel_calls.py
-  tests/distributed/test_{logits,training,metax,freezing,context_parallel}.py tests/end_to_end/test_scripts.py
+  tests/distributed/test_{logits,training,metax,freezing,context_parallel,hangs}.py tests/end_to_end/test_scripts.py
+  tests/nodes/test_{training,waiting}.py
 )
 
 case ${1:-} in -h | --help) sed -n -e 1d -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0" && exit 0 ;; esac

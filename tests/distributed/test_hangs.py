@@ -6,10 +6,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from common.training.launching.hang_detector import WAITING_FOR_DATA, Beat, who_hangs
 from common.training.tracking.records import read_metrics
 from tests.distributed.launch import steps
 from tests.distributed.user import ENDLESS, Run
+
+pytestmark = pytest.mark.lane
 
 
 def settings(work: Path, name: str, **more: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tests.distributed.launch import steps
 from tests.nodes.conftest import HEAVY
 from tests.nodes.network import Node, Run
 
-pytestmark = pytest.mark.usefixtures("waiting")  # begins what test_waiting.py sees
+pytestmark = [pytest.mark.lane, pytest.mark.usefixtures("waiting")]  # which begins what test_waiting.py sees
 LAYOUT = {"tp": 2, "pp": 2}  # x DP 2 = 8 processes
 
 

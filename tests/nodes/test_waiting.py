@@ -1,6 +1,10 @@
 """Nodes that wait in vain, started by conftest.py: each ends at its timeout, and names what was missing."""
 
+import pytest
+
 from tests.nodes.network import Run
+
+pytestmark = pytest.mark.lane
 
 LIMIT_S = 60 + 60  # DISTRIBUTED_TIMEOUT_MIN=1, and time to start on a busy machine
 
