@@ -26,7 +26,7 @@ def test_megatron_gets_options_only_for_uneven_stages() -> None:
     assert pipeline_options((7, 7, 7, 7), vpp=1) == pipeline_options((2,) * 8, vpp=2) == {}
     first_and_last = {"num_layers_in_first_pipeline_stage": 6, "num_layers_in_last_pipeline_stage": 8}
     assert pipeline_options((6, 7, 7, 8), vpp=1) == first_and_last
-    assert pipeline_options((6, 8), vpp=1) == first_and_last
+    assert pipeline_options((6, 8), vpp=1) == {"num_layers_in_first_pipeline_stage": 6}
     assert pipeline_options((1, 2, 3, 1), vpp=1) == {
         "pipeline_model_parallel_layout": [
             ["embedding", "decoder"], ["decoder"] * 2, ["decoder"] * 3, ["decoder", "loss"],
