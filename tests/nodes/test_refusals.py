@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.conversion import to_megatron
 from tests.nodes.conftest import HEAVY
 from tests.nodes.network import ROOT, Node
+from tests.tiny import tiny_qwen
 
 pytestmark = pytest.mark.usefixtures("waiting")  # begins what test_waiting.py sees
 
@@ -49,11 +51,9 @@ def test_other_settings_code_and_data_are_named_on_both_nodes(
 def test_other_weights_to_start_from_are_noticed_before_they_are_read(
     nodes: list[Node], work: Path, common: dict[str, Any]
 ) -> None:
-    shutil.copytree(work / "start", work / "trained_further")
+    tiny_qwen(work / "other_qwen", std=0.05, spread=0.05, seed=1)
+    to_megatron(work / "other_qwen", work / "trained_further", ckpt_format="torch_dist")
     file = next((work / "trained_further" / "release").glob("*.distcp"))
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
     settings = {**common, "save_checkpoint_path": work / "two_starts"}
     logs = pair(nodes, 29640, settings, mounts={work / "start": work / "trained_further"})
     message = f"error: node1 does not start from what node0 starts from: release/{file.name} differs: "
