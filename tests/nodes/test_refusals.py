@@ -56,7 +56,7 @@ def test_other_weights_to_start_from_are_noticed_before_they_are_read(
     file = next((work / "trained_further" / "release").glob("*.distcp"))
     settings = {**common, "save_checkpoint_path": work / "two_starts"}
     logs = pair(nodes, 29640, settings, mounts={work / "start": work / "trained_further"})
-    message = f"error: node1 does not start from what node0 starts from: release/{file.name} differs: "
+    message = f"error: node1 does not start from what node0 starts from: release/{file.name} differs, "
     assert all(message in log and "iteration 1/" not in log for log in logs), logs
 
 
