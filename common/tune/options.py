@@ -2,47 +2,50 @@
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 from common.errors import KitError
+
+LEAST = {"trials": 1, "trial_iterations": 2, "trial_limit_min": 0.1}
 
 
 @dataclass(frozen=True)
 class Trials:
-    """The trials of a tuning; None in a command line is these defaults."""
+    """The trials of a tuning; each field is a flag."""
 
-    number: int = 5
-    iterations: int = 8
-    limit_min: float = 10.0
+    trials: int = 5
+    trial_iterations: int = 8
+    trial_limit_min: float = 10.0
 
 
 def add_trial_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --trials, --trial-iterations and --trial-limit-min, None where they are not given."""
-    parser.add_argument("--trials", type=int, help=f"layouts to try (default: {Trials.number})")
+    """Adds the flags of Trials, None where they are not given."""
+    parser.add_argument("--trials", type=int, help=f"layouts to try (default: {Trials.trials})")
     parser.add_argument(
         "--trial-iterations", type=int,
-        help=f"steps of each, of which the second half counts (default: {Trials.iterations})",
+        help=f"steps of each, of which the second half counts (default: {Trials.trial_iterations})",
     )  # fmt: skip
-    parser.add_argument("--trial-limit-min", type=float, help=f"minutes for each (default: {Trials.limit_min:g})")
+    parser.add_argument("--trial-limit-min", type=float, help=f"minutes for each (default: {Trials.trial_limit_min:g})")
 
 
 def trials_of(arguments: argparse.Namespace) -> Trials:
     """The trials that a command line asks for; raises KitError for a number that is too small."""
-    for flag, number, least in (
-        ("--trials", arguments.trials, 1),
-        ("--trial-iterations", arguments.trial_iterations, 2),
-        ("--trial-limit-min", arguments.trial_limit_min, 0.1),
-    ):
-        if number is not None and not number >= least:
-            raise KitError(f"{flag}={number}: it must be at least {least}")
-    return Trials(
-        arguments.trials or Trials.number,
-        arguments.trial_iterations or Trials.iterations,
-        arguments.trial_limit_min or Trials.limit_min,
-    )
+    given = _given(arguments)
+    for name, number in given.items():
+        if not number >= LEAST[name]:
+            raise KitError(f"{_flag(name)}={number}: it must be at least {LEAST[name]}")
+    return Trials(**given)
 
 
 def check_no_trials(arguments: argparse.Namespace) -> None:
     """Raises KitError if a command line without --tune says something of trials."""
-    for name in ("trials", "trial_iterations", "trial_limit_min"):
-        if getattr(arguments, name) is not None:
-            raise KitError(f"--{name.replace('_', '-')} is for --tune FILE, which is not given")
+    for name in _given(arguments):
+        raise KitError(f"{_flag(name)} is for --tune FILE, which is not given")
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in LEAST if (value := getattr(arguments, name)) is not None}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

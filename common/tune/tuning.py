@@ -32,14 +32,14 @@ def tune(settings: TrainSettings, platform: Platform, output: Path, trials: Tria
     model_folder, even = start.model_folder, start.in_torch_format
     qwen, gpu = load_config(model_folder), find_device(settings, platform)
     settings = with_packing(settings, platform)
-    tried = []
-    for number, one in enumerate(chosen := candidates(settings, qwen, gpu, trials.number, even=even), 1):
+    tried, limit_s = [], 60 * trials.trial_limit_min
+    for number, one in enumerate(chosen := candidates(settings, qwen, gpu, trials.trials, even=even), 1):
         layout = one.settings
         sizes = f"TP={layout.tp} PP={layout.pp} VPP={layout.vpp} CP={layout.cp}"
         sizes += f" PIPELINE_LAYERS={layout.pipeline_layers}" if layout.pipeline_layers else ""
         own = f"MICRO_BATCH_SIZE={layout.micro_batch_size} RECOMPUTE={layout.recompute}"
         logger.info("trial %d of %d: %s %s", number, len(chosen), sizes, own)
-        trial = run_trial(with_layout(settings, one), model_folder, trials.iterations, 60 * trials.limit_min)
+        trial = run_trial(with_layout(settings, one), model_folder, trials.trial_iterations, limit_s)
         logger.info("%s", trial.reason or f"{trial.tokens_per_s:,.0f} tokens/s, {trial.memory_gib:.1f} GiB")
         tried.append((one, trial))
     best, trial = max(tried, key=lambda each: each[1].tokens_per_s)
@@ -47,5 +47,5 @@ def tune(settings: TrainSettings, platform: Platform, output: Path, trials: Tria
         raise KitError(f"no layout ran: {trial.reason}")
     print(*table(tried), sep="\n")
     with writing(output):
-        output.write_text("".join(f"{line}\n" for line in settings_lines(best, trial, gpu, trials.iterations)))
+        output.write_text("".join(f"{line}\n" for line in settings_lines(best, trial, gpu, trials.trial_iterations)))
     print(f"ok: SETTINGS={output} is the fastest layout")
