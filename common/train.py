@@ -101,8 +101,9 @@ def launch(settings: TrainSettings, *, check_only: bool) -> None:
         return
     with importing():
         from common.training.launching import launcher  # imports torchrun
+        from common.training.tracking.run_record import FailureRecord
 
-    launcher.launch(plan)
+    launcher.launch(plan, FailureRecord(Path(settings.save_checkpoint_path)).add)
 
 
 def check(settings: TrainSettings, *, report: bool) -> "Plan":

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from common.report.runs import UNKNOWN_END, Run, different_settings, one_line_reason, summary
+from common.report.runs import KILLED, UNKNOWN_END, Run, different_settings, one_line_reason, summary
 
 STYLE = """
 :root { color-scheme: light; }
@@ -68,7 +68,7 @@ def _starts(run: Run) -> str:
     rows = []
     for start in run.starts:
         end = start.get("end") or {}
-        reason = one_line_reason(end) if end else UNKNOWN_END
+        reason = one_line_reason(end) if end else UNKNOWN_END if start is run.starts[-1] else KILLED
         began = f"{start['start']['kind']} from {start['start']['from']}"
         rows.append([start["time"], start["iteration"], began, end.get("time", ""), end.get("iteration", ""), reason])
     return _table(["began", "at iteration", "with", "ended", "at iteration", "because"], rows)

@@ -13,7 +13,7 @@ from common.training.tracking.records import METRICS_FILE, VALIDATION_LOSS, read
 
 Points = list[tuple[int, float]]
 WINDOW = 1 / 20  # of a curve's points that a point of its moving average is the mean of, at most 200
-UNKNOWN_END = "running, or killed"
+UNKNOWN_END, KILLED = "running, or killed", "killed"  # of the last start, which has no end yet; of an earlier one
 MAX_POINTS = 1000  # of a curve; more are averaged in groups
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from common.training.tracking.records import read_run_record
 from tests.distributed.launch import steps
 from tests.distributed.user import ENDLESS, Run, step3, step3_forked, wait_for
 
@@ -104,7 +105,10 @@ def test_a_killed_process_ends_all_others_at_once(work: Path, what: str) -> None
     else:
         os.kill(ranks[1].pid, signal.SIGKILL)
         log = run.end(1, 20)
-        assert "rank 1 failed first, killed by SIGKILL: is the host out of memory (dmesg)?" in log
+        reason = "rank 1 failed first, killed by SIGKILL: is the host out of memory (dmesg)?"
+        assert reason in log and reason in (work / name / "log.txt").read_text(encoding="utf-8")
+        (start,) = read_run_record(work / name)["starts"]
+        assert start["end"]["reason"].endswith(reason) and start["end"]["iteration"] >= 5
     assert time.monotonic() - began < 10
     done = run.tracker()
     again = step3_forked(settings(work, name, TRAIN_ITERS=done + 1))

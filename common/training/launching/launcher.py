@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch.distributed as dist
@@ -31,18 +32,20 @@ from common.training.planning.plan import Plan
 from common.training.settings import TrainSettings
 
 DistNetworkError = getattr(dist, "DistNetworkError", RuntimeError)  # torch 2.1 lacks it
+OnFailure = Callable[[int, list[str]], None]
 
 
-def launch(plan: Plan) -> None:
+def launch(plan: Plan, on_failure: OnFailure) -> None:
     """Runs common.train under torchrun on this node; exits with the first failed rank's code, or STOPPED.
 
-    Raises KitError when the preflight check or the rendezvous fails.
+    `on_failure` gets the rank of this node that failed first, and what is logged of it. Raises KitError when the
+    preflight check or the rendezvous fails.
     """
     settings = plan.settings
     set_environment(plan)
     facts = facts_of(plan) if settings.nnodes > 1 else {}
     with exit_reasons(), preflight_check(settings, facts) as preflight:
-        run_agent(with_port(settings), preflight)
+        run_agent(with_port(settings), preflight, on_failure)
         stopped_at = read_exit_reason(STOPPED_AT, 0)
     if stopped_at:
         logger.info("%s; the same command resumes from there (exit code %d)", stopped_at, STOPPED)
@@ -63,7 +66,7 @@ def set_environment(plan: Plan) -> None:
     keep_rendezvous()
 
 
-def run_agent(settings: TrainSettings, preflight: Preflight | None) -> None:
+def run_agent(settings: TrainSettings, preflight: Preflight | None, on_failure: OnFailure) -> None:
     """Returns when all ranks have succeeded; else raises KitError, or SystemExit with the first failed rank's code."""
     address = address_towards(*settings.meeting_place)
     if preflight:
@@ -73,7 +76,11 @@ def run_agent(settings: TrainSettings, preflight: Preflight | None) -> None:
         with from_kit():
             run(parse_args([*arguments, "-m", "common.train", *to_flags(settings)]))
     except ChildFailedError as error:
-        raise SystemExit(log_first_failure(error)) from None
+        rank, messages = describe_first_failure(error)
+        for message in messages:
+            logger.error("%s", message)
+        on_failure(rank, messages)
+        raise SystemExit(max(error.failures[rank].exitcode, 0) or 1) from None
     except SignalException as error:  # SIGQUIT: torchrun has ended the ranks
         raise SystemExit(128 + error.sigval) from None
     except (DistNetworkError, RendezvousConnectionError) as error:
@@ -91,19 +98,19 @@ def with_port(settings: TrainSettings) -> TrainSettings:
         return replace(settings, master_port=int(probe.getsockname()[1]))
 
 
-def log_first_failure(error: ChildFailedError) -> int:
-    """Logs which rank failed first and, last, its traceback; returns the exit code."""
+def describe_first_failure(error: ChildFailedError) -> tuple[int, list[str]]:
+    """The rank that failed first, and messages: how and, last, its traceback if it wrote one."""
     # A rank that was killed is the cause, though the others' errors may come before torchrun has noticed it.
     rank, failure = min(error.failures.items(), key=lambda each: (each[1].exitcode >= 0, each[1].timestamp))
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = ": is the host out of memory (dmesg)?" if name == "SIGKILL" else ""
-        logger.error("rank %d failed first, killed by %s%s", rank, name, hint)
+        messages = [f"rank {rank} failed first, killed by {name}{hint}"]
     else:
-        logger.error("rank %d failed first, with exit code %d", rank, failure.exitcode)
+        messages = [f"rank {rank} failed first, with exit code {failure.exitcode}"]
     if text := read_exit_reason(TRACEBACK, failure.local_rank):
-        logger.error("traceback of rank %d:\n%s", rank, text)
-    return failure.exitcode if failure.exitcode > 0 else 1
+        messages.append(f"traceback of rank {rank}:\n{text}")
+    return rank, messages
 
 
 def torchrun_arguments(settings: TrainSettings, address: str | None) -> list[str]:

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from common.data.dataset.blended_dataset import read_blend
 from common.data.dataset.file_hash import hash_file
-from common.errors import describe_os_error
+from common.errors import KitError, describe_os_error
 from common.files import write_json
 from common.log import logger
 from common.settings import KIT
@@ -23,7 +24,8 @@ from common.training.launching.nodes import versions
 from common.training.planning.datasets import read_validation
 from common.training.planning.plan import Plan
 from common.training.settings import TrainSettings
-from common.training.tracking.records import RUN_RECORD, read_run_record
+from common.training.tracking.log_file import log_file
+from common.training.tracking.records import METRICS_FILE, RUN_RECORD, read_metrics, read_run_record
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -59,6 +61,46 @@ class RunRecord:
             write_json(self._path, self._content)
         except OSError as error:
             logger.warning("%s cannot be written, training goes on: %s", self._path, describe_os_error(error))
+
+
+class FailureRecord:
+    """How the ranks of a run failed, for its log.txt and run.json; made by the launcher before it starts them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._starts_before = folder, len(read_run_record(folder)["starts"])
+
+    def add(self, rank: int, messages: list[str]) -> None:
+        """Appends what is to be said of `rank`, the first of this node that failed, to log.txt and this start's end.
+
+        Rank 0 writes how it failed itself, if it was not killed; but where it failed because of another one, that is
+        the cause. Of another node's ranks it is log.txt that has this. Nothing is written if rank 0 did not get as far
+        as its record; a disk error is logged, not raised.
+        """
+        try:
+            content = read_run_record(self._folder)
+            if len(content["starts"]) == self._starts_before:
+                return
+            with log_file(self._folder, partial(_log, messages)):
+                pass
+            start = content["starts"][-1]
+            if "end" in start and (rank == 0 or start["host"] != socket.gethostname()):
+                return
+            iteration = self._last_iteration(len(content["starts"]) - 1, start["iteration"])
+            end = start.setdefault("end", {"time": _now(), "iteration": iteration, "reason": ""})
+            end["reason"] = "\n".join([end["reason"], *messages]).strip()
+            write_json(self._folder / RUN_RECORD, content)
+        except (OSError, KitError) as error:
+            logger.warning("%s: how the ranks failed is not recorded there: %s", self._folder, error)
+
+    def _last_iteration(self, start: int, began: int) -> int:
+        """The last one that this start logged, which it does every LOG_INTERVAL; `began` if it logged none."""
+        lines = read_metrics(self._folder) if (self._folder / METRICS_FILE).exists() else []
+        return max([began, *(line["iteration"] for line in lines if line["start"] == start)])
+
+
+def _log(messages: list[str]) -> None:
+    for message in messages:
+        logger.error("%s", message)
 
 
 def describe_start(plan: Plan) -> dict[str, Any]:

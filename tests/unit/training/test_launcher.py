@@ -12,8 +12,9 @@ from torch.distributed.elastic.multiprocessing.api import PContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import config_from_args, parse_args
 
+from common.training.launching import launcher
 from common.training.launching.agent_patches import keep_rendezvous, limit_shutdown
-from common.training.launching.launcher import log_first_failure, torchrun_arguments, with_port
+from common.training.launching.launcher import describe_first_failure, run_agent, torchrun_arguments, with_port
 from common.training.launching.rank_exit import EXIT_REASONS
 from common.training.settings import TrainSettings
 
@@ -88,23 +89,39 @@ def failure(local_rank: int, exitcode: int, timestamp: int) -> ProcessFailure:
 
 
 def test_the_killed_process_is_named_before_those_that_failed_because_of_it(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(EXIT_REASONS, str(tmp_path))
     (tmp_path / "traceback_0").write_text("connection reset by peer")
     failures = {4: failure(0, 1, 10), 5: failure(1, 1, 11), 6: failure(2, -9, 12), 7: failure(3, -15, 13)}
-    assert log_first_failure(ChildFailedError("train", failures)) == 1
-    assert caplog.messages == ["rank 6 failed first, killed by SIGKILL: is the host out of memory (dmesg)?"]
+    rank, messages = describe_first_failure(ChildFailedError("train", failures))
+    assert (rank, messages) == (6, ["rank 6 failed first, killed by SIGKILL: is the host out of memory (dmesg)?"])
 
 
-def test_of_processes_that_failed_the_first_is_named_with_its_traceback_and_its_code(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_of_processes_that_failed_the_first_is_named_with_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(EXIT_REASONS, str(tmp_path))
     (tmp_path / "traceback_1").write_text("ValueError: it")
     failures = {4: failure(0, 1, 12), 5: failure(1, 3, 11)}
-    assert log_first_failure(ChildFailedError("train", failures)) == 3
-    assert caplog.messages == ["rank 5 failed first, with exit code 3", "traceback of rank 5:\nValueError: it"]
+    rank, messages = describe_first_failure(ChildFailedError("train", failures))
+    assert (rank, messages) == (5, ["rank 5 failed first, with exit code 3", "traceback of rank 5:\nValueError: it"])
+
+
+@pytest.mark.parametrize(("exitcode", "code"), [(3, 3), (-9, 1)])
+def test_the_launcher_ends_with_the_code_of_the_rank_that_failed_and_passes_on_what_is_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, exitcode: int, code: int
+) -> None:
+    monkeypatch.setenv(EXIT_REASONS, str(tmp_path))
+    error, told = ChildFailedError("train", {5: failure(1, exitcode, 11)}), list[tuple[int, list[str]]]()
+
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(launcher, "run", fail)
+    with pytest.raises(SystemExit) as end:
+        run_agent(settings(), None, lambda rank, messages: told.append((rank, messages)))
+    assert end.value.code == code and told == [describe_first_failure(error)]
 
 
 def test_ranks_that_hang_are_killed_soon_however_long_torchrun_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:
