@@ -35,9 +35,10 @@ def test_the_model_has_what_qwen_has(sample: Path) -> None:
     assert attention.q_proj.bias is not None and attention.o_proj.bias is None
     tokenizer = AutoTokenizer.from_pretrained(sample / "model")
     assert len(tokenizer) <= SHAPE.vocab_size == config.vocab_size
-    ids = tokenizer("九只红猫", return_tensors="pt").input_ids
+    inputs = tokenizer("九只红猫", return_tensors="pt")
     with torch.no_grad():
-        assert model(ids).logits.isfinite().all()
+        assert model(**inputs).logits.isfinite().all()
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs.input_ids.shape[1]
 
 
 def test_roles_are_one_token_each(sample: Path) -> None:
