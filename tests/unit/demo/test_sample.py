@@ -40,6 +40,14 @@ def test_the_model_has_what_qwen_has(sample: Path) -> None:
         assert model(ids).logits.isfinite().all()
 
 
+def test_what_transformers_tokenizes_goes_to_its_model_as_it_is(sample: Path) -> None:
+    tokenizer, model = (kind.from_pretrained(sample / "model") for kind in (AutoTokenizer, AutoModelForCausalLM))
+    given = tokenizer("What is 1+1?", return_tensors="pt")
+    assert set(given) == {"input_ids", "attention_mask"}
+    made = model.generate(**given, max_new_tokens=2, min_new_tokens=2)
+    assert made.shape == (1, given["input_ids"].shape[1] + 2)
+
+
 def test_roles_are_one_token_each(sample: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(sample / "model")
     assert [len(tokenizer(role).input_ids) for role in ("system", "user", "assistant")] == [1, 1, 1]
