@@ -3,6 +3,8 @@
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import writing
@@ -11,6 +13,22 @@ from common.errors import writing
 def existing_part(path: Path) -> Path:
     """`path`, or its nearest parent that exists, which may be a file or a dangling symbolic link."""
     return next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+
+
+@contextmanager
+def named_in_utf8(folder: Path) -> Iterator[Path]:
+    """`folder`, or where its name is not UTF-8 another of the same folder, for the block; raises OSError.
+
+    Libraries in Rust, such as tokenizers, open no file with such a name.
+    """
+    if os.fsencode(folder).decode(errors="replace").encode() == os.fsencode(folder):
+        yield folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def free_bytes(path: Path) -> int:

@@ -23,7 +23,7 @@ metax-3.5   3.10   2.8.0  0.16.1        requirements/metax-3.txt numpy==1.26.4
 '
 
 TESTS=(
-  tests/unit/model/test_kernel_calls.py
+  tests/unit/model/test_kernel_calls.py tests/unit/test_doctor.py tests/unit/checkpoint/test_restricted_unpickler.py
   tests/distributed/test_{logits,training,metax,freezing,context_parallel,hangs}.py tests/end_to_end/test_scripts.py
   tests/nodes/test_{training,waiting}.py
 )

@@ -50,7 +50,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocab_size: int) -> Toke
         "unk_token": None,
         "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, which Qwen refuses
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds one that Qwen2 refuses
         "chat_template": CHATML,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from common.engine.installation import prepare
+from common.engine.patches import add_numpy_dtypes
 from common.platforms import current
 from common.start import from_kit
 
@@ -213,6 +214,7 @@ def _last_line(text: str) -> str:
 
 def main() -> None:
     """Runs the probes named on the command line."""
+    add_numpy_dtypes()  # attention imports Megatron-Core too, and not the rest of what `prepare` does
     for name in sys.argv[1:]:
         try:
             result = {"probe": name, "works": True, "result": PROBES[name]()}

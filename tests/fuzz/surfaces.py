@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from torch.distributed.checkpoint import FileSystemWriter, save
 
 from common.checkpoint.conversion.state_dict_adapter import hf_shapes, hf_state_dict
 from common.checkpoint.formats.checkpoint_paths import find_checkpoint
@@ -22,7 +21,7 @@ from common.data.tokenizer.text_tokenizer import load_tokenizer
 from common.model.shape.config import load_config
 from tests.fuzz import configs, pickles
 from tests.fuzz.bounds import Case
-from tests.unit.checkpoint.small import dist_state, megatron_state, write_hf
+from tests.unit.checkpoint.small import dist_state, megatron_state, save_with_torch, write_hf
 
 
 def read_checkpoint(folder: Path) -> None:
@@ -66,7 +65,7 @@ def rank_file(folder: Path, seed: int, count: int) -> tuple[Iterator[bytes], Cas
 def _torch_dist(folder: Path) -> Path:
     qwen, weights = write_hf(folder / "hf")
     release = folder / "megatron/release"
-    save(dist_state(weights, qwen), storage_writer=FileSystemWriter(release), no_dist=True)
+    save_with_torch(dist_state(weights, qwen), release)
     state = {"args": _arguments(), "iteration": 3, "run": {"dtype": torch.float32, "sizes": [1, 2, (3, 4.5)]}}
     torch.save(state, release / "common.pt")
     backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}

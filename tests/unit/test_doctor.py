@@ -38,6 +38,7 @@ def doctor(*flags: str, expect: int, **more: str) -> str:
     return done.stdout
 
 
+@pytest.mark.lane
 def test_a_machine_that_runs_the_kit_has_no_findings(tmp_path: Path) -> None:
     found = json.loads(doctor("--json", expect=0, KIT_PLATFORM="cpu"))
     assert {each["status"] for each in found} <= {"ok", "warn"}

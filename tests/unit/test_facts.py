@@ -111,7 +111,7 @@ with process_group(replace(platform, backend="mpi"), ParallelSizes(1), 1, 1):
     pass
 """
     done = python(program)
-    assert done.stdout == "gloo\n" and done.returncode != 0
+    assert done.stdout.splitlines()[-1] == "gloo" and done.returncode != 0  # torch 2.8 prints lines before
     assert "MPI" in done.stderr.splitlines()[-1]
 
 
@@ -119,15 +119,16 @@ with process_group(replace(platform, backend="mpi"), ParallelSizes(1), 1, 1):
 def test_the_machine_is_prepared_as_the_platform_requires() -> None:
     program = """
 from dataclasses import replace
+from common.engine.installation import prepare
 from common.platforms import current
 from common.platforms.base import nothing_to_prepare
 import torch
-replace(current(), prepare=nothing_to_prepare).prepare()
+prepare(replace(current(), prepare=nothing_to_prepare))
 try:
     torch.zeros(1, device="cuda")
 except Exception as error:
     print("unprepared")
-current().prepare()
+prepare(current())
 print(torch.zeros(1, device="cuda").device)
 """
     done = python(program, KIT_PLATFORM="metax", KIT_TEST_ON_CPU="true")

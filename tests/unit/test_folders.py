@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from common.errors import KitError
-from common.folders import check_writable, existing_part, free_bytes
+from common.folders import check_writable, existing_part, free_bytes, named_in_utf8
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
@@ -66,3 +67,15 @@ def test_a_folder_of_another_user_is_refused_with_its_remedy(tmp_path: Path) -> 
     Path("/root").stat()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and "Permission denied: ask its owner for access (chmod, chown)" in done.stderr, done
+
+
+@pytest.mark.parametrize(("name", "kept"), [(b"model", True), ("模型".encode(), True), ("模型".encode("gbk"), False)])
+def test_a_folder_whose_name_is_not_utf8_has_another_that_rust_opens(tmp_path: Path, name: bytes, kept: bool) -> None:
+    folder = tmp_path / os.fsdecode(name)
+    folder.mkdir()
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
+    with named_in_utf8(folder) as readable:
+        assert (readable == folder) == kept and readable.samefile(folder)
+        assert Tokenizer.from_file(str(readable / "tokenizer.json")).get_vocab_size() == 0
+    assert kept or not readable.exists()

@@ -9,6 +9,7 @@ and torch.save write in the checkpoints of Megatron-Core, Megatron-LM and this k
 import argparse
 import collections
 import re
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -280,6 +281,8 @@ _KNOWN: dict[tuple[str, str], Any] = {
        for kind, modules in _INERT.items() for module, names in modules.items() for name in names},
 }  # fmt: skip
 _KNOWN["builtins", "xrange"] = _KNOWN["builtins", "range"]  # Python 2's
+# Python 3.10 pickles a member of this enum as a global of its own, later ones as a call of the enum with its value.
+_KNOWN.update({("signal", one.name): _KNOWN["signal", "Signals"].call(int(one)) for one in signal.Signals})
 # How the state of an instance is set, by its exact type.
 RESTORE: dict[type, Callable[[Any, Any], None]] = {
     argparse.Namespace: _restore_fields,
@@ -294,13 +297,13 @@ RESTORE: dict[type, Callable[[Any, Any], None]] = {
 
 
 def find_global(module: str, name: str, *, foreign: bool) -> Any:
-    """The placeholder for `module`.`name`; None where it is not allowed.
+    """The placeholder for `module`.`name`, of an enum's member its instance; None where it is not allowed.
 
     foreign: allow any name of Megatron and its libraries, for a pickle that only this kit reads.
     """
     key = _ALIASES.get(module, module), name
     found = _KNOWN.get(key)
-    if not foreign or type(found) is Global and key not in _FOREIGN_CALLS:
+    if not foreign or isinstance(found, Inert) or type(found) is Global and key not in _FOREIGN_CALLS:
         return found
     if module in _FOREIGN or module.startswith(_FOREIGN_PACKAGES):
         return inert_class(Inert, module, name)

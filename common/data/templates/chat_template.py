@@ -12,6 +12,7 @@ from common.data.sources.bad_rows import BadRowError
 from common.data.templates.messages import Message
 from common.data.tokenizer.text_tokenizer import TextTokenizer
 from common.errors import KitError
+from common.folders import named_in_utf8
 from common.log import logger
 
 # For a tokenizer without a chat template: ChatML with the default system turn of the Qwen2.5 base models.
@@ -135,8 +136,10 @@ def _load(tokenizer: TextTokenizer) -> Any:
     folder = tokenizer.folder
     try:
         if (folder / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        loaded = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+            with named_in_utf8(folder) as readable:
+                return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
+        with named_in_utf8(folder) as readable:
+            loaded = PreTrainedTokenizerFast(tokenizer_file=str(readable / "tokenizer.json"))
         template = folder / "chat_template.jinja"
         loaded.chat_template = template.read_text(encoding="utf-8") if template.is_file() else None
         return loaded

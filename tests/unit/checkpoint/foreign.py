@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from common.engine.patches import add_numpy_dtypes
 from common.model.shape.config import QwenConfig, load_config
 from tests.unit.checkpoint.small import write_ranks
 
@@ -93,8 +94,19 @@ def write_rank_files(kind: str, weights: dict[str, Tensor], qwen: QwenConfig, fo
         torch.save(state, path)
 
 
+def prepare_torch() -> None:
+    """Lets Megatron-Core build a model with RMSNorm where torch has none (before 2.4): its weight is LayerNorm's."""
+    add_numpy_dtypes()
+    if not hasattr(torch.nn, "RMSNorm"):
+        from megatron.core.transformer import torch_norm
+
+        torch_norm.is_torch_min_version = lambda *_: True
+        torch.nn.RMSNorm = lambda normalized_shape, eps: torch.nn.LayerNorm(normalized_shape, eps, bias=False)
+
+
 def write_torch_dist(numbered: bool, weights: dict[str, Tensor], qwen: QwenConfig, folder: Path) -> None:
     """Megatron-Core's GPTModel by its own sharded_state_dict and dist_checkpointing, with an optimizer's tensor."""
+    prepare_torch()
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy

@@ -4,12 +4,14 @@ h hidden_size, d head_dim, n attention heads, g key-value groups.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter, save_state_dict
 
 from common.model.shape.config import QwenConfig, load_config
 
@@ -36,6 +38,11 @@ QWEN = QwenConfig(
     head_dim=1,
     dtype="float32",
 )
+
+
+def save_with_torch(state: Mapping[str, Any], folder: Path) -> None:
+    """Writes `state` in torch_dist as one process, with torch's own code: torch 2.3's `save` takes no `no_dist`."""
+    save_state_dict(dict(state), FileSystemWriter(folder), no_dist=True)
 
 
 def write_hf(folder: Path, seed: int = 0, **shape: int | bool | str) -> tuple[QwenConfig, dict[str, Tensor]]:

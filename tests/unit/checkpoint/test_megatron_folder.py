@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from common.checkpoint.formats.checkpoint_paths import Checkpoint
@@ -14,7 +13,7 @@ from common.checkpoint.formats.megatron_folder import MegatronReader, open_megat
 from common.checkpoint.formats.parallel_layout import model_tensors
 from common.errors import KitError
 from common.model.shape.config import QwenConfig
-from tests.unit.checkpoint.small import bitwise_equal, dist_state, joined, write_hf, write_ranks
+from tests.unit.checkpoint.small import bitwise_equal, dist_state, joined, save_with_torch, write_hf, write_ranks
 
 ONE = [[range(4)]]
 TWO = [[range(2)], [range(2, 4)]]
@@ -279,7 +278,7 @@ def test_a_stage_without_a_virtual_chunk_is_reported(tmp_path: Path) -> None:
 
 
 def save_dist(path: Path, state: dict[str, Any]) -> Path:
-    dcp.save(state, checkpoint_id=path, no_dist=True)
+    save_with_torch(state, path)
     return path
 
 

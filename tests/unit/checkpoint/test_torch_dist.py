@@ -24,7 +24,7 @@ from common.checkpoint.formats.torch_dist_writer import TensorShard, write_torch
 from common.checkpoint.io.checksums import CHECKSUMS
 from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.errors import KitError
-from tests.unit.checkpoint.small import bitwise_equal
+from tests.unit.checkpoint.small import bitwise_equal, save_with_torch
 
 FC2 = "decoder.layers.mlp.linear_fc2.weight"
 
@@ -81,7 +81,7 @@ def blocks_of(state: dict[str, Tensor]) -> list[TensorShard]:
 
 def load_with_torch(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     empty: dict[str, Any] = {key: torch.full_like(tensor, 7) for key, tensor in state.items()}
-    dcp.load(empty, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    dcp.load_state_dict(empty, dcp.FileSystemReader(path), no_dist=True)
     return empty
 
 
@@ -139,7 +139,7 @@ def test_what_was_written_is_read_without_a_copy(tmp_path: Path) -> None:
 
 def test_what_torch_writes_is_read(tmp_path: Path) -> None:
     state = tensors()
-    dcp.save({**state, "step": 5, "nested": {"a": [torch.ones(2)]}}, checkpoint_id=tmp_path, no_dist=True)
+    save_with_torch({**state, "step": 5, "nested": {"a": [torch.ones(2)]}}, tmp_path)
     found = read_all(tmp_path)
     assert same({key: found[key] for key in state}, state)
     assert set(found) - set(state) == {"nested.a.0"}  # numbers are no tensors

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from common.checkpoint.verification.report import Report
 from common.checkpoint.verification.verify import verify
 from common.model.shape.config import QwenConfig
 from tests.unit.checkpoint import small
-from tests.unit.checkpoint.small import dist_state, write_hf, write_ranks
+from tests.unit.checkpoint.small import dist_state, save_with_torch, write_hf, write_ranks
 
 QWEN = replace(small.QWEN, num_hidden_layers=9)
 QWEN3 = {"model_type": "qwen3", "head_dim": 4}
@@ -114,7 +113,7 @@ class Pair:
         self.qwen, self.weights = write_hf(self.folder, **shape)
         if dist:
             self.state = dist_state(self.weights, self.qwen)
-            dcp.save(dict(self.state), checkpoint_id=self.path, no_dist=True)
+            save_with_torch(self.state, self.path)
         else:
             write_ranks(self.path, self.weights, self.qwen, STAGES, tp=tp, impl="local")
         self.checkpoint = Checkpoint(root, self.path, "release", "torch_dist" if dist else "torch")
@@ -131,7 +130,7 @@ class Pair:
     def change_dist(self, edit: Callable[[dict[str, Tensor]], Any]) -> None:
         state = {name: tensor.clone() for name, tensor in self.state.items()}
         edit(state)
-        dcp.save(dict(state), checkpoint_id=self.path, no_dist=True)
+        save_with_torch(state, self.path)
 
     def change_hf(self, edit: Callable[[dict[str, Tensor]], Any]) -> None:
         weights = load_file(self.folder / "model.safetensors")
@@ -153,7 +152,7 @@ def test_the_same_weights_agree(tmp_path: Path, tied: bool, dist: bool, family: 
 
 def test_numbered_layers_and_a_layout_of_one_file_agree(tmp_path: Path) -> None:
     qwen, weights = write_hf(tmp_path / "hf", num_hidden_layers=2)
-    dcp.save(dict(dist_state(weights, qwen, stacked=False)), checkpoint_id=tmp_path / "a", no_dist=True)
+    save_with_torch(dist_state(weights, qwen, stacked=False), tmp_path / "a")
     write_ranks(tmp_path / "b", weights, qwen, [[range(2)]])
     assert not verify(tmp_path / "hf", Checkpoint(tmp_path, tmp_path / "a", "release", "torch_dist"), qwen).errors
     assert not verify(tmp_path / "hf", Checkpoint(tmp_path, tmp_path / "b", "release", "torch"), qwen).errors

@@ -35,10 +35,17 @@ def test_the_model_has_what_qwen_has(sample: Path) -> None:
     assert attention.q_proj.bias is not None and attention.o_proj.bias is None
     tokenizer = AutoTokenizer.from_pretrained(sample / "model")
     assert len(tokenizer) <= SHAPE.vocab_size == config.vocab_size
-    inputs = tokenizer("九只红猫", return_tensors="pt")
+    ids = tokenizer("九只红猫", return_tensors="pt").input_ids
     with torch.no_grad():
-        assert model(**inputs).logits.isfinite().all()
-    assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs.input_ids.shape[1]
+        assert model(ids).logits.isfinite().all()
+
+
+def test_what_transformers_tokenizes_goes_to_its_model_as_it_is(sample: Path) -> None:
+    tokenizer, model = (kind.from_pretrained(sample / "model") for kind in (AutoTokenizer, AutoModelForCausalLM))
+    given = tokenizer("What is 1+1?", return_tensors="pt")
+    assert set(given) == {"input_ids", "attention_mask"}
+    made = model.generate(**given, max_new_tokens=2, min_new_tokens=2)
+    assert made.shape == (1, given["input_ids"].shape[1] + 2)
 
 
 def test_roles_are_one_token_each(sample: Path) -> None:

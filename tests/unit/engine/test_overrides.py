@@ -58,7 +58,7 @@ def test_several_words_a_field_and_several_fields_are_read() -> None:
         ("ddp.check_for_nan_in_grad=TRUE", True),
         ("ddp.bucket_size=-1", -1),
         ("optimizer.sgd_momentum=0.5", 0.5),
-        ("optimizer.decoupled_weight_decay=false", False),
+        ("optimizer.barrier_with_L1_time=false", False),
     ],
 )
 def test_a_value_has_the_type_of_its_field(text: str, value: Any) -> None:

@@ -7,12 +7,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from common.platforms.cuda_shim import TORCH
+
 ROOT = Path(__file__).parents[3]
 SHAPE: dict[str, Any] = {
     "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 301, "tie_word_embeddings": True, "max_position_embeddings": 512,
     "rms_norm_eps": 1e-6, "rope_theta": 1e6,
 }  # fmt: skip
+
+
+def attention_keeps_no_more_than_on_a_gpu() -> bool:
+    """Whether this torch has one kernel for grouped heads on a CPU, which keeps neither scores nor copies of heads."""
+    if TORCH < (2, 5):  # the heads of keys and values are repeated
+        return False
+    query, key = (torch.ones(1, heads, 2, 16, requires_grad=True) for heads in (4, 2))
+    out = scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+    return out.grad_fn is not None and "Flash" in out.grad_fn.name()
+
+
+counts_attention = pytest.mark.skipif(
+    not attention_keeps_no_more_than_on_a_gpu(), reason="this torch's attention on a CPU keeps its scores, or copies"
+)
 
 
 def write_config(folder: Path, **changes: Any) -> Path:

@@ -15,7 +15,7 @@ from common.model.shape import masks
 from common.model.shape.config import load_config
 from common.platforms.cpu import CPU
 from common.training.settings import TrainSettings
-from tests.unit.estimate.ranks import count, write_config
+from tests.unit.estimate.ranks import count, counts_attention, write_config
 
 
 def peak_saved_bytes(task: dict[str, Any]) -> int:
@@ -95,6 +95,7 @@ def tasks_of(folder: Path, fused: bool, layouts: list[tuple[int, dict[str, Any]]
             yield {**task, "activations": True, "fused": fused}
 
 
+@counts_attention
 def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None:
     """Fused: SwiGLU, alone or inside products, a norm and a split QKV that save what the kernels on a GPU save."""
     qwen2 = write_config(tmp_path / "qwen2")
@@ -114,6 +115,7 @@ def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None
     assert dict(zip(named, found, strict=True)) == dict(zip(named, formulas, strict=True))
 
 
+@counts_attention
 def test_long_rows_keep_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [{**task, "long": True} for task in tasks_of(write_config(tmp_path / "qwen2"), False, LONG)]
     with_masks = [peak_saved_bytes(task) for task in tasks]

@@ -20,7 +20,7 @@ from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
 from common.training.settings import TrainSettings
 from common.training.state import optimizer, optimizer_offload
-from tests.unit.estimate.ranks import count, write_config
+from tests.unit.estimate.ranks import count, counts_attention, write_config
 
 WHOLE = Chunk(4, first=True, last=True)
 STEPS: list[tuple[int, dict[str, Any]]] = [
@@ -34,6 +34,7 @@ STEPS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
+@counts_attention
 def test_a_steps_tensors_are_those_that_the_formulas_count(tmp_path: Path) -> None:
     folder = write_config(tmp_path, hidden_size=128, intermediate_size=512)
     tasks, formulas = [], []

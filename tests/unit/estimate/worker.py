@@ -21,13 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common import log
+from common.engine.installation import prepare
+from common.engine.patches import add_numpy_dtypes
 from common.estimate.memory import work_of
-from common.model.layers.gated_mlp import TorchProducts
 from common.model.shape import masks
 from common.model.shape.config import load_config
 from common.platforms.cpu import CPU
 from common.training.planning.plan import Plan, Start
 from common.training.settings import TrainSettings
+
+add_numpy_dtypes()
+from common.model.layers.gated_mlp import TorchProducts  # noqa: E402  imports Megatron-Core
 
 MASK_ELEMENTS = masks.MASK_ELEMENTS
 SCALAR_BYTES = 8  # left out: the loss's scale
@@ -223,7 +227,7 @@ def count(plan: Plan, activations: bool) -> dict[str, Any]:
 
 def main() -> None:
     log.quiet_libraries()
-    CPU.prepare()
+    prepare(CPU)
     from megatron.core import parallel_state
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
@@ -232,7 +236,7 @@ def main() -> None:
     from common.training.launching.process_group import seed_everything
     from tests.distributed.gloo_exchange import GlooExchange
 
-    composite = torch.nn.functional.rms_norm
+    composite = getattr(torch.nn.functional, "rms_norm", None)  # from torch 2.4 on
     kernels.loss_kernels = lambda *_: TorchKernels()
     sys.modules["common.model.kernels.swiglu"] = SimpleNamespace(bias_swiglu=bias_swiglu_impl)  # type: ignore[assignment]
     sys.modules["common.model.kernels.qkv_rope"] = SimpleNamespace(  # type: ignore[assignment]
@@ -246,7 +250,8 @@ def main() -> None:
     for task in json.loads(sys.argv[1]):
         fused = task["settings"].get("fused_products") == "true"
         kernels.mlp_products = lambda *_, fused=fused: InPlace() if fused else None
-        torch.nn.functional.rms_norm = fused_rms_norm if task.get("fused") else composite
+        if composite:
+            torch.nn.functional.rms_norm = fused_rms_norm if task.get("fused") else composite
         masks.MASK_ELEMENTS = 0 if task.get("long") else MASK_ELEMENTS
         plan = plan_of(task)
         exchanging = work_of(plan.settings, plan.platform, plan.qwen).exchanging

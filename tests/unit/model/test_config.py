@@ -24,6 +24,7 @@ QWEN_7B: dict[str, Any] = {
     "use_sliding_window": False, "vocab_size": 152064,
 }  # fmt: skip
 SOURCE = Path("model/config.json")
+IN_PARAMETERS = hasattr(Qwen2Config(), "rope_parameters")  # since transformers 5
 
 
 def parse(**changes: Any) -> QwenConfig:
@@ -47,17 +48,18 @@ def test_a_published_config_is_read() -> None:
 
 
 def test_what_transformers_writes_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    theta = {"rope_theta": 12345.0}
     Qwen2Config(
         hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
         vocab_size=300, rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=640, dtype="bfloat16",
-        rope_parameters={"rope_type": "default", "rope_theta": 12345.0},
+        **({"rope_parameters": {"rope_type": "default", **theta}} if IN_PARAMETERS else theta),
     ).save_pretrained(tmp_path)  # fmt: skip
     qwen, theirs = load_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
         assert getattr(qwen, name) == getattr(theirs, name)
     for name in ("vocab_size", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings"):
         assert getattr(qwen, name) == getattr(theirs, name)
-    assert qwen.rope_theta == theirs.rope_parameters["rope_theta"] == 12345.0
+    assert qwen.rope_theta == getattr(theirs, "rope_parameters", theirs.to_dict())["rope_theta"] == 12345.0
     assert (qwen.head_dim, qwen.dtype) == (8, "bfloat16")
     qwen.check_trainable()
 

@@ -91,6 +91,8 @@ def test_without_gradients_only_losses_are_made() -> None:
 
 PROGRAM = """
 import json, sys, torch, torch.distributed as dist
+from common.engine.patches import add_numpy_dtypes
+add_numpy_dtypes()
 from common.model.layers.loss import LinearCrossEntropy, RecomputedCrossEntropy, TorchKernels, Vocabulary
 from common.training.launching.rank_exit import exit_now
 from tests.unit.model.test_loss import case, expected

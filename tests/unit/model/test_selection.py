@@ -87,8 +87,11 @@ def test_without_triton_the_loss_is_pytorchs(tmp_path: Path) -> None:
     assert type(kernels.loss_kernels(load_config(tiny_qwen(tmp_path)), ONE, OPTIONS, CPU)) is TorchKernels
 
 
-def test_where_triton_fails_none_of_its_kernels_is_used(log: pytest.LogCaptureFixture) -> None:
-    """Here there is none."""
+def test_where_triton_fails_none_of_its_kernels_is_used(
+    log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "common.model.kernels.qkv_rope", raising=False)
     platform = kernels.with_working_kernels(FUSED, OPTIONS)
     assert platform == replace(FUSED, fused_kernels=False)
     assert log.messages == ["Triton kernels: not used, PyTorch's and Megatron-Core's are slower (no module triton)"]

@@ -4,9 +4,11 @@ import logging
 import re
 from importlib import metadata
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from common.engine.versions import ENGINES
 from common.errors import KitError
 from common.platforms import PLATFORMS
 from common.training.planning import compatibility as fit
@@ -68,6 +70,7 @@ def test_refusals(platform: str, changes: dict[str, Any], message: str) -> None:
     ],
     ids=str,
 )
+@patch("common.training.planning.compatibility.installed_engine", lambda: ENGINES[-1])
 def test_valid_combinations_are_accepted(platform: str, changes: dict[str, Any]) -> None:
     check_layers(settings(**changes), PLATFORMS[platform])
 

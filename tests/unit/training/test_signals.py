@@ -121,7 +121,7 @@ def test_processes_started_by_a_rank_block_its_signals() -> None:
         'print("ready"',
         """
 import json, os, subprocess, threading
-masks = [subprocess.run([sys.executable, "-c", "import signal; print(*signal.pthread_sigmask(0, ()))"],
+masks = [subprocess.run([sys.executable, "-c", "import signal; print(*map(int, signal.pthread_sigmask(0, ())))"],
                         capture_output=True, text=True).stdout.split()]
 read, write = os.pipe()
 if not os.fork():
