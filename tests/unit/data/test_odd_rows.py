@@ -82,12 +82,16 @@ def answer(**fields: Any) -> dict[str, Any]:
     return {"messages": [USER, {**ANSWER, **fields}]}
 
 
+DEEP = '{"a":' * 5000 + "1" + "}" * 5000
 ODD = {
     "a template's TypeError": (calling(name="joined", count=3, arguments={}), "TypeError: "),
     "deep arguments": (calling(name="f", arguments=deep(900)), "nested too deeply|RecursionError"),
-    "deep arguments in a string": (calling(name="f", arguments='{"a":' * 5000 + "1" + "}" * 5000), "nested too deeply"),
+    "deep arguments in a string": (
+        calling(name="f", arguments=DEEP),
+        "nested too deeply|RecursionError",  # from Python 3.13 on json reads them, and the template fails
+    ),
     "a tool's parameters": (
-        {**GOOD, "tools": [{"name": "f", "parameters": deep(950)}]},
+        {**GOOD, "tools": f'[{{"name": "f", "parameters": {DEEP}}}]'},
         "nested too deeply|RecursionError",
     ),
     "half a pair": (calling(name="f", arguments='{"a": "\\ud800"}'), "half of a surrogate pair"),

@@ -44,6 +44,10 @@ ERRORS: dict[str, BaseException] = {
     "ImportError": ImportError("libcute.so: cannot open shared object file"),
 }
 SYMMETRIC = "torch.distributed._symmetric_memory"  # from torch 2.5 on
+WITHOUT_GPU = f"no module {SYMMETRIC}"
+if find_spec(SYMMETRIC):  # by torch's build
+    number = "TypeError: device(): argument 'index' (position 2) must be int, not torch.device"
+    WITHOUT_GPU = number if torch.version.cuda else "no module cuda"
 FUSED_NORMS = installed_engine().fused_residual_norms
 BOTH = {
     "core_attention": "SdpaAttention",
@@ -84,9 +88,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, str], str]] = {
     ),
     "copies between the GPUs": (
         SYMMETRIC, "TypeError", {"tp": 2}, {**BOTH, "loss": "TritonKernels"},
-        "TP communication: not overlapped with matrix products (no module "
-        f"{'cuda' if find_spec(SYMMETRIC) else SYMMETRIC} (rank 0 of 2);"
-        f" {MESSAGE} (rank 1 of 2))",
+        f"TP communication: not overlapped with matrix products ({WITHOUT_GPU} (rank 0 of 2); {MESSAGE} (rank 1 of 2))",
     ),
     "flash_attn": (
         "flash_attn", "TypeError", {"attention": ["flash_attn", "sdpa"]}, BOTH,
