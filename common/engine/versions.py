@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import metadata
 
 from common.engine.base import Engine
@@ -25,7 +26,7 @@ def installed_engine() -> Engine:
     works = f"this kit works with {', '.join(others)} and {newest}"
     remedy = "pip install --no-deps megatron-core==VERSION, the one of these for this machine"
     try:
-        text = metadata.version("megatron-core")
+        text = installed_version()
     except metadata.PackageNotFoundError as error:
         raise KitError(f"megatron-core is not installed, and {works}: {remedy}") from error
     numbers = re.match(r"(\d+)\.(\d+)", text)
@@ -33,6 +34,12 @@ def installed_engine() -> Engine:
         if numbers and engine.version == (int(numbers[1]), int(numbers[2])):
             return engine
     raise KitError(f"megatron-core {text} is installed, and {works}: {remedy}")
+
+
+@lru_cache
+def installed_version() -> str:
+    """Of megatron-core, read once: an estimate asks thousands of times. Raises PackageNotFoundError."""
+    return metadata.version("megatron-core")
 
 
 def version() -> tuple[int, int]:

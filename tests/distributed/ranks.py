@@ -19,6 +19,7 @@ from typing import Any
 from common import log
 from common.engine import installation
 from common.platforms.cpu import CPU
+from common.training.launching.rank_exit import exit_now
 
 
 def wait(processes: list[int], seconds: float) -> int:
@@ -73,7 +74,7 @@ def main() -> None:
             process = os.fork()
             if not process:
                 act(job, rank)
-                return
+                exit_now(0)  # as the ranks of the kit end, without a teardown
             processes.append(process)
         print(wait(processes, job["seconds"]), flush=True)
 

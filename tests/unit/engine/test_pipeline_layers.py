@@ -36,13 +36,13 @@ def test_megatron_gets_options_only_for_uneven_stages() -> None:
 
 
 def test_a_version_that_cannot_build_it_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions.metadata, "version", lambda name: "0.11.0")
+    monkeypatch.setattr(versions, "installed_version", lambda: "0.11.0")
     check_pipeline_layers((7, 7, 7, 7), 1)
     check_pipeline_layers((6, 7, 7, 8), 1)
     for layers, vpp in (((7, 7, 8, 6), 1), ((2, 1, 1, 2), 2)):
         with pytest.raises(KitError, match=r"needs megatron-core 0\.14 or later, and 0\.11 is installed: let only"):
             check_pipeline_layers(layers, vpp)
-    monkeypatch.setattr(versions.metadata, "version", lambda name: "0.14.0")
+    monkeypatch.setattr(versions, "installed_version", lambda: "0.14.0")
     check_pipeline_layers((7, 7, 8, 6), 1)
 
 
