@@ -72,8 +72,9 @@ lint() {
 }
 
 pytest=(python -m pytest -q -p no:cacheprovider --durations=5)
-# Two files at a time: the tests of one file share fixtures.
-two=(-n 2 --dist loadfile)
+# Two files at a time, as the tests of one file share fixtures; in their order: else the longest test, which is alone in
+# its file, comes last, and a core waits for it.
+two=(-n 2 --dist loadfile --no-loadscope-reorder)
 
 # run_one NAME: a stage or, where no stage has the name, an area.
 run_one() {

@@ -74,8 +74,8 @@ def attention_name(work: Workload) -> str:
 def chunk_cost(work: Workload, chunk: Chunk, gpu: Gpu) -> Cost:
     """Forward and backward pass of a chunk for one micro-batch, with reading weights and accumulating gradients."""
     parameters, recomputed = chunk_parameters(work.qwen, work.tp, chunk), recomputed_layers(work, chunk)
-    once = layer_cost(work if work.recompute != "full" else replace(work, recompute="none"), gpu)
     twice = layer_cost(work, gpu)
+    once = layer_cost(replace(work, recompute="none"), gpu) if work.recompute == "full" else twice
     total = {
         **{name: recomputed * twice[name] + (chunk.num_layers - recomputed) * once[name] for name in once},
         "weights": _weight_bytes(work) * parameters / gpu.bandwidth,
@@ -173,10 +173,11 @@ class Speed:
 def speed(settings: TrainSettings, platform: Platform, qwen: QwenConfig, gpu: Gpu) -> Speed:
     """The speed of a run: the slowest stage's micro-batches, and the pipeline's bubble of (PP - 1) / VPP of them."""
     work, sizes = work_of(settings, platform, qwen), settings.sizes
+    stages = [chunks_of_rank(qwen, sizes, pp_rank) for pp_rank in range(sizes.pp)]
+    costs = {chunk: chunk_cost(work, chunk, gpu) for chunk in {chunk for chunks in stages for chunk in chunks}}
     microbatch = once = 0.0
-    for pp_rank in range(sizes.pp):
-        chunks = chunks_of_rank(qwen, sizes, pp_rank)
-        own = seconds(add(*(chunk_cost(work, chunk, gpu) for chunk in chunks)))
+    for chunks in stages:
+        own = seconds(add(*(costs[chunk] for chunk in chunks)))
         own += tensor_parallel_seconds(work, sum(chunk.num_layers for chunk in chunks))
         own += context_parallel_seconds(settings, work, sum(chunk.num_layers for chunk in chunks))
         own += pipeline_seconds(settings, work)

@@ -1,6 +1,7 @@
 """Parallel sizes, and which communication overlaps with computation."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from common.errors import KitError
 from common.parallel import ParallelSizes, parse_pipeline_layers
@@ -36,7 +37,7 @@ class ParallelSettings:
                 " of the gradient reduction: set OVERLAP_PARAM_GATHER=false too"
             )
 
-    @property
+    @cached_property
     def sizes(self) -> ParallelSizes:
         """The parallel sizes of the whole run, over all nodes."""
         layers = parse_pipeline_layers(self.pipeline_layers)
