@@ -135,10 +135,9 @@ def _load(tokenizer: TextTokenizer) -> Any:
 
     folder = tokenizer.folder
     try:
-        if (folder / "tokenizer_config.json").is_file():
-            with named_in_utf8(folder) as readable:
-                return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
         with named_in_utf8(folder) as readable:
+            if (readable / "tokenizer_config.json").is_file():
+                return AutoTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False)
             loaded = PreTrainedTokenizerFast(tokenizer_file=str(readable / "tokenizer.json"))
         template = folder / "chat_template.jinja"
         loaded.chat_template = template.read_text(encoding="utf-8") if template.is_file() else None

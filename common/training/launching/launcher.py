@@ -25,7 +25,7 @@ from common.training.launching.agent_patches import keep_rendezvous, limit_shutd
 from common.training.launching.interfaces import address_towards, select_gloo_interface
 from common.training.launching.nodes import facts_of
 from common.training.launching.preflight import Preflight, preflight_check
-from common.training.launching.rank_exit import STOPPED_AT, TRACEBACK, exit_reasons, read_exit_reason
+from common.training.launching.rank_exit import STOPPED_AT, TRACEBACK, exit_reasons, log_failure, read_exit_reason
 from common.training.planning import determinism
 from common.training.planning.deadline import STARTED
 from common.training.planning.plan import Plan
@@ -77,8 +77,7 @@ def run_agent(settings: TrainSettings, preflight: Preflight | None, on_failure: 
             run(parse_args([*arguments, "-m", "common.train", *to_flags(settings)]))
     except ChildFailedError as error:
         rank, messages = describe_first_failure(error)
-        for message in messages:
-            logger.error("%s", message)
+        log_failure(messages)
         on_failure(rank, messages)
         raise SystemExit(max(error.failures[rank].exitcode, 0) or 1) from None
     except SignalException as error:  # SIGQUIT: torchrun has ended the ranks

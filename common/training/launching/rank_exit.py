@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from common.errors import KitError, report
+from common.log import logger
 
 EXIT_REASONS = "KIT_EXIT_REASONS"  # in a rank's environment: the folder of files that the launcher reads
 TRACEBACK, STOPPED_AT = "traceback", "stopped_at"  # kinds of exit reasons; the second is of a run that was stopped
@@ -36,6 +37,12 @@ def read_exit_reason(kind: str, local_rank: int) -> str:
     with suppress(OSError):
         return Path(os.environ[EXIT_REASONS], f"{kind}_{local_rank}").read_text(encoding="utf-8")
     return ""
+
+
+def log_failure(messages: list[str]) -> None:
+    """Logs what is to be said of a rank that failed."""
+    for message in messages:
+        logger.error("%s", message)
 
 
 @contextmanager

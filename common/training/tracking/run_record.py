@@ -21,6 +21,7 @@ from common.files import write_json
 from common.log import logger
 from common.settings import KIT
 from common.training.launching.nodes import versions
+from common.training.launching.rank_exit import log_failure
 from common.training.planning.datasets import read_validation
 from common.training.planning.plan import Plan
 from common.training.settings import TrainSettings
@@ -80,7 +81,7 @@ class FailureRecord:
             content = read_run_record(self._folder)
             if len(content["starts"]) == self._starts_before:
                 return
-            with log_file(self._folder, partial(_log, messages)):
+            with log_file(self._folder, partial(log_failure, messages)):
                 pass
             start = content["starts"][-1]
             if "end" in start and (rank == 0 or start["host"] != socket.gethostname()):
@@ -96,11 +97,6 @@ class FailureRecord:
         """The last one that this start logged, which it does every LOG_INTERVAL; `began` if it logged none."""
         lines = read_metrics(self._folder) if (self._folder / METRICS_FILE).exists() else []
         return max([began, *(line["iteration"] for line in lines if line["start"] == start)])
-
-
-def _log(messages: list[str]) -> None:
-    for message in messages:
-        logger.error("%s", message)
 
 
 def describe_start(plan: Plan) -> dict[str, Any]:
