@@ -67,7 +67,8 @@ for name in "${missing[@]}"; do
   case $name in
     transformer-engine)
       # Compiled here, never fetched ready-made from a release page, which no index pins.
-      export NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE
+      # Newer ones than 2.11 would build expert parallelism too, which needs NCCL's newest headers.
+      export NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0
       "$PYTHON" -m pip wheel --no-deps --no-build-isolation -w "$WHEELS" \
         "transformer-engine==$TRANSFORMER_ENGINE" "transformer-engine-cu$cuda==$TRANSFORMER_ENGINE" \
         "transformer-engine-torch==$TRANSFORMER_ENGINE"

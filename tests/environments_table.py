@@ -114,9 +114,8 @@ AFTER = {
   MetaX; the log says why. The recipes of fine-tuning have `PACKING=true`: on NGC 24.03 set `TRANSFORMER_IMPL=local`,
   or `PACKING=false`.
 - torch_dist was never run on MetaX ([metax.md](../metax.md)), `OPTIMIZER_STATE=cpu` and `cpu_bf16` on a GPU
-  only for a few steps.
-  `CP` was run on two H200 with Transformer Engine's layers and one document a row; packed rows and local layers
-  with `CP` on CPUs alone ([long-rows.md](long-rows.md)).
+  for at most 60 steps.
+  `CP` was run on two H200, with packed rows and local layers too ([long-rows.md](long-rows.md)).
 - `TP_COMM_OVERLAP=auto`, the default, needs no Transformer Engine, but NVIDIA GPUs of one host, bf16 and PyTorch's
   symmetric memory (torch 2.6 or later, with its package cuda-bindings); the log says where it is not used.
 """,
@@ -134,9 +133,8 @@ AFTER = {
 - 微调的默认值 `PACKING=auto` 在表中为“不可以”或“需”时关闭，沐曦上的 local 层也关闭；日志说明原因。
   微调的配方含 `PACKING=true`：在 NGC 24.03 上请设 `TRANSFORMER_IMPL=local`，或 `PACKING=false`。
 - torch_dist 没有在 MetaX 上运行过（[metax.md](../metax.md)），`OPTIMIZER_STATE=cpu` 和 `cpu_bf16`
-  在 GPU 上只运行过几步。
-  `CP` 在两块 H200 上以 Transformer Engine 的层、每行一个文档运行过；拼接的行和 local 层的 `CP` 只在 CPU 上运行过
-  （[long-rows.md](long-rows.md)）。
+  在 GPU 上最多运行过 60 步。
+  `CP` 在两块 H200 上运行过，包括拼接的行和 local 层（[long-rows.md](long-rows.md)）。
 - 默认的 `TP_COMM_OVERLAP=auto` 不需要 Transformer Engine，但需要同一主机的 NVIDIA GPU、bf16 和 PyTorch 的对称内存
   （torch 2.6 或更新，以及其 cuda-bindings 包）；不使用时日志会说明原因。
 """,
