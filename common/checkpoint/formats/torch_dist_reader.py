@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import metadata as dcp
 
 from common.checkpoint.formats.torch_archive import ArchiveFile
 from common.checkpoint.io.checksums import check_file_name, check_size, check_small_files, read_checksums
@@ -23,9 +22,12 @@ from common.checkpoint.io.chunks import Chunk, coverage_error
 from common.checkpoint.io.crc32 import crc32
 from common.checkpoint.io.lazy_tensor import row_blocks, tensor_bytes
 from common.checkpoint.io.mapped_file import load
-from common.checkpoint.untrusted.metadata_types import metadata_type_error
+from common.checkpoint.untrusted.metadata_types import is_metadata, is_object, is_tensor, metadata_type_error
 from common.checkpoint.untrusted.restricted_unpickler import RestrictedUnpickler
 from common.errors import KitError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class TorchDistReader:
             entries = metadata.state_dict_metadata.items()
             for info in storage.values():
                 check_file_name(path / ".metadata", str(info.relative_path))
-            self.objects = {key: storage[key] for key, entry in entries if isinstance(entry, dcp.BytesStorageMetadata)}
+            self.objects = {key: storage[key] for key, entry in entries if is_object(entry)}
         except KitError:
             raise
         except Exception as error:  # unpickling raises whatever its objects raise
@@ -74,16 +76,12 @@ class TorchDistReader:
 
         self._file = cache(open_file)
 
-    def _stored_tensors(self, metadata: dcp.Metadata) -> dict[str, StoredTensor]:
+    def _stored_tensors(self, metadata: "Metadata") -> dict[str, StoredTensor]:
         storage = {(index.fqn, _tuple(index.offset)): info for index, info in metadata.storage_data.items()}
         entries = metadata.state_dict_metadata.items()
-        return {
-            key: self._stored_tensor(key, entry, storage)
-            for key, entry in entries
-            if isinstance(entry, dcp.TensorStorageMetadata)
-        }
+        return {key: self._stored_tensor(key, entry, storage) for key, entry in entries if is_tensor(entry)}
 
-    def _stored_tensor(self, key: str, entry: dcp.TensorStorageMetadata, storage: dict[Any, Any]) -> StoredTensor:
+    def _stored_tensor(self, key: str, entry: "TensorStorageMetadata", storage: dict[Any, Any]) -> StoredTensor:
         chunks, whole = [], whole_tensor(_tuple(entry.size))
         for each in entry.chunks:
             chunk = Chunk(_tuple(each.offsets), _tuple(each.sizes))
@@ -188,7 +186,7 @@ def _tuple(size: Any) -> tuple[int, ...]:
     return tuple(size) if size is not None else ()
 
 
-def load_metadata(path: Path, *, foreign: bool = False) -> dcp.Metadata:
+def load_metadata(path: Path, *, foreign: bool = False) -> "Metadata":
     """The content of a `.metadata` file; raises KitError where it is damaged or could run code.
 
     foreign: allow classes of other packages, as for RestrictedUnpickler.
@@ -204,7 +202,7 @@ def load_metadata(path: Path, *, foreign: bool = False) -> dcp.Metadata:
     finally:
         if gc_enabled:
             gc.enable()
-    if not isinstance(metadata, dcp.Metadata) or getattr(metadata, "storage_data", None) is None:
+    if not is_metadata(metadata):
         raise KitError(f"{path} holds no metadata of torch.distributed.checkpoint: the checkpoint is incomplete")
     if reason := metadata_type_error(metadata):
         raise KitError(f"{path} {reason}: copy the checkpoint again")

@@ -10,11 +10,9 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from common.checkpoint.formats.torch_archive import ALIGNMENT, ArchiveWriter, take_bytes, write_archive
 from common.checkpoint.io.checksums import CHECKSUMS, Checksums
@@ -23,6 +21,9 @@ from common.checkpoint.io.direct_io import prefetch
 from common.checkpoint.io.file_writer import FileWriter
 from common.checkpoint.io.lazy_tensor import LazyTensor
 from common.files import sync, write_synced
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 DATA_FILE = "__0_0.distcp"
 SHARDED_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -97,8 +98,11 @@ def write_data_file(
     return RankWriteResults(tuple(results), {path.name: stream.checksums})
 
 
-def build_metadata(ranks: Iterable[RankWriteResults]) -> dcp.Metadata:
+def build_metadata(ranks: Iterable[RankWriteResults]) -> "Metadata":
     """The content of `.metadata` for what all ranks wrote."""
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
     tensors: dict[str, Any] = {}
     storage: dict[dcp.MetadataIndex, _StorageInfo] = {}
     for result in (result for rank in ranks for result in rank.results):

@@ -11,12 +11,11 @@ import collections
 import re
 import signal
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy
 import torch
-from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from common.checkpoint.untrusted.pickled_tensors import MAX_DIMENSIONS, REBUILD, STORAGES, rebuild_from_type
 from common.checkpoint.untrusted.placeholders import (
@@ -57,7 +56,7 @@ def is_key(value: Any, size: int = MAX_DIMENSIONS) -> bool:
     kind = type(value)
     if kind is int:
         return is_int64(value)
-    if kind in SCALARS or kind is dcp.MetadataIndex:
+    if kind in SCALARS or kind in _KEYS:
         return True
     if kind is torch.Size:
         return len(value) <= size
@@ -137,6 +136,8 @@ def _torch_version(text: Any) -> str:
 
 
 def _memory_format(value: Any) -> Any:
+    from torch.distributed.checkpoint import metadata as dcp
+
     require(is_int64(value))
     if hasattr(dcp, "_MEM_FORMAT_ENCODING"):
         return dcp._MEM_FORMAT_ENCODING(value)
@@ -221,19 +222,11 @@ _CALLS: dict[str, dict[str, Callable[..., Any] | None]] = {
     "torch.distributed.checkpoint.metadata": {"_MEM_FORMAT_ENCODING": _memory_format},
     "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING": _memory_format},  # until torch 2.2
 }  # fmt: skip
-_DCP = ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-        "MetadataIndex", "StorageMeta")  # fmt: skip
 # Created by `__new__`.
 _NEW: dict[tuple[str, str], Callable[..., Any]] = {
     ("argparse", "Namespace"): _new(argparse.Namespace),
     ("torch.torch_version", "TorchVersion"): _torch_version,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _new(_StorageInfo),
-    **{("torch.distributed.checkpoint.metadata", name): _new(getattr(dcp, name)) for name in _DCP
-       if hasattr(dcp, name)},
-    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): _new(dcp.TensorProperties),
-    # Megatron-Core 0.15's subclass of torch's, with one more field that no later version reads.
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _new(dcp.Metadata),
-}  # fmt: skip
+}
 _RECIPES = ("DelayedScaling", "Float8CurrentScaling", "MXFP8BlockScaling", "Float8BlockScaling", "NVFP4BlockScaling",
             "MMParams", "QParams", "_FormatHelper", "_OverrideLinearPrecision")  # fmt: skip
 _INERT: dict[type[Inert], dict[str, tuple[str, ...]]] = {
@@ -289,11 +282,34 @@ RESTORE: dict[type, Callable[[Any, Any], None]] = {
     collections.OrderedDict: _restore_ordered_dict,
     numpy.ndarray: _restore_array,
     NumpyDtype: NumpyDtype.restore,
-    _StorageInfo: _restore_fields,
-    **{getattr(dcp, name): _restore_fields for name in _DCP if hasattr(dcp, name)},
-    dcp.MetadataIndex: _restore_index,
-    dcp.TensorProperties: _restore_properties,
 }
+_KEYS: set[type] = set()  # classes whose instances may be dict keys, beside SCALARS
+_DCP = ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "MetadataIndex", "StorageMeta")  # fmt: skip
+_DCP_MODULES = (
+    "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
+    "torch.distributed._shard.sharded_tensor.metadata", "megatron.core.dist_checkpointing.strategies.torch",
+)  # fmt: skip
+
+
+@cache
+def _dcp_globals() -> dict[tuple[str, str], Global]:
+    """The classes of a `.metadata` file; imported when a file names one: that takes as long as importing torch."""
+    from torch.distributed.checkpoint import metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    metadata, filesystem, sharded_tensor, megatron = _DCP_MODULES
+    classes = {
+        **{(metadata, name): getattr(dcp, name) for name in _DCP if hasattr(dcp, name)},
+        (filesystem, "_StorageInfo"): _StorageInfo,
+        (sharded_tensor, "TensorProperties"): dcp.TensorProperties,
+        # Megatron-Core 0.15's subclass of torch's, with one more field that no later version reads.
+        (megatron, "MCoreMetadata"): dcp.Metadata,
+    }
+    RESTORE.update(dict.fromkeys(classes.values(), _restore_fields))
+    RESTORE.update({dcp.MetadataIndex: _restore_index, dcp.TensorProperties: _restore_properties})
+    _KEYS.add(dcp.MetadataIndex)
+    return {key: Global(*key, None, _new(kind)) for key, kind in classes.items()}
 
 
 def find_global(module: str, name: str, *, foreign: bool) -> Any:
@@ -302,7 +318,7 @@ def find_global(module: str, name: str, *, foreign: bool) -> Any:
     foreign: allow any name of Megatron and its libraries, for a pickle that only this kit reads.
     """
     key = _ALIASES.get(module, module), name
-    found = _KNOWN.get(key)
+    found = _KNOWN.get(key) or (_dcp_globals().get(key) if module in _DCP_MODULES else None)
     if not foreign or isinstance(found, Inert) or type(found) is Global and key not in _FOREIGN_CALLS:
         return found
     if module in _FOREIGN or module.startswith(_FOREIGN_PACKAGES):

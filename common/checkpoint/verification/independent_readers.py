@@ -17,11 +17,11 @@ from typing import IO, Any, Protocol, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor, _weights_only_unpickler
-from torch.distributed.checkpoint import metadata as dcp
 
 from common.checkpoint.formats.torch_dist_reader import load_metadata
 from common.checkpoint.io.direct_io import empty
 from common.checkpoint.untrusted.archive_reader import ArchiveReader
+from common.checkpoint.untrusted.metadata_types import is_tensor
 from common.checkpoint.untrusted.pickled_tensors import TensorStub
 from common.errors import KitError
 
@@ -182,11 +182,7 @@ class DistTensors:
 
     def __init__(self, path: Path) -> None:
         self.path, metadata = path, load_metadata(path / ".metadata", foreign=True)
-        self.entries = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, dcp.TensorStorageMetadata)
-        }
+        self.entries = {key: entry for key, entry in metadata.state_dict_metadata.items() if is_tensor(entry)}
         self._storage = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
         self.chunk = cache(self._chunk)
 

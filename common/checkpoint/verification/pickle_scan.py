@@ -10,9 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch.distributed.checkpoint.metadata import Metadata
+from typing import TYPE_CHECKING, Any
 
 from common.checkpoint.formats.checkpoint_paths import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 from common.checkpoint.formats.torch_dist_reader import load_metadata
@@ -22,6 +20,9 @@ from common.checkpoint.untrusted.extra_state import check_extra_state
 from common.checkpoint.untrusted.pickled_tensors import PickledStorage
 from common.errors import KitError
 from common.json_file import read_json
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 _THREADS = 8  # most of the time is spent waiting for a network file system
 _SMALL_BYTES = 1024  # the pickle of one tensor has 200
@@ -88,7 +89,7 @@ def _check_backends(path: Path) -> None:
             )
 
 
-def _items(path: Path, metadata: Metadata) -> dict[str, list[_Item]]:
+def _items(path: Path, metadata: "Metadata") -> dict[str, list[_Item]]:
     """The items of each file of the checkpoint, by offset."""
     files: dict[str, list[_Item]] = {}
     for index, info in metadata.storage_data.items():
