@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from common.doctor import all_reduce, machine, packages, probes
-from common.doctor.finding import Finding
+from common.doctor.finding import Finding, verdict
 from common.platforms import on_cpu
 from common.platforms.cpu import CPU
 from common.platforms.metax import METAX
@@ -75,20 +75,34 @@ def test_an_extension_that_is_there_and_broken_is_a_failure(tmp_path: Path) -> N
     assert output.splitlines()[-1].startswith("not ready: 2 to fix, first megatron-core: install the versions ")
 
 
-def test_one_that_works_is_well(tmp_path: Path) -> None:
-    path = f"{STUBS / 'apex'}:{STUBS / 'flash_attn'}:{ROOT}"
-    output = doctor("--no-device", expect=0, KIT_PLATFORM="cpu", PYTHONPATH=path)
-    assert "fused Adam imports, no kernel for weight gradients" in output and "flash_attn            imports" in output
-    assert output.splitlines()[-1] == "ready"
+def probed(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> dict[str, tuple[bool, Any]]:
+    """What the doctor's probes say of the extensions that lie in `folders`."""
+    for folder in folders:
+        monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", ":".join(map(str, [*folders, ROOT])))
+    monkeypatch.setenv("KIT_PLATFORM", "cpu")
+    return {name: probes.run([name])[name] for name in packages.extensions()}
 
 
-def test_an_import_without_the_driver_is_accepted_without_a_device(tmp_path: Path) -> None:
+def test_one_that_works_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = probed(monkeypatch, STUBS / "apex", STUBS / "flash_attn")
+    findings = packages.check_extensions(CPU, found, no_device=False)
+    assert verdict(findings) == "ready"
+    lines = {each.subject: str(each) for each in findings}
+    assert "fused Adam imports, no kernel for weight gradients" in lines["apex"]
+    assert re.fullmatch(r"ok    flash_attn +imports", lines["flash_attn"])
+
+
+def test_an_import_without_the_driver_is_accepted_without_a_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "flash_attn").mkdir()
     message = "libmcruntime.so: cannot open shared object file: No such file or directory"
     (tmp_path / "flash_attn" / "__init__.py").write_text(f"raise ImportError({message!r})\n")
-    path = f"{tmp_path}:{ROOT}"
-    assert "not imported: it needs the driver" in doctor("--no-device", expect=0, KIT_PLATFORM="cpu", PYTHONPATH=path)
-    assert "libmcruntime.so" in doctor(expect=1, KIT_PLATFORM="cpu", PYTHONPATH=path)
+    found = probed(monkeypatch, tmp_path)
+    for no_device, status, says in ((True, "ok", "not imported: it needs the driver"), (False, "fail", message)):
+        each = {each.subject: each for each in packages.check_extensions(CPU, found, no_device)}["flash_attn"]
+        assert each.status == status and says in each.found
 
 
 def test_a_checkout_in_megatrons_place_is_a_failure(tmp_path: Path) -> None:
