@@ -1,6 +1,7 @@
 """Defaults that depend on TRAIN_MODE, of settings that are not given: the one place where they are decided."""
 
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 # LR and MIN_LR: Pai-Megatron-Patch, examples/qwen2_5/README.md, which continues from Qwen2.5's weights in both modes. A
@@ -25,7 +26,7 @@ def defaults_of(settings: Any) -> dict[str, Any]:
     lr = own["lr"] if settings.lr is None else settings.lr
     return {
         "lr": own["lr"],
-        "min_lr": float(Fraction(str(lr)) / 10),
+        "min_lr": _times(lr, Fraction(1, 10)),
         "lr_warmup_fraction": own["lr_warmup_fraction"] if settings.lr_warmup_iters is None else 0.0,
         "lr_warmup_iters": 0,
     }
@@ -40,4 +41,10 @@ def taken(settings: Any) -> dict[str, Any]:
 
 def _own(settings: Any) -> dict[str, float]:
     own = BY_MODE.get(settings.train_mode, BY_MODE["finetune"])
-    return {**own, "lr": float(Fraction(str(own["lr"])) * LORA)} if settings.tuner == "lora" else own
+    return {**own, "lr": _times(own["lr"], LORA)} if settings.tuner == "lora" else own
+
+
+@cache
+def _times(rate: float, factor: Fraction | int) -> float:
+    """The product as it is written in decimals: 1e-6 for a tenth of 1e-5."""
+    return float(Fraction(str(rate)) * factor)
