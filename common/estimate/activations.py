@@ -6,6 +6,7 @@ q, k, f, v this rank's part of query rows, key rows, intermediate_size and vocab
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from common.estimate.weights import ELEMENT_BYTES, Chunk, vocabulary_parameters
 from common.model.shape.chunks import chunk_size, fused_chunk_size
@@ -37,7 +38,7 @@ class Workload:
     fp8_recipe: str = ""  # of the layers' GEMMs, whose inputs are then saved in FP8; empty: none
     tp_copies: bool = False  # the run may overlap TP's communication with its GEMMs by the GPUs' copy engines
 
-    @property
+    @cached_property
     def transformer_engine(self) -> bool:
         """Whether the layers are Transformer Engine's."""
         return self.transformer_impl == "transformer_engine"
@@ -57,7 +58,7 @@ class Workload:
         """Elements of that mask."""
         return self.micro_batch_size * self.seq_length**2
 
-    @property
+    @cached_property
     def gathered(self) -> bool:
         """Whether attention gathers the keys and values of whole rows, instead of Transformer Engine's ring."""
         # FlashAttention 4 comes with the requirements of the fused products, and gathers.
@@ -69,7 +70,7 @@ class Workload:
         """Whether attention's output is put together from those of documents, or of a row's two chunks."""
         return not self.masked and (self.gathered or (self.separate and not self.thd))
 
-    @property
+    @cached_property
     def exchanging(self) -> bool:
         """Whether TP's communication is overlapped with GEMMs by the GPUs' copy engines."""
         supported = self.sequence_parallel and self.precision == "bf16" and not self.fp8_recipe
@@ -80,40 +81,45 @@ class Workload:
         """Whether the loss is fused into the output layer's GEMMs, as at TP 1."""
         return self.fused_products and self.tp == 1
 
-    @property
+    @cached_property
     def element_bytes(self) -> int:
         """Bytes of an element, e."""
         return ELEMENT_BYTES[self.precision]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Tokens of a micro-batch on this rank, n."""
         return self.seq_length * self.micro_batch_size // self.cp
 
-    @property
+    @cached_property
     def hidden_bytes(self) -> int:
         """Bytes of the hidden states of all n tokens, e n h."""
         return self.element_bytes * self.tokens * self.qwen.hidden_size
 
-    @property
+    @cached_property
     def residual_bytes(self) -> int:
         """Bytes of the hidden states between the layers, e n' h."""
         return self.hidden_bytes // self.tp if self.sequence_parallel and self.tp > 1 else self.hidden_bytes
 
-    @property
+    @cached_property
     def query_bytes(self) -> int:
         """Bytes of the queries, e n q."""
         return self.element_bytes * self.tokens * self.qwen.num_attention_heads * self.qwen.head_dim // self.tp
 
-    @property
+    @cached_property
     def key_bytes(self) -> int:
         """Bytes of the keys, or of the values, e n k."""
         return self.element_bytes * self.tokens * self.qwen.num_key_value_heads * self.qwen.head_dim // self.tp
 
-    @property
+    @cached_property
     def mlp_bytes(self) -> int:
         """Bytes of one of the MLP's two halves, e n f."""
         return self.element_bytes * self.tokens * self.qwen.intermediate_size // self.tp
+
+    @cached_property
+    def layer_bytes(self) -> int:
+        """Bytes of `layer_tensors`."""
+        return sum(layer_tensors(self).values())
 
 
 def norm_bytes(work: Workload, rows: int, num_bytes: int) -> int:
@@ -215,7 +221,7 @@ def recomputed_layers(work: Workload, chunk: Chunk) -> int:
 def kept_by_layers(work: Workload, chunk: Chunk) -> int:
     """Bytes that the layers of a chunk save in the forward pass for the backward pass."""
     recomputed = recomputed_layers(work, chunk)
-    return recomputed * work.residual_bytes + (chunk.num_layers - recomputed) * sum(layer_tensors(work).values())
+    return recomputed * work.residual_bytes + (chunk.num_layers - recomputed) * work.layer_bytes
 
 
 def kept_by_chunk(work: Workload, chunk: Chunk) -> int:
@@ -276,7 +282,7 @@ def backward_bytes(work: Workload, chunk: Chunk) -> int:
     The last layer's backward pass needs the most. If it is recomputed, all layers are, and its tensors exist again.
     """
     recomputed = recomputed_layers(work, chunk) == chunk.num_layers
-    return gradient_bytes(work) + (sum(layer_tensors(work).values()) if recomputed else 0)
+    return gradient_bytes(work) + (work.layer_bytes if recomputed else 0)
 
 
 def gradient_bytes(work: Workload) -> int:

@@ -1,14 +1,21 @@
 """PIPELINE_LAYERS of the shortest step: the last stage also computes the output layer and its loss."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import heapq
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from common.engine.pipeline_layers import supports
+from common.estimate.activations import Workload
 from common.estimate.gpus import Gpu, with_rates
-from common.estimate.memory import work_of
-from common.estimate.speed import chunk_cost, context_parallel_seconds, seconds, speed, tensor_parallel_seconds
-from common.estimate.weights import Chunk
-from common.model.shape.config import QwenConfig
+from common.estimate.speed import (
+    chunk_costs,
+    context_parallel_seconds,
+    seconds,
+    stages_speed,
+    tensor_parallel_seconds,
+)
+from common.estimate.weights import Chunk, split_chunks
 from common.training.settings import TrainSettings
 
 LEAST_GAIN = 0.01  # less is not worth a layout of its own
@@ -31,35 +38,36 @@ class Split:
     gain: float
 
 
-def faster_split(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu) -> Split | None:
+def faster_split(settings: TrainSettings, work: Workload, gpu: Gpu, even: float | None = None) -> Split | None:
     """The split with the shortest step; None at PP=1, and where even stages are as fast or within LEAST_GAIN of it.
 
-    `settings` have even stages. Whether the split fits the memory is not asked.
+    `settings` have even stages; even: the seconds of their step, from a caller that has them. Whether the split fits
+    the memory is not asked.
     """
     if settings.pp == 1:
         return None
-    rated = with_rates(gpu)
-    ends = ends_in_layers(settings, qwen, rated)
-    layers = balanced_layers(qwen.num_hidden_layers, settings.pp, settings.vpp, ends)
-    text = ",".join(map(str, layers))
-    even, other = (
-        speed(each, gpu.platform, qwen, rated).step_seconds
-        for each in (replace(settings, pipeline_layers=None), replace(settings, pipeline_layers=text))
-    )
-    return Split(text, even / other - 1) if even >= (1 + LEAST_GAIN) * other else None
+    qwen, pp, vpp, rated = work.qwen, settings.pp, settings.vpp, with_rates(gpu)
+    layers = balanced_layers(qwen.num_hidden_layers, pp, vpp, ends_in_layers(settings, work, rated))
+
+    def step(layers: tuple[int, ...]) -> float:
+        return stages_speed(settings, work, split_chunks(layers, pp), rated).step_seconds
+
+    even, other = even or step(qwen.chunk_layers(pp, vpp)), step(layers)
+    return Split(",".join(map(str, layers)), even / other - 1) if even >= (1 + LEAST_GAIN) * other else None
 
 
-def ends_in_layers(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu) -> Ends:
+def ends_in_layers(settings: TrainSettings, work: Workload, gpu: Gpu) -> Ends:
     """What the ends of the model take for a micro-batch, attention of a layer at that sequence length included."""
-    work = work_of(settings, gpu.platform, qwen)
-    number = qwen.num_hidden_layers // (settings.pp * settings.vpp)
-
-    def of_chunk(more: int = 0, *, first: bool = False, last: bool = False) -> float:
-        return seconds(chunk_cost(work, Chunk(number + more, first, last), gpu))
-
-    plain = of_chunk()
-    layer = of_chunk(1) - plain + tensor_parallel_seconds(work, 1) + context_parallel_seconds(settings, work, 1)
-    return Ends((of_chunk(first=True) - plain) / layer, (of_chunk(last=True) - plain) / layer)
+    number = work.qwen.num_hidden_layers // (settings.pp * settings.vpp)
+    plain, longer, first, last = (
+        Chunk(number, False, False), Chunk(number + 1, False, False), Chunk(number, True, False),
+        Chunk(number, False, True),
+    )  # fmt: skip
+    costs = chunk_costs(work, (plain, longer, first, last), gpu)
+    took = {chunk: seconds(cost) for chunk, cost in costs.items()}
+    layer = took[longer] - took[plain]
+    layer += tensor_parallel_seconds(work, 1) + context_parallel_seconds(settings, work, 1)
+    return Ends((took[first] - took[plain]) / layer, (took[last] - took[plain]) / layer)
 
 
 def balanced_layers(num_layers: int, pp: int, vpp: int, ends: Ends) -> tuple[int, ...]:
@@ -83,12 +91,25 @@ def _slowest_first(layers: Sequence[int], pp: int, ends: Ends) -> list[float]:
     return sorted(stages, reverse=True)
 
 
+def _places(more: Sequence[float], least: int) -> Iterator[int]:
+    """Where each next layer goes, among places that have `more` to do and `least` layers: to the fastest so far."""
+    numbers = [least] * len(more)
+    fastest = [(least + each, -at) for at, each in enumerate(more)]
+    heapq.heapify(fastest)
+    while True:
+        at = -fastest[0][1]
+        yield at
+        numbers[at] += 1
+        heapq.heapreplace(fastest, (numbers[at] + more[at], -at))
+
+
 def _share(total: int, more: Sequence[float], least: int) -> list[int]:
     """`total` layers over places that have `more` to do: the slowest takes as little as possible, each has `least`."""
+    if len(more) == 1:
+        return [total]
     numbers = [least] * len(more)
-    for _ in range(total - least * len(more)):
-        place = min(range(len(more)), key=lambda at: (numbers[at] + more[at], -at))
-        numbers[place] += 1
+    for at in itertools.islice(_places(more, least), total - least * len(more)):
+        numbers[at] += 1
     return numbers
 
 
@@ -101,8 +122,10 @@ def _free_split(num_layers: int, pp: int, vpp: int, ends: Ends) -> tuple[int, ..
 
 
 def _split_with_equal_inner_stages(num_layers: int, pp: int, ends: Ends) -> tuple[int, ...]:
+    places = [*itertools.islice(_places([ends.first, ends.last], 1), num_layers - 2)]
     splits = []
     for number in range(1, (num_layers - 2) // (pp - 2) + 1) if pp > 2 else (0,):
-        first, last = _share(num_layers - (pp - 2) * number, [ends.first, ends.last], 1)
-        splits.append((first, *[number] * (pp - 2), last))
+        both = num_layers - (pp - 2) * number
+        last = 1 + sum(places[: both - 2])
+        splits.append((both - last, *[number] * (pp - 2), last))
     return min(splits, key=lambda layers: _slowest_first(layers, pp, ends))

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from common.errors import KitError
 from common.estimate.constants import GIB
-from common.estimate.memory import RankMemory, rank_memory
+from common.estimate.memory import RankMemory, rank_memories
 from common.estimate.weights import adam_bytes
 from common.log import logger
 from common.model.shape.parameters import num_parameters
@@ -100,7 +100,7 @@ def needed(plan: Plan) -> Need:
     """The memory that the run needs, with QuACK's fused GEMMs if they are installed and allowed."""
     settings = as_installed(plan.settings, plan.platform)
     error = activation_error(settings, plan.platform)
-    ranks = [rank_memory(settings, plan.platform, plan.qwen, stage) for stage in range(settings.pp)]
+    ranks = rank_memories(settings, plan.platform, plan.qwen)
     # The estimate counts every weight as trained.
     least = 0 if plan.frozen else max(_least(rank, error) for rank in ranks)
     return Need(max(rank.peak for rank in ranks), least)

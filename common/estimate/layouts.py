@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from common.errors import KitError
+from common.estimate.activations import Workload
 from common.estimate.balance import faster_split
 from common.estimate.constants import RESERVED_SHARE
 from common.estimate.goodput import LLAMA_3_GPU_MTBF_HOURS
 from common.estimate.gpus import WITHOUT_FP8, Gpu, with_rates
-from common.estimate.memory import RankMemory, bytes_beside_torch, rank_memory
-from common.estimate.speed import Speed, speed
+from common.estimate.memory import RankMemory, bytes_beside_torch, rank_memories, work_of
+from common.estimate.speed import Speed, stages_speed
+from common.estimate.weights import chunks_of_ranks
 from common.model.shape.config import QwenConfig
 from common.model.shape.lora import LoraConfig
 from common.settings import option
@@ -122,6 +124,7 @@ class Estimate:
     """One layout. `fits` is "yes", "tight" (only without fragmentation of the allocator's memory) or "no"."""
 
     settings: TrainSettings
+    work: Workload
     ranks: tuple[RankMemory, ...]  # of each pipeline stage
     fits: str
     speed: Speed | None  # None: the GPU's rates are unknown
@@ -189,19 +192,23 @@ def train_settings(settings: EstimateSettings, layout: dict[str, int | str]) -> 
     )
 
 
-def estimate(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu) -> Estimate:
-    """The memory and speed of a run with these settings; raises KitError if training would refuse them."""
+def estimate(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu, work: Workload | None = None) -> Estimate:
+    """The memory and speed of a run with these settings; raises KitError if training would refuse them.
+
+    work: what `work_of` gives, from a caller that has it.
+    """
     check_fit(settings, gpu.platform, qwen)
     if settings.fp8_format != "none" and gpu.name in WITHOUT_FP8:
         raise KitError(
             f"FP8_FORMAT={settings.fp8_format}: {gpu.name} has none, Hopper and later GPUs do: set it to none"
         )
-    ranks = tuple(rank_memory(settings, gpu.platform, qwen, pp_rank) for pp_rank in range(settings.pp))
+    work = work or work_of(settings, gpu.platform, qwen)
+    ranks = rank_memories(settings, gpu.platform, qwen, work)
     peak = max(rank.peak for rank in ranks)
-    usable = gpu.memory_gib * 2**30 - bytes_beside_torch(settings, gpu.platform, qwen)
+    usable = gpu.memory_gib * 2**30 - bytes_beside_torch(settings, work)
     fits = "yes" if peak * RESERVED_SHARE <= usable else "tight" if peak <= usable else "no"
-    found = speed(settings, gpu.platform, qwen, with_rates(gpu))
-    return Estimate(settings, ranks, fits, found if gpu.rated else None, found.step_seconds)
+    found = stages_speed(settings, work, chunks_of_ranks(qwen, settings.sizes), with_rates(gpu))
+    return Estimate(settings, work, ranks, fits, found if gpu.rated else None, found.step_seconds)
 
 
 def balanced(one: Estimate, qwen: QwenConfig, gpu: Gpu) -> Estimate | None:
@@ -209,10 +216,10 @@ def balanced(one: Estimate, qwen: QwenConfig, gpu: Gpu) -> Estimate | None:
 
     None if it has PIPELINE_LAYERS of its own, if even stages are as fast, or if they fit where these do not.
     """
-    split = None if one.settings.pipeline_layers else faster_split(one.settings, qwen, gpu)
+    split = None if one.settings.pipeline_layers else faster_split(one.settings, one.work, gpu, one.rank_seconds)
     if split is None:
         return None
-    other = estimate(replace(one.settings, pipeline_layers=split.layers), qwen, gpu)
+    other = estimate(replace(one.settings, pipeline_layers=split.layers), qwen, gpu, one.work)
     return other if _rank(other) < _rank(one) else None
 
 

@@ -1,17 +1,22 @@
 """The GPU memory that each pipeline stage of a run needs, and the maximum."""
 
+import itertools
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from common.estimate.activations import Workload, backward_bytes, final_norm_bytes, kept_by_chunk, loss_bytes
 from common.estimate.constants import CONTEXT_BYTES, NCCL_BYTES, WORKSPACE_BYTES
-from common.estimate.schedule import distinct_moments
+from common.estimate.schedule import fullest_moments
 from common.estimate.weights import (
     ELEMENT_BYTES,
     Chunk,
+    Chunks,
     StateBytes,
     adam_bytes,
     chunk_parameters,
-    chunks_of_rank,
+    chunks_of_ranks,
     state_bytes,
     vocabulary_parameters,
 )
@@ -71,34 +76,51 @@ def work_of(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> Wo
     )
 
 
-def rank_memory(settings: TrainSettings, platform: Platform, qwen: QwenConfig, pp_rank: int) -> RankMemory:
-    """The memory of pipeline stage `pp_rank`."""
-    work, sizes = work_of(settings, platform, qwen), settings.sizes
-    chunks = chunks_of_rank(qwen, sizes, pp_rank)
-    parameters = sum(chunk_parameters(qwen, settings.tp, chunk) for chunk in chunks)
-    trained = trained_parameters(work, chunks) or parameters
+def rank_memories(
+    settings: TrainSettings, platform: Platform, qwen: QwenConfig, work: Workload | None = None
+) -> tuple[RankMemory, ...]:
+    """The memory of each pipeline stage.
+
+    work: what `work_of` gives, from a caller that has it. Raises KitError as QwenConfig.chunk_layers does.
+    """
+    work, sizes = work or work_of(settings, platform, qwen), settings.sizes
+    stages = chunks_of_ranks(qwen, sizes)
+    number = sizes.num_microbatches(settings.global_batch_size, settings.micro_batch_size)
+    # Most stages have the same chunks, and differ in how many micro-batches are in flight.
+    passes = {chunk: chunk_passes(work, chunk, alone=sizes.vpp == 1) for chunk in {*itertools.chain(*stages)}}
+    fixed = {chunks: _fixed_memory(settings, platform, work, chunks) for chunks in {*stages}}
+    ranks = []
+    for pp_rank, chunks in enumerate(stages):
+        parameters, state, step, workspace = fixed[chunks]
+        peak, kept = peak_activations(work, [passes[chunk] for chunk in chunks], sizes.pp, pp_rank, number)
+        ranks.append(RankMemory(pp_rank, parameters, state, peak, kept, step, workspace))
+    return tuple(ranks)
+
+
+def _fixed_memory(
+    settings: TrainSettings, platform: Platform, work: Workload, chunks: Chunks
+) -> tuple[int, StateBytes, int, int]:
+    """(parameters, state, temporary bytes of the optimizer's step, workspace) of a stage with these chunks."""
+    parameters = sum(chunk_parameters(work.qwen, work.tp, chunk) for chunk in chunks)
+    trained = sum(trained_parameters(work, chunk) for chunk in chunks) if work.lora else parameters
     parameters += trained if work.lora else 0
-    num_microbatches = sizes.num_microbatches(settings.global_batch_size, settings.micro_batch_size)
-    activations, kept = peak_activations(work, chunks, sizes.pp, pp_rank, num_microbatches)
-    shards = sizes.dp * sizes.cp
+    shards = settings.sizes.dp * settings.sizes.cp
     state = state_bytes(parameters, settings.precision, settings.optimizer_state, shards, trained)
-    step = optimizer_bytes(settings, platform, qwen, trained)
-    workspace = workspace_bytes(work) + sum(fp8_weight_bytes(work, chunk) for chunk in chunks)
-    return RankMemory(pp_rank, parameters, state, activations, kept, step, workspace)
+    step = optimizer_bytes(settings, platform, work.qwen, trained)
+    return parameters, state, step, workspace_bytes(work) + sum(fp8_weight_bytes(work, chunk) for chunk in chunks)
 
 
-def bytes_beside_torch(settings: TrainSettings, platform: Platform, qwen: QwenConfig) -> int:
+def bytes_beside_torch(settings: TrainSettings, work: Workload) -> int:
     """Bytes on a GPU that torch's allocator does not count: CUDA's, NCCL's and the slots of exchanging ranks."""
-    work = work_of(settings, platform, qwen)
     slots = EXCHANGE_SLOTS * work.hidden_bytes if work.exchanging else 0
     return CONTEXT_BYTES + (NCCL_BYTES if settings.sizes.world_size > 1 else 0) + slots
 
 
-def trained_parameters(work: Workload, chunks: list[Chunk]) -> int:
-    """The parameters of the adapters in `chunks`; 0 without adapters."""
+def trained_parameters(work: Workload, chunk: Chunk) -> int:
+    """The parameters of a chunk that have gradients: those of its adapters, or without adapters all."""
     if work.lora is None:
-        return 0
-    return adapter_parameters(work.lora, work.qwen, work.tp) * sum(chunk.num_layers for chunk in chunks)
+        return chunk_parameters(work.qwen, work.tp, chunk)
+    return adapter_parameters(work.lora, work.qwen, work.tp) * chunk.num_layers
 
 
 def optimizer_bytes(settings: TrainSettings, platform: Platform, qwen: QwenConfig, parameters: int) -> int:
@@ -119,25 +141,39 @@ def optimizer_bytes(settings: TrainSettings, platform: Platform, qwen: QwenConfi
     return CPU_BF16_STEP_BYTES * part
 
 
+class ChunkPasses(NamedTuple):
+    """Bytes of activations of a chunk: those kept for a micro-batch in flight, and a pass's temporaries."""
+
+    kept: int
+    forward: int
+    backward: int
+
+
+def chunk_passes(work: Workload, chunk: Chunk, *, alone: bool) -> ChunkPasses:
+    """What the passes of a chunk hold. alone: whether its stage has no other chunk."""
+    # With VPP, outputs are kept after they are sent (deallocate_pipeline_outputs=False in common/model/build.py).
+    sent = 0 if alone or chunk.last else work.residual_bytes
+    kept = kept_by_chunk(work, chunk) + sent
+    return ChunkPasses(kept, pass_bytes(work, chunk, forward=True), pass_bytes(work, chunk, forward=False))
+
+
 def peak_activations(
-    work: Workload, chunks: list[Chunk], pp: int, pp_rank: int, num_microbatches: int
+    work: Workload, passes: Sequence[ChunkPasses], pp: int, pp_rank: int, num_microbatches: int
 ) -> tuple[int, int]:
     """(peak bytes of activations, those of them saved for backward passes) of a stage with these chunks."""
-    # With VPP, outputs are kept after they are sent (deallocate_pipeline_outputs=False in common/model/build.py).
-    sent = [work.residual_bytes if len(chunks) > 1 and not chunk.last else 0 for chunk in chunks]
-    kept = [kept_by_chunk(work, chunk) + output for chunk, output in zip(chunks, sent, strict=True)]
     num_distinct = min(num_microbatches, 4 * pp)  # then the schedule repeats
     # One buffer to send and one to receive; with VPP (overlap_p2p_comm) two of each.
-    passed = 0 if pp == 1 else (2 if len(chunks) == 1 else 4) * work.residual_bytes
-    temporary = [{forward: pass_bytes(work, chunk, forward) for forward in (True, False)} for chunk in chunks]
+    passed = 0 if pp == 1 else (2 if len(passes) == 1 else 4) * work.residual_bytes
+    kept = [each.kept for each in passes]
     most = (0, 0)
-    for moment in distinct_moments(pp, len(chunks), pp_rank, num_distinct):
-        held = sum(number * each for number, each in zip(moment.in_flight, kept, strict=True))
-        most = max(most, (held + passed + temporary[moment.chunk][moment.forward], held))
+    for forward, chunk, in_flight in fullest_moments(pp, len(passes), pp_rank, num_distinct):
+        held = sum(map(operator.mul, in_flight, kept))
+        temporary = passes[chunk].forward if forward else passes[chunk].backward
+        most = max(most, (held + passed + temporary, held))
     return most
 
 
-def pass_bytes(work: Workload, chunk: Chunk, forward: bool) -> int:
+def pass_bytes(work: Workload, chunk: Chunk, *, forward: bool) -> int:
     """Temporary bytes of a pass of `chunk`: the loss in a forward pass, gradients in a backward pass."""
     if forward:
         return loss_bytes(work) if chunk.last else work.residual_bytes

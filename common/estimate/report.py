@@ -9,7 +9,7 @@ from common.estimate.activations import Workload
 from common.estimate.balance import REASON
 from common.estimate.gpus import ASSUMED, MEASURED, Gpu
 from common.estimate.layouts import Estimate, EstimateSettings, Refusal, balanced, without_needless_context
-from common.estimate.memory import RankMemory, work_of
+from common.estimate.memory import RankMemory
 from common.estimate.upkeep import Upkeep, checkpoint_values, upkeep, upkeep_lines, upkeep_values
 from common.estimate.weights import adam_bytes
 from common.model.shape.config import QwenConfig
@@ -28,7 +28,7 @@ def report(
     """The lines: the settings, one row per layout, a summary of the others, checkpoints, and notes."""
     world = settings.gpus * settings.nnodes
     shown = without_needless_context(found)[: settings.rows] if settings.rows else found
-    works = [work_of(one.settings, gpu.platform, qwen) for one in shown]
+    works = [one.work for one in shown]
     first = works[0]
     yield (
         f"{num_parameters(qwen):,} parameters on {world} x {gpu.name} ({gpu.memory_gib:g} GiB each);"

@@ -1,5 +1,6 @@
 """The micro-batches in flight on a pipeline rank, pass by pass of the schedule."""
 
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -37,9 +38,22 @@ def moments(pp: int, vpp: int, pp_rank: int, num_microbatches: int) -> Iterator[
 
 
 @cache
-def distinct_moments(pp: int, vpp: int, pp_rank: int, num_microbatches: int) -> tuple[Moment, ...]:
-    """As `moments`, each of them once: what takes the most memory is among few, however long the step is."""
-    return tuple(dict.fromkeys(moments(pp, vpp, pp_rank, num_microbatches)))
+def fullest_moments(pp: int, vpp: int, pp_rank: int, num_microbatches: int) -> tuple[Moment, ...]:
+    """Those of `moments` of which no other pass of that kind and chunk has as many in flight in every chunk.
+
+    Each of them once. Whatever a micro-batch takes in each chunk, what takes the most memory is among them.
+    """
+    fullest: dict[tuple[bool, int], list[Moment]] = {}
+    for moment in dict.fromkeys(moments(pp, vpp, pp_rank, num_microbatches)):
+        others = fullest.setdefault((moment.forward, moment.chunk), [])
+        if not any(_covers(other, moment) for other in others):
+            others[:] = [*(other for other in others if not _covers(moment, other)), moment]
+    return tuple(moment for alike in fullest.values() for moment in alike)
+
+
+def _covers(one: Moment, other: Moment) -> bool:
+    """Whether `one` has at least as many micro-batches in flight in each chunk."""
+    return all(map(operator.ge, one.in_flight, other.in_flight))
 
 
 def _chunk_of(step: int, pp: int, vpp: int) -> int:

@@ -3,7 +3,9 @@
 Letters as in activations.py. Nothing here was measured on more than four GPUs: link bandwidths are assumed.
 """
 
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from common.estimate.activations import Workload, recomputed_layers
 from common.estimate.constants import (
@@ -16,7 +18,7 @@ from common.estimate.constants import (
 )
 from common.estimate.gpus import Gpu
 from common.estimate.memory import trained_parameters, work_of
-from common.estimate.weights import GRADIENT_BYTES, Chunk, adam_bytes, chunk_parameters, chunks_of_rank
+from common.estimate.weights import GRADIENT_BYTES, Chunk, Chunks, adam_bytes, chunk_parameters, chunks_of_ranks
 from common.model.shape.config import QwenConfig
 from common.model.shape.lora import adapter_parameters
 from common.platforms.base import Platform
@@ -28,6 +30,8 @@ Cost = dict[str, float]
 
 def add(*costs: Cost) -> Cost:
     """The sum of costs, name by name."""
+    if len(costs) == 1:
+        return costs[0]
     names = dict.fromkeys(name for cost in costs for name in cost)  # a fixed order, so that sums are reproducible
     return {name: sum(cost.get(name, 0.0) for cost in costs) for name in names}
 
@@ -37,9 +41,10 @@ def seconds(cost: Cost) -> float:
     return sum(SECONDS[name] * amount for name, amount in cost.items())
 
 
-def layer_cost(work: Workload, gpu: Gpu) -> Cost:
+def layer_cost(work: Workload, recompute: str, gpu: Gpu) -> Cost:
     """Forward and backward pass of one layer for one micro-batch: seconds at full rates, and number of layers.
 
+    recompute: of this layer, since with full the others of a chunk may not be recomputed.
     A GEMM's backward pass costs twice its forward pass. Attention counts its causal half, and is slower with heads
     smaller than 128. Traffic is what norms, SwiGLU, RoPE and residual adds read and write, each tensor once per pass.
     """
@@ -50,7 +55,7 @@ def layer_cost(work: Workload, gpu: Gpu) -> Cost:
     rope = 0 if work.transformer_engine else 12 * (work.query_bytes + work.key_bytes)
     traffic = (0 if work.fused_products else 8 * work.mlp_bytes) + 30 * work.residual_bytes + rope
     passes, attention_passes, traffic_passes = {"none": (3, 3, 1.0), "selective": (3, 4, 1.0), "full": (4, 4, 4 / 3)}[
-        work.recompute
+        recompute
     ]
     adapters = 0.0
     if work.lora:  # frozen weights have no gradient; adapters read and write what the layers put out
@@ -73,9 +78,19 @@ def attention_name(work: Workload) -> str:
 
 def chunk_cost(work: Workload, chunk: Chunk, gpu: Gpu) -> Cost:
     """Forward and backward pass of a chunk for one micro-batch, with reading weights and accumulating gradients."""
+    return chunk_costs(work, [chunk], gpu)[chunk]
+
+
+def chunk_costs(work: Workload, chunks: Iterable[Chunk], gpu: Gpu) -> dict[Chunk, Cost]:
+    """`chunk_cost` of each of `chunks`, whose layers cost the same."""
+    twice = layer_cost(work, work.recompute, gpu)
+    once = layer_cost(work, "none", gpu) if work.recompute == "full" else twice
+    return {chunk: _chunk_cost(work, chunk, gpu, once, twice) for chunk in chunks}
+
+
+def _chunk_cost(work: Workload, chunk: Chunk, gpu: Gpu, once: Cost, twice: Cost) -> Cost:
+    """`chunk_cost`; once: of a layer that is not recomputed, twice: of one that is."""
     parameters, recomputed = chunk_parameters(work.qwen, work.tp, chunk), recomputed_layers(work, chunk)
-    twice = layer_cost(work, gpu)
-    once = layer_cost(replace(work, recompute="none"), gpu) if work.recompute == "full" else twice
     total = {
         **{name: recomputed * twice[name] + (chunk.num_layers - recomputed) * once[name] for name in once},
         "weights": _weight_bytes(work) * parameters / gpu.bandwidth,
@@ -95,18 +110,14 @@ def _weight_bytes(work: Workload) -> int:
     return 2 * work.element_bytes if work.lora else 3 * work.element_bytes + 2 * GRADIENT_BYTES
 
 
-def _trained(work: Workload, chunks: list[Chunk]) -> int:
-    """The parameters of `chunks` that have gradients."""
-    whole = sum(chunk_parameters(work.qwen, work.tp, chunk) for chunk in chunks)
-    return trained_parameters(work, chunks) if work.lora else whole
+def step_cost(work: Workload, num_layers: int, parameters: int, gpu: Gpu, shards: int) -> Cost:
+    """What a rank does once per step: zeroing gradients, their norm, clipping, Adam; and host time per layer.
 
-
-def step_cost(work: Workload, chunks: list[Chunk], gpu: Gpu, shards: int) -> Cost:
-    """What a rank does once per step: zeroing gradients, their norm, clipping, Adam; and host time per layer."""
-    parameters = _trained(work, chunks)
+    parameters: those of its `num_layers` that have gradients, the vocabulary's included.
+    """
     # zeroing and gathering: all parameters; norm, clipping and Adam (3 and 7 accesses of 4 bytes): the rank's shard
     moved = (GRADIENT_BYTES + work.element_bytes) * parameters + (3 * 4 + 7 * 4) * parameters / shards
-    return {"weights": moved / gpu.bandwidth, "layers of a step": sum(chunk.num_layers for chunk in chunks)}
+    return {"weights": moved / gpu.bandwidth, "layers of a step": num_layers}
 
 
 def tensor_parallel_seconds(work: Workload, num_layers: int) -> float:
@@ -171,18 +182,29 @@ class Speed:
 
 
 def speed(settings: TrainSettings, platform: Platform, qwen: QwenConfig, gpu: Gpu) -> Speed:
-    """The speed of a run: the slowest stage's micro-batches, and the pipeline's bubble of (PP - 1) / VPP of them."""
-    work, sizes = work_of(settings, platform, qwen), settings.sizes
-    stages = [chunks_of_rank(qwen, sizes, pp_rank) for pp_rank in range(sizes.pp)]
-    costs = {chunk: chunk_cost(work, chunk, gpu) for chunk in {chunk for chunks in stages for chunk in chunks}}
+    """The speed of a run; raises KitError as QwenConfig.chunk_layers does."""
+    return stages_speed(settings, work_of(settings, platform, qwen), chunks_of_ranks(qwen, settings.sizes), gpu)
+
+
+def stages_speed(settings: TrainSettings, work: Workload, stages: Sequence[Chunks], gpu: Gpu) -> Speed:
+    """The speed of a run with these chunks in its stages, whatever PIPELINE_LAYERS of `settings`.
+
+    That of the slowest stage's micro-batches, and the pipeline's bubble of (PP - 1) / VPP of them.
+    """
+    sizes, distinct = settings.sizes, {*stages}
+    kinds = {*itertools.chain(*distinct)}
+    costs = chunk_costs(work, kinds, gpu)
+    trained = {chunk: trained_parameters(work, chunk) for chunk in kinds}
+    passed = pipeline_seconds(settings, work)
     microbatch = once = 0.0
-    for chunks in stages:
+    for chunks in distinct:
+        num_layers = sum(chunk.num_layers for chunk in chunks)
+        parameters = sum(trained[chunk] for chunk in chunks)
         own = seconds(add(*(costs[chunk] for chunk in chunks)))
-        own += tensor_parallel_seconds(work, sum(chunk.num_layers for chunk in chunks))
-        own += context_parallel_seconds(settings, work, sum(chunk.num_layers for chunk in chunks))
-        own += pipeline_seconds(settings, work)
-        parameters = _trained(work, chunks)
-        after = seconds(step_cost(work, chunks, gpu, sizes.dp * sizes.cp))
+        own += tensor_parallel_seconds(work, num_layers)
+        own += context_parallel_seconds(settings, work, num_layers)
+        own += passed
+        after = seconds(step_cost(work, num_layers, parameters, gpu, sizes.dp * sizes.cp))
         after += host_seconds(settings, parameters)
         after += data_parallel_seconds(settings, work, parameters, own * 2 / 3)
         microbatch, once = max(microbatch, own), max(once, after)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from common.estimate.balance import REASON, faster_split
 from common.estimate.check import NEAR, as_installed
 from common.estimate.gpus import gpu_of_device
-from common.estimate.memory import rank_memory
+from common.estimate.memory import rank_memories, work_of
 from common.log import logger
 from common.training.planning.devices import smallest_device
 from common.training.planning.plan import Plan
@@ -30,7 +30,8 @@ def suggest_layers(plan: Plan) -> None:
 def compare_layers(plan: Plan, name: str, total_bytes: int) -> None:
     """As suggest_layers, for a device of that name and memory."""
     settings = as_installed(plan.settings, plan.platform)
-    split = faster_split(settings, plan.qwen, gpu_of_device(name, total_bytes, plan.platform))
+    work = work_of(settings, plan.platform, plan.qwen)
+    split = faster_split(settings, work, gpu_of_device(name, total_bytes, plan.platform))
     if split is None or split.gain < LEAST_GAIN:
         return
     now, then = _peak(plan, settings), _peak(plan, replace(settings, pipeline_layers=split.layers))
@@ -42,4 +43,4 @@ def compare_layers(plan: Plan, name: str, total_bytes: int) -> None:
 
 
 def _peak(plan: Plan, settings: TrainSettings) -> int:
-    return max(rank_memory(settings, plan.platform, plan.qwen, stage).peak for stage in range(settings.pp))
+    return max(rank.peak for rank in rank_memories(settings, plan.platform, plan.qwen))

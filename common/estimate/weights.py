@@ -4,6 +4,8 @@ Letters: h hidden_size, f intermediate_size, v rows of the padded vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 from common.model.shape.config import QwenConfig
 from common.model.shape.parameters import ELEMENT_BYTES, layer_parameters, vocabulary_parameters
@@ -16,8 +18,7 @@ MASTER_BYTES = {"bf16": 4, "fp32": 0}  # the float32 copy of the parameters; in 
 REMAINDER_BYTES = 2  # of a master weight beside its bf16 weight, with bf16 moments
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """One virtual pipeline chunk: its layers, and whether it is the model's first or last."""
 
     num_layers: int
@@ -25,11 +26,19 @@ class Chunk:
     last: bool
 
 
-def chunks_of_rank(qwen: QwenConfig, sizes: ParallelSizes, pp_rank: int) -> list[Chunk]:
-    """The VPP chunks of a pipeline rank, in the model's order."""
-    layers = qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers)
-    places = [index * sizes.pp + pp_rank for index in range(sizes.vpp)]
-    return [Chunk(layers[place], place == 0, place == len(layers) - 1) for place in places]
+Chunks = tuple[Chunk, ...]  # the VPP chunks of a pipeline rank, in the model's order
+
+
+def chunks_of_ranks(qwen: QwenConfig, sizes: ParallelSizes) -> tuple[Chunks, ...]:
+    """The chunks of each pipeline rank; raises KitError as QwenConfig.chunk_layers does."""
+    return split_chunks(qwen.chunk_layers(sizes.pp, sizes.vpp, sizes.pipeline_layers), sizes.pp)
+
+
+@cache
+def split_chunks(layers: tuple[int, ...], pp: int) -> tuple[Chunks, ...]:
+    """The chunks of each pipeline rank, from the layers of each chunk in the model's order."""
+    chunks = [Chunk(number, place == 0, place == len(layers) - 1) for place, number in enumerate(layers)]
+    return tuple(tuple(chunks[pp_rank::pp]) for pp_rank in range(pp))
 
 
 def chunk_parameters(qwen: QwenConfig, tp: int, chunk: Chunk) -> int:

@@ -31,7 +31,7 @@ import numpy as np
 from common.estimate import constants
 from common.estimate.gpus import find_gpu
 from common.estimate.layouts import Estimate, estimate
-from common.estimate.memory import work_of
+from common.estimate.memory import trained_parameters, work_of
 from common.estimate.speed import Cost, add, chunk_cost, step_cost
 from common.estimate.weights import MASTER_BYTES, MOMENT_BYTES, Chunk
 from common.model.shape.config import QwenConfig, parse_config
@@ -109,7 +109,8 @@ def read_step(row: dict[str, Any], qwen: QwenConfig) -> Step:
     work, chunk = work_of(settings, gpu.platform, qwen), Chunk(qwen.num_hidden_layers, True, True)
     number = row["gbs"] // row["mbs"]
     passes = {name: number * amount for name, amount in chunk_cost(work, chunk, gpu).items()}
-    return Step(row, estimate(settings, qwen, gpu), add(passes, step_cost(work, [chunk], gpu, 1)))
+    own = step_cost(work, chunk.num_layers, trained_parameters(work, chunk), gpu, 1)
+    return Step(row, estimate(settings, qwen, gpu), add(passes, own))
 
 
 def fit_workspace(steps: list[Step]) -> dict[str, int]:

@@ -10,6 +10,7 @@ from common.estimate.balance import faster_split
 from common.estimate.check import as_installed
 from common.estimate.gpus import Gpu, gpu_of_device
 from common.estimate.layouts import estimate
+from common.estimate.memory import work_of
 from common.model.shape.config import QwenConfig
 from common.platforms import PLATFORMS, detect
 from common.settings import add_options, from_namespace
@@ -36,7 +37,10 @@ def settings_of(flags: dict[str, Any], gpu: Gpu) -> TrainSettings:
 def balanced_layers(qwen: QwenConfig, flags: dict[str, Any]) -> dict[str, str]:
     """The flag of the PIPELINE_LAYERS that the launcher would propose for `flags`; none if even stages are as fast."""
     gpu = gpu_here()
-    split = faster_split(settings_of(flags, gpu), qwen, gpu) if gpu else None
+    if gpu is None:
+        return {}
+    settings = settings_of(flags, gpu)
+    split = faster_split(settings, work_of(settings, gpu.platform, qwen), gpu)
     return {"pipeline-layers": split.layers} if split else {}
 
 

@@ -10,7 +10,7 @@ import pytest
 from common.estimate.activations import Workload, final_norm_bytes, kept_by_chunk, layer_tensors, recomputed_layers
 from common.estimate.memory import work_of
 from common.estimate.schedule import moments
-from common.estimate.weights import Chunk, chunks_of_rank
+from common.estimate.weights import Chunk, chunks_of_ranks
 from common.model.shape import masks
 from common.model.shape.config import load_config
 from common.platforms.cpu import CPU
@@ -24,7 +24,7 @@ def peak_saved_bytes(task: dict[str, Any]) -> int:
     settings = TrainSettings(**same, gpus=task["world"], **task["settings"])
     qwen, stage = load_config(Path(task["folder"])), task["rank"] // (task["world"] // settings.pp)
     work = work_of(settings, replace(CPU, fused_kernels=task["fused"]), qwen)
-    chunks = chunks_of_rank(qwen, settings.sizes, stage)
+    chunks = chunks_of_ranks(qwen, settings.sizes)[stage]
     kept = [kept_by_chunk(work, chunk) for chunk in chunks]
     number = settings.sizes.num_microbatches(settings.global_batch_size, settings.micro_batch_size)
     most = 0

@@ -9,8 +9,9 @@ import pytest
 
 from common.engine import versions
 from common.estimate import speed
-from common.estimate.balance import Ends, balanced_layers, ends_in_layers, faster_split
-from common.estimate.gpus import find_gpu
+from common.estimate.balance import Ends, Split, balanced_layers, ends_in_layers, faster_split
+from common.estimate.gpus import Gpu, find_gpu
+from common.estimate.memory import work_of
 from common.estimate.schedule import moments
 from common.model.shape.config import QwenConfig
 from common.training.settings import TrainSettings
@@ -22,6 +23,14 @@ H200 = find_gpu("H200")
 def settings(**changes: Any) -> TrainSettings:
     same = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1, "seq_length": 4096, "pp": 2}
     return TrainSettings(**{**same, "gpus": 2, "micro_batch_size": 1, "global_batch_size": 32, **changes})
+
+
+def ends_of(given: TrainSettings, qwen: QwenConfig) -> Ends:
+    return ends_in_layers(given, work_of(given, H200.platform, qwen), H200)
+
+
+def split_of(given: TrainSettings, qwen: QwenConfig, gpu: Gpu = H200) -> Split | None:
+    return faster_split(given, work_of(given, gpu.platform, qwen), gpu)
 
 
 @pytest.fixture
@@ -39,16 +48,16 @@ def test_the_output_layer_counts_in_layers_with_their_attention(
     counted = dict.fromkeys(speed.SECONDS, 0.0) | dict.fromkeys(("products", "attention", "FlashAttention 4"), 1.0)
     monkeypatch.setattr(speed, "SECONDS", counted)
     layer = 2048 * (2560 + 2048) + 3 * 2048 * 11008 + seq_length * 2048
-    found = ends_in_layers(settings(seq_length=seq_length, fused_products=fused, recompute=recompute), qwen, H200)
+    found = ends_of(settings(seq_length=seq_length, fused_products=fused, recompute=recompute), qwen)
     times = 4 / 3 if recompute == "full" else 1
     assert (found.first, found.last) == (pytest.approx(0), pytest.approx(2048 * 151936 / (times * layer)))
 
 
 def test_time_between_gpus_makes_a_layer_longer(qwen: QwenConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     at_tp2 = settings(tp=2, gpus=4)
-    fast = ends_in_layers(at_tp2, qwen, H200)
+    fast = ends_of(at_tp2, qwen)
     monkeypatch.setattr(speed, "LINK_BYTES_PER_SECOND", 1e9)
-    slow = ends_in_layers(at_tp2, qwen, H200)
+    slow = ends_of(at_tp2, qwen)
     assert slow.last < fast.last / 2 and slow.first < fast.first / 2
 
 
@@ -135,28 +144,28 @@ def absent() -> str:
 def test_a_version_without_uneven_chunks_gets_what_every_version_has(
     qwen: QwenConfig, monkeypatch: pytest.MonkeyPatch, version: Callable[[], str]
 ) -> None:
-    one, two = (faster_split(settings(vpp=vpp, micro_batch_size=4), qwen, H200) for vpp in (1, 2))
+    one, two = (split_of(settings(vpp=vpp, micro_batch_size=4), qwen) for vpp in (1, 2))
     assert one and one.layers == "20,16" and two and two.layers == "10,10,10,6"
     ends = Ends(0.2, 1.6)
     assert balanced_layers(48, 4, 1, ends) == (12, 12, 13, 11)
     monkeypatch.setattr(versions, "installed_version", version)
-    assert faster_split(settings(vpp=1, micro_batch_size=4), qwen, H200) == one
-    assert faster_split(settings(vpp=2, micro_batch_size=4), qwen, H200) is None
+    assert split_of(settings(vpp=1, micro_batch_size=4), qwen) == one
+    assert split_of(settings(vpp=2, micro_batch_size=4), qwen) is None
     assert balanced_layers(48, 4, 1, ends) == (12, 13, 13, 10)
 
 
 def test_even_stages_stay_where_they_are_as_fast(tmp_path: Path, qwen: QwenConfig) -> None:
-    assert faster_split(settings(pp=1, gpus=1), qwen, H200) is None
+    assert split_of(settings(pp=1, gpus=1), qwen) is None
     large = write_config(tmp_path / "72B", "72B")
-    assert balanced_layers(80, 2, 1, ends_in_layers(settings(), large, H200)) == (41, 39)
-    assert faster_split(settings(), large, H200) is None, "the gain of a layer less is below 1%"
+    assert balanced_layers(80, 2, 1, ends_of(settings(), large)) == (41, 39)
+    assert split_of(settings(), large) is None, "the gain of a layer less is below 1%"
 
 
 @pytest.mark.parametrize(("name", "layers"), [("H200", "19,17"), ("C500", "20,16")])
 def test_the_gain_is_that_of_the_estimates_steps(qwen: QwenConfig, name: str, layers: str) -> None:
     """A GPU without rates has those by which its layouts are compared."""
     gpu, rated = find_gpu(name), find_gpu("A100" if name == "C500" else name)
-    found = faster_split(settings(), qwen, gpu)
+    found = split_of(settings(), qwen, gpu)
     assert found and found.layers == layers and 0.03 < found.gain < 0.12
     times = [
         speed.speed(settings(pipeline_layers=each), gpu.platform, qwen, rated).step_seconds for each in (None, layers)

@@ -11,7 +11,7 @@ import pytest
 from common.errors import KitError
 from common.estimate import check
 from common.estimate.constants import GIB
-from common.estimate.memory import rank_memory
+from common.estimate.memory import rank_memories
 from common.model.shape.config import load_config
 from common.platforms.base import Platform
 from common.platforms.cpu import CPU
@@ -60,7 +60,7 @@ def test_what_cannot_go_in_is_refused_with_what_takes_less(tmp_path: Path) -> No
 
 def test_what_is_near_the_memory_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     of = plan(tmp_path)
-    peak = rank_memory(of.settings, NVIDIA, of.qwen, 0).peak
+    peak = rank_memories(of.settings, NVIDIA, of.qwen)[0].peak
     for total, level in ((peak, "WARNING"), (peak / check.NEAR - 1, "WARNING"), (peak / check.NEAR + 1, "INFO")):
         caplog.clear()
         check.compare_memory(of, "H100", int(total))
@@ -71,7 +71,7 @@ def test_what_is_near_the_memory_is_a_warning(tmp_path: Path, caplog: pytest.Log
 
 def test_the_stage_that_needs_the_most_counts(tmp_path: Path) -> None:
     of = plan(tmp_path, gpus=4, pp=4)
-    peaks = [rank_memory(of.settings, NVIDIA, of.qwen, stage).peak for stage in range(4)]
+    peaks = [rank.peak for rank in rank_memories(of.settings, NVIDIA, of.qwen)]
     assert check.needed(of).peak == max(peaks) > min(peaks)
 
 
@@ -94,7 +94,7 @@ def test_where_activations_were_not_measured_their_error_is_a_warning(
     of = plan(tmp_path, **changes)
     assert check.activation_error(of.settings, NVIDIA) == share
     need = check.needed(of)
-    ranks = [rank_memory(of.settings, NVIDIA, of.qwen, stage) for stage in range(of.settings.pp)]
+    ranks = rank_memories(of.settings, NVIDIA, of.qwen)
     assert need.least == max(
         each.state.total + each.workspace + max(int((1 - share) * each.activations), each.step) for each in ranks
     )

@@ -17,7 +17,7 @@ from common.estimate.layouts import (
     possible_layouts,
     without_needless_context,
 )
-from common.estimate.memory import rank_memory
+from common.estimate.memory import rank_memories
 from common.model.shape.config import QwenConfig, load_config
 from tests.unit.estimate.ranks import write_config
 
@@ -97,7 +97,7 @@ def test_searched_layouts_have_the_layers_that_balance_their_stages(wordy: QwenC
     for sizes in ((2, 1), (4, 1)):
         one, other = found[sizes], even[sizes]
         assert other.rank_seconds > 1.01 * one.rank_seconds and one.speed and one.speed.step_seconds == one.rank_seconds
-        assert one.ranks == tuple(rank_memory(one.settings, H100.platform, wordy, stage) for stage in range(sizes[0]))
+        assert one.ranks == rank_memories(one.settings, H100.platform, wordy)
         assert one.ranks[-1].parameters < other.ranks[-1].parameters
 
 

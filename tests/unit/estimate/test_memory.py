@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.estimate import activations, memory
-from common.estimate.memory import rank_memory, work_of
+from common.estimate.memory import rank_memories, work_of
 from common.estimate.weights import Chunk, chunk_parameters
 from common.model.kernels import peer_copies
 from common.model.layers import loss
@@ -48,7 +48,7 @@ def test_a_steps_tensors_are_those_that_the_formulas_count(tmp_path: Path) -> No
             train_settings = TrainSettings(
                 save_checkpoint_path="-", dataset_path="-", train_iters=1, gpus=world, **settings
             )
-            formulas.append(rank_memory(train_settings, CPU, load_config(folder), stage).activations)
+            formulas.append(rank_memories(train_settings, CPU, load_config(folder))[stage].activations)
     found = [one["peak"] for one in count(tasks)]
     for task, real, formula in zip(tasks, found, formulas, strict=True):
         # What pipeline stages send and receive is counted in hidden states [s, b, h], whatever its kind.
@@ -94,7 +94,7 @@ def test_the_optimizers_step_needs_copies_of_what_it_holds_small(tmp_path: Path)
 
     def step(platform: Platform, qwen: QwenConfig = qwen, **changes: Any) -> int:
         settings = TrainSettings(save_checkpoint_path="-", dataset_path="-", train_iters=1, **changes)
-        return rank_memory(settings, platform, qwen, 0).step
+        return rank_memories(settings, platform, qwen)[0].step
 
     assert step(NVIDIA) == step(CPU) == 0
     assert step(METAX) == 4 * chunk_parameters(qwen, 1, WHOLE)

@@ -15,7 +15,7 @@ from common.estimate import suggestion
 from common.estimate.balance import Split, faster_split
 from common.estimate.check import NEAR
 from common.estimate.gpus import find_gpu
-from common.estimate.memory import rank_memory
+from common.estimate.memory import rank_memories, work_of
 from common.platforms.base import Platform
 from common.platforms.cpu import CPU
 from common.platforms.metax import METAX
@@ -48,7 +48,7 @@ def _log_at_info(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPat
 def test_one_line_has_the_value_the_gain_and_the_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     of = plan(tmp_path)
     suggestion.suggest_layers(of)
-    split = faster_split(of.settings, of.qwen, find_gpu("H200"))
+    split = faster_split(of.settings, work_of(of.settings, NVIDIA, of.qwen), find_gpu("H200"))
     assert split and caplog.messages == [
         "PIPELINE_LAYERS is empty, so all stages have the same number of layers: PIPELINE_LAYERS=19,17 would be about"
         f" {100 * split.gain:.0f}% faster by the estimate, as the last stage also computes the output layer"
@@ -106,7 +106,7 @@ def test_layers_that_do_not_fit_are_not_suggested(tmp_path: Path, caplog: pytest
     of = plan(tmp_path)
     split = replace(of.settings, pipeline_layers="19,17")
     pair = (of.settings, split)
-    now, then = (max(rank_memory(each, NVIDIA, of.qwen, stage).peak for stage in (0, 1)) for each in pair)
+    now, then = (max(rank.peak for rank in rank_memories(each, NVIDIA, of.qwen)) for each in pair)
     assert now < then
     suggestion.compare_layers(of, "H200", int(then / NEAR) - 1)
     assert not caplog.records

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from common.estimate.weights import chunk_parameters, chunks_of_rank, state_bytes
+from common.estimate.weights import chunk_parameters, chunks_of_ranks, state_bytes
 from common.model.shape.config import load_config
 from common.parallel import ParallelSizes, parse_pipeline_layers
 from tests.unit.estimate.ranks import count, write_config
@@ -44,7 +44,7 @@ def expected(folder: Path, tp: int, pp: int, settings: dict[str, Any]) -> list[i
     qwen = load_config(folder)
     layers = parse_pipeline_layers(settings.get("pipeline_layers"))
     sizes = ParallelSizes(tp * pp, tp, pp, settings.get("vpp", 1), 1, layers)
-    stages = [chunks_of_rank(qwen, sizes, stage) for stage in range(pp)]
+    stages = chunks_of_ranks(qwen, sizes)
     return [sum(chunk_parameters(qwen, tp, chunk) for chunk in chunks) for chunks in stages]
 
 
