@@ -121,6 +121,11 @@ class Workload:
         """Bytes of `layer_tensors`."""
         return sum(layer_tensors(self).values())
 
+    @cached_property
+    def layer_gradient_bytes(self) -> int:
+        """Bytes of `gradient_bytes`."""
+        return gradient_bytes(self)
+
 
 def norm_bytes(work: Workload, rows: int, num_bytes: int) -> int:
     """Bytes that an RMSNorm of `rows` rows, `num_bytes` bytes, saves: its input and one float32 per row.
@@ -282,7 +287,7 @@ def backward_bytes(work: Workload, chunk: Chunk) -> int:
     The last layer's backward pass needs the most. If it is recomputed, all layers are, and its tensors exist again.
     """
     recomputed = recomputed_layers(work, chunk) == chunk.num_layers
-    return gradient_bytes(work) + (work.layer_bytes if recomputed else 0)
+    return work.layer_gradient_bytes + (work.layer_bytes if recomputed else 0)
 
 
 def gradient_bytes(work: Workload) -> int:

@@ -48,11 +48,14 @@ def faster_split(settings: TrainSettings, work: Workload, gpu: Gpu, even: float 
         return None
     qwen, pp, vpp, rated = work.qwen, settings.pp, settings.vpp, with_rates(gpu)
     layers = balanced_layers(qwen.num_hidden_layers, pp, vpp, ends_in_layers(settings, work, rated))
+    same = qwen.chunk_layers(pp, vpp)
+    if layers == same:
+        return None
 
     def step(layers: tuple[int, ...]) -> float:
         return stages_speed(settings, work, split_chunks(layers, pp), rated).step_seconds
 
-    even, other = even or step(qwen.chunk_layers(pp, vpp)), step(layers)
+    even, other = even or step(same), step(layers)
     return Split(",".join(map(str, layers)), even / other - 1) if even >= (1 + LEAST_GAIN) * other else None
 
 

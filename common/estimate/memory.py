@@ -12,7 +12,6 @@ from common.estimate.schedule import fullest_moments
 from common.estimate.weights import (
     ELEMENT_BYTES,
     Chunk,
-    Chunks,
     StateBytes,
     adam_bytes,
     chunk_parameters,
@@ -87,27 +86,51 @@ def rank_memories(
     stages = chunks_of_ranks(qwen, sizes)
     number = sizes.num_microbatches(settings.global_batch_size, settings.micro_batch_size)
     # Most stages have the same chunks, and differ in how many micro-batches are in flight.
-    passes = {chunk: chunk_passes(work, chunk, alone=sizes.vpp == 1) for chunk in {*itertools.chain(*stages)}}
-    fixed = {chunks: _fixed_memory(settings, platform, work, chunks) for chunks in {*stages}}
+    needs = {chunk: chunk_needs(work, chunk, alone=sizes.vpp == 1) for chunk in {*itertools.chain(*stages)}}
+    fixed = {chunks: _fixed_memory(settings, platform, work, [needs[each] for each in chunks]) for chunks in {*stages}}
     ranks = []
     for pp_rank, chunks in enumerate(stages):
         parameters, state, step, workspace = fixed[chunks]
-        peak, kept = peak_activations(work, [passes[chunk] for chunk in chunks], sizes.pp, pp_rank, number)
+        peak, kept = peak_activations(work, [needs[chunk] for chunk in chunks], sizes.pp, pp_rank, number)
         ranks.append(RankMemory(pp_rank, parameters, state, peak, kept, step, workspace))
     return tuple(ranks)
 
 
+class ChunkNeeds(NamedTuple):
+    """What a chunk has on a GPU."""
+
+    parameters: int
+    trained: int  # parameters that have gradients
+    fp8_copies: int  # bytes of FP8 copies of its weights
+    kept: int  # bytes of activations for each micro-batch in flight
+    forward: int  # bytes of temporaries of a forward pass
+    backward: int  # and of a backward pass
+
+
+def chunk_needs(work: Workload, chunk: Chunk, *, alone: bool) -> ChunkNeeds:
+    """What a chunk has on a GPU. alone: whether its stage has no other chunk."""
+    # With VPP, outputs are kept after they are sent (deallocate_pipeline_outputs=False in common/model/build.py).
+    sent = 0 if alone or chunk.last else work.residual_bytes
+    trained = trained_parameters(work, chunk)
+    return ChunkNeeds(
+        parameters=trained + (chunk_parameters(work.qwen, work.tp, chunk) if work.lora else 0),
+        trained=trained,
+        fp8_copies=fp8_weight_bytes(work, chunk),
+        kept=kept_by_chunk(work, chunk) + sent,
+        forward=pass_bytes(work, chunk, forward=True),
+        backward=pass_bytes(work, chunk, forward=False),
+    )
+
+
 def _fixed_memory(
-    settings: TrainSettings, platform: Platform, work: Workload, chunks: Chunks
+    settings: TrainSettings, platform: Platform, work: Workload, needs: Sequence[ChunkNeeds]
 ) -> tuple[int, StateBytes, int, int]:
     """(parameters, state, temporary bytes of the optimizer's step, workspace) of a stage with these chunks."""
-    parameters = sum(chunk_parameters(work.qwen, work.tp, chunk) for chunk in chunks)
-    trained = sum(trained_parameters(work, chunk) for chunk in chunks) if work.lora else parameters
-    parameters += trained if work.lora else 0
+    parameters, trained = sum(each.parameters for each in needs), sum(each.trained for each in needs)
     shards = settings.sizes.dp * settings.sizes.cp
     state = state_bytes(parameters, settings.precision, settings.optimizer_state, shards, trained)
     step = optimizer_bytes(settings, platform, work.qwen, trained)
-    return parameters, state, step, workspace_bytes(work) + sum(fp8_weight_bytes(work, chunk) for chunk in chunks)
+    return parameters, state, step, workspace_bytes(work) + sum(each.fp8_copies for each in needs)
 
 
 def bytes_beside_torch(settings: TrainSettings, work: Workload) -> int:
@@ -141,34 +164,18 @@ def optimizer_bytes(settings: TrainSettings, platform: Platform, qwen: QwenConfi
     return CPU_BF16_STEP_BYTES * part
 
 
-class ChunkPasses(NamedTuple):
-    """Bytes of activations of a chunk: those kept for a micro-batch in flight, and a pass's temporaries."""
-
-    kept: int
-    forward: int
-    backward: int
-
-
-def chunk_passes(work: Workload, chunk: Chunk, *, alone: bool) -> ChunkPasses:
-    """What the passes of a chunk hold. alone: whether its stage has no other chunk."""
-    # With VPP, outputs are kept after they are sent (deallocate_pipeline_outputs=False in common/model/build.py).
-    sent = 0 if alone or chunk.last else work.residual_bytes
-    kept = kept_by_chunk(work, chunk) + sent
-    return ChunkPasses(kept, pass_bytes(work, chunk, forward=True), pass_bytes(work, chunk, forward=False))
-
-
 def peak_activations(
-    work: Workload, passes: Sequence[ChunkPasses], pp: int, pp_rank: int, num_microbatches: int
+    work: Workload, needs: Sequence[ChunkNeeds], pp: int, pp_rank: int, num_microbatches: int
 ) -> tuple[int, int]:
     """(peak bytes of activations, those of them saved for backward passes) of a stage with these chunks."""
     num_distinct = min(num_microbatches, 4 * pp)  # then the schedule repeats
     # One buffer to send and one to receive; with VPP (overlap_p2p_comm) two of each.
-    passed = 0 if pp == 1 else (2 if len(passes) == 1 else 4) * work.residual_bytes
-    kept = [each.kept for each in passes]
+    passed = 0 if pp == 1 else (2 if len(needs) == 1 else 4) * work.residual_bytes
+    kept = [each.kept for each in needs]
     most = (0, 0)
-    for forward, chunk, in_flight in fullest_moments(pp, len(passes), pp_rank, num_distinct):
+    for forward, chunk, in_flight in fullest_moments(pp, len(needs), pp_rank, num_distinct):
         held = sum(map(operator.mul, in_flight, kept))
-        temporary = passes[chunk].forward if forward else passes[chunk].backward
+        temporary = needs[chunk].forward if forward else needs[chunk].backward
         most = max(most, (held + passed + temporary, held))
     return most
 
