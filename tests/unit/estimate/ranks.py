@@ -42,9 +42,16 @@ def write_config(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def batch(pp: int, micro_batch_size: int = 1) -> dict[str, int]:
+    """Batch sizes of a short step: micro-batches that begin, go on and end, on `pp` stages."""
+    return {"micro_batch_size": micro_batch_size, "global_batch_size": micro_batch_size * (2 if pp == 1 else 2 * pp)}
+
+
 def count(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What each task's rank holds."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "KIT_PLATFORM": "cpu", "OMP_NUM_THREADS": "1"}
+    # Megatron-Core's compiled functions keep and make the same tensors, and take most of the time to compile.
+    environment["TORCHDYNAMO_DISABLE"] = "1"
     done = subprocess.run(
         [sys.executable, "-m", "tests.unit.estimate.worker", json.dumps(tasks)], env=environment, cwd=ROOT,
         capture_output=True, text=True, timeout=300, check=False,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -15,7 +15,7 @@ from common.model.shape import masks
 from common.model.shape.config import load_config
 from common.platforms.cpu import CPU
 from common.training.settings import TrainSettings
-from tests.unit.estimate.ranks import count, counts_attention, write_config
+from tests.unit.estimate.ranks import batch, count, counts_attention, write_config
 
 
 def peak_saved_bytes(task: dict[str, Any]) -> int:
@@ -88,40 +88,57 @@ LONG: list[tuple[int, dict[str, Any]]] = [
 def tasks_of(folder: Path, fused: bool, layouts: list[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """A task for each pipeline stage of each layout, of tensor rank 0."""
     for world, changes in layouts:
-        settings = {"seq_length": 32, "micro_batch_size": 1, "global_batch_size": 8, **changes}
-        pp = settings.get("pp", 1)
+        pp = changes.get("pp", 1)
+        settings = {"seq_length": 32, **batch(pp, changes.get("micro_batch_size", 1)), **changes}
         for stage in range(pp):
             task = {"folder": str(folder), "world": world, "rank": stage * (world // pp), "settings": settings}
             yield {**task, "activations": True, "fused": fused}
 
 
-@counts_attention
-def test_what_local_layers_keep_is_what_the_formulas_say(tmp_path: Path) -> None:
-    """Fused: SwiGLU, alone or inside products, a norm and a split QKV that save what the kernels on a GPU save."""
-    qwen2 = write_config(tmp_path / "qwen2")
-    qwen3 = write_config(tmp_path / "qwen3", model_type="qwen3", head_dim=32)
-    tasks = [
+class Counted(NamedTuple):
+    """Tasks, and the bytes that autograd kept in each."""
+
+    tasks: list[dict[str, Any]]
+    kept: list[int]
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counted]:
+    """Those of usual and of long rows, counted in one process.
+
+    Fused: SwiGLU, alone or inside products, a norm and a split QKV that save what the kernels on a GPU save.
+    """
+    qwen2 = write_config(tmp_path_factory.mktemp("qwen2"))
+    qwen3 = write_config(tmp_path_factory.mktemp("qwen3"), model_type="qwen3", head_dim=32)
+    usual = [
         *tasks_of(qwen2, False, LAYOUTS),
         *tasks_of(qwen2, True, [layout for layout in LAYOUTS if layout[0] < 4]),
         *tasks_of(qwen3, True, [(1, {}), (2, {"tp": 2})]),
         *tasks_of(qwen2, True, [(world, {**changes, "fused_products": "true"}) for world, changes in FUSED]),
     ]
+    long = [{**task, "long": True} for task in tasks_of(qwen2, False, LONG)]
+    kept = [one["kept"] for one in count([*usual, *long])]
+    return {"usual": Counted(usual, kept[: len(usual)]), "long": Counted(long, kept[len(usual) :])}
+
+
+@counts_attention
+def test_what_local_layers_keep_is_what_the_formulas_say(counted: dict[str, Counted]) -> None:
+    tasks, found = counted["usual"]
     named = [
         f"{Path(task['folder']).name} fused {task['fused']} rank {task['rank']} {task['settings']}" for task in tasks
     ]
     formulas = [peak_saved_bytes(task) for task in tasks]
-    found = [one["kept"] for one in count(tasks)]
     assert len({*named}) == len(tasks) > 30
     assert dict(zip(named, found, strict=True)) == dict(zip(named, formulas, strict=True))
 
 
 @counts_attention
-def test_long_rows_keep_no_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = [{**task, "long": True} for task in tasks_of(write_config(tmp_path / "qwen2"), False, LONG)]
+def test_long_rows_keep_no_mask(counted: dict[str, Counted], monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks, found = counted["long"]
     with_masks = [peak_saved_bytes(task) for task in tasks]
     monkeypatch.setattr(masks, "MASK_ELEMENTS", 0)
     formulas = [peak_saved_bytes(task) for task in tasks]
-    assert [one["kept"] for one in count(tasks)] == formulas
+    assert found == formulas
     assert all(long != masked for long, masked in zip(formulas, with_masks, strict=True))
 
 

@@ -1,26 +1,39 @@
 """`python -m common.estimate`: its output, what it refuses, and that it needs neither torch nor a GPU."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from common import errors
+from common.estimate.__main__ import main
 from common.estimate.constants import CONTEXT_BYTES, GIB, RESERVED_SHARE
 from tests.unit.estimate.ranks import ROOT, write_config
 
 
-def run(expect: int = 0, **flags: Any) -> str:
+def words_of(flags: dict[str, Any]) -> list[str]:
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items() if value is not True]
-    words += [f"--{name}" for name, value in flags.items() if value is True]
-    done = subprocess.run(
-        [sys.executable, "-m", "common.estimate", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == expect, done.stderr
-    return done.stderr if expect else done.stdout
+    return words + [f"--{name}" for name, value in flags.items() if value is True]
+
+
+def run(expect: int = 0, **flags: Any) -> str:
+    """What the command prints, on stderr if it is to be refused; in this process, as a new one is slow to start."""
+    out, err = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with patch.object(sys, "argv", ["estimate", *words_of(flags)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            errors.run(main)
+        except SystemExit as end:
+            code = end.code
+    assert code == expect, err.getvalue()
+    return err.getvalue() if expect else out.getvalue()
 
 
 @pytest.fixture
@@ -216,6 +229,15 @@ def test_a_layout_fits_tightly_between_what_is_allocated_and_what_the_allocator_
 )
 def test_what_cannot_be_is_refused_with_the_reason(model: Path, flags: dict[str, Any], message: str) -> None:
     assert re.search(message, run(expect=2, **{"hf_model_path": model, "gpu": "H100", **flags}))
+
+
+@pytest.mark.parametrize(("expect", "pp"), [(0, 4), (2, 3)])
+def test_a_process_of_its_own_prints_the_same(model: Path, expect: int, pp: int) -> None:
+    flags = {"hf_model_path": model, "gpu": "H200", "gpus": 4, "tp": 1, "pp": pp, "global_batch_size": 32}
+    command = [sys.executable, "-m", "common.estimate", *words_of(flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == expect and (done.stderr if expect else done.stdout) == run(expect, **flags)
+    assert bool(done.stderr) == bool(expect) != bool(done.stdout)
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from common.platforms.metax import METAX
 from common.platforms.nvidia import NVIDIA
 from common.training.settings import TrainSettings
 from common.training.state import optimizer, optimizer_offload
-from tests.unit.estimate.ranks import count, counts_attention, write_config
+from tests.unit.estimate.ranks import batch, count, counts_attention, write_config
 
 WHOLE = Chunk(4, first=True, last=True)
 STEPS: list[tuple[int, dict[str, Any]]] = [
@@ -39,8 +39,8 @@ def test_a_steps_tensors_are_those_that_the_formulas_count(tmp_path: Path) -> No
     folder = write_config(tmp_path, hidden_size=128, intermediate_size=512)
     tasks, formulas = [], []
     for world, changes in STEPS:
-        settings = {"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 8, **changes}
-        tp, pp = settings.get("tp", 1), settings.get("pp", 1)
+        tp, pp = changes.get("tp", 1), changes.get("pp", 1)
+        settings = {"seq_length": 128, **batch(pp, changes.get("micro_batch_size", 2)), **changes}
         for stage in range(pp):
             tasks.append(
                 {"folder": str(folder), "world": world, "rank": stage * tp, "settings": settings, "peak": True}

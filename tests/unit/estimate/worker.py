@@ -142,13 +142,13 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         given = {StorageWeakRef(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
-        for tensor in (x for x in tree_leaves(made) if torch.is_tensor(x)):
-            storage = tensor.untyped_storage()
-            reference = StorageWeakRef(storage)
-            if reference not in given:
-                self.sizes[reference] = storage.nbytes()
-        self.sizes = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
-        self.most = max(self.most, sum(self.sizes.values()))
+        storages = [x.untyped_storage() for x in tree_leaves(made) if torch.is_tensor(x)]
+        new = {StorageWeakRef(storage): storage.nbytes() for storage in storages}
+        new = {reference: size for reference, size in new.items() if reference not in given}
+        if new:  # there are more bytes only then
+            kept = {reference: size for reference, size in self.sizes.items() if not reference.expired()}
+            self.sizes = {**kept, **new}
+            self.most = max(self.most, sum(self.sizes.values()))
         return made
 
 
