@@ -11,8 +11,7 @@ from common.estimate.constants import RESERVED_SHARE
 from common.estimate.goodput import LLAMA_3_GPU_MTBF_HOURS
 from common.estimate.gpus import WITHOUT_FP8, Gpu, with_rates
 from common.estimate.memory import RankMemory, bytes_beside_torch, rank_memories, work_of
-from common.estimate.speed import Speed, stages_speed
-from common.estimate.weights import chunks_of_ranks
+from common.estimate.speed import Speed, speed
 from common.model.shape.config import QwenConfig
 from common.model.shape.lora import LoraConfig
 from common.settings import option
@@ -207,7 +206,7 @@ def estimate(settings: TrainSettings, qwen: QwenConfig, gpu: Gpu, work: Workload
     peak = max(rank.peak for rank in ranks)
     usable = gpu.memory_gib * 2**30 - bytes_beside_torch(settings, work)
     fits = "yes" if peak * RESERVED_SHARE <= usable else "tight" if peak <= usable else "no"
-    found = stages_speed(settings, work, chunks_of_ranks(qwen, settings.sizes), with_rates(gpu))
+    found = speed(settings, work, with_rates(gpu))
     return Estimate(settings, work, ranks, fits, found if gpu.rated else None, found.step_seconds)
 
 

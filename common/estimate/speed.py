@@ -17,11 +17,9 @@ from common.estimate.constants import (
     SECONDS,
 )
 from common.estimate.gpus import Gpu
-from common.estimate.memory import trained_parameters, work_of
+from common.estimate.memory import trained_parameters
 from common.estimate.weights import GRADIENT_BYTES, Chunk, Chunks, adam_bytes, chunk_parameters, chunks_of_ranks
-from common.model.shape.config import QwenConfig
 from common.model.shape.lora import adapter_parameters
-from common.platforms.base import Platform
 from common.training.settings import TrainSettings
 from common.training.settings.optimizer import OFFLOADED
 
@@ -181,9 +179,9 @@ class Speed:
         return tokens / self.tokens_per_second / 86400
 
 
-def speed(settings: TrainSettings, platform: Platform, qwen: QwenConfig, gpu: Gpu) -> Speed:
+def speed(settings: TrainSettings, work: Workload, gpu: Gpu) -> Speed:
     """The speed of a run; raises KitError as QwenConfig.chunk_layers does."""
-    return stages_speed(settings, work_of(settings, platform, qwen), chunks_of_ranks(qwen, settings.sizes), gpu)
+    return stages_speed(settings, work, chunks_of_ranks(work.qwen, settings.sizes), gpu)
 
 
 def stages_speed(settings: TrainSettings, work: Workload, stages: Sequence[Chunks], gpu: Gpu) -> Speed:

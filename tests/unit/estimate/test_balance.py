@@ -167,7 +167,6 @@ def test_the_gain_is_that_of_the_estimates_steps(qwen: QwenConfig, name: str, la
     gpu, rated = find_gpu(name), find_gpu("A100" if name == "C500" else name)
     found = split_of(settings(), qwen, gpu)
     assert found and found.layers == layers and 0.03 < found.gain < 0.12
-    times = [
-        speed.speed(settings(pipeline_layers=each), gpu.platform, qwen, rated).step_seconds for each in (None, layers)
-    ]
+    runs = [settings(pipeline_layers=each) for each in (None, layers)]
+    times = [speed.speed(run, work_of(run, gpu.platform, qwen), rated).step_seconds for run in runs]
     assert found.gain == pytest.approx(times[0] / times[1] - 1)

@@ -9,7 +9,7 @@ import pytest
 from common.estimate import speed as module
 from common.estimate.gpus import Gpu, find_gpu
 from common.estimate.memory import work_of
-from common.estimate.speed import chunk_cost, speed
+from common.estimate.speed import chunk_cost
 from common.estimate.weights import Chunk
 from common.model.shape.config import QwenConfig, load_config
 from common.training.loop.metrics import flops_per_token
@@ -28,6 +28,10 @@ def qwen(tmp_path: Path) -> QwenConfig:
 def settings(**changes: Any) -> TrainSettings:
     same = {"save_checkpoint_path": "-", "dataset_path": "-", "train_iters": 1, "seq_length": 512}
     return TrainSettings(**{**same, "micro_batch_size": 1, "global_batch_size": 16, **changes})
+
+
+def speed_of(given: TrainSettings, qwen: QwenConfig, gpu: Gpu = H100) -> module.Speed:
+    return module.speed(given, work_of(given, gpu.platform, qwen), gpu)
 
 
 def cost(qwen: QwenConfig, gpu: Gpu = H100, **changes: Any) -> dict[str, float]:
@@ -58,7 +62,7 @@ def test_preferences_run_the_output_layer_once_more(qwen: QwenConfig) -> None:
     assert after == pytest.approx(before)
     packed = settings(train_mode="dpo", packing=True, micro_batch_size=2, global_batch_size=32)
     apart = settings(train_mode="dpo", packing=False, micro_batch_size=1, global_batch_size=16)
-    one, other = (speed(each, H100.platform, qwen, H100).tokens_per_second for each in (packed, apart))
+    one, other = (speed_of(each, qwen).tokens_per_second for each in (packed, apart))
     assert one == pytest.approx(other)
 
 
@@ -79,18 +83,16 @@ def test_recomputation_costs_a_forward_pass(qwen: QwenConfig) -> None:
 
 @pytest.mark.parametrize(("vpp", "waits"), [(1, 3), (2, 1.5)])
 def test_stages_wait_for_each_other(qwen: QwenConfig, vpp: int, waits: float) -> None:
-    few, many = (
-        speed(settings(gpus=4, pp=4, vpp=vpp, global_batch_size=size), H100.platform, qwen, H100) for size in (4, 64)
-    )
+    few, many = (speed_of(settings(gpus=4, pp=4, vpp=vpp, global_batch_size=size), qwen) for size in (4, 64))
     microbatch = (many.step_seconds - few.step_seconds) / 60
     assert few.bubble * few.step_seconds == pytest.approx(waits * microbatch)
     assert many.bubble * many.step_seconds == pytest.approx(waits * microbatch)
-    assert speed(settings(), H100.platform, qwen, H100).bubble == 0
+    assert speed_of(settings(), qwen).bubble == 0
 
 
 def test_links_cost_time_and_a_network_more(qwen: QwenConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def rate(**changes: Any) -> float:
-        return speed(settings(**changes), H100.platform, qwen, H100).tokens_per_second
+        return speed_of(settings(**changes), qwen).tokens_per_second
 
     one = rate()
     # More than twice as many: each replica has half of the optimizer.
@@ -119,5 +121,5 @@ def test_gathered_keys_and_values_cost_time(qwen: QwenConfig) -> None:
 
 
 def test_a_faster_gpu_is_faster(qwen: QwenConfig) -> None:
-    rates = [speed(settings(), gpu.platform, qwen, gpu).tokens_per_second for gpu in map(find_gpu, ("A100", "H100"))]
+    rates = [speed_of(settings(), qwen, gpu).tokens_per_second for gpu in map(find_gpu, ("A100", "H100"))]
     assert rates[0] < rates[1] < 989 / 312 * rates[0]
