@@ -28,11 +28,13 @@ def report_missing_package(kind: type[BaseException], error: BaseException, trac
 
     A command imports its packages before it can handle an error.
     """
-    package = (getattr(error, "name", None) or "").split(".")[0]
+    name = getattr(error, "name", None) or ""
+    package = name.split(".")[0]
     if not isinstance(error, ModuleNotFoundError) or package in ("", "common", "tests"):
         sys.__excepthook__(kind, error, trace)
         return
-    fail(f"{sys.executable} lacks {package}: {REMEDY.format(platform=os.environ.get('KIT_PLATFORM', 'cpu'))}")
+    lacks = f"lacks {package}" if package not in sys.modules else f"has a {package} of another version, without {name}"
+    fail(f"{sys.executable} {lacks}: {REMEDY.format(platform=os.environ.get('KIT_PLATFORM', 'cpu'))}")
 
 
 def use_utf8() -> None:

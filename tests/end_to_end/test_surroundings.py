@@ -163,3 +163,11 @@ def test_a_python_without_packages_prints_how_to_install_them(tmp_path: Path) ->
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
         assert " lacks " in done.stderr and "bash common/shell/setup_venv.sh" in done.stderr
         assert "bash metax/doctor.sh" in done.stderr
+
+
+def test_a_package_of_another_version_is_not_called_missing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import common, numpy.renamed"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done
+    assert " has a numpy of another version, without numpy.renamed: run bash common/shell/" in done.stderr
