@@ -16,7 +16,7 @@ Imports point down (tests/unit/test_layers.py); docs/architecture.md shows the r
     progress     a bar for long work on files
     settings  parallel  platforms  engine  json_file  folders
     hub          a model's id where a folder is expected
-    log
+    log  ports
     errors  start  files
 """
 

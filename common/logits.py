@@ -7,7 +7,6 @@ the outputs by about 1e-6 of the largest value; one lost bias changes the logits
 
 import argparse
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from common.errors import KitError
 from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms.cpu import CPU
+from common.ports import free_port
 from common.settings import add_options, from_namespace, option
 
 BOUND = 1e-4  # relative to Hugging Face's largest value
@@ -155,10 +155,7 @@ def main() -> None:
 
 def set_single_process_environment() -> None:
     """Sets torch.distributed's environment variables for a single process."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ import contextlib
 import fcntl
 import json
 import os
-import random
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +25,7 @@ from typing import Any
 from common.errors import KitError
 from common.files import write_json
 from common.locks import lock
+from common.ports import free_port
 
 KIT = Path(__file__).parents[2]
 WIDTH = 100
@@ -117,15 +116,6 @@ def environment(step: Step) -> dict[str, str]:
     if step.uses_port:
         inherited.setdefault(PORT, str(free_port()))
     return {**inherited, **step.settings}
-
-
-def free_port() -> int:
-    """A free port of this machine below the system's range of ephemeral ports."""
-    for port in random.sample(range(20000, 30000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise KitError("no free port found from 20000 to 29999: set MASTER_PORT to a free one")
 
 
 class Runner:

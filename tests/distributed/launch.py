@@ -4,7 +4,6 @@ import atexit
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,14 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from common.ports import free_port
+
 ROOT = Path(__file__).parents[2]
 STEP = re.compile(r"iteration (\d+)/\d+ +([\d.]+) +([\d.]+) ")  # loss, grad norm
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(platform: str = "cpu") -> dict[str, str]:

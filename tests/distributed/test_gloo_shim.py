@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from common.platforms.cuda_shim import TORCH
-from tests.distributed.launch import free_port, run
+from common.ports import free_port
+from tests.distributed.launch import run
 
 PROGRAM = """
 import torch

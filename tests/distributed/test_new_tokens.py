@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from tests.distributed.launch import free_port, run, words
+from common.ports import free_port
+from tests.distributed.launch import run, words
 from tests.distributed.user import Run
 from tests.tiny import TEXTS, tiny_qwen
 

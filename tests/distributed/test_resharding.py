@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from common.checkpoint.formats.torch_dist_reader import TorchDistReader
+from common.ports import free_port
 from tests.conversion import to_megatron
-from tests.distributed.launch import forked, free_port, run, steps, train_forked, words
+from tests.distributed.launch import forked, run, steps, train_forked, words
 from tests.tiny import tiny_qwen
 
 FLAGS = {

@@ -12,8 +12,9 @@ from transformers import Qwen2ForCausalLM
 
 from common.data.dataset.builder import build_dataset
 from common.data.dataset.manifest import resolve
+from common.ports import free_port
 from tests.conversion import to_hf, to_megatron
-from tests.distributed.launch import forked, free_port, run, steps, train, train_forked, words
+from tests.distributed.launch import forked, run, steps, train, train_forked, words
 from tests.tiny import tiny_qwen
 
 COMMON = {

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.distributed.launch import free_port
+from common.ports import free_port
 from tests.end_to_end.steps import ROOT, chats, write_rows
 from tests.tiny import TEXTS, tiny_qwen
 

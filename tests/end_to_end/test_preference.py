@@ -12,10 +12,10 @@ from transformers import Qwen2ForCausalLM
 
 from common.demo.corpus import SYSTEM, TASKS, Fact, facts
 from common.demo.sample import write_sample
+from common.ports import free_port
 from common.report.plots import panels
 from common.report.runs import read_run
 from common.training.tracking.records import read_metrics
-from tests.distributed.launch import free_port
 from tests.end_to_end.steps import write_rows
 from tests.end_to_end.test_scripts import script
 from tests.preferences import log_probs

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.distributed.launch import free_port, run, steps, words
+from common.ports import free_port
+from tests.distributed.launch import run, steps, words
 from tests.end_to_end.steps import chats, write_rows
 from tests.tiny import tiny_qwen
 

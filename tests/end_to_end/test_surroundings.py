@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import free_port
+from common.ports import free_port
 from tests.end_to_end.steps import ROOT, chats, files, write_rows
 from tests.tiny import tiny_qwen
 

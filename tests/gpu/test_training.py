@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from common.checkpoint.conversion.hf_to_megatron import HfToMegatron, convert_hf_to_megatron
 from common.data.dataset.builder import build_dataset
 from common.data.dataset.manifest import resolve
+from common.ports import free_port
 from tests.tiny import TEXTS, tiny_qwen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -67,13 +67,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(work: Path, impl: str, line: str = "", **flags: Any) -> list[tuple[int, float, float]]:
     """(iteration, loss, gradient norm) of each step; `line` must be in the log."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     settings = {
         "dataset-path": work / "data", "load-checkpoint-path": work / impl, "transformer-impl": impl, "seq-length": 256,
-        "micro-batch-size": 4, "global-batch-size": 8, "log-interval": 1, "split": "100,0,0", "master-port": port,
-        "lr": 1e-3, "min-lr": 1e-4, "save-interval": 1000, **flags,
+        "micro-batch-size": 4, "global-batch-size": 8, "log-interval": 1, "split": "100,0,0",
+        "master-port": free_port(), "lr": 1e-3, "min-lr": 1e-4, "save-interval": 1000, **flags,
     }  # fmt: skip
     log = run("common.train", *[f"--{name}={value}" for name, value in settings.items()])
     assert line in log, log[-5000:]

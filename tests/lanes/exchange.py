@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common.ports import free_port
 from tests.conversion import to_megatron
-from tests.distributed.launch import environment, free_port, run, steps, train, words
+from tests.distributed.launch import environment, run, steps, train, words
 from tests.end_to_end.steps import chats, write_rows
 from tests.tiny import tiny_qwen
 

@@ -22,7 +22,7 @@ COMMON = ROOT / "common"
 # Lowest first. Parts on one layer do not know each other.
 LAYERS = [
     {"errors", "start", "files"},
-    {"log"},
+    {"log", "ports"},
     {"hub"},
     {"settings", "parallel", "platforms", "engine", "json_file", "folders"},
     {"locks", "progress"},

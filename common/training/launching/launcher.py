@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch.distributed.run import parse_args, run
 
 from common.errors import STOPPED, KitError
 from common.log import logger
+from common.ports import free_port
 from common.settings import to_flags
 from common.start import from_kit
 from common.training.launching.agent_patches import keep_rendezvous, limit_shutdown
@@ -92,9 +92,7 @@ def with_port(settings: TrainSettings) -> TrainSettings:
     """`settings` with a free MASTER_PORT where a run on one node leaves it unset."""
     if settings.nnodes > 1 or settings.master_port or settings.rdzv_endpoint:
         return settings
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return replace(settings, master_port=int(probe.getsockname()[1]))
+    return replace(settings, master_port=free_port())
 
 
 def describe_first_failure(error: ChildFailedError) -> tuple[int, list[str]]:

@@ -18,7 +18,7 @@ from common.engine.versions import installed_engine
 from common.model.shape.config import QwenConfig, load_config
 from common.parallel import ParallelSizes
 from common.platforms import PLATFORMS
-from tests.distributed.launch import free_port
+from common.ports import free_port
 from tests.tiny import tiny_qwen
 
 ROOT = Path(__file__).parents[3]

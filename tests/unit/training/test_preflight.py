@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from common.errors import KitError
+from common.ports import free_port
 from common.training.launching import preflight
 from common.training.launching.preflight import Preflight, preflight_check, report_failure
 from common.training.settings import TrainSettings
-from tests.distributed.launch import free_port
 
 ALIKE = {"LR": "1", "common/x.py": "sha256:1"}
 
