@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The kit's checks. Usage: bash tests/run.sh [STAGE|AREA ...]
 #
-#   without names   every stage, in about 25 minutes on 2 cores; it must pass before a commit
+#   without names   every stage, in 25 to 55 minutes on 2 cores, by the machine; it must pass before a commit
 #   STAGE           lint unit shell docker distributed nodes end_to_end docs
 #   AREA            data model checkpoint inference training engine estimate demo report adopt base shell: lint and what
 #                   a change there can break first, in under 2 minutes on 2 cores
