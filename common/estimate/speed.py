@@ -74,20 +74,18 @@ def attention_name(work: Workload) -> str:
     return "FlashAttention 4" if work.fused_products and not work.separate else "attention"
 
 
-def chunk_cost(work: Workload, chunk: Chunk, gpu: Gpu) -> Cost:
-    """Forward and backward pass of a chunk for one micro-batch, with reading weights and accumulating gradients."""
-    return chunk_costs(work, [chunk], gpu)[chunk]
-
-
 def chunk_costs(work: Workload, chunks: Iterable[Chunk], gpu: Gpu) -> dict[Chunk, Cost]:
-    """`chunk_cost` of each of `chunks`, whose layers cost the same."""
+    """Forward and backward pass of each of `chunks` for one micro-batch.
+
+    With reading weights and accumulating gradients.
+    """
     twice = layer_cost(work, work.recompute, gpu)
     once = layer_cost(work, "none", gpu) if work.recompute == "full" else twice
     return {chunk: _chunk_cost(work, chunk, gpu, once, twice) for chunk in chunks}
 
 
 def _chunk_cost(work: Workload, chunk: Chunk, gpu: Gpu, once: Cost, twice: Cost) -> Cost:
-    """`chunk_cost`; once: of a layer that is not recomputed, twice: of one that is."""
+    """As `chunk_costs`; once: of a layer that is not recomputed, twice: of one that is."""
     parameters, recomputed = chunk_parameters(work.qwen, work.tp, chunk), recomputed_layers(work, chunk)
     total = {
         **{name: recomputed * twice[name] + (chunk.num_layers - recomputed) * once[name] for name in once},

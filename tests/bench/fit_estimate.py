@@ -32,7 +32,7 @@ from common.estimate import constants
 from common.estimate.gpus import find_gpu
 from common.estimate.layouts import Estimate, estimate
 from common.estimate.memory import trained_parameters, work_of
-from common.estimate.speed import Cost, add, chunk_cost, step_cost
+from common.estimate.speed import Cost, add, chunk_costs, step_cost
 from common.estimate.weights import MASTER_BYTES, MOMENT_BYTES, Chunk
 from common.model.shape.config import QwenConfig, parse_config
 from common.training.settings import TrainSettings
@@ -108,7 +108,7 @@ def read_step(row: dict[str, Any], qwen: QwenConfig) -> Step:
     )  # fmt: skip
     work, chunk = work_of(settings, gpu.platform, qwen), Chunk(qwen.num_hidden_layers, True, True)
     number = row["gbs"] // row["mbs"]
-    passes = {name: number * amount for name, amount in chunk_cost(work, chunk, gpu).items()}
+    passes = {name: number * amount for name, amount in chunk_costs(work, [chunk], gpu)[chunk].items()}
     own = step_cost(work, chunk.num_layers, trained_parameters(work, chunk), gpu, 1)
     return Step(row, estimate(settings, qwen, gpu), add(passes, own))
 

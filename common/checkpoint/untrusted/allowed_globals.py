@@ -318,7 +318,9 @@ def find_global(module: str, name: str, *, foreign: bool) -> Any:
     foreign: allow any name of Megatron and its libraries, for a pickle that only this kit reads.
     """
     key = _ALIASES.get(module, module), name
-    found = _KNOWN.get(key) or (_dcp_globals().get(key) if module in _DCP_MODULES else None)
+    found = _KNOWN.get(key)
+    if found is None and module in _DCP_MODULES:
+        found = _dcp_globals().get(key)
     if not foreign or isinstance(found, Inert) or type(found) is Global and key not in _FOREIGN_CALLS:
         return found
     if module in _FOREIGN or module.startswith(_FOREIGN_PACKAGES):

@@ -10,7 +10,7 @@ from common.errors import KitError
 from common.estimate.gpus import find_gpu
 from common.estimate.layouts import Estimate, estimate
 from common.estimate.memory import fp8_weight_bytes, work_of
-from common.estimate.speed import chunk_cost
+from common.estimate.speed import chunk_costs
 from common.estimate.weights import Chunk
 from common.model.shape.config import QwenConfig, parse_config
 from common.model.shape.parameters import layer_parameters
@@ -93,7 +93,7 @@ def test_only_the_layers_products_are_faster() -> None:
     qwen = shape("3B")
     whole, inner = (Chunk(qwen.num_hidden_layers, last, last) for last in (True, False))
     bf16, fp8 = (work_of(settings(fp8_format=kind), NVIDIA, qwen) for kind in ("none", "hybrid"))
-    costs = [[chunk_cost(work, chunk, H200) for work in (bf16, fp8)] for chunk in (whole, inner)]
+    costs = [[chunk_costs(work, [chunk], H200)[chunk] for work in (bf16, fp8)] for chunk in (whole, inner)]
     head = [one["products"] - other["products"] for one, other in zip(*costs, strict=True)]
     assert head[0] == pytest.approx(head[1])
     assert costs[1][1].pop("products") == pytest.approx(0.64 * costs[1][0].pop("products"))

@@ -9,7 +9,7 @@ import pytest
 from common.estimate import speed as module
 from common.estimate.gpus import Gpu, find_gpu
 from common.estimate.memory import work_of
-from common.estimate.speed import chunk_cost
+from common.estimate.speed import chunk_costs
 from common.estimate.weights import Chunk
 from common.model.shape.config import QwenConfig, load_config
 from common.training.loop.metrics import flops_per_token
@@ -36,7 +36,8 @@ def speed_of(given: TrainSettings, qwen: QwenConfig, gpu: Gpu = H100) -> module.
 
 def cost(qwen: QwenConfig, gpu: Gpu = H100, **changes: Any) -> dict[str, float]:
     train_settings = settings(**changes)
-    return chunk_cost(work_of(train_settings, gpu.platform, qwen), Chunk(qwen.num_hidden_layers, True, True), gpu)
+    chunk = Chunk(qwen.num_hidden_layers, True, True)
+    return chunk_costs(work_of(train_settings, gpu.platform, qwen), [chunk], gpu)[chunk]
 
 
 @pytest.mark.parametrize("impl", ["transformer_engine", "local"])
